@@ -1,0 +1,1 @@
+//! Parameter-server training in typed Rust.
