@@ -1,0 +1,72 @@
+//! Names of the things that a parameter server counts.
+//!
+//! Each is a newtype, so that a clock cannot be passed where a version is meant. All are
+//! plain integers on the wire.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! id {
+    ($(#[$doc:meta])* $name:ident($int:ty), $prefix:literal) => {
+        $(#[$doc])*
+        #[derive(
+            Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+        )]
+        pub struct $name(pub $int);
+
+        impl $name {
+            /// Returns the value that follows this one.
+            #[must_use]
+            pub fn next(self) -> Self {
+                Self(self.0 + 1)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!($prefix, "{}"), self.0)
+            }
+        }
+    };
+}
+
+id! {
+    /// A worker's rank, from 0. Stays the same when the worker is restarted.
+    WorkerId(u32), "worker "
+}
+id! {
+    /// Tells one life of a worker from the next: a later life has a higher number.
+    Incarnation(u64), "incarnation "
+}
+id! {
+    /// The index of a worker's step, from 0: its n-th gradient has clock n.
+    Clock(u64), "clock "
+}
+id! {
+    /// How many updates have been applied to the weights; the initial weights are version 0.
+    Version(u64), "version "
+}
+id! {
+    /// Counts changes of the membership: it rises whenever a worker joins, leaves or is lost.
+    Epoch(u64), "epoch "
+}
+
+/// Identifies one gradient for ever: who computed it, in which life, at which step.
+///
+/// Two pushes with the same id carry the same gradient, so the second is never applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct GradientId {
+    /// The worker that computed the gradient.
+    pub worker: WorkerId,
+    /// The worker's life at that time.
+    pub incarnation: Incarnation,
+    /// The worker's step.
+    pub clock: Clock,
+}
+
+impl fmt::Display for GradientId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, {}, {}", self.worker, self.incarnation, self.clock)
+    }
+}

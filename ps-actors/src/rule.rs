@@ -1,0 +1,216 @@
+//! How a gradient changes the weights.
+//!
+//! An [`UpdateRule`] works on one server's contiguous range and keeps that range's state.
+//! A rule must be *elementwise*: what happens to one weight may depend on that weight, its
+//! gradient and its state only. Then any number of servers gives the same bits as one (PS-3).
+//!
+//! [`Sgd`] is here as a straight loop, because it needs no tensor library and runs at
+//! memory speed; the crate `ps` makes a rule of any elementwise burn optimizer.
+
+use std::fmt;
+
+/// Changes weights by a gradient. Implementations are deterministic.
+pub trait UpdateRule: Send + fmt::Debug + 'static {
+    /// Updates `weights` in place.
+    ///
+    /// `weights` and `gradient` always have the same length, the same in every call.
+    fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64);
+
+    /// Writes the updated weights to `next` and leaves `weights` alone; used while somebody
+    /// still reads them. Must give the same bits as [`UpdateRule::update`].
+    fn update_into(
+        &mut self,
+        weights: &[f32],
+        gradient: &[f32],
+        learning_rate: f64,
+        next: &mut [f32],
+    ) {
+        next.copy_from_slice(weights);
+        self.update(next, gradient, learning_rate);
+    }
+
+    /// Returns the rule's own state, such as momentum, as named vectors.
+    fn save(&self) -> RuleState {
+        RuleState::default()
+    }
+
+    /// Takes back a state that [`UpdateRule::save`] returned.
+    ///
+    /// # Errors
+    /// When the state is not one of this rule.
+    fn restore(&mut self, state: RuleState) -> Result<(), RuleStateError> {
+        if state == RuleState::default() {
+            return Ok(());
+        }
+        Err(RuleStateError { rule: format!("{self:?}"), problem: "it keeps no state".to_owned() })
+    }
+}
+
+/// The state of an update rule, as plain data.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct RuleState {
+    /// Named vectors, each as long as the range of weights.
+    pub vectors: Vec<(String, Vec<f32>)>,
+    /// Named single numbers, such as a step count.
+    pub scalars: Vec<(String, f64)>,
+}
+
+/// A saved state that does not belong to the rule that it was given to.
+#[derive(Debug, thiserror::Error)]
+#[error("this state cannot be restored into the update rule {rule}: {problem}")]
+pub struct RuleStateError {
+    /// The rule, as it prints itself.
+    pub rule: String,
+    /// What does not fit.
+    pub problem: String,
+}
+
+/// Stochastic gradient descent, with or without momentum.
+///
+/// `v ← μ·v + g; w ← w − η·v`, as in PyTorch's `torch.optim.SGD` without dampening
+/// (<https://pytorch.org/docs/stable/generated/torch.optim.SGD.html>); the first `v` is `g`.
+#[derive(Clone, Default)]
+pub struct Sgd {
+    momentum: f32,
+    velocity: Vec<f32>,
+}
+
+impl Sgd {
+    /// Makes plain SGD: `w ← w − η·g`.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes SGD with momentum `μ`, usually 0.9.
+    ///
+    /// # Panics
+    /// When `momentum` is not in `0.0..1.0`.
+    #[must_use]
+    pub fn with_momentum(momentum: f32) -> Self {
+        assert!((0.0..1.0).contains(&momentum), "momentum {momentum} is not in 0.0..1.0");
+        Self { momentum, velocity: Vec::new() }
+    }
+}
+
+impl UpdateRule for Sgd {
+    fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
+        let rate = learning_rate as f32;
+        if self.momentum == 0.0 {
+            for (weight, gradient) in weights.iter_mut().zip(gradient) {
+                *weight -= rate * gradient;
+            }
+            return;
+        }
+        self.velocity.resize(weights.len(), 0.0);
+        let momentum = self.momentum;
+        for ((weight, gradient), velocity) in
+            weights.iter_mut().zip(gradient).zip(&mut self.velocity)
+        {
+            *velocity = momentum * *velocity + gradient;
+            *weight -= rate * *velocity;
+        }
+    }
+
+    fn update_into(
+        &mut self,
+        weights: &[f32],
+        gradient: &[f32],
+        learning_rate: f64,
+        next: &mut [f32],
+    ) {
+        if self.momentum != 0.0 {
+            next.copy_from_slice(weights);
+            return self.update(next, gradient, learning_rate);
+        }
+        let rate = learning_rate as f32;
+        for ((next, weight), gradient) in next.iter_mut().zip(weights).zip(gradient) {
+            *next = weight - rate * gradient;
+        }
+    }
+
+    fn save(&self) -> RuleState {
+        if self.velocity.is_empty() {
+            return RuleState::default();
+        }
+        let vectors = vec![("velocity".to_owned(), self.velocity.clone())];
+        RuleState { vectors, scalars: Vec::new() }
+    }
+
+    fn restore(&mut self, mut state: RuleState) -> Result<(), RuleStateError> {
+        let velocity = match (state.vectors.pop(), &state.vectors[..], &state.scalars[..]) {
+            (None, _, []) => Vec::new(),
+            (Some((name, velocity)), [], []) if name == "velocity" && self.momentum != 0.0 => {
+                velocity
+            }
+            _ => {
+                let problem = "it keeps only a vector `velocity`, and only with momentum";
+                return Err(RuleStateError {
+                    rule: format!("{self:?}"),
+                    problem: problem.to_owned(),
+                });
+            }
+        };
+        self.velocity = velocity;
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Sgd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sgd").field("momentum", &self.momentum).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three steps of `torch.optim.SGD([w], lr=0.1, momentum=m)` from w = [1, -2] with the
+    /// gradients [1, 2], [0.5, -1], [0.25, 0.5], by hand: v1 = g1, v2 = m·v1 + g2, …
+    #[test]
+    fn momentum_follows_pytorchs_formula() {
+        let gradients = [[1.0, 2.0], [0.5, -1.0], [0.25, 0.5]];
+        for (momentum, expected) in [(0.0, [0.825, -2.15]), (0.9, [0.609, -2.402])] {
+            let mut rule = Sgd::with_momentum(momentum);
+            let mut weights = [1.0f32, -2.0];
+            for gradient in &gradients {
+                rule.update(&mut weights, gradient, 0.1);
+            }
+            for (got, want) in weights.iter().zip(expected) {
+                assert!((got - want).abs() < 1e-6, "momentum {momentum}: {weights:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn updating_into_another_buffer_gives_the_same_bits() {
+        for momentum in [0.0, 0.9] {
+            let mut in_place = Sgd::with_momentum(momentum);
+            let mut into = in_place.clone();
+            let mut weights = vec![0.3f32, -0.7, 1e-8];
+            for step in 0..5 {
+                let gradient: Vec<f32> = weights.iter().map(|w| w * 0.37 + step as f32).collect();
+                let mut next = vec![9.0; 3];
+                into.update_into(&weights, &gradient, 0.01, &mut next);
+                in_place.update(&mut weights, &gradient, 0.01);
+                assert_eq!(weights, next);
+            }
+        }
+    }
+
+    #[test]
+    fn a_saved_momentum_continues_identically_and_a_foreign_state_is_refused() {
+        let gradient = [0.5f32, -0.25];
+        let (mut a, mut weights) = (Sgd::with_momentum(0.9), [1.0f32, 2.0]);
+        a.update(&mut weights, &gradient, 0.1);
+        let mut b = Sgd::with_momentum(0.9);
+        b.restore(a.save()).unwrap();
+        let mut other = weights;
+        a.update(&mut weights, &gradient, 0.1);
+        b.update(&mut other, &gradient, 0.1);
+        assert_eq!(weights, other);
+        let error = Sgd::new().restore(a.save()).unwrap_err();
+        assert!(error.to_string().contains("velocity"), "{error}");
+    }
+}

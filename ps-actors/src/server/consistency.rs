@@ -1,0 +1,176 @@
+//! The two choices that decide what a training run computes: [`Consistency`] and [`Reduction`].
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// When a pushed gradient is applied, and how far workers may drift apart.
+///
+/// Written as `bsp`, `asp`, `ssp:3`, `k-of-n:2`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Consistency {
+    /// Bulk synchronous: one update per round, of one gradient of every live worker. The same
+    /// result as one worker on the joined batch, if the reduction is [`Reduction::Mean`].
+    Bsp,
+    /// Asynchronous: every gradient is applied when it arrives. Nobody waits; fast workers
+    /// push gradients that slow ones then push stale ones on top of.
+    Asp,
+    /// Stale synchronous: as `Asp`, but a worker waits before its step gets more than `bound`
+    /// steps ahead of the slowest live worker's (Ho et al., NIPS 2013,
+    /// <https://papers.nips.cc/paper/4894>). `bound` 0 keeps all at the same step.
+    Ssp {
+        /// How many steps the fastest worker may be ahead of the slowest.
+        bound: u64,
+    },
+    /// Backup workers: a round closes with the first `k` distinct workers; gradients that come
+    /// later were computed on old weights, and are dropped and counted (Chen et al., 2016,
+    /// <https://arxiv.org/abs/1604.00981>). With fewer than `k` live workers, all of them.
+    KofN {
+        /// How many workers close a round, at least 1.
+        k: usize,
+    },
+}
+
+impl Consistency {
+    /// Checks the choice against the number of workers that will take part.
+    ///
+    /// # Errors
+    /// When `k` is 0 or more than `num_workers`.
+    pub fn check(self, num_workers: usize) -> Result<(), ConsistencyError> {
+        match self {
+            Self::KofN { k } if k == 0 || k > num_workers => {
+                Err(ConsistencyError::NotAmongWorkers { k, num_workers })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Consistency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bsp => f.write_str("bsp"),
+            Self::Asp => f.write_str("asp"),
+            Self::Ssp { bound } => write!(f, "ssp:{bound}"),
+            Self::KofN { k } => write!(f, "k-of-n:{k}"),
+        }
+    }
+}
+
+impl FromStr for Consistency {
+    type Err = ConsistencyError;
+
+    fn from_str(text: &str) -> Result<Self, ConsistencyError> {
+        let unknown = || ConsistencyError::Unknown { text: text.to_owned() };
+        match text.split_once(':') {
+            None if text == "bsp" => Ok(Self::Bsp),
+            None if text == "asp" => Ok(Self::Asp),
+            Some(("ssp", bound)) => {
+                Ok(Self::Ssp { bound: bound.parse().map_err(|_| unknown())? })
+            }
+            Some(("k-of-n", k)) => match k.parse().map_err(|_| unknown())? {
+                0 => Err(unknown()),
+                k => Ok(Self::KofN { k }),
+            },
+            _ => Err(unknown()),
+        }
+    }
+}
+
+/// A consistency mode that does not exist or cannot work.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConsistencyError {
+    /// The text names no mode.
+    #[error("`{text}` is no consistency mode: use bsp, asp, ssp:BOUND or k-of-n:K with K ≥ 1")]
+    Unknown {
+        /// What was given.
+        text: String,
+    },
+    /// A round that could never close, or closes with nothing.
+    #[error("k-of-n:{k} needs k between 1 and the number of workers, which is {num_workers}")]
+    NotAmongWorkers {
+        /// What was given.
+        k: usize,
+        /// How many workers there are.
+        num_workers: usize,
+    },
+}
+
+/// How the gradients of one update become one gradient.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Reduction {
+    /// Their arithmetic mean: the learning rate means the same for any number of workers.
+    #[default]
+    Mean,
+    /// Their sum, as Ray's parameter-server example does: with n workers an n times longer step.
+    Sum,
+}
+
+impl fmt::Display for Reduction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mean => "mean",
+            Self::Sum => "sum",
+        })
+    }
+}
+
+impl FromStr for Reduction {
+    type Err = ReductionError;
+
+    fn from_str(text: &str) -> Result<Self, ReductionError> {
+        match text {
+            "mean" => Ok(Self::Mean),
+            "sum" => Ok(Self::Sum),
+            _ => Err(ReductionError { text: text.to_owned() }),
+        }
+    }
+}
+
+/// A reduction that does not exist.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("`{text}` is no reduction: use mean or sum")]
+pub struct ReductionError {
+    text: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mode_reads_back_what_it_prints() {
+        let modes = [
+            Consistency::Bsp,
+            Consistency::Asp,
+            Consistency::Ssp { bound: 0 },
+            Consistency::Ssp { bound: 3 },
+            Consistency::KofN { k: 2 },
+        ];
+        for mode in modes {
+            assert_eq!(mode.to_string().parse(), Ok(mode));
+        }
+        for reduction in [Reduction::Mean, Reduction::Sum] {
+            assert_eq!(reduction.to_string().parse(), Ok(reduction));
+        }
+    }
+
+    #[test]
+    fn wrong_modes_say_what_would_be_right() {
+        for text in ["", "BSP", "ssp", "ssp:", "ssp:-1", "ssp:x", "k-of-n:0", "k-of-n", "asp:1"] {
+            let error = text.parse::<Consistency>().unwrap_err().to_string();
+            assert!(error.contains("ssp:BOUND"), "{text}: {error}");
+        }
+        assert!("average".parse::<Reduction>().is_err());
+    }
+
+    #[test]
+    fn k_must_be_among_the_workers() {
+        assert_eq!(Consistency::KofN { k: 2 }.check(2), Ok(()));
+        for k in [0, 3] {
+            let error = Consistency::KofN { k }.check(2).unwrap_err().to_string();
+            assert!(error.contains("number of workers, which is 2"), "{error}");
+        }
+    }
+}

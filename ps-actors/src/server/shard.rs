@@ -1,0 +1,349 @@
+//! One server's part of the weights, as a pure state machine.
+//!
+//! Gradients are *staged* here first, then the coordinator's [`Update`]s name those that are
+//! applied, in an order that is the same for all shards. No clock, randomness, input, output
+//! or actor in here.
+//!
+//! The current weights are updated in place if nobody holds a snapshot of them, else written
+//! into a recycled buffer. With several shards the latest few versions are kept, so that a
+//! pull of all shards can get one version although they are not updated at the same instant.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::consistency::Reduction;
+use super::protocol::{Ticket, Update};
+use crate::buffer::{Buffer, BufferPool};
+use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::rule::UpdateRule;
+use crate::weights::{Gradient, Segment, Weights};
+
+/// How many gradients of one worker may be staged and not yet decided upon.
+pub const MAX_STAGED: usize = 32;
+
+/// Which version a pull wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum PullVersion {
+    /// Whatever is current.
+    Latest,
+    /// This version or a later one; waits until it exists.
+    AtLeast(Version),
+    /// Exactly this version; waits until it exists.
+    Exactly(Version),
+}
+
+/// Why a shard did not do what it was asked to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ShardError {
+    /// The gradient does not belong to this shard's weights.
+    #[error("{id} is over weights {got:?}, but this server holds {expected:?}")]
+    WrongRange {
+        /// Which gradient.
+        id: GradientId,
+        /// What it covers.
+        got: Range<usize>,
+        /// What it must cover.
+        expected: Range<usize>,
+    },
+    /// The worker's life is over.
+    #[error("{id} is fenced off: valid is {least} or later")]
+    Fenced {
+        /// Which gradient.
+        id: GradientId,
+        /// The lowest valid incarnation.
+        least: Incarnation,
+    },
+    /// The worker staged gradients without having them applied.
+    #[error("{worker} has {MAX_STAGED} gradients staged already; push them first")]
+    TooManyStaged {
+        /// Who.
+        worker: WorkerId,
+    },
+    /// The version is no longer kept.
+    #[error("version {asked:?} is gone: the oldest that is kept is {oldest:?}; pull a later one")]
+    VersionGone {
+        /// What was wanted.
+        asked: Version,
+        /// What could be had.
+        oldest: Version,
+    },
+}
+
+/// The answer to a pull that could not be given at once.
+#[derive(Debug)]
+pub struct PullAnswer {
+    /// Whom it is for.
+    pub ticket: Ticket,
+    /// The snapshot of this shard's range, or [`ShardError::VersionGone`].
+    pub weights: Result<Weights, ShardError>,
+}
+
+/// The state machine. See the module's text.
+#[derive(Debug)]
+pub struct Shard {
+    current: Weights,
+    /// Earlier versions, oldest first.
+    history: VecDeque<Weights>,
+    num_kept: usize,
+    rule: Box<dyn UpdateRule>,
+    learning_rate: f64,
+    pool: BufferPool,
+    staged: BTreeMap<GradientId, Gradient>,
+    fences: BTreeMap<WorkerId, Incarnation>,
+    /// Updates whose gradients are not all here yet, in order.
+    undone_updates: VecDeque<(Update, f64)>,
+    waiting_pulls: Vec<(Ticket, PullVersion)>,
+}
+
+impl Shard {
+    /// Takes the part `range` of `initial`, and keeps `num_kept` versions besides the current.
+    ///
+    /// # Panics
+    /// When `initial` does not cover `range`.
+    #[must_use]
+    pub fn new(
+        initial: &Weights,
+        range: Range<usize>,
+        rule: Box<dyn UpdateRule>,
+        learning_rate: f64,
+        num_kept: usize,
+    ) -> Self {
+        // One buffer for the next version, one for a sum, and those that readers give back.
+        let pool = BufferPool::new(num_kept + 4);
+        let mut data = pool.take(range.len());
+        data.extend_from_slice(&initial.read(range.clone()));
+        let segment = Segment { start: range.start, data: Arc::new(data) };
+        let layout = Arc::clone(initial.layout());
+        Self {
+            current: Weights::new(initial.version(), layout, Arc::new([segment])),
+            history: VecDeque::new(),
+            num_kept,
+            rule,
+            learning_rate,
+            pool,
+            staged: BTreeMap::new(),
+            fences: BTreeMap::new(),
+            undone_updates: VecDeque::new(),
+            waiting_pulls: Vec::new(),
+        }
+    }
+
+    /// Returns the current weights of this shard's range.
+    #[must_use]
+    pub fn weights(&self) -> &Weights {
+        &self.current
+    }
+
+    /// Returns the range of weights that this shard holds.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.current.range()
+    }
+
+    /// Returns the rule, for saving its state.
+    #[must_use]
+    pub fn rule(&self) -> &dyn UpdateRule {
+        &*self.rule
+    }
+
+    /// Returns the learning rate of updates that are decided from now on.
+    #[must_use]
+    pub fn learning_rate(&self) -> f64 {
+        self.learning_rate
+    }
+
+    /// Changes the learning rate of updates that are decided from now on.
+    pub fn set_learning_rate(&mut self, learning_rate: f64) {
+        self.learning_rate = learning_rate;
+    }
+
+    /// Returns how many gradients wait here for the coordinator's decision.
+    #[must_use]
+    pub fn num_staged(&self) -> usize {
+        self.staged.len()
+    }
+
+    /// Keeps a gradient until the coordinator decides what becomes of it. Staging it again
+    /// changes nothing. May make updates possible that waited for it: answer what is returned.
+    ///
+    /// # Errors
+    /// When the gradient is over other weights, its worker's life is over, or the worker has
+    /// too many staged already.
+    pub fn stage(
+        &mut self,
+        id: GradientId,
+        gradient: &Gradient,
+    ) -> Result<Vec<PullAnswer>, ShardError> {
+        let (got, expected) = (gradient.range(), self.range());
+        if got.start > expected.start || got.end < expected.end {
+            return Err(ShardError::WrongRange { id, got, expected });
+        }
+        let fence = self.fences.get(&id.worker).filter(|&&least| id.incarnation < least);
+        if let Some(&least) = fence.filter(|_| !self.is_awaited(id)) {
+            return Err(ShardError::Fenced { id, least });
+        }
+        if self.staged.contains_key(&id) {
+            return Ok(Vec::new());
+        }
+        let of_worker = self.staged.keys().filter(|staged| staged.worker == id.worker);
+        if of_worker.count() >= MAX_STAGED {
+            return Err(ShardError::TooManyStaged { worker: id.worker });
+        }
+        self.staged.insert(id, gradient.slice(expected));
+        Ok(self.do_updates())
+    }
+
+    /// Forgets a gradient that will not be applied.
+    pub fn discard(&mut self, id: GradientId) {
+        if !self.is_awaited(id) {
+            self.staged.remove(&id);
+        }
+    }
+
+    /// Forgets the gradients of a worker's earlier lives and accepts no more of them.
+    pub fn fence(&mut self, worker: WorkerId, below: Incarnation) {
+        self.fences.insert(worker, below);
+        let over = |id: &GradientId| id.worker == worker && id.incarnation < below;
+        let mut staged = std::mem::take(&mut self.staged);
+        staged.retain(|id, _| !over(id) || self.is_awaited(*id));
+        self.staged = staged;
+    }
+
+    /// Applies an update, with this learning rate. If a gradient of it is not staged here yet,
+    /// it and all later updates wait. Returns the pulls that can be answered now.
+    pub fn update(&mut self, update: Update, learning_rate: f64) -> Vec<PullAnswer> {
+        self.undone_updates.push_back((update, learning_rate));
+        self.do_updates()
+    }
+
+    /// Answers a pull at once, or, if its version does not exist yet, later under `ticket`.
+    pub fn pull(&mut self, ticket: Ticket, wanted: PullVersion) -> Option<PullAnswer> {
+        match self.look_up(wanted) {
+            Some(weights) => Some(PullAnswer { ticket, weights }),
+            None => {
+                self.waiting_pulls.push((ticket, wanted));
+                None
+            }
+        }
+    }
+
+    /// Forgets a waiting pull whose caller has gone.
+    pub fn cancel_pull(&mut self, ticket: Ticket) {
+        self.waiting_pulls.retain(|(waiting, _)| *waiting != ticket);
+    }
+
+    fn look_up(&self, wanted: PullVersion) -> Option<Result<Weights, ShardError>> {
+        let current = self.current.version();
+        match wanted {
+            PullVersion::Latest => Some(Ok(self.current.clone())),
+            PullVersion::AtLeast(version) => {
+                (version <= current).then(|| Ok(self.current.clone()))
+            }
+            PullVersion::Exactly(version) if version > current => None,
+            PullVersion::Exactly(asked) => {
+                let mut kept = self.history.iter().chain([&self.current]);
+                let oldest = self.history.front().unwrap_or(&self.current).version();
+                let found = kept.find(|weights| weights.version() == asked).cloned();
+                Some(found.ok_or(ShardError::VersionGone { asked, oldest }))
+            }
+        }
+    }
+
+    /// Says whether an update that was decided upon still has to apply this gradient.
+    fn is_awaited(&self, id: GradientId) -> bool {
+        self.undone_updates.iter().any(|(update, _)| update.gradients.contains(&id))
+    }
+
+    fn do_updates(&mut self) -> Vec<PullAnswer> {
+        let mut answers = Vec::new();
+        while let Some((update, _)) = self.undone_updates.front() {
+            if !update.gradients.iter().all(|id| self.staged.contains_key(id)) {
+                break;
+            }
+            let (update, learning_rate) =
+                self.undone_updates.pop_front().expect("there is a front");
+            self.apply(&update, learning_rate);
+            // After every single version: somebody may wait for exactly this one.
+            self.answer_pulls(&mut answers);
+        }
+        answers
+    }
+
+    fn answer_pulls(&mut self, answers: &mut Vec<PullAnswer>) {
+        let waiting = std::mem::take(&mut self.waiting_pulls);
+        for (ticket, wanted) in waiting {
+            match self.look_up(wanted) {
+                Some(weights) => answers.push(PullAnswer { ticket, weights }),
+                None => self.waiting_pulls.push((ticket, wanted)),
+            }
+        }
+    }
+
+    fn apply(&mut self, update: &Update, learning_rate: f64) {
+        assert_eq!(update.version, self.current.version().next(), "updates come in order (PS-5)");
+        let gradients: Vec<Gradient> = update
+            .gradients
+            .iter()
+            .map(|id| self.staged.remove(id).expect("checked by the caller"))
+            .collect();
+        let sum;
+        let gradient = match &gradients[..] {
+            [single] => single.values(),
+            several => {
+                sum = reduce(several, update.reduction, &self.pool);
+                &sum
+            }
+        };
+        self.write(gradient, learning_rate, update.version);
+    }
+
+    fn write(&mut self, gradient: &[f32], learning_rate: f64, version: Version) {
+        let segment = self.current.segments[0].clone();
+        let (start, layout) = (segment.start, Arc::clone(self.current.layout()));
+        let old = std::mem::replace(
+            &mut self.current,
+            Weights::new(version, Arc::clone(&layout), Arc::new([])),
+        );
+        let mut old_data = segment.data;
+        if self.num_kept > 0 {
+            self.history.push_back(old);
+            while self.history.len() > self.num_kept {
+                self.history.pop_front();
+            }
+        } else {
+            drop(old);
+        }
+        let data = match Arc::get_mut(&mut old_data) {
+            Some(unshared) => {
+                self.rule.update(unshared, gradient, learning_rate);
+                old_data
+            }
+            None => {
+                let mut next = self.pool.take_filled(old_data.len());
+                self.rule.update_into(&old_data, gradient, learning_rate, &mut next);
+                Arc::new(next)
+            }
+        };
+        self.current = Weights::new(version, layout, Arc::new([Segment { start, data }]));
+    }
+}
+
+/// Adds gradients up in their order, element by element, and divides by their number for a mean.
+fn reduce(gradients: &[Gradient], reduction: Reduction, pool: &BufferPool) -> Buffer {
+    let (first, rest) = gradients.split_first().expect("an update has gradients");
+    let mut sum = pool.take(first.values().len());
+    sum.extend_from_slice(first.values());
+    for gradient in rest {
+        for (sum, value) in sum.iter_mut().zip(gradient.values()) {
+            *sum += value;
+        }
+    }
+    if reduction == Reduction::Mean {
+        let scale = 1.0 / gradients.len() as f32;
+        for sum in sum.iter_mut() {
+            *sum *= scale;
+        }
+    }
+    sum
+}

@@ -1,0 +1,141 @@
+//! What a server tells people and metrics about itself: plain data.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::consistency::{Consistency, Reduction};
+use super::ledger::Outcome;
+use crate::ids::{Clock, Epoch, Version, WorkerId};
+
+/// The coordinator's view of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CoordinatorStatus {
+    /// The mode in use.
+    pub consistency: Consistency,
+    /// How gradients of one update become one.
+    pub reduction: Reduction,
+    /// The number of updates so far.
+    pub version: Version,
+    /// The membership's epoch.
+    pub epoch: Epoch,
+    /// How many pushes wait for their round or for slower workers.
+    pub num_pending: usize,
+    /// Every worker that was ever seen.
+    pub workers: BTreeMap<WorkerId, WorkerStatus>,
+}
+
+/// What became of one worker's gradients.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Whether it takes part now.
+    pub is_member: bool,
+    /// The step that it works on, while it is a member.
+    pub next_clock: Clock,
+    /// How many gradients were applied.
+    pub num_applied: u64,
+    /// How many came too late for their round and were dropped.
+    pub num_dropped_late: u64,
+    /// How many were refused because of their norm.
+    pub num_refused: u64,
+    /// How many pushes were repetitions of earlier ones.
+    pub num_duplicates: u64,
+    /// The staleness of the applied gradients, in updates.
+    pub staleness: Histogram,
+}
+
+impl WorkerStatus {
+    pub(crate) fn count(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Applied { staleness, .. } => {
+                self.num_applied += 1;
+                self.staleness.record(staleness);
+            }
+            Outcome::DroppedLate { .. } => self.num_dropped_late += 1,
+            Outcome::RefusedNorm { .. } => self.num_refused += 1,
+        }
+    }
+}
+
+/// Counts of small whole numbers; those from [`Histogram::LIMIT`] on are counted together.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Histogram {
+    counts: Vec<u64>,
+    sum: u64,
+    max: u64,
+}
+
+impl Histogram {
+    /// The first value that is not counted exactly.
+    pub const LIMIT: u64 = 256;
+
+    /// Counts one value.
+    pub fn record(&mut self, value: u64) {
+        let bucket = value.min(Self::LIMIT) as usize;
+        if self.counts.len() <= bucket {
+            self.counts.resize(bucket + 1, 0);
+        }
+        self.counts[bucket] += 1;
+        self.sum = self.sum.saturating_add(value);
+        self.max = self.max.max(value);
+    }
+
+    /// Adds the counts of another histogram.
+    pub fn merge(&mut self, other: &Self) {
+        if self.counts.len() < other.counts.len() {
+            self.counts.resize(other.counts.len(), 0);
+        }
+        for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
+            *mine += theirs;
+        }
+        self.sum = self.sum.saturating_add(other.sum);
+        self.max = self.max.max(other.max);
+    }
+
+    /// Returns how many values were counted, by value; the last may stand for larger ones too.
+    #[must_use]
+    pub fn counts(&self) -> &[u64] {
+        &self.counts
+    }
+
+    /// Returns how many values were counted.
+    #[must_use]
+    pub fn num_values(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Returns the mean, or 0 if nothing was counted.
+    #[must_use]
+    pub fn mean(&self) -> f64 {
+        match self.num_values() {
+            0 => 0.0,
+            n => self.sum as f64 / n as f64,
+        }
+    }
+
+    /// Returns the largest value, or 0 if nothing was counted.
+    #[must_use]
+    pub fn max(&self) -> u64 {
+        self.max
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn merged_histograms_count_the_values_of_both() {
+        let (mut a, mut b) = (Histogram::default(), Histogram::default());
+        a.record(1);
+        b.record(3);
+        b.record(Histogram::LIMIT + 100);
+        a.merge(&b);
+        assert_eq!(a.num_values(), 3);
+        assert_eq!(a.counts()[1], 1);
+        assert_eq!(a.counts()[Histogram::LIMIT as usize], 1);
+        assert_eq!(a.max(), Histogram::LIMIT + 100);
+        assert_eq!(a.mean(), (1 + 3 + Histogram::LIMIT + 100) as f64 / 3.0);
+        assert_eq!(Histogram::default().mean(), 0.0);
+    }
+}

@@ -1,0 +1,182 @@
+//! PS-2: a push is applied at most once, and its answer is always the same.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::server::ledger::Outcome;
+
+proptest! {
+    /// Every (worker, clock) is delivered 1–3 times, everything in any order. Gradients are
+    /// small integers, so the sum is exact whatever the order.
+    #[test]
+    fn deliveries_in_any_order_and_number_sum_up_exactly(
+        seed: u64, num_workers in 1u32..6, num_clocks in 1u64..15, num_shards in 1usize..4,
+    ) {
+        let mut dice = Dice(seed);
+        let mut world = World::new(num_shards, Consistency::Asp, Reduction::Sum);
+        let mut deliveries = Vec::new();
+        let mut expected = vec![0.0f32; LEN];
+        for worker in 0..num_workers {
+            world.join(worker, 1).unwrap();
+            for clock in 0..num_clocks {
+                let values: Vec<f32> = (0..LEN).map(|_| dice.roll(21) as f32 - 10.0).collect();
+                expected.iter_mut().zip(&values).for_each(|(sum, value)| *sum += value);
+                for _ in 0..=dice.roll(3) {
+                    deliveries.push((id(worker, 1, clock), values.clone()));
+                }
+            }
+        }
+        dice.shuffle(&mut deliveries);
+        let mut first_answers = BTreeMap::new();
+        for (id, values) in deliveries {
+            let ticket = world.push(id, 0, values);
+            if dice.roll(2) == 0 {
+                world.deliver(dice.roll(num_shards));
+            }
+            let answer = world.outcome(ticket);
+            prop_assert!(answer.is_some());
+            prop_assert_eq!(first_answers.entry(id).or_insert(answer), &answer);
+        }
+        prop_assert_eq!(world.weights(), expected);
+        prop_assert_eq!(world.coordinator.version().0, u64::from(num_workers) * num_clocks);
+        for shard in &world.shards {
+            prop_assert_eq!(shard.num_staged(), 0, "nothing is left behind");
+        }
+    }
+}
+
+#[test]
+fn every_event_delivered_twice_gets_the_same_answer() {
+    let mut world = World::new(2, Consistency::Bsp, Reduction::Mean);
+    let joined = world.join(0, 1).unwrap();
+    assert_eq!(world.join(0, 1).unwrap(), joined);
+    world.join(1, 1).unwrap();
+
+    // While the first is pending, and after it is settled.
+    let tickets = [0, 1].map(|_| world.push(id(0, 1, 0), 0, vec![2.0; LEN]));
+    assert_eq!(tickets.map(|ticket| world.outcome(ticket)), [None, None]);
+    world.push(id(1, 1, 0), 0, vec![4.0; LEN]);
+    let late = world.push(id(0, 1, 0), 0, vec![2.0; LEN]);
+    let applied = Answer::Settled(Outcome::Applied { version: Version(1), staleness: 0 });
+    for ticket in [tickets[0], tickets[1], late] {
+        assert_eq!(world.outcome(ticket), Some(applied));
+    }
+    assert_eq!(world.weights(), vec![3.0; LEN]);
+
+    for _ in 0..2 {
+        let ticket = world.ticket();
+        let (worker, incarnation) = (WorkerId(0), Incarnation(1));
+        world.event(Event::Leave { ticket, worker, incarnation });
+        assert_eq!(world.outcome(ticket), Some(Answer::Left));
+    }
+    assert_eq!(world.coordinator.members().count(), 1);
+}
+
+#[test]
+fn a_drivers_update_called_twice_is_applied_once() {
+    let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
+    let gradient = Gradient::new(vec![1.0; LEN]);
+    let ids = [id(0, 1, 0), id(1, 1, 0)];
+    let stamps: Vec<_> = ids.map(|id| world.stamp(id, Version(0), &gradient)).to_vec();
+    let mut answers = Vec::new();
+    for _ in 0..2 {
+        for id in ids {
+            world.shards[0].stage(id, &gradient).unwrap();
+        }
+        let (ticket, stamps) = (world.ticket(), stamps.clone());
+        world.event(Event::Apply { ticket, stamps, reduction: Reduction::Sum });
+        answers.push(world.outcome(ticket));
+    }
+    assert_eq!(answers[0], answers[1]);
+    assert_eq!(world.weights(), vec![2.0; LEN]);
+    assert_eq!(world.shards[0].num_staged(), 0);
+
+    // A new gradient beside an old one: nothing is applied, and the caller learns which it was.
+    let fresh = id(2, 1, 0);
+    let stamps = vec![world.stamp(fresh, Version(0), &gradient), stamps[0]];
+    let ticket = world.ticket();
+    world.event(Event::Apply { ticket, stamps, reduction: Reduction::Sum });
+    assert_eq!(world.answers[&ticket], Err(Refusal::AlreadyPushed { id: ids[0] }));
+    assert_eq!(world.weights(), vec![2.0; LEN]);
+}
+
+#[test]
+fn a_zombie_is_fenced_off_and_its_next_life_goes_on_where_it_was() {
+    let mut world = World::new(2, Consistency::Bsp, Reduction::Sum);
+    world.join(0, 1).unwrap();
+    world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
+    world.join(1, 1).unwrap();
+    let pending = world.push(id(0, 1, 1), 1, vec![10.0; LEN]);
+    world.event(Event::Lost { worker: WorkerId(0) });
+    let not_member = Refusal::NotMember { worker: WorkerId(0), least: Incarnation(2) };
+    assert_eq!(world.answers[&pending], Err(not_member.clone()));
+
+    let zombie = world.push(id(0, 1, 1), 1, vec![10.0; LEN]);
+    assert_eq!(world.answers[&zombie], Err(not_member));
+    let (worker, got, least) = (WorkerId(0), Incarnation(1), Incarnation(2));
+    assert_eq!(world.join(0, 1), Err(Refusal::Fenced { worker, got, least }));
+
+    // Clock 1 was pending, not applied: the next life starts with it, and it counts once.
+    assert_eq!(world.join(0, 2).unwrap().next_clock, Clock(1));
+    let again = world.push(id(0, 2, 1), 1, vec![10.0; LEN]);
+    let zombie = world.push(id(0, 1, 1), 1, vec![10.0; LEN]);
+    assert_eq!(world.answers[&zombie], Err(Refusal::Fenced { worker, got, least }));
+    world.push(id(1, 1, 0), 1, vec![100.0; LEN]);
+    assert!(world.outcome(again).is_some());
+    assert_eq!(world.weights(), vec![111.0; LEN]);
+    assert!(world.shards.iter().all(|shard| shard.num_staged() == 0));
+}
+
+#[test]
+fn bad_norms_are_refused_and_leave_the_weights_as_they_were() {
+    let mut world = World::new(2, Consistency::Asp, Reduction::Mean);
+    world.join(0, 1).unwrap();
+    world.push(id(0, 1, 0), 0, vec![0.5; LEN]);
+    let before = world.weights();
+    for (clock, bad) in [f32::NAN, f32::INFINITY, 1e9].into_iter().enumerate() {
+        let mut values = vec![0.0; LEN];
+        values[LEN - 1] = bad;
+        let ticket = world.push(id(0, 1, 1 + clock as u64), 1, values);
+        let outcome = world.outcome(ticket);
+        assert!(
+            matches!(outcome, Some(Answer::Settled(Outcome::RefusedNorm { limit: 1e6, .. }))),
+            "{bad}: {outcome:?}"
+        );
+    }
+    assert_eq!(world.weights(), before);
+    let status = world.coordinator.status();
+    assert_eq!(status.workers[&WorkerId(0)].num_refused, 3);
+    assert_eq!(status.workers[&WorkerId(0)].num_applied, 1);
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
+    let ticket = world.push(id(7, 1, 0), 0, vec![0.0; LEN]);
+    assert!(matches!(world.answers[&ticket], Err(Refusal::NotMember { .. })));
+    world.join(7, 1).unwrap();
+    let ticket = world.push(id(7, 1, 0), 5, vec![0.0; LEN]);
+    assert!(matches!(world.answers[&ticket], Err(Refusal::FromTheFuture { .. })));
+    let ticket = world.ticket();
+    world.event(Event::Apply { ticket, stamps: Vec::new(), reduction: Reduction::Mean });
+    assert_eq!(world.answers[&ticket], Err(Refusal::Empty));
+    assert_eq!(world.coordinator.version(), Version(0));
+}
+
+#[test]
+fn a_worker_cannot_fill_the_server_with_pushes() {
+    let mut world = World::new(1, Consistency::Bsp, Reduction::Mean);
+    world.join(0, 1).unwrap();
+    world.join(1, 1).unwrap();
+    let mut refused = 0;
+    for clock in 0..100 {
+        let ticket = world.push(id(0, 1, clock), 0, vec![1.0; LEN]);
+        refused += usize::from(matches!(
+            world.answers.get(&ticket),
+            Some(Err(Refusal::TooManyPending { .. }))
+        ));
+    }
+    assert_eq!(refused, 100 - 16);
+    assert_eq!(world.shards[0].num_staged(), 16);
+    assert_eq!(world.updates, []);
+}

@@ -1,0 +1,381 @@
+//! Snapshots of the weights, and gradients, as flat `f32` vectors.
+//!
+//! Both are shared, never copied: cloning [`Weights`] or slicing a [`Gradient`] costs a
+//! reference count (PS-8). A snapshot is immutable (PS-5); the server writes the next
+//! version into another buffer while anybody still reads this one.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::buffer::Buffer;
+use crate::ids::{GradientId, Version};
+
+/// One parameter's place in the flat vector.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parameter {
+    /// The path of the parameter in its model, such as `conv1.weight`.
+    pub name: String,
+    /// The length of each axis; a scalar has none.
+    pub shape: Vec<usize>,
+    /// Where its numbers are, in row-major order.
+    pub range: Range<usize>,
+}
+
+/// The names and shapes of all parameters, in the order in which they are stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    parameters: Vec<Parameter>,
+}
+
+/// A layout whose parameters do not follow one another, or whose shapes disagree with them.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "parameter `{name}` must take the {expected} numbers from {start} on (shape {shape:?}), \
+     but claims {range:?}"
+)]
+pub struct LayoutError {
+    name: String,
+    shape: Vec<usize>,
+    start: usize,
+    expected: usize,
+    range: Range<usize>,
+}
+
+impl Layout {
+    /// Makes a layout of parameters that follow one another from 0 without a gap.
+    ///
+    /// # Errors
+    /// When a range does not start where the last one ended, or is not as long as its shape
+    /// says.
+    pub fn new(parameters: Vec<Parameter>) -> Result<Self, LayoutError> {
+        let mut start = 0;
+        for Parameter { name, shape, range } in &parameters {
+            // Shapes may come from a file or a peer: a product that overflows matches no range.
+            let expected = shape.iter().try_fold(1usize, |n, &axis| n.checked_mul(axis));
+            let expected = expected.unwrap_or(usize::MAX);
+            if range.start != start || range.end.checked_sub(start) != Some(expected) {
+                let (name, shape, range) = (name.clone(), shape.clone(), range.clone());
+                return Err(LayoutError { name, shape, start, expected, range });
+            }
+            start = range.end;
+        }
+        Ok(Self { parameters })
+    }
+
+    /// Makes the layout of a vector of `len` numbers without any further structure.
+    #[must_use]
+    pub fn flat(len: usize) -> Self {
+        let parameter = Parameter { name: "weights".to_owned(), shape: vec![len], range: 0..len };
+        Self { parameters: vec![parameter] }
+    }
+
+    /// Returns the parameters in order.
+    #[must_use]
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// Returns how many numbers all parameters have together.
+    #[must_use]
+    pub fn num_weights(&self) -> usize {
+        self.parameters.last().map_or(0, |last| last.range.end)
+    }
+}
+
+/// A contiguous part of the weights, as one server holds it.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    pub(crate) start: usize,
+    pub(crate) data: Arc<Buffer>,
+}
+
+impl Segment {
+    /// Returns the place of this part in the whole vector.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.start..self.start + self.data.len()
+    }
+
+    /// Returns the numbers.
+    #[must_use]
+    pub fn data(&self) -> &[f32] {
+        &self.data
+    }
+}
+
+/// An immutable snapshot of the weights at one version.
+///
+/// It has one segment per server, in order. A snapshot of the whole model covers
+/// `0..layout.num_weights()`; what a single server of several hands out covers its own range.
+#[derive(Clone, Debug)]
+pub struct Weights {
+    version: Version,
+    layout: Arc<Layout>,
+    pub(crate) segments: Arc<[Segment]>,
+}
+
+impl Weights {
+    pub(crate) fn new(version: Version, layout: Arc<Layout>, segments: Arc<[Segment]>) -> Self {
+        Self { version, layout, segments }
+    }
+
+    /// Makes the initial weights of a whole model: version 0, in one segment.
+    ///
+    /// # Panics
+    /// When `values` has not as many numbers as the layout says.
+    #[must_use]
+    pub fn initial(layout: Layout, values: Vec<f32>) -> Self {
+        assert_eq!(values.len(), layout.num_weights(), "one number per weight of the layout");
+        let segment = Segment { start: 0, data: Arc::new(Buffer::from(values)) };
+        Self::new(Version(0), Arc::new(layout), Arc::new([segment]))
+    }
+
+    /// Joins the parts that several servers hold of one version.
+    ///
+    /// # Panics
+    /// When the versions differ or the parts do not follow one another.
+    pub(crate) fn join(parts: &[Self]) -> Self {
+        let first = parts.first().expect("a group has at least one server");
+        let segments: Arc<[Segment]> =
+            parts.iter().flat_map(|part| part.segments.iter().cloned()).collect();
+        for (a, b) in segments.iter().zip(segments.iter().skip(1)) {
+            assert_eq!(a.range().end, b.start, "parts follow one another (PS-1)");
+        }
+        assert!(parts.iter().all(|p| p.version == first.version), "one version (PS-5)");
+        Self::new(first.version, Arc::clone(&first.layout), segments)
+    }
+
+    /// Returns the number of updates that led to these weights.
+    #[must_use]
+    pub fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Returns the names and shapes of the whole model's parameters.
+    #[must_use]
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// Returns the parts, one per server.
+    #[must_use]
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// Returns the range of weights that this snapshot covers.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        match (self.segments.first(), self.segments.last()) {
+            (Some(first), Some(last)) => first.start..last.range().end,
+            _ => 0..0,
+        }
+    }
+
+    /// Returns how many numbers the snapshot holds.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.range().len()
+    }
+
+    /// Says whether the snapshot holds no number at all.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Reads the weights of `range`; copies only if it spans two servers' segments.
+    ///
+    /// # Panics
+    /// When `range` is not within [`Weights::range`].
+    #[must_use]
+    pub fn read(&self, range: Range<usize>) -> Cow<'_, [f32]> {
+        let own = self.range();
+        assert!(
+            range.start >= own.start && range.end <= own.end && range.start <= range.end,
+            "weights {range:?} are not within {own:?}"
+        );
+        let mut joined = Vec::new();
+        for segment in &*self.segments {
+            let from = range.start.max(segment.start);
+            let until = range.end.min(segment.range().end);
+            if from >= until {
+                continue;
+            }
+            let part = &segment.data[from - segment.start..until - segment.start];
+            if part.len() == range.len() {
+                return Cow::Borrowed(part);
+            }
+            joined.extend_from_slice(part);
+        }
+        Cow::Owned(joined)
+    }
+
+    /// Copies all numbers into one new vector.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<f32> {
+        self.segments.iter().flat_map(|segment| segment.data.iter().copied()).collect()
+    }
+}
+
+/// The gradient of a loss with respect to all weights.
+///
+/// Its norm is computed once, when it is made, in the thread that made it and while it is
+/// still in that core's cache. The server's guard against NaN, infinity and exploding
+/// gradients therefore costs no second pass over the numbers, and none can slip past it.
+#[derive(Clone, Debug)]
+pub struct Gradient {
+    data: Arc<Buffer>,
+    range: Range<usize>,
+    norm_squared: f64,
+}
+
+impl Gradient {
+    /// Takes a gradient over weights `0..values.len()`.
+    #[must_use]
+    pub fn new(values: impl Into<Buffer>) -> Self {
+        let data = values.into();
+        let norm_squared = norm_squared(&data);
+        Self { range: 0..data.len(), data: Arc::new(data), norm_squared }
+    }
+
+    /// Returns the part for the weights of `range`, sharing the numbers with this one.
+    /// Its [`norm`](Self::norm) stays that of the whole gradient.
+    ///
+    /// # Panics
+    /// When this gradient does not cover `range`.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        assert!(
+            range.start >= self.range.start && range.end <= self.range.end,
+            "gradient {range:?} is not within {:?}",
+            self.range
+        );
+        Self { data: Arc::clone(&self.data), range, norm_squared: self.norm_squared }
+    }
+
+    /// Returns the range of weights that it is the gradient of.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.range.clone()
+    }
+
+    /// Returns the numbers of [`Gradient::range`].
+    #[must_use]
+    pub fn values(&self) -> &[f32] {
+        &self.data[self.range.clone()]
+    }
+
+    /// Returns the Euclidean norm of the whole gradient; not finite if any number is not.
+    #[must_use]
+    pub fn norm(&self) -> f64 {
+        self.norm_squared.sqrt()
+    }
+}
+
+/// Sums squares in eight `f64` lanes: squares of finite `f32` cannot overflow there, so the
+/// sum is finite exactly when every number is. The order of summation is fixed.
+fn norm_squared(values: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let (chunks, rest) = values.as_chunks::<8>();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(value) * f64::from(value);
+        }
+    }
+    let rest: f64 = rest.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
+    lanes.iter().sum::<f64>() + rest
+}
+
+/// A worker's gradient of one batch, with where it comes from.
+#[derive(Clone, Debug)]
+pub struct Gradients {
+    /// Who computed it, and at which step.
+    pub id: GradientId,
+    /// The version of the weights that it was computed on.
+    pub computed_on: Version,
+    /// The batch's mean loss before the update.
+    pub loss: f32,
+    /// How many examples the batch had.
+    pub num_examples: usize,
+    /// The numbers.
+    pub gradient: Gradient,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weights_in(segments: &[&[f32]]) -> Weights {
+        let mut start = 0;
+        let mut parts = Vec::new();
+        let len = segments.iter().map(|s| s.len()).sum();
+        let layout = Arc::new(Layout::flat(len));
+        for values in segments {
+            let segment = Segment { start, data: Arc::new(Buffer::from(values.to_vec())) };
+            parts.push(Weights::new(Version(3), Arc::clone(&layout), Arc::new([segment])));
+            start += values.len();
+        }
+        Weights::join(&parts)
+    }
+
+    #[test]
+    fn reading_within_a_segment_borrows_and_across_segments_joins() {
+        let weights = weights_in(&[&[0.0, 1.0, 2.0], &[], &[3.0], &[4.0, 5.0]]);
+        assert_eq!(weights.range(), 0..6);
+        assert!(matches!(weights.read(1..3), Cow::Borrowed([1.0, 2.0])));
+        assert!(matches!(weights.read(4..6), Cow::Borrowed([4.0, 5.0])));
+        assert_eq!(weights.read(1..6), &[1.0, 2.0, 3.0, 4.0, 5.0][..]);
+        assert_eq!(weights.read(6..6), &[][..]);
+        assert_eq!(weights.to_vec(), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "weights 3..7 are not within 0..6")]
+    fn reading_outside_is_a_callers_mistake() {
+        let _ = weights_in(&[&[0.0; 6]]).read(3..7);
+    }
+
+    #[test]
+    fn the_norm_is_finite_exactly_when_every_number_is() {
+        assert_eq!(Gradient::new(vec![3.0, 0.0, 4.0]).norm(), 5.0);
+        assert!(Gradient::new(vec![f32::MAX; 1000]).norm().is_finite());
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for place in [0, 7, 8, 16] {
+                let mut values = vec![1.0; 17];
+                values[place] = bad;
+                assert!(!Gradient::new(values).norm().is_finite(), "{bad} at {place}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_slice_shares_the_numbers() {
+        let gradient = Gradient::new(vec![1.0, 2.0, 3.0, 4.0]);
+        let slice = gradient.slice(1..3).slice(2..3);
+        assert_eq!(slice.values(), [3.0]);
+        assert!(std::ptr::eq(&slice.values()[0], &gradient.values()[2]));
+    }
+
+    #[test]
+    fn a_layout_must_be_without_gaps_and_fit_its_shapes() {
+        let parameter = |shape: &[usize], range: Range<usize>| Parameter {
+            name: "p".to_owned(),
+            shape: shape.to_vec(),
+            range,
+        };
+        let good = Layout::new(vec![parameter(&[2, 3], 0..6), parameter(&[], 6..7)]).unwrap();
+        assert_eq!(good.num_weights(), 7);
+        for bad in [
+            vec![parameter(&[2], 1..3)],
+            vec![parameter(&[2], 0..2), parameter(&[2], 3..5)],
+            vec![parameter(&[2, 3], 0..5)],
+            vec![parameter(&[usize::MAX, usize::MAX], 0..1)],
+        ] {
+            assert!(Layout::new(bad.clone()).is_err(), "{bad:?}");
+        }
+    }
+}
