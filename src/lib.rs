@@ -1,1 +1,88 @@
-//! Parameter-server training in typed Rust.
+//! Parameter-server training in typed Rust, in the style of Ray.
+//!
+//! A driver program spawns a [`ParameterServer`](actors::server::ParameterServer), or several that
+//! share the weights, and some [`DataWorker`](actors::worker::DataWorker)s. They are actors: each
+//! has a thread of its own, and every call returns a future. Workers compute gradients of a
+//! [burn](https://burn.dev) model; servers apply them, synchronously, asynchronously, or anything
+//! between ([`Consistency`](actors::server::Consistency)), each gradient exactly once.
+//!
+//! There are two ways to write a driver. [`Trainer`] does everything in one call. Or send the
+//! messages yourself:
+//!
+//! ```
+//! use ps::prelude::*;
+//!
+//! let device = select_device(default_device_name())?;
+//! let mnist = Mnist::bundled_sample();
+//! let model = ConvNet::init(1, &device);
+//!
+//! let config = ServerConfig { learning_rate: 0.01, ..ServerConfig::default() };
+//! let initial = initial_weights(&model, &device)?;
+//! let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
+//! let workers = [0, 1].map(|rank| {
+//!     let config =
+//!         WorkerConfig { worker: WorkerId(rank), num_workers: 2, batch_size: 64, seed: 1 };
+//!     spawn_worker(&model, &device, &mnist.train, config)
+//! });
+//! let [one, other] = workers;
+//! let (one, other) = (one?, other?);
+//!
+//! let mut weights = server.ask(GetWeights).wait()?;
+//! for _ in 0..3 {
+//!     // Both compute at the same time: a call starts when it is made.
+//!     let first = one.ask(ComputeGradients(weights.clone()));
+//!     let second = other.ask(ComputeGradients(weights.clone()));
+//!     let gradients = [first.wait()??, second.wait()??];
+//!     weights = server.ask(ApplyGradients::mean(gradients)).wait()??;
+//! }
+//! assert_eq!(weights.version(), Version(3));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`trainer`], [`report`] | training in one call, and what comes out |
+//! | [`source`] | a burn model with data as a worker's source of gradients; evaluation |
+//! | [`rule`] | a burn optimizer as a server's update rule |
+//! | [`data`] | data sets that can be cut into batches |
+//! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
+
+pub mod data;
+pub mod report;
+pub mod rule;
+pub mod source;
+pub mod trainer;
+
+pub use ps_actors as actors;
+pub use ps_data as dataset;
+pub use ps_model as model;
+
+pub use report::Report;
+pub use trainer::{TrainError, Trainer};
+
+/// What a driver program usually needs.
+pub mod prelude {
+    pub use ps_actors::actor::{ActorRef, CallError, Pending, Reply, Spawn, lookup, run, spawn};
+    pub use ps_actors::group::ServerGroup;
+    pub use ps_actors::ids::{Clock, Version, WorkerId};
+    pub use ps_actors::rule::{Sgd, UpdateRule};
+    pub use ps_actors::server::{
+        ApplyGradients, Consistency, GetStatus, GetWeights, ParameterServer, Pull, PullVersion,
+        Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
+    };
+    pub use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+    pub use ps_actors::worker::{
+        ComputeGradients, DataWorker, GradientSource, LocalGradient, RunSteps,
+    };
+    pub use ps_data::{FashionMnist, ImageDataset, Mnist, MnistOptions};
+    pub use ps_model::{
+        ConvNet, Evaluation, ImageBatch, Model, Net, Step, compiled_devices, default_device_name,
+        nll_loss, select_device,
+    };
+
+    pub use crate::data::{Examples, collated};
+    pub use crate::report::Report;
+    pub use crate::rule::OptimizerRule;
+    pub use crate::source::{Evaluator, WorkerConfig, initial_weights, spawn_worker};
+    pub use crate::trainer::{TrainError, Trainer};
+}

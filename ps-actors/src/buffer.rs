@@ -25,7 +25,12 @@ impl BufferPool {
     #[must_use]
     pub fn new(max_idle: usize) -> Self {
         let buffers = Mutex::new(Vec::with_capacity(max_idle));
-        Self { idle: Arc::new(Idle { buffers, max: max_idle }) }
+        Self {
+            idle: Arc::new(Idle {
+                buffers,
+                max: max_idle,
+            }),
+        }
     }
 
     /// Takes an empty buffer with room for `capacity` numbers, recycled if one is idle.
@@ -35,7 +40,10 @@ impl BufferPool {
         let mut data = recycled.unwrap_or_default();
         data.clear();
         data.reserve_exact(capacity);
-        Buffer { data, home: Arc::downgrade(&self.idle) }
+        Buffer {
+            data,
+            home: Arc::downgrade(&self.idle),
+        }
     }
 
     /// Takes a buffer of exactly `len` numbers whose contents are unspecified: a recycled
@@ -45,7 +53,10 @@ impl BufferPool {
         let recycled = self.idle.lock().pop();
         let mut data = recycled.unwrap_or_default();
         data.resize(len, 0.0);
-        Buffer { data, home: Arc::downgrade(&self.idle) }
+        Buffer {
+            data,
+            home: Arc::downgrade(&self.idle),
+        }
     }
 
     /// Returns how many buffers wait for reuse.
@@ -57,7 +68,9 @@ impl BufferPool {
 
 impl fmt::Debug for BufferPool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BufferPool").field("num_idle", &self.num_idle()).finish()
+        f.debug_struct("BufferPool")
+            .field("num_idle", &self.num_idle())
+            .finish()
     }
 }
 
@@ -90,7 +103,10 @@ impl Buffer {
 /// Wraps a vector that belongs to no pool; it is freed when dropped.
 impl From<Vec<f32>> for Buffer {
     fn from(data: Vec<f32>) -> Self {
-        Self { data, home: Weak::new() }
+        Self {
+            data,
+            home: Weak::new(),
+        }
     }
 }
 
@@ -122,7 +138,9 @@ impl Drop for Buffer {
 /// Shows the length only: payloads do not belong in logs.
 impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buffer").field("len", &self.data.len()).finish()
+        f.debug_struct("Buffer")
+            .field("len", &self.data.len())
+            .finish()
     }
 }
 

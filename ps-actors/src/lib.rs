@@ -1,1 +1,30 @@
-//! ps-actors.
+//! Typed actors with replies, supervision and bounded queues on ordinary actix actors, and the
+//! parameter server and its workers on top of them.
+//!
+//! This crate knows no tensor library: weights and gradients are flat `f32` buffers, an
+//! [`UpdateRule`](rule::UpdateRule) changes the ones by the others, and a
+//! [`GradientSource`](worker::GradientSource) computes gradients.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`actor`] | the runtime: [`spawn`], [`ActorRef`], [`Reply`], [`Pending`] |
+//! | [`server`] | the parameter server: consistency, exactly-once ledger, shards |
+//! | [`worker`] | the worker and its loop |
+//! | [`group`] | the servers of one model as one thing to push to and pull from |
+//! | [`weights`], [`buffer`] | snapshots, gradients, recycled buffers |
+//! | [`rule`] | how a gradient changes the weights; SGD |
+//! | [`ids`] | worker, incarnation, clock, version, epoch |
+
+pub mod actor;
+pub mod buffer;
+pub mod group;
+pub mod ids;
+pub mod rule;
+pub mod server;
+pub mod weights;
+pub mod worker;
+
+pub use actor::{
+    ActorId, ActorRef, CallError, Pending, Reply, RestartPolicy, Spawn, SpawnError, get_or_spawn,
+    lookup, shutdown_all, spawn,
+};

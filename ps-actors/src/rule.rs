@@ -42,7 +42,10 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
         if state == RuleState::default() {
             return Ok(());
         }
-        Err(RuleStateError { rule: format!("{self:?}"), problem: "it keeps no state".to_owned() })
+        Err(RuleStateError {
+            rule: format!("{self:?}"),
+            problem: "it keeps no state".to_owned(),
+        })
     }
 }
 
@@ -52,7 +55,20 @@ pub struct RuleState {
     /// Named vectors, each as long as the range of weights.
     pub vectors: Vec<(String, Vec<f32>)>,
     /// Named single numbers, such as a step count.
-    pub scalars: Vec<(String, f64)>,
+    pub scalars: Vec<(String, Scalar)>,
+}
+
+/// A single number of an update rule's state.
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum Scalar {
+    /// A count.
+    Unsigned(u64),
+    /// A negative integer.
+    Signed(i64),
+    /// A real number.
+    Float(f64),
+    /// A switch.
+    Bool(bool),
 }
 
 /// A saved state that does not belong to the rule that it was given to.
@@ -88,8 +104,14 @@ impl Sgd {
     /// When `momentum` is not in `0.0..1.0`.
     #[must_use]
     pub fn with_momentum(momentum: f32) -> Self {
-        assert!((0.0..1.0).contains(&momentum), "momentum {momentum} is not in 0.0..1.0");
-        Self { momentum, velocity: Vec::new() }
+        assert!(
+            (0.0..1.0).contains(&momentum),
+            "momentum {momentum} is not in 0.0..1.0"
+        );
+        Self {
+            momentum,
+            velocity: Vec::new(),
+        }
     }
 }
 
@@ -134,7 +156,10 @@ impl UpdateRule for Sgd {
             return RuleState::default();
         }
         let vectors = vec![("velocity".to_owned(), self.velocity.clone())];
-        RuleState { vectors, scalars: Vec::new() }
+        RuleState {
+            vectors,
+            scalars: Vec::new(),
+        }
     }
 
     fn restore(&mut self, mut state: RuleState) -> Result<(), RuleStateError> {
@@ -158,7 +183,9 @@ impl UpdateRule for Sgd {
 
 impl fmt::Debug for Sgd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sgd").field("momentum", &self.momentum).finish_non_exhaustive()
+        f.debug_struct("Sgd")
+            .field("momentum", &self.momentum)
+            .finish_non_exhaustive()
     }
 }
 
@@ -178,7 +205,10 @@ mod tests {
                 rule.update(&mut weights, gradient, 0.1);
             }
             for (got, want) in weights.iter().zip(expected) {
-                assert!((got - want).abs() < 1e-6, "momentum {momentum}: {weights:?}");
+                assert!(
+                    (got - want).abs() < 1e-6,
+                    "momentum {momentum}: {weights:?}"
+                );
             }
         }
     }

@@ -54,11 +54,19 @@ impl Layout {
         let mut start = 0;
         for Parameter { name, shape, range } in &parameters {
             // Shapes may come from a file or a peer: a product that overflows matches no range.
-            let expected = shape.iter().try_fold(1usize, |n, &axis| n.checked_mul(axis));
+            let expected = shape
+                .iter()
+                .try_fold(1usize, |n, &axis| n.checked_mul(axis));
             let expected = expected.unwrap_or(usize::MAX);
             if range.start != start || range.end.checked_sub(start) != Some(expected) {
                 let (name, shape, range) = (name.clone(), shape.clone(), range.clone());
-                return Err(LayoutError { name, shape, start, expected, range });
+                return Err(LayoutError {
+                    name,
+                    shape,
+                    start,
+                    expected,
+                    range,
+                });
             }
             start = range.end;
         }
@@ -68,8 +76,14 @@ impl Layout {
     /// Makes the layout of a vector of `len` numbers without any further structure.
     #[must_use]
     pub fn flat(len: usize) -> Self {
-        let parameter = Parameter { name: "weights".to_owned(), shape: vec![len], range: 0..len };
-        Self { parameters: vec![parameter] }
+        let parameter = Parameter {
+            name: "weights".to_owned(),
+            shape: vec![len],
+            range: 0..len,
+        };
+        Self {
+            parameters: vec![parameter],
+        }
     }
 
     /// Returns the parameters in order.
@@ -119,7 +133,11 @@ pub struct Weights {
 
 impl Weights {
     pub(crate) fn new(version: Version, layout: Arc<Layout>, segments: Arc<[Segment]>) -> Self {
-        Self { version, layout, segments }
+        Self {
+            version,
+            layout,
+            segments,
+        }
     }
 
     /// Makes the initial weights of a whole model: version 0, in one segment.
@@ -128,8 +146,15 @@ impl Weights {
     /// When `values` has not as many numbers as the layout says.
     #[must_use]
     pub fn initial(layout: Layout, values: Vec<f32>) -> Self {
-        assert_eq!(values.len(), layout.num_weights(), "one number per weight of the layout");
-        let segment = Segment { start: 0, data: Arc::new(Buffer::from(values)) };
+        assert_eq!(
+            values.len(),
+            layout.num_weights(),
+            "one number per weight of the layout"
+        );
+        let segment = Segment {
+            start: 0,
+            data: Arc::new(Buffer::from(values)),
+        };
         Self::new(Version(0), Arc::new(layout), Arc::new([segment]))
     }
 
@@ -139,12 +164,17 @@ impl Weights {
     /// When the versions differ or the parts do not follow one another.
     pub(crate) fn join(parts: &[Self]) -> Self {
         let first = parts.first().expect("a group has at least one server");
-        let segments: Arc<[Segment]> =
-            parts.iter().flat_map(|part| part.segments.iter().cloned()).collect();
+        let segments: Arc<[Segment]> = parts
+            .iter()
+            .flat_map(|part| part.segments.iter().cloned())
+            .collect();
         for (a, b) in segments.iter().zip(segments.iter().skip(1)) {
             assert_eq!(a.range().end, b.start, "parts follow one another (PS-1)");
         }
-        assert!(parts.iter().all(|p| p.version == first.version), "one version (PS-5)");
+        assert!(
+            parts.iter().all(|p| p.version == first.version),
+            "one version (PS-5)"
+        );
         Self::new(first.version, Arc::clone(&first.layout), segments)
     }
 
@@ -217,7 +247,10 @@ impl Weights {
     /// Copies all numbers into one new vector.
     #[must_use]
     pub fn to_vec(&self) -> Vec<f32> {
-        self.segments.iter().flat_map(|segment| segment.data.iter().copied()).collect()
+        self.segments
+            .iter()
+            .flat_map(|segment| segment.data.iter().copied())
+            .collect()
     }
 }
 
@@ -239,7 +272,11 @@ impl Gradient {
     pub fn new(values: impl Into<Buffer>) -> Self {
         let data = values.into();
         let norm_squared = norm_squared(&data);
-        Self { range: 0..data.len(), data: Arc::new(data), norm_squared }
+        Self {
+            range: 0..data.len(),
+            data: Arc::new(data),
+            norm_squared,
+        }
     }
 
     /// Returns the part for the weights of `range`, sharing the numbers with this one.
@@ -254,7 +291,11 @@ impl Gradient {
             "gradient {range:?} is not within {:?}",
             self.range
         );
-        Self { data: Arc::clone(&self.data), range, norm_squared: self.norm_squared }
+        Self {
+            data: Arc::clone(&self.data),
+            range,
+            norm_squared: self.norm_squared,
+        }
     }
 
     /// Returns the range of weights that it is the gradient of.
@@ -286,7 +327,10 @@ fn norm_squared(values: &[f32]) -> f64 {
             *lane += f64::from(value) * f64::from(value);
         }
     }
-    let rest: f64 = rest.iter().map(|&value| f64::from(value) * f64::from(value)).sum();
+    let rest: f64 = rest
+        .iter()
+        .map(|&value| f64::from(value) * f64::from(value))
+        .sum();
     lanes.iter().sum::<f64>() + rest
 }
 
@@ -315,8 +359,15 @@ mod tests {
         let len = segments.iter().map(|s| s.len()).sum();
         let layout = Arc::new(Layout::flat(len));
         for values in segments {
-            let segment = Segment { start, data: Arc::new(Buffer::from(values.to_vec())) };
-            parts.push(Weights::new(Version(3), Arc::clone(&layout), Arc::new([segment])));
+            let segment = Segment {
+                start,
+                data: Arc::new(Buffer::from(values.to_vec())),
+            };
+            parts.push(Weights::new(
+                Version(3),
+                Arc::clone(&layout),
+                Arc::new([segment]),
+            ));
             start += values.len();
         }
         Weights::join(&parts)
@@ -347,7 +398,10 @@ mod tests {
             for place in [0, 7, 8, 16] {
                 let mut values = vec![1.0; 17];
                 values[place] = bad;
-                assert!(!Gradient::new(values).norm().is_finite(), "{bad} at {place}");
+                assert!(
+                    !Gradient::new(values).norm().is_finite(),
+                    "{bad} at {place}"
+                );
             }
         }
     }

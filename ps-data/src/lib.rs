@@ -1,1 +1,53 @@
-//! ps-data.
+//! Training data: MNIST and FashionMNIST, and seeded, sharded, resumable batches of any data.
+//!
+//! - [`Mnist`], [`FashionMnist`]: found in a directory, the user's cache or the network, verified;
+//!   without any of them MNIST falls back to a bundled sample of real images.
+//! - [`ImageDataset`]: labelled images in memory; a burn `Dataset`, and normalized [`ImageBatch`]es.
+//! - [`Sampler`]: decides which examples form which batch. A pure function of [`SamplerConfig`] and
+//!   [`Cursor`], the same on every platform and in every process.
+//! - [`Batches`]: a sampler and a function from indexes to a batch, prefetched on a thread.
+//!
+//! The crate knows no tensor library, no actors and no model; batches are flat `Vec<f32>`.
+//!
+//! ```
+//! use ps_data::{Batches, Mnist, SamplerConfig};
+//!
+//! // `Mnist::load(&MnistOptions::default())?` prefers the full 60,000 images.
+//! let mnist = Mnist::bundled_sample();
+//!
+//! // Worker 0 of 2: its batches and those of worker 1 cover every image once per epoch.
+//! let config = SamplerConfig {
+//!     shard: 0,
+//!     num_shards: 2,
+//!     seed: 7,
+//!     ..SamplerConfig::new(mnist.train.len(), 128)
+//! };
+//! let mut batches = Batches::of_images(&mnist.train, config.clone())?;
+//! let batch = batches.next_batch()?;
+//! assert_eq!(batch.dims, [128, 1, 28, 28]);
+//!
+//! // Saved with a checkpoint, the cursor resumes with exactly the batch that would have followed.
+//! let saved = batches.cursor();
+//! let expected = batches.next_batch()?;
+//! let mut resumed = Batches::of_images(&mnist.train, config)?;
+//! resumed.seek(saved)?;
+//! assert_eq!(resumed.next_batch()?, expected);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod batches;
+#[cfg(feature = "download")]
+mod download;
+mod error;
+mod idx;
+mod image;
+mod load;
+mod mnist;
+mod sampler;
+mod spec;
+
+pub use batches::{BatchError, Batches};
+pub use error::{DataError, IdxError};
+pub use image::{ImageBatch, ImageDataset, ImageItem, Normalization, Split};
+pub use mnist::{DataSource, FashionMnist, Mnist, MnistOptions};
+pub use sampler::{Cursor, Sampler, SamplerConfig, SamplerError};

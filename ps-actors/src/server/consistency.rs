@@ -62,13 +62,15 @@ impl FromStr for Consistency {
     type Err = ConsistencyError;
 
     fn from_str(text: &str) -> Result<Self, ConsistencyError> {
-        let unknown = || ConsistencyError::Unknown { text: text.to_owned() };
+        let unknown = || ConsistencyError::Unknown {
+            text: text.to_owned(),
+        };
         match text.split_once(':') {
             None if text == "bsp" => Ok(Self::Bsp),
             None if text == "asp" => Ok(Self::Asp),
-            Some(("ssp", bound)) => {
-                Ok(Self::Ssp { bound: bound.parse().map_err(|_| unknown())? })
-            }
+            Some(("ssp", bound)) => Ok(Self::Ssp {
+                bound: bound.parse().map_err(|_| unknown())?,
+            }),
             Some(("k-of-n", k)) => match k.parse().map_err(|_| unknown())? {
                 0 => Err(unknown()),
                 k => Ok(Self::KofN { k }),
@@ -123,7 +125,9 @@ impl FromStr for Reduction {
         match text {
             "mean" => Ok(Self::Mean),
             "sum" => Ok(Self::Sum),
-            _ => Err(ReductionError { text: text.to_owned() }),
+            _ => Err(ReductionError {
+                text: text.to_owned(),
+            }),
         }
     }
 }
@@ -158,7 +162,9 @@ mod tests {
 
     #[test]
     fn wrong_modes_say_what_would_be_right() {
-        for text in ["", "BSP", "ssp", "ssp:", "ssp:-1", "ssp:x", "k-of-n:0", "k-of-n", "asp:1"] {
+        for text in [
+            "", "BSP", "ssp", "ssp:", "ssp:-1", "ssp:x", "k-of-n:0", "k-of-n", "asp:1",
+        ] {
             let error = text.parse::<Consistency>().unwrap_err().to_string();
             assert!(error.contains("ssp:BOUND"), "{text}: {error}");
         }

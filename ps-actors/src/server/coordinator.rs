@@ -98,29 +98,61 @@ impl Coordinator {
     pub fn step(&mut self, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
         match event {
-            Event::Join { ticket, worker, incarnation } => {
+            Event::Join {
+                ticket,
+                worker,
+                incarnation,
+            } => {
                 let answer = self.join(worker, incarnation, &mut effects);
-                effects.push(Effect::Answer { ticket, answer: answer.map(Answer::Joined) });
+                effects.push(Effect::Answer {
+                    ticket,
+                    answer: answer.map(Answer::Joined),
+                });
             }
-            Event::Leave { ticket, worker, incarnation } => {
-                if self.members.get(&worker).is_some_and(|m| m.incarnation == incarnation) {
+            Event::Leave {
+                ticket,
+                worker,
+                incarnation,
+            } => {
+                if self
+                    .members
+                    .get(&worker)
+                    .is_some_and(|m| m.incarnation == incarnation)
+                {
                     self.remove(worker, &mut effects);
                 }
-                effects.push(Effect::Answer { ticket, answer: Ok(Answer::Left) });
+                effects.push(Effect::Answer {
+                    ticket,
+                    answer: Ok(Answer::Left),
+                });
             }
             Event::Lost { worker } => self.remove(worker, &mut effects),
-            Event::Push { ticket, stamp, then_start } => {
+            Event::Push {
+                ticket,
+                stamp,
+                then_start,
+            } => {
                 if let Err(refusal) = self.push(ticket, stamp, then_start, &mut effects) {
                     self.discard_unless_pending(stamp.id, &mut effects);
-                    effects.push(Effect::Answer { ticket, answer: Err(refusal) });
+                    effects.push(Effect::Answer {
+                        ticket,
+                        answer: Err(refusal),
+                    });
                 }
             }
-            Event::Apply { ticket, stamps, reduction } => {
+            Event::Apply {
+                ticket,
+                stamps,
+                reduction,
+            } => {
                 let answer = self.apply(&stamps, reduction, &mut effects);
                 for stamp in &stamps {
                     self.discard_unless_pending(stamp.id, &mut effects);
                 }
-                effects.push(Effect::Answer { ticket, answer: answer.map(Answer::Settled) });
+                effects.push(Effect::Answer {
+                    ticket,
+                    answer: answer.map(Answer::Settled),
+                });
             }
             Event::SetConsistency(consistency) => self.consistency = consistency,
         }
@@ -136,7 +168,9 @@ impl Coordinator {
 
     /// Returns the workers that take part, each with its life.
     pub fn members(&self) -> impl Iterator<Item = (WorkerId, Incarnation)> + '_ {
-        self.members.iter().map(|(&worker, member)| (worker, member.incarnation))
+        self.members
+            .iter()
+            .map(|(&worker, member)| (worker, member.incarnation))
     }
 
     /// Describes the state for people and metrics.
@@ -164,14 +198,30 @@ impl Coordinator {
         incarnation: Incarnation,
         effects: &mut Vec<Effect>,
     ) -> Result<Membership, Refusal> {
-        if let Some(member) = self.members.get(&worker).filter(|m| m.incarnation == incarnation) {
+        if let Some(member) = self
+            .members
+            .get(&worker)
+            .filter(|m| m.incarnation == incarnation)
+        {
             // The same request once more: the same answer, and nothing changes.
             let next_clock = member.first_clock;
-            return Ok(Membership { epoch: self.epoch, next_clock, version: self.version });
+            return Ok(Membership {
+                epoch: self.epoch,
+                next_clock,
+                version: self.version,
+            });
         }
-        if let Some(ledger) = self.ledgers.get(&worker).filter(|l| incarnation <= l.incarnation) {
+        if let Some(ledger) = self
+            .ledgers
+            .get(&worker)
+            .filter(|l| incarnation <= l.incarnation)
+        {
             let least = ledger.incarnation.next();
-            return Err(Refusal::Fenced { worker, got: incarnation, least });
+            return Err(Refusal::Fenced {
+                worker,
+                got: incarnation,
+                least,
+            });
         }
         self.check_room(worker)?;
         self.remove(worker, effects);
@@ -181,26 +231,49 @@ impl Coordinator {
         // A newcomer counts as being where the slowest is: it holds nobody back for steps
         // that others took before it came.
         let first_progress = self.slowest_progress().unwrap_or(0);
-        let member = Member { incarnation, first_clock: next_clock, first_progress, next_clock };
+        let member = Member {
+            incarnation,
+            first_clock: next_clock,
+            first_progress,
+            next_clock,
+        };
         self.members.insert(worker, member);
         self.epoch = self.epoch.next();
-        effects.push(Effect::Fence { worker, below: incarnation });
-        Ok(Membership { epoch: self.epoch, next_clock, version: self.version })
+        effects.push(Effect::Fence {
+            worker,
+            below: incarnation,
+        });
+        Ok(Membership {
+            epoch: self.epoch,
+            next_clock,
+            version: self.version,
+        })
     }
 
     /// Ends a worker's membership. What it has pending is not applied, so that its next life
     /// can push it again.
     fn remove(&mut self, worker: WorkerId, effects: &mut Vec<Effect>) {
-        let Some(member) = self.members.remove(&worker) else { return };
+        let Some(member) = self.members.remove(&worker) else {
+            return;
+        };
         self.epoch = self.epoch.next();
         let least = member.incarnation.next();
-        for push in self.pending.extract_if(.., |push| push.stamp.id.worker == worker) {
+        for push in self
+            .pending
+            .extract_if(.., |push| push.stamp.id.worker == worker)
+        {
             for waiter in push.waiters {
                 let refusal = Refusal::NotMember { worker, least };
-                effects.push(Effect::Answer { ticket: waiter.ticket, answer: Err(refusal) });
+                effects.push(Effect::Answer {
+                    ticket: waiter.ticket,
+                    answer: Err(refusal),
+                });
             }
         }
-        effects.push(Effect::Fence { worker, below: least });
+        effects.push(Effect::Fence {
+            worker,
+            below: least,
+        });
     }
 
     fn push(
@@ -213,14 +286,26 @@ impl Coordinator {
         let id = stamp.id;
         let worker = id.worker;
         let waiter = Waiter { ticket, then_start };
-        let latest = self.ledgers.get(&worker).map_or(Incarnation(0), |l| l.incarnation);
+        let latest = self
+            .ledgers
+            .get(&worker)
+            .map_or(Incarnation(0), |l| l.incarnation);
         match self.members.get(&worker) {
             Some(member) if member.incarnation == id.incarnation => {}
             Some(member) if member.incarnation > id.incarnation => {
                 let least = member.incarnation;
-                return Err(Refusal::Fenced { worker, got: id.incarnation, least });
+                return Err(Refusal::Fenced {
+                    worker,
+                    got: id.incarnation,
+                    least,
+                });
             }
-            _ => return Err(Refusal::NotMember { worker, least: latest.next() }),
+            _ => {
+                return Err(Refusal::NotMember {
+                    worker,
+                    least: latest.next(),
+                });
+            }
         }
         match self.entry(id) {
             Entry::Settled(outcome) => {
@@ -241,11 +326,19 @@ impl Coordinator {
             return Ok(());
         }
         self.check_version(&stamp)?;
-        if self.pending.iter().filter(|push| push.stamp.id.worker == worker).count() >= MAX_PENDING
+        if self
+            .pending
+            .iter()
+            .filter(|push| push.stamp.id.worker == worker)
+            .count()
+            >= MAX_PENDING
         {
             return Err(Refusal::TooManyPending { worker });
         }
-        let push = PendingPush { stamp, waiters: vec![waiter] };
+        let push = PendingPush {
+            stamp,
+            waiters: vec![waiter],
+        };
         match self.norm_outcome(&stamp) {
             Some(refused) => {
                 effects.push(Effect::Discard(id));
@@ -282,7 +375,10 @@ impl Coordinator {
             for (id, _) in &settled {
                 self.stat(id.worker).num_duplicates += 1;
             }
-            let latest = settled.into_iter().map(|(_, outcome)| outcome).max_by_key(Outcome::version);
+            let latest = settled
+                .into_iter()
+                .map(|(_, outcome)| outcome)
+                .max_by_key(Outcome::version);
             return latest.ok_or(Refusal::Empty);
         }
         if let Some(&(id, _)) = settled.first() {
@@ -291,13 +387,21 @@ impl Coordinator {
         for stamp in stamps {
             // One bad gradient spoils the call; the others may be applied again without it.
             if let Some(refused) = self.norm_outcome(stamp) {
-                let push = PendingPush { stamp: *stamp, waiters: Vec::new() };
+                let push = PendingPush {
+                    stamp: *stamp,
+                    waiters: Vec::new(),
+                };
                 self.settle(push, refused, effects);
                 return Ok(refused);
             }
         }
-        let pushes =
-            stamps.iter().map(|&stamp| PendingPush { stamp, waiters: Vec::new() }).collect();
+        let pushes = stamps
+            .iter()
+            .map(|&stamp| PendingPush {
+                stamp,
+                waiters: Vec::new(),
+            })
+            .collect();
         Ok(self.update(pushes, reduction, effects))
     }
 
@@ -306,9 +410,7 @@ impl Coordinator {
     fn advance(&mut self, effects: &mut Vec<Effect>) {
         loop {
             let progress = match self.consistency {
-                Consistency::Asp => {
-                    self.apply_first_pending(effects, |_, _| true)
-                }
+                Consistency::Asp => self.apply_first_pending(effects, |_, _| true),
                 Consistency::Ssp { bound } => self.apply_first_pending(effects, |state, push| {
                     state.may_start(push.stamp.id.worker, push.stamp.id.clock, bound)
                 }),
@@ -368,8 +470,10 @@ impl Coordinator {
 
     fn drop_late(&mut self, effects: &mut Vec<Effect>) {
         let version = self.version;
-        let late: Vec<_> =
-            self.pending.extract_if(.., |push| push.stamp.computed_on < version).collect();
+        let late: Vec<_> = self
+            .pending
+            .extract_if(.., |push| push.stamp.computed_on < version)
+            .collect();
         for push in late {
             let staleness = version.0 - push.stamp.computed_on.0;
             effects.push(Effect::Discard(push.stamp.id));
@@ -388,11 +492,21 @@ impl Coordinator {
         let before = self.version;
         self.version = before.next();
         let gradients = pushes.iter().map(|push| push.stamp.id).collect();
-        effects.push(Effect::Update(Update { version: self.version, gradients, reduction }));
-        let mut latest = Outcome::Applied { version: self.version, staleness: 0 };
+        effects.push(Effect::Update(Update {
+            version: self.version,
+            gradients,
+            reduction,
+        }));
+        let mut latest = Outcome::Applied {
+            version: self.version,
+            staleness: 0,
+        };
         for push in pushes {
             let staleness = before.0 - push.stamp.computed_on.0;
-            latest = Outcome::Applied { version: self.version, staleness };
+            latest = Outcome::Applied {
+                version: self.version,
+                staleness,
+            };
             self.settle(push, latest, effects);
         }
         latest
@@ -400,7 +514,10 @@ impl Coordinator {
 
     fn settle(&mut self, push: PendingPush, outcome: Outcome, effects: &mut Vec<Effect>) {
         let id = push.stamp.id;
-        self.ledgers.entry(id.worker).or_default().settle(id.clock, outcome);
+        self.ledgers
+            .entry(id.worker)
+            .or_default()
+            .settle(id.clock, outcome);
         self.stat(id.worker).count(outcome);
         if let Some(member) = self.members.get_mut(&id.worker) {
             member.next_clock = member.next_clock.max(id.clock.next());
@@ -421,9 +538,17 @@ impl Coordinator {
         if then_start {
             // `release_answers` decides, at the end of this very step.
             let (worker, next_clock) = (id.worker, id.clock.next());
-            self.held_answers.push(HeldAnswer { ticket, worker, next_clock, outcome });
+            self.held_answers.push(HeldAnswer {
+                ticket,
+                worker,
+                next_clock,
+                outcome,
+            });
         } else {
-            effects.push(Effect::Answer { ticket, answer: Ok(Answer::Settled(outcome)) });
+            effects.push(Effect::Answer {
+                ticket,
+                answer: Ok(Answer::Settled(outcome)),
+            });
         }
     }
 
@@ -438,8 +563,13 @@ impl Coordinator {
                 Consistency::Bsp | Consistency::Asp | Consistency::KofN { .. } => true,
             };
             if may_start {
-                let HeldAnswer { ticket, outcome, .. } = answer;
-                effects.push(Effect::Answer { ticket, answer: Ok(Answer::Settled(outcome)) });
+                let HeldAnswer {
+                    ticket, outcome, ..
+                } = answer;
+                effects.push(Effect::Answer {
+                    ticket,
+                    answer: Ok(Answer::Settled(outcome)),
+                });
             } else {
                 self.held_answers.push(answer);
             }
@@ -449,26 +579,42 @@ impl Coordinator {
     /// Says whether a worker's step is within the bound of the slowest live member (PS-4).
     fn may_start(&self, worker: WorkerId, clock: Clock, bound: u64) -> bool {
         match (self.members.get(&worker), self.slowest_progress()) {
-            (Some(member), Some(slowest)) => member.progress(clock) <= slowest.saturating_add(bound),
+            (Some(member), Some(slowest)) => {
+                member.progress(clock) <= slowest.saturating_add(bound)
+            }
             // Whoever is no member any more learns what became of its push.
             _ => true,
         }
     }
 
     fn slowest_progress(&self) -> Option<u64> {
-        self.members.values().map(|member| member.progress(member.next_clock)).min()
+        self.members
+            .values()
+            .map(|member| member.progress(member.next_clock))
+            .min()
     }
 
     /// Lets a gradient in that needs no membership, and fences earlier lives of its worker.
     fn admit(&mut self, id: GradientId) -> Result<(), Refusal> {
-        let GradientId { worker, incarnation, .. } = id;
+        let GradientId {
+            worker,
+            incarnation,
+            ..
+        } = id;
         self.check_room(worker)?;
-        let ledger = self.ledgers.entry(worker).or_insert_with(|| Ledger::new(incarnation));
+        let ledger = self
+            .ledgers
+            .entry(worker)
+            .or_insert_with(|| Ledger::new(incarnation));
         if incarnation < ledger.incarnation
             || (incarnation > ledger.incarnation && self.members.contains_key(&worker))
         {
             let least = ledger.incarnation;
-            return Err(Refusal::Fenced { worker, got: incarnation, least });
+            return Err(Refusal::Fenced {
+                worker,
+                got: incarnation,
+                least,
+            });
         }
         if incarnation > ledger.incarnation {
             // A worker that never joins counts its clocks from 0 in every life.
@@ -493,20 +639,30 @@ impl Coordinator {
     }
 
     fn entry(&self, id: GradientId) -> Entry {
-        self.ledgers.get(&id.worker).map_or(Entry::New, |ledger| ledger.entry(id.clock))
+        self.ledgers
+            .get(&id.worker)
+            .map_or(Entry::New, |ledger| ledger.entry(id.clock))
     }
 
     fn check_version(&self, stamp: &Stamp) -> Result<(), Refusal> {
         if stamp.computed_on > self.version {
             let (claimed, version) = (stamp.computed_on, self.version);
-            return Err(Refusal::FromTheFuture { id: stamp.id, claimed, version });
+            return Err(Refusal::FromTheFuture {
+                id: stamp.id,
+                claimed,
+                version,
+            });
         }
         Ok(())
     }
 
     fn norm_outcome(&self, stamp: &Stamp) -> Option<Outcome> {
         let (norm, limit, version) = (stamp.norm, self.max_norm, self.version);
-        (!norm.is_finite() || norm > limit).then_some(Outcome::RefusedNorm { version, norm, limit })
+        (!norm.is_finite() || norm > limit).then_some(Outcome::RefusedNorm {
+            version,
+            norm,
+            limit,
+        })
     }
 
     fn stat(&mut self, worker: WorkerId) -> &mut WorkerStatus {

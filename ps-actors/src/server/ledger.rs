@@ -77,7 +77,10 @@ pub(crate) enum Entry {
 impl Ledger {
     /// Starts the record of a life that counts its clocks from the beginning.
     pub(crate) fn new(incarnation: Incarnation) -> Self {
-        Self { incarnation, ..Self::default() }
+        Self {
+            incarnation,
+            ..Self::default()
+        }
     }
 
     pub(crate) fn entry(&self, clock: Clock) -> Entry {
@@ -91,7 +94,10 @@ impl Ledger {
     /// Records an outcome; the oldest one is forgotten when there are too many.
     pub(crate) fn settle(&mut self, clock: Clock, outcome: Outcome) {
         let before = self.settled.insert(clock, outcome);
-        assert!(before.is_none() && clock >= self.floor, "a gradient is settled once (PS-2)");
+        assert!(
+            before.is_none() && clock >= self.floor,
+            "a gradient is settled once (PS-2)"
+        );
         if self.settled.len() > WINDOW {
             let (oldest, _) = self.settled.pop_first().expect("it is not empty");
             self.floor = oldest.next();
@@ -100,7 +106,9 @@ impl Ledger {
 
     /// The clock after the latest settled one: where the worker's next life goes on.
     pub(crate) fn next_clock(&self) -> Clock {
-        self.settled.last_key_value().map_or(self.floor, |(&clock, _)| clock.next())
+        self.settled
+            .last_key_value()
+            .map_or(self.floor, |(&clock, _)| clock.next())
     }
 }
 
@@ -111,7 +119,10 @@ mod tests {
     use super::*;
 
     fn applied(version: u64) -> Outcome {
-        Outcome::Applied { version: Version(version), staleness: 0 }
+        Outcome::Applied {
+            version: Version(version),
+            staleness: 0,
+        }
     }
 
     proptest! {
@@ -148,7 +159,10 @@ mod tests {
         assert_eq!(ledger.settled.len(), WINDOW);
         assert_eq!(ledger.entry(Clock(0)), Entry::Forgotten);
         assert_eq!(ledger.entry(Clock(1)), Entry::Forgotten);
-        assert_eq!(ledger.entry(Clock(total - 2)), Entry::Settled(applied(total - 2)));
+        assert_eq!(
+            ledger.entry(Clock(total - 2)),
+            Entry::Settled(applied(total - 2))
+        );
         assert_eq!(ledger.entry(Clock(total - 1)), Entry::New);
     }
 }

@@ -1,10 +1,40 @@
-pub mod consistency;
+//! The parameter server: holds weights and applies gradients to them.
+//!
+//! [`ParameterServer`] is the actor; its heart is pure. The [`coordinator`] decides which
+//! gradients make which update, by [`Consistency`] mode, membership and exactly-once
+//! [`ledger`]; a [`shard`] holds a range of the weights and follows those decisions. Neither
+//! knows of time, threads or actix, so both run in tests under any schedule.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `actor` | the actor, its configuration |
+//! | `messages` | what it can be asked |
+//! | `coordinator`, `protocol` | who is in which update; events and effects |
+//! | `ledger` | what became of each gradient |
+//! | `shard`, `partition` | the numbers; how they are split |
+//! | `consistency`, `status` | modes; what is reported |
+
+mod actor;
+mod consistency;
 pub mod coordinator;
 pub mod ledger;
-pub mod partition;
+mod messages;
+mod partition;
 pub mod protocol;
 pub mod shard;
-pub mod status;
-pub use consistency::Consistency;
+mod status;
 #[cfg(test)]
 mod tests;
+
+pub use actor::{ConfigError, ParameterServer, ServerConfig};
+pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};
+pub use ledger::Outcome;
+pub use messages::{
+    ApplyGradients, Follow, GetStatus, GetWeights, GroupError, Heartbeat, Join, Leave, Pull, Push,
+    PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate,
+    Stage,
+};
+pub use partition::partition;
+pub use protocol::{Membership, Refusal};
+pub use shard::{PullVersion, ShardError};
+pub use status::{CoordinatorStatus, Histogram, WorkerStatus};

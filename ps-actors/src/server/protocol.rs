@@ -133,7 +133,9 @@ pub struct Membership {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Refusal {
     /// The worker has not joined, or has left or been lost.
-    #[error("{worker} is not a member: it must join (again) with an incarnation of at least {least}")]
+    #[error(
+        "{worker} is not a member: it must join (again) with an incarnation of at least {least}"
+    )]
     NotMember {
         /// Who.
         worker: WorkerId,

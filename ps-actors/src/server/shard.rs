@@ -113,7 +113,10 @@ impl Shard {
         let pool = BufferPool::new(num_kept + 4);
         let mut data = pool.take(range.len());
         data.extend_from_slice(&initial.read(range.clone()));
-        let segment = Segment { start: range.start, data: Arc::new(data) };
+        let segment = Segment {
+            start: range.start,
+            data: Arc::new(data),
+        };
         let layout = Arc::clone(initial.layout());
         Self {
             current: Weights::new(initial.version(), layout, Arc::new([segment])),
@@ -175,22 +178,39 @@ impl Shard {
         id: GradientId,
         gradient: &Gradient,
     ) -> Result<Vec<PullAnswer>, ShardError> {
+        let fence = self
+            .fences
+            .get(&id.worker)
+            .filter(|&&least| id.incarnation < least);
+        if let Some(&least) = fence.filter(|_| !self.is_awaited(id)) {
+            return Err(ShardError::Fenced { id, least });
+        }
+        let of_worker = self
+            .staged
+            .keys()
+            .filter(|staged| staged.worker == id.worker);
+        if !self.staged.contains_key(&id) && of_worker.count() >= MAX_STAGED {
+            return Err(ShardError::TooManyStaged { worker: id.worker });
+        }
+        self.stage_decided(id, gradient)
+    }
+
+    /// Keeps a gradient that the coordinator itself sent and will decide upon at once.
+    ///
+    /// # Errors
+    /// When the gradient is over other weights.
+    pub(crate) fn stage_decided(
+        &mut self,
+        id: GradientId,
+        gradient: &Gradient,
+    ) -> Result<Vec<PullAnswer>, ShardError> {
         let (got, expected) = (gradient.range(), self.range());
         if got.start > expected.start || got.end < expected.end {
             return Err(ShardError::WrongRange { id, got, expected });
         }
-        let fence = self.fences.get(&id.worker).filter(|&&least| id.incarnation < least);
-        if let Some(&least) = fence.filter(|_| !self.is_awaited(id)) {
-            return Err(ShardError::Fenced { id, least });
-        }
-        if self.staged.contains_key(&id) {
-            return Ok(Vec::new());
-        }
-        let of_worker = self.staged.keys().filter(|staged| staged.worker == id.worker);
-        if of_worker.count() >= MAX_STAGED {
-            return Err(ShardError::TooManyStaged { worker: id.worker });
-        }
-        self.staged.insert(id, gradient.slice(expected));
+        self.staged
+            .entry(id)
+            .or_insert_with(|| gradient.slice(expected));
         Ok(self.do_updates())
     }
 
@@ -237,9 +257,7 @@ impl Shard {
         let current = self.current.version();
         match wanted {
             PullVersion::Latest => Some(Ok(self.current.clone())),
-            PullVersion::AtLeast(version) => {
-                (version <= current).then(|| Ok(self.current.clone()))
-            }
+            PullVersion::AtLeast(version) => (version <= current).then(|| Ok(self.current.clone())),
             PullVersion::Exactly(version) if version > current => None,
             PullVersion::Exactly(asked) => {
                 let mut kept = self.history.iter().chain([&self.current]);
@@ -252,13 +270,19 @@ impl Shard {
 
     /// Says whether an update that was decided upon still has to apply this gradient.
     fn is_awaited(&self, id: GradientId) -> bool {
-        self.undone_updates.iter().any(|(update, _)| update.gradients.contains(&id))
+        self.undone_updates
+            .iter()
+            .any(|(update, _)| update.gradients.contains(&id))
     }
 
     fn do_updates(&mut self) -> Vec<PullAnswer> {
         let mut answers = Vec::new();
         while let Some((update, _)) = self.undone_updates.front() {
-            if !update.gradients.iter().all(|id| self.staged.contains_key(id)) {
+            if !update
+                .gradients
+                .iter()
+                .all(|id| self.staged.contains_key(id))
+            {
                 break;
             }
             let (update, learning_rate) =
@@ -281,7 +305,11 @@ impl Shard {
     }
 
     fn apply(&mut self, update: &Update, learning_rate: f64) {
-        assert_eq!(update.version, self.current.version().next(), "updates come in order (PS-5)");
+        assert_eq!(
+            update.version,
+            self.current.version().next(),
+            "updates come in order (PS-5)"
+        );
         let gradients: Vec<Gradient> = update
             .gradients
             .iter()
@@ -321,7 +349,8 @@ impl Shard {
             }
             None => {
                 let mut next = self.pool.take_filled(old_data.len());
-                self.rule.update_into(&old_data, gradient, learning_rate, &mut next);
+                self.rule
+                    .update_into(&old_data, gradient, learning_rate, &mut next);
                 Arc::new(next)
             }
         };

@@ -45,6 +45,12 @@ pub struct WorkerStatus {
 }
 
 impl WorkerStatus {
+    /// Returns how many of its gradients are over, whatever became of them.
+    #[must_use]
+    pub fn num_settled(&self) -> u64 {
+        self.num_applied + self.num_dropped_late + self.num_refused
+    }
+
     pub(crate) fn count(&mut self, outcome: Outcome) {
         match outcome {
             Outcome::Applied { staleness, .. } => {

@@ -95,11 +95,17 @@ fn one_workers_duplicates_do_not_close_a_k_of_n_round() {
     // What was computed on version 0 is late now, the straggler's gradient included.
     let straggler = world.push(id(1, 1, 0), 0, vec![9.0; LEN]);
     for ticket in [ahead, straggler] {
-        let late = Outcome::DroppedLate { version: Version(1), staleness: 1 };
+        let late = Outcome::DroppedLate {
+            version: Version(1),
+            staleness: 1,
+        };
         assert_eq!(world.outcome(ticket), Some(Answer::Settled(late)));
     }
     assert_eq!(world.weights(), vec![3.0; LEN]);
-    assert_eq!(world.coordinator.status().workers[&WorkerId(1)].num_dropped_late, 1);
+    assert_eq!(
+        world.coordinator.status().workers[&WorkerId(1)].num_dropped_late,
+        1
+    );
     assert_eq!(world.shards[0].num_staged(), 0);
 }
 
@@ -111,7 +117,9 @@ fn k_of_n_goes_on_with_fewer_than_k_workers() {
     });
     let pushed = [0, 1].map(|worker| world.push(id(worker, 1, 0), 0, vec![1.0; LEN]));
     assert_eq!(pushed.map(|ticket| world.outcome(ticket)), [None, None]);
-    world.event(Event::Lost { worker: WorkerId(2) });
+    world.event(Event::Lost {
+        worker: WorkerId(2),
+    });
     assert!(pushed.iter().all(|&ticket| world.outcome(ticket).is_some()));
 }
 
@@ -124,7 +132,9 @@ fn a_bsp_round_closes_without_a_worker_that_dies_in_it() {
     world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
     world.push(id(1, 1, 0), 0, vec![100.0; LEN]);
     // Worker 1 dies with its gradient in the round: it is no live member, so it does not count.
-    world.event(Event::Lost { worker: WorkerId(1) });
+    world.event(Event::Lost {
+        worker: WorkerId(1),
+    });
     assert_eq!(world.updates, []);
     world.push(id(2, 1, 0), 0, vec![3.0; LEN]);
     assert_eq!(world.weights(), vec![2.0; LEN]);
@@ -140,7 +150,10 @@ fn a_late_joiner_does_not_hold_back_ssp_workers() {
     }
     world.join(1, 1).unwrap();
     let first = world.push(id(0, 1, 50), 50, vec![1.0; LEN]);
-    assert!(world.outcome(first).is_some(), "one step ahead of the newcomer is allowed");
+    assert!(
+        world.outcome(first).is_some(),
+        "one step ahead of the newcomer is allowed"
+    );
     let second = world.push(id(0, 1, 51), 51, vec![1.0; LEN]);
     assert!(world.outcome(second).is_none(), "two are not");
     world.push(id(1, 1, 0), 50, vec![1.0; LEN]);
@@ -168,7 +181,10 @@ fn staleness_is_the_number_of_updates_in_between() {
         world.push(id(0, 1, clock), clock, vec![1.0; LEN]);
     }
     let ticket = world.push(id(1, 1, 0), 2, vec![1.0; LEN]);
-    let applied = Outcome::Applied { version: Version(6), staleness: 3 };
+    let applied = Outcome::Applied {
+        version: Version(6),
+        staleness: 3,
+    };
     assert_eq!(world.outcome(ticket), Some(Answer::Settled(applied)));
     let status = world.coordinator.status();
     assert_eq!(status.workers[&WorkerId(1)].staleness.max(), 3);

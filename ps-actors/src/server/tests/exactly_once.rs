@@ -57,7 +57,10 @@ fn every_event_delivered_twice_gets_the_same_answer() {
     assert_eq!(tickets.map(|ticket| world.outcome(ticket)), [None, None]);
     world.push(id(1, 1, 0), 0, vec![4.0; LEN]);
     let late = world.push(id(0, 1, 0), 0, vec![2.0; LEN]);
-    let applied = Answer::Settled(Outcome::Applied { version: Version(1), staleness: 0 });
+    let applied = Answer::Settled(Outcome::Applied {
+        version: Version(1),
+        staleness: 0,
+    });
     for ticket in [tickets[0], tickets[1], late] {
         assert_eq!(world.outcome(ticket), Some(applied));
     }
@@ -66,7 +69,11 @@ fn every_event_delivered_twice_gets_the_same_answer() {
     for _ in 0..2 {
         let ticket = world.ticket();
         let (worker, incarnation) = (WorkerId(0), Incarnation(1));
-        world.event(Event::Leave { ticket, worker, incarnation });
+        world.event(Event::Leave {
+            ticket,
+            worker,
+            incarnation,
+        });
         assert_eq!(world.outcome(ticket), Some(Answer::Left));
     }
     assert_eq!(world.coordinator.members().count(), 1);
@@ -77,14 +84,20 @@ fn a_drivers_update_called_twice_is_applied_once() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
     let gradient = Gradient::new(vec![1.0; LEN]);
     let ids = [id(0, 1, 0), id(1, 1, 0)];
-    let stamps: Vec<_> = ids.map(|id| world.stamp(id, Version(0), &gradient)).to_vec();
+    let stamps: Vec<_> = ids
+        .map(|id| world.stamp(id, Version(0), &gradient))
+        .to_vec();
     let mut answers = Vec::new();
     for _ in 0..2 {
         for id in ids {
             world.shards[0].stage(id, &gradient).unwrap();
         }
         let (ticket, stamps) = (world.ticket(), stamps.clone());
-        world.event(Event::Apply { ticket, stamps, reduction: Reduction::Sum });
+        world.event(Event::Apply {
+            ticket,
+            stamps,
+            reduction: Reduction::Sum,
+        });
         answers.push(world.outcome(ticket));
     }
     assert_eq!(answers[0], answers[1]);
@@ -95,8 +108,15 @@ fn a_drivers_update_called_twice_is_applied_once() {
     let fresh = id(2, 1, 0);
     let stamps = vec![world.stamp(fresh, Version(0), &gradient), stamps[0]];
     let ticket = world.ticket();
-    world.event(Event::Apply { ticket, stamps, reduction: Reduction::Sum });
-    assert_eq!(world.answers[&ticket], Err(Refusal::AlreadyPushed { id: ids[0] }));
+    world.event(Event::Apply {
+        ticket,
+        stamps,
+        reduction: Reduction::Sum,
+    });
+    assert_eq!(
+        world.answers[&ticket],
+        Err(Refusal::AlreadyPushed { id: ids[0] })
+    );
     assert_eq!(world.weights(), vec![2.0; LEN]);
 }
 
@@ -107,20 +127,31 @@ fn a_zombie_is_fenced_off_and_its_next_life_goes_on_where_it_was() {
     world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
     world.join(1, 1).unwrap();
     let pending = world.push(id(0, 1, 1), 1, vec![10.0; LEN]);
-    world.event(Event::Lost { worker: WorkerId(0) });
-    let not_member = Refusal::NotMember { worker: WorkerId(0), least: Incarnation(2) };
+    world.event(Event::Lost {
+        worker: WorkerId(0),
+    });
+    let not_member = Refusal::NotMember {
+        worker: WorkerId(0),
+        least: Incarnation(2),
+    };
     assert_eq!(world.answers[&pending], Err(not_member.clone()));
 
     let zombie = world.push(id(0, 1, 1), 1, vec![10.0; LEN]);
     assert_eq!(world.answers[&zombie], Err(not_member));
     let (worker, got, least) = (WorkerId(0), Incarnation(1), Incarnation(2));
-    assert_eq!(world.join(0, 1), Err(Refusal::Fenced { worker, got, least }));
+    assert_eq!(
+        world.join(0, 1),
+        Err(Refusal::Fenced { worker, got, least })
+    );
 
     // Clock 1 was pending, not applied: the next life starts with it, and it counts once.
     assert_eq!(world.join(0, 2).unwrap().next_clock, Clock(1));
     let again = world.push(id(0, 2, 1), 1, vec![10.0; LEN]);
     let zombie = world.push(id(0, 1, 1), 1, vec![10.0; LEN]);
-    assert_eq!(world.answers[&zombie], Err(Refusal::Fenced { worker, got, least }));
+    assert_eq!(
+        world.answers[&zombie],
+        Err(Refusal::Fenced { worker, got, least })
+    );
     world.push(id(1, 1, 0), 1, vec![100.0; LEN]);
     assert!(world.outcome(again).is_some());
     assert_eq!(world.weights(), vec![111.0; LEN]);
@@ -139,7 +170,10 @@ fn bad_norms_are_refused_and_leave_the_weights_as_they_were() {
         let ticket = world.push(id(0, 1, 1 + clock as u64), 1, values);
         let outcome = world.outcome(ticket);
         assert!(
-            matches!(outcome, Some(Answer::Settled(Outcome::RefusedNorm { limit: 1e6, .. }))),
+            matches!(
+                outcome,
+                Some(Answer::Settled(Outcome::RefusedNorm { limit: 1e6, .. }))
+            ),
             "{bad}: {outcome:?}"
         );
     }
@@ -153,12 +187,22 @@ fn bad_norms_are_refused_and_leave_the_weights_as_they_were() {
 fn what_makes_no_sense_is_refused() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
     let ticket = world.push(id(7, 1, 0), 0, vec![0.0; LEN]);
-    assert!(matches!(world.answers[&ticket], Err(Refusal::NotMember { .. })));
+    assert!(matches!(
+        world.answers[&ticket],
+        Err(Refusal::NotMember { .. })
+    ));
     world.join(7, 1).unwrap();
     let ticket = world.push(id(7, 1, 0), 5, vec![0.0; LEN]);
-    assert!(matches!(world.answers[&ticket], Err(Refusal::FromTheFuture { .. })));
+    assert!(matches!(
+        world.answers[&ticket],
+        Err(Refusal::FromTheFuture { .. })
+    ));
     let ticket = world.ticket();
-    world.event(Event::Apply { ticket, stamps: Vec::new(), reduction: Reduction::Mean });
+    world.event(Event::Apply {
+        ticket,
+        stamps: Vec::new(),
+        reduction: Reduction::Mean,
+    });
     assert_eq!(world.answers[&ticket], Err(Refusal::Empty));
     assert_eq!(world.coordinator.version(), Version(0));
 }

@@ -105,7 +105,11 @@ impl World {
     fn join(&mut self, worker: u32, incarnation: u64) -> Result<Membership, Refusal> {
         let ticket = self.ticket();
         let (worker, incarnation) = (WorkerId(worker), Incarnation(incarnation));
-        self.event(Event::Join { ticket, worker, incarnation });
+        self.event(Event::Join {
+            ticket,
+            worker,
+            incarnation,
+        });
         match self.answers[&ticket].clone()? {
             Answer::Joined(membership) => Ok(membership),
             other => panic!("a join is answered with {other:?}"),
@@ -113,7 +117,11 @@ impl World {
     }
 
     fn stamp(&self, id: GradientId, computed_on: Version, gradient: &Gradient) -> Stamp {
-        Stamp { id, computed_on, norm: gradient.norm() }
+        Stamp {
+            id,
+            computed_on,
+            norm: gradient.norm(),
+        }
     }
 
     /// Stages a gradient everywhere and pushes it, as a client does. Returns the ticket.
@@ -125,7 +133,11 @@ impl World {
         }
         let ticket = self.ticket();
         let stamp = self.stamp(id, Version(computed_on), &gradient);
-        self.event(Event::Push { ticket, stamp, then_start: true });
+        self.event(Event::Push {
+            ticket,
+            stamp,
+            then_start: true,
+        });
         ticket
     }
 
@@ -142,13 +154,19 @@ impl World {
     }
 
     fn outcome(&self, ticket: Ticket) -> Option<Answer> {
-        self.answers.get(&ticket).map(|answer| answer.clone().expect("not refused"))
+        self.answers
+            .get(&ticket)
+            .map(|answer| answer.clone().expect("not refused"))
     }
 }
 
 fn id(worker: u32, incarnation: u64, clock: u64) -> GradientId {
     let (worker, incarnation) = (WorkerId(worker), Incarnation(incarnation));
-    GradientId { worker, incarnation, clock: Clock(clock) }
+    GradientId {
+        worker,
+        incarnation,
+        clock: Clock(clock),
+    }
 }
 
 /// A small generator with a documented algorithm (SplitMix64), so that a seed that a failing
@@ -165,7 +183,9 @@ impl Dice {
     }
 
     fn values(&mut self) -> Vec<f32> {
-        (0..LEN).map(|_| self.roll(2001) as f32 / 1000.0 - 1.0).collect()
+        (0..LEN)
+            .map(|_| self.roll(2001) as f32 / 1000.0 - 1.0)
+            .collect()
     }
 
     fn shuffle<T>(&mut self, items: &mut [T]) {

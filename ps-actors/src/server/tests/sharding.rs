@@ -28,7 +28,9 @@ fn run(seed: u64, num_shards: usize, consistency: Consistency, momentum: f32) ->
         let worker = dice.roll(4);
         match dice.roll(20) {
             0 => {
-                world.event(Event::Lost { worker: WorkerId(worker as u32) });
+                world.event(Event::Lost {
+                    worker: WorkerId(worker as u32),
+                });
                 incarnations[worker] += 1;
                 let joined = world.join(worker as u32, incarnations[worker]).unwrap();
                 clocks[worker] = joined.next_clock.0;
@@ -105,7 +107,11 @@ fn a_snapshot_does_not_change_and_unshared_weights_are_updated_in_place() {
     assert_ne!(copied, address);
     drop(snapshot);
     world.push(id(0, 1, 2), 2, vec![1.0; LEN]);
-    assert_eq!(world.shards[0].weights().segments()[0].data().as_ptr(), copied, "in place");
+    assert_eq!(
+        world.shards[0].weights().segments()[0].data().as_ptr(),
+        copied,
+        "in place"
+    );
     assert_eq!(world.weights(), vec![3.0; LEN]);
 }
 
@@ -121,8 +127,12 @@ fn a_pull_of_one_version_waits_for_it_and_says_when_it_is_gone() {
     update(&mut world, 0);
     update(&mut world, 1);
     // Shard 1 hears of both updates late, and still hands out version 1 to whom it is due.
-    let Some(Effect::Fence { .. }) = world.undelivered[1].pop_front() else { panic!("the join") };
-    let Some(Effect::Update(first)) = world.undelivered[1].pop_front() else { panic!("update") };
+    let Some(Effect::Fence { .. }) = world.undelivered[1].pop_front() else {
+        panic!("the join")
+    };
+    let Some(Effect::Update(first)) = world.undelivered[1].pop_front() else {
+        panic!("update")
+    };
     let answers = world.shards[1].update(first, -1.0);
     assert_eq!(answers.len(), 1);
     assert_eq!(answers[0].weights.as_ref().unwrap().version(), Version(1));
@@ -131,7 +141,10 @@ fn a_pull_of_one_version_waits_for_it_and_says_when_it_is_gone() {
     (2..5).for_each(|clock| update(&mut world, clock));
     world.deliver_all();
     let answer = world.shards[1].pull(Ticket(2), wanted).expect("at once");
-    let gone = ShardError::VersionGone { asked: Version(1), oldest: Version(3) };
+    let gone = ShardError::VersionGone {
+        asked: Version(1),
+        oldest: Version(3),
+    };
     assert_eq!(answer.weights.unwrap_err(), gone);
 }
 
@@ -151,7 +164,11 @@ fn an_update_waits_for_the_gradients_that_it_names() {
     shard.discard(id(0, 1, 1));
     shard.fence(WorkerId(0), Incarnation(2));
     assert_eq!(shard.weights().version(), Version(0));
-    assert!(shard.pull(Ticket(5), PullVersion::AtLeast(Version(2))).is_none());
+    assert!(
+        shard
+            .pull(Ticket(5), PullVersion::AtLeast(Version(2)))
+            .is_none()
+    );
     let fenced = shard.stage(id(0, 1, 0), &gradient);
     assert!(fenced.is_ok(), "an awaited gradient is let in: {fenced:?}");
     assert_eq!(shard.weights().version(), Version(2));

@@ -1,0 +1,69 @@
+//! The weights split over several servers, workers that drive themselves, any consistency mode.
+//!
+//! Workers pull, compute and push on their own; this program only watches. The number of servers
+//! does not change the result.
+//!
+//! ```text
+//! cargo run --release --example sharded_ps -- --num-servers 3 --consistency ssp:3
+//! ```
+//!
+//! Prints the accuracy on the way, `Final accuracy is …` on the whole test set, and how stale the
+//! gradients were.
+
+use anyhow::Result;
+use clap::Parser;
+use ps::prelude::*;
+
+mod common;
+
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    common: common::Common,
+    /// Number of servers that the weights are split over.
+    #[arg(long, default_value_t = 2)]
+    num_servers: usize,
+    /// When gradients are applied: bsp, asp, ssp:BOUND or k-of-n:K.
+    #[arg(long, default_value = "bsp")]
+    consistency: Consistency,
+    /// How the gradients of one round become one: mean or sum.
+    #[arg(long, default_value = "sum")]
+    reduction: Reduction,
+    /// Train `net`, of 1.2 million weights, in place of `convnet`, of 2 thousand.
+    #[arg(long)]
+    net: bool,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let device = select_device(&args.common.device)?;
+    let mnist = args.common.mnist()?;
+    let seed = args.common.seed;
+    match args.net {
+        true => train(Net::init(seed, &device), mnist, &args),
+        false => train(ConvNet::init(seed, &device), mnist, &args),
+    }
+}
+
+fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> Result<()> {
+    let report = Trainer::new(model, mnist.train)
+        .test_data(mnist.test)
+        .device(&select_device(&args.common.device)?)
+        .workers(args.common.num_workers)
+        .servers(args.num_servers)
+        .consistency(args.consistency)
+        .reduction(args.reduction)
+        .learning_rate(args.common.learning_rate)
+        .batch_size(args.common.batch_size)
+        .iterations(args.common.iterations)
+        .seed(args.common.seed)
+        .evaluate_every(10)
+        .on_evaluation(|point| {
+            let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
+            println!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
+        })
+        .run()?;
+    let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
+    println!("Final accuracy is {accuracy:.1}.\n{report}");
+    Ok(())
+}

@@ -1,0 +1,320 @@
+//! The life of one call: queued with its message, running, done with its result.
+//!
+//! One allocation holds message and result and is shared by the queue and the caller's reply, so
+//! that either side can end the call first: a caller that gives up takes the message back out while
+//! it is queued, and an actor that ends fails the call without its handler's help. Whoever moves
+//! the call out of `Queued` or `Running` gives its slot back, before the caller can see the result.
+
+use std::any::type_name;
+use std::mem;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context as TaskContext, Poll, Waker};
+use std::time::Duration;
+
+use actix::dev::MessageResponse;
+use actix::{Actor, Context, Handler, Message};
+use futures_util::future::LocalBoxFuture;
+use tokio::sync::oneshot::{self, error::TryRecvError};
+
+use super::error::{CallError, NotDelivered, UnknownOutcome};
+use super::mailbox::{ActorId, Mailbox};
+
+/// Why a call ends without its handler's result.
+#[derive(Debug, Clone)]
+pub(crate) enum Loss {
+    /// The actor panicked while the call was running.
+    Panicked(Arc<str>),
+    /// The actor ended, possibly because of a panic too many.
+    Stopped { panic: Option<Arc<str>> },
+    /// The handler let go of its reply channel.
+    NoReply,
+}
+
+/// Why the caller no longer waits.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum GiveUp {
+    TimedOut(Duration),
+    WouldDeadlock,
+}
+
+/// Resolves when an asynchronous response is ready, or lost.
+pub(crate) type InFlight<A> = LocalBoxFuture<'static, Result<(), Arc<dyn QueuedCall<A>>>>;
+
+/// A call as the actor sees it.
+pub(crate) trait QueuedCall<A: Actor>: Send + Sync {
+    /// Runs the handler, unless the caller has given up; returns the response if it isn't ready.
+    fn start(self: Arc<Self>, actor: &mut A, ctx: &mut A::Context) -> Option<InFlight<A>>;
+
+    /// Ends the call without a result, if it is not over.
+    fn fail(&self, loss: &Loss);
+
+    /// Whether the caller gave up before the handler began.
+    fn is_cancelled(&self) -> bool;
+}
+
+/// A call as the caller sees it; what a remote call will also implement.
+pub(crate) trait ReplySlot<R>: Send + Sync {
+    fn target(&self) -> ActorId;
+
+    fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<R, CallError>>;
+
+    /// Ends the caller's interest; returns the result if it is there after all.
+    fn give_up(&self, why: GiveUp) -> Result<R, CallError>;
+
+    /// Ends the caller's interest without an answer.
+    fn abandon(&self);
+}
+
+pub(crate) struct Call<A: Actor, M: Message> {
+    mailbox: Arc<Mailbox<A>>,
+    /// Nobody waits for the reply; a loss is a dead letter.
+    told: bool,
+    state: Mutex<State<M>>,
+}
+
+struct State<M: Message> {
+    stage: Stage<M>,
+    waker: Option<Waker>,
+}
+
+enum Stage<M: Message> {
+    Queued(M),
+    /// `wanted` is false when nobody will read the result.
+    Running {
+        wanted: bool,
+    },
+    Done(Result<M::Result, CallError>),
+    /// Given up before it began, or its result has been read.
+    Over,
+}
+
+impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
+    pub(crate) fn new(mailbox: Arc<Mailbox<A>>, message: M, told: bool) -> Self {
+        Self {
+            mailbox,
+            told,
+            state: Mutex::new(State {
+                stage: Stage::Queued(message),
+                waker: None,
+            }),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<M>> {
+        // No code of the user runs under the lock, so a poisoned state is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the message out and gives the slot back, if the handler has not begun.
+    fn take_message(&self) -> Option<M> {
+        let mut state = self.lock();
+        if !matches!(state.stage, Stage::Queued(_)) {
+            return None;
+        }
+        let Stage::Queued(message) = mem::replace(&mut state.stage, Stage::Over) else {
+            unreachable!("the stage was checked under the same lock");
+        };
+        drop(state);
+        self.mailbox.release_slot();
+        Some(message)
+    }
+
+    /// Takes back a call that did not get into the queue.
+    pub(crate) fn reject(&self, reason: NotDelivered) -> CallError {
+        let message = self
+            .take_message()
+            .expect("a call outside the queue has not begun");
+        self.mailbox.undelivered(message, reason)
+    }
+
+    fn begin(&self) -> Option<M> {
+        let mut state = self.lock();
+        if !matches!(state.stage, Stage::Queued(_)) {
+            return None;
+        }
+        let running = Stage::Running { wanted: !self.told };
+        match mem::replace(&mut state.stage, running) {
+            Stage::Queued(message) => Some(message),
+            _ => unreachable!("the stage was checked under the same lock"),
+        }
+    }
+
+    fn end(&self, result: Result<M::Result, CallError>) {
+        let mut state = self.lock();
+        let Stage::Running { wanted } = state.stage else {
+            // Failed from outside while the handler was running.
+            drop(state);
+            drop(result);
+            return;
+        };
+        self.mailbox.release_slot();
+        if wanted {
+            state.stage = Stage::Done(result);
+            let waker = state.waker.take();
+            drop(state);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        } else {
+            state.stage = Stage::Over;
+            drop(state);
+            if let (true, Err(error)) = (self.told, &result) {
+                self.mailbox.count_dead_letter(type_name::<M>(), error);
+            }
+        }
+    }
+
+    /// Ends a queued call with an error that holds its message; false if it was not queued.
+    fn end_queued(&self, panic: Option<Arc<str>>) -> bool {
+        let mut state = self.lock();
+        if !matches!(state.stage, Stage::Queued(_)) {
+            return false;
+        }
+        let Stage::Queued(message) = mem::replace(&mut state.stage, Stage::Over) else {
+            unreachable!("the stage was checked under the same lock");
+        };
+        let reason = NotDelivered::Stopped { panic };
+        let error = self.mailbox.undelivered(message, reason);
+        self.mailbox.release_slot();
+        if self.told {
+            drop(state);
+            self.mailbox.count_dead_letter(type_name::<M>(), &error);
+        } else {
+            state.stage = Stage::Done(Err(error));
+            let waker = state.waker.take();
+            drop(state);
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+        }
+        true
+    }
+}
+
+impl<A, M> QueuedCall<A> for Call<A, M>
+where
+    A: Actor<Context = Context<A>> + Handler<M>,
+    M: Message + Send + 'static,
+    M::Result: Send,
+{
+    fn start(self: Arc<Self>, actor: &mut A, ctx: &mut Context<A>) -> Option<InFlight<A>> {
+        let message = self.begin()?;
+        let (reply, mut response) = oneshot::channel();
+        actor.handle(message, ctx).handle(ctx, Some(reply));
+        match response.try_recv() {
+            Ok(result) => self.end(Ok(result)),
+            Err(TryRecvError::Closed) => self.fail(&Loss::NoReply),
+            Err(TryRecvError::Empty) => {
+                // Outside tokio's budget: thousands of responses may get ready at once.
+                let response = tokio::task::unconstrained(response);
+                return Some(Box::pin(async move {
+                    match response.await {
+                        Ok(result) => {
+                            self.end(Ok(result));
+                            Ok(())
+                        }
+                        Err(_closed) => Err(self as Arc<dyn QueuedCall<A>>),
+                    }
+                }));
+            }
+        }
+        None
+    }
+
+    fn fail(&self, loss: &Loss) {
+        let actor = Arc::clone(self.mailbox.name());
+        let error = match loss {
+            Loss::Stopped { panic } => {
+                if self.end_queued(panic.clone()) {
+                    return;
+                }
+                CallError::Unknown {
+                    actor,
+                    reason: UnknownOutcome::Stopped,
+                }
+            }
+            Loss::Panicked(panic) => CallError::Failed {
+                actor,
+                panic: Arc::clone(panic),
+            },
+            Loss::NoReply => CallError::Unknown {
+                actor,
+                reason: UnknownOutcome::NoReply,
+            },
+        };
+        self.end(Err(error));
+    }
+
+    fn is_cancelled(&self) -> bool {
+        matches!(self.lock().stage, Stage::Over)
+    }
+}
+
+impl<A, M> ReplySlot<M::Result> for Call<A, M>
+where
+    A: Actor,
+    M: Message + Send + 'static,
+    M::Result: Send,
+{
+    fn target(&self) -> ActorId {
+        self.mailbox.id()
+    }
+
+    fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<M::Result, CallError>> {
+        let mut state = self.lock();
+        if matches!(state.stage, Stage::Done(_)) {
+            let Stage::Done(result) = mem::replace(&mut state.stage, Stage::Over) else {
+                unreachable!("the stage was checked under the same lock");
+            };
+            return Poll::Ready(result);
+        }
+        match &mut state.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    }
+
+    fn give_up(&self, why: GiveUp) -> Result<M::Result, CallError> {
+        if let Some(message) = self.take_message() {
+            self.mailbox.sweep_cancelled();
+            let reason = match why {
+                GiveUp::TimedOut(after) => NotDelivered::TimedOut { after },
+                GiveUp::WouldDeadlock => NotDelivered::WouldDeadlock,
+            };
+            return Err(self.mailbox.undelivered(message, reason));
+        }
+        let mut state = self.lock();
+        match mem::replace(&mut state.stage, Stage::Over) {
+            Stage::Done(result) => return result,
+            Stage::Running { .. } => state.stage = Stage::Running { wanted: false },
+            Stage::Queued(_) | Stage::Over => {}
+        }
+        Err(CallError::Unknown {
+            actor: Arc::clone(self.mailbox.name()),
+            reason: match why {
+                GiveUp::TimedOut(after) => UnknownOutcome::TimedOut { after },
+                GiveUp::WouldDeadlock => UnknownOutcome::WouldDeadlock,
+            },
+        })
+    }
+
+    fn abandon(&self) {
+        if let Some(message) = self.take_message() {
+            self.mailbox.sweep_cancelled();
+            drop(message);
+            return;
+        }
+        let mut state = self.lock();
+        let unread = match &mut state.stage {
+            Stage::Running { wanted } => {
+                *wanted = false;
+                None
+            }
+            stage => Some(mem::replace(stage, Stage::Over)),
+        };
+        let waker = state.waker.take();
+        drop(state);
+        drop((unread, waker));
+    }
+}

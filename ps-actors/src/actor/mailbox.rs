@@ -1,0 +1,403 @@
+//! One actor's queue, the bound on its calls, and its phase; shared by references and supervisor.
+//!
+//! A call takes a slot when it is queued and gives it back when it is over, so the slots bound
+//! queued and running calls together. Locks are taken in the order queue, then call, and no message
+//! or result is dropped under either: it may own a reference whose drop locks this very queue.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::mem;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use actix::{Actor, Context, Handler, Message};
+use futures_util::task::AtomicWaker;
+use tokio::sync::{Semaphore, TryAcquireError, watch};
+
+use super::call::{Call, Loss, QueuedCall};
+use super::error::{CallError, NotDelivered, Undelivered};
+
+/// Identifies an actor within this process; a number is never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ActorId(u64);
+
+impl ActorId {
+    pub(crate) fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl fmt::Display for ActorId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+static DEAD_LETTERS: AtomicU64 = AtomicU64::new(0);
+
+/// How many messages of `tell` this process has lost after it had queued them.
+///
+/// A message is lost when its actor stops before the handler begins, or panics while it runs. Each
+/// loss is also logged as a warning.
+pub fn dead_letters() -> u64 {
+    DEAD_LETTERS.load(Ordering::Relaxed)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Takes calls.
+    Open,
+    /// Takes no more calls, runs those it has.
+    Closing,
+    /// Runs no more calls.
+    Killed,
+    /// The actor is gone.
+    Ended,
+}
+
+/// What the pump does next.
+pub(crate) enum Next<A: Actor> {
+    Call(Arc<dyn QueuedCall<A>>),
+    /// Wait until woken.
+    Nothing,
+    /// The queue is closed and empty.
+    Drained,
+}
+
+pub(crate) struct Mailbox<A: Actor> {
+    id: ActorId,
+    name: Arc<str>,
+    max_pending: usize,
+    slots: Semaphore,
+    queue: Mutex<Queue<A>>,
+    supervisor: AtomicWaker,
+    restarts: AtomicU32,
+    dead_letters: AtomicU64,
+    ended: watch::Sender<bool>,
+}
+
+struct Queue<A: Actor> {
+    phase: Phase,
+    queued: VecDeque<Arc<dyn QueuedCall<A>>>,
+    /// Calls given up by their callers since the queue was last swept; some may be gone already.
+    cancelled: usize,
+    /// The call that the pump took last; may be over already.
+    current: Option<Arc<dyn QueuedCall<A>>>,
+    /// Calls whose handler returned a response that is not ready.
+    in_flight: HashMap<u64, Arc<dyn QueuedCall<A>>>,
+    last_panic: Option<Arc<str>>,
+}
+
+impl<A: Actor> Mailbox<A> {
+    pub(crate) fn new(id: ActorId, name: Arc<str>, max_pending: usize) -> Self {
+        Self {
+            id,
+            name,
+            max_pending,
+            slots: Semaphore::new(max_pending),
+            queue: Mutex::new(Queue {
+                phase: Phase::Open,
+                queued: VecDeque::new(),
+                cancelled: 0,
+                current: None,
+                in_flight: HashMap::new(),
+                last_panic: None,
+            }),
+            supervisor: AtomicWaker::new(),
+            restarts: AtomicU32::new(0),
+            dead_letters: AtomicU64::new(0),
+            ended: watch::Sender::new(false),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue<A>> {
+        // No code of the user runs under the lock, so a poisoned queue is whole.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn id(&self) -> ActorId {
+        self.id
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    pub(crate) fn pending(&self) -> usize {
+        self.max_pending
+            .saturating_sub(self.slots.available_permits())
+    }
+
+    pub(crate) fn restarts(&self) -> u32 {
+        self.restarts.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn dead_letters(&self) -> u64 {
+        self.dead_letters.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.lock().phase
+    }
+
+    pub(crate) fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+}
+
+/// The caller's side.
+impl<A: Actor<Context = Context<A>>> Mailbox<A> {
+    /// Queues a call if a slot is free.
+    pub(crate) fn push<M>(
+        self: &Arc<Self>,
+        message: M,
+        told: bool,
+    ) -> Result<Arc<Call<A, M>>, CallError>
+    where
+        A: Handler<M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        match self.slots.try_acquire() {
+            Ok(slot) => slot.forget(),
+            Err(TryAcquireError::NoPermits) => {
+                let limit = self.max_pending;
+                return Err(self.undelivered(message, NotDelivered::QueueFull { limit }));
+            }
+            Err(TryAcquireError::Closed) => return Err(self.undelivered(message, self.stopped())),
+        }
+        self.push_into_slot(message, told)
+    }
+
+    /// Waits for a slot, first come first served, and queues a call.
+    pub(crate) async fn push_when_ready<M>(
+        self: &Arc<Self>,
+        message: M,
+    ) -> Result<Arc<Call<A, M>>, CallError>
+    where
+        A: Handler<M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        match self.slots.acquire().await {
+            Ok(slot) => slot.forget(),
+            Err(_closed) => return Err(self.undelivered(message, self.stopped())),
+        }
+        self.push_into_slot(message, false)
+    }
+
+    fn push_into_slot<M>(
+        self: &Arc<Self>,
+        message: M,
+        told: bool,
+    ) -> Result<Arc<Call<A, M>>, CallError>
+    where
+        A: Handler<M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        let call = Arc::new(Call::new(Arc::clone(self), message, told));
+        let mut queue = self.lock();
+        if queue.phase != Phase::Open {
+            drop(queue);
+            return Err(call.reject(self.stopped()));
+        }
+        queue.queued.push_back(Arc::clone(&call) as _);
+        drop(queue);
+        self.supervisor.wake();
+        Ok(call)
+    }
+}
+
+impl<A: Actor> Mailbox<A> {
+    pub(crate) fn undelivered<M: Send + 'static>(
+        &self,
+        message: M,
+        reason: NotDelivered,
+    ) -> CallError {
+        CallError::NotDelivered {
+            actor: Arc::clone(&self.name),
+            reason,
+            message: Undelivered::new(message),
+        }
+    }
+
+    fn stopped(&self) -> NotDelivered {
+        NotDelivered::Stopped {
+            panic: self.lock().last_panic.clone(),
+        }
+    }
+
+    /// Gives back the slot of a call that is over.
+    pub(crate) fn release_slot(&self) {
+        self.slots.add_permits(1);
+    }
+
+    /// Notes that a queued call was given up, and sweeps when half of the queue is such calls:
+    /// callers that time out and try again must not fill the queue of an actor that is stuck.
+    pub(crate) fn sweep_cancelled(&self) {
+        let mut queue = self.lock();
+        queue.cancelled += 1;
+        if queue.cancelled * 2 > queue.queued.len() {
+            queue.queued.retain(|call| !call.is_cancelled());
+            queue.cancelled = 0;
+        }
+    }
+
+    /// Counts and logs the loss of a message that had no reply to report it to.
+    pub(crate) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
+        self.dead_letters.fetch_add(1, Ordering::Relaxed);
+        DEAD_LETTERS.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(actor = %self.name, message, %error, "told message lost");
+    }
+
+    /// Takes no more calls and lets the actor end when those it has are done.
+    pub(crate) fn close(&self) {
+        let mut queue = self.lock();
+        if queue.phase == Phase::Open {
+            queue.phase = Phase::Closing;
+            drop(queue);
+            self.slots.close();
+            self.supervisor.wake();
+        }
+    }
+
+    /// Fails all queued calls and lets the actor end when its running handler returns.
+    pub(crate) fn kill(&self) {
+        let queued = {
+            let mut queue = self.lock();
+            if queue.phase != Phase::Ended {
+                queue.phase = Phase::Killed;
+            }
+            mem::take(&mut queue.queued)
+        };
+        self.slots.close();
+        self.fail_all(queued);
+        self.supervisor.wake();
+    }
+
+    /// Fails running calls too, for an actor that may never come back from its handler.
+    pub(crate) fn abandon(&self) {
+        self.kill();
+        self.fail_running();
+    }
+
+    fn fail_running(&self) {
+        let (current, in_flight) = {
+            let mut queue = self.lock();
+            (queue.current.take(), mem::take(&mut queue.in_flight))
+        };
+        self.fail_all(current.into_iter().chain(in_flight.into_values()));
+    }
+
+    fn fail_all(&self, calls: impl IntoIterator<Item = Arc<dyn QueuedCall<A>>>) {
+        let panic = self.lock().last_panic.clone();
+        let loss = Loss::Stopped { panic };
+        for call in calls {
+            // May drop a message, whose destructor may panic; the others must still be told.
+            if catch_unwind(AssertUnwindSafe(|| call.fail(&loss))).is_err() {
+                tracing::error!(actor = %self.name, "a message panicked while it was dropped");
+            }
+        }
+    }
+}
+
+/// The supervisor's side.
+impl<A: Actor> Mailbox<A> {
+    /// Asks for a wake-up at the next push, close or kill.
+    pub(crate) fn register(&self, waker: &std::task::Waker) {
+        self.supervisor.register(waker);
+    }
+
+    pub(crate) fn next(&self) -> Next<A> {
+        let mut queue = self.lock();
+        let next = match queue.phase {
+            Phase::Killed | Phase::Ended => return Next::Nothing,
+            Phase::Open | Phase::Closing => queue.queued.pop_front(),
+        };
+        let previous = mem::replace(&mut queue.current, next.clone());
+        let phase = queue.phase;
+        drop(queue);
+        drop(previous);
+        match next {
+            Some(call) => Next::Call(call),
+            None if phase == Phase::Closing => Next::Drained,
+            None => Next::Nothing,
+        }
+    }
+
+    /// Moves the current call to those whose response is not ready.
+    pub(crate) fn set_in_flight(&self, key: u64) {
+        let mut queue = self.lock();
+        if let Some(call) = queue.current.take() {
+            queue.in_flight.insert(key, call);
+        }
+    }
+
+    pub(crate) fn remove_in_flight(&self, key: u64) {
+        let call = self.lock().in_flight.remove(&key);
+        drop(call);
+    }
+
+    pub(crate) fn take_current(&self) -> Option<Arc<dyn QueuedCall<A>>> {
+        self.lock().current.take()
+    }
+
+    pub(crate) fn count_restart(&self) {
+        self.restarts.fetch_add(1, Ordering::Release);
+    }
+
+    /// Takes no more calls, because this panic used up the restart budget.
+    pub(crate) fn give_up_after(&self, panic: &Arc<str>) {
+        self.lock().last_panic = Some(Arc::clone(panic));
+        self.kill();
+    }
+
+    /// Fails whatever is left; called when the actor is gone.
+    pub(crate) fn finish(&self) {
+        self.kill();
+        self.fail_running();
+        self.lock().phase = Phase::Ended;
+        self.ended.send_replace(true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::call::ReplySlot;
+    use super::*;
+
+    struct Idle;
+
+    impl Actor for Idle {
+        type Context = Context<Self>;
+    }
+
+    #[derive(Message)]
+    #[rtype(result = "()")]
+    struct Ping;
+
+    impl Handler<Ping> for Idle {
+        type Result = ();
+
+        fn handle(&mut self, _: Ping, _: &mut Context<Self>) {}
+    }
+
+    #[test]
+    fn calls_taken_back_do_not_fill_the_queue_of_a_stuck_actor() {
+        let mailbox = Arc::new(Mailbox::<Idle>::new(ActorId::next(), "idle".into(), 16));
+        let _kept: Vec<_> = (0..8).map(|_| mailbox.push(Ping, false).unwrap()).collect();
+        for _ in 0..10_000 {
+            mailbox.push(Ping, false).unwrap().abandon();
+            assert!(mailbox.lock().queued.len() <= 2 * 8 + 1);
+        }
+        assert_eq!(mailbox.pending(), 8);
+        mailbox.finish();
+    }
+}

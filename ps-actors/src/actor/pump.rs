@@ -1,0 +1,123 @@
+//! The future inside an actor's context that takes calls from the queue and runs their handlers.
+//!
+//! It is an item of the actix context like any timer or stream, so what pauses those pauses it:
+//! while `ctx.wait` or an `AtomicResponse` is under way, no handler begins. The context polls all
+//! its items again when the pause is over, hence a paused pump needs no wake-up of its own.
+
+use std::cell::{Cell, RefCell};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+
+use actix::fut::ActorFuture;
+use actix::{Actor, ActorContext, AsyncContext, Context};
+use futures_util::future::LocalBoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+
+use super::call::{InFlight, Loss, QueuedCall};
+use super::mailbox::{Mailbox, Next};
+
+/// How many calls run before timers, streams and other items of the actor get their turn.
+const BATCH: usize = 64;
+
+/// The replies of calls whose response is not ready; outlives the actor's context.
+pub(crate) struct Replies<A: Actor> {
+    mailbox: Arc<Mailbox<A>>,
+    waiting: RefCell<FuturesUnordered<LocalBoxFuture<'static, Finished<A>>>>,
+    next_key: Cell<u64>,
+}
+
+type Finished<A> = (u64, Result<(), Arc<dyn QueuedCall<A>>>);
+
+impl<A: Actor> Replies<A> {
+    pub(crate) fn new(mailbox: Arc<Mailbox<A>>) -> Self {
+        Self {
+            mailbox,
+            waiting: RefCell::new(FuturesUnordered::new()),
+            next_key: Cell::new(0),
+        }
+    }
+
+    fn insert(&self, response: InFlight<A>) {
+        let key = self.next_key.get();
+        self.next_key.set(key + 1);
+        self.mailbox.set_in_flight(key);
+        self.waiting
+            .borrow()
+            .push(Box::pin(async move { (key, response.await) }));
+    }
+
+    fn is_empty(&self) -> bool {
+        self.waiting.borrow().is_empty()
+    }
+
+    /// Completes the calls whose response has come; those whose response is lost fail with `loss`.
+    ///
+    /// Returns whether there were any.
+    pub(crate) fn poll(&self, cx: &mut TaskContext<'_>, loss: &Loss) -> bool {
+        let mut progress = false;
+        let mut waiting = self.waiting.borrow_mut();
+        while let Poll::Ready(Some((key, outcome))) = waiting.poll_next_unpin(cx) {
+            progress = true;
+            self.mailbox.remove_in_flight(key);
+            if let Err(call) = outcome {
+                call.fail(loss);
+            }
+        }
+        progress
+    }
+}
+
+pub(crate) struct Pump<A: Actor> {
+    mailbox: Arc<Mailbox<A>>,
+    replies: Rc<Replies<A>>,
+    has_asked_to_stop: bool,
+}
+
+impl<A: Actor> Pump<A> {
+    pub(crate) fn new(mailbox: Arc<Mailbox<A>>, replies: Rc<Replies<A>>) -> Self {
+        Self {
+            mailbox,
+            replies,
+            has_asked_to_stop: false,
+        }
+    }
+}
+
+impl<A: Actor<Context = Context<A>>> ActorFuture<A> for Pump<A> {
+    type Output = ();
+
+    fn poll(
+        self: Pin<&mut Self>,
+        actor: &mut A,
+        ctx: &mut Context<A>,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<()> {
+        let this = self.get_mut();
+        for _ in 0..BATCH {
+            if ctx.waiting() {
+                return Poll::Pending;
+            }
+            match this.mailbox.next() {
+                Next::Call(call) => {
+                    if let Some(response) = call.start(actor, ctx) {
+                        this.replies.insert(response);
+                    }
+                }
+                Next::Nothing => return Poll::Pending,
+                Next::Drained => {
+                    // Once only: an actor whose `stopping` hook refuses goes on until it stops
+                    // itself or is killed.
+                    if this.replies.is_empty() && !this.has_asked_to_stop {
+                        this.has_asked_to_stop = true;
+                        ctx.stop();
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}

@@ -1,0 +1,214 @@
+//! The caller's side of one call.
+
+use std::fmt;
+use std::mem;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use tokio::task::coop::{Unconstrained, unconstrained};
+use tokio::time::Sleep;
+
+use super::background;
+use super::call::{GiveUp, ReplySlot};
+use super::error::CallError;
+use super::mailbox::ActorId;
+
+/// The result of a call that is under way: a future, or something to block on.
+///
+/// Dropping it, or letting its timeout pass, before the handler has begun takes the call back: the
+/// handler then never begins. A handler that has begun goes on to its end in any case.
+#[must_use = "a dropped reply takes its call back; `tell` calls without a reply"]
+pub struct Reply<R> {
+    state: State<R>,
+    timeout: Option<Timeout>,
+}
+
+enum State<R> {
+    Waiting(Arc<dyn ReplySlot<R>>),
+    /// Over before anyone waited.
+    Ready(Result<R, CallError>),
+    /// The result has been handed out.
+    Over,
+}
+
+struct Timeout {
+    after: Duration,
+    deadline: Instant,
+    /// Set at the first poll; blocking waits need no timer. Outside tokio's budget, or thousands
+    /// of replies in one task would keep waking each other.
+    timer: Option<Pin<Box<Unconstrained<Sleep>>>>,
+}
+
+impl<R> Reply<R> {
+    pub(crate) fn new(slot: Arc<dyn ReplySlot<R>>) -> Self {
+        Self {
+            state: State::Waiting(slot),
+            timeout: None,
+        }
+    }
+
+    pub(crate) fn failed(error: CallError) -> Self {
+        Self {
+            state: State::Ready(Err(error)),
+            timeout: None,
+        }
+    }
+
+    /// Fails the call when no result has come after this time, counted from now.
+    ///
+    /// The error says whether the handler had begun: if not, the message comes back in
+    /// [`CallError::NotDelivered`]; else it is [`CallError::Unknown`]. Of several timeouts the one
+    /// that ends first holds. A result that is there counts, however late it is looked at.
+    pub fn timeout(mut self, after: Duration) -> Self {
+        // A deadline beyond the end of time is none.
+        if let Some(deadline) = Instant::now().checked_add(after)
+            && self
+                .timeout
+                .as_ref()
+                .is_none_or(|old| deadline < old.deadline)
+        {
+            self.timeout = Some(Timeout {
+                after,
+                deadline,
+                timer: None,
+            });
+        }
+        self
+    }
+
+    /// Blocks this thread until the call is over; Ray's `get`.
+    ///
+    /// May be called on any thread, inside or outside of asynchronous code. On the thread of the
+    /// called actor the call could never end: unless its result is there, it fails with
+    /// `WouldDeadlock` as reason. A ring of *several* actors that wait for each other is not
+    /// detected, so actors should await, or set a timeout.
+    ///
+    /// # Errors
+    /// As the call itself.
+    pub fn wait(mut self) -> Result<R, CallError> {
+        if self.would_deadlock() {
+            return self.give_up(GiveUp::WouldDeadlock);
+        }
+        let deadline = self.timeout.as_ref().map(|timeout| timeout.deadline);
+        match background::block_on(Untimed(&mut self), deadline) {
+            Some(result) => result,
+            None => {
+                let after = self.timeout.as_ref().map_or(Duration::ZERO, |t| t.after);
+                self.give_up(GiveUp::TimedOut(after))
+            }
+        }
+    }
+
+    /// Blocks as [`Reply::wait`], no longer than the timeout; short for `timeout` and `wait`.
+    ///
+    /// # Errors
+    /// As the call itself, and as [`Reply::timeout`].
+    pub fn wait_timeout(self, timeout: Duration) -> Result<R, CallError> {
+        self.timeout(timeout).wait()
+    }
+
+    /// The actor that was called, while the call is under way.
+    pub(crate) fn target(&self) -> Option<ActorId> {
+        match &self.state {
+            State::Waiting(slot) => Some(slot.target()),
+            State::Ready(_) | State::Over => None,
+        }
+    }
+
+    /// Whether a blocking wait on this thread would keep the handler from running.
+    pub(crate) fn would_deadlock(&self) -> bool {
+        self.target()
+            .is_some_and(|target| background::current_actor() == Some(target))
+    }
+
+    /// Ends a call that would deadlock; the reply is then ready.
+    pub(crate) fn refuse_to_block(&mut self) {
+        let result = self.give_up(GiveUp::WouldDeadlock);
+        self.state = State::Ready(result);
+    }
+
+    fn give_up(&mut self, why: GiveUp) -> Result<R, CallError> {
+        match mem::replace(&mut self.state, State::Over) {
+            State::Waiting(slot) => slot.give_up(why),
+            State::Ready(result) => result,
+            State::Over => unreachable!("{POLLED_AGAIN}"),
+        }
+    }
+
+    fn poll_untimed(&mut self, cx: &mut Context<'_>) -> Poll<Result<R, CallError>> {
+        if let State::Waiting(slot) = &self.state {
+            let polled = slot.poll(cx);
+            if polled.is_ready() {
+                self.state = State::Over;
+            }
+            return polled;
+        }
+        match mem::replace(&mut self.state, State::Over) {
+            State::Ready(result) => Poll::Ready(result),
+            _ => unreachable!("{POLLED_AGAIN}"),
+        }
+    }
+}
+
+const POLLED_AGAIN: &str = "a Reply must not be polled again after it was ready";
+
+impl<R> Future for Reply<R> {
+    type Output = Result<R, CallError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        if let Poll::Ready(result) = this.poll_untimed(cx) {
+            return Poll::Ready(result);
+        }
+        let Some(timeout) = &mut this.timeout else {
+            return Poll::Pending;
+        };
+        let deadline = timeout.deadline;
+        let timer = timeout
+            .timer
+            .get_or_insert_with(|| Box::pin(unconstrained(background::sleep_until(deadline))));
+        if timer.as_mut().poll(cx).is_pending() {
+            return Poll::Pending;
+        }
+        let after = timeout.after;
+        Poll::Ready(this.give_up(GiveUp::TimedOut(after)))
+    }
+}
+
+/// A reply without its timer, for a thread that keeps time itself.
+struct Untimed<'a, R>(&'a mut Reply<R>);
+
+impl<R> Future for Untimed<'_, R> {
+    type Output = Result<R, CallError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.poll_untimed(cx)
+    }
+}
+
+// Nothing in a reply is pinned in place: the result comes by value, the timer has its own box.
+impl<R> Unpin for Reply<R> {}
+
+impl<R> Drop for Reply<R> {
+    fn drop(&mut self) {
+        if let State::Waiting(slot) = &self.state {
+            slot.abandon();
+        }
+    }
+}
+
+impl<R> fmt::Debug for Reply<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match &self.state {
+            State::Waiting(_) => "waiting",
+            State::Ready(_) => "ready",
+            State::Over => "over",
+        };
+        f.debug_struct("Reply")
+            .field("state", &state)
+            .field("timeout", &self.timeout.as_ref().map(|t| t.after))
+            .finish()
+    }
+}

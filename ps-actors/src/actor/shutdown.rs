@@ -1,0 +1,120 @@
+//! Ends actors within a bound, whatever their handlers do.
+
+use std::fmt;
+use std::future::{pending, ready};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::future::{BoxFuture, Either, join_all, select};
+
+use super::background;
+use super::error::StillRunning;
+use super::registry::{self, AnyMailbox};
+
+/// Stops all actors of this process gracefully, at the same time, within a bound.
+///
+/// Begins at once; await or wait for the outcome. Actors spawned meanwhile are not included. See
+/// [`ActorRef::shutdown`](super::ActorRef::shutdown) for what happens when the time is over.
+pub fn shutdown_all(timeout: Duration) -> Shutdown {
+    Shutdown::start(registry::living(), timeout)
+}
+
+/// The end of one or all actors; resolves when they have ended or the time is over.
+///
+/// Dropping it leaves the actors stopping, without a bound.
+#[must_use = "await it, or wait for it: dropped, it enforces no bound"]
+pub struct Shutdown {
+    actors: Vec<Arc<dyn AnyMailbox>>,
+    timeout: Duration,
+    /// `None` when the timeout is beyond the end of time.
+    deadline: Option<Instant>,
+    /// Resolves to whether all actors have ended in time.
+    outcome: BoxFuture<'static, bool>,
+}
+
+impl Shutdown {
+    pub(crate) fn start(actors: Vec<Arc<dyn AnyMailbox>>, timeout: Duration) -> Self {
+        let deadline = Instant::now().checked_add(timeout);
+        for actor in &actors {
+            actor.close();
+        }
+        let ended: Vec<_> = actors.iter().map(|actor| actor.ended()).collect();
+        let all_ended = Box::pin(join_all(ended.into_iter().map(|mut ended| async move {
+            // An error means that the mailbox is gone, and the actor with it.
+            let _ = ended.wait_for(|ended| *ended).await;
+        })));
+        let none = actors.is_empty();
+        let outcome = async move {
+            if none {
+                return true;
+            }
+            let time_is_over = match deadline {
+                Some(deadline) => Either::Left(background::sleep_until(deadline)),
+                None => Either::Right(pending()),
+            };
+            let time_is_over = Box::pin(time_is_over);
+            matches!(select(all_ended, time_is_over).await, Either::Left(_))
+        };
+        Self {
+            actors,
+            timeout,
+            deadline,
+            outcome: Box::pin(outcome),
+        }
+    }
+
+    /// Blocks this thread until the actors have ended or the time is over.
+    ///
+    /// Called on the thread of one of the actors, it cannot see that one end, and reports it.
+    ///
+    /// # Errors
+    /// [`StillRunning`] with the names of the actors that had to be left behind.
+    pub fn wait(mut self) -> Result<(), StillRunning> {
+        let in_time = background::block_on(&mut self.outcome, self.deadline);
+        self.conclude(in_time.unwrap_or(false))
+    }
+
+    fn conclude(&mut self, in_time: bool) -> Result<(), StillRunning> {
+        let mut left_behind = Vec::new();
+        for actor in self.actors.drain(..) {
+            if !in_time && !actor.has_ended() {
+                tracing::error!(actor = actor.name(), "actor left behind by a shutdown");
+                left_behind.push(actor.name().to_owned());
+                actor.abandon();
+                registry::free_name(actor.id());
+            }
+        }
+        self.outcome = Box::pin(ready(in_time));
+        if left_behind.is_empty() {
+            return Ok(());
+        }
+        left_behind.sort();
+        Err(StillRunning {
+            actors: left_behind,
+            after: self.timeout,
+        })
+    }
+}
+
+impl Future for Shutdown {
+    type Output = Result<(), StillRunning>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.outcome.as_mut().poll(cx) {
+            Poll::Ready(in_time) => Poll::Ready(self.conclude(in_time)),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+}
+
+impl fmt::Debug for Shutdown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let actors: Vec<_> = self.actors.iter().map(|actor| actor.name()).collect();
+        f.debug_struct("Shutdown")
+            .field("actors", &actors)
+            .field("timeout", &self.timeout)
+            .finish()
+    }
+}

@@ -1,0 +1,329 @@
+//! The servers of one model, as one thing to push to and pull from.
+//!
+//! With several servers a push has two steps: the parts of the gradient are *staged* on all
+//! servers but the first, in parallel, and then the first one gets its part and the word that
+//! the others have theirs. Only then does it decide. So a worker that dies half way leaves no
+//! half gradient in the weights, and all servers go through the same versions (PS-3, PS-5).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::future::try_join_all;
+
+use crate::actor::{ActorRef, Reply, Spawn, SpawnError};
+use crate::ids::{Incarnation, WorkerId};
+use crate::rule::UpdateRule;
+use crate::server::{
+    ApplyGradients, Consistency, GetStatus, GroupError, Join, Leave, Membership, Outcome,
+    ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost, ServerConfig,
+    ServerError, ServerStatus, SetConsistency, SetLearningRate, ShardError, Stage, partition,
+};
+use crate::weights::{Gradients, Weights};
+
+/// How often a pull of one version starts again because the servers moved on meanwhile.
+const MAX_PULL_TRIES: usize = 100;
+
+/// How many versions each server of a group of several keeps at least.
+const MIN_KEPT_VERSIONS: usize = 4;
+
+/// References to all servers of a model. Cheap to clone; can be sent to workers.
+#[derive(Clone, Debug)]
+pub struct ServerGroup {
+    servers: Arc<[(Range<usize>, ActorRef<ParameterServer>)]>,
+}
+
+/// Why a group of servers could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum GroupSpawnError {
+    /// There must be at least one.
+    #[error("weights need at least one server")]
+    NoServers,
+    /// A setting cannot work.
+    #[error(transparent)]
+    Config(#[from] crate::server::ConfigError),
+    /// An actor could not be started.
+    #[error("could not start server {index} of the group")]
+    Spawn {
+        /// Which.
+        index: usize,
+        /// Why.
+        #[source]
+        source: SpawnError,
+    },
+}
+
+impl ServerGroup {
+    /// Splits `initial` over `num_servers` new servers, each an actor on a thread of its own.
+    ///
+    /// `rule` makes the update rule for each server's range.
+    ///
+    /// # Errors
+    /// When there are no servers, a setting cannot work, or a thread cannot be started.
+    pub fn spawn(
+        initial: &Weights,
+        num_servers: usize,
+        mut config: ServerConfig,
+        mut rule: impl FnMut(Range<usize>) -> Box<dyn UpdateRule>,
+    ) -> Result<Self, GroupSpawnError> {
+        if num_servers == 0 {
+            return Err(GroupSpawnError::NoServers);
+        }
+        config.check()?;
+        if num_servers > 1 {
+            config.num_kept_versions = config.num_kept_versions.max(MIN_KEPT_VERSIONS);
+        }
+        let ranges = partition(initial.len(), num_servers);
+        let start = |index: usize, server: ParameterServer| {
+            let options = Spawn::new().thread_name(format!("server-{index}"));
+            server
+                .spawn_with(options)
+                .map_err(|source| GroupSpawnError::Spawn { index, source })
+        };
+        let mut followers = Vec::new();
+        for (index, range) in ranges.iter().enumerate().skip(1) {
+            let rule = rule(range.clone());
+            let server = ParameterServer::follower(initial, range.clone(), rule, config);
+            followers.push(start(index, server)?);
+        }
+        let range = ranges[0].clone();
+        let rule = rule(range.clone());
+        let first = ParameterServer::first(initial, range, rule, config, followers.clone())?;
+        let servers = [start(0, first)?].into_iter().chain(followers);
+        Ok(Self {
+            servers: ranges.into_iter().zip(servers).collect(),
+        })
+    }
+
+    /// Makes a group of the one server that holds all weights.
+    #[must_use]
+    pub fn single(server: ActorRef<ParameterServer>) -> Self {
+        Self {
+            servers: Arc::new([(0..usize::MAX, server)]),
+        }
+    }
+
+    /// Returns the servers in the order of their ranges; the first one decides.
+    pub fn servers(&self) -> impl ExactSizeIterator<Item = &ActorRef<ParameterServer>> {
+        self.servers.iter().map(|(_, server)| server)
+    }
+
+    fn first(&self) -> &ActorRef<ParameterServer> {
+        &self.servers[0].1
+    }
+
+    /// Makes a worker a member.
+    ///
+    /// # Errors
+    /// When a later life of the worker is known, or the server cannot be reached.
+    pub async fn join(
+        &self,
+        worker: WorkerId,
+        incarnation: Incarnation,
+    ) -> Result<Membership, GroupError> {
+        answer(
+            0,
+            self.first().ask(Join {
+                worker,
+                incarnation,
+            }),
+        )
+        .await
+    }
+
+    /// Ends a worker's membership.
+    ///
+    /// # Errors
+    /// When the server cannot be reached.
+    pub async fn leave(
+        &self,
+        worker: WorkerId,
+        incarnation: Incarnation,
+    ) -> Result<(), GroupError> {
+        answer(
+            0,
+            self.first().ask(Leave {
+                worker,
+                incarnation,
+            }),
+        )
+        .await
+    }
+
+    /// Declares a worker dead, so that nobody waits for it.
+    ///
+    /// # Errors
+    /// When the server cannot be reached.
+    pub async fn report_lost(&self, worker: WorkerId) -> Result<(), GroupError> {
+        answer(0, self.first().ask(ReportLost { worker })).await
+    }
+
+    /// Pulls a snapshot of all weights: one version, the same on all servers.
+    ///
+    /// # Errors
+    /// When an exact version is no longer kept, or a server cannot be reached.
+    pub async fn pull(&self, wanted: PullVersion) -> Result<Weights, GroupError> {
+        let mut tries = 1;
+        loop {
+            let pulled = match wanted {
+                // The call goes to all at once, so that none has passed the version when the
+                // last one is asked.
+                PullVersion::Exactly(_) => {
+                    let parts = self.servers().enumerate();
+                    let parts =
+                        parts.map(|(index, server)| answer(index, server.ask(Pull(wanted))));
+                    try_join_all(parts).await.map(|parts| Weights::join(&parts))
+                }
+                PullVersion::Latest | PullVersion::AtLeast(_) => {
+                    let first = answer(0, self.first().ask(Pull(wanted))).await?;
+                    self.pull_rest(first).await
+                }
+            };
+            match pulled {
+                Err(error) if is_version_gone(&error) && tries < MAX_PULL_TRIES => {
+                    if let PullVersion::Exactly(_) = wanted {
+                        return Err(error);
+                    }
+                    tries += 1;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Adds the other servers' parts to the first one's.
+    async fn pull_rest(&self, first: Weights) -> Result<Weights, GroupError> {
+        if self.servers.len() == 1 {
+            return Ok(first);
+        }
+        let same = Pull(PullVersion::Exactly(first.version()));
+        let rest = self.servers().enumerate().skip(1);
+        let rest = rest.map(|(index, server)| answer(index, server.ask(same)));
+        let mut parts = vec![first];
+        parts.extend(try_join_all(rest).await?);
+        Ok(Weights::join(&parts))
+    }
+
+    /// Pushes a gradient and waits until it is applied, or dropped or refused.
+    ///
+    /// # Errors
+    /// When the worker is no member, or a server refuses or cannot be reached. The same push
+    /// may then be tried again: it is applied once.
+    pub async fn push(&self, gradients: Gradients) -> Result<Outcome, GroupError> {
+        self.stage(&gradients).await?;
+        answer(0, self.first().ask(Push(gradients))).await
+    }
+
+    /// Pushes a gradient and returns the weights for the worker's next step, once the
+    /// consistency mode lets it start.
+    ///
+    /// # Errors
+    /// As [`ServerGroup::push`].
+    pub async fn push_pull(&self, gradients: Gradients) -> Result<(Outcome, Weights), GroupError> {
+        self.stage(&gradients).await?;
+        let pushed = answer(0, self.first().ask(PushPull(gradients))).await?;
+        let weights = match self.pull_rest(pushed.weights).await {
+            Err(error) if is_version_gone(&error) => self.pull(PullVersion::Latest).await?,
+            other => other?,
+        };
+        Ok((pushed.outcome, weights))
+    }
+
+    async fn stage(&self, gradients: &Gradients) -> Result<(), GroupError> {
+        if self.servers.len() == 1 {
+            return Ok(());
+        }
+        let Gradients { id, gradient, .. } = gradients;
+        let staged = self
+            .servers
+            .iter()
+            .enumerate()
+            .skip(1)
+            .map(|(index, (range, server))| {
+                let (id, got, expected) = (*id, gradient.range(), range.clone());
+                async move {
+                    if got.start > expected.start || got.end < expected.end {
+                        let source = ShardError::WrongRange { id, got, expected }.into();
+                        return Err(GroupError::Server { index, source });
+                    }
+                    let gradient = gradient.slice(expected);
+                    answer(index, server.ask(Stage { id, gradient })).await
+                }
+            });
+        try_join_all(staged).await?;
+        Ok(())
+    }
+
+    /// Applies gradients as one update at once, whatever the mode; returns the new weights.
+    ///
+    /// # Errors
+    /// When a gradient is not acceptable (then none is applied), or a server cannot be reached.
+    pub async fn apply(
+        &self,
+        gradients: Vec<Gradients>,
+        reduction: Reduction,
+    ) -> Result<Weights, GroupError> {
+        let first = answer(
+            0,
+            self.first().ask(ApplyGradients {
+                gradients,
+                reduction,
+            }),
+        )
+        .await?;
+        match self.pull_rest(first).await {
+            Err(error) if is_version_gone(&error) => self.pull(PullVersion::Latest).await,
+            other => other,
+        }
+    }
+
+    /// Changes the consistency mode from now on.
+    ///
+    /// # Errors
+    /// When the mode cannot work, or the server cannot be reached.
+    pub async fn set_consistency(&self, consistency: Consistency) -> Result<(), GroupError> {
+        answer(0, self.first().ask(SetConsistency(consistency))).await
+    }
+
+    /// Changes the learning rate from now on.
+    ///
+    /// # Errors
+    /// When the rate is no usable number, or the server cannot be reached.
+    pub async fn set_learning_rate(&self, learning_rate: f64) -> Result<(), GroupError> {
+        answer(0, self.first().ask(SetLearningRate(learning_rate))).await
+    }
+
+    /// Returns what each server knows about itself.
+    ///
+    /// # Errors
+    /// When a server cannot be reached.
+    pub async fn status(&self) -> Result<Vec<ServerStatus>, GroupError> {
+        let all = self
+            .servers()
+            .enumerate()
+            .map(|(index, server)| async move {
+                let status = server.ask(GetStatus).await;
+                status.map_err(|source| GroupError::Call { index, source })
+            });
+        try_join_all(all).await
+    }
+}
+
+impl From<ActorRef<ParameterServer>> for ServerGroup {
+    fn from(server: ActorRef<ParameterServer>) -> Self {
+        Self::single(server)
+    }
+}
+
+/// Waits for a server's answer and says which server it was, if it failed.
+async fn answer<T>(index: usize, reply: Reply<Result<T, ServerError>>) -> Result<T, GroupError> {
+    let answer = reply
+        .await
+        .map_err(|source| GroupError::Call { index, source })?;
+    answer.map_err(|source| GroupError::Server { index, source })
+}
+
+fn is_version_gone(error: &GroupError) -> bool {
+    let gone =
+        |source: &ServerError| matches!(source, ServerError::Shard(ShardError::VersionGone { .. }));
+    matches!(error, GroupError::Server { source, .. } if gone(source))
+}

@@ -1,0 +1,262 @@
+//! What a [`ParameterServer`](super::ParameterServer) can be asked.
+//!
+//! Data only: no channel in any message, so each can cross a wire. A worker of a group of
+//! several servers speaks to them through a [`ServerGroup`](crate::group::ServerGroup), which
+//! knows what to send where.
+
+use actix::Message;
+
+use super::consistency::{Consistency, Reduction};
+use super::ledger::Outcome;
+use super::protocol::{Membership, Refusal, Update};
+use super::shard::{PullVersion, ShardError};
+use super::status::CoordinatorStatus;
+use crate::actor::CallError;
+use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::weights::{Gradient, Gradients, Weights};
+
+/// Returns the current weights of the server's range.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Weights")]
+pub struct GetWeights;
+
+/// Returns the weights of the server's range at a certain version, waiting for it if need be.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<Weights, ServerError>")]
+pub struct Pull(pub PullVersion);
+
+/// Applies some gradients as one update at once, whatever the consistency mode, and returns
+/// the new weights: what a Ray-style driver does with what its workers computed.
+///
+/// A gradient is applied once however often it is sent: the same call again returns the current
+/// weights.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<Weights, ServerError>")]
+pub struct ApplyGradients {
+    /// The gradients, of distinct steps.
+    pub gradients: Vec<Gradients>,
+    /// How they become one.
+    pub reduction: Reduction,
+}
+
+impl ApplyGradients {
+    /// Applies the mean of the gradients.
+    pub fn mean(gradients: impl IntoIterator<Item = Gradients>) -> Self {
+        Self {
+            gradients: gradients.into_iter().collect(),
+            reduction: Reduction::Mean,
+        }
+    }
+
+    /// Applies the sum of the gradients.
+    pub fn sum(gradients: impl IntoIterator<Item = Gradients>) -> Self {
+        Self {
+            gradients: gradients.into_iter().collect(),
+            reduction: Reduction::Sum,
+        }
+    }
+}
+
+/// Makes a worker a member. Sent to the first server of a group.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<Membership, ServerError>")]
+pub struct Join {
+    /// Who.
+    pub worker: WorkerId,
+    /// Which life of the worker: higher than in any earlier `Join`. The same `Join` again gets
+    /// the same answer.
+    pub incarnation: Incarnation,
+}
+
+/// Ends a worker's membership; what it has pending is not applied. Sent to the first server.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct Leave {
+    /// Who.
+    pub worker: WorkerId,
+    /// Which life; a `Leave` of an earlier life changes nothing.
+    pub incarnation: Incarnation,
+}
+
+/// Declares a member dead, as a driver does that saw its call fail. Sent to the first server.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct ReportLost {
+    /// Who.
+    pub worker: WorkerId,
+}
+
+/// Tells the first server that a member is alive; needed only if a step takes longer than the
+/// server's lease.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct Heartbeat {
+    /// Who.
+    pub worker: WorkerId,
+    /// Which life.
+    pub incarnation: Incarnation,
+}
+
+/// Keeps a gradient until the first server decides what becomes of it. Sent to every other
+/// server of a group, before the [`Push`] to the first.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct Stage {
+    /// Which gradient.
+    pub id: GradientId,
+    /// The numbers, over the server's range at least.
+    pub gradient: Gradient,
+}
+
+/// Pushes a gradient, to be applied as the consistency mode says. Sent to the first server.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<Outcome, ServerError>")]
+pub struct Push(pub Gradients);
+
+/// Pushes a gradient and returns the weights for the worker's next step, once the consistency
+/// mode lets it start. Sent to the first server.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<Pushed, ServerError>")]
+pub struct PushPull(pub Gradients);
+
+/// The answer to a [`PushPull`].
+#[derive(Clone, Debug)]
+pub struct Pushed {
+    /// What became of the gradient.
+    pub outcome: Outcome,
+    /// The current weights of the server's range.
+    pub weights: Weights,
+}
+
+/// Changes the consistency mode from now on. Sent to the first server.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct SetConsistency(pub Consistency);
+
+/// Changes the learning rate of all updates from now on. Sent to the first server.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct SetLearningRate(pub f64);
+
+/// Returns what a server knows about itself.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "ServerStatus")]
+pub struct GetStatus;
+
+/// A server's view of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServerStatus {
+    /// The version of its weights; those of other servers of the group may lag a little.
+    pub version: Version,
+    /// The range of weights that it holds.
+    pub range: std::ops::Range<usize>,
+    /// How many gradients wait here for a decision.
+    pub num_staged: usize,
+    /// The learning rate of the next update.
+    pub learning_rate: f64,
+    /// The run as a whole, if this is the first server of its group.
+    pub coordinator: Option<CoordinatorStatus>,
+}
+
+/// What the first server of a group decided, for the others to follow, in order.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct Follow(pub(crate) Vec<Decision>);
+
+/// One decision of the first server.
+#[derive(Clone, Debug)]
+pub(crate) enum Decision {
+    Stage(GradientId, Gradient),
+    Update {
+        update: Update,
+        learning_rate: f64,
+    },
+    Discard(GradientId),
+    Fence {
+        worker: WorkerId,
+        below: Incarnation,
+    },
+}
+
+/// Why a server did not do what it was asked to. The weights are as they were.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The gradient or worker is not acceptable.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The gradient does not fit, or the version is gone.
+    #[error(transparent)]
+    Shard(#[from] ShardError),
+    /// The gradient's norm is NaN, infinite or above the limit.
+    #[error(
+        "the gradient's norm is {norm}, above the limit of {limit}; the weights were not changed"
+    )]
+    BadNorm {
+        /// What it is.
+        norm: f64,
+        /// What it may be at most.
+        limit: f64,
+    },
+    /// Only the first server of a group takes this message.
+    #[error("this server follows the first one of its group: send the message there")]
+    NotFirst,
+    /// The server was started with, or asked for, a setting that cannot work.
+    #[error("{0}")]
+    Config(#[from] super::actor::ConfigError),
+    /// Another server of the group is gone, and with it a part of the weights.
+    #[error("server {index} of the group is gone: {reason}")]
+    GroupBroken {
+        /// Which.
+        index: usize,
+        /// Why its last call failed.
+        reason: String,
+    },
+    /// Another server of the group does not keep up.
+    #[error("server {index} of the group is {num_behind} decisions behind; try again later")]
+    FollowerBehind {
+        /// Which.
+        index: usize,
+        /// How far.
+        num_behind: usize,
+    },
+    /// The server stopped before it could answer.
+    #[error("the server stopped before it could answer")]
+    Stopping,
+}
+
+/// Why a call to a group of servers failed.
+#[derive(Debug, thiserror::Error)]
+pub enum GroupError {
+    /// A server could not be reached, or did not answer.
+    #[error("server {index} of the group did not answer")]
+    Call {
+        /// Which.
+        index: usize,
+        /// What happened to the call.
+        #[source]
+        source: CallError,
+    },
+    /// A server refused.
+    #[error("server {index} of the group refused")]
+    Server {
+        /// Which.
+        index: usize,
+        /// Why.
+        #[source]
+        source: ServerError,
+    },
+}
+
+impl GroupError {
+    /// Returns the refusal, if the first server refused the worker or its gradient.
+    #[must_use]
+    pub fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Self::Server {
+                source: ServerError::Refused(refusal),
+                ..
+            } => Some(refusal),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,405 @@
+//! The worker: computes gradients, when asked or in a loop of its own.
+//!
+//! Two ways to drive it. A Ray-style driver sends [`ComputeGradients`] and brings the result to
+//! the server itself. Or [`RunSteps`] hands the worker references to the servers, and it pulls,
+//! computes and pushes by itself; it joins at the beginning and leaves at the end, also when it
+//! fails or panics, so that the others do not wait for it.
+
+use std::cell::RefCell;
+use std::error::Error;
+use std::fmt;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, WrapFuture};
+
+use crate::actor::ActorRef;
+use crate::group::ServerGroup;
+use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
+use crate::server::{
+    GroupError, Leave, Outcome, ParameterServer, PullVersion, Refusal, ServerError, ShardError,
+};
+use crate::weights::{Gradient, Gradients, Weights};
+
+/// How often in a row a worker joins again without getting a gradient settled in between.
+const MAX_REJOINS: usize = 10;
+
+/// The error of a [`GradientSource`].
+pub type SourceError = Box<dyn Error + Send + Sync>;
+
+/// Computes gradients: a model with its data. Lives on its worker's thread.
+///
+/// Any closure from clock and weights to a gradient is one.
+pub trait GradientSource: 'static {
+    /// Computes loss and gradient of the batch of step `clock` at `weights`.
+    ///
+    /// The batch depends on the clock only: a worker that was lost repeats a step after it has
+    /// joined again, and a step repeated must see the same examples. Clocks mostly come in
+    /// order, from 0.
+    ///
+    /// # Errors
+    /// Whatever prevents it; the worker's run ends.
+    fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError>;
+}
+
+impl<F> GradientSource for F
+where
+    F: FnMut(Clock, &Weights) -> Result<LocalGradient, SourceError> + 'static,
+{
+    fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
+        self(clock, weights)
+    }
+}
+
+/// What a [`GradientSource`] computes.
+#[derive(Clone, Debug)]
+pub struct LocalGradient {
+    /// The gradient with respect to all weights.
+    pub gradient: Gradient,
+    /// The batch's mean loss.
+    pub loss: f32,
+    /// How many examples the batch had.
+    pub num_examples: usize,
+}
+
+/// An actor that computes gradients with its [`GradientSource`].
+pub struct DataWorker<S> {
+    state: Rc<RefCell<State<S>>>,
+}
+
+struct State<S> {
+    id: WorkerId,
+    incarnation: Incarnation,
+    next_clock: Clock,
+    source: S,
+    progress: Progress,
+    is_running: bool,
+    stop_requested: bool,
+}
+
+impl<S: GradientSource> DataWorker<S> {
+    /// Makes a worker of rank `id`. Every worker made is a life of its own.
+    #[must_use]
+    pub fn new(id: WorkerId, source: S) -> Self {
+        let state = State {
+            id,
+            incarnation: next_incarnation(Incarnation(0)),
+            next_clock: Clock(0),
+            source,
+            progress: Progress::default(),
+            is_running: false,
+            stop_requested: false,
+        };
+        Self {
+            state: Rc::new(RefCell::new(state)),
+        }
+    }
+}
+
+/// Returns a number that no life of any worker in this process had, and at least `least`.
+fn next_incarnation(least: Incarnation) -> Incarnation {
+    static LATEST: AtomicU64 = AtomicU64::new(0);
+    LATEST.fetch_max(least.0.saturating_sub(1), Ordering::Relaxed);
+    Incarnation(LATEST.fetch_add(1, Ordering::Relaxed) + 1)
+}
+
+impl<S> fmt::Debug for DataWorker<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DataWorker").finish_non_exhaustive()
+    }
+}
+
+impl<S: GradientSource> State<S> {
+    fn compute(&mut self, weights: Weights) -> Result<Gradients, WorkerError> {
+        let (worker, clock) = (self.id, self.next_clock);
+        let computed = self.source.gradient(clock, &weights);
+        let LocalGradient {
+            gradient,
+            loss,
+            num_examples,
+        } = computed.map_err(|source| WorkerError::Source {
+            worker,
+            clock,
+            source,
+        })?;
+        self.next_clock = clock.next();
+        self.progress.num_computed += 1;
+        self.progress.latest_loss = loss;
+        let id = GradientId {
+            worker,
+            incarnation: self.incarnation,
+            clock,
+        };
+        Ok(Gradients {
+            id,
+            computed_on: weights.version(),
+            loss,
+            num_examples,
+            gradient,
+        })
+    }
+}
+
+/// Computes the gradient of the worker's next batch at these weights.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<Gradients, WorkerError>")]
+pub struct ComputeGradients(pub Weights);
+
+/// Takes steps against these servers: pull, compute, push.
+///
+/// Each step counts that got settled, be it applied, dropped as late or refused.
+#[derive(Clone, Debug, Message)]
+#[rtype(result = "Result<RunReport, WorkerError>")]
+pub struct RunSteps {
+    /// The servers that hold the weights.
+    pub servers: ServerGroup,
+    /// How many steps to take.
+    pub num_steps: u64,
+}
+
+/// Ends a [`RunSteps`] after the step under way.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "()")]
+pub struct StopSteps;
+
+/// Returns what the worker has done so far.
+#[derive(Clone, Copy, Debug, Message)]
+#[rtype(result = "Progress")]
+pub struct GetProgress;
+
+/// What a worker has done since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Progress {
+    /// How many gradients it computed.
+    pub num_computed: u64,
+    /// The loss of the latest batch.
+    pub latest_loss: f32,
+}
+
+/// What became of a [`RunSteps`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RunReport {
+    /// The loss of each step's batch, before its update.
+    pub losses: Vec<f32>,
+    /// How many gradients were applied.
+    pub num_applied: u64,
+    /// How many were dropped because their round had closed.
+    pub num_dropped_late: u64,
+    /// How many were refused because of their norm.
+    pub num_refused: u64,
+    /// How many examples were used.
+    pub num_examples: u64,
+    /// Time spent computing gradients.
+    pub compute_time: Duration,
+    /// Time spent waiting for servers: transfer, queue, update, and other workers.
+    pub wait_time: Duration,
+}
+
+/// Why a worker could not do what it was asked to.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// Its model or data failed.
+    #[error("{worker} could not compute the gradient of {clock}")]
+    Source {
+        /// Which worker.
+        worker: WorkerId,
+        /// At which step.
+        clock: Clock,
+        /// Why.
+        #[source]
+        source: SourceError,
+    },
+    /// The servers refused or were not to be reached.
+    #[error("{worker} could not use its servers")]
+    Servers {
+        /// Which worker.
+        worker: WorkerId,
+        /// Why.
+        #[source]
+        source: GroupError,
+    },
+    /// It runs steps already.
+    #[error("{worker} runs steps already; stop them first")]
+    Busy {
+        /// Which worker.
+        worker: WorkerId,
+    },
+}
+
+/// A membership that ends when this is dropped, whatever the reason.
+struct Session {
+    server: ActorRef<ParameterServer>,
+    leave: Option<Leave>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Some(leave) = self.leave.take()
+            && let Err(error) = self.server.tell(leave)
+        {
+            tracing::warn!(worker = %leave.worker, %error, "could not leave");
+        }
+    }
+}
+
+async fn join<S: GradientSource>(
+    state: &RefCell<State<S>>,
+    servers: &ServerGroup,
+    least: Incarnation,
+) -> Result<(Session, Weights), GroupError> {
+    let worker = state.borrow().id;
+    let mut least = least;
+    loop {
+        let incarnation = next_incarnation(least);
+        let membership = match servers.join(worker, incarnation).await {
+            Ok(membership) => membership,
+            // Another process counts its lives by itself: go beyond its number.
+            Err(error) => match error.refusal() {
+                Some(Refusal::Fenced { least: wanted, .. }) if *wanted > incarnation => {
+                    least = *wanted;
+                    continue;
+                }
+                _ => return Err(error),
+            },
+        };
+        let server = servers
+            .servers()
+            .next()
+            .expect("a group has a server")
+            .clone();
+        let session = Session {
+            server,
+            leave: Some(Leave {
+                worker,
+                incarnation,
+            }),
+        };
+        {
+            let mut state = state.borrow_mut();
+            state.incarnation = incarnation;
+            state.next_clock = membership.next_clock;
+        }
+        let weights = servers.pull(PullVersion::Latest).await?;
+        return Ok((session, weights));
+    }
+}
+
+/// Says with which incarnation a worker may come back that is no longer a member.
+fn may_rejoin(error: &GroupError) -> Option<Incarnation> {
+    let GroupError::Server { source, .. } = error else {
+        return None;
+    };
+    match source {
+        ServerError::Refused(Refusal::NotMember { least, .. })
+        | ServerError::Shard(ShardError::Fenced { least, .. }) => Some(*least),
+        ServerError::Refused(Refusal::Fenced { least, .. }) => Some(least.next()),
+        _ => None,
+    }
+}
+
+async fn run<S: GradientSource>(
+    state: &RefCell<State<S>>,
+    servers: &ServerGroup,
+    num_steps: u64,
+) -> Result<RunReport, WorkerError> {
+    let worker = state.borrow().id;
+    let failed = |source| WorkerError::Servers { worker, source };
+    let mut report = RunReport::default();
+    let started = Instant::now();
+    let (mut session, mut weights) = join(state, servers, Incarnation(0)).await.map_err(failed)?;
+    report.wait_time += started.elapsed();
+    let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
+    let mut num_rejoins = 0;
+    while state.borrow().next_clock.0 < last_clock && !state.borrow().stop_requested {
+        let started = Instant::now();
+        // The snapshot ends with the computation: the server can then update in place.
+        let gradients = state.borrow_mut().compute(weights)?;
+        report.compute_time += started.elapsed();
+        let (loss, num_examples) = (gradients.loss, gradients.num_examples as u64);
+        let started = Instant::now();
+        let pushed = servers.push_pull(gradients).await;
+        weights = match pushed {
+            Ok((outcome, next)) => {
+                num_rejoins = 0;
+                report.losses.push(loss);
+                report.num_examples += num_examples;
+                match outcome {
+                    Outcome::Applied { .. } => report.num_applied += 1,
+                    Outcome::DroppedLate { .. } => report.num_dropped_late += 1,
+                    Outcome::RefusedNorm { norm, .. } => {
+                        report.num_refused += 1;
+                        tracing::warn!(%worker, norm, "gradient refused: NaN, infinite or too large");
+                    }
+                }
+                next
+            }
+            Err(error) => {
+                let Some(least) = may_rejoin(&error).filter(|_| num_rejoins < MAX_REJOINS) else {
+                    return Err(failed(error));
+                };
+                num_rejoins += 1;
+                tracing::warn!(%worker, %least, "no longer a member; joining again");
+                session.leave = None;
+                let (again, next) = join(state, servers, least).await.map_err(failed)?;
+                session = again;
+                next
+            }
+        };
+        report.wait_time += started.elapsed();
+    }
+    let leave = session.leave.take().expect("it is taken when the run ends");
+    servers
+        .leave(leave.worker, leave.incarnation)
+        .await
+        .map_err(failed)?;
+    Ok(report)
+}
+
+impl<S: GradientSource> Actor for DataWorker<S> {
+    type Context = Context<Self>;
+}
+
+impl<S: GradientSource> Handler<ComputeGradients> for DataWorker<S> {
+    type Result = Result<Gradients, WorkerError>;
+
+    fn handle(&mut self, message: ComputeGradients, _: &mut Self::Context) -> Self::Result {
+        self.state.borrow_mut().compute(message.0)
+    }
+}
+
+impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
+    // Polled in the actor's context, so that a panic in it is the actor's panic.
+    type Result = ResponseActFuture<Self, Result<RunReport, WorkerError>>;
+
+    fn handle(&mut self, message: RunSteps, _: &mut Self::Context) -> Self::Result {
+        let state = Rc::clone(&self.state);
+        let run = async move {
+            let worker = state.borrow().id;
+            if std::mem::replace(&mut state.borrow_mut().is_running, true) {
+                return Err(WorkerError::Busy { worker });
+            }
+            state.borrow_mut().stop_requested = false;
+            let result = run(&state, &message.servers, message.num_steps).await;
+            state.borrow_mut().is_running = false;
+            result
+        };
+        Box::pin(run.into_actor(self))
+    }
+}
+
+impl<S: GradientSource> Handler<StopSteps> for DataWorker<S> {
+    type Result = ();
+
+    fn handle(&mut self, _: StopSteps, _: &mut Self::Context) {
+        self.state.borrow_mut().stop_requested = true;
+    }
+}
+
+impl<S: GradientSource> Handler<GetProgress> for DataWorker<S> {
+    type Result = MessageResult<GetProgress>;
+
+    fn handle(&mut self, _: GetProgress, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.state.borrow().progress)
+    }
+}

@@ -1,0 +1,229 @@
+//! Actors are ordinary actix actors: what their contexts do, and where they can be spawned.
+
+use std::time::Duration;
+
+use actix::{ActorContext, Addr, AsyncContext, System};
+use ps_actors::actor::{NotDelivered, UnknownOutcome};
+use ps_actors::{ActorRef, CallError, Spawn, spawn};
+
+use super::probe::{Atomic, Count, Gate, InContext, Log, Probe, SOON, act, eventually, response};
+
+fn logging() -> (ActorRef<Probe>, Log) {
+    let log = Log::default();
+    let actor = spawn({
+        let log = log.clone();
+        move || Probe::with_log(&log)
+    });
+    (actor, log)
+}
+
+///
+#[test]
+fn an_atomic_response_pauses_the_actor() {
+    let (actor, log) = logging();
+    let gate = Gate::hold(&actor);
+    let (send, future) = response();
+    let atomic = actor.ask(Atomic(future));
+    let next = actor.ask(Count(1));
+    drop(gate);
+    // The message after the atomic one waits in the queue, though the thread is free: it can
+    // still be taken back once the atomic one has begun.
+    eventually("the atomic response begins", || {
+        log.entries().contains(&"atomic begins".to_owned())
+    });
+    let later = actor.ask(Count(2));
+    let error = later.wait_timeout(Duration::from_millis(20)).unwrap_err();
+    assert!(!error.may_have_run());
+    send.send(3).unwrap();
+    assert_eq!(atomic.wait_timeout(SOON).unwrap(), 3);
+    assert_eq!(next.wait_timeout(SOON).unwrap(), 1);
+    assert_eq!(
+        log.entries(),
+        ["started", "atomic begins", "atomic ends", "1"]
+    );
+}
+
+///
+#[test]
+fn responses_in_the_context_interleave_with_other_messages() {
+    let (actor, log) = logging();
+    let (send, future) = response();
+    let slow = actor.ask(InContext(future));
+    assert_eq!(actor.ask(Count(1)).wait_timeout(SOON).unwrap(), 1);
+    send.send(9).unwrap();
+    assert_eq!(slow.wait_timeout(SOON).unwrap(), 9);
+    assert_eq!(log.entries(), ["started", "1", "response 9"]);
+}
+
+///
+#[test]
+fn waiting_in_the_started_hook_holds_the_queue_back() {
+    let log = Log::default();
+    let (send, mut receive) = std::sync::mpsc::channel::<tokio::sync::oneshot::Receiver<u64>>();
+    let (open, opened) = tokio::sync::oneshot::channel();
+    send.send(opened).unwrap();
+    let actor = spawn({
+        let log = log.clone();
+        move || {
+            let opened = receive.recv().unwrap();
+            let on_started = move |ctx: &mut actix::Context<Probe>| {
+                ctx.wait(actix::fut::wrap_future(async move {
+                    opened.await.unwrap();
+                }));
+            };
+            receive = std::sync::mpsc::channel().1;
+            Probe {
+                on_started: Some(Box::new(on_started)),
+                ..Probe::with_log(&log)
+            }
+        }
+    });
+    let taken_back = actor.ask(Count(1)).wait_timeout(Duration::from_millis(20));
+    assert!(!taken_back.unwrap_err().may_have_run());
+    let reply = actor.ask(Count(2));
+    open.send(0).unwrap();
+    assert_eq!(reply.wait_timeout(SOON).unwrap(), 1);
+}
+
+#[test]
+fn messages_to_self_and_timers_work_as_in_actix() {
+    let (actor, log) = logging();
+    let (done, is_done) = std::sync::mpsc::channel();
+    actor
+        .ask(act(|_, ctx| {
+            ctx.notify(Count(1));
+            let me: Addr<Probe> = ctx.address();
+            me.try_send(Count(2)).expect("actix's mailbox has room");
+            ctx.run_later(Duration::ZERO, move |probe, _| {
+                probe.log.push("timer");
+                done.send(()).unwrap();
+            });
+        }))
+        .wait_timeout(SOON)
+        .unwrap();
+    is_done.recv_timeout(SOON).unwrap();
+    let mut seen = log.entries();
+    seen.sort();
+    assert_eq!(seen, ["1", "2", "started", "timer"]);
+}
+
+///
+#[test]
+fn a_busy_queue_does_not_starve_timers_and_streams() {
+    let (actor, log) = logging();
+    let gate = Gate::hold(&actor);
+    // A message to itself is an item of the context, as timers and streams are.
+    let notify = act(|_, ctx| ctx.notify(Count(12345)));
+    actor.tell(notify).unwrap();
+    let replies: Vec<_> = (0..900).map(|tag| actor.ask(Count(tag))).collect();
+    drop(gate);
+    for reply in replies {
+        reply.wait_timeout(SOON).unwrap();
+    }
+    let position = log.entries().iter().position(|entry| entry == "12345");
+    let position = position.expect("the message to itself ran");
+    assert!(position < 200, "it had to wait for {position} others");
+}
+
+///
+#[test]
+fn an_actor_that_stops_itself_answers_the_running_call_and_hands_back_the_queued() {
+    let (actor, log) = logging();
+    let gate = Gate::hold(&actor);
+    let (_send, future) = response();
+    let in_flight = actor.ask(InContext(future));
+    let stopping = actor.ask(act(|_, ctx| {
+        ctx.stop();
+        "bye"
+    }));
+    let queued = actor.ask(Count(5));
+    drop(gate);
+    assert_eq!(stopping.wait_timeout(SOON).unwrap(), "bye");
+    let error = queued.wait_timeout(SOON).unwrap_err();
+    assert!(matches!(
+        &error,
+        CallError::NotDelivered {
+            reason: NotDelivered::Stopped { panic: None },
+            ..
+        }
+    ));
+    assert_eq!(error.into_message::<Count>().unwrap(), Count(5));
+    assert!(matches!(
+        in_flight.wait_timeout(SOON).unwrap_err(),
+        CallError::Unknown {
+            reason: UnknownOutcome::Stopped,
+            ..
+        }
+    ));
+    actor.shutdown(SOON).wait().unwrap();
+    assert_eq!(log.entries(), ["started", "stopping", "stopped"]);
+}
+
+///
+#[test]
+fn actors_spawned_without_an_actix_system_share_a_background_one() {
+    assert!(!System::is_registered());
+    let system_of = |actor: &ActorRef<Probe>| {
+        actor
+            .ask(act(|_, _| System::current().id()))
+            .wait_timeout(SOON)
+            .unwrap()
+    };
+    let (first, second) = (spawn(Probe::default), spawn(Probe::default));
+    assert_eq!(system_of(&first), system_of(&second));
+    // Stopping that system, which no program of the user runs, must not stop actors or timers.
+    first
+        .ask(act(|_, _| System::current().stop()))
+        .wait_timeout(SOON)
+        .unwrap();
+    let gate = Gate::hold(&second);
+    let reply = second.ask(Count(0)).timeout(Duration::from_millis(1));
+    assert!(ps_actors::actor::run(reply).is_err());
+    drop(gate);
+}
+
+///
+#[actix::test]
+async fn actors_see_the_system_that_spawned_them_and_have_an_arbiter_of_their_own() {
+    let actor = spawn(Probe::default);
+    let (system, spawned) = actor
+        .ask(act(|_, _| {
+            let (done, is_done) = std::sync::mpsc::channel();
+            let here = std::thread::current().id();
+            // A task on the actor's arbiter runs on the actor's thread.
+            actix::Arbiter::current().spawn_fn(move || {
+                done.send(std::thread::current().id() == here).unwrap();
+            });
+            (System::current().id(), is_done)
+        }))
+        .timeout(SOON)
+        .await
+        .unwrap();
+    assert_eq!(system, System::current().id());
+    assert!(spawned.recv_timeout(SOON).unwrap());
+}
+
+///
+#[test]
+fn an_actor_outlives_the_system_that_spawned_it() {
+    let actor = actix::System::new().block_on(async { spawn(Probe::default) });
+    assert_eq!(actor.ask(Count(0)).wait_timeout(SOON).unwrap(), 1);
+}
+
+#[test]
+fn threads_are_named_after_their_actors() {
+    let thread_name = |actor: &ActorRef<Probe>| {
+        actor
+            .ask(act(|_, _| std::thread::current().name().map(str::to_owned)))
+            .wait_timeout(SOON)
+            .unwrap()
+    };
+    let plain = spawn(Probe::default);
+    assert_eq!(thread_name(&plain).as_deref(), Some(plain.name()));
+    assert_eq!(plain.name(), format!("Probe#{}", plain.id()));
+    let named = Spawn::new()
+        .thread_name("ps-thread")
+        .start(Probe::default)
+        .unwrap();
+    assert_eq!(thread_name(&named).as_deref(), Some("ps-thread"));
+}

@@ -1,0 +1,254 @@
+//! An actor that does what a test tells it to, and gates to hold it where the test wants it.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::{Duration, Instant};
+
+use actix::{
+    Actor, ActorFutureExt, AtomicResponse, Context, Handler, Message, MessageResult,
+    ResponseActFuture, ResponseFuture, WrapFuture,
+};
+use futures_util::FutureExt;
+use ps_actors::{ActorRef, CallError};
+use tokio::sync::oneshot;
+
+/// Bounds every wait of the tests, so that a lost wake-up fails instead of hanging.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+/// What probes have seen, in order.
+#[derive(Clone, Default)]
+pub(crate) struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Log {
+    pub(crate) fn push(&self, entry: impl ToString) {
+        self.0.lock().unwrap().push(entry.to_string());
+    }
+
+    pub(crate) fn entries(&self) -> Vec<String> {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+/// Counts living values; dropped with the state that holds it.
+#[derive(Clone, Default)]
+pub(crate) struct Census(Arc<AtomicUsize>);
+
+pub(crate) struct Citizen(Arc<AtomicUsize>);
+
+impl Census {
+    pub(crate) fn citizen(&self) -> Citizen {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Citizen(Arc::clone(&self.0))
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Citizen {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+type StartedHook = Box<dyn FnOnce(&mut Context<Probe>) + Send>;
+
+#[derive(Default)]
+pub(crate) struct Probe {
+    pub(crate) count: u64,
+    pub(crate) log: Log,
+    pub(crate) on_started: Option<StartedHook>,
+    pub(crate) _citizen: Option<Citizen>,
+    pub(crate) refuse_to_stop: bool,
+}
+
+impl Probe {
+    pub(crate) fn with_log(log: &Log) -> Self {
+        Self {
+            log: log.clone(),
+            ..Self::default()
+        }
+    }
+}
+
+impl Actor for Probe {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.log.push("started");
+        if let Some(hook) = self.on_started.take() {
+            hook(ctx);
+        }
+    }
+
+    fn stopping(&mut self, _: &mut Self::Context) -> actix::Running {
+        self.log.push("stopping");
+        if self.refuse_to_stop {
+            actix::Running::Continue
+        } else {
+            actix::Running::Stop
+        }
+    }
+
+    fn stopped(&mut self, _: &mut Self::Context) {
+        self.log.push("stopped");
+    }
+}
+
+type Action<R> = Box<dyn FnOnce(&mut Probe, &mut Context<Probe>) -> R + Send>;
+
+/// Runs a closure in the handler and replies with its value.
+pub(crate) struct Do<R>(pub(crate) Action<R>);
+
+impl<R: Send + 'static> Message for Do<R> {
+    type Result = R;
+}
+
+impl<R: Send + 'static> Handler<Do<R>> for Probe {
+    type Result = MessageResult<Do<R>>;
+
+    fn handle(&mut self, Do(action): Do<R>, ctx: &mut Context<Self>) -> Self::Result {
+        MessageResult(action(self, ctx))
+    }
+}
+
+pub(crate) fn act<R>(
+    action: impl FnOnce(&mut Probe, &mut Context<Probe>) -> R + Send + 'static,
+) -> Do<R> {
+    Do(Box::new(action))
+}
+
+/// Adds one, logs the tag, replies with the count.
+#[derive(Message, Debug, PartialEq)]
+#[rtype(result = "u64")]
+pub(crate) struct Count(pub(crate) u64);
+
+impl Handler<Count> for Probe {
+    type Result = u64;
+
+    fn handle(&mut self, Count(tag): Count, _: &mut Context<Self>) -> u64 {
+        self.count += 1;
+        self.log.push(tag);
+        self.count
+    }
+}
+
+type BoxedFuture = Pin<Box<dyn Future<Output = u64> + Send>>;
+
+/// Responds with a future on a task of its own.
+pub(crate) struct OnTask(pub(crate) BoxedFuture);
+
+impl Message for OnTask {
+    type Result = u64;
+}
+
+impl Handler<OnTask> for Probe {
+    type Result = ResponseFuture<u64>;
+
+    fn handle(&mut self, OnTask(future): OnTask, _: &mut Context<Self>) -> Self::Result {
+        future
+    }
+}
+
+/// Responds with a future inside the actor's context, and counts it when it is done.
+pub(crate) struct InContext(pub(crate) BoxedFuture);
+
+impl Message for InContext {
+    type Result = u64;
+}
+
+impl Handler<InContext> for Probe {
+    type Result = ResponseActFuture<Self, u64>;
+
+    fn handle(&mut self, InContext(future): InContext, _: &mut Context<Self>) -> Self::Result {
+        Box::pin(future.into_actor(self).map(|value, actor, _| {
+            actor.log.push(format!("response {value}"));
+            value
+        }))
+    }
+}
+
+/// Responds with a future that pauses the actor until it is done.
+pub(crate) struct Atomic(pub(crate) BoxedFuture);
+
+impl Message for Atomic {
+    type Result = u64;
+}
+
+impl Handler<Atomic> for Probe {
+    type Result = AtomicResponse<Self, u64>;
+
+    fn handle(&mut self, Atomic(future): Atomic, _: &mut Context<Self>) -> Self::Result {
+        self.log.push("atomic begins");
+        AtomicResponse::new(Box::pin(future.into_actor(self).map(|value, actor, _| {
+            actor.log.push("atomic ends");
+            value
+        })))
+    }
+}
+
+/// A future that is ready when the test says so, and the sender to say it.
+pub(crate) fn response() -> (oneshot::Sender<u64>, BoxedFuture) {
+    let (sender, receiver) = oneshot::channel();
+    let future = receiver.map(|value| value.expect("the test sends a value"));
+    (sender, Box::pin(future))
+}
+
+/// Keeps an actor inside a handler until it is dropped.
+pub(crate) struct Gate {
+    entered: mpsc::Receiver<()>,
+    _release: mpsc::Sender<()>,
+}
+
+impl Gate {
+    /// A gate and the message that holds the actor at it.
+    pub(crate) fn new() -> (Self, Do<()>) {
+        let (entered_by, entered) = mpsc::channel();
+        let (release, released) = mpsc::channel::<()>();
+        let hold = act(move |_, _| {
+            entered_by.send(()).expect("the test watches the gate");
+            // Ends when the gate is dropped, also by a failing test.
+            let _ = released.recv();
+        });
+        let gate = Self {
+            entered,
+            _release: release,
+        };
+        (gate, hold)
+    }
+
+    /// Waits until the actor is inside the handler.
+    pub(crate) fn wait_until_entered(&self) {
+        self.entered
+            .recv_timeout(SOON)
+            .expect("the actor gets to the gate");
+    }
+
+    /// Holds the actor at a new gate, told so that no reply is out.
+    pub(crate) fn hold(actor: &ActorRef<Probe>) -> Self {
+        let (gate, hold) = Self::new();
+        actor.tell(hold).expect("the actor takes the message");
+        gate.wait_until_entered();
+        gate
+    }
+}
+
+/// Polls until the condition holds.
+pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !condition() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// The panic text of a call that failed by a panic.
+pub(crate) fn panic_of<R: std::fmt::Debug>(result: Result<R, CallError>) -> String {
+    match result {
+        Err(CallError::Failed { panic, .. }) => panic.to_string(),
+        other => panic!("expected a call that failed by a panic, got {other:?}"),
+    }
+}

@@ -1,0 +1,3 @@
+//! Integration tests of ps-actors; one binary, one module per subject.
+
+mod actor;

@@ -1,0 +1,404 @@
+//! Servers and workers as actors, on a problem whose answer is known: worker i pulls the
+//! weights towards its own target, `loss = ½‖w − t_i‖²`, `gradient = w − t_i`.
+
+use std::sync::mpsc;
+use std::time::Duration;
+
+use futures_util::future::join3;
+use ps_actors::actor::{self, ActorRef, CallError};
+use ps_actors::group::ServerGroup;
+use ps_actors::ids::{Clock, Incarnation, Version, WorkerId};
+use ps_actors::rule::Sgd;
+use ps_actors::server::{
+    ApplyGradients, ConfigError, Consistency, GetStatus, GetWeights, Outcome, ParameterServer,
+    PullVersion, Reduction, Refusal, ServerConfig, ServerError, SetLearningRate,
+};
+use ps_actors::weights::{Gradient, Layout, Weights};
+use ps_actors::worker::{
+    ComputeGradients, DataWorker, GetProgress, GradientSource, LocalGradient, RunReport, RunSteps,
+    SourceError, StopSteps, WorkerError,
+};
+
+const LEN: usize = 100;
+
+fn initial() -> Weights {
+    Weights::initial(Layout::flat(LEN), (0..LEN).map(|i| i as f32 / 10.0).collect())
+}
+
+fn target(worker: u32, clock: Clock, index: usize) -> f32 {
+    // Differs by step as batches do, so that a step repeated or left out shows.
+    (worker as f32 + 1.0) * (index as f32).sin() + (clock.0 % 7) as f32
+}
+
+fn towards_target(worker: u32, clock: Clock, weights: &Weights) -> LocalGradient {
+    let weights = weights.to_vec();
+    let gradient: Vec<f32> =
+        weights.iter().enumerate().map(|(i, w)| w - target(worker, clock, i)).collect();
+    let loss = gradient.iter().map(|g| g * g).sum::<f32>() / 2.0;
+    LocalGradient { gradient: Gradient::new(gradient), loss, num_examples: 1 }
+}
+
+fn worker(id: u32) -> ActorRef<DataWorker<impl GradientSource>> {
+    actor::spawn(move || {
+        let source = move |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            Ok(towards_target(id, clock, weights))
+        };
+        DataWorker::new(WorkerId(id), source)
+    })
+}
+
+fn group(num_servers: usize, config: ServerConfig) -> ServerGroup {
+    let rule = |_| -> Box<dyn ps_actors::rule::UpdateRule> { Box::new(Sgd::with_momentum(0.5)) };
+    ServerGroup::spawn(&initial(), num_servers, config, rule).unwrap()
+}
+
+fn config(consistency: Consistency) -> ServerConfig {
+    ServerConfig { consistency, learning_rate: 0.1, ..ServerConfig::default() }
+}
+
+/// What one thread computes: in each round the mean of all workers' gradients.
+fn expected_bsp(num_workers: u32, num_rounds: u64) -> Vec<f32> {
+    let mut weights = initial().to_vec();
+    let mut velocity = vec![0.0f32; LEN];
+    for clock in (0..num_rounds).map(Clock) {
+        for i in 0..LEN {
+            let sum: f32 = (0..num_workers).map(|w| weights[i] - target(w, clock, i)).sum();
+            let mean = sum * (1.0 / num_workers as f32);
+            velocity[i] = if clock.0 == 0 { mean } else { 0.5 * velocity[i] + mean };
+            weights[i] -= 0.1 * velocity[i];
+        }
+    }
+    weights
+}
+
+fn run_all(servers: &ServerGroup, num_workers: u32, num_steps: u64) -> Vec<RunReport> {
+    let workers: Vec<_> = (0..num_workers).map(worker).collect();
+    let replies: Vec<_> = workers
+        .iter()
+        .map(|worker| worker.ask(RunSteps { servers: servers.clone(), num_steps }))
+        .collect();
+    replies.into_iter().map(|reply| reply.wait().unwrap().unwrap()).collect()
+}
+
+fn final_weights(servers: &ServerGroup) -> Weights {
+    let servers = servers.clone();
+    actor::run(async move { servers.pull(PullVersion::Latest).await.unwrap() })
+}
+
+#[test]
+fn synchronous_workers_compute_what_one_thread_computes_on_any_number_of_servers() {
+    for num_servers in [1, 2, 5] {
+        let servers = group(num_servers, config(Consistency::Bsp));
+        let reports = run_all(&servers, 3, 40);
+        let weights = final_weights(&servers);
+        assert_eq!(weights.to_vec(), expected_bsp(3, 40), "{num_servers} servers");
+        for report in reports {
+            assert_eq!((report.num_applied, report.losses.len()), (40, 40));
+        }
+    }
+}
+
+#[test]
+fn every_mode_applies_every_gradient_that_it_says_it_applied() {
+    let modes = ["bsp", "asp", "ssp:0", "ssp:2", "k-of-n:2"];
+    for mode in modes {
+        for num_servers in [1, 3] {
+            let servers = group(num_servers, config(mode.parse().unwrap()));
+            let reports = run_all(&servers, 3, 30);
+            let num_applied: u64 = reports.iter().map(|report| report.num_applied).sum();
+            let status = servers.servers().next().unwrap().ask(GetStatus).wait().unwrap();
+            let status = status.coordinator.unwrap();
+            let counted: u64 = status.workers.values().map(|w| w.num_applied).sum();
+            assert_eq!(counted, num_applied, "{mode}");
+            let total: u64 =
+                reports.iter().map(|r| r.num_applied + r.num_dropped_late + r.num_refused).sum();
+            assert_eq!(total, 90, "{mode}");
+            if matches!(mode, "asp" | "ssp:0" | "ssp:2") {
+                assert_eq!(status.version, Version(90), "{mode}");
+            }
+            assert!(status.workers.values().all(|worker| !worker.is_member), "all have left");
+            // Everybody pulls towards targets around 2·sin + 3: training has gone somewhere.
+            let weights = final_weights(&servers);
+            assert!(weights.to_vec().iter().all(|w| w.is_finite() && w.abs() < 20.0), "{mode}");
+        }
+    }
+}
+
+#[test]
+fn a_drivers_own_loop_gives_the_same_as_the_workers_loop() {
+    let config = config(Consistency::Asp);
+    let server = ParameterServer::new(&initial(), Sgd::with_momentum(0.5), config).unwrap();
+    let server = server.spawn().unwrap();
+    let workers: Vec<_> = (0..3).map(worker).collect();
+    let mut weights = server.ask(GetWeights).wait().unwrap();
+    for round in 1..=40 {
+        let replies: Vec<_> =
+            workers.iter().map(|worker| worker.ask(ComputeGradients(weights.clone()))).collect();
+        let gradients: Vec<_> =
+            replies.into_iter().map(|reply| reply.wait().unwrap().unwrap()).collect();
+        let apply = ApplyGradients::mean(gradients);
+        weights = server.ask(apply.clone()).wait().unwrap().unwrap();
+        assert_eq!(weights.version(), Version(round));
+        // A retry of a call whose answer was lost changes nothing.
+        let again = server.ask(apply).wait().unwrap().unwrap();
+        assert_eq!(again.version(), Version(round));
+    }
+    assert_eq!(weights.to_vec(), expected_bsp(3, 40));
+}
+
+#[test]
+fn a_group_applies_a_drivers_gradients_on_all_servers() {
+    let servers = group(3, config(Consistency::Asp));
+    let worker = worker(0);
+    let applied = servers.clone();
+    let weights = actor::run(async move {
+        let mut weights = applied.pull(PullVersion::Latest).await.unwrap();
+        for _ in 0..10 {
+            let gradients = worker.ask(ComputeGradients(weights)).await.unwrap().unwrap();
+            weights = applied.apply(vec![gradients], Reduction::Sum).await.unwrap();
+        }
+        weights
+    });
+    assert_eq!(weights.to_vec(), expected_bsp(1, 10));
+    assert_eq!(weights.segments().len(), 3);
+}
+
+#[test]
+fn the_others_go_on_when_a_worker_panics_in_the_middle_of_its_run() {
+    let servers = group(2, config(Consistency::Bsp));
+    let healthy = [worker(0), worker(1)];
+    let dying = actor::spawn(|| {
+        let source = |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            assert_ne!(clock, Clock(5), "as planned");
+            Ok(towards_target(2, clock, weights))
+        };
+        DataWorker::new(WorkerId(2), source)
+    });
+    let run = || RunSteps { servers: servers.clone(), num_steps: 30 };
+    let healthy_runs: Vec<_> = healthy.iter().map(|worker| worker.ask(run())).collect();
+    let panicked = dying.ask(run()).wait();
+    assert!(matches!(panicked, Err(CallError::Failed { .. })), "{panicked:?}");
+    for reply in healthy_runs {
+        assert_eq!(reply.wait().unwrap().unwrap().num_applied, 30);
+    }
+    let status = servers.servers().next().unwrap().ask(GetStatus).wait().unwrap();
+    let status = status.coordinator.unwrap();
+    // The panic comes before the sixth gradient, and the worker leaves then.
+    assert_eq!(status.workers[&WorkerId(2)].num_applied, 5);
+}
+
+#[test]
+fn a_source_that_fails_ends_its_run_with_the_reason_and_lets_the_others_go_on() {
+    let servers = group(1, config(Consistency::Bsp));
+    let failing = actor::spawn(|| {
+        let source = |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            match clock {
+                Clock(3) => Err("the disk is full".into()),
+                _ => Ok(towards_target(1, clock, weights)),
+            }
+        };
+        DataWorker::new(WorkerId(1), source)
+    });
+    let good = worker(0);
+    let run = || RunSteps { servers: servers.clone(), num_steps: 10 };
+    let (good, failed) = (good.ask(run()), failing.ask(run()));
+    match failed.wait().unwrap() {
+        Err(WorkerError::Source { worker: WorkerId(1), clock: Clock(3), source }) => {
+            assert_eq!(source.to_string(), "the disk is full");
+        }
+        other => panic!("expected the source's error, got {other:?}"),
+    }
+    assert_eq!(good.wait().unwrap().unwrap().num_applied, 10);
+}
+
+#[test]
+fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
+    let lease = Some(Duration::from_millis(40));
+    for consistency in [Consistency::Bsp, Consistency::Ssp { bound: 0 }] {
+        let servers = group(1, ServerConfig { lease, ..config(consistency) });
+        let joined = servers.clone();
+        actor::run(async move { joined.join(WorkerId(1), Incarnation(1)).await.unwrap() });
+        // Without the lease this would wait for worker 1 for ever.
+        let report = run_all(&servers, 1, 20).remove(0);
+        assert_eq!(report.num_applied, 20);
+        let status = servers.servers().next().unwrap().ask(GetStatus).wait().unwrap();
+        let workers = status.coordinator.unwrap().workers;
+        assert!(workers.get(&WorkerId(1)).is_none_or(|worker| !worker.is_member));
+    }
+}
+
+#[test]
+fn a_worker_declared_dead_by_mistake_comes_back_and_nothing_is_lost_or_counted_twice() {
+    let servers = group(2, config(Consistency::Bsp));
+    let (reached, at_step) = mpsc::channel();
+    let (let_go, gate) = mpsc::channel::<()>();
+    let mut gate = Some(gate);
+    let slow = actor::spawn(move || {
+        let (reached, gate) = (reached.clone(), gate.take().expect("not restarted"));
+        let mut has_waited = false;
+        let source = move |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            if clock == Clock(7) && !has_waited {
+                has_waited = true;
+                reached.send(()).expect("the test waits");
+                gate.recv().expect("the test lets go");
+            }
+            Ok(towards_target(0, clock, weights))
+        };
+        DataWorker::new(WorkerId(0), source)
+    });
+    let run = slow.ask(RunSteps { servers: servers.clone(), num_steps: 20 });
+    at_step.recv().unwrap();
+    let group = servers.clone();
+    actor::run(async move { group.report_lost(WorkerId(0)).await.unwrap() });
+    let_go.send(()).unwrap();
+    assert_eq!(run.wait().unwrap().unwrap().num_applied, 20);
+    assert_eq!(final_weights(&servers).to_vec(), expected_bsp(1, 20));
+}
+
+#[test]
+fn a_run_can_be_stopped_and_continued() {
+    let servers = group(1, config(Consistency::Asp));
+    let worker = worker(0);
+    let endless = worker.ask(RunSteps { servers: servers.clone(), num_steps: u64::MAX });
+    let busy = worker.ask(RunSteps { servers: servers.clone(), num_steps: 1 }).wait().unwrap();
+    assert!(matches!(busy, Err(WorkerError::Busy { .. })), "{busy:?}");
+    let reached = servers.clone();
+    actor::run(async move {
+        reached.pull(PullVersion::AtLeast(Version(50))).await.unwrap();
+    });
+    worker.ask(StopSteps).wait().unwrap();
+    let first = endless.wait().unwrap().unwrap().num_applied;
+    assert!(first >= 50);
+    let more = worker.ask(RunSteps { servers: servers.clone(), num_steps: 5 }).wait();
+    assert_eq!(more.unwrap().unwrap().num_applied, 5);
+    assert_eq!(worker.ask(GetProgress).wait().unwrap().num_computed, first + 5);
+    // The second run goes on with the next batch, not with the first.
+    assert_eq!(final_weights(&servers).to_vec(), expected_bsp(1, first + 5));
+}
+
+#[test]
+fn a_gradient_with_nan_is_refused_and_the_weights_stay() {
+    let servers = group(2, config(Consistency::Bsp));
+    let bad = actor::spawn(|| {
+        let source = |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            let mut computed = towards_target(0, clock, weights);
+            if clock.0 % 2 == 1 {
+                let mut values = computed.gradient.values().to_vec();
+                values[LEN - 1] = f32::NAN;
+                computed.gradient = Gradient::new(values);
+            }
+            Ok(computed)
+        };
+        DataWorker::new(WorkerId(0), source)
+    });
+    let run = RunSteps { servers: servers.clone(), num_steps: 10 };
+    let report = bad.ask(run).wait().unwrap().unwrap();
+    assert_eq!((report.num_applied, report.num_refused), (5, 5));
+    assert!(final_weights(&servers).to_vec().iter().all(|w| w.is_finite()));
+
+    let server = servers.servers().next().unwrap();
+    let weights = final_weights(&servers);
+    let mut gradients = bad.ask(ComputeGradients(weights.clone())).wait().unwrap().unwrap();
+    gradients.gradient = Gradient::new(vec![f32::INFINITY; LEN]);
+    let error = server.ask(ApplyGradients::mean([gradients])).wait().unwrap().unwrap_err();
+    assert!(matches!(error, ServerError::BadNorm { .. }), "{error}");
+    assert_eq!(final_weights(&servers).to_vec(), weights.to_vec());
+}
+
+#[test]
+fn a_gradient_of_another_model_is_refused() {
+    let servers = group(2, config(Consistency::Bsp));
+    let other_model = actor::spawn(|| {
+        let source = |_: Clock, _: &Weights| -> Result<_, SourceError> {
+            let gradient = Gradient::new(vec![1.0; LEN - 1]);
+            Ok(LocalGradient { gradient, loss: 0.0, num_examples: 1 })
+        };
+        DataWorker::new(WorkerId(0), source)
+    });
+    let run = RunSteps { servers: servers.clone(), num_steps: 1 };
+    let error = other_model.ask(run).wait().unwrap().unwrap_err();
+    let chain = format!("{:?}", error);
+    assert!(chain.contains("WrongRange"), "{chain}");
+    assert_eq!(final_weights(&servers).version(), Version(0));
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused_with_the_reason() {
+    let good = ServerConfig::default();
+    let bad = [
+        (ServerConfig { learning_rate: f64::NAN, ..good }, "learning rate"),
+        (ServerConfig { learning_rate: f64::INFINITY, ..good }, "learning rate"),
+        (ServerConfig { learning_rate: -0.1, ..good }, "learning rate"),
+        (ServerConfig { max_norm: 0.0, ..good }, "norm"),
+        (ServerConfig { max_norm: f64::NAN, ..good }, "norm"),
+        (ServerConfig { lease: Some(Duration::ZERO), ..good }, "lease"),
+        (ServerConfig { consistency: Consistency::KofN { k: 0 }, ..good }, "k of at least 1"),
+    ];
+    for (config, expected) in bad {
+        let error: ConfigError =
+            ParameterServer::new(&initial(), Sgd::new(), config).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    let server = ParameterServer::new(&initial(), Sgd::new(), good).unwrap().spawn().unwrap();
+    assert!(server.ask(SetLearningRate(f64::NAN)).wait().unwrap().is_err());
+    assert!(server.ask(SetLearningRate(0.5)).wait().unwrap().is_ok());
+    assert_eq!(server.ask(GetStatus).wait().unwrap().learning_rate, 0.5);
+    let no_servers = ServerGroup::spawn(&initial(), 0, good, |_| Box::new(Sgd::new()));
+    assert!(no_servers.is_err());
+}
+
+#[test]
+fn a_group_that_lost_a_server_says_so_instead_of_hanging() {
+    let servers = group(2, config(Consistency::Bsp));
+    run_all(&servers, 1, 3);
+    let second = servers.servers().nth(1).unwrap().clone();
+    second.kill();
+    actor::run(async move { second.stopped().await });
+    let worker = worker(0);
+    let run = RunSteps { servers: servers.clone(), num_steps: 3 };
+    let error = worker.ask(run).wait().unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Servers { .. }), "{error:?}");
+}
+
+#[test]
+fn pushing_without_being_a_member_is_refused() {
+    let servers = group(1, config(Consistency::Bsp));
+    let worker = worker(0);
+    let gradients = worker.ask(ComputeGradients(initial())).wait().unwrap().unwrap();
+    let pushed = servers.clone();
+    let error =
+        actor::run(async move { pushed.push(gradients).await.unwrap_err() });
+    assert!(matches!(error.refusal(), Some(Refusal::NotMember { .. })), "{error}");
+}
+
+#[test]
+fn a_push_that_is_sent_again_gets_the_same_answer_also_while_the_first_one_waits() {
+    let servers = group(2, config(Consistency::Bsp));
+    let a = worker(0);
+    let b = worker(1);
+    let group = servers.clone();
+    actor::run(async move {
+        let mut gradients = Vec::new();
+        for (id, worker) in [(0, a), (1, b)] {
+            let incarnation = Incarnation(1_000_000);
+            group.join(WorkerId(id), incarnation).await.unwrap();
+            let weights = group.pull(PullVersion::Latest).await.unwrap();
+            let mut computed = worker.ask(ComputeGradients(weights)).await.unwrap().unwrap();
+            computed.id.incarnation = incarnation;
+            gradients.push(computed);
+        }
+        let (first, second) = (gradients.remove(0), gradients.remove(0));
+        let (once, twice, other) = join3(
+            group.push(first.clone()),
+            group.push(first.clone()),
+            group.push(second),
+        )
+        .await;
+        let outcome = once.unwrap();
+        assert_eq!(outcome, Outcome::Applied { version: Version(1), staleness: 0 });
+        assert_eq!(twice.unwrap(), outcome);
+        assert_eq!(other.unwrap(), outcome);
+        assert_eq!(group.push(first).await.unwrap(), outcome);
+    });
+    assert_eq!(final_weights(&servers).to_vec(), expected_bsp(2, 1));
+}

@@ -1,0 +1,338 @@
+//! Turns a [`Sampler`]'s indexes into batches, ahead of time on a thread.
+//!
+//! The thread prepares at most `depth + 1` batches more than were taken: `depth` in the queue and
+//! one in its hands. Batches arrive in the sampler's order whatever the depth, so prefetching never
+//! changes results. The cursor is the consumer's: batches prepared but not taken do not count.
+
+use std::fmt;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+
+use burn_dataset::{Dataset, DatasetError};
+
+use crate::{Cursor, ImageBatch, ImageDataset, Sampler, SamplerConfig, SamplerError};
+
+const DEFAULT_DEPTH: usize = 2;
+
+/// A batch could not be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BatchError {
+    /// The data set failed to give an example. The position has not moved: asking again tries the
+    /// same batch.
+    #[error("the data set cannot give the examples of a batch")]
+    Dataset(#[source] DatasetError),
+    /// The collate function panicked. These `Batches` are of no further use.
+    #[error("the function that makes batches panicked: {message}")]
+    Panicked {
+        /// The panic's message.
+        message: String,
+    },
+    /// The system gave no thread. These `Batches` are of no further use.
+    #[error("cannot start the thread that prepares batches")]
+    SpawnThread(#[source] io::Error),
+    /// An earlier panic or thread failure, reported then, has ended these `Batches`.
+    #[error("batches ended by an earlier failure; make new ones")]
+    Ended,
+    /// The cursor does not fit the configuration.
+    #[error("cannot move to another batch")]
+    Seek(#[source] SamplerError),
+}
+
+/// An endless sequence of batches of type `T`, seeded, sharded, resumable and prefetched.
+///
+/// Dropping it stops the thread, after the batch that the thread is working on.
+pub struct Batches<T> {
+    config: SamplerConfig,
+    batches_per_epoch: u64,
+    /// Position of the next batch that the consumer gets.
+    cursor: Cursor,
+    depth: usize,
+    state: State<T>,
+}
+
+enum State<T> {
+    /// No thread; the producer stands at the consumer's cursor.
+    Idle(Producer<T>),
+    /// A thread is ahead of the consumer.
+    Prefetching(Prefetcher<T>),
+    /// The producer was lost.
+    Ended,
+}
+
+impl<T: Send + 'static> Batches<T> {
+    /// Makes batches by calling `collate` with the indexes of each.
+    ///
+    /// `collate` runs on the prefetching thread, one call at a time and in order.
+    ///
+    /// # Errors
+    ///
+    /// If `config` cannot be met.
+    pub fn new(
+        config: SamplerConfig,
+        mut collate: impl FnMut(&[usize]) -> T + Send + 'static,
+    ) -> Result<Self, SamplerError> {
+        Self::with_fallible(config, move |indices| Ok(collate(indices)))
+    }
+
+    /// Makes batches of the items of any burn `Dataset`; `collate` joins them.
+    ///
+    /// # Errors
+    ///
+    /// If `config` cannot be met or its `num_examples` is not the data set's length.
+    pub fn of_dataset<I>(
+        dataset: impl Dataset<I> + 'static,
+        config: SamplerConfig,
+        mut collate: impl FnMut(Vec<I>) -> T + Send + 'static,
+    ) -> Result<Self, SamplerError> {
+        check_length(&config, dataset.len())?;
+        Self::with_fallible(config, move |indices| {
+            let items = dataset.get_many(indices.to_vec());
+            items.map(&mut collate).map_err(BatchError::Dataset)
+        })
+    }
+
+    fn with_fallible(
+        config: SamplerConfig,
+        collate: impl FnMut(&[usize]) -> Result<T, BatchError> + Send + 'static,
+    ) -> Result<Self, SamplerError> {
+        let sampler = Sampler::new(config.clone())?;
+        Ok(Self {
+            config,
+            batches_per_epoch: sampler.batches_per_epoch(),
+            cursor: sampler.cursor(),
+            depth: DEFAULT_DEPTH,
+            state: State::Idle(Producer {
+                sampler,
+                collate: Box::new(collate),
+                indices: Vec::new(),
+            }),
+        })
+    }
+
+    /// Sets how many finished batches may wait in the queue. Default: 2.
+    ///
+    /// 0 makes each batch when it is asked for, without a thread. More hides slower and more uneven
+    /// collate functions and costs the memory of that many batches. Set it before the first batch;
+    /// later it counts from the next [`seek`](Self::seek) on.
+    #[must_use]
+    pub fn prefetch(mut self, depth: usize) -> Self {
+        self.depth = depth;
+        self
+    }
+
+    /// Waits for the next batch.
+    ///
+    /// # Errors
+    ///
+    /// If the batch could not be made; each [`BatchError`] says whether asking again can help.
+    pub fn next_batch(&mut self) -> Result<T, BatchError> {
+        let (batch, next) = match std::mem::replace(&mut self.state, State::Ended) {
+            State::Ended => return Err(BatchError::Ended),
+            State::Idle(producer) if self.depth > 0 => {
+                let prefetcher = Prefetcher::start(producer, self.depth)?;
+                self.receive(prefetcher)?
+            }
+            State::Idle(mut producer) => {
+                let result = producer.produce();
+                if !matches!(result, Err(BatchError::Panicked { .. })) {
+                    self.state = State::Idle(producer);
+                }
+                result?
+            }
+            State::Prefetching(prefetcher) => self.receive(prefetcher)?,
+        };
+        self.cursor = next;
+        Ok(batch)
+    }
+
+    /// Takes the oldest batch in the queue. After an error the thread ends, so it is called back.
+    fn receive(&mut self, prefetcher: Prefetcher<T>) -> Result<(T, Cursor), BatchError> {
+        let result = prefetcher.receiver.recv().unwrap_or(Err(BatchError::Ended));
+        self.state = match &result {
+            Ok(_) => State::Prefetching(prefetcher),
+            Err(_) => prefetcher.stop().map_or(State::Ended, State::Idle),
+        };
+        result
+    }
+
+    /// Position of the next batch: save it to resume there.
+    pub fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+
+    /// Continues at `cursor`; batches prepared for elsewhere are thrown away.
+    ///
+    /// Waits for the batch that the thread is working on.
+    ///
+    /// # Errors
+    ///
+    /// [`BatchError::Seek`] if `cursor` points behind the end of its epoch; the position stays.
+    /// [`BatchError::Ended`] after a panic of the collate function.
+    pub fn seek(&mut self, cursor: Cursor) -> Result<(), BatchError> {
+        let stopped = match std::mem::replace(&mut self.state, State::Ended) {
+            State::Idle(producer) => Some(producer),
+            State::Prefetching(prefetcher) => prefetcher.stop(),
+            State::Ended => None,
+        };
+        let mut producer = stopped.ok_or(BatchError::Ended)?;
+        let moved = producer.sampler.seek(cursor);
+        match moved {
+            Ok(()) => self.cursor = cursor,
+            // Back from where prefetching had taken it.
+            Err(_) => producer.sampler.rewind(self.cursor),
+        }
+        self.state = State::Idle(producer);
+        moved.map_err(BatchError::Seek)
+    }
+
+    /// Batches of this shard per epoch.
+    pub fn batches_per_epoch(&self) -> u64 {
+        self.batches_per_epoch
+    }
+
+    /// Which examples these batches are made of.
+    pub fn config(&self) -> &SamplerConfig {
+        &self.config
+    }
+}
+
+impl Batches<ImageBatch> {
+    /// Makes normalized batches of images.
+    ///
+    /// # Errors
+    ///
+    /// If `config` cannot be met or its `num_examples` is not the data set's length.
+    pub fn of_images(images: &ImageDataset, config: SamplerConfig) -> Result<Self, SamplerError> {
+        check_length(&config, images.len())?;
+        let images = images.clone();
+        Self::new(config, move |indices| images.batch(indices))
+    }
+}
+
+impl<T: Send + 'static> Iterator for Batches<T> {
+    type Item = Result<T, BatchError>;
+
+    /// Never returns `None`: stop by `take`, by the cursor's epoch, or at an error.
+    fn next(&mut self) -> Option<Self::Item> {
+        Some(self.next_batch())
+    }
+}
+
+impl<T> fmt::Debug for Batches<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batches")
+            .field("config", &self.config)
+            .field("cursor", &self.cursor)
+            .field("depth", &self.depth)
+            .finish_non_exhaustive()
+    }
+}
+
+fn check_length(config: &SamplerConfig, found: usize) -> Result<(), SamplerError> {
+    let configured = config.num_examples;
+    match configured == found {
+        true => Ok(()),
+        false => Err(SamplerError::WrongLength { configured, found }),
+    }
+}
+
+type Collate<T> = Box<dyn FnMut(&[usize]) -> Result<T, BatchError> + Send>;
+
+/// Makes batches one after the other.
+struct Producer<T> {
+    sampler: Sampler,
+    collate: Collate<T>,
+    indices: Vec<usize>,
+}
+
+impl<T> Producer<T> {
+    /// Makes one batch; returns it with the position behind it. Stays at it if that fails.
+    fn produce(&mut self) -> Result<(T, Cursor), BatchError> {
+        let start = self.sampler.cursor();
+        self.sampler.next_into(&mut self.indices);
+        // After a panic the producer, and all that might be inconsistent, is dropped.
+        let collated = catch_unwind(AssertUnwindSafe(|| (self.collate)(&self.indices)));
+        match collated {
+            Ok(Ok(batch)) => Ok((batch, self.sampler.cursor())),
+            Ok(Err(error)) => {
+                self.sampler.rewind(start);
+                Err(error)
+            }
+            Err(panic) => Err(BatchError::Panicked {
+                message: panic_message(&*panic),
+            }),
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("no message").to_owned()
+}
+
+/// The thread and the queue of what it has made.
+struct Prefetcher<T> {
+    receiver: Receiver<Result<(T, Cursor), BatchError>>,
+    thread: Stopper<T>,
+}
+
+/// Joins its thread when dropped. Fields drop in order, so the queue is closed by then and the
+/// thread cannot be waiting for room in it.
+struct Stopper<T>(Option<JoinHandle<Option<Producer<T>>>>);
+
+impl<T: Send + 'static> Prefetcher<T> {
+    fn start(mut producer: Producer<T>, depth: usize) -> Result<Self, BatchError> {
+        let (sender, receiver) = sync_channel(depth);
+        let run = move || {
+            loop {
+                let result = producer.produce();
+                let failed = result.is_err();
+                let panicked = matches!(result, Err(BatchError::Panicked { .. }));
+                // Refused once the consumer has gone or wants the producer back.
+                let refused = sender.send(result).is_err();
+                if panicked {
+                    return None;
+                }
+                if failed || refused {
+                    return Some(producer);
+                }
+            }
+        };
+        let thread = std::thread::Builder::new()
+            .name("ps-data batches".to_owned())
+            .spawn(run)
+            .map_err(BatchError::SpawnThread)?;
+        Ok(Self {
+            receiver,
+            thread: Stopper(Some(thread)),
+        })
+    }
+}
+
+impl<T> Prefetcher<T> {
+    /// Ends the thread and returns its producer, unless that was lost in a panic.
+    fn stop(self) -> Option<Producer<T>> {
+        let Self {
+            receiver,
+            mut thread,
+        } = self;
+        drop(receiver);
+        thread.0.take()?.join().ok().flatten()
+    }
+}
+
+impl<T> Drop for Stopper<T> {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            // A panic outside the collate function has nobody to go to here.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,232 @@
+//! What identifies a data set of the MNIST family: file names, mirrors, checksums, sample.
+
+use sha2::{Digest, Sha256};
+
+use crate::Normalization;
+use crate::idx::{Idx, Kind};
+
+/// Height and width of every image of the family.
+pub(crate) const IMAGE_SIZE: u32 = 28;
+
+/// Number of classes of every member of the family.
+pub(crate) const NUM_CLASSES: usize = 10;
+
+impl Kind {
+    /// What the family's image files hold.
+    pub(crate) const IMAGES: Self = Self::Images {
+        height: IMAGE_SIZE,
+        width: IMAGE_SIZE,
+    };
+
+    /// What the family's label files hold.
+    pub(crate) const LABELS: Self = Self::Labels {
+        num_classes: NUM_CLASSES,
+    };
+}
+
+/// A data set of four IDX files.
+#[derive(Debug)]
+pub(crate) struct Spec {
+    pub(crate) name: &'static str,
+    /// Folder under `ps` in the user's cache.
+    pub(crate) folder: &'static str,
+    /// Environment variable that can name a directory.
+    pub(crate) variable: &'static str,
+    /// Base URLs, tried in order.
+    #[cfg_attr(
+        not(feature = "download"),
+        expect(dead_code, reason = "only downloads use it")
+    )]
+    pub(crate) mirrors: &'static [&'static str],
+    pub(crate) normalization: Normalization,
+    pub(crate) train: Pair,
+    pub(crate) test: Pair,
+    pub(crate) sample: Option<&'static Sample>,
+}
+
+#[cfg(feature = "download")]
+impl Spec {
+    /// The four files, each with what it holds; the small ones first.
+    pub(crate) fn files(&self) -> [(&DataFile, Kind); 4] {
+        [
+            (&self.train.labels, Kind::LABELS),
+            (&self.test.labels, Kind::LABELS),
+            (&self.test.images, Kind::IMAGES),
+            (&self.train.images, Kind::IMAGES),
+        ]
+    }
+}
+
+/// Image and label file of one split.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    pub(crate) images: DataFile,
+    pub(crate) labels: DataFile,
+}
+
+/// One published file.
+#[derive(Debug)]
+pub(crate) struct DataFile {
+    /// Name without `.gz`.
+    pub(crate) name: &'static str,
+    pub(crate) checksum: Checksum,
+}
+
+/// SHA-256 of a published file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Checksum {
+    /// Of the uncompressed file: holds however a mirror compresses it.
+    Content([u8; 32]),
+    /// Of the gzip file as published.
+    Gzip([u8; 32]),
+}
+
+impl Checksum {
+    /// Returns the expected and found checksums in hexadecimal if they differ.
+    pub(crate) fn mismatch(self, raw: &[u8], idx: &Idx) -> Option<(String, String)> {
+        let (expected, found) = match self {
+            Self::Content(expected) => (expected, idx.content_sha256()),
+            Self::Gzip(expected) => (expected, Sha256::digest(raw).into()),
+        };
+        (expected != found).then(|| (to_hex(expected), to_hex(found)))
+    }
+}
+
+/// Gzip-compressed image and label files compiled into the crate.
+#[derive(Debug)]
+pub(crate) struct Sample {
+    pub(crate) train: [&'static [u8]; 2],
+    pub(crate) test: [&'static [u8]; 2],
+}
+
+/// Checksums computed from the published files; their MD5 agree with those that torchvision and
+/// others list for the uncompressed files.
+pub(crate) static MNIST: Spec = Spec {
+    name: "MNIST",
+    folder: "mnist",
+    variable: "PS_MNIST_DIR",
+    mirrors: &[
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    ],
+    normalization: Normalization::MNIST,
+    train: Pair {
+        images: DataFile {
+            name: "train-images-idx3-ubyte",
+            checksum: Checksum::Content(hex(
+                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            )),
+        },
+        labels: DataFile {
+            name: "train-labels-idx1-ubyte",
+            checksum: Checksum::Content(hex(
+                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            )),
+        },
+    },
+    test: Pair {
+        images: DataFile {
+            name: "t10k-images-idx3-ubyte",
+            checksum: Checksum::Content(hex(
+                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            )),
+        },
+        labels: DataFile {
+            name: "t10k-labels-idx1-ubyte",
+            checksum: Checksum::Content(hex(
+                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            )),
+        },
+    },
+    sample: Some(&MNIST_SAMPLE),
+};
+
+/// 4,000 training and 1,000 test images of the real data; see `sample/README.md`.
+pub(crate) static MNIST_SAMPLE: Sample = Sample {
+    train: [
+        include_bytes!("../sample/train-images-idx3-ubyte.gz"),
+        include_bytes!("../sample/train-labels-idx1-ubyte.gz"),
+    ],
+    test: [
+        include_bytes!("../sample/t10k-images-idx3-ubyte.gz"),
+        include_bytes!("../sample/t10k-labels-idx1-ubyte.gz"),
+    ],
+};
+
+/// Checksums of the gzip files as published, from torchvision's prototype data sets
+/// (`torchvision/prototype/datasets/_builtin/mnist.py`).
+pub(crate) static FASHION_MNIST: Spec = Spec {
+    name: "FashionMNIST",
+    folder: "fashion-mnist",
+    variable: "PS_FASHION_MNIST_DIR",
+    mirrors: &[
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    ],
+    normalization: Normalization::FASHION_MNIST,
+    train: Pair {
+        images: DataFile {
+            name: "train-images-idx3-ubyte",
+            checksum: Checksum::Gzip(hex(
+                "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+            )),
+        },
+        labels: DataFile {
+            name: "train-labels-idx1-ubyte",
+            checksum: Checksum::Gzip(hex(
+                "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+            )),
+        },
+    },
+    test: Pair {
+        images: DataFile {
+            name: "t10k-images-idx3-ubyte",
+            checksum: Checksum::Gzip(hex(
+                "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+            )),
+        },
+        labels: DataFile {
+            name: "t10k-labels-idx1-ubyte",
+            checksum: Checksum::Gzip(hex(
+                "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+            )),
+        },
+    },
+    sample: None,
+};
+
+/// Reads 64 lower-case hexadecimal digits at compile time.
+const fn hex(digits: &str) -> [u8; 32] {
+    const fn value(digit: u8) -> u8 {
+        match digit {
+            b'0'..=b'9' => digit - b'0',
+            b'a'..=b'f' => digit - b'a' + 10,
+            _ => panic!("a checksum has lower-case hexadecimal digits only"),
+        }
+    }
+    let digits = digits.as_bytes();
+    assert!(digits.len() == 64, "a SHA-256 has 64 digits");
+    let mut bytes = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        bytes[i] = value(digits[2 * i]) << 4 | value(digits[2 * i + 1]);
+        i += 1;
+    }
+    bytes
+}
+
+fn to_hex(bytes: [u8; 32]) -> String {
+    bytes.map(|byte| format!("{byte:02x}")).concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checksums_survive_hexadecimal() {
+        let digits = "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db";
+        assert_eq!(to_hex(hex(digits)), digits);
+        assert_eq!(hex(digits)[..3], [0xba, 0x89, 0x10]);
+    }
+}

@@ -1,0 +1,286 @@
+//! Chooses the device to compute on, among the backends compiled in.
+//!
+//! The only file with `cfg`s and with burn's deprecated calls (NdArray and LibTorch leave burn
+//! with 0.23). A backend's cargo feature adds a device and changes nothing else.
+//!
+//! | Name         | Feature   | Device                                                        |
+//! |--------------|-----------|---------------------------------------------------------------|
+//! | `flex`       | `flex`    | CPU, pure Rust; the default                                   |
+//! | `ndarray`    | `ndarray` | CPU, pure Rust; slow at large convolutions                    |
+//! | `tch`        | `tch`     | CPU through LibTorch                                          |
+//! | `tch:cuda:N` | `tch`     | NVIDIA GPU number N through LibTorch                          |
+//! | `cuda`       | `cuda`    | NVIDIA GPU number 0 through CubeCL; `cuda:N` is number N      |
+//! | `wgpu`       | `wgpu`    | the best adapter that wgpu finds (Vulkan, Metal, DirectX, GL) |
+//! | `wgpu:N`     | `wgpu`    | discrete GPU number N; `wgpu:cpu` is a software adapter       |
+//!
+//! Parallelism comes from workers, so the CPU backends compute on one thread each. LibTorch would
+//! start one thread per core in every worker; selecting a `tch` device therefore sets its number
+//! of threads to 1, unless `OMP_NUM_THREADS` is set, which then counts.
+
+use burn::tensor::{Device, Tensor};
+
+use crate::panic;
+
+#[cfg(not(any(
+    feature = "flex",
+    feature = "ndarray",
+    feature = "tch",
+    feature = "cuda",
+    feature = "wgpu"
+)))]
+compile_error!(
+    "no backend is enabled: build with at least one of the features `flex` (the default), \
+     `ndarray`, `tch`, `cuda` and `wgpu`, for example `cargo build --features flex`"
+);
+
+/// The backends in order of preference for the default: name of feature and device, compiled in.
+const BACKENDS: [(&str, bool); 5] = [
+    ("flex", cfg!(feature = "flex")),
+    ("tch", cfg!(feature = "tch")),
+    ("ndarray", cfg!(feature = "ndarray")),
+    ("cuda", cfg!(feature = "cuda")),
+    ("wgpu", cfg!(feature = "wgpu")),
+];
+
+/// The names that [`select_device`] knows, as shown in its error.
+const KNOWN: &str = "flex, ndarray, tch, tch:cuda:N, cuda, cuda:N, wgpu, wgpu:N, wgpu:cpu";
+
+/// Why a device cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The name is none of those documented at [`select_device`].
+    #[error("unknown device `{name}` (known: {KNOWN})")]
+    Unknown {
+        /// The name as given.
+        name: String,
+    },
+    /// The backend of the device is not part of this build.
+    #[error(
+        "device `{name}` is not compiled in: build again with `--features {feature}` (compiled in: {})",
+        compiled_devices().join(", ")
+    )]
+    NotCompiledIn {
+        /// The name as given.
+        name: String,
+        /// The cargo feature that adds it.
+        feature: &'static str,
+    },
+    /// The backend is compiled in but cannot compute on this machine: no such GPU, no driver.
+    #[error("device `{name}` is not available on this machine: {reason}")]
+    Unavailable {
+        /// The name as given.
+        name: String,
+        /// What the backend said.
+        reason: String,
+    },
+}
+
+/// Opens the device called `name`, and checks that it can compute.
+///
+/// The [module](self) lists the names. The device is without autodiff;
+/// [`LocalModel`](crate::LocalModel) switches it on where it is needed.
+///
+/// # Errors
+///
+/// Says whether the name is unknown, its backend not compiled in (and the feature to add), or the
+/// device not usable on this machine.
+pub fn select_device(name: &str) -> Result<Device, DeviceError> {
+    let choice = Choice::parse(name).ok_or_else(|| DeviceError::Unknown {
+        name: name.to_owned(),
+    })?;
+    // Backends report a missing GPU or driver by panicking, at the first operation.
+    let probe = panic::catch_quietly(|| {
+        let device = choice.open()?;
+        let sum = Tensor::<1>::from_floats([1.0, 2.0], &device).sum();
+        Some((device, sum.try_into_scalar::<f32>()))
+    });
+    let unavailable = |reason: String| DeviceError::Unavailable {
+        name: name.to_owned(),
+        reason,
+    };
+    match probe {
+        Ok(Some((device, Ok(3.0)))) => Ok(device),
+        Ok(Some((_, Ok(sum)))) => Err(unavailable(format!("it says that 1 + 2 is {sum}"))),
+        Ok(Some((_, Err(error)))) => Err(unavailable(error.to_string())),
+        Ok(None) => Err(DeviceError::NotCompiledIn {
+            name: name.to_owned(),
+            feature: choice.feature(),
+        }),
+        Err(message) => Err(unavailable(first_line(&message))),
+    }
+}
+
+/// Cuts a backend's message before the details that concern its developers: LibTorch appends a
+/// C++ stack trace, with escaped line ends.
+fn first_line(message: &str) -> String {
+    let message = message
+        .strip_prefix("called `Result::unwrap()` on an `Err` value: ")
+        .unwrap_or(message);
+    let end = [message.find('\n'), message.find("\\n")];
+    let end = end.into_iter().flatten().min().unwrap_or(message.len());
+    message[..end].to_owned()
+}
+
+/// Returns the device to use when nobody asks for another: the first compiled in of `flex`,
+/// `tch`, `ndarray`, `cuda`, `wgpu`.
+#[must_use]
+pub fn default_device_name() -> &'static str {
+    compiled_devices()[0]
+}
+
+/// Lists a device name of each backend compiled in, the default first.
+///
+/// Those of `cuda` and `wgpu` may still be unavailable on this machine.
+#[must_use]
+pub fn compiled_devices() -> Vec<&'static str> {
+    BACKENDS
+        .iter()
+        .filter(|(_, compiled)| *compiled)
+        .map(|(name, _)| *name)
+        .collect()
+}
+
+/// A device name, parsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Choice {
+    Flex,
+    NdArray,
+    LibTorch,
+    LibTorchCuda(usize),
+    Cuda(usize),
+    Wgpu,
+    WgpuDiscrete(usize),
+    WgpuCpu,
+}
+
+impl Choice {
+    fn parse(name: &str) -> Option<Self> {
+        let parts: Vec<&str> = name.split(':').collect();
+        match parts[..] {
+            ["flex"] => Some(Self::Flex),
+            ["ndarray"] => Some(Self::NdArray),
+            ["tch"] => Some(Self::LibTorch),
+            ["tch", "cuda", index] => index.parse().ok().map(Self::LibTorchCuda),
+            ["cuda"] => Some(Self::Cuda(0)),
+            ["cuda", index] => index.parse().ok().map(Self::Cuda),
+            ["wgpu"] => Some(Self::Wgpu),
+            ["wgpu", "cpu"] => Some(Self::WgpuCpu),
+            ["wgpu", index] => index.parse().ok().map(Self::WgpuDiscrete),
+            _ => None,
+        }
+    }
+
+    const fn feature(self) -> &'static str {
+        match self {
+            Self::Flex => "flex",
+            Self::NdArray => "ndarray",
+            Self::LibTorch | Self::LibTorchCuda(_) => "tch",
+            Self::Cuda(_) => "cuda",
+            Self::Wgpu | Self::WgpuDiscrete(_) | Self::WgpuCpu => "wgpu",
+        }
+    }
+
+    /// Names the device to burn; `None` if its backend is not compiled in.
+    #[allow(
+        deprecated,
+        reason = "burn 0.22 still has NdArray and LibTorch, and users ask for them"
+    )]
+    fn open(self) -> Option<Device> {
+        match self {
+            #[cfg(feature = "flex")]
+            Self::Flex => Some(Device::flex()),
+            #[cfg(feature = "ndarray")]
+            Self::NdArray => Some(Device::ndarray()),
+            #[cfg(feature = "tch")]
+            Self::LibTorch => {
+                limit_libtorch_threads();
+                Some(Device::libtorch())
+            }
+            #[cfg(feature = "tch")]
+            Self::LibTorchCuda(index) => {
+                limit_libtorch_threads();
+                Some(Device::libtorch_cuda(index))
+            }
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => Some(Device::cuda(index)),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => Some(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)),
+            #[cfg(feature = "wgpu")]
+            Self::WgpuDiscrete(index) => {
+                Some(Device::wgpu(burn::tensor::DeviceKind::DiscreteGpu(index)))
+            }
+            #[cfg(feature = "wgpu")]
+            Self::WgpuCpu => Some(Device::wgpu(burn::tensor::DeviceKind::Cpu)),
+            #[allow(unreachable_patterns, reason = "reachable unless all are compiled in")]
+            _ => None,
+        }
+    }
+}
+
+/// Makes LibTorch compute on one thread per worker, unless the user has said otherwise.
+#[cfg(feature = "tch")]
+fn limit_libtorch_threads() {
+    if std::env::var_os("OMP_NUM_THREADS").is_none() {
+        tch::set_num_threads(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_parsed_and_others_refused() {
+        for (name, expected) in [
+            ("flex", Some(Choice::Flex)),
+            ("tch", Some(Choice::LibTorch)),
+            ("tch:cuda:1", Some(Choice::LibTorchCuda(1))),
+            ("cuda", Some(Choice::Cuda(0))),
+            ("cuda:2", Some(Choice::Cuda(2))),
+            ("wgpu", Some(Choice::Wgpu)),
+            ("wgpu:0", Some(Choice::WgpuDiscrete(0))),
+            ("wgpu:cpu", Some(Choice::WgpuCpu)),
+            ("", None),
+            ("Flex", None),
+            ("flex:0", None),
+            ("tch:cuda", None),
+            ("cuda:-1", None),
+            ("cuda:0:0", None),
+            ("cuda:99999999999999999999999", None),
+        ] {
+            assert_eq!(Choice::parse(name), expected, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn a_backends_message_is_cut_to_its_first_line() {
+        assert_eq!(first_line("no driver"), "no driver");
+        assert_eq!(first_line("no driver\nstack: 1\n2"), "no driver");
+        let message = r#"called `Result::unwrap()` on an `Err` value: Torch("no driver\nframe\n")"#;
+        assert_eq!(first_line(message), r#"Torch("no driver"#);
+    }
+
+    #[cfg(feature = "tch")]
+    #[test]
+    fn libtorch_computes_on_one_thread_in_every_worker() {
+        select_device("tch").expect("a CPU backend works everywhere");
+        if std::env::var_os("OMP_NUM_THREADS").is_none() {
+            // LibTorch keeps the number for each thread.
+            let worker = std::thread::spawn(tch::get_num_threads);
+            assert_eq!(worker.join().expect("no panic"), 1);
+        }
+    }
+
+    #[test]
+    fn every_device_in_the_list_of_known_names_has_a_feature_of_the_table() {
+        for name in KNOWN.split(", ") {
+            let choice = Choice::parse(&name.replace('N', "0")).expect("a known name");
+            assert!(
+                BACKENDS
+                    .iter()
+                    .any(|(feature, _)| *feature == choice.feature())
+            );
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! One worker's copy of a model: takes weights, gives losses and gradients, all flat.
+
+use std::ops::Range;
+
+use burn::tensor::Device;
+
+use crate::flat::{self, FlatError, ParameterSpec};
+use crate::model::{Evaluation, Model};
+use crate::panic;
+use crate::step::{Step, StepSeed};
+
+/// Why a model did not compute.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// The model or the weights cannot be used.
+    #[error(transparent)]
+    Flat(#[from] FlatError),
+    /// There are more or fewer weights than the model has.
+    #[error("the model has {expected} weights, got {got}")]
+    WeightCount {
+        /// The number of the model's weights.
+        expected: usize,
+        /// The number given.
+        got: usize,
+    },
+    /// burn or the model panicked, say about a wrong shape. The weights are as before, and the
+    /// next call works.
+    #[error("the model panicked: {0}")]
+    Panicked(String),
+}
+
+/// A model on a device, with flat weights and gradients.
+///
+/// ```
+/// use ps_model::{ConvNet, ImageBatch, LocalModel, StepSeed, default_device_name, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// let mut model = LocalModel::new(ConvNet::init(42, &device), &device)?;
+/// assert_eq!(model.num_weights(), 1_960);
+///
+/// let batch = ImageBatch::new(vec![0.5; 2 * 28 * 28], vec![3, 7], [2, 1, 28, 28], 10)?;
+/// let mut gradient = Vec::new();
+/// let before = model.gradient(&batch, StepSeed::default(), &mut gradient)?;
+///
+/// // One step of plain gradient descent.
+/// let mut weights = model.weights()?;
+/// for (weight, slope) in weights.iter_mut().zip(&gradient) {
+///     *weight -= 0.1 * slope;
+/// }
+/// model.load(&weights)?;
+/// assert!(model.evaluate(&batch)?.mean_loss() < f64::from(before));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct LocalModel<M: Model> {
+    model: M,
+    /// With autodiff.
+    device: Device,
+    layout: Vec<ParameterSpec>,
+}
+
+impl<M: Model> LocalModel<M> {
+    /// Puts a model on a device and in training mode.
+    ///
+    /// Parameters that were frozen before stay frozen.
+    ///
+    /// # Errors
+    ///
+    /// If the model has no flat view ([`flat::layout`]) or cannot be moved to the device.
+    pub fn new(model: M, device: &Device) -> Result<Self, ModelError> {
+        let device = device.clone().autodiff();
+        let (model, layout) = panic::catch(|| {
+            let model = model.train().fork(&device);
+            let layout = flat::layout(&model);
+            (model, layout)
+        })
+        .map_err(ModelError::Panicked)?;
+        Ok(Self {
+            model,
+            device,
+            layout: layout?,
+        })
+    }
+
+    /// Returns the names, shapes and places of the parameters.
+    #[must_use]
+    pub fn layout(&self) -> &[ParameterSpec] {
+        &self.layout
+    }
+
+    /// Returns the number of weights, at least 1.
+    #[must_use]
+    pub fn num_weights(&self) -> usize {
+        self.layout.last().map_or(0, |spec| spec.range.end)
+    }
+
+    /// Returns the model with the weights loaded last.
+    #[must_use]
+    pub const fn model(&self) -> &M {
+        &self.model
+    }
+
+    /// Copies the weights.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    pub fn weights(&self) -> Result<Vec<f32>, ModelError> {
+        panic::catch(|| flat::read_weights(&self.model)).map_err(ModelError::Panicked)
+    }
+
+    /// Replaces the weights by those of a slice.
+    ///
+    /// # Errors
+    ///
+    /// If their number is not [`num_weights`](Self::num_weights), or the device fails. The old
+    /// weights stay then.
+    pub fn load(&mut self, weights: &[f32]) -> Result<(), ModelError> {
+        if weights.len() != self.num_weights() {
+            return Err(ModelError::WeightCount {
+                expected: self.num_weights(),
+                got: weights.len(),
+            });
+        }
+        self.load_with(|range, out| out.extend_from_slice(&weights[range]))
+    }
+
+    /// Replaces the weights by what `read` appends for the range of each parameter, in order.
+    ///
+    /// For weights that come in pieces, see [`flat::write_weights`].
+    ///
+    /// # Errors
+    ///
+    /// If `read` gives a wrong number of weights or panics, or the device fails. The old weights
+    /// stay then.
+    pub fn load_with(
+        &mut self,
+        read: impl FnMut(Range<usize>, &mut Vec<f32>),
+    ) -> Result<(), ModelError> {
+        // The clone shares the tensors; it keeps the old weights in case this fails.
+        let model = self.model.clone();
+        self.model =
+            panic::catch(|| flat::write_weights(model, read)).map_err(ModelError::Panicked)??;
+        Ok(())
+    }
+
+    /// Computes the mean loss of a batch, and its gradient, which replaces the contents of `out`.
+    ///
+    /// A buffer that is used again keeps its memory. The loss and the gradient may be infinite or
+    /// NaN; it is the server's to refuse them.
+    ///
+    /// # Errors
+    ///
+    /// If the model panics, for example about a batch of a wrong shape. `out` is empty then.
+    pub fn gradient(
+        &self,
+        batch: &M::Batch,
+        seed: StepSeed,
+        out: &mut Vec<f32>,
+    ) -> Result<f32, ModelError> {
+        out.clear();
+        out.reserve_exact(self.num_weights());
+        let result = panic::catch(|| {
+            let loss = self
+                .model
+                .loss(batch, &mut Step::training(&self.device, seed));
+            let gradients = loss.backward();
+            flat::read_gradients(&self.model, gradients, out);
+            loss.into_scalar::<f32>()
+        });
+        result.map_err(|message| {
+            out.clear();
+            ModelError::Panicked(message)
+        })
+    }
+
+    /// Evaluates the model on a batch: without dropout, without recording for gradients.
+    ///
+    /// # Errors
+    ///
+    /// If the model panics, for example about a batch of a wrong shape.
+    pub fn evaluate(&self, batch: &M::Batch) -> Result<Evaluation, ModelError> {
+        panic::catch(|| {
+            let device = self.device.clone().inner();
+            self.model.valid().evaluate(batch, &device)
+        })
+        .map_err(ModelError::Panicked)
+    }
+}

@@ -1,0 +1,347 @@
+//! Any burn optimizer that works elementwise, as the update rule of a flat shard of parameters.
+//!
+//! Such an optimizer treats each weight by itself, so one flat tensor for a shard gives the same
+//! numbers as one tensor for each parameter, wherever the shards are cut. (A difference: a module's
+//! optimizer skips a parameter without a gradient, here it gets a gradient of zeros.)
+//!
+//! Optimizers that look at a whole parameter at once (LAMB, Muon, AdaFactor, L-BFGS) and clipping
+//! by norm would mean something else on a shard, and are refused.
+
+use std::fmt;
+
+use burn::grad_clipping::GradientClipping;
+use burn::optim::{
+    AdaGrad, AdaGradConfig, Adam, AdamConfig, AdamW, AdamWConfig, Adan, AdanConfig, Lion,
+    LionConfig, ModuleOptimizer, Optimizer, RecordState, RmsProp, RmsPropConfig, Sgd, SgdConfig,
+    StateSink,
+};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::panic;
+use crate::rule_state::RuleState;
+
+/// Why an update rule cannot be made, or did not apply.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RuleError {
+    /// The configuration asks for clipping by norm.
+    #[error(
+        "clipping by norm needs the norm over whole parameters, but a shard holds pieces of them: \
+         clip by value, or guard the norm where the whole gradient is known"
+    )]
+    ClippingByNorm,
+    /// Weights and gradient differ in length.
+    #[error("{weights} weights cannot take a gradient of length {gradient}")]
+    GradientLength {
+        /// The number of weights.
+        weights: usize,
+        /// The length of the gradient.
+        gradient: usize,
+    },
+    /// The rule's state belongs to a shard of another size.
+    #[error("the state of the update rule is for {expected} weights, got {got}")]
+    ShardLength {
+        /// The number of weights of the steps before, or of the state loaded.
+        expected: usize,
+        /// The number given.
+        got: usize,
+    },
+    /// The learning rate is infinite or NaN.
+    #[error("the learning rate must be finite, not {0}")]
+    LearningRate(f64),
+    /// The state does not belong to this optimizer.
+    #[error("the state is not one of this optimizer: {0}")]
+    ForeignState(String),
+    /// burn panicked, say because the device failed. The weights are as before, but the
+    /// optimizer's state is lost: load one, or make the rule anew.
+    #[error("the update rule panicked: {0}")]
+    Panicked(String),
+}
+
+/// The configuration of a burn optimizer that works elementwise.
+///
+/// Implemented for those of SGD (with momentum, Nesterov), Adam (AMSGrad), AdamW, RMSProp,
+/// AdaGrad, Lion and Adan. Sealed; [`BurnRule::assume_elementwise`] takes any other optimizer.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not the configuration of an elementwise burn optimizer",
+    note = "a shard holds pieces of parameters, so only optimizers that treat each weight by itself are supported: SGD, Adam, AdamW, RMSProp, AdaGrad, Lion and Adan"
+)]
+pub trait ElementwiseConfig: sealed::Sealed {
+    /// The optimizer that it configures.
+    type Optimizer: Optimizer;
+
+    #[doc(hidden)]
+    fn optimizer(&self) -> Self::Optimizer;
+
+    #[doc(hidden)]
+    fn module_optimizer(&self) -> ModuleOptimizer;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! elementwise {
+    ($($config:ty => $optimizer:ty),* $(,)?) => {$(
+        impl sealed::Sealed for $config {}
+        impl ElementwiseConfig for $config {
+            type Optimizer = $optimizer;
+
+            fn optimizer(&self) -> $optimizer {
+                self.build()
+            }
+
+            fn module_optimizer(&self) -> ModuleOptimizer {
+                self.init()
+            }
+        }
+    )*};
+}
+
+elementwise! {
+    SgdConfig => Sgd,
+    AdamConfig => Adam,
+    AdamWConfig => AdamW,
+    RmsPropConfig => RmsProp,
+    AdaGradConfig => AdaGrad,
+    LionConfig => Lion,
+    AdanConfig => Adan,
+}
+
+/// A burn optimizer as the update rule of one shard, with its state.
+///
+/// ```
+/// use ps_model::burn::optim::AdamConfig;
+/// use ps_model::{BurnRule, default_device_name, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// let mut rule = BurnRule::new(&AdamConfig::new(), &device)?;
+/// let mut weights = [1.0, 2.0, 3.0];
+/// rule.step(&mut weights, &[0.5, 0.0, -0.5], 0.1)?;
+/// // Adam's first step is of the length of the learning rate, whatever the gradient's.
+/// assert!(weights.iter().zip([0.9, 2.0, 3.1]).all(|(a, b)| (a - b).abs() < 1e-4));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Optimizers that are not elementwise do not compile:
+///
+/// ```compile_fail
+/// # use ps_model::burn::optim::LambConfig;
+/// # use ps_model::{BurnRule, select_device};
+/// let rule = BurnRule::new(&LambConfig::new(), &select_device("flex").unwrap());
+/// ```
+#[derive(Clone)]
+pub struct BurnRule<O: Optimizer> {
+    optimizer: O,
+    clipping: Option<GradientClipping>,
+    device: Device,
+    state: State<O>,
+}
+
+#[derive(Clone)]
+enum State<O: Optimizer> {
+    /// No step has been taken.
+    Fresh,
+    /// After a step on a shard of this many weights. (Some optimizers need no state.)
+    Stepped(usize, Option<O::State<1>>),
+    /// A step has panicked and taken the state along.
+    Lost,
+}
+
+impl<O: Optimizer> BurnRule<O> {
+    /// Makes a rule without state, which computes on `device`.
+    ///
+    /// # Errors
+    ///
+    /// If the configuration asks for clipping by norm.
+    pub fn new<C>(config: &C, device: &Device) -> Result<Self, RuleError>
+    where
+        C: ElementwiseConfig<Optimizer = O>,
+    {
+        let clipping = config.module_optimizer().grad_clipping().cloned();
+        if let Some(GradientClipping::Norm(_)) = clipping {
+            return Err(RuleError::ClippingByNorm);
+        }
+        let rule = Self::assume_elementwise(config.optimizer(), device);
+        Ok(Self { clipping, ..rule })
+    }
+
+    /// Makes a rule of a burn optimizer that the caller knows to work elementwise.
+    ///
+    /// Each new weight must depend only on the gradient and the state of this very weight, or
+    /// results depend on where the shards are cut. The state must have the same parts after each
+    /// step, or it cannot be loaded.
+    #[must_use]
+    pub fn assume_elementwise(optimizer: O, device: &Device) -> Self {
+        Self {
+            optimizer,
+            clipping: None,
+            // An update is not differentiated.
+            device: device.clone().inner(),
+            state: State::Fresh,
+        }
+    }
+
+    /// Changes the weights by one step of the optimizer.
+    ///
+    /// Copies weights and gradient to the device and the result back.
+    ///
+    /// # Errors
+    ///
+    /// If the lengths differ from each other or from those of the steps before, or the learning
+    /// rate is not finite: nothing has changed then. Or if burn panics: see
+    /// [`RuleError::Panicked`].
+    pub fn step(
+        &mut self,
+        weights: &mut [f32],
+        gradient: &[f32],
+        learning_rate: f64,
+    ) -> Result<(), RuleError> {
+        let len = weights.len();
+        if gradient.len() != len {
+            return Err(RuleError::GradientLength {
+                weights: len,
+                gradient: gradient.len(),
+            });
+        }
+        if !learning_rate.is_finite() {
+            return Err(RuleError::LearningRate(learning_rate));
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        if let State::Stepped(expected, _) = self.state
+            && expected != len
+        {
+            return Err(RuleError::ShardLength { expected, got: len });
+        }
+        // Taken, not copied: burn updates the state in place where nobody else holds it.
+        let state = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Fresh => None,
+            State::Stepped(_, state) => state,
+            State::Lost => return Err(lost_state()),
+        };
+        let (updated, state) = panic::catch(|| {
+            let weights = self.tensor(weights.to_vec());
+            let gradient = self.tensor(gradient.to_vec());
+            let gradient = match &self.clipping {
+                Some(clipping) => clipping.clip_gradient(gradient),
+                None => gradient,
+            };
+            let (weights, state) = self.optimizer.step(learning_rate, weights, gradient, state);
+            (weights.into_data(), state)
+        })
+        .map_err(RuleError::Panicked)?;
+        let updated = updated
+            .as_slice::<f32>()
+            .map_err(|error| RuleError::Panicked(error.to_string()))?;
+        if updated.len() != len {
+            return Err(RuleError::Panicked(format!(
+                "the optimizer turned {len} weights into {}",
+                updated.len()
+            )));
+        }
+        weights.copy_from_slice(updated);
+        self.state = State::Stepped(len, state);
+        Ok(())
+    }
+
+    /// Copies the optimizer's state into plain data, empty before the first step.
+    ///
+    /// # Errors
+    ///
+    /// If the state was lost in a panic, is not of `f32`, or the device fails.
+    pub fn save_state(&self) -> Result<RuleState, RuleError> {
+        let (len, state) = match &self.state {
+            State::Fresh => return Ok(RuleState::default()),
+            State::Stepped(len, state) => (*len, state),
+            State::Lost => return Err(lost_state()),
+        };
+        match state {
+            Some(state) => Self::flatten(len, state),
+            None => Ok(RuleState {
+                num_weights: len,
+                ..RuleState::default()
+            }),
+        }
+    }
+
+    /// Replaces the optimizer's state by one that [`save_state`](Self::save_state) returned.
+    ///
+    /// # Errors
+    ///
+    /// If it is of another optimizer or damaged: names that are missing or too many, tensors of a
+    /// wrong length. The old state stays then.
+    pub fn load_state(&mut self, saved: RuleState) -> Result<(), RuleError> {
+        if saved == RuleState::default() {
+            self.state = State::Fresh;
+            return Ok(());
+        }
+        let len = saved.num_weights;
+        let names = saved.names();
+        if let Some(tensor) = saved.tensors.iter().find(|t| t.values.len() != len) {
+            return Err(RuleError::ForeignState(format!(
+                "tensor `{}` has {} numbers, the shard {len}",
+                tensor.name,
+                tensor.values.len()
+            )));
+        }
+        let mut source = saved.into_source();
+        let state = panic::catch(|| O::State::<1>::state_unflatten("", &mut source, &self.device))
+            .map_err(RuleError::Panicked)?
+            .ok_or_else(|| RuleError::ForeignState(format!("it has only {names:?}")))?;
+
+        // burn does not notice optional parts that are missing or too many.
+        let understood = Self::flatten(len, &state)?.names();
+        let expected = self.names_after_a_step()?;
+        if names != expected || names != understood {
+            return Err(RuleError::ForeignState(format!(
+                "it has {names:?}, expected are {expected:?}"
+            )));
+        }
+        self.state = State::Stepped(len, Some(state));
+        Ok(())
+    }
+
+    fn flatten(len: usize, state: &O::State<1>) -> Result<RuleState, RuleError> {
+        let mut sink = StateSink::default();
+        panic::catch(|| state.state_flatten("", &mut sink)).map_err(RuleError::Panicked)?;
+        RuleState::from_sink(len, sink)
+    }
+
+    /// Lists the parts of the state after a first step, tried on a shard of one weight.
+    fn names_after_a_step(&self) -> Result<Vec<String>, RuleError> {
+        let mut trial = Self {
+            state: State::Fresh,
+            ..self.clone()
+        };
+        trial.step(&mut [1.0], &[1.0], 0.0)?;
+        Ok(trial.save_state()?.names())
+    }
+
+    fn tensor(&self, values: Vec<f32>) -> Tensor<1> {
+        let len = values.len();
+        Tensor::from_data(TensorData::new(values, [len]), &self.device)
+    }
+}
+
+impl<O: Optimizer> fmt::Debug for BurnRule<O> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BurnRule")
+            .field("optimizer", &std::any::type_name::<O>())
+            .field("device", &self.device)
+            .field(
+                "state",
+                &match self.state {
+                    State::Fresh => "fresh",
+                    State::Stepped(..) => "stepped",
+                    State::Lost => "lost",
+                },
+            )
+            .finish_non_exhaustive()
+    }
+}
+
+fn lost_state() -> RuleError {
+    RuleError::Panicked("the state was lost in an earlier step".to_owned())
+}

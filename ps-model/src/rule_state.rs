@@ -1,0 +1,114 @@
+//! The state of an update rule as plain data, for a checkpoint to hold.
+
+use burn::optim::{StateSink, StateSource};
+use burn::tensor::TensorData;
+use serde::{Deserialize, Serialize};
+
+use crate::rule::RuleError;
+
+/// The state of a [`BurnRule`](crate::BurnRule): a few tensors, each of the shard's length (the
+/// moments of Adam, say), and a few numbers (the count of its steps).
+///
+/// The default is that of a rule that has taken no step.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct RuleState {
+    /// The length of the shard.
+    pub num_weights: usize,
+    /// In the order of burn's fields.
+    pub tensors: Vec<StateTensor>,
+    /// In the order of burn's fields.
+    pub scalars: Vec<StateScalar>,
+}
+
+/// One tensor of a rule's state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StateTensor {
+    /// burn's name, such as `momentum.moment_1`.
+    pub name: String,
+    /// One number for each weight of the shard.
+    pub values: Vec<f32>,
+}
+
+/// One number of a rule's state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StateScalar {
+    /// burn's name, such as `momentum.time`.
+    pub name: String,
+    /// The number.
+    pub value: StateValue,
+}
+
+/// A number as burn's optimizers keep them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub enum StateValue {
+    /// A count.
+    Unsigned(u64),
+    /// A negative integer.
+    Signed(i64),
+    /// A real number.
+    Float(f64),
+    /// A switch.
+    Bool(bool),
+}
+
+impl RuleState {
+    pub(crate) fn from_sink(num_weights: usize, sink: StateSink) -> Result<Self, RuleError> {
+        let tensors = sink
+            .tensors
+            .into_iter()
+            .map(|(name, data)| match data.try_into_vec::<f32>() {
+                Ok(values) => Ok(StateTensor { name, values }),
+                Err(error) => Err(RuleError::ForeignState(format!("tensor `{name}`: {error}"))),
+            })
+            .collect::<Result<_, _>>()?;
+        let scalars = sink
+            .scalars
+            .into_iter()
+            .map(|(name, scalar)| {
+                // burn does not export the type of `scalar`, but its conversions. Integers come
+                // first, because they convert to floats too.
+                let value = u64::try_from(scalar)
+                    .map(StateValue::Unsigned)
+                    .or_else(|_| i64::try_from(scalar).map(StateValue::Signed))
+                    .or_else(|_| f64::try_from(scalar).map(StateValue::Float))
+                    .or_else(|_| bool::try_from(scalar).map(StateValue::Bool));
+                match value {
+                    Ok(value) => Ok(StateScalar { name, value }),
+                    Err(error) => Err(RuleError::ForeignState(format!("`{name}`: {error}"))),
+                }
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            num_weights,
+            tensors,
+            scalars,
+        })
+    }
+
+    pub(crate) fn into_source(self) -> StateSource {
+        let scalars = self.scalars.into_iter().map(|scalar| {
+            let value = match scalar.value {
+                StateValue::Unsigned(value) => value.into(),
+                StateValue::Signed(value) => value.into(),
+                StateValue::Float(value) => value.into(),
+                StateValue::Bool(value) => value.into(),
+            };
+            (scalar.name, value)
+        });
+        let mut source = StateSource::new(scalars.collect());
+        for StateTensor { name, values } in self.tensors {
+            let len = values.len();
+            source.insert_tensor(name, TensorData::new(values, [len]));
+        }
+        source
+    }
+
+    /// Lists all names in order, to compare two states.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let tensors = self.tensors.iter().map(|tensor| &tensor.name);
+        let scalars = self.scalars.iter().map(|scalar| &scalar.name);
+        let mut names: Vec<String> = tensors.chain(scalars).cloned().collect();
+        names.sort_unstable();
+        names
+    }
+}

@@ -1,0 +1,168 @@
+//! A worker's model: reuse, evaluation mode, and errors instead of panics.
+
+use ps_model::burn::module::Module;
+use ps_model::{ConvNet, Evaluation, FlatError, ImageBatch, LocalModel, ModelError, Net, StepSeed};
+
+use crate::support::{default_device, norm, on_each_device, on_each_device_except, random_images};
+
+fn convnet() -> LocalModel<ConvNet> {
+    let device = default_device();
+    LocalModel::new(ConvNet::init(1, &device), &device).expect("a model with a flat view")
+}
+
+fn gradient(model: &LocalModel<ConvNet>, batch: &ImageBatch) -> (f32, Vec<f32>) {
+    let mut gradient = vec![f32::NAN; 5];
+    let loss = model
+        .gradient(batch, StepSeed::default(), &mut gradient)
+        .expect("the batch fits the model");
+    (loss, gradient)
+}
+
+#[test]
+fn the_gradient_follows_the_weights_that_were_loaded_last() {
+    on_each_device(|name, device| {
+        let batch = random_images(2, 8);
+        let mut first = LocalModel::new(ConvNet::init(1, device), device).expect("a flat view");
+        let second = LocalModel::new(ConvNet::init(2, device), device).expect("a flat view");
+        let expected = gradient(&second, &batch);
+        assert!(gradient(&first, &batch) != expected, "{name}");
+        first
+            .load(&second.weights().expect("a working device"))
+            .expect("as many weights");
+        for _ in 0..3 {
+            assert!(gradient(&first, &batch) == expected, "{name}");
+        }
+    });
+}
+
+#[test]
+fn the_buffer_of_the_gradient_is_used_again() {
+    let model = convnet();
+    let batch = random_images(2, 2);
+    let mut gradient = Vec::new();
+    let mut address = None;
+    for clock in 0..3 {
+        let seed = StepSeed {
+            clock,
+            ..StepSeed::default()
+        };
+        model
+            .gradient(&batch, seed, &mut gradient)
+            .expect("a good batch");
+        assert_eq!(*address.get_or_insert(gradient.as_ptr()), gradient.as_ptr());
+    }
+}
+
+/// A model made without autodiff, or in validation mode, is put into training mode.
+#[test]
+fn a_model_in_validation_mode_can_be_trained() {
+    let device = default_device();
+    let model = ConvNet::init(1, &device.clone().autodiff()).valid();
+    let model = LocalModel::new(model, &device).expect("a flat view");
+    let (_, gradient) = gradient(&model, &random_images(2, 4));
+    assert!(norm(&gradient) > 0.0);
+}
+
+#[test]
+fn evaluation_scores_each_example_and_leaves_dropout_out() {
+    // 30 convolutions of this size take minutes on NdArray.
+    on_each_device_except(&["ndarray"], |name, device| {
+        let model = LocalModel::new(Net::init(3, device), device).expect("a flat view");
+        let batch = random_images(5, 6);
+        let whole = model.evaluate(&batch).expect("a good batch");
+        assert_eq!(
+            whole,
+            model.evaluate(&batch).expect("a good batch"),
+            "{name}"
+        );
+        assert_eq!(whole.num_examples, 6);
+        assert!(whole.num_correct <= Some(6));
+
+        let one_by_one: Evaluation = (0..6)
+            .map(|i| {
+                let image = batch.images()[i * 784..(i + 1) * 784].to_vec();
+                let label = vec![batch.labels()[i]];
+                let one = ImageBatch::new(image, label, [1, 1, 28, 28], 10).expect("one image");
+                model.evaluate(&one).expect("a good batch")
+            })
+            .sum();
+        assert_eq!(one_by_one.num_correct, whole.num_correct, "{name}");
+        // Batches of another size may take another path through a matrix product.
+        assert!(
+            (one_by_one.mean_loss() - whole.mean_loss()).abs() < 1e-5,
+            "{name}"
+        );
+    });
+}
+
+/// Without dropout, the loss in training is the loss in evaluation.
+#[test]
+fn training_and_evaluation_agree_on_the_loss() {
+    on_each_device(|name, device| {
+        let model = LocalModel::new(ConvNet::init(1, device), device).expect("a flat view");
+        let batch = random_images(5, 16);
+        let (loss, _) = gradient(&model, &batch);
+        let evaluation = model.evaluate(&batch).expect("a good batch");
+        assert!(
+            (evaluation.mean_loss() - f64::from(loss)).abs() < 1e-6,
+            "{name}"
+        );
+    });
+}
+
+#[test]
+fn a_wrong_number_of_weights_is_refused_and_the_old_ones_stay() {
+    let mut model = convnet();
+    let before = model.weights().expect("a working device");
+    for got in [0, 1_959, 1_961] {
+        assert_eq!(
+            model.load(&vec![0.0; got]),
+            Err(ModelError::WeightCount {
+                expected: 1_960,
+                got
+            })
+        );
+    }
+    let short = model.load_with(|range, out| {
+        // The first parameters are complete, a later one is not.
+        out.resize(if range.start < 30 { range.len() } else { 7 }, 0.0);
+    });
+    let (range, got) = (30..1_950, 7);
+    assert_eq!(short, Err(FlatError::WrongCount { range, got }.into()));
+    let panicking = model.load_with(|_, _| panic!("the server is gone"));
+    assert_eq!(
+        panicking,
+        Err(ModelError::Panicked("the server is gone".into()))
+    );
+    assert_eq!(model.weights().expect("a working device"), before);
+}
+
+#[test]
+fn a_batch_that_does_not_fit_is_an_error_and_the_next_one_works() {
+    on_each_device(|name, device| {
+        let model = LocalModel::new(ConvNet::init(1, device), device).expect("a flat view");
+        let good = random_images(1, 2);
+        let expected = gradient(&model, &good);
+
+        let small = ImageBatch::new(vec![0.0; 2 * 9], vec![0, 1], [2, 1, 3, 3], 10);
+        let colours = ImageBatch::new(vec![0.0; 3 * 784], vec![0], [1, 3, 28, 28], 10);
+        let classes = ImageBatch::new(vec![0.0; 784], vec![70], [1, 1, 28, 28], 100);
+        for (batch, reason) in [
+            (small, "[1, 28, 28]"),
+            (colours, "[1, 28, 28]"),
+            (classes, "labels are of 100 classes, the model knows 10"),
+        ] {
+            let batch = batch.expect("good for another model");
+            let mut gradient = vec![1.0];
+            let error = model
+                .gradient(&batch, StepSeed::default(), &mut gradient)
+                .expect_err("a batch for another model");
+            assert!(error.to_string().contains(reason), "{name}: {error}");
+            assert!(gradient.is_empty(), "{name}");
+            model
+                .evaluate(&batch)
+                .expect_err("a batch for another model");
+        }
+        assert!(gradient(&model, &good) == expected, "{name}");
+    });
+}

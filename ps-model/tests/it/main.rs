@@ -1,0 +1,11 @@
+//! The tests of ps-model through its public interface, on every backend that is compiled in.
+
+mod custom_model;
+mod devices;
+mod dropout;
+mod flat_views;
+mod gradients;
+mod local_model;
+mod support;
+mod training;
+mod update_rules;

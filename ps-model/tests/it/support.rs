@@ -1,0 +1,49 @@
+//! What several test modules share: the devices to test on, batches of images.
+
+use ps_model::burn::tensor::Device;
+use ps_model::{ImageBatch, Rng, compiled_devices, select_device};
+
+/// Runs a test on each backend that is compiled in and available on this machine.
+pub(crate) fn on_each_device(mut test: impl FnMut(&str, &Device)) {
+    on_each_device_except(&[], |name, device| test(name, device));
+}
+
+/// Like [`on_each_device`], without the backends named.
+pub(crate) fn on_each_device_except(skipped: &[&str], mut test: impl FnMut(&str, &Device)) {
+    for name in compiled_devices() {
+        if skipped.contains(&name) {
+            eprintln!("skipped on {name}");
+            continue;
+        }
+        match select_device(name) {
+            Ok(device) => test(name, &device),
+            // The CPU backends work everywhere; a GPU may be missing.
+            Err(error) if ["cuda", "wgpu"].contains(&name) => eprintln!("skipped: {error}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// The device for tests of which one is enough.
+pub(crate) fn default_device() -> Device {
+    select_device(ps_model::default_device_name()).expect("the default device works")
+}
+
+/// Random images in -2..2, labels 0, 7, 4, 1, ...; the batch of `expected/gradients.py`.
+pub(crate) fn random_images(seed: u64, batch: usize) -> ImageBatch {
+    let mut rng = Rng::new(seed);
+    // Exact: a uniform number is a multiple of 2⁻²⁴, and 4 a power of two.
+    let images = (0..batch * 28 * 28).map(|_| (rng.uniform() - 0.5) * 4.0);
+    let labels = (0..batch as i64).map(|i| 7 * i % 10);
+    ImageBatch::new(images.collect(), labels.collect(), [batch, 1, 28, 28], 10)
+        .expect("images and labels match")
+}
+
+/// The Euclidean norm.
+pub(crate) fn norm(numbers: &[f32]) -> f64 {
+    numbers
+        .iter()
+        .map(|x| f64::from(*x).powi(2))
+        .sum::<f64>()
+        .sqrt()
+}

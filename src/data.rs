@@ -1,0 +1,97 @@
+//! Where batches come from: anything that can make a batch of given examples.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use ps_data::ImageDataset;
+use ps_model::ImageBatch;
+use ps_model::burn::data::dataset::Dataset;
+
+/// A data set that can be cut into batches. Cloning it must be cheap: every worker has one.
+pub trait Examples: Clone + Send + 'static {
+    /// What a [`Model`](ps_model::Model) computes its loss on.
+    type Batch: Send + 'static;
+
+    /// Counts the examples.
+    fn num_examples(&self) -> usize;
+
+    /// Makes a batch of the examples with these indexes, each below
+    /// [`num_examples`](Self::num_examples).
+    fn batch(&self, indices: &[usize]) -> Self::Batch;
+}
+
+impl Examples for ImageDataset {
+    type Batch = ImageBatch;
+
+    fn num_examples(&self) -> usize {
+        self.len()
+    }
+
+    fn batch(&self, indices: &[usize]) -> ImageBatch {
+        let ps_data::ImageBatch { images, labels, dims } = Self::batch(self, indices);
+        let labels = labels.into_iter().map(i64::from).collect();
+        ImageBatch::new(images, labels, dims, self.num_classes())
+            .expect("the data set checked its images and labels when it was made")
+    }
+}
+
+/// Any burn [`Dataset`] with a function that joins items to a batch. See [`collated`].
+pub struct Collated<I, D, F> {
+    dataset: Arc<D>,
+    collate: F,
+    items: PhantomData<fn() -> I>,
+}
+
+/// Makes [`Examples`] of a burn data set and a function that joins its items to a batch.
+///
+/// ```
+/// use ps::data::{Examples, collated};
+/// use ps::model::burn::data::dataset::InMemDataset;
+///
+/// let numbers = InMemDataset::new(vec![1.5f32, 2.5, 3.5]);
+/// let data = collated(numbers, |items: Vec<f32>| items);
+/// assert_eq!(data.num_examples(), 3);
+/// assert_eq!(data.batch(&[2, 0]), [3.5, 1.5]);
+/// ```
+pub fn collated<I, B, D, F>(dataset: D, collate: F) -> Collated<I, D, F>
+where
+    D: Dataset<I> + 'static,
+    F: Fn(Vec<I>) -> B + Clone + Send + 'static,
+{
+    Collated { dataset: Arc::new(dataset), collate, items: PhantomData }
+}
+
+impl<I, B, D, F> Examples for Collated<I, D, F>
+where
+    I: 'static,
+    B: Send + 'static,
+    D: Dataset<I> + 'static,
+    F: Fn(Vec<I>) -> B + Clone + Send + 'static,
+{
+    type Batch = B;
+
+    fn num_examples(&self) -> usize {
+        self.dataset.len()
+    }
+
+    /// # Panics
+    /// When the data set cannot give an example; a worker reports that as its source's error.
+    fn batch(&self, indices: &[usize]) -> B {
+        let items = self.dataset.get_many(indices.to_vec());
+        (self.collate)(items.unwrap_or_else(|error| panic!("the data set failed: {error}")))
+    }
+}
+
+impl<I, D, F: Clone> Clone for Collated<I, D, F> {
+    fn clone(&self) -> Self {
+        let (dataset, collate) = (Arc::clone(&self.dataset), self.collate.clone());
+        Self { dataset, collate, items: PhantomData }
+    }
+}
+
+impl<I, D, F> fmt::Debug for Collated<I, D, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Collated").finish_non_exhaustive()
+    }
+}

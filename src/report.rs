@@ -1,0 +1,124 @@
+//! What a training run tells its user: the result, the way there, and where the time went.
+
+use std::fmt;
+use std::time::Duration;
+
+use ps_actors::ids::Version;
+use ps_actors::server::{Consistency, Histogram, Reduction};
+use ps_model::Evaluation;
+
+/// The weights' quality at one moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CurvePoint {
+    /// How many updates had been applied.
+    pub version: Version,
+    /// Time since the workers started.
+    pub elapsed: Duration,
+    /// The result on the whole test set.
+    pub evaluation: Evaluation,
+}
+
+/// The result of a [`Trainer`](crate::Trainer)'s run.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// When gradients were applied.
+    pub consistency: Consistency,
+    /// How gradients of one update became one.
+    pub reduction: Reduction,
+    /// The number of workers.
+    pub num_workers: usize,
+    /// The number of servers.
+    pub num_servers: usize,
+    /// The final weights on the whole test set; `None` without test data.
+    pub final_evaluation: Option<Evaluation>,
+    /// The evaluations on the way, oldest first. The final one is not among them.
+    pub curve: Vec<CurvePoint>,
+    /// The mean loss of each worker's batches, by worker and step.
+    pub losses: Vec<Vec<f32>>,
+    /// How many updates the weights went through.
+    pub num_updates: u64,
+    /// How many gradients were applied.
+    pub num_applied: u64,
+    /// How many were dropped because their round had closed without them.
+    pub num_dropped_late: u64,
+    /// How many were refused because of their norm.
+    pub num_refused: u64,
+    /// How many examples were used in gradients.
+    pub num_examples: u64,
+    /// How many updates lay between the weights of a gradient and its own update.
+    pub staleness: Histogram,
+    /// How often a worker had to be started again.
+    pub num_worker_restarts: u32,
+    /// From the workers' start to their end, evaluations on the way included.
+    pub elapsed: Duration,
+    /// Time that all workers together spent computing gradients.
+    pub compute_time: Duration,
+    /// Time that all workers together waited for servers and for each other.
+    pub wait_time: Duration,
+}
+
+impl Report {
+    /// Returns the fraction of right answers of the final weights on the whole test set, 0 to 1.
+    #[must_use]
+    pub fn final_accuracy(&self) -> Option<f64> {
+        self.final_evaluation?.accuracy()
+    }
+
+    /// Returns gradients applied per second.
+    #[must_use]
+    pub fn gradients_per_second(&self) -> f64 {
+        self.num_applied as f64 / self.elapsed.as_secs_f64()
+    }
+
+    /// Returns examples used per second.
+    #[must_use]
+    pub fn examples_per_second(&self) -> f64 {
+        self.num_examples as f64 / self.elapsed.as_secs_f64()
+    }
+
+    /// Returns the fraction of the workers' time that went into computing gradients, 0 to 1.
+    #[must_use]
+    pub fn compute_fraction(&self) -> f64 {
+        let total = self.compute_time + self.wait_time;
+        match total.is_zero() {
+            true => 0.0,
+            false => self.compute_time.as_secs_f64() / total.as_secs_f64(),
+        }
+    }
+}
+
+/// A summary of a few lines.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} updates of {} gradients in {:.1} s ({:.0} gradients/s, {:.0} examples/s): \
+             {} with {}, {} workers, {} servers",
+            self.num_updates,
+            self.num_applied,
+            self.elapsed.as_secs_f64(),
+            self.gradients_per_second(),
+            self.examples_per_second(),
+            self.consistency,
+            self.reduction,
+            self.num_workers,
+            self.num_servers,
+        )?;
+        writeln!(
+            f,
+            "Staleness: {:.2} updates on average, {} at most; {} gradients late, {} refused, {} \
+             workers restarted",
+            self.staleness.mean(),
+            self.staleness.max(),
+            self.num_dropped_late,
+            self.num_refused,
+            self.num_worker_restarts,
+        )?;
+        write!(
+            f,
+            "Workers computed for {:.0} % of their time and waited for {:.0} %",
+            100.0 * self.compute_fraction(),
+            100.0 * (1.0 - self.compute_fraction()),
+        )
+    }
+}

@@ -1,0 +1,228 @@
+//! Joins a burn model with its data: the [`GradientSource`] of a worker, and an [`Evaluator`].
+
+use std::fmt;
+use std::sync::Arc;
+
+use ps_actors::actor::{self, ActorRef};
+use ps_actors::buffer::BufferPool;
+use ps_actors::ids::{Clock, WorkerId};
+use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Weights};
+use ps_actors::worker::{DataWorker, GradientSource, LocalGradient, SourceError};
+use ps_data::{Batches, Cursor, SamplerConfig, SamplerError};
+use ps_model::burn::tensor::Device;
+use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
+
+use crate::data::Examples;
+
+/// How many examples an [`Evaluator`] looks at together.
+const EVALUATION_BATCH: usize = 256;
+
+/// Why a model and its data cannot be used for training.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The model has no flat weights, or the device failed.
+    #[error("the model cannot be trained")]
+    Model(#[from] ModelError),
+    /// The model's parameters do not follow one another.
+    #[error("the model has no usable layout")]
+    Layout(#[from] LayoutError),
+    /// The data cannot be dealt out like this.
+    #[error("the training data cannot be dealt out to the workers")]
+    Batches(#[from] SamplerError),
+    /// There is nothing to evaluate on.
+    #[error("the test data is empty")]
+    NoTestData,
+}
+
+/// Returns a model's weights as the first version for a server.
+///
+/// # Errors
+/// When the model has no flat weights, or the device fails.
+pub fn initial_weights<M: Model>(model: &M, device: &Device) -> Result<Weights, SetupError> {
+    let model = LocalModel::new(model.clone(), device)?;
+    Ok(Weights::initial(layout(model.layout())?, model.weights()?))
+}
+
+fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
+    let parameters = specs.iter().cloned().map(|ParameterSpec { name, shape, range, .. }| {
+        Parameter { name, shape, range }
+    });
+    Layout::new(parameters.collect())
+}
+
+/// Loads a snapshot into a model without copying it to one place first.
+fn load<M: Model>(model: &mut LocalModel<M>, weights: &Weights) -> Result<(), ModelError> {
+    let (expected, got) = (model.num_weights(), weights.len());
+    if expected != got {
+        return Err(ModelError::WeightCount { expected, got });
+    }
+    model.load_with(|range, out| out.extend_from_slice(&weights.read(range)))
+}
+
+/// Which batches a worker computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WorkerConfig {
+    /// The worker's rank, below `num_workers`.
+    pub worker: WorkerId,
+    /// How many workers share each epoch's examples.
+    pub num_workers: usize,
+    /// Examples per batch.
+    pub batch_size: usize,
+    /// Decides the order of examples, and dropout. The same for all workers of a run.
+    pub seed: u64,
+}
+
+impl WorkerConfig {
+    fn sampler(&self, num_examples: usize) -> SamplerConfig {
+        SamplerConfig {
+            shard: self.worker.0 as usize,
+            num_shards: self.num_workers,
+            seed: self.seed,
+            // All batches full, and as many for each worker: a mean of means is then the mean.
+            drop_last: true,
+            ..SamplerConfig::new(num_examples, self.batch_size)
+        }
+    }
+}
+
+/// A burn model with a worker's share of the data.
+///
+/// Which batch belongs to a step depends on seed, worker and clock only. So does dropout in models
+/// that take their random numbers from [`Step`](ps_model::Step).
+pub struct ModelSource<M: Model> {
+    model: LocalModel<M>,
+    batches: Batches<M::Batch>,
+    config: WorkerConfig,
+    gradients: BufferPool,
+}
+
+impl<M: Model> ModelSource<M> {
+    /// Puts a copy of `model` on `device` and deals out the worker's share of `data`.
+    ///
+    /// # Errors
+    /// When the model has no flat weights, or `config` does not fit the data.
+    pub fn new<E>(
+        model: &M,
+        device: &Device,
+        data: &E,
+        config: WorkerConfig,
+    ) -> Result<Self, SetupError>
+    where
+        E: Examples<Batch = M::Batch>,
+    {
+        let data = data.clone();
+        let sampler = config.sampler(data.num_examples());
+        Ok(Self {
+            model: LocalModel::new(model.clone(), device)?,
+            batches: Batches::new(sampler, move |indices| data.batch(indices))?,
+            config,
+            // One that is pushed, one that is computed, one spare.
+            gradients: BufferPool::new(3),
+        })
+    }
+
+    /// Returns how many steps the worker takes per epoch.
+    #[must_use]
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.batches.batches_per_epoch()
+    }
+}
+
+impl<M: Model> GradientSource for ModelSource<M> {
+    fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
+        let per_epoch = self.batches.batches_per_epoch();
+        let cursor = Cursor { epoch: clock.0 / per_epoch, batch: clock.0 % per_epoch };
+        if self.batches.cursor() != cursor {
+            self.batches.seek(cursor)?;
+        }
+        let batch = self.batches.next_batch()?;
+        load(&mut self.model, weights)?;
+        let WorkerConfig { worker, seed, .. } = self.config;
+        let step = StepSeed { seed, worker: worker.0.into(), clock: clock.0 };
+        let mut gradient = self.gradients.take(self.model.num_weights());
+        let loss = self.model.gradient(&batch, step, gradient.as_mut_vec())?;
+        let num_examples = M::num_examples(&batch);
+        Ok(LocalGradient { gradient: Gradient::new(gradient), loss, num_examples })
+    }
+}
+
+impl<M: Model> fmt::Debug for ModelSource<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ModelSource").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+/// Starts a worker that computes gradients of `model` on its share of `data`, on a thread of its
+/// own. After a panic it is restarted with a fresh copy of the model.
+///
+/// # Errors
+/// When the model has no flat weights, or `config` does not fit the data.
+///
+/// # Panics
+/// When the system gives no thread.
+pub fn spawn_worker<M, E>(
+    model: &M,
+    device: &Device,
+    data: &E,
+    config: WorkerConfig,
+) -> Result<ActorRef<DataWorker<ModelSource<M>>>, SetupError>
+where
+    // The factory takes its copies to the worker's thread.
+    M: Model,
+    E: Examples<Batch = M::Batch>,
+{
+    // A mistake shows here, in the caller's thread, rather than as a worker that cannot start.
+    ModelSource::new(model, device, data, config)?;
+    let (model, device, data) = (model.clone(), device.clone(), data.clone());
+    Ok(actor::spawn(move || {
+        let source = ModelSource::new(&model, &device, &data, config);
+        DataWorker::new(config.worker, source.expect("it worked in the caller's thread"))
+    }))
+}
+
+/// A model and a test set, to see how good some weights are.
+pub struct Evaluator<M: Model> {
+    model: LocalModel<M>,
+    batches: Vec<Arc<M::Batch>>,
+}
+
+impl<M: Model> Evaluator<M> {
+    /// Takes all of `data`, made into batches once.
+    ///
+    /// # Errors
+    /// When the model has no flat weights, or there is no data.
+    pub fn new<E>(model: &M, device: &Device, data: &E) -> Result<Self, SetupError>
+    where
+        E: Examples<Batch = M::Batch>,
+    {
+        let all: Vec<usize> = (0..data.num_examples()).collect();
+        if all.is_empty() {
+            return Err(SetupError::NoTestData);
+        }
+        let batches = all.chunks(EVALUATION_BATCH).map(|chunk| Arc::new(data.batch(chunk)));
+        Ok(Self { model: LocalModel::new(model.clone(), device)?, batches: batches.collect() })
+    }
+
+    /// Evaluates weights on every example.
+    ///
+    /// # Errors
+    /// When the weights are of another model, or the model panics.
+    pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
+        load(&mut self.model, weights)?;
+        self.batches.iter().map(|batch| self.model.evaluate(batch)).sum()
+    }
+
+    /// Returns the percentage of right answers, 0 to 100; NaN for a model that does not classify.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate).
+    pub fn accuracy_percent(&mut self, weights: &Weights) -> Result<f64, ModelError> {
+        Ok(self.evaluate(weights)?.accuracy().map_or(f64::NAN, |accuracy| 100.0 * accuracy))
+    }
+}
+
+impl<M: Model> fmt::Debug for Evaluator<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Evaluator").field("num_batches", &self.batches.len()).finish_non_exhaustive()
+    }
+}

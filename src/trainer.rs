@@ -1,0 +1,491 @@
+//! Trains a model in one call: servers, workers, evaluation, report.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use futures_util::future::{Either, select, try_join_all};
+use ps_actors::actor::{self, ActorRef, CallError};
+use ps_actors::group::{GroupSpawnError, ServerGroup};
+use ps_actors::ids::{Version, WorkerId};
+use ps_actors::rule::{Sgd, UpdateRule};
+use ps_actors::server::{
+    Consistency, ConsistencyError, CoordinatorStatus, GroupError, Histogram, PullVersion,
+    Reduction, ServerConfig, WorkerStatus,
+};
+use ps_actors::weights::Weights;
+use ps_actors::worker::{DataWorker, RunReport, RunSteps, StopSteps, WorkerError};
+use ps_model::burn::optim::Optimizer;
+use ps_model::burn::tensor::Device;
+use ps_model::{
+    DeviceError, ElementwiseConfig, Evaluation, Model, ModelError, RuleError, default_device_name,
+    select_device,
+};
+
+use crate::data::Examples;
+use crate::report::{CurvePoint, Report};
+use crate::rule::OptimizerRule;
+use crate::source::{
+    Evaluator, ModelSource, SetupError, WorkerConfig, initial_weights, spawn_worker,
+};
+
+type MakeRule = Box<dyn FnMut(&Device) -> Result<Box<dyn UpdateRule>, RuleError>>;
+type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
+
+/// Settings of a training run, and [`run`](Self::run).
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let mnist = Mnist::bundled_sample();
+/// let report = Trainer::new(ConvNet::init(1, &device), mnist.train)
+///     .device(&device)
+///     .test_data(mnist.test)
+///     .workers(2)
+///     .consistency(Consistency::Ssp { bound: 2 })
+///     .iterations(10)
+///     .run()?;
+/// assert_eq!(report.num_applied, 20);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Trainer<M: Model, E> {
+    model: M,
+    train: E,
+    test: Option<E>,
+    device: Option<Device>,
+    num_workers: usize,
+    num_servers: usize,
+    server: ServerConfig,
+    make_rule: MakeRule,
+    batch_size: usize,
+    length: Length,
+    seed: u64,
+    evaluate_every: u64,
+    on_evaluation: OnEvaluation,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Length {
+    Iterations(u64),
+    Epochs(u64),
+}
+
+/// Why a training run could not be started, or did not finish.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// Nobody would compute gradients.
+    #[error("training needs at least one worker")]
+    NoWorkers,
+    /// More workers than can be numbered.
+    #[error("{0} workers are too many: at most {max} can take part", max = u16::MAX)]
+    TooManyWorkers(usize),
+    /// The consistency mode does not fit the number of workers.
+    #[error(transparent)]
+    Consistency(#[from] ConsistencyError),
+    /// The default device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The model or its data cannot be used.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// The optimizer cannot be used.
+    #[error("the optimizer cannot be used")]
+    Rule(#[from] RuleError),
+    /// The servers could not be started.
+    #[error("the servers could not be started")]
+    Servers(#[from] GroupSpawnError),
+    /// The servers failed on the way.
+    #[error("the servers failed")]
+    Group(#[from] GroupError),
+    /// A worker could not go on.
+    #[error("a worker failed")]
+    Worker(#[from] WorkerError),
+    /// A worker panicked more often than is allowed, or could not be reached.
+    #[error("{worker} was lost")]
+    WorkerLost {
+        /// Which.
+        worker: WorkerId,
+        /// How its last call ended.
+        #[source]
+        source: CallError,
+    },
+    /// The weights could not be evaluated.
+    #[error("the weights could not be evaluated")]
+    Evaluate(#[from] ModelError),
+}
+
+impl<M, E> Trainer<M, E>
+where
+    M: Model,
+    E: Examples<Batch = M::Batch>,
+{
+    /// Starts from these weights and trains on this data: 1 worker, 1 server, batches of 32,
+    /// 1 epoch, plain SGD with learning rate 0.01, [`Consistency::Bsp`], [`Reduction::Mean`], seed
+    /// 0, the default device.
+    #[must_use]
+    pub fn new(model: M, train: E) -> Self {
+        Self {
+            model,
+            train,
+            test: None,
+            device: None,
+            num_workers: 1,
+            num_servers: 1,
+            server: ServerConfig::default(),
+            make_rule: Box::new(|_| Ok(Box::new(Sgd::new()))),
+            batch_size: 32,
+            length: Length::Epochs(1),
+            seed: 0,
+            evaluate_every: 0,
+            on_evaluation: Box::new(|_| {}),
+        }
+    }
+
+    /// Evaluates on this data: the final weights, and on the way if asked to.
+    #[must_use]
+    pub fn test_data(mut self, test: E) -> Self {
+        self.test = Some(test);
+        self
+    }
+
+    /// Computes on this device.
+    #[must_use]
+    pub fn device(mut self, device: &Device) -> Self {
+        self.device = Some(device.clone());
+        self
+    }
+
+    /// Sets the number of workers. Each computes on a thread of its own.
+    #[must_use]
+    pub fn workers(mut self, num_workers: usize) -> Self {
+        self.num_workers = num_workers;
+        self
+    }
+
+    /// Sets the number of servers that the weights are split over. It does not change the result.
+    #[must_use]
+    pub fn servers(mut self, num_servers: usize) -> Self {
+        self.num_servers = num_servers;
+        self
+    }
+
+    /// Sets when gradients are applied.
+    #[must_use]
+    pub fn consistency(mut self, consistency: Consistency) -> Self {
+        self.server.consistency = consistency;
+        self
+    }
+
+    /// Sets how the gradients of one update become one.
+    #[must_use]
+    pub fn reduction(mut self, reduction: Reduction) -> Self {
+        self.server.reduction = reduction;
+        self
+    }
+
+    /// Sets the learning rate.
+    #[must_use]
+    pub fn learning_rate(mut self, learning_rate: f64) -> Self {
+        self.server.learning_rate = learning_rate;
+        self
+    }
+
+    /// Refuses gradients with a norm above this one.
+    #[must_use]
+    pub fn max_gradient_norm(mut self, max_norm: f64) -> Self {
+        self.server.max_norm = max_norm;
+        self
+    }
+
+    /// Goes on without a worker that was not heard of for this long; it may come back.
+    #[must_use]
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.server.lease = Some(lease);
+        self
+    }
+
+    /// Uses a burn optimizer, such as `AdamConfig::new()`, in place of plain SGD.
+    #[must_use]
+    pub fn optimizer<C, O>(mut self, config: C) -> Self
+    where
+        C: ElementwiseConfig<Optimizer = O> + 'static,
+        O: Optimizer + Send + 'static,
+        O::State<1>: Send,
+    {
+        self.make_rule =
+            Box::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
+        self
+    }
+
+    /// Uses an update rule of your own, or [`Sgd::with_momentum`]; called once per server.
+    #[must_use]
+    pub fn update_rule<R: UpdateRule>(mut self, mut rule: impl FnMut() -> R + 'static) -> Self {
+        self.make_rule = Box::new(move |_| Ok(Box::new(rule())));
+        self
+    }
+
+    /// Sets the number of examples in a worker's batch.
+    #[must_use]
+    pub fn batch_size(mut self, batch_size: usize) -> Self {
+        self.batch_size = batch_size;
+        self
+    }
+
+    /// Lets each worker take this many steps.
+    #[must_use]
+    pub fn iterations(mut self, num_iterations: u64) -> Self {
+        self.length = Length::Iterations(num_iterations);
+        self
+    }
+
+    /// Lets the workers go through the data this many times, together. What does not fill a batch
+    /// of every worker is left out; the order changes from epoch to epoch.
+    #[must_use]
+    pub fn epochs(mut self, num_epochs: u64) -> Self {
+        self.length = Length::Epochs(num_epochs);
+        self
+    }
+
+    /// Sets the seed of the order of examples and of dropout. (That of the initial weights is the
+    /// model's.)
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Evaluates on the whole test set every so many updates, while the workers go on; 0 for only
+    /// at the end. If updates come faster than they can be evaluated, some are skipped.
+    #[must_use]
+    pub fn evaluate_every(mut self, num_updates: u64) -> Self {
+        self.evaluate_every = num_updates;
+        self
+    }
+
+    /// Calls `on_evaluation` after each evaluation on the way.
+    #[must_use]
+    pub fn on_evaluation(mut self, on_evaluation: impl FnMut(&CurvePoint) + 'static) -> Self {
+        self.on_evaluation = Box::new(on_evaluation);
+        self
+    }
+
+    /// Trains, on this thread and those of the workers and servers, until all steps are taken.
+    ///
+    /// # Errors
+    /// When a setting cannot work (before anything is started), or a worker or server fails
+    /// beyond repair.
+    ///
+    /// # Panics
+    /// When called from asynchronous code; or when the system gives no threads.
+    pub fn run(mut self) -> Result<Report, TrainError> {
+        if self.num_workers == 0 {
+            return Err(TrainError::NoWorkers);
+        }
+        if self.num_workers > usize::from(u16::MAX) {
+            return Err(TrainError::TooManyWorkers(self.num_workers));
+        }
+        self.server.consistency.check(self.num_workers)?;
+        let device = match &self.device {
+            Some(device) => device.clone(),
+            None => select_device(default_device_name())?,
+        };
+        let evaluator = match &self.test {
+            Some(test) => Some(Evaluator::new(&self.model, &device, test)?),
+            None => None,
+        };
+        let num_steps = match self.length {
+            Length::Iterations(iterations) => iterations,
+            Length::Epochs(epochs) => {
+                let config = self.worker_config(0);
+                let one = ModelSource::new(&self.model, &device, &self.train, config)?;
+                epochs.saturating_mul(one.steps_per_epoch())
+            }
+        };
+        let initial = initial_weights(&self.model, &device)?;
+        let servers = self.spawn_servers(&initial, &device)?;
+        let workers = (0..self.num_workers)
+            .map(|rank| {
+                let config = self.worker_config(rank);
+                let worker = spawn_worker(&self.model, &device, &self.train, config)?;
+                Ok(Worker { id: config.worker, actor: worker })
+            })
+            .collect::<Result<Vec<_>, SetupError>>()?;
+        actor::run(self.drive(servers, workers, evaluator, num_steps))
+    }
+
+    fn worker_config(&self, rank: usize) -> WorkerConfig {
+        WorkerConfig {
+            worker: WorkerId(u32::try_from(rank).expect("the number of workers was checked")),
+            num_workers: self.num_workers,
+            batch_size: self.batch_size,
+            seed: self.seed,
+        }
+    }
+
+    fn spawn_servers(
+        &mut self,
+        initial: &Weights,
+        device: &Device,
+    ) -> Result<ServerGroup, TrainError> {
+        // All rules first: a server that is started has to get one.
+        let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));
+        let mut rules = rules.collect::<Result<Vec<_>, _>>()?.into_iter();
+        let rule = |_: Range<usize>| rules.next().expect("one for each server");
+        Ok(ServerGroup::spawn(initial, self.num_servers, self.server, rule)?)
+    }
+
+    async fn drive(
+        mut self,
+        servers: ServerGroup,
+        workers: Vec<Worker<M>>,
+        mut evaluator: Option<Evaluator<M>>,
+        num_steps: u64,
+    ) -> Result<Report, TrainError> {
+        let started = Instant::now();
+        let mut curve = Vec::new();
+        let outcome = {
+            let runs = workers.iter().map(|worker| worker.run(&servers, num_steps));
+            let runs = std::pin::pin!(try_join_all(runs));
+            let every = self.evaluate_every;
+            let watch = std::pin::pin!(async {
+                match &mut evaluator {
+                    Some(evaluator) if every > 0 => {
+                        let on_evaluation = |point: CurvePoint| {
+                            (self.on_evaluation)(&point);
+                            curve.push(point);
+                        };
+                        watch(&servers, evaluator, every, started, on_evaluation).await
+                    }
+                    _ => std::future::pending().await,
+                }
+            });
+            match select(runs, watch).await {
+                Either::Left((outcome, _)) => outcome,
+                Either::Right((error, _)) => Err(error),
+            }
+        };
+        if outcome.is_err() {
+            // The others must not go on in the background; the answer does not matter.
+            for worker in &workers {
+                drop(worker.actor.ask(StopSteps));
+            }
+        }
+        let runs = outcome?;
+        let elapsed = started.elapsed();
+        let weights = servers.pull(PullVersion::Latest).await?;
+        let final_evaluation = match &mut evaluator {
+            Some(evaluator) => Some(evaluator.evaluate(&weights)?),
+            None => None,
+        };
+        let status = servers.status().await?;
+        let status = status.into_iter().find_map(|status| status.coordinator);
+        let status = status.expect("the first server of a group coordinates");
+        Ok(self.report(&status, runs, curve, final_evaluation, elapsed))
+    }
+
+    fn report(
+        &self,
+        status: &CoordinatorStatus,
+        runs: Vec<WorkerRun>,
+        curve: Vec<CurvePoint>,
+        final_evaluation: Option<Evaluation>,
+        elapsed: Duration,
+    ) -> Report {
+        let mut staleness = Histogram::default();
+        for worker in status.workers.values() {
+            staleness.merge(&worker.staleness);
+        }
+        let total = |count: fn(&WorkerStatus) -> u64| status.workers.values().map(count).sum();
+        let reports = || runs.iter().map(|run| &run.report);
+        Report {
+            consistency: status.consistency,
+            reduction: status.reduction,
+            num_workers: self.num_workers,
+            num_servers: self.num_servers,
+            final_evaluation,
+            curve,
+            num_updates: status.version.0,
+            num_applied: total(|worker| worker.num_applied),
+            num_dropped_late: total(|worker| worker.num_dropped_late),
+            num_refused: total(|worker| worker.num_refused),
+            num_examples: reports().map(|report| report.num_examples).sum(),
+            staleness,
+            num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
+            elapsed,
+            compute_time: reports().map(|report| report.compute_time).sum(),
+            wait_time: reports().map(|report| report.wait_time).sum(),
+            losses: runs.into_iter().map(|run| run.report.losses).collect(),
+        }
+    }
+}
+
+/// Evaluates every so many updates, for as long as it is polled. Returns only if that fails.
+async fn watch<M: Model>(
+    servers: &ServerGroup,
+    evaluator: &mut Evaluator<M>,
+    every: u64,
+    started: Instant,
+    mut on_evaluation: impl FnMut(CurvePoint),
+) -> TrainError {
+    let mut next = every;
+    loop {
+        let weights = match servers.pull(PullVersion::AtLeast(Version(next))).await {
+            Ok(weights) => weights,
+            Err(error) => return error.into(),
+        };
+        let (version, elapsed) = (weights.version(), started.elapsed());
+        match evaluator.evaluate(&weights) {
+            Ok(evaluation) => on_evaluation(CurvePoint { version, elapsed, evaluation }),
+            Err(error) => return error.into(),
+        }
+        next = (version.0 / every + 1) * every;
+    }
+}
+
+struct Worker<M: Model> {
+    id: WorkerId,
+    actor: ActorRef<DataWorker<ModelSource<M>>>,
+}
+
+struct WorkerRun {
+    report: RunReport,
+    num_restarts: u32,
+}
+
+impl<M: Model> Worker<M> {
+    /// Takes all steps; a worker that panics goes on with the first step that is not settled,
+    /// for as long as its actor is restarted.
+    async fn run(&self, servers: &ServerGroup, num_steps: u64) -> Result<WorkerRun, TrainError> {
+        let mut num_restarts = 0;
+        let mut num_settled = 0;
+        loop {
+            let num_steps = num_steps.saturating_sub(num_settled);
+            let run = RunSteps { servers: servers.clone(), num_steps };
+            match self.actor.ask(run).await {
+                Ok(report) => return Ok(WorkerRun { report: report?, num_restarts }),
+                Err(CallError::Failed { panic, .. }) => {
+                    tracing::warn!(worker = %self.id, %panic, "a worker panicked; it goes on");
+                    num_restarts += 1;
+                    servers.report_lost(self.id).await?;
+                    let status = servers.status().await?.into_iter().find_map(|s| s.coordinator);
+                    let status = status.expect("the first server of a group coordinates");
+                    num_settled = status.workers.get(&self.id).map_or(0, WorkerStatus::num_settled);
+                }
+                Err(source) => return Err(TrainError::WorkerLost { worker: self.id, source }),
+            }
+        }
+    }
+}
+
+impl<M: Model, E> std::fmt::Debug for Trainer<M, E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer")
+            .field("num_workers", &self.num_workers)
+            .field("num_servers", &self.num_servers)
+            .field("server", &self.server)
+            .field("batch_size", &self.batch_size)
+            .field("length", &self.length)
+            .field("seed", &self.seed)
+            .finish_non_exhaustive()
+    }
+}
