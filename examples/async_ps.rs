@@ -32,7 +32,10 @@ fn main() -> Result<()> {
     let model = ConvNet::init(args.seed, &device);
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
-    let config = ServerConfig { learning_rate: args.learning_rate, ..ServerConfig::default() };
+    let config = ServerConfig {
+        learning_rate: args.learning_rate,
+        ..ServerConfig::default()
+    };
     let initial = initial_weights(&model, &device)?;
     let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
     let workers = (0..args.num_workers)
@@ -46,14 +49,22 @@ fn main() -> Result<()> {
         gradients.insert(rank, worker.ask(ComputeGradients(weights.clone())));
     }
     for i in 0..args.iterations * args.num_workers as u64 {
-        let (rank, ready) = gradients.wait_next().context("every worker has a call pending")?;
+        let (rank, ready) = gradients
+            .wait_next()
+            .context("every worker has a call pending")?;
         weights = server.ask(ApplyGradients::sum([ready??])).wait()??;
         gradients.insert(rank, workers[rank].ask(ComputeGradients(weights.clone())));
 
         if i % 10 == 0 {
-            println!("Iter {i}: \taccuracy is {:.1}", evaluator.accuracy_percent(&weights)?);
+            println!(
+                "Iter {i}: \taccuracy is {:.1}",
+                evaluator.accuracy_percent(&weights)?
+            );
         }
     }
-    println!("Final accuracy is {:.1}.", evaluator.accuracy_percent(&weights)?);
+    println!(
+        "Final accuracy is {:.1}.",
+        evaluator.accuracy_percent(&weights)?
+    );
     Ok(())
 }

@@ -44,7 +44,10 @@ fn main() -> Result<()> {
         .epochs(args.epochs)
         .run()?;
     println!("{report}");
-    println!("Final accuracy is {:.1}.", 100.0 * report.final_accuracy().unwrap_or(f64::NAN));
+    println!(
+        "Final accuracy is {:.1}.",
+        100.0 * report.final_accuracy().unwrap_or(f64::NAN)
+    );
     Ok(())
 }
 
@@ -63,7 +66,10 @@ fn spirals(num_points: usize, offset: f32) -> InMemDataset<Point> {
         let beside = 0.3 * (i * 0.414_214).fract() - 0.15;
         let angle = std::f32::consts::PI * (3.0 * along + spiral as f32);
         let radius = 0.3 + 2.0 * along + beside;
-        Point { position: [radius * angle.cos(), radius * angle.sin()], spiral }
+        Point {
+            position: [radius * angle.cos(), radius * angle.sin()],
+            spiral,
+        }
     };
     InMemDataset::new((0..num_points).map(point).collect())
 }
@@ -77,7 +83,10 @@ struct Mlp {
 impl Mlp {
     fn new(device: &Device) -> Self {
         let linear = |inputs, outputs| LinearConfig::new(inputs, outputs).init(device);
-        Self { hidden: [linear(2, 32), linear(32, 32)], output: linear(32, 2) }
+        Self {
+            hidden: [linear(2, 32), linear(32, 32)],
+            output: linear(32, 2),
+        }
     }
 
     fn forward(&self, points: &[Point], device: &Device) -> Tensor<2> {
@@ -99,7 +108,10 @@ impl Model for Mlp {
     type Batch = Vec<Point>;
 
     fn loss(&self, points: &Vec<Point>, step: &mut Step) -> Tensor<1> {
-        nll_loss(self.forward(points, step.device()), labels(points, step.device()))
+        nll_loss(
+            self.forward(points, step.device()),
+            labels(points, step.device()),
+        )
     }
 
     fn num_examples(points: &Vec<Point>) -> usize {

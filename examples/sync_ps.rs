@@ -31,7 +31,10 @@ fn main() -> Result<()> {
     let model = ConvNet::init(args.seed, &device);
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
-    let config = ServerConfig { learning_rate: args.learning_rate, ..ServerConfig::default() };
+    let config = ServerConfig {
+        learning_rate: args.learning_rate,
+        ..ServerConfig::default()
+    };
     let initial = initial_weights(&model, &device)?;
     let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
     let workers = (0..args.num_workers)
@@ -42,8 +45,10 @@ fn main() -> Result<()> {
     let mut weights = server.ask(GetWeights).wait()?;
     for i in 0..args.iterations {
         // Every call starts at once, so the workers compute side by side.
-        let replies: Vec<_> =
-            workers.iter().map(|worker| worker.ask(ComputeGradients(weights.clone()))).collect();
+        let replies: Vec<_> = workers
+            .iter()
+            .map(|worker| worker.ask(ComputeGradients(weights.clone())))
+            .collect();
         let mut gradients = Vec::new();
         for reply in replies {
             gradients.push(reply.wait()??);
@@ -51,9 +56,15 @@ fn main() -> Result<()> {
         weights = server.ask(ApplyGradients::sum(gradients)).wait()??;
 
         if i % 10 == 0 {
-            println!("Iter {i}: \taccuracy is {:.1}", evaluator.accuracy_percent(&weights)?);
+            println!(
+                "Iter {i}: \taccuracy is {:.1}",
+                evaluator.accuracy_percent(&weights)?
+            );
         }
     }
-    println!("Final accuracy is {:.1}.", evaluator.accuracy_percent(&weights)?);
+    println!(
+        "Final accuracy is {:.1}.",
+        evaluator.accuracy_percent(&weights)?
+    );
     Ok(())
 }

@@ -29,7 +29,11 @@ impl Examples for ImageDataset {
     }
 
     fn batch(&self, indices: &[usize]) -> ImageBatch {
-        let ps_data::ImageBatch { images, labels, dims } = Self::batch(self, indices);
+        let ps_data::ImageBatch {
+            images,
+            labels,
+            dims,
+        } = Self::batch(self, indices);
         let labels = labels.into_iter().map(i64::from).collect();
         ImageBatch::new(images, labels, dims, self.num_classes())
             .expect("the data set checked its images and labels when it was made")
@@ -59,7 +63,11 @@ where
     D: Dataset<I> + 'static,
     F: Fn(Vec<I>) -> B + Clone + Send + 'static,
 {
-    Collated { dataset: Arc::new(dataset), collate, items: PhantomData }
+    Collated {
+        dataset: Arc::new(dataset),
+        collate,
+        items: PhantomData,
+    }
 }
 
 impl<I, B, D, F> Examples for Collated<I, D, F>
@@ -86,7 +94,11 @@ where
 impl<I, D, F: Clone> Clone for Collated<I, D, F> {
     fn clone(&self) -> Self {
         let (dataset, collate) = (Arc::clone(&self.dataset), self.collate.clone());
-        Self { dataset, collate, items: PhantomData }
+        Self {
+            dataset,
+            collate,
+            items: PhantomData,
+        }
     }
 }
 

@@ -93,7 +93,7 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "{} updates of {} gradients in {:.1} s ({:.0} gradients/s, {:.0} examples/s): \
-             {} with {}, {} workers, {} servers",
+             {} with {}, {}, {}",
             self.num_updates,
             self.num_applied,
             self.elapsed.as_secs_f64(),
@@ -101,18 +101,17 @@ impl fmt::Display for Report {
             self.examples_per_second(),
             self.consistency,
             self.reduction,
-            self.num_workers,
-            self.num_servers,
+            counted(self.num_workers, "worker"),
+            counted(self.num_servers, "server"),
         )?;
         writeln!(
             f,
-            "Staleness: {:.2} updates on average, {} at most; {} gradients late, {} refused, {} \
-             workers restarted",
+            "Staleness: {:.2} updates on average, {} at most; {} gradients late, {} refused, {}",
             self.staleness.mean(),
             self.staleness.max(),
             self.num_dropped_late,
             self.num_refused,
-            self.num_worker_restarts,
+            counted(self.num_worker_restarts as usize, "worker restart"),
         )?;
         write!(
             f,
@@ -121,4 +120,8 @@ impl fmt::Display for Report {
             100.0 * (1.0 - self.compute_fraction()),
         )
     }
+}
+
+fn counted(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }

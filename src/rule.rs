@@ -21,7 +21,9 @@ impl<O: Optimizer> OptimizerRule<O> {
     where
         C: ElementwiseConfig<Optimizer = O>,
     {
-        Ok(Self { rule: BurnRule::new(config, device)? })
+        Ok(Self {
+            rule: BurnRule::new(config, device)?,
+        })
     }
 }
 
@@ -48,8 +50,16 @@ where
             StateValue::Bool(value) => Scalar::Bool(value),
         };
         RuleState {
-            vectors: saved.tensors.into_iter().map(|tensor| (tensor.name, tensor.values)).collect(),
-            scalars: saved.scalars.into_iter().map(|s| (s.name, number(s.value))).collect(),
+            vectors: saved
+                .tensors
+                .into_iter()
+                .map(|tensor| (tensor.name, tensor.values))
+                .collect(),
+            scalars: saved
+                .scalars
+                .into_iter()
+                .map(|s| (s.name, number(s.value)))
+                .collect(),
         }
     }
 
@@ -62,12 +72,17 @@ where
         };
         let tensors = state.vectors.into_iter();
         let scalars = state.scalars.into_iter();
-        let tensors: Vec<_> = tensors.map(|(name, values)| StateTensor { name, values }).collect();
+        let tensors: Vec<_> = tensors
+            .map(|(name, values)| StateTensor { name, values })
+            .collect();
         let saved = ps_model::RuleState {
             num_weights: tensors.first().map_or(0, |tensor| tensor.values.len()),
             tensors,
             scalars: scalars
-                .map(|(name, value)| StateScalar { name, value: number(value) })
+                .map(|(name, value)| StateScalar {
+                    name,
+                    value: number(value),
+                })
                 .collect(),
         };
         self.rule.load_state(saved).map_err(|error| RuleStateError {

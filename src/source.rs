@@ -44,9 +44,11 @@ pub fn initial_weights<M: Model>(model: &M, device: &Device) -> Result<Weights, 
 }
 
 fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
-    let parameters = specs.iter().cloned().map(|ParameterSpec { name, shape, range, .. }| {
-        Parameter { name, shape, range }
-    });
+    let parameters = specs.iter().cloned().map(
+        |ParameterSpec {
+             name, shape, range, ..
+         }| { Parameter { name, shape, range } },
+    );
     Layout::new(parameters.collect())
 }
 
@@ -131,24 +133,37 @@ impl<M: Model> ModelSource<M> {
 impl<M: Model> GradientSource for ModelSource<M> {
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
         let per_epoch = self.batches.batches_per_epoch();
-        let cursor = Cursor { epoch: clock.0 / per_epoch, batch: clock.0 % per_epoch };
+        let cursor = Cursor {
+            epoch: clock.0 / per_epoch,
+            batch: clock.0 % per_epoch,
+        };
         if self.batches.cursor() != cursor {
             self.batches.seek(cursor)?;
         }
         let batch = self.batches.next_batch()?;
         load(&mut self.model, weights)?;
         let WorkerConfig { worker, seed, .. } = self.config;
-        let step = StepSeed { seed, worker: worker.0.into(), clock: clock.0 };
+        let step = StepSeed {
+            seed,
+            worker: worker.0.into(),
+            clock: clock.0,
+        };
         let mut gradient = self.gradients.take(self.model.num_weights());
         let loss = self.model.gradient(&batch, step, gradient.as_mut_vec())?;
         let num_examples = M::num_examples(&batch);
-        Ok(LocalGradient { gradient: Gradient::new(gradient), loss, num_examples })
+        Ok(LocalGradient {
+            gradient: Gradient::new(gradient),
+            loss,
+            num_examples,
+        })
     }
 }
 
 impl<M: Model> fmt::Debug for ModelSource<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ModelSource").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("ModelSource")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -176,7 +191,10 @@ where
     let (model, device, data) = (model.clone(), device.clone(), data.clone());
     Ok(actor::spawn(move || {
         let source = ModelSource::new(&model, &device, &data, config);
-        DataWorker::new(config.worker, source.expect("it worked in the caller's thread"))
+        DataWorker::new(
+            config.worker,
+            source.expect("it worked in the caller's thread"),
+        )
     }))
 }
 
@@ -199,8 +217,13 @@ impl<M: Model> Evaluator<M> {
         if all.is_empty() {
             return Err(SetupError::NoTestData);
         }
-        let batches = all.chunks(EVALUATION_BATCH).map(|chunk| Arc::new(data.batch(chunk)));
-        Ok(Self { model: LocalModel::new(model.clone(), device)?, batches: batches.collect() })
+        let batches = all
+            .chunks(EVALUATION_BATCH)
+            .map(|chunk| Arc::new(data.batch(chunk)));
+        Ok(Self {
+            model: LocalModel::new(model.clone(), device)?,
+            batches: batches.collect(),
+        })
     }
 
     /// Evaluates weights on every example.
@@ -209,7 +232,10 @@ impl<M: Model> Evaluator<M> {
     /// When the weights are of another model, or the model panics.
     pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
         load(&mut self.model, weights)?;
-        self.batches.iter().map(|batch| self.model.evaluate(batch)).sum()
+        self.batches
+            .iter()
+            .map(|batch| self.model.evaluate(batch))
+            .sum()
     }
 
     /// Returns the percentage of right answers, 0 to 100; NaN for a model that does not classify.
@@ -217,12 +243,17 @@ impl<M: Model> Evaluator<M> {
     /// # Errors
     /// As [`evaluate`](Self::evaluate).
     pub fn accuracy_percent(&mut self, weights: &Weights) -> Result<f64, ModelError> {
-        Ok(self.evaluate(weights)?.accuracy().map_or(f64::NAN, |accuracy| 100.0 * accuracy))
+        Ok(self
+            .evaluate(weights)?
+            .accuracy()
+            .map_or(f64::NAN, |accuracy| 100.0 * accuracy))
     }
 }
 
 impl<M: Model> fmt::Debug for Evaluator<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Evaluator").field("num_batches", &self.batches.len()).finish_non_exhaustive()
+        f.debug_struct("Evaluator")
+            .field("num_batches", &self.batches.len())
+            .finish_non_exhaustive()
     }
 }

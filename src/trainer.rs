@@ -212,8 +212,7 @@ where
         O: Optimizer + Send + 'static,
         O::State<1>: Send,
     {
-        self.make_rule =
-            Box::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
+        self.make_rule = Box::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
         self
     }
 
@@ -307,7 +306,10 @@ where
             .map(|rank| {
                 let config = self.worker_config(rank);
                 let worker = spawn_worker(&self.model, &device, &self.train, config)?;
-                Ok(Worker { id: config.worker, actor: worker })
+                Ok(Worker {
+                    id: config.worker,
+                    actor: worker,
+                })
             })
             .collect::<Result<Vec<_>, SetupError>>()?;
         actor::run(self.drive(servers, workers, evaluator, num_steps))
@@ -331,7 +333,12 @@ where
         let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));
         let mut rules = rules.collect::<Result<Vec<_>, _>>()?.into_iter();
         let rule = |_: Range<usize>| rules.next().expect("one for each server");
-        Ok(ServerGroup::spawn(initial, self.num_servers, self.server, rule)?)
+        Ok(ServerGroup::spawn(
+            initial,
+            self.num_servers,
+            self.server,
+            rule,
+        )?)
     }
 
     async fn drive(
@@ -435,7 +442,11 @@ async fn watch<M: Model>(
         };
         let (version, elapsed) = (weights.version(), started.elapsed());
         match evaluator.evaluate(&weights) {
-            Ok(evaluation) => on_evaluation(CurvePoint { version, elapsed, evaluation }),
+            Ok(evaluation) => on_evaluation(CurvePoint {
+                version,
+                elapsed,
+                evaluation,
+            }),
             Err(error) => return error.into(),
         }
         next = (version.0 / every + 1) * every;
@@ -460,18 +471,38 @@ impl<M: Model> Worker<M> {
         let mut num_settled = 0;
         loop {
             let num_steps = num_steps.saturating_sub(num_settled);
-            let run = RunSteps { servers: servers.clone(), num_steps };
+            let run = RunSteps {
+                servers: servers.clone(),
+                num_steps,
+            };
             match self.actor.ask(run).await {
-                Ok(report) => return Ok(WorkerRun { report: report?, num_restarts }),
+                Ok(report) => {
+                    return Ok(WorkerRun {
+                        report: report?,
+                        num_restarts,
+                    });
+                }
                 Err(CallError::Failed { panic, .. }) => {
                     tracing::warn!(worker = %self.id, %panic, "a worker panicked; it goes on");
                     num_restarts += 1;
                     servers.report_lost(self.id).await?;
-                    let status = servers.status().await?.into_iter().find_map(|s| s.coordinator);
+                    let status = servers
+                        .status()
+                        .await?
+                        .into_iter()
+                        .find_map(|s| s.coordinator);
                     let status = status.expect("the first server of a group coordinates");
-                    num_settled = status.workers.get(&self.id).map_or(0, WorkerStatus::num_settled);
+                    num_settled = status
+                        .workers
+                        .get(&self.id)
+                        .map_or(0, WorkerStatus::num_settled);
                 }
-                Err(source) => return Err(TrainError::WorkerLost { worker: self.id, source }),
+                Err(source) => {
+                    return Err(TrainError::WorkerLost {
+                        worker: self.id,
+                        source,
+                    });
+                }
             }
         }
     }

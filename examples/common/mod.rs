@@ -7,48 +7,58 @@ use ps::prelude::*;
 
 /// Options of every MNIST example.
 #[derive(clap::Args)]
-pub struct Common {
+pub(crate) struct Common {
     /// Directory with the four MNIST files. Default: $PS_MNIST_DIR, the cache, a download, or the
     /// sample of the real data that is built in.
     #[arg(long)]
-    pub data_dir: Option<PathBuf>,
+    pub(crate) data_dir: Option<PathBuf>,
     /// Do not try to download MNIST.
     #[arg(long)]
-    pub offline: bool,
+    pub(crate) offline: bool,
     /// Where to compute, such as flex, ndarray, tch, tch:cuda:0, cuda:0 or wgpu, if compiled in.
     #[arg(long, default_value = default_device_name())]
-    pub device: String,
+    pub(crate) device: String,
     /// Number of workers.
     #[arg(long, default_value_t = 2)]
-    pub num_workers: usize,
+    pub(crate) num_workers: usize,
     /// Examples per batch of one worker.
     #[arg(long, default_value_t = 128)]
-    pub batch_size: usize,
+    pub(crate) batch_size: usize,
     /// Iterations; in each, every worker computes one gradient.
     #[arg(long, default_value_t = 200)]
-    pub iterations: u64,
+    pub(crate) iterations: u64,
     /// Learning rate.
     #[arg(long, default_value_t = 1e-2)]
-    pub learning_rate: f64,
+    pub(crate) learning_rate: f64,
     /// Seed of the initial weights and the order of examples.
-    #[arg(long, default_value_t = 42)]
-    pub seed: u64,
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
 }
 
 impl Common {
-    /// Turns logging on and loads MNIST.
-    pub fn mnist(&self) -> Result<Mnist> {
-        tracing_subscriber::fmt().with_writer(std::io::stderr).without_time().init();
+    /// Loads MNIST, says where it comes from, and turns logging on.
+    pub(crate) fn mnist(&self) -> Result<Mnist> {
         let (directory, offline) = (self.data_dir.clone(), self.offline);
-        let mnist = Mnist::load(&MnistOptions { directory, offline, ..MnistOptions::default() })?;
+        let mnist = Mnist::load(&MnistOptions {
+            directory,
+            offline,
+            ..MnistOptions::default()
+        })?;
         let (train, test) = (mnist.train.len(), mnist.test.len());
-        println!("MNIST, {train} training and {test} test images: {}", mnist.source);
+        println!(
+            "MNIST, {train} training and {test} test images: {}",
+            mnist.source
+        );
+        tracing_subscriber::fmt()
+            .with_writer(std::io::stderr)
+            .without_time()
+            .init();
         Ok(mnist)
     }
 
     /// The settings of the worker with this rank.
     #[allow(dead_code, reason = "the examples that use `Trainer` leave this to it")]
-    pub fn worker(&self, rank: usize) -> WorkerConfig {
+    pub(crate) fn worker(&self, rank: usize) -> WorkerConfig {
         WorkerConfig {
             worker: WorkerId(rank as u32),
             num_workers: self.num_workers,

@@ -112,8 +112,12 @@ pub fn select_device(name: &str) -> Result<Device, DeviceError> {
 }
 
 /// Cuts a backend's message before the details that concern its developers: LibTorch appends a
-/// C++ stack trace, with escaped line ends.
+/// C++ stack trace, with escaped line ends. CubeCL's message is lost in a thread of its own, which
+/// has panicked and told the reason on standard error; what arrives here is `RecvError`.
 fn first_line(message: &str) -> String {
+    if message.contains("RecvError") {
+        return "the backend's thread panicked, for the reason printed above".to_owned();
+    }
     let message = message
         .strip_prefix("called `Result::unwrap()` on an `Err` value: ")
         .unwrap_or(message);
@@ -259,6 +263,8 @@ mod tests {
         assert_eq!(first_line("no driver\nstack: 1\n2"), "no driver");
         let message = r#"called `Result::unwrap()` on an `Err` value: Torch("no driver\nframe\n")"#;
         assert_eq!(first_line(message), r#"Torch("no driver"#);
+        let message = "called `Result::unwrap()` on an `Err` value: RecvError";
+        assert!(first_line(message).ends_with("printed above"));
     }
 
     #[cfg(feature = "tch")]

@@ -244,6 +244,10 @@ impl ParameterServer {
     ///
     /// # Errors
     /// When the name is taken, or the thread cannot be started.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "an actor that is never restarted is made once"
+    )]
     pub fn spawn_with(self, options: Spawn) -> Result<ActorRef<Self>, SpawnError> {
         let mut server = Some(self);
         options

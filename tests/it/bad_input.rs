@@ -1,0 +1,142 @@
+//! What cannot work is refused before anything is started, with a reason and no panic.
+
+use ps::model::burn::module::Module;
+use ps::model::burn::tensor::{Device, Tensor};
+use ps::prelude::*;
+
+fn device() -> Device {
+    select_device(default_device_name()).unwrap()
+}
+
+fn check(
+    change: impl FnOnce(Trainer<ConvNet, ImageDataset>) -> Trainer<ConvNet, ImageDataset>,
+    expected: &str,
+) {
+    let trainer = Trainer::new(ConvNet::init(1, &device()), Mnist::bundled_sample().train)
+        .device(&device())
+        .iterations(1);
+    let error = change(trainer).run().expect_err(expected);
+    let mut chain = vec![error.to_string()];
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        chain.push(cause.to_string());
+        source = cause.source();
+    }
+    let chain = chain.join(": ");
+    assert!(
+        chain.contains(expected),
+        "expected `{expected}`, got `{chain}`"
+    );
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused_with_the_reason() {
+    check(|t| t.workers(0), "at least one worker");
+    check(|t| t.workers(1 << 20), "too many");
+    check(|t| t.servers(0), "at least one server");
+    check(|t| t.batch_size(0), "batch");
+    check(|t| t.batch_size(5_000), "5000");
+    check(|t| t.workers(2).batch_size(2_001), "2001");
+    check(
+        |t| t.workers(2).consistency(Consistency::KofN { k: 3 }),
+        "number of workers, which is 2",
+    );
+    check(|t| t.consistency(Consistency::KofN { k: 0 }), "k between 1");
+    check(|t| t.learning_rate(f64::NAN), "learning rate");
+    check(|t| t.learning_rate(f64::INFINITY), "learning rate");
+    check(|t| t.learning_rate(-1.0), "learning rate");
+    check(|t| t.max_gradient_norm(f64::NAN), "norm");
+    check(|t| t.lease(std::time::Duration::ZERO), "lease");
+}
+
+/// A model that is in the way of its own training.
+#[derive(Module, Debug)]
+struct Broken {
+    net: ConvNet,
+    #[module(skip)]
+    fault: Fault,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    WrongShape,
+    NotANumber,
+}
+
+impl Model for Broken {
+    type Batch = ImageBatch;
+
+    fn loss(&self, batch: &ImageBatch, step: &mut Step) -> Tensor<1> {
+        let [batch_size, ..] = batch.dims();
+        let images = batch.images_on(step.device());
+        let output = match self.fault {
+            Fault::WrongShape => self
+                .net
+                .forward(images.reshape([batch_size * 2, 1, 14, 28])),
+            Fault::NotANumber => self.net.forward(images) * f32::NAN,
+        };
+        nll_loss(output, batch.labels_on(step.device()))
+    }
+
+    fn num_examples(batch: &ImageBatch) -> usize {
+        batch.num_examples()
+    }
+}
+
+fn broken(fault: Fault) -> Trainer<Broken, ImageDataset> {
+    let model = Broken {
+        net: ConvNet::init(1, &device()),
+        fault,
+    };
+    Trainer::new(model, Mnist::bundled_sample().train)
+        .device(&device())
+        .workers(2)
+        .batch_size(8)
+        .iterations(3)
+}
+
+#[test]
+fn a_model_that_panics_ends_the_run_with_its_message() {
+    let error = broken(Fault::WrongShape).run().unwrap_err();
+    let TrainError::Worker(error) = error else {
+        panic!("a worker failed, not {error:?}")
+    };
+    let message = format!("{error:?}");
+    assert!(message.contains("Panicked"), "{message}");
+}
+
+#[test]
+fn gradients_that_are_not_numbers_are_counted_and_change_nothing() {
+    let report = broken(Fault::NotANumber).run().unwrap();
+    assert_eq!(
+        (report.num_refused, report.num_applied, report.num_updates),
+        (6, 0, 0)
+    );
+}
+
+#[test]
+fn weights_of_another_model_are_refused() {
+    let device = device();
+    let Mnist { train, test, .. } = Mnist::bundled_sample();
+    let other = initial_weights(&Net::init(1, &device), &device).unwrap();
+    let config = WorkerConfig {
+        worker: WorkerId(0),
+        num_workers: 1,
+        batch_size: 4,
+        seed: 0,
+    };
+    let model = ConvNet::init(1, &device);
+    let worker = spawn_worker(&model, &device, &train, config).unwrap();
+    let error = worker
+        .ask(ComputeGradients(other.clone()))
+        .wait()
+        .unwrap()
+        .unwrap_err();
+    let error = format!("{error:?}");
+    assert!(
+        error.contains("1960") && error.contains("1199882"),
+        "{error}"
+    );
+    let mut evaluator = Evaluator::new(&model, &device, &test).unwrap();
+    assert!(evaluator.evaluate(&other).is_err());
+}

@@ -1,0 +1,125 @@
+//! Models learn, in every mode, and the report says what happened.
+
+use ps::prelude::*;
+
+fn trainer() -> Trainer<ConvNet, ImageDataset> {
+    let device = select_device(default_device_name()).unwrap();
+    let Mnist { train, test, .. } = Mnist::bundled_sample();
+    Trainer::new(ConvNet::init(1, &device), train)
+        .device(&device)
+        .test_data(test)
+        .workers(2)
+        .batch_size(32)
+        .learning_rate(0.1)
+}
+
+#[test]
+fn convnet_learns_digits_in_every_consistency_mode() {
+    for mode in ["bsp", "asp", "ssp:1", "k-of-n:1"] {
+        let consistency: Consistency = mode.parse().unwrap();
+        let report = trainer()
+            .consistency(consistency)
+            .servers(2)
+            .epochs(4)
+            .evaluate_every(50)
+            .run();
+        let report = report.unwrap();
+        let accuracy = report.final_accuracy().unwrap();
+        assert!(accuracy > 0.78, "{mode}: {accuracy}\n{report}");
+        let evaluation = report.final_evaluation.unwrap();
+        assert_eq!(evaluation.num_examples, 1_000, "the whole test set");
+        // 4,000 examples in batches of 32 for 2 workers: 62 steps each per epoch.
+        assert_eq!(
+            report.losses.iter().map(Vec::len).collect::<Vec<_>>(),
+            [248, 248],
+            "{mode}"
+        );
+        let total = report.num_applied + report.num_dropped_late + report.num_refused;
+        assert_eq!((total, report.num_examples), (496, 496 * 32), "{mode}");
+        assert_eq!(report.staleness.num_values(), report.num_applied);
+        assert!(report.curve.iter().all(|point| point.version.0 % 50 < 50));
+        match consistency {
+            Consistency::Bsp => assert_eq!((report.num_updates, report.staleness.max()), (248, 0)),
+            Consistency::KofN { .. } => assert!(report.num_updates >= 248),
+            _ => assert_eq!(report.num_updates, 496, "{mode}"),
+        }
+        let first: f32 = report.losses[0][..20].iter().sum();
+        let last: f32 = report.losses[0][228..].iter().sum();
+        assert!(
+            last < 0.5 * first,
+            "{mode}: losses went from {first} to {last}"
+        );
+    }
+}
+
+#[test]
+fn a_drivers_loop_and_the_workers_loop_give_the_same_bits() {
+    let device = select_device(default_device_name()).unwrap();
+    let Mnist { train, .. } = Mnist::bundled_sample();
+    let model = ConvNet::init(9, &device);
+    let initial = initial_weights(&model, &device).unwrap();
+    let start = || -> (_, Vec<_>) {
+        let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default());
+        let workers = [0, 1].map(|rank| {
+            let worker = WorkerId(rank);
+            let config = WorkerConfig {
+                worker,
+                num_workers: 2,
+                batch_size: 16,
+                seed: 9,
+            };
+            spawn_worker(&model, &device, &train, config).unwrap()
+        });
+        (server.unwrap().spawn().unwrap(), workers.into())
+    };
+
+    let (server, workers) = start();
+    let mut by_driver = server.ask(GetWeights).wait().unwrap();
+    for _ in 0..10 {
+        let replies: Vec<_> = workers
+            .iter()
+            .map(|worker| worker.ask(ComputeGradients(by_driver.clone())))
+            .collect();
+        let gradients = replies
+            .into_iter()
+            .map(|reply| reply.wait().unwrap().unwrap());
+        by_driver = server
+            .ask(ApplyGradients::mean(gradients))
+            .wait()
+            .unwrap()
+            .unwrap();
+    }
+
+    let (server, workers) = start();
+    let servers = ServerGroup::single(server.clone());
+    let runs: Vec<_> = workers
+        .iter()
+        .map(|worker| {
+            worker.ask(RunSteps {
+                servers: servers.clone(),
+                num_steps: 10,
+            })
+        })
+        .collect();
+    runs.into_iter().for_each(|run| {
+        run.wait().unwrap().unwrap();
+    });
+    let by_workers = server.ask(GetWeights).wait().unwrap();
+    assert_eq!(by_workers.to_vec(), by_driver.to_vec());
+}
+
+#[test]
+fn dropout_of_net_depends_on_seed_worker_and_step_only() {
+    let device = select_device(default_device_name()).unwrap();
+    let Mnist { train, .. } = Mnist::bundled_sample();
+    let run = || {
+        let report = Trainer::new(Net::init(2, &device), train.clone())
+            .device(&device)
+            .workers(2)
+            .batch_size(4)
+            .iterations(2)
+            .run();
+        report.unwrap().losses
+    };
+    assert_eq!(run(), run());
+}
