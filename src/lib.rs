@@ -60,6 +60,11 @@ pub use ps_model as model;
 pub use report::Report;
 pub use trainer::{TrainError, Trainer};
 
+/// Compiles the README's driver program.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// What a driver program usually needs.
 pub mod prelude {
     pub use ps_actors::actor::{ActorRef, CallError, Pending, Reply, Spawn, lookup, run, spawn};

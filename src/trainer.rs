@@ -13,7 +13,7 @@ use ps_actors::server::{
     Reduction, ServerConfig, WorkerStatus,
 };
 use ps_actors::weights::Weights;
-use ps_actors::worker::{DataWorker, RunReport, RunSteps, StopSteps, WorkerError};
+use ps_actors::worker::{DataWorker, RunReport, RunSteps, WorkerError};
 use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
 use ps_model::{
@@ -284,6 +284,7 @@ where
             return Err(TrainError::TooManyWorkers(self.num_workers));
         }
         self.server.consistency.check(self.num_workers)?;
+        self.server.wait_for_workers = self.num_workers;
         let device = match &self.device {
             Some(device) => device.clone(),
             None => select_device(default_device_name())?,
@@ -372,10 +373,8 @@ where
             }
         };
         if outcome.is_err() {
-            // The others must not go on in the background; the answer does not matter.
-            for worker in &workers {
-                drop(worker.actor.ask(StopSteps));
-            }
+            // The others must not go on in the background, or wait for the one that failed.
+            workers.iter().for_each(|worker| worker.actor.kill());
         }
         let runs = outcome?;
         let elapsed = started.elapsed();

@@ -21,7 +21,7 @@ fn train(rule: Rule, num_workers: usize, num_servers: usize, batch: usize, seed:
     let model = ConvNet::init(seed, &device);
     let data = Mnist::bundled_sample().train;
     let config = ServerConfig {
-        learning_rate: 0.01,
+        wait_for_workers: num_workers,
         ..ServerConfig::default()
     };
     let initial = initial_weights(&model, &device).unwrap();
@@ -102,12 +102,8 @@ fn any_number_of_servers_gives_the_same_bits() {
         let one = train(rule, 2, 1, 16, 5);
         for num_servers in [2, 5] {
             let several = train(rule, 2, num_servers, 16, 5);
-            let bits = |weights: &[f32]| weights.iter().map(|w| w.to_bits()).collect::<Vec<_>>();
-            assert_eq!(
-                bits(&several),
-                bits(&one),
-                "{rule:?}, {num_servers} servers"
-            );
+            let differs = (0..one.len()).find(|&i| one[i].to_bits() != several[i].to_bits());
+            assert_eq!(differs, None, "{rule:?}, {num_servers} servers");
         }
     }
 }
@@ -115,8 +111,8 @@ fn any_number_of_servers_gives_the_same_bits() {
 #[test]
 fn the_same_seed_gives_the_same_bits_and_another_seed_does_not() {
     let first = train(Rule::PlainSgd, 2, 1, 16, 7);
-    assert_eq!(train(Rule::PlainSgd, 2, 1, 16, 7), first);
-    assert_ne!(train(Rule::PlainSgd, 2, 1, 16, 8), first);
+    assert!(train(Rule::PlainSgd, 2, 1, 16, 7) == first);
+    assert!(train(Rule::PlainSgd, 2, 1, 16, 8) != first);
 }
 
 #[test]

@@ -58,8 +58,12 @@ fn a_drivers_loop_and_the_workers_loop_give_the_same_bits() {
     let Mnist { train, .. } = Mnist::bundled_sample();
     let model = ConvNet::init(9, &device);
     let initial = initial_weights(&model, &device).unwrap();
+    let config = ServerConfig {
+        wait_for_workers: 2,
+        ..ServerConfig::default()
+    };
     let start = || -> (_, Vec<_>) {
-        let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default());
+        let server = ParameterServer::new(&initial, Sgd::new(), config);
         let workers = [0, 1].map(|rank| {
             let worker = WorkerId(rank);
             let config = WorkerConfig {
@@ -105,7 +109,7 @@ fn a_drivers_loop_and_the_workers_loop_give_the_same_bits() {
         run.wait().unwrap().unwrap();
     });
     let by_workers = server.ask(GetWeights).wait().unwrap();
-    assert_eq!(by_workers.to_vec(), by_driver.to_vec());
+    assert!(by_workers.to_vec() == by_driver.to_vec());
 }
 
 #[test]

@@ -47,6 +47,10 @@ pub struct ServerConfig {
     /// steps must join again and again. Too long: a dead worker holds up synchronous rounds.
     /// Default: `None`, for ever; then a driver must send [`ReportLost`].
     pub lease: Option<Duration>,
+    /// How many different workers must have joined before the first round of
+    /// [`Consistency::Bsp`] or [`Consistency::KofN`] closes, so that who comes first does not train
+    /// alone. A worker that is reported lost is not waited for. Default: 0.
+    pub wait_for_workers: usize,
     /// How many versions are kept besides the current one, for pulls that want one version of
     /// several servers. Each costs as much memory as the weights. Default: 0; a group of
     /// several servers keeps at least 4.
@@ -61,6 +65,7 @@ impl Default for ServerConfig {
             learning_rate: 0.01,
             max_norm: f64::INFINITY,
             lease: None,
+            wait_for_workers: 0,
             num_kept_versions: 0,
         }
     }
@@ -176,7 +181,8 @@ impl ParameterServer {
         followers: Vec<ActorRef<Self>>,
     ) -> Result<Self, ConfigError> {
         config.check()?;
-        let coordinator = Coordinator::new(config.consistency, config.reduction, config.max_norm);
+        let coordinator = Coordinator::new(config.consistency, config.reduction, config.max_norm)
+            .wait_for_workers(config.wait_for_workers);
         let followers = followers
             .into_iter()
             .map(|server| Follower {

@@ -65,6 +65,8 @@ pub struct Coordinator {
     consistency: Consistency,
     reduction: Reduction,
     max_norm: f64,
+    /// How many workers more must have come before the first round closes.
+    num_awaited: usize,
     version: Version,
     epoch: Epoch,
     members: BTreeMap<WorkerId, Member>,
@@ -84,6 +86,7 @@ impl Coordinator {
             consistency,
             reduction,
             max_norm,
+            num_awaited: 0,
             version: Version(0),
             epoch: Epoch(0),
             members: BTreeMap::new(),
@@ -92,6 +95,14 @@ impl Coordinator {
             held_answers: Vec::new(),
             stats: BTreeMap::new(),
         }
+    }
+
+    /// Lets no round of [`Consistency::Bsp`] or [`Consistency::KofN`] close before this many
+    /// different workers have joined, or were declared lost without ever coming.
+    #[must_use]
+    pub fn wait_for_workers(mut self, num_workers: usize) -> Self {
+        self.num_awaited = num_workers;
+        self
     }
 
     /// Takes one event and returns what is to be done.
@@ -126,7 +137,10 @@ impl Coordinator {
                     answer: Ok(Answer::Left),
                 });
             }
-            Event::Lost { worker } => self.remove(worker, &mut effects),
+            Event::Lost { worker } => {
+                self.no_longer_await(worker);
+                self.remove(worker, &mut effects);
+            }
             Event::Push {
                 ticket,
                 stamp,
@@ -224,6 +238,7 @@ impl Coordinator {
             });
         }
         self.check_room(worker)?;
+        self.no_longer_await(worker);
         self.remove(worker, effects);
         let ledger = self.ledgers.entry(worker).or_default();
         ledger.incarnation = incarnation;
@@ -248,6 +263,14 @@ impl Coordinator {
             next_clock,
             version: self.version,
         })
+    }
+
+    /// Counts a worker down that has come, or never will, the first time that it is heard of.
+    fn no_longer_await(&mut self, worker: WorkerId) {
+        if self.num_awaited > 0 && !self.ledgers.contains_key(&worker) {
+            self.num_awaited -= 1;
+            self.ledgers.insert(worker, Ledger::default());
+        }
     }
 
     /// Ends a worker's membership. What it has pending is not applied, so that its next life
@@ -443,6 +466,9 @@ impl Coordinator {
 
     /// Closes the open round if `quorum` distinct workers have a push pending.
     fn close_round(&mut self, quorum: usize, effects: &mut Vec<Effect>) -> bool {
+        if self.num_awaited > 0 {
+            return false;
+        }
         let mut round: BTreeMap<WorkerId, usize> = BTreeMap::new();
         for (index, push) in self.pending.iter().enumerate() {
             // A worker's second push waits for the next round: it never stands in for another.

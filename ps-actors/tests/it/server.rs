@@ -116,7 +116,11 @@ fn final_weights(servers: &ServerGroup) -> Weights {
 #[test]
 fn synchronous_workers_compute_what_one_thread_computes_on_any_number_of_servers() {
     for num_servers in [1, 2, 5] {
-        let servers = group(num_servers, config(Consistency::Bsp));
+        let config = ServerConfig {
+            wait_for_workers: 3,
+            ..config(Consistency::Bsp)
+        };
+        let servers = group(num_servers, config);
         let reports = run_all(&servers, 3, 40);
         let weights = final_weights(&servers);
         assert_eq!(

@@ -190,3 +190,31 @@ fn staleness_is_the_number_of_updates_in_between() {
     assert_eq!(status.workers[&WorkerId(1)].staleness.max(), 3);
     assert_eq!(status.workers[&WorkerId(0)].staleness.mean(), 0.0);
 }
+
+#[test]
+fn the_first_round_waits_for_the_workers_that_are_expected() {
+    let new = |consistency| {
+        let mut world = World::new(1, consistency, Reduction::Mean);
+        world.coordinator = world.coordinator.wait_for_workers(3);
+        world
+    };
+    for consistency in [Consistency::Bsp, Consistency::KofN { k: 1 }] {
+        let mut world = new(consistency);
+        world.join(0, 1).unwrap();
+        let first = world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
+        world.join(1, 1).unwrap();
+        // Whoever comes back does not stand in for somebody else.
+        world.join(1, 2).unwrap();
+        assert_eq!(world.outcome(first), None, "{consistency}");
+        // One will never come: then two are all.
+        world.event(Event::Lost {
+            worker: WorkerId(2),
+        });
+        world.push(id(1, 2, 0), 0, vec![3.0; LEN]);
+        assert!(world.outcome(first).is_some(), "{consistency}");
+    }
+    let mut world = new(Consistency::Asp);
+    world.join(0, 1).unwrap();
+    let first = world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
+    assert!(world.outcome(first).is_some(), "nobody waits in asp");
+}
