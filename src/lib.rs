@@ -47,6 +47,8 @@
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 
+#![warn(clippy::print_stdout)]
+
 pub mod data;
 pub mod report;
 pub mod rule;

@@ -13,9 +13,8 @@ use ps::prelude::*;
 const LEN: usize = 25_000_000;
 
 /// Returns gradients with new clocks, as one worker computes them, all sharing the same numbers.
-fn gradients(gradient: &Gradient) -> impl FnMut(Version) -> Gradients {
+fn gradients(gradient: Gradient) -> impl FnMut(Version) -> Gradients {
     let mut clock = 0;
-    let gradient = gradient.clone();
     move |computed_on| {
         clock += 1;
         let (worker, incarnation) = (WorkerId(0), Incarnation(1));
@@ -54,7 +53,7 @@ fn update(c: &mut Criterion) {
     let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default()).unwrap();
     let server = server.spawn().unwrap();
     drop(initial);
-    let mut next = gradients(&Gradient::new(values));
+    let mut next = gradients(Gradient::new(values));
     // The call from another thread and back is part of it; the snapshot returned is dropped
     // before the next, as a worker does that has loaded it.
     let mut version = Version(0);

@@ -15,6 +15,8 @@
 //! | [`rule`] | how a gradient changes the weights; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
 
+#![warn(clippy::print_stdout)]
+
 pub mod actor;
 pub mod buffer;
 pub mod group;

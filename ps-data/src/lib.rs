@@ -35,6 +35,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#![warn(clippy::print_stdout)]
+
 mod batches;
 #[cfg(feature = "download")]
 mod download;

@@ -9,7 +9,7 @@
 //!
 //! A push is *new*, then *pending* (it waits for its round, or for slower workers), then
 //! *settled* with an [`Outcome`] in the worker's ledger (PS-2). Everything that may happen
-//! next is decided in [`Coordinator::advance`], after every event.
+//! next is decided in `Coordinator::advance`, after every event.
 
 use std::collections::BTreeMap;
 

@@ -96,7 +96,6 @@ fn an_empty_directory_variable_counts_as_unset() {
 
 #[test]
 #[ignore = "runs as a child of the tests above"]
-#[allow(clippy::print_stdout, reason = "the parent reads it")]
 fn child_process() {
     if std::env::var_os("PS_DATA_TEST_CHILD").is_none() {
         return;

@@ -1,5 +1,4 @@
 //! The full MNIST, where `PS_MNIST_DIR` names it.
-#![allow(clippy::print_stdout, reason = "a skipped test says so")]
 
 use ps_data::{ImageDataset, Mnist, MnistOptions};
 
