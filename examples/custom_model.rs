@@ -35,11 +35,12 @@ fn main() -> Result<()> {
     let device = select_device(default_device_name())?;
     device.seed(7); // Initial weights of burn's own layers.
     let model = Mlp::new(&device);
-    let test = collated(landscape(1_000, 0.5), |points| points);
+    let as_batch = |points: Vec<Point>| points;
+    let test = collated(landscape(1_000, 0.5), as_batch);
 
     let before = initial_weights(&model, &device)?;
     let before = Evaluator::new(&model, &device, &test)?.evaluate(&before)?;
-    let report = Trainer::new(model, collated(landscape(4_000, 0.0), |points| points))
+    let report = Trainer::new(model, collated(landscape(4_000, 0.0), as_batch))
         .test_data(test)
         .device(&device)
         .workers(args.num_workers)

@@ -8,6 +8,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ps::actors::ids::{GradientId, Incarnation};
+use ps::actors::worker::{GetProgress, SourceError};
 use ps::prelude::*;
 
 const LEN: usize = 25_000_000;
@@ -74,13 +75,37 @@ fn update(c: &mut Criterion) {
     group.finish();
 }
 
+/// An actor that has nothing to do.
+fn spawn_idle() -> ActorRef<DataWorker<impl GradientSource>> {
+    spawn(|| {
+        let source = |_: Clock, _: &Weights| -> Result<LocalGradient, SourceError> {
+            Err("it is never asked to".into())
+        };
+        DataWorker::new(WorkerId(0), source)
+    })
+}
+
 fn pull(c: &mut Criterion) {
     let mut group = c.benchmark_group("pull 100 MB");
     let initial = Weights::initial(Layout::flat(LEN), vec![0.5; LEN]);
     let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default()).unwrap();
     let server = server.spawn().unwrap();
+    // One at a time, most of it is waking two threads up: the same as for a message that carries
+    // nothing. With many in flight the cost of the pull itself shows.
+    group.bench_function("an empty message", |b| {
+        let worker = spawn_idle();
+        b.iter(|| worker.ask(GetProgress).wait().unwrap());
+    });
     group.bench_function("GetWeights", |b| {
         b.iter(|| black_box(server.ask(GetWeights).wait().unwrap()));
+    });
+    group.bench_function("64 × GetWeights at once", |b| {
+        b.iter(|| {
+            let replies: Vec<_> = (0..64).map(|_| server.ask(GetWeights)).collect();
+            for reply in replies {
+                black_box(reply.wait().unwrap());
+            }
+        });
     });
     group.sample_size(10);
     group.bench_function("a copy of the numbers", |b| {
