@@ -1,5 +1,7 @@
 //! What cannot work is refused before anything is started, with a reason and no panic.
 
+use std::sync::atomic::{AtomicI64, Ordering};
+
 use ps::model::burn::module::Module;
 use ps::model::burn::tensor::{Device, Tensor};
 use ps::prelude::*;
@@ -61,7 +63,12 @@ struct Broken {
 enum Fault {
     WrongShape,
     NotANumber,
+    None,
 }
+
+/// In how many batches from now on `Broken::num_examples`, which runs outside of what catches a
+/// model's panics, takes its worker down.
+static PANIC_IN: AtomicI64 = AtomicI64::new(i64::MAX);
 
 impl Model for Broken {
     type Batch = ImageBatch;
@@ -74,11 +81,16 @@ impl Model for Broken {
                 .net
                 .forward(images.reshape([batch_size * 2, 1, 14, 28])),
             Fault::NotANumber => self.net.forward(images) * f32::NAN,
+            Fault::None => self.net.forward(images),
         };
         nll_loss(output, batch.labels_on(step.device()))
     }
 
     fn num_examples(batch: &ImageBatch) -> usize {
+        // Batches of this size belong to one test only.
+        if batch.num_examples() == 5 {
+            assert_ne!(PANIC_IN.fetch_sub(1, Ordering::Relaxed), 0, "as planned");
+        }
         batch.num_examples()
     }
 }
@@ -139,4 +151,17 @@ fn weights_of_another_model_are_refused() {
     );
     let mut evaluator = Evaluator::new(&model, &device, &test).unwrap();
     assert!(evaluator.evaluate(&other).is_err());
+}
+
+#[test]
+fn a_worker_that_panics_is_restarted_and_every_step_counts_once() {
+    PANIC_IN.store(7, Ordering::Relaxed);
+    let report = broken(Fault::None)
+        .batch_size(5)
+        .iterations(20)
+        .run()
+        .unwrap();
+    assert_eq!(report.num_worker_restarts, 1);
+    assert_eq!(report.num_applied, 40);
+    assert!(PANIC_IN.load(Ordering::Relaxed) < 0, "it did panic");
 }

@@ -8,7 +8,7 @@ use futures_util::future::join3;
 use ps_actors::actor::{self, ActorRef, CallError};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Clock, Incarnation, Version, WorkerId};
-use ps_actors::rule::Sgd;
+use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
     ApplyGradients, ConfigError, Consistency, GetStatus, GetWeights, Outcome, ParameterServer,
     PullVersion, Reduction, Refusal, ServerConfig, ServerError, SetLearningRate,
@@ -58,7 +58,7 @@ fn worker(id: u32) -> ActorRef<DataWorker<impl GradientSource>> {
 }
 
 fn group(num_servers: usize, config: ServerConfig) -> ServerGroup {
-    let rule = |_| -> Box<dyn ps_actors::rule::UpdateRule> { Box::new(Sgd::with_momentum(0.5)) };
+    let rule = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::with_momentum(0.5)) };
     ServerGroup::spawn(&initial(), num_servers, config, rule).unwrap()
 }
 
@@ -615,4 +615,50 @@ fn a_push_that_is_sent_again_gets_the_same_answer_also_while_the_first_one_waits
         assert_eq!(group.push(first).await.unwrap(), outcome);
     });
     assert_eq!(final_weights(&servers).to_vec(), expected_bsp(2, 1));
+}
+
+/// Applies some updates and then panics.
+#[derive(Debug)]
+struct BreaksAfter(u32);
+
+impl UpdateRule for BreaksAfter {
+    fn update(&mut self, _: &mut [f32], _: &[f32], _: f64) {
+        self.0 = self.0.checked_sub(1).expect("as planned");
+    }
+}
+
+/// S-8: a restart would silently go back to the initial weights.
+#[test]
+fn a_server_that_panics_is_not_restarted_and_its_calls_fail() {
+    let config = config(Consistency::Asp);
+    let server = ParameterServer::new(&initial(), BreaksAfter(1), config).unwrap();
+    let server = server.spawn().unwrap();
+    let worker = worker(0);
+    let apply = || {
+        let gradients = worker
+            .ask(ComputeGradients(initial()))
+            .wait()
+            .unwrap()
+            .unwrap();
+        server.ask(ApplyGradients::mean([gradients])).wait()
+    };
+    assert!(apply().unwrap().is_ok());
+    let error = apply().unwrap_err();
+    assert!(
+        matches!(&error, CallError::Failed { panic, .. } if panic.contains("as planned")),
+        "{error}"
+    );
+    let error = server.ask(GetWeights).wait().unwrap_err();
+    assert!(!error.may_have_run(), "{error}");
+
+    let mut rules = [BreaksAfter(100), BreaksAfter(2)].into_iter();
+    let servers = ServerGroup::spawn(&initial(), 2, config, |_| {
+        Box::new(rules.next().expect("one for each server"))
+    });
+    let run = RunSteps {
+        servers: servers.unwrap(),
+        num_steps: 10,
+    };
+    let error = worker.ask(run).wait().unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Servers { .. }), "{error:?}");
 }

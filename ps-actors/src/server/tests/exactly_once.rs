@@ -224,3 +224,24 @@ fn a_worker_cannot_fill_the_server_with_pushes() {
     assert_eq!(world.shards[0].num_staged(), 16);
     assert_eq!(world.updates, []);
 }
+
+/// S-9, and the bound on what a worker may stage (PS-7).
+#[test]
+fn a_worker_that_dies_while_it_stages_leaves_nothing_behind() {
+    let mut world = World::new(3, Consistency::Asp, Reduction::Sum);
+    world.join(0, 1).unwrap();
+    let gradient = Gradient::new(vec![1.0; LEN]);
+    let mut refused = 0;
+    for clock in 0..40 {
+        let staged = world.shards[1].stage(id(0, 1, clock), &gradient);
+        refused += usize::from(matches!(staged, Err(ShardError::TooManyStaged { .. })));
+    }
+    assert_eq!((world.shards[1].num_staged(), refused), (32, 8));
+    world.event(Event::Lost {
+        worker: WorkerId(0),
+    });
+    assert_eq!(world.weights(), vec![0.0; LEN]);
+    assert_eq!(world.shards[1].num_staged(), 0);
+    let late = world.shards[1].stage(id(0, 1, 40), &gradient);
+    assert!(matches!(late, Err(ShardError::Fenced { .. })), "{late:?}");
+}
