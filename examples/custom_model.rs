@@ -7,8 +7,8 @@
 //! cargo run --release --example custom_model
 //! ```
 //!
-//! Prints the mean squared error on 1,000 points that it was not trained on: from about 0.3 before
-//! training to below 0.01.
+//! Ends with the mean squared error on 1,000 points that it was not trained on: below 0.01. (The
+//! heights themselves are between -1 and 1.)
 
 use anyhow::Result;
 use burn::data::dataset::InMemDataset;
@@ -38,8 +38,6 @@ fn main() -> Result<()> {
     let as_batch = |points: Vec<Point>| points;
     let test = collated(landscape(1_000, 0.5), as_batch);
 
-    let before = initial_weights(&model, &device)?;
-    let before = Evaluator::new(&model, &device, &test)?.evaluate(&before)?;
     let report = Trainer::new(model, collated(landscape(4_000, 0.0), as_batch))
         .test_data(test)
         .device(&device)
@@ -49,14 +47,11 @@ fn main() -> Result<()> {
         .batch_size(50)
         .epochs(args.epochs)
         .run()?;
-    let after = report
+    let error = report
         .final_evaluation
         .map_or(f64::NAN, |result| result.mean_loss());
     println!("{report}");
-    println!(
-        "Mean squared error: {:.4} before, {after:.4} after.",
-        before.mean_loss()
-    );
+    println!("Final mean squared error is {error:.4}.");
     Ok(())
 }
 

@@ -90,6 +90,8 @@ pub mod prelude {
     pub use crate::data::{Examples, collated};
     pub use crate::report::Report;
     pub use crate::rule::OptimizerRule;
-    pub use crate::source::{Evaluator, WorkerConfig, initial_weights, spawn_worker};
+    pub use crate::source::{
+        Evaluator, WorkerConfig, initial_weights, model_with_weights, spawn_worker,
+    };
     pub use crate::trainer::{TrainError, Trainer};
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use ps_actors::ids::Version;
 use ps_actors::server::{Consistency, Histogram, Reduction};
+use ps_actors::weights::Weights;
 use ps_model::Evaluation;
 
 /// The weights' quality at one moment.
@@ -29,6 +30,9 @@ pub struct Report {
     pub num_workers: usize,
     /// The number of servers.
     pub num_servers: usize,
+    /// The final weights; [`model_with_weights`](crate::source::model_with_weights) puts them into
+    /// a burn module.
+    pub weights: Weights,
     /// The final weights on the whole test set; `None` without test data.
     pub final_evaluation: Option<Evaluation>,
     /// The evaluations on the way, oldest first. The final one is not among them.

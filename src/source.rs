@@ -61,6 +61,21 @@ fn load<M: Model>(model: &mut LocalModel<M>, weights: &Weights) -> Result<(), Mo
     model.load_with(|range, out| out.extend_from_slice(&weights.read(range)))
 }
 
+/// Returns `model` with these weights, on `device` and ready for inference: the way back from a
+/// server to an ordinary burn module, which burn can save, run or export.
+///
+/// # Errors
+/// When the weights are of another model, or the device fails.
+pub fn model_with_weights<M: Model>(
+    model: &M,
+    device: &Device,
+    weights: &Weights,
+) -> Result<M, ModelError> {
+    let mut model = LocalModel::new(model.clone(), device)?;
+    load(&mut model, weights)?;
+    Ok(model.model().valid())
+}
+
 /// Which batches a worker computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkerConfig {

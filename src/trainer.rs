@@ -386,7 +386,7 @@ where
         let status = servers.status().await?;
         let status = status.into_iter().find_map(|status| status.coordinator);
         let status = status.expect("the first server of a group coordinates");
-        Ok(self.report(&status, runs, curve, final_evaluation, elapsed))
+        Ok(self.report(&status, runs, curve, (weights, final_evaluation), elapsed))
     }
 
     fn report(
@@ -394,7 +394,7 @@ where
         status: &CoordinatorStatus,
         runs: Vec<WorkerRun>,
         curve: Vec<CurvePoint>,
-        final_evaluation: Option<Evaluation>,
+        (weights, final_evaluation): (Weights, Option<Evaluation>),
         elapsed: Duration,
     ) -> Report {
         let mut staleness = Histogram::default();
@@ -408,6 +408,7 @@ where
             reduction: status.reduction,
             num_workers: self.num_workers,
             num_servers: self.num_servers,
+            weights,
             final_evaluation,
             curve,
             num_updates: status.version.0,

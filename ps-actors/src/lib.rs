@@ -12,6 +12,7 @@
 //! | [`worker`] | the worker and its loop |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`], [`buffer`] | snapshots, gradients, recycled buffers |
+//! | [`codec`] | messages as bytes: a header, and the bulk numbers beside it |
 //! | [`rule`] | how a gradient changes the weights; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
 
@@ -19,6 +20,7 @@
 
 pub mod actor;
 pub mod buffer;
+pub mod codec;
 pub mod group;
 pub mod ids;
 pub mod rule;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::buffer::Buffer;
+use crate::codec::Bulk;
 use crate::ids::{GradientId, Version};
 
 /// One parameter's place in the flat vector.
@@ -26,6 +27,7 @@ pub struct Parameter {
 
 /// The names and shapes of all parameters, in the order in which they are stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Vec<Parameter>", into = "Vec<Parameter>")]
 pub struct Layout {
     parameters: Vec<Parameter>,
 }
@@ -99,6 +101,20 @@ impl Layout {
     }
 }
 
+impl TryFrom<Vec<Parameter>> for Layout {
+    type Error = LayoutError;
+
+    fn try_from(parameters: Vec<Parameter>) -> Result<Self, LayoutError> {
+        Self::new(parameters)
+    }
+}
+
+impl From<Layout> for Vec<Parameter> {
+    fn from(layout: Layout) -> Self {
+        layout.parameters
+    }
+}
+
 /// A contiguous part of the weights, as one server holds it.
 #[derive(Clone, Debug)]
 pub struct Segment {
@@ -124,7 +140,8 @@ impl Segment {
 ///
 /// It has one segment per server, in order. A snapshot of the whole model covers
 /// `0..layout.num_weights()`; what a single server of several hands out covers its own range.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "wire::Weights", into = "wire::Weights")]
 pub struct Weights {
     version: Version,
     layout: Arc<Layout>,
@@ -259,10 +276,12 @@ impl Weights {
 /// Its norm is computed once, when it is made, in the thread that made it and while it is
 /// still in that core's cache. The server's guard against NaN, infinity and exploding
 /// gradients therefore costs no second pass over the numbers, and none can slip past it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "wire::Gradient", into = "wire::Gradient")]
 pub struct Gradient {
-    data: Arc<Buffer>,
-    range: Range<usize>,
+    /// The weight that the first of `values` belongs to.
+    start: usize,
+    values: Bulk,
     norm_squared: f64,
 }
 
@@ -272,9 +291,14 @@ impl Gradient {
     pub fn new(values: impl Into<Buffer>) -> Self {
         let data = values.into();
         let norm_squared = norm_squared(&data);
-        Self {
-            range: 0..data.len(),
+        let range = 0..data.len();
+        let values = Bulk {
             data: Arc::new(data),
+            range,
+        };
+        Self {
+            start: 0,
+            values,
             norm_squared,
         }
     }
@@ -286,14 +310,20 @@ impl Gradient {
     /// When this gradient does not cover `range`.
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Self {
+        let own = self.range();
         assert!(
-            range.start >= self.range.start && range.end <= self.range.end,
-            "gradient {range:?} is not within {:?}",
-            self.range
+            range.start >= own.start && range.end <= own.end,
+            "gradient {range:?} is not within {own:?}"
         );
+        let first = self.values.range.start + (range.start - self.start);
+        let data = Arc::clone(&self.values.data);
+        let values = Bulk {
+            data,
+            range: first..first + range.len(),
+        };
         Self {
-            data: Arc::clone(&self.data),
-            range,
+            start: range.start,
+            values,
             norm_squared: self.norm_squared,
         }
     }
@@ -301,13 +331,13 @@ impl Gradient {
     /// Returns the range of weights that it is the gradient of.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
-        self.range.clone()
+        self.start..self.start + self.values.len()
     }
 
     /// Returns the numbers of [`Gradient::range`].
     #[must_use]
     pub fn values(&self) -> &[f32] {
-        &self.data[self.range.clone()]
+        &self.values
     }
 
     /// Returns the Euclidean norm of the whole gradient; not finite if any number is not.
@@ -335,7 +365,7 @@ fn norm_squared(values: &[f32]) -> f64 {
 }
 
 /// A worker's gradient of one batch, with where it comes from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Gradients {
     /// Who computed it, and at which step.
     pub id: GradientId,
@@ -347,6 +377,112 @@ pub struct Gradients {
     pub num_examples: usize,
     /// The numbers.
     pub gradient: Gradient,
+}
+
+/// How snapshots and gradients travel. What comes in is checked: it may be from anybody (PS-6).
+mod wire {
+    use super::{Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version, norm_squared};
+
+    #[derive(Serialize, Deserialize)]
+    pub(super) struct Weights {
+        version: Version,
+        layout: Layout,
+        segments: Vec<(usize, Bulk)>,
+    }
+
+    impl From<super::Weights> for Weights {
+        fn from(weights: super::Weights) -> Self {
+            let bulk = |segment: &Segment| Bulk {
+                data: Arc::clone(&segment.data),
+                range: 0..segment.data.len(),
+            };
+            Self {
+                version: weights.version,
+                layout: Layout::clone(&weights.layout),
+                segments: weights
+                    .segments
+                    .iter()
+                    .map(|s| (s.start, bulk(s)))
+                    .collect(),
+            }
+        }
+    }
+
+    impl TryFrom<Weights> for super::Weights {
+        type Error = &'static str;
+
+        fn try_from(wire: Weights) -> Result<Self, &'static str> {
+            let mut next = wire.segments.first().map_or(0, |(start, _)| *start);
+            let mut segments = Vec::with_capacity(wire.segments.len());
+            for (start, bulk) in wire.segments {
+                if start != next {
+                    return Err("the parts of the weights do not follow one another");
+                }
+                let end = start.checked_add(bulk.len());
+                next = end
+                    .filter(|&end| end <= wire.layout.num_weights())
+                    .ok_or("there are more weights than the layout has")?;
+                segments.push(Segment {
+                    start,
+                    data: bulk.data,
+                });
+            }
+            Ok(Self::new(
+                wire.version,
+                Arc::new(wire.layout),
+                segments.into(),
+            ))
+        }
+    }
+
+    #[derive(Serialize, Deserialize)]
+    pub(super) struct Gradient {
+        start: usize,
+        values: Bulk,
+        norm_squared: f64,
+    }
+
+    impl From<super::Gradient> for Gradient {
+        fn from(gradient: super::Gradient) -> Self {
+            let super::Gradient {
+                start,
+                values,
+                norm_squared,
+            } = gradient;
+            Self {
+                start,
+                values,
+                norm_squared,
+            }
+        }
+    }
+
+    impl TryFrom<Gradient> for super::Gradient {
+        type Error = &'static str;
+
+        fn try_from(wire: Gradient) -> Result<Self, &'static str> {
+            let Gradient {
+                start,
+                values,
+                norm_squared: claimed,
+            } = wire;
+            start
+                .checked_add(values.len())
+                .ok_or("the gradient is of no possible weights")?;
+            // The norm may be that of a gradient that this is a part of, but not be less than the
+            // part's own, up to the order of summation.
+            let own = norm_squared(&values);
+            let fits = own <= claimed * (1.0 + 1e-9) || !(own.is_finite() || claimed.is_finite());
+            if !fits {
+                return Err("the gradient's norm is not that of its numbers");
+            }
+            Ok(Self {
+                start,
+                values,
+                norm_squared: claimed,
+            })
+        }
+    }
 }
 
 #[cfg(test)]

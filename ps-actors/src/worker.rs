@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, WrapFuture};
+use serde::{Deserialize, Serialize};
 
 use crate::actor::ActorRef;
 use crate::group::ServerGroup;
@@ -142,7 +143,7 @@ impl<S: GradientSource> State<S> {
 }
 
 /// Computes the gradient of the worker's next batch at these weights.
-#[derive(Clone, Debug, Message)]
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Gradients, WorkerError>")]
 pub struct ComputeGradients(pub Weights);
 

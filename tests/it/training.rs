@@ -127,3 +127,18 @@ fn dropout_of_net_depends_on_seed_worker_and_step_only() {
     };
     assert_eq!(run(), run());
 }
+
+#[test]
+fn the_trained_weights_come_back_as_an_ordinary_burn_module() {
+    let device = select_device(default_device_name()).unwrap();
+    let report = trainer().iterations(30).run().unwrap();
+    let untrained = ConvNet::init(99, &device);
+    let trained = model_with_weights(&untrained, &device, &report.weights).unwrap();
+    let test = Mnist::bundled_sample().test;
+    let all: Vec<usize> = (0..test.len()).collect();
+    let evaluation = trained.evaluate(&Examples::batch(&test, &all), &device);
+    let expected = report.final_evaluation.unwrap();
+    assert_eq!(evaluation.num_correct, expected.num_correct);
+    let other = Net::init(1, &device);
+    assert!(model_with_weights(&other, &device, &report.weights).is_err());
+}

@@ -1,10 +1,11 @@
 //! What a [`ParameterServer`](super::ParameterServer) can be asked.
 //!
-//! Data only: no channel in any message, so each can cross a wire. A worker of a group of
+//! Data only: no channel in any message, so each can cross a wire (see [`codec`](crate::codec)). A worker of a group of
 //! several servers speaks to them through a [`ServerGroup`](crate::group::ServerGroup), which
 //! knows what to send where.
 
 use actix::Message;
+use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
 use super::ledger::Outcome;
@@ -16,12 +17,12 @@ use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::weights::{Gradient, Gradients, Weights};
 
 /// Returns the current weights of the server's range.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Weights")]
 pub struct GetWeights;
 
 /// Returns the weights of the server's range at a certain version, waiting for it if need be.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct Pull(pub PullVersion);
 
@@ -30,7 +31,7 @@ pub struct Pull(pub PullVersion);
 ///
 /// A gradient is applied once however often it is sent: the same call again returns the current
 /// weights.
-#[derive(Clone, Debug, Message)]
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct ApplyGradients {
     /// The gradients, of distinct steps.
@@ -58,7 +59,7 @@ impl ApplyGradients {
 }
 
 /// Makes a worker a member. Sent to the first server of a group.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Membership, ServerError>")]
 pub struct Join {
     /// Who.
@@ -69,7 +70,7 @@ pub struct Join {
 }
 
 /// Ends a worker's membership; what it has pending is not applied. Sent to the first server.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct Leave {
     /// Who.
@@ -79,7 +80,7 @@ pub struct Leave {
 }
 
 /// Declares a member dead, as a driver does that saw its call fail. Sent to the first server.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct ReportLost {
     /// Who.
@@ -88,7 +89,7 @@ pub struct ReportLost {
 
 /// Tells the first server that a member is alive; needed only if a step takes longer than the
 /// server's lease.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct Heartbeat {
     /// Who.
@@ -99,7 +100,7 @@ pub struct Heartbeat {
 
 /// Keeps a gradient until the first server decides what becomes of it. Sent to every other
 /// server of a group, before the [`Push`] to the first.
-#[derive(Clone, Debug, Message)]
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct Stage {
     /// Which gradient.
@@ -109,18 +110,18 @@ pub struct Stage {
 }
 
 /// Pushes a gradient, to be applied as the consistency mode says. Sent to the first server.
-#[derive(Clone, Debug, Message)]
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Outcome, ServerError>")]
 pub struct Push(pub Gradients);
 
 /// Pushes a gradient and returns the weights for the worker's next step, once the consistency
 /// mode lets it start. Sent to the first server.
-#[derive(Clone, Debug, Message)]
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Pushed, ServerError>")]
 pub struct PushPull(pub Gradients);
 
 /// The answer to a [`PushPull`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pushed {
     /// What became of the gradient.
     pub outcome: Outcome,
@@ -129,22 +130,22 @@ pub struct Pushed {
 }
 
 /// Changes the consistency mode from now on. Sent to the first server.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetConsistency(pub Consistency);
 
 /// Changes the learning rate of all updates from now on. Sent to the first server.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetLearningRate(pub f64);
 
 /// Returns what a server knows about itself.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "ServerStatus")]
 pub struct GetStatus;
 
 /// A server's view of itself.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServerStatus {
     /// The version of its weights; those of other servers of the group may lag a little.
     pub version: Version,
@@ -159,12 +160,12 @@ pub struct ServerStatus {
 }
 
 /// What the first server of a group decided, for the others to follow, in order.
-#[derive(Clone, Debug, Message)]
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct Follow(pub(crate) Vec<Decision>);
 
 /// One decision of the first server.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Decision {
     Stage(GradientId, Gradient),
     Update {

@@ -1,5 +1,7 @@
 //! What goes in and out of the [`Coordinator`](super::coordinator::Coordinator): plain data.
 
+use serde::{Deserialize, Serialize};
+
 use super::consistency::{Consistency, Reduction};
 use super::ledger::Outcome;
 use crate::ids::{Clock, Epoch, GradientId, Incarnation, Version, WorkerId};
@@ -97,7 +99,7 @@ pub enum Effect {
 }
 
 /// One update of the weights.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Update {
     /// The version that it makes: one more than the last.
     pub version: Version,
@@ -119,7 +121,7 @@ pub enum Answer {
 }
 
 /// What a worker needs to know to take part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
     /// The epoch that began with the worker's coming.
     pub epoch: Epoch,
