@@ -18,6 +18,7 @@ use ps::prelude::*;
 
 mod common;
 
+/// Asynchronous parameter-server training on MNIST, driven by this program.
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]

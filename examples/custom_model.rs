@@ -20,6 +20,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
 use ps::prelude::*;
 
+/// Training a model and data of your own.
 #[derive(Parser)]
 struct Args {
     /// Number of workers.

@@ -16,6 +16,7 @@ use ps::prelude::*;
 
 mod common;
 
+/// Training on MNIST with the weights split over several servers, in any consistency mode.
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]

@@ -17,6 +17,7 @@ use ps::prelude::*;
 
 mod common;
 
+/// Synchronous parameter-server training on MNIST, driven by this program.
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]

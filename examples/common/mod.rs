@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use ps::prelude::*;
 
-/// Options of every MNIST example.
+// Options of every MNIST example. No doc comment: `--help` would take it for the program's.
 #[derive(clap::Args)]
 pub(crate) struct Common {
     /// Directory with the four MNIST files. Default: $PS_MNIST_DIR, the cache, a download, or the
