@@ -8,139 +8,44 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use actix::{
-    Actor, ActorFutureExt, AsyncContext, Context, Handler, MessageResult, Response, WrapFuture,
-};
+use actix::{Actor, ActorFutureExt, AsyncContext, Context};
 use tokio::sync::oneshot;
 
-use super::consistency::{Consistency, Reduction};
+use super::config::{ConfigError, ServerConfig};
 use super::coordinator::Coordinator;
 use super::ledger::Outcome;
-use super::messages::{
-    ApplyGradients, Decision, Follow, GetStatus, GetWeights, Heartbeat, Join, Leave, Pull, Push,
-    PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate,
-    Stage,
-};
-use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Ticket};
+use super::messages::{ApplyGradients, Decision, Follow, ServerError};
+use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
 use super::shard::{PullAnswer, Shard, ShardError};
 use crate::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
-use crate::ids::{Incarnation, WorkerId};
+use crate::ids::WorkerId;
 use crate::rule::UpdateRule;
 use crate::weights::{Gradients, Weights};
 
 /// How many decisions another server may be behind before gradients are refused.
 const MAX_BEHIND: usize = 4096;
 
-/// What a parameter server does with gradients.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ServerConfig {
-    /// When gradients are applied. Default: [`Consistency::Bsp`].
-    pub consistency: Consistency,
-    /// How the gradients of one update become one. Default: [`Reduction::Mean`].
-    pub reduction: Reduction,
-    /// The learning rate. Default: 0.01.
-    pub learning_rate: f64,
-    /// The largest norm that a gradient may have. Default: infinity, which still refuses
-    /// gradients that contain NaN or infinity.
-    pub max_norm: f64,
-    /// How long a member may be silent before it counts as lost. Too short: workers with slow
-    /// steps must join again and again. Too long: a dead worker holds up synchronous rounds.
-    /// Default: `None`, for ever; then a driver must send [`ReportLost`].
-    pub lease: Option<Duration>,
-    /// How many different workers must have joined before the first round of
-    /// [`Consistency::Bsp`] or [`Consistency::KofN`] closes, so that who comes first does not train
-    /// alone. A worker that is reported lost is not waited for. Default: 0.
-    pub wait_for_workers: usize,
-    /// How many versions are kept besides the current one, for pulls that want one version of
-    /// several servers. Each costs as much memory as the weights. Default: 0; a group of
-    /// several servers keeps at least 4.
-    pub num_kept_versions: usize,
-}
-
-impl Default for ServerConfig {
-    fn default() -> Self {
-        Self {
-            consistency: Consistency::Bsp,
-            reduction: Reduction::Mean,
-            learning_rate: 0.01,
-            max_norm: f64::INFINITY,
-            lease: None,
-            wait_for_workers: 0,
-            num_kept_versions: 0,
-        }
-    }
-}
-
-/// A server setting that cannot work.
-#[derive(Clone, Debug, thiserror::Error, PartialEq)]
-pub enum ConfigError {
-    /// Not a usable learning rate.
-    #[error("the learning rate must be a finite number, 0 or more, but is {0}")]
-    LearningRate(f64),
-    /// Not a usable limit.
-    #[error("the largest gradient norm must be a positive number or infinity, but is {0}")]
-    MaxNorm(f64),
-    /// A lease that is over at once.
-    #[error("the lease must be longer than zero")]
-    Lease,
-    /// No round could close.
-    #[error("k-of-n needs k of at least 1")]
-    NoQuorum,
-}
-
-impl ServerConfig {
-    /// Checks every setting that can be checked without knowing the workers.
-    ///
-    /// # Errors
-    /// When a setting cannot work; the error says what it has to be.
-    pub fn check(&self) -> Result<(), ConfigError> {
-        check_learning_rate(self.learning_rate)?;
-        check_consistency(self.consistency)?;
-        if self.max_norm.is_nan() || self.max_norm <= 0.0 {
-            return Err(ConfigError::MaxNorm(self.max_norm));
-        }
-        match self.lease {
-            Some(lease) if lease.is_zero() => Err(ConfigError::Lease),
-            _ => Ok(()),
-        }
-    }
-}
-
-fn check_learning_rate(rate: f64) -> Result<(), ConfigError> {
-    match rate.is_finite() && rate >= 0.0 {
-        true => Ok(()),
-        false => Err(ConfigError::LearningRate(rate)),
-    }
-}
-
-fn check_consistency(consistency: Consistency) -> Result<(), ConfigError> {
-    match consistency {
-        Consistency::KofN { k: 0 } => Err(ConfigError::NoQuorum),
-        _ => Ok(()),
-    }
-}
-
 /// Holds weights, or a contiguous range of them, and applies gradients to them.
 #[derive(Debug)]
 pub struct ParameterServer {
-    shard: Shard,
-    role: Role,
-    callers: BTreeMap<Ticket, Caller>,
+    pub(super) shard: Shard,
+    pub(super) role: Role,
+    pub(super) callers: BTreeMap<Ticket, Caller>,
     next_ticket: u64,
 }
 
 #[derive(Debug)]
-enum Role {
+pub(super) enum Role {
     First(Box<First>),
     Follower,
 }
 
 #[derive(Debug)]
-struct First {
-    coordinator: Coordinator,
+pub(super) struct First {
+    pub(super) coordinator: Coordinator,
     followers: Vec<Follower>,
     lease: Option<Duration>,
-    last_heard: BTreeMap<WorkerId, Instant>,
+    pub(super) last_heard: BTreeMap<WorkerId, Instant>,
 }
 
 /// Another server of the group, as the first one sees it.
@@ -154,7 +59,7 @@ struct Follower {
 }
 
 #[derive(Debug)]
-enum Caller {
+pub(super) enum Caller {
     Pull(oneshot::Sender<Result<Weights, ServerError>>),
     Worker(WorkerId, oneshot::Sender<Result<Answer, Refusal>>),
 }
@@ -261,20 +166,24 @@ impl ParameterServer {
             .start(move || server.take().expect("a server is never restarted"))
     }
 
-    fn coordinate(&mut self) -> Result<&mut First, ServerError> {
+    pub(super) fn coordinate(&mut self) -> Result<&mut First, ServerError> {
         match &mut self.role {
             Role::First(first) => Ok(first),
             Role::Follower => Err(ServerError::NotFirst),
         }
     }
 
-    fn ticket(&mut self) -> Ticket {
+    pub(super) fn ticket(&mut self) -> Ticket {
         self.next_ticket += 1;
         Ticket(self.next_ticket)
     }
 
     /// Steps the coordinator and performs what it decides.
-    fn step(&mut self, event: Event, ctx: &mut Context<Self>) -> Result<(), ServerError> {
+    pub(super) fn step(
+        &mut self,
+        event: Event,
+        ctx: &mut Context<Self>,
+    ) -> Result<(), ServerError> {
         let effects = self.coordinate()?.coordinator.step(event);
         for effect in effects {
             match effect {
@@ -304,7 +213,7 @@ impl ParameterServer {
         self.follow(decision)
     }
 
-    fn follow(&mut self, decision: Decision) -> Result<(), ServerError> {
+    pub(super) fn follow(&mut self, decision: Decision) -> Result<(), ServerError> {
         let answers = match decision {
             Decision::Stage(id, gradient) => self.shard.stage_decided(id, &gradient)?,
             Decision::Update {
@@ -385,7 +294,7 @@ impl ParameterServer {
         }
     }
 
-    fn answer_pulls(&mut self, answers: Vec<PullAnswer>) {
+    pub(super) fn answer_pulls(&mut self, answers: Vec<PullAnswer>) {
         for PullAnswer { ticket, weights } in answers {
             if let Some(Caller::Pull(caller)) = self.callers.remove(&ticket) {
                 let _ = caller.send(weights.map_err(ServerError::from));
@@ -395,7 +304,7 @@ impl ParameterServer {
 
     /// Hands `event` to the coordinator on behalf of a worker and returns where its answer will
     /// arrive.
-    fn step_for(
+    pub(super) fn step_for(
         &mut self,
         worker: WorkerId,
         event: impl FnOnce(Ticket) -> Event,
@@ -409,7 +318,7 @@ impl ParameterServer {
         Ok(answer)
     }
 
-    fn push(
+    pub(super) fn push(
         &mut self,
         gradients: Gradients,
         then_start: bool,
@@ -440,7 +349,7 @@ impl ParameterServer {
         Ok(())
     }
 
-    fn apply(
+    pub(super) fn apply(
         &mut self,
         message: &ApplyGradients,
         ctx: &mut Context<Self>,
@@ -545,13 +454,6 @@ fn stamp(gradients: &Gradients) -> Stamp {
     }
 }
 
-/// Waits for a coordinator's answer.
-async fn settled(
-    answer: oneshot::Receiver<Result<Answer, Refusal>>,
-) -> Result<Answer, ServerError> {
-    Ok(answer.await.map_err(|_| ServerError::Stopping)??)
-}
-
 impl Actor for ParameterServer {
     type Context = Context<Self>;
 
@@ -561,203 +463,5 @@ impl Actor for ParameterServer {
         {
             ctx.run_interval(lease / 4, Self::check_leases);
         }
-    }
-}
-
-impl Handler<GetWeights> for ParameterServer {
-    type Result = MessageResult<GetWeights>;
-
-    fn handle(&mut self, _: GetWeights, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.shard.weights().clone())
-    }
-}
-
-impl Handler<Pull> for ParameterServer {
-    type Result = Response<Result<Weights, ServerError>>;
-
-    fn handle(&mut self, Pull(wanted): Pull, _: &mut Self::Context) -> Self::Result {
-        let ticket = self.ticket();
-        if let Some(answer) = self.shard.pull(ticket, wanted) {
-            return Response::reply(answer.weights.map_err(ServerError::from));
-        }
-        let (caller, weights) = oneshot::channel();
-        self.callers.insert(ticket, Caller::Pull(caller));
-        Response::fut(async move { weights.await.unwrap_or(Err(ServerError::Stopping)) })
-    }
-}
-
-impl Handler<ApplyGradients> for ParameterServer {
-    type Result = Result<Weights, ServerError>;
-
-    fn handle(&mut self, message: ApplyGradients, ctx: &mut Self::Context) -> Self::Result {
-        self.apply(&message, ctx)
-    }
-}
-
-impl Handler<Join> for ParameterServer {
-    type Result = Result<Membership, ServerError>;
-
-    fn handle(&mut self, message: Join, ctx: &mut Self::Context) -> Self::Result {
-        let Join {
-            worker,
-            incarnation,
-        } = message;
-        let event = |ticket| Event::Join {
-            ticket,
-            worker,
-            incarnation,
-        };
-        let mut answer = self.step_for(worker, event, ctx)?;
-        match answer.try_recv().map_err(|_| ServerError::Stopping)?? {
-            Answer::Joined(membership) => Ok(membership),
-            other => {
-                unreachable!("the coordinator answers a join with a membership, not {other:?}")
-            }
-        }
-    }
-}
-
-impl Handler<Leave> for ParameterServer {
-    type Result = Result<(), ServerError>;
-
-    fn handle(&mut self, message: Leave, ctx: &mut Self::Context) -> Self::Result {
-        let Leave {
-            worker,
-            incarnation,
-        } = message;
-        self.step_for(
-            worker,
-            |ticket| Event::Leave {
-                ticket,
-                worker,
-                incarnation,
-            },
-            ctx,
-        )?;
-        Ok(())
-    }
-}
-
-impl Handler<ReportLost> for ParameterServer {
-    type Result = Result<(), ServerError>;
-
-    fn handle(&mut self, message: ReportLost, ctx: &mut Self::Context) -> Self::Result {
-        self.step(
-            Event::Lost {
-                worker: message.worker,
-            },
-            ctx,
-        )
-    }
-}
-
-impl Handler<Heartbeat> for ParameterServer {
-    type Result = Result<(), ServerError>;
-
-    fn handle(&mut self, message: Heartbeat, _: &mut Self::Context) -> Self::Result {
-        let Heartbeat {
-            worker,
-            incarnation,
-        } = message;
-        let first = self.coordinate()?;
-        let mut members = first.coordinator.members();
-        if !members.any(|member| member == (worker, incarnation)) {
-            let least = Incarnation(incarnation.0 + 1);
-            return Err(Refusal::NotMember { worker, least }.into());
-        }
-        drop(members);
-        first.last_heard.insert(worker, Instant::now());
-        Ok(())
-    }
-}
-
-impl Handler<Stage> for ParameterServer {
-    type Result = Result<(), ServerError>;
-
-    fn handle(&mut self, message: Stage, _: &mut Self::Context) -> Self::Result {
-        let answers = self.shard.stage(message.id, &message.gradient)?;
-        self.answer_pulls(answers);
-        Ok(())
-    }
-}
-
-impl Handler<Push> for ParameterServer {
-    type Result = Response<Result<Outcome, ServerError>>;
-
-    fn handle(&mut self, Push(gradients): Push, ctx: &mut Self::Context) -> Self::Result {
-        match self.push(gradients, false, ctx) {
-            Err(error) => Response::reply(Err(error)),
-            Ok(answer) => Response::fut(async move { outcome(settled(answer).await?) }),
-        }
-    }
-}
-
-impl Handler<PushPull> for ParameterServer {
-    type Result = actix::ResponseActFuture<Self, Result<Pushed, ServerError>>;
-
-    fn handle(&mut self, PushPull(gradients): PushPull, ctx: &mut Self::Context) -> Self::Result {
-        let answer = self.push(gradients, true, ctx);
-        let outcome = async move { outcome(settled(answer?).await?) };
-        Box::pin(outcome.into_actor(self).map(|outcome, server, _| {
-            Ok(Pushed {
-                outcome: outcome?,
-                weights: server.shard.weights().clone(),
-            })
-        }))
-    }
-}
-
-fn outcome(answer: Answer) -> Result<Outcome, ServerError> {
-    match answer {
-        Answer::Settled(outcome) => Ok(outcome),
-        other => unreachable!("the coordinator answers a push with its outcome, not {other:?}"),
-    }
-}
-
-impl Handler<SetConsistency> for ParameterServer {
-    type Result = Result<(), ServerError>;
-
-    fn handle(&mut self, message: SetConsistency, ctx: &mut Self::Context) -> Self::Result {
-        check_consistency(message.0)?;
-        self.step(Event::SetConsistency(message.0), ctx)
-    }
-}
-
-impl Handler<SetLearningRate> for ParameterServer {
-    type Result = Result<(), ServerError>;
-
-    fn handle(&mut self, message: SetLearningRate, _: &mut Self::Context) -> Self::Result {
-        self.coordinate()?;
-        check_learning_rate(message.0)?;
-        self.shard.set_learning_rate(message.0);
-        Ok(())
-    }
-}
-
-impl Handler<GetStatus> for ParameterServer {
-    type Result = MessageResult<GetStatus>;
-
-    fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
-        MessageResult(ServerStatus {
-            version: self.shard.weights().version(),
-            range: self.shard.range(),
-            num_staged: self.shard.num_staged(),
-            learning_rate: self.shard.learning_rate(),
-            coordinator: match &self.role {
-                Role::First(first) => Some(first.coordinator.status()),
-                Role::Follower => None,
-            },
-        })
-    }
-}
-
-impl Handler<Follow> for ParameterServer {
-    type Result = Result<(), ServerError>;
-
-    fn handle(&mut self, Follow(decisions): Follow, _: &mut Self::Context) -> Self::Result {
-        for decision in decisions {
-            self.follow(decision)?;
-        }
-        Ok(())
     }
 }

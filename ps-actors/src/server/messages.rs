@@ -203,7 +203,7 @@ pub enum ServerError {
     NotFirst,
     /// The server was started with, or asked for, a setting that cannot work.
     #[error("{0}")]
-    Config(#[from] super::actor::ConfigError),
+    Config(#[from] super::config::ConfigError),
     /// Another server of the group is gone, and with it a part of the weights.
     #[error("server {index} of the group is gone: {reason}")]
     GroupBroken {

@@ -7,16 +7,18 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `actor` | the actor, its configuration |
-//! | `messages` | what it can be asked |
+//! | `actor`, `config` | the actor, its settings |
+//! | `messages`, `handlers` | what it can be asked, and what it does then |
 //! | `coordinator`, `protocol` | who is in which update; events and effects |
 //! | `ledger` | what became of each gradient |
 //! | `shard`, `partition` | the numbers; how they are split |
 //! | `consistency`, `status` | modes; what is reported |
 
 mod actor;
+mod config;
 mod consistency;
 pub mod coordinator;
+mod handlers;
 pub mod ledger;
 mod messages;
 mod partition;
@@ -26,7 +28,8 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-pub use actor::{ConfigError, ParameterServer, ServerConfig};
+pub use actor::ParameterServer;
+pub use config::{ConfigError, ServerConfig};
 pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};
 pub use ledger::Outcome;
 pub use messages::{

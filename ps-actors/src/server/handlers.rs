@@ -1,0 +1,222 @@
+//! The server's side of each message.
+
+use std::time::Instant;
+
+use actix::{ActorFutureExt, Handler, MessageResult, Response, WrapFuture};
+use tokio::sync::oneshot;
+
+use super::actor::{Caller, ParameterServer, Role};
+use super::config::{check_consistency, check_learning_rate};
+use super::ledger::Outcome;
+use super::messages::{
+    ApplyGradients, Follow, GetStatus, GetWeights, Heartbeat, Join, Leave, Pull, Push, PushPull,
+    Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate, Stage,
+};
+use super::protocol::{Answer, Event, Membership, Refusal};
+use crate::ids::Incarnation;
+use crate::weights::Weights;
+
+/// Waits for a coordinator's answer.
+async fn settled(
+    answer: oneshot::Receiver<Result<Answer, Refusal>>,
+) -> Result<Answer, ServerError> {
+    Ok(answer.await.map_err(|_| ServerError::Stopping)??)
+}
+
+impl Handler<GetWeights> for ParameterServer {
+    type Result = MessageResult<GetWeights>;
+
+    fn handle(&mut self, _: GetWeights, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.shard.weights().clone())
+    }
+}
+
+impl Handler<Pull> for ParameterServer {
+    type Result = Response<Result<Weights, ServerError>>;
+
+    fn handle(&mut self, Pull(wanted): Pull, _: &mut Self::Context) -> Self::Result {
+        let ticket = self.ticket();
+        if let Some(answer) = self.shard.pull(ticket, wanted) {
+            return Response::reply(answer.weights.map_err(ServerError::from));
+        }
+        let (caller, weights) = oneshot::channel();
+        self.callers.insert(ticket, Caller::Pull(caller));
+        Response::fut(async move { weights.await.unwrap_or(Err(ServerError::Stopping)) })
+    }
+}
+
+impl Handler<ApplyGradients> for ParameterServer {
+    type Result = Result<Weights, ServerError>;
+
+    fn handle(&mut self, message: ApplyGradients, ctx: &mut Self::Context) -> Self::Result {
+        self.apply(&message, ctx)
+    }
+}
+
+impl Handler<Join> for ParameterServer {
+    type Result = Result<Membership, ServerError>;
+
+    fn handle(&mut self, message: Join, ctx: &mut Self::Context) -> Self::Result {
+        let Join {
+            worker,
+            incarnation,
+        } = message;
+        let event = |ticket| Event::Join {
+            ticket,
+            worker,
+            incarnation,
+        };
+        let mut answer = self.step_for(worker, event, ctx)?;
+        match answer.try_recv().map_err(|_| ServerError::Stopping)?? {
+            Answer::Joined(membership) => Ok(membership),
+            other => {
+                unreachable!("the coordinator answers a join with a membership, not {other:?}")
+            }
+        }
+    }
+}
+
+impl Handler<Leave> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, message: Leave, ctx: &mut Self::Context) -> Self::Result {
+        let Leave {
+            worker,
+            incarnation,
+        } = message;
+        self.step_for(
+            worker,
+            |ticket| Event::Leave {
+                ticket,
+                worker,
+                incarnation,
+            },
+            ctx,
+        )?;
+        Ok(())
+    }
+}
+
+impl Handler<ReportLost> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, message: ReportLost, ctx: &mut Self::Context) -> Self::Result {
+        self.step(
+            Event::Lost {
+                worker: message.worker,
+            },
+            ctx,
+        )
+    }
+}
+
+impl Handler<Heartbeat> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, message: Heartbeat, _: &mut Self::Context) -> Self::Result {
+        let Heartbeat {
+            worker,
+            incarnation,
+        } = message;
+        let first = self.coordinate()?;
+        let mut members = first.coordinator.members();
+        if !members.any(|member| member == (worker, incarnation)) {
+            let least = Incarnation(incarnation.0 + 1);
+            return Err(Refusal::NotMember { worker, least }.into());
+        }
+        drop(members);
+        first.last_heard.insert(worker, Instant::now());
+        Ok(())
+    }
+}
+
+impl Handler<Stage> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, message: Stage, _: &mut Self::Context) -> Self::Result {
+        let answers = self.shard.stage(message.id, &message.gradient)?;
+        self.answer_pulls(answers);
+        Ok(())
+    }
+}
+
+impl Handler<Push> for ParameterServer {
+    type Result = Response<Result<Outcome, ServerError>>;
+
+    fn handle(&mut self, Push(gradients): Push, ctx: &mut Self::Context) -> Self::Result {
+        match self.push(gradients, false, ctx) {
+            Err(error) => Response::reply(Err(error)),
+            Ok(answer) => Response::fut(async move { outcome(settled(answer).await?) }),
+        }
+    }
+}
+
+impl Handler<PushPull> for ParameterServer {
+    type Result = actix::ResponseActFuture<Self, Result<Pushed, ServerError>>;
+
+    fn handle(&mut self, PushPull(gradients): PushPull, ctx: &mut Self::Context) -> Self::Result {
+        let answer = self.push(gradients, true, ctx);
+        let outcome = async move { outcome(settled(answer?).await?) };
+        Box::pin(outcome.into_actor(self).map(|outcome, server, _| {
+            Ok(Pushed {
+                outcome: outcome?,
+                weights: server.shard.weights().clone(),
+            })
+        }))
+    }
+}
+
+fn outcome(answer: Answer) -> Result<Outcome, ServerError> {
+    match answer {
+        Answer::Settled(outcome) => Ok(outcome),
+        other => unreachable!("the coordinator answers a push with its outcome, not {other:?}"),
+    }
+}
+
+impl Handler<SetConsistency> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, message: SetConsistency, ctx: &mut Self::Context) -> Self::Result {
+        check_consistency(message.0)?;
+        self.step(Event::SetConsistency(message.0), ctx)
+    }
+}
+
+impl Handler<SetLearningRate> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, message: SetLearningRate, _: &mut Self::Context) -> Self::Result {
+        self.coordinate()?;
+        check_learning_rate(message.0)?;
+        self.shard.set_learning_rate(message.0);
+        Ok(())
+    }
+}
+
+impl Handler<GetStatus> for ParameterServer {
+    type Result = MessageResult<GetStatus>;
+
+    fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+        MessageResult(ServerStatus {
+            version: self.shard.weights().version(),
+            range: self.shard.range(),
+            num_staged: self.shard.num_staged(),
+            learning_rate: self.shard.learning_rate(),
+            coordinator: match &self.role {
+                Role::First(first) => Some(first.coordinator.status()),
+                Role::Follower => None,
+            },
+        })
+    }
+}
+
+impl Handler<Follow> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, Follow(decisions): Follow, _: &mut Self::Context) -> Self::Result {
+        for decision in decisions {
+            self.follow(decision)?;
+        }
+        Ok(())
+    }
+}
