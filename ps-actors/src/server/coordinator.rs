@@ -2,7 +2,7 @@
 //!
 //! `step(state, event) → effects`: no clock, randomness, input, output or actor in here, and
 //! no weights either. The coordinator sees a gradient's [`Stamp`] only; the numbers wait in
-//! the [`Shard`](super::shard::Shard)s, which follow the coordinator's [`Update`](super::protocol::Update)s in order.
+//! the [`Shard`](super::shard::Shard)s, which follow the coordinator's decisions in order.
 //! So the weights of all shards pass through the same versions, made of the same gradients,
 //! in every consistency mode: any number of servers computes the same bits as one (PS-3), and
 //! a version means the same everywhere (PS-5).
@@ -11,7 +11,7 @@
 //! *settled* with an [`Outcome`] in the worker's ledger (PS-2). Everything that may happen
 //! next is decided in `rounds`, after every event.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::consistency::{Consistency, Reduction};
 use super::ledger::{Ledger, Outcome};
@@ -68,6 +68,8 @@ pub struct Coordinator {
     max_norm: f64,
     /// How many workers more must have come before the first round closes.
     num_awaited: usize,
+    /// Those that were counted down already.
+    arrived: BTreeSet<WorkerId>,
     version: Version,
     epoch: Epoch,
     members: BTreeMap<WorkerId, Member>,
@@ -88,6 +90,7 @@ impl Coordinator {
             reduction,
             max_norm,
             num_awaited: 0,
+            arrived: BTreeSet::new(),
             version: Version(0),
             epoch: Epoch(0),
             members: BTreeMap::new(),
@@ -268,9 +271,8 @@ impl Coordinator {
 
     /// Counts a worker down that has come, or never will, the first time that it is heard of.
     fn no_longer_await(&mut self, worker: WorkerId) {
-        if self.num_awaited > 0 && !self.ledgers.contains_key(&worker) {
+        if self.num_awaited > 0 && self.arrived.insert(worker) {
             self.num_awaited -= 1;
-            self.ledgers.insert(worker, Ledger::default());
         }
     }
 
