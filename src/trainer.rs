@@ -197,7 +197,8 @@ where
         self
     }
 
-    /// Goes on without a worker that was not heard of for this long; it may come back.
+    /// Goes on without a worker that was not heard of for this long; it may come back. Must be
+    /// longer than a step takes.
     #[must_use]
     pub fn lease(mut self, lease: Duration) -> Self {
         self.server.lease = Some(lease);

@@ -162,29 +162,18 @@ impl ServerGroup {
     /// # Errors
     /// When an exact version is no longer kept, or a server cannot be reached.
     pub async fn pull(&self, wanted: PullVersion) -> Result<Weights, GroupError> {
+        if let PullVersion::Exactly(_) = wanted {
+            // To all at once, so that none has passed the version when the last one is asked.
+            let parts = self.servers().enumerate();
+            let parts = parts.map(|(index, server)| answer(index, server.ask(Pull(wanted))));
+            return Ok(Weights::join(&try_join_all(parts).await?));
+        }
         let mut tries = 1;
         loop {
-            let pulled = match wanted {
-                // The call goes to all at once, so that none has passed the version when the
-                // last one is asked.
-                PullVersion::Exactly(_) => {
-                    let parts = self.servers().enumerate();
-                    let parts =
-                        parts.map(|(index, server)| answer(index, server.ask(Pull(wanted))));
-                    try_join_all(parts).await.map(|parts| Weights::join(&parts))
-                }
-                PullVersion::Latest | PullVersion::AtLeast(_) => {
-                    let first = answer(0, self.first().ask(Pull(wanted))).await?;
-                    self.pull_rest(first).await
-                }
-            };
-            match pulled {
-                Err(error) if is_version_gone(&error) && tries < MAX_PULL_TRIES => {
-                    if let PullVersion::Exactly(_) = wanted {
-                        return Err(error);
-                    }
-                    tries += 1;
-                }
+            let first = answer(0, self.first().ask(Pull(wanted))).await?;
+            match self.pull_rest(first).await {
+                // The others moved on by more versions than they keep.
+                Err(error) if is_version_gone(&error) && tries < MAX_PULL_TRIES => tries += 1,
                 other => return other,
             }
         }
