@@ -1,7 +1,6 @@
 //! Joins a burn model with its data: the [`GradientSource`] of a worker, and an [`Evaluator`].
 
 use std::fmt;
-use std::sync::Arc;
 
 use ps_actors::actor::{self, ActorRef};
 use ps_actors::buffer::BufferPool;
@@ -216,7 +215,7 @@ where
 /// A model and a test set, to see how good some weights are.
 pub struct Evaluator<M: Model> {
     model: LocalModel<M>,
-    batches: Vec<Arc<M::Batch>>,
+    batches: Vec<M::Batch>,
 }
 
 impl<M: Model> Evaluator<M> {
@@ -232,9 +231,7 @@ impl<M: Model> Evaluator<M> {
         if all.is_empty() {
             return Err(SetupError::NoTestData);
         }
-        let batches = all
-            .chunks(EVALUATION_BATCH)
-            .map(|chunk| Arc::new(data.batch(chunk)));
+        let batches = all.chunks(EVALUATION_BATCH).map(|chunk| data.batch(chunk));
         Ok(Self {
             model: LocalModel::new(model.clone(), device)?,
             batches: batches.collect(),

@@ -16,10 +16,11 @@ macro_rules! id {
         pub struct $name(pub $int);
 
         impl $name {
-            /// Returns the value that follows this one.
+            /// Returns the value that follows this one; the last value follows itself, so that
+            /// a number from a peer neither panics nor starts again at 0 (PS-6).
             #[must_use]
             pub fn next(self) -> Self {
-                Self(self.0 + 1)
+                Self(self.0.saturating_add(1))
             }
         }
 

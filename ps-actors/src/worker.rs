@@ -102,7 +102,7 @@ impl<S: GradientSource> DataWorker<S> {
 fn next_incarnation(least: Incarnation) -> Incarnation {
     static LATEST: AtomicU64 = AtomicU64::new(0);
     LATEST.fetch_max(least.0.saturating_sub(1), Ordering::Relaxed);
-    Incarnation(LATEST.fetch_add(1, Ordering::Relaxed) + 1)
+    Incarnation(LATEST.fetch_add(1, Ordering::Relaxed)).next()
 }
 
 impl<S> fmt::Debug for DataWorker<S> {

@@ -35,7 +35,8 @@ struct Member {
 impl Member {
     /// Steps done before `clock`, comparable between workers that joined at different times.
     fn progress(&self, clock: Clock) -> u64 {
-        self.first_progress + clock.0.saturating_sub(self.first_clock.0)
+        let steps = clock.0.saturating_sub(self.first_clock.0);
+        self.first_progress.saturating_add(steps)
     }
 }
 

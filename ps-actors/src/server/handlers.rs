@@ -13,7 +13,6 @@ use super::messages::{
     Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate, Stage,
 };
 use super::protocol::{Answer, Event, Membership, Refusal};
-use crate::ids::Incarnation;
 use crate::weights::Weights;
 
 /// Waits for a coordinator's answer.
@@ -121,7 +120,7 @@ impl Handler<Heartbeat> for ParameterServer {
         let first = self.coordinate()?;
         let mut members = first.coordinator.members();
         if !members.any(|member| member == (worker, incarnation)) {
-            let least = Incarnation(incarnation.0 + 1);
+            let least = incarnation.next();
             return Err(Refusal::NotMember { worker, least }.into());
         }
         drop(members);

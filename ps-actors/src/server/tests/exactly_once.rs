@@ -245,3 +245,34 @@ fn a_worker_that_dies_while_it_stages_leaves_nothing_behind() {
     let late = world.shards[1].stage(id(0, 1, 40), &gradient);
     assert!(matches!(late, Err(ShardError::Fenced { .. })), "{late:?}");
 }
+
+/// PS-6: the numbers in a message may be anything, also the last that there is.
+#[test]
+fn counters_at_their_end_neither_panic_nor_start_again() {
+    for consistency in [Consistency::Asp, Consistency::Ssp { bound: u64::MAX }] {
+        let mut world = World::new(2, consistency, Reduction::Sum);
+        world.join(1, 1).unwrap();
+        world.push(id(1, 1, 0), 0, vec![1.0; LEN]);
+        world.join(0, u64::MAX).unwrap();
+        for clock in [u64::MAX, u64::MAX, u64::MAX - 1] {
+            let ticket = world.push(id(0, u64::MAX, clock), 1, vec![1.0; LEN]);
+            assert!(world.outcome(ticket).is_some());
+        }
+        world.event(Event::Lost {
+            worker: WorkerId(0),
+        });
+        // There is no later life: nothing can come back as an earlier one.
+        for incarnation in [0, 1, u64::MAX] {
+            assert!(matches!(
+                world.join(0, incarnation),
+                Err(Refusal::Fenced { .. })
+            ));
+            let ticket = world.push(id(0, incarnation, 5), 1, vec![1.0; LEN]);
+            assert!(matches!(
+                world.answers[&ticket],
+                Err(Refusal::NotMember { .. })
+            ));
+        }
+        assert_eq!(world.weights(), vec![3.0; LEN]);
+    }
+}
