@@ -1,0 +1,266 @@
+//! Workers and servers that panic, fail, fall silent or send nonsense.
+
+use std::sync::mpsc;
+
+use super::*;
+
+#[test]
+fn the_others_go_on_when_a_worker_panics_in_the_middle_of_its_run() {
+    let servers = group(2, config(Consistency::Bsp));
+    let healthy = [worker(0), worker(1)];
+    let dying = actor::spawn(|| {
+        let source = |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            assert_ne!(clock, Clock(5), "as planned");
+            Ok(towards_target(2, clock, weights))
+        };
+        DataWorker::new(WorkerId(2), source)
+    });
+    let run = || RunSteps {
+        servers: servers.clone(),
+        num_steps: 30,
+    };
+    let healthy_runs: Vec<_> = healthy.iter().map(|worker| worker.ask(run())).collect();
+    let panicked = dying.ask(run()).wait();
+    assert!(
+        matches!(panicked, Err(CallError::Failed { .. })),
+        "{panicked:?}"
+    );
+    for reply in healthy_runs {
+        assert_eq!(reply.wait().unwrap().unwrap().num_applied, 30);
+    }
+    let status = servers
+        .servers()
+        .next()
+        .unwrap()
+        .ask(GetStatus)
+        .wait()
+        .unwrap();
+    let status = status.coordinator.unwrap();
+    // The panic comes before the sixth gradient, and the worker leaves then.
+    assert_eq!(status.workers[&WorkerId(2)].num_applied, 5);
+}
+
+#[test]
+fn a_source_that_fails_ends_its_run_with_the_reason_and_lets_the_others_go_on() {
+    let servers = group(1, config(Consistency::Bsp));
+    let failing = actor::spawn(|| {
+        let source = |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            match clock {
+                Clock(3) => Err("the disk is full".into()),
+                _ => Ok(towards_target(1, clock, weights)),
+            }
+        };
+        DataWorker::new(WorkerId(1), source)
+    });
+    let good = worker(0);
+    let run = || RunSteps {
+        servers: servers.clone(),
+        num_steps: 10,
+    };
+    let (good, failed) = (good.ask(run()), failing.ask(run()));
+    match failed.wait().unwrap() {
+        Err(WorkerError::Source {
+            worker: WorkerId(1),
+            clock: Clock(3),
+            source,
+        }) => {
+            assert_eq!(source.to_string(), "the disk is full");
+        }
+        other => panic!("expected the source's error, got {other:?}"),
+    }
+    assert_eq!(good.wait().unwrap().unwrap().num_applied, 10);
+}
+
+#[test]
+fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
+    let lease = Some(Duration::from_millis(40));
+    for consistency in [Consistency::Bsp, Consistency::Ssp { bound: 0 }] {
+        let servers = group(
+            1,
+            ServerConfig {
+                lease,
+                ..config(consistency)
+            },
+        );
+        let joined = servers.clone();
+        actor::run(async move { joined.join(WorkerId(1), Incarnation(1)).await.unwrap() });
+        // Without the lease this would wait for worker 1 for ever.
+        let report = run_all(&servers, 1, 20).remove(0);
+        assert_eq!(report.num_applied, 20);
+        let status = servers
+            .servers()
+            .next()
+            .unwrap()
+            .ask(GetStatus)
+            .wait()
+            .unwrap();
+        let workers = status.coordinator.unwrap().workers;
+        assert!(
+            workers
+                .get(&WorkerId(1))
+                .is_none_or(|worker| !worker.is_member)
+        );
+    }
+}
+
+#[test]
+fn a_worker_declared_dead_by_mistake_comes_back_and_nothing_is_lost_or_counted_twice() {
+    let servers = group(2, config(Consistency::Bsp));
+    let (reached, at_step) = mpsc::channel();
+    let (let_go, gate) = mpsc::channel::<()>();
+    let mut gate = Some(gate);
+    let slow = actor::spawn(move || {
+        let (reached, gate) = (reached.clone(), gate.take().expect("not restarted"));
+        let mut has_waited = false;
+        let source = move |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            if clock == Clock(7) && !has_waited {
+                has_waited = true;
+                reached.send(()).expect("the test waits");
+                gate.recv().expect("the test lets go");
+            }
+            Ok(towards_target(0, clock, weights))
+        };
+        DataWorker::new(WorkerId(0), source)
+    });
+    let run = slow.ask(RunSteps {
+        servers: servers.clone(),
+        num_steps: 20,
+    });
+    at_step.recv().unwrap();
+    let group = servers.clone();
+    actor::run(async move { group.report_lost(WorkerId(0)).await.unwrap() });
+    let_go.send(()).unwrap();
+    assert_eq!(run.wait().unwrap().unwrap().num_applied, 20);
+    assert_eq!(final_weights(&servers).to_vec(), expected_bsp(1, 20));
+}
+
+#[test]
+fn a_gradient_with_nan_is_refused_and_the_weights_stay() {
+    let servers = group(2, config(Consistency::Bsp));
+    let bad = actor::spawn(|| {
+        let source = |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+            let mut computed = towards_target(0, clock, weights);
+            if clock.0 % 2 == 1 {
+                let mut values = computed.gradient.values().to_vec();
+                values[LEN - 1] = f32::NAN;
+                computed.gradient = Gradient::new(values);
+            }
+            Ok(computed)
+        };
+        DataWorker::new(WorkerId(0), source)
+    });
+    let run = RunSteps {
+        servers: servers.clone(),
+        num_steps: 10,
+    };
+    let report = bad.ask(run).wait().unwrap().unwrap();
+    assert_eq!((report.num_applied, report.num_refused), (5, 5));
+    assert!(
+        final_weights(&servers)
+            .to_vec()
+            .iter()
+            .all(|w| w.is_finite())
+    );
+
+    let server = servers.servers().next().unwrap();
+    let weights = final_weights(&servers);
+    let mut gradients = bad
+        .ask(ComputeGradients(weights.clone()))
+        .wait()
+        .unwrap()
+        .unwrap();
+    gradients.gradient = Gradient::new(vec![f32::INFINITY; LEN]);
+    let error = server
+        .ask(ApplyGradients::mean([gradients]))
+        .wait()
+        .unwrap()
+        .unwrap_err();
+    assert!(matches!(error, ServerError::BadNorm { .. }), "{error}");
+    assert_eq!(final_weights(&servers).to_vec(), weights.to_vec());
+}
+
+#[test]
+fn a_gradient_of_another_model_is_refused() {
+    let servers = group(2, config(Consistency::Bsp));
+    let other_model = actor::spawn(|| {
+        let source = |_: Clock, _: &Weights| -> Result<_, SourceError> {
+            let gradient = Gradient::new(vec![1.0; LEN - 1]);
+            Ok(LocalGradient {
+                gradient,
+                loss: 0.0,
+                num_examples: 1,
+            })
+        };
+        DataWorker::new(WorkerId(0), source)
+    });
+    let run = RunSteps {
+        servers: servers.clone(),
+        num_steps: 1,
+    };
+    let error = other_model.ask(run).wait().unwrap().unwrap_err();
+    let chain = format!("{:?}", error);
+    assert!(chain.contains("WrongRange"), "{chain}");
+    assert_eq!(final_weights(&servers).version(), Version(0));
+}
+
+#[test]
+fn a_group_that_lost_a_server_says_so_instead_of_hanging() {
+    let servers = group(2, config(Consistency::Bsp));
+    run_all(&servers, 1, 3);
+    let second = servers.servers().nth(1).unwrap().clone();
+    second.kill();
+    actor::run(async move { second.stopped().await });
+    let worker = worker(0);
+    let run = RunSteps {
+        servers: servers.clone(),
+        num_steps: 3,
+    };
+    let error = worker.ask(run).wait().unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Servers { .. }), "{error:?}");
+}
+
+/// Applies some updates and then panics.
+#[derive(Debug)]
+struct BreaksAfter(u32);
+
+impl UpdateRule for BreaksAfter {
+    fn update(&mut self, _: &mut [f32], _: &[f32], _: f64) {
+        self.0 = self.0.checked_sub(1).expect("as planned");
+    }
+}
+
+/// S-8: a restart would silently go back to the initial weights.
+#[test]
+fn a_server_that_panics_is_not_restarted_and_its_calls_fail() {
+    let config = config(Consistency::Asp);
+    let server = ParameterServer::new(&initial(), BreaksAfter(1), config).unwrap();
+    let server = server.spawn().unwrap();
+    let worker = worker(0);
+    let apply = || {
+        let gradients = worker
+            .ask(ComputeGradients(initial()))
+            .wait()
+            .unwrap()
+            .unwrap();
+        server.ask(ApplyGradients::mean([gradients])).wait()
+    };
+    assert!(apply().unwrap().is_ok());
+    let error = apply().unwrap_err();
+    assert!(
+        matches!(&error, CallError::Failed { panic, .. } if panic.contains("as planned")),
+        "{error}"
+    );
+    let error = server.ask(GetWeights).wait().unwrap_err();
+    assert!(!error.may_have_run(), "{error}");
+
+    let mut rules = [BreaksAfter(100), BreaksAfter(2)].into_iter();
+    let servers = ServerGroup::spawn(&initial(), 2, config, |_| {
+        Box::new(rules.next().expect("one for each server"))
+    });
+    let run = RunSteps {
+        servers: servers.unwrap(),
+        num_steps: 10,
+    };
+    let error = worker.ask(run).wait().unwrap().unwrap_err();
+    assert!(matches!(error, WorkerError::Servers { .. }), "{error:?}");
+}
