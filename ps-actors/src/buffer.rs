@@ -9,6 +9,9 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+/// Numbers in a buffer that is not worth being choosy about.
+const SMALL: usize = 4096;
+
 /// Hands out buffers and takes them back. Cloning gives another handle on the same pool.
 #[derive(Clone)]
 pub struct BufferPool {
@@ -36,8 +39,7 @@ impl BufferPool {
     /// Takes an empty buffer with room for `capacity` numbers, recycled if one is idle.
     #[must_use]
     pub fn take(&self, capacity: usize) -> Buffer {
-        let recycled = self.idle.lock().pop();
-        let mut data = recycled.unwrap_or_default();
+        let mut data = self.idle.take(capacity).unwrap_or_default();
         data.clear();
         data.reserve_exact(capacity);
         Buffer {
@@ -50,9 +52,14 @@ impl BufferPool {
     /// buffer still holds what its last user left there.
     #[must_use]
     pub fn take_filled(&self, len: usize) -> Buffer {
-        let recycled = self.idle.lock().pop();
-        let mut data = recycled.unwrap_or_default();
-        data.resize(len, 0.0);
+        let data = match self.idle.take(len) {
+            Some(mut recycled) => {
+                recycled.resize(len, 0.0);
+                recycled
+            }
+            // Fresh zeros take no memory before they are written to.
+            None => vec![0.0; len],
+        };
         Buffer {
             data,
             home: Arc::downgrade(&self.idle),
@@ -78,6 +85,29 @@ impl Idle {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<f32>>> {
         // The list is valid after every single operation, so a poisoned lock is still good.
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the smallest buffer with enough room that is not far too large. If there is none and
+    /// the pool is full, an idle one goes, so that the pool follows the sizes asked for.
+    fn take(&self, len: usize) -> Option<Vec<f32>> {
+        let mut buffers = self.lock();
+        let fits = |buffer: &&Vec<f32>| {
+            buffer.capacity() >= len && buffer.capacity() / 4 <= len.max(SMALL)
+        };
+        let best = buffers.iter().filter(fits).map(Vec::capacity).min();
+        let place = buffers
+            .iter()
+            .position(|buffer| Some(buffer.capacity()) == best);
+        match place {
+            Some(place) => Some(buffers.swap_remove(place)),
+            None if buffers.len() == self.max => {
+                let unused = buffers.pop();
+                drop(buffers);
+                drop(unused);
+                None
+            }
+            None => None,
+        }
     }
 }
 

@@ -76,6 +76,17 @@ pub struct Bulk {
     pub(crate) range: Range<usize>,
 }
 
+impl Bulk {
+    /// Takes the numbers out, copying them if somebody else has them, too.
+    pub(crate) fn into_buffer(self) -> Buffer {
+        let Self { data, range } = self;
+        if range != (0..data.len()) {
+            return Buffer::from(data[range].to_vec());
+        }
+        Arc::try_unwrap(data).unwrap_or_else(|shared| Buffer::from(shared.to_vec()))
+    }
+}
+
 impl Deref for Bulk {
     type Target = [f32];
 
@@ -84,8 +95,28 @@ impl Deref for Bulk {
     }
 }
 
+impl From<Buffer> for Bulk {
+    fn from(data: Buffer) -> Self {
+        let range = 0..data.len();
+        Self {
+            data: Arc::new(data),
+            range,
+        }
+    }
+}
+
+impl From<Vec<f32>> for Bulk {
+    fn from(values: Vec<f32>) -> Self {
+        let range = 0..values.len();
+        Self {
+            data: Arc::new(Buffer::from(values)),
+            range,
+        }
+    }
+}
+
 /// A message as bytes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Encoded {
     /// Everything but the bulk numbers.
     pub header: Vec<u8>,
@@ -182,15 +213,35 @@ impl<'de> Deserialize<'de> for Bulk {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::error::Error;
+
     use proptest::prelude::*;
 
     use super::*;
     use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
-    use crate::server::{ApplyGradients, Join, Pushed, Reduction, Stage};
+    use crate::server::{ApplyGradients, GroupError, Join, Pushed, Reduction, ServerError, Stage};
     use crate::weights::{Gradient, Gradients, Layout, Weights};
+    use crate::worker::{RunReport, WorkerError};
 
-    fn transport<T: Serialize + DeserializeOwned>(message: &T) -> Result<T, CodecError> {
+    /// Returns what arrives of an error, having checked that it says what was sent, and so do
+    /// all its sources.
+    pub(crate) fn check_error_crosses<E>(sent: &E) -> E
+    where
+        E: Error + Serialize + DeserializeOwned + 'static,
+    {
+        let got = transport(sent).expect("an error can cross");
+        assert_eq!(chain(&got), chain(sent));
+        got
+    }
+
+    fn chain(error: &(dyn Error + 'static)) -> Vec<String> {
+        std::iter::successors(Some(error), |&error| error.source())
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    pub(crate) fn transport<T: Serialize + DeserializeOwned>(message: &T) -> Result<T, CodecError> {
         let Encoded { header, bulk } = encode(message)?;
         decode(
             &header,
@@ -245,6 +296,9 @@ mod tests {
             let _ = decode::<ApplyGradients>(&header, bulk());
             let _ = decode::<Weights>(&header, bulk());
             let _ = decode::<Stage>(&header, bulk());
+            let _ = decode::<Result<Pushed, ServerError>>(&header, bulk());
+            let _ = decode::<Result<RunReport, WorkerError>>(&header, bulk());
+            let _ = decode::<GroupError>(&header, bulk());
         }
 
         /// A message that was damaged on the way, in header or buffers.
@@ -254,6 +308,27 @@ mod tests {
             *place.get_mut(&mut header) = byte;
             let _ = decode::<Gradients>(&header, vec![Buffer::from(vec![1.0; len])]);
         }
+    }
+
+    /// PS-6: a peer that claims a text of a terabyte gets no memory for it.
+    #[test]
+    fn a_claimed_length_is_refused_before_there_is_room_for_it() {
+        let sent: Result<RunReport, WorkerError> = Err(WorkerError::Source {
+            worker: WorkerId(3),
+            clock: Clock(7),
+            source: "".into(),
+        });
+        let Encoded { mut header, .. } = encode(&sent).unwrap();
+        assert_eq!(header.pop(), Some(0), "the length of the empty text");
+        // 253 says that the eight bytes of a number follow.
+        header.push(253);
+        header.extend((1u64 << 40).to_le_bytes());
+        let got = decode::<Result<RunReport, WorkerError>>(&header, vec![]);
+        let Err(CodecError::Decode { source, .. }) = got else {
+            panic!("{got:?}");
+        };
+        let refused = bincode::error::DecodeError::LimitExceeded;
+        assert_eq!(source.to_string(), refused.to_string());
     }
 
     #[test]

@@ -12,6 +12,7 @@
 //! | [`worker`] | the worker and its loop |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`], [`buffer`] | snapshots, gradients, recycled buffers |
+//! | [`launch`] | which of N copies this process is; N copies on this machine |
 //! | [`codec`] | messages as bytes: a header, and the bulk numbers beside it |
 //! | [`rule`] | how a gradient changes the weights; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
@@ -20,9 +21,13 @@
 
 pub mod actor;
 pub mod buffer;
+pub mod cluster;
 pub mod codec;
 pub mod group;
 pub mod ids;
+pub mod launch;
+pub mod net;
+pub mod remote;
 pub mod rule;
 pub mod server;
 pub mod weights;

@@ -13,9 +13,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, WrapFuture};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::actor::ActorRef;
+use crate::codec::Bulk;
 use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 use crate::server::{
@@ -160,17 +161,17 @@ pub struct RunSteps {
 }
 
 /// Ends a [`RunSteps`] after the step under way.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub struct StopSteps;
 
 /// Returns what the worker has done so far.
-#[derive(Clone, Copy, Debug, Message)]
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Progress")]
 pub struct GetProgress;
 
 /// What a worker has done since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// How many gradients it computed.
     pub num_computed: u64,
@@ -179,9 +180,10 @@ pub struct Progress {
 }
 
 /// What became of a [`RunSteps`].
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunReport {
     /// The loss of each step's batch, before its update.
+    #[serde(with = "losses")]
     pub losses: Vec<f32>,
     /// How many gradients were applied.
     pub num_applied: u64,
@@ -197,8 +199,26 @@ pub struct RunReport {
     pub wait_time: Duration,
 }
 
+/// Writes losses as bulk: those of a long run would not fit into a header.
+mod losses {
+    use super::{Bulk, Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        losses: &[f32],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        Bulk::from(losses.to_vec()).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<f32>, D::Error> {
+        Bulk::deserialize(deserializer).map(|losses| losses.to_vec())
+    }
+}
+
 /// Why a worker could not do what it was asked to.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum WorkerError {
     /// Its model or data failed.
     #[error("{worker} could not compute the gradient of {clock}")]
@@ -207,8 +227,9 @@ pub enum WorkerError {
         worker: WorkerId,
         /// At which step.
         clock: Clock,
-        /// Why.
+        /// Why. Of an error from another process the text is left, sources included.
         #[source]
+        #[serde(with = "source_text")]
         source: SourceError,
     },
     /// The servers refused or were not to be reached.
@@ -226,6 +247,30 @@ pub enum WorkerError {
         /// Which worker.
         worker: WorkerId,
     },
+}
+
+/// Writes an error of any type as its text and those of its sources, and reads it as that text.
+mod source_text {
+    use std::iter::successors;
+
+    use super::{Deserialize, Deserializer, Error, Serializer, SourceError};
+
+    pub(super) fn serialize<S: Serializer>(
+        error: &SourceError,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let first: &dyn Error = error.as_ref();
+        let texts: Vec<_> = successors(Some(first), |&error| error.source())
+            .map(ToString::to_string)
+            .collect();
+        serializer.serialize_str(&texts.join(": "))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<SourceError, D::Error> {
+        String::deserialize(deserializer).map(SourceError::from)
+    }
 }
 
 /// A membership that ends when this is dropped, whatever the reason.
@@ -402,5 +447,86 @@ impl<S: GradientSource> Handler<GetProgress> for DataWorker<S> {
 
     fn handle(&mut self, _: GetProgress, _: &mut Self::Context) -> Self::Result {
         MessageResult(self.state.borrow().progress)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::MAX_HEADER;
+    use crate::codec::tests::{check_error_crosses, transport};
+
+    const WORKER: WorkerId = WorkerId(3);
+
+    /// An error with a source, as a library's would be.
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Layered(&'static str, #[source] Option<Box<Self>>);
+
+    fn failed(source: impl Into<SourceError>) -> WorkerError {
+        WorkerError::Source {
+            worker: WORKER,
+            clock: Clock(7),
+            source: source.into(),
+        }
+    }
+
+    #[test]
+    fn every_worker_error_crosses_a_wire() {
+        let source = GroupError::Server {
+            index: 0,
+            source: Refusal::Empty.into(),
+        };
+        let worker = WORKER;
+        for sent in [
+            failed("the file is gone"),
+            WorkerError::Servers { worker, source },
+            WorkerError::Busy { worker },
+        ] {
+            check_error_crosses(&sent);
+        }
+    }
+
+    #[test]
+    fn a_source_of_any_type_crosses_as_the_text_of_its_chain() {
+        let disk = Layered("disk full", None);
+        let file = Layered("cannot write a.bin", Some(Box::new(disk)));
+        let got = transport(&failed(Layered("no batch", Some(Box::new(file))))).unwrap();
+        let WorkerError::Source { source, .. } = check_error_crosses(&got) else {
+            panic!("{got:?}");
+        };
+        assert_eq!(
+            source.to_string(),
+            "no batch: cannot write a.bin: disk full"
+        );
+        assert!(source.source().is_none());
+    }
+
+    #[test]
+    fn a_report_of_more_steps_than_fit_into_a_header_crosses_a_wire() {
+        let losses = (0..MAX_HEADER)
+            .map(|step| 1.0 / (step + 1) as f32)
+            .collect();
+        let sent = RunReport {
+            losses,
+            num_applied: u64::MAX,
+            num_dropped_late: 2,
+            num_refused: 1,
+            num_examples: 32,
+            compute_time: Duration::MAX,
+            wait_time: Duration::from_nanos(1),
+        };
+        assert_eq!(transport(&sent).unwrap(), sent);
+        let empty = RunReport::default();
+        assert_eq!(transport(&empty).unwrap(), empty);
+    }
+
+    #[test]
+    fn progress_crosses_a_wire() {
+        let sent = Progress {
+            num_computed: 12,
+            latest_loss: 0.25,
+        };
+        assert_eq!(transport(&sent).unwrap(), sent);
     }
 }

@@ -1,7 +1,6 @@
 //! What callers hold: a typed reference to an actor.
 //!
-//! Callers see no difference between an actor of this process and one elsewhere; which it is stays
-//! behind [`Handle`].
+//! Callers see no difference between an actor of this process and one elsewhere.
 
 use std::any::type_name;
 use std::fmt;
@@ -13,8 +12,13 @@ use actix::{Actor, Context, Handler, Message};
 use super::background;
 use super::error::CallError;
 use super::mailbox::{ActorId, Mailbox, Phase};
+use super::registry::AnyMailbox;
 use super::reply::Reply;
 use super::shutdown::Shutdown;
+use crate::net::frame::Kind;
+use crate::remote::caller::RemoteActor;
+use crate::remote::reference::Remotely;
+use crate::remote::table::Table;
 
 /// A reference to an actor: cheap to clone, usable from any thread, typed by the actor.
 ///
@@ -26,18 +30,29 @@ pub struct ActorRef<A: Actor> {
 
 /// Shared by all references to one actor; its drop is the drop of the last one.
 pub(crate) struct Handle<A: Actor> {
-    mailbox: Arc<Mailbox<A>>,
+    target: Target<A>,
+}
+
+/// Where the actor is.
+pub(crate) enum Target<A: Actor> {
+    Here(Arc<Mailbox<A>>),
+    There(Remotely<A>),
 }
 
 impl<A: Actor> Handle<A> {
     pub(crate) fn new(mailbox: Arc<Mailbox<A>>) -> Self {
-        Self { mailbox }
+        Self {
+            target: Target::Here(mailbox),
+        }
     }
 }
 
 impl<A: Actor> Drop for Handle<A> {
     fn drop(&mut self) {
-        self.mailbox.close();
+        match &self.target {
+            Target::Here(mailbox) => mailbox.close(),
+            Target::There(remote) => remote.actor.release(),
+        }
     }
 }
 
@@ -46,8 +61,29 @@ impl<A: Actor> ActorRef<A> {
         Self { handle }
     }
 
-    fn mailbox(&self) -> &Arc<Mailbox<A>> {
-        &self.handle.mailbox
+    /// Makes a reference to an actor of another process; `actor` counts it as a holder already.
+    pub(crate) fn there(actor: Arc<RemoteActor>, table: Arc<Table<A>>) -> Self {
+        let target = Target::There(Remotely { actor, table });
+        Self::new(Arc::new(Handle { target }))
+    }
+
+    pub(crate) fn target(&self) -> &Target<A> {
+        &self.handle.target
+    }
+
+    /// The queue of an actor of this process.
+    ///
+    /// # Panics
+    /// When the actor is elsewhere.
+    pub(crate) fn mailbox_here(&self) -> &Arc<Mailbox<A>> {
+        match self.target() {
+            Target::Here(mailbox) => mailbox,
+            Target::There(_) => unreachable!("{} was started in this process", self.name()),
+        }
+    }
+
+    pub(crate) fn handle(&self) -> &Arc<Handle<A>> {
+        &self.handle
     }
 
     /// The reference to the actor whose code is running, for it to hand out or keep.
@@ -59,34 +95,60 @@ impl<A: Actor> ActorRef<A> {
         handle.downcast().ok().map(Self::new)
     }
 
-    /// The actor's id in this process.
+    /// The actor's id in this process; an actor elsewhere has one here, too.
     pub fn id(&self) -> ActorId {
-        self.mailbox().id()
+        match self.target() {
+            Target::Here(mailbox) => mailbox.id(),
+            Target::There(remote) => remote.actor.id(),
+        }
     }
 
     /// The actor's name; one that was given none is called by its type and id, as `Counter#7`.
     pub fn name(&self) -> &str {
-        self.mailbox().name()
+        match self.target() {
+            Target::Here(mailbox) => mailbox.name(),
+            Target::There(remote) => remote.actor.name(),
+        }
+    }
+
+    /// Whether the actor runs in this process.
+    pub fn is_local(&self) -> bool {
+        matches!(self.target(), Target::Here(_))
     }
 
     /// Whether the actor takes calls: it has not been told to stop, and has not ended.
+    ///
+    /// Of an actor elsewhere: whether this process has not heard of its end.
     pub fn is_alive(&self) -> bool {
-        self.mailbox().phase() == Phase::Open
+        match self.target() {
+            Target::Here(mailbox) => mailbox.phase() == Phase::Open,
+            Target::There(remote) => !remote.actor.has_ended(),
+        }
     }
 
-    /// How many calls are queued or running.
+    /// How many calls are queued or running; of an actor elsewhere: how many of this process.
     pub fn pending(&self) -> usize {
-        self.mailbox().pending()
+        match self.target() {
+            Target::Here(mailbox) => mailbox.pending(),
+            Target::There(remote) => remote.actor.pending(),
+        }
     }
 
-    /// How many times the actor has been restarted after a panic.
+    /// How many times the actor has been restarted after a panic; 0 for an actor elsewhere, whose
+    /// process keeps the count.
     pub fn restarts(&self) -> u32 {
-        self.mailbox().restarts()
+        match self.target() {
+            Target::Here(mailbox) => mailbox.restarts(),
+            Target::There(_) => 0,
+        }
     }
 
     /// How many messages of [`ActorRef::tell`] to this actor were lost after they had been queued.
     pub fn dead_letters(&self) -> u64 {
-        self.mailbox().dead_letters()
+        match self.target() {
+            Target::Here(mailbox) => mailbox.dead_letters(),
+            Target::There(remote) => remote.actor.dead_letters(),
+        }
     }
 
     /// Stops the actor gracefully: it takes no more calls, runs those that are queued, waits for
@@ -95,7 +157,10 @@ impl<A: Actor> ActorRef<A> {
     /// As in actix, a `stopping` hook may refuse; the actor then goes on without taking calls,
     /// until it stops itself.
     pub fn stop(&self) {
-        self.mailbox().close();
+        match self.target() {
+            Target::Here(mailbox) => mailbox.close(),
+            Target::There(remote) => remote.actor.signal(Kind::Stop),
+        }
     }
 
     /// Ends the actor without running its queue: queued calls fail at once as not delivered.
@@ -104,14 +169,24 @@ impl<A: Actor> ActorRef<A> {
     /// responses are dropped; their callers get [`CallError::Unknown`]. The actor's `stopping` and
     /// `stopped` hooks do not run, its destructor does.
     pub fn kill(&self) {
-        self.mailbox().kill();
+        match self.target() {
+            Target::Here(mailbox) => mailbox.kill(),
+            Target::There(remote) => remote.actor.signal(Kind::Kill),
+        }
     }
 
     /// Waits until the actor has ended: its state is dropped, its name is free.
+    ///
+    /// An actor elsewhere also counts as ended when its process could not be reached for the
+    /// length of the lease: nothing more will be heard of it.
     pub async fn stopped(&self) {
-        let mut ended = self.mailbox().ended();
-        // The sender lives in the mailbox that `self` holds.
-        let _ = ended.wait_for(|ended| *ended).await;
+        match self.target() {
+            Target::Here(mailbox) => {
+                // The sender lives in the mailbox that `self` holds.
+                let _ = mailbox.ended().wait_for(|ended| *ended).await;
+            }
+            Target::There(remote) => remote.actor.gone().await,
+        }
     }
 
     /// Stops the actor gracefully within a bound; begins at once, await or wait for the outcome.
@@ -119,7 +194,11 @@ impl<A: Actor> ActorRef<A> {
     /// When the time is over, the actor is killed and all its pending calls fail. If it is stuck
     /// in a handler, its thread is left behind, and the outcome is an error that says so.
     pub fn shutdown(&self, timeout: Duration) -> Shutdown {
-        Shutdown::start(vec![Arc::clone(self.mailbox()) as _], timeout)
+        let actor: Arc<dyn AnyMailbox> = match self.target() {
+            Target::Here(mailbox) => Arc::clone(mailbox) as _,
+            Target::There(remote) => Arc::clone(&remote.actor) as _,
+        };
+        Shutdown::start(vec![actor], timeout)
     }
 }
 
@@ -134,9 +213,11 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        match self.mailbox().push(message, false) {
-            Ok(call) => Reply::new(call),
-            Err(error) => Reply::failed(error),
+        match self.target() {
+            Target::Here(mailbox) => Reply::started(mailbox.push(message, false)),
+            Target::There(remote) => {
+                Reply::started(remote.actor.call(&remote.table, message, false))
+            }
         }
     }
 
@@ -149,9 +230,12 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        match self.mailbox().push_when_ready(message).await {
-            Ok(call) => Reply::new(call),
-            Err(error) => Reply::failed(error),
+        match self.target() {
+            Target::Here(mailbox) => Reply::started(mailbox.push_when_ready(message).await),
+            Target::There(remote) => {
+                let call = remote.actor.call_when_ready(&remote.table, message);
+                Reply::started(call.await)
+            }
         }
     }
 
@@ -169,7 +253,10 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        self.mailbox().push(message, true).map(drop)
+        match self.target() {
+            Target::Here(mailbox) => mailbox.push(message, true).map(drop),
+            Target::There(remote) => remote.actor.call(&remote.table, message, true).map(drop),
+        }
     }
 }
 

@@ -2,17 +2,22 @@
 //!
 //! The variants of [`CallError`] answer the one question a caller must ask before it tries again:
 //! can the handler have run?
+//!
+//! A [`CallError`] can cross a wire, as part of an actor's answer, say; only the message that it
+//! hands back stays where it is.
 
 use std::any::{Any, type_name};
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
 /// Why a call has no result.
-#[derive(Debug, Error)]
+#[derive(Debug, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum CallError {
     /// The handler never began and never will; the message is handed back.
@@ -25,7 +30,7 @@ pub enum CallError {
         /// The message; see [`CallError::into_message`].
         message: Undelivered,
     },
-    /// The handler began, and whether it finished is not known.
+    /// The handler began, or may have, and whether it finished is not known.
     #[error("outcome of the call to actor {actor} is unknown: {reason}")]
     Unknown {
         /// Name of the actor that was called.
@@ -47,7 +52,7 @@ pub enum CallError {
 }
 
 /// Why a call never reached its handler.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum NotDelivered {
     /// All of the actor's `max_pending` calls were taken.
@@ -71,10 +76,38 @@ pub enum NotDelivered {
     /// The caller would have blocked the very thread that the handler needs.
     #[error("a blocking wait on the actor's own thread would never end (await the reply instead)")]
     WouldDeadlock,
+    /// The actor's process cannot be reached; trying again later may help.
+    #[error("its process cannot be reached: {reason}")]
+    Unreachable {
+        /// What was tried, and what happened.
+        reason: String,
+    },
+    /// The actor takes the message inside its own process only.
+    #[error(
+        "{message} is not among the messages that {actor_type} takes from other processes (add it to the actor's `Remote::messages`)"
+    )]
+    NotRegistered {
+        /// The message's type.
+        message: String,
+        /// The actor's type.
+        actor_type: String,
+    },
+    /// The message cannot be written as bytes, or has too many.
+    #[error("the message cannot be sent as bytes: {reason}")]
+    Encode {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The other process could not read the message, or does not know the actor.
+    #[error("its process refused the call: {reason}")]
+    Refused {
+        /// What the other process said.
+        reason: String,
+    },
 }
 
-/// Why the outcome of a call that began is not known.
-#[derive(Debug, Clone, PartialEq, Eq, Error)]
+/// Why the outcome of a call is not known: it began, or may have.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum UnknownOutcome {
     /// The caller's timeout passed while the handler was running; the handler goes on.
@@ -94,6 +127,19 @@ pub enum UnknownOutcome {
     /// The caller would have blocked the very thread that the handler needs to finish.
     #[error("a blocking wait on the actor's own thread would never end (await the reply instead)")]
     WouldDeadlock,
+    /// The connection was lost before the reply came. Whether the handler ran, or still runs, is
+    /// not known; trying again later may help, and may do the work twice.
+    #[error("the connection was lost while the call was under way: {reason}")]
+    ConnectionLost {
+        /// How it was noticed.
+        reason: String,
+    },
+    /// A reply came, so the handler ran, but it could not be read.
+    #[error("the reply cannot be read: {reason}")]
+    BadReply {
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 fn after_panic(panic: Option<&str>) -> String {
@@ -110,6 +156,22 @@ impl CallError {
         !matches!(self, Self::NotDelivered { .. })
     }
 
+    /// Whether the actor's process was out of reach, so that trying again later may help.
+    ///
+    /// If the call [may have run](Self::may_have_run), another try can do the work twice.
+    pub fn is_connection_lost(&self) -> bool {
+        matches!(
+            self,
+            Self::NotDelivered {
+                reason: NotDelivered::Unreachable { .. },
+                ..
+            } | Self::Unknown {
+                reason: UnknownOutcome::ConnectionLost { .. },
+                ..
+            }
+        )
+    }
+
     /// The name of the actor that was called.
     pub fn actor(&self) -> &str {
         match self {
@@ -122,8 +184,8 @@ impl CallError {
     /// Takes the message out of an error that hands it back.
     ///
     /// # Errors
-    /// Returns the error itself when it holds no message (the handler may have run), or when the
-    /// message is not an `M`.
+    /// Returns the error itself when it holds no message (the handler may have run, or the error
+    /// came from another process), or when the message is not an `M`.
     pub fn into_message<M: 'static>(self) -> Result<M, Self> {
         match self {
             Self::NotDelivered {
@@ -144,43 +206,74 @@ impl CallError {
 
 /// A message that was not delivered, of any type.
 ///
-/// Its `Debug` shows the type only, so that payloads stay out of logs.
+/// Its `Debug` shows the type only, so that payloads stay out of logs. The message never crosses
+/// a wire: on the other side only the name of its type arrives, and there is nothing to take out.
+/// Who called has the message, and nobody else could call again with it.
 pub struct Undelivered {
-    type_name: &'static str,
+    type_name: Cow<'static, str>,
     // Messages are `Send`, not `Sync`; the mutex makes the error both, which error reporters want.
-    message: Mutex<Box<dyn Any + Send>>,
+    // `None` in an error that came from another process.
+    message: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
 impl Undelivered {
     pub(crate) fn new<M: Send + 'static>(message: M) -> Self {
         Self {
-            type_name: type_name::<M>(),
-            message: Mutex::new(Box::new(message)),
+            type_name: Cow::Borrowed(type_name::<M>()),
+            message: Mutex::new(Some(Box::new(message))),
+        }
+    }
+
+    /// A message that stayed behind in another process.
+    pub(crate) fn elsewhere(type_name: &'static str) -> Self {
+        Self {
+            type_name: Cow::Borrowed(type_name),
+            message: Mutex::new(None),
         }
     }
 
     /// The name of the message's type.
-    pub fn type_name(&self) -> &'static str {
-        self.type_name
+    pub fn type_name(&self) -> &str {
+        &self.type_name
     }
 
     /// Takes the message out.
     ///
     /// # Errors
-    /// Returns itself when the message is not an `M`.
+    /// Returns itself when the message is not an `M`, or stayed behind in another process.
     pub fn into_message<M: 'static>(self) -> Result<M, Self> {
         let type_name = self.type_name;
         let message = self
             .message
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
-        message
-            .downcast()
-            .map(|message| *message)
-            .map_err(|message| Self {
-                type_name,
-                message: Mutex::new(message),
-            })
+        let kept = match message.map(<Box<dyn Any + Send>>::downcast) {
+            Some(Ok(message)) => return Ok(*message),
+            Some(Err(of_other_type)) => Some(of_other_type),
+            None => None,
+        };
+        Err(Self {
+            type_name,
+            message: Mutex::new(kept),
+        })
+    }
+}
+
+/// Writes the name of the message's type, and nothing of the message.
+impl Serialize for Undelivered {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.type_name)
+    }
+}
+
+/// Reads one that holds no message.
+impl<'de> Deserialize<'de> for Undelivered {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let type_name = String::deserialize(deserializer)?.into();
+        Ok(Self {
+            type_name,
+            message: Mutex::new(None),
+        })
     }
 }
 
@@ -263,4 +356,124 @@ pub struct StillRunning {
     pub actors: Vec<String>,
     /// The time that was allowed.
     pub after: Duration,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::tests::check_error_crosses;
+
+    const AFTER: Duration = Duration::from_millis(1500);
+
+    fn not_delivered(reason: NotDelivered) -> CallError {
+        CallError::NotDelivered {
+            actor: "server-0".into(),
+            reason,
+            message: Undelivered::new(7u64),
+        }
+    }
+
+    fn unknown(reason: UnknownOutcome) -> CallError {
+        CallError::Unknown {
+            actor: "server-0".into(),
+            reason,
+        }
+    }
+
+    fn every_error() -> Vec<CallError> {
+        let reason = || "connection refused".to_owned();
+        let panic = Some("größer".into());
+        let not_delivered = [
+            NotDelivered::QueueFull { limit: usize::MAX },
+            NotDelivered::Stopped { panic: None },
+            NotDelivered::Stopped { panic },
+            NotDelivered::TimedOut {
+                after: Duration::MAX,
+            },
+            NotDelivered::WouldDeadlock,
+            NotDelivered::Unreachable { reason: reason() },
+            NotDelivered::NotRegistered {
+                message: "app::GetLoss".to_owned(),
+                actor_type: "app::Trainer".to_owned(),
+            },
+            NotDelivered::Encode { reason: reason() },
+            NotDelivered::Refused { reason: reason() },
+        ]
+        .map(not_delivered);
+        let unknown = [
+            UnknownOutcome::TimedOut { after: AFTER },
+            UnknownOutcome::Stopped,
+            UnknownOutcome::NoReply,
+            UnknownOutcome::WouldDeadlock,
+            UnknownOutcome::ConnectionLost { reason: reason() },
+            UnknownOutcome::BadReply { reason: reason() },
+        ]
+        .map(unknown);
+        let failed = CallError::Failed {
+            actor: "".into(),
+            panic: "index 3 is out of range".into(),
+        };
+        let every = not_delivered.into_iter().chain(unknown);
+        every.chain([failed]).collect()
+    }
+
+    #[test]
+    fn every_call_error_crosses_a_wire() {
+        for sent in every_error() {
+            let got = check_error_crosses(&sent);
+            assert_eq!(format!("{got:?}"), format!("{sent:?}"));
+            assert_eq!(got.may_have_run(), sent.may_have_run());
+            assert_eq!(got.is_connection_lost(), sent.is_connection_lost());
+        }
+    }
+
+    #[test]
+    fn the_message_of_an_error_that_crossed_stays_behind() {
+        let sent = not_delivered(NotDelivered::WouldDeadlock);
+        let got = check_error_crosses(&sent).into_message::<u64>();
+        let got = got.expect_err("the message does not cross");
+        let CallError::NotDelivered { message, .. } = check_error_crosses(&got) else {
+            panic!("{got:?}");
+        };
+        assert_eq!(message.type_name(), "u64");
+        assert!(message.into_message::<u64>().is_err());
+        assert_eq!(sent.into_message::<u64>().expect("it is still here"), 7);
+    }
+
+    #[test]
+    fn a_message_of_another_type_stays_in_the_error() {
+        let error = not_delivered(NotDelivered::WouldDeadlock);
+        let error = error.into_message::<String>().expect_err("it is a u64");
+        assert_eq!(error.into_message::<u64>().expect("it is a u64"), 7);
+    }
+
+    #[test]
+    fn a_lost_connection_is_told_from_all_other_ends() {
+        let lost = every_error()
+            .into_iter()
+            .filter(CallError::is_connection_lost);
+        let lost: Vec<_> = lost.map(|error| error.to_string()).collect();
+        assert_eq!(
+            lost,
+            [
+                "call was not delivered to actor server-0: \
+                 its process cannot be reached: connection refused",
+                "outcome of the call to actor server-0 is unknown: \
+                 the connection was lost while the call was under way: connection refused",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_unregistered_message_says_where_to_add_it() {
+        let error = every_error()
+            .into_iter()
+            .map(|error| error.to_string())
+            .find(|text| text.contains("app::GetLoss"))
+            .expect("it names the message");
+        assert!(
+            error.contains("app::Trainer") && error.contains("Remote::messages"),
+            "{error}"
+        );
+    }
 }

@@ -27,6 +27,10 @@ impl ActorId {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
+
+    pub(crate) fn number(self) -> u64 {
+        self.0
+    }
 }
 
 impl fmt::Display for ActorId {
@@ -43,6 +47,18 @@ static DEAD_LETTERS: AtomicU64 = AtomicU64::new(0);
 /// loss is also logged as a warning.
 pub fn dead_letters() -> u64 {
     DEAD_LETTERS.load(Ordering::Relaxed)
+}
+
+/// Counts and logs the loss of a told message.
+pub(crate) fn count_dead_letter(
+    of_actor: &AtomicU64,
+    actor: &str,
+    message: &'static str,
+    error: &CallError,
+) {
+    of_actor.fetch_add(1, Ordering::Relaxed);
+    DEAD_LETTERS.fetch_add(1, Ordering::Relaxed);
+    tracing::warn!(actor, message, %error, "told message lost");
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +139,10 @@ impl<A: Actor> Mailbox<A> {
 
     pub(crate) fn name(&self) -> &Arc<str> {
         &self.name
+    }
+
+    pub(crate) fn max_pending(&self) -> usize {
+        self.max_pending
     }
 
     pub(crate) fn pending(&self) -> usize {
@@ -252,9 +272,7 @@ impl<A: Actor> Mailbox<A> {
 
     /// Counts and logs the loss of a message that had no reply to report it to.
     pub(crate) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
-        self.dead_letters.fetch_add(1, Ordering::Relaxed);
-        DEAD_LETTERS.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(actor = %self.name, message, %error, "told message lost");
+        count_dead_letter(&self.dead_letters, &self.name, message, error);
     }
 
     /// Takes no more calls and lets the actor end when those it has are done.

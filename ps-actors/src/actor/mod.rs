@@ -55,14 +55,14 @@
 //! # Ok::<(), actor::CallError>(())
 //! ```
 
-mod actor_ref;
-mod background;
-mod call;
+pub(crate) mod actor_ref;
+pub(crate) mod background;
+pub(crate) mod call;
 mod error;
-mod mailbox;
+pub(crate) mod mailbox;
 mod pending;
 mod pump;
-mod registry;
+pub(crate) mod registry;
 mod reply;
 mod shutdown;
 mod spawn;

@@ -35,8 +35,8 @@ pub(crate) trait AnyMailbox: Send + Sync {
     fn id(&self) -> ActorId;
     fn name(&self) -> &str;
     fn phase(&self) -> Phase;
-    fn close(&self);
-    fn abandon(&self);
+    fn request_stop(self: Arc<Self>);
+    fn leave_behind(self: Arc<Self>);
     fn has_ended(&self) -> bool;
     fn ended(&self) -> watch::Receiver<bool>;
 }
@@ -54,12 +54,12 @@ impl<A: Actor> AnyMailbox for Mailbox<A> {
         self.phase()
     }
 
-    fn close(&self) {
-        self.close();
+    fn request_stop(self: Arc<Self>) {
+        Self::close(&self);
     }
 
-    fn abandon(&self) {
-        self.abandon();
+    fn leave_behind(self: Arc<Self>) {
+        Self::abandon(&self);
     }
 
     fn has_ended(&self) -> bool {

@@ -42,16 +42,13 @@ struct Timeout {
 }
 
 impl<R> Reply<R> {
-    pub(crate) fn new(slot: Arc<dyn ReplySlot<R>>) -> Self {
+    pub(crate) fn started(call: Result<Arc<impl ReplySlot<R> + 'static>, CallError>) -> Self {
+        let state = match call {
+            Ok(slot) => State::Waiting(slot),
+            Err(error) => State::Ready(Err(error)),
+        };
         Self {
-            state: State::Waiting(slot),
-            timeout: None,
-        }
-    }
-
-    pub(crate) fn failed(error: CallError) -> Self {
-        Self {
-            state: State::Ready(Err(error)),
+            state,
             timeout: None,
         }
     }

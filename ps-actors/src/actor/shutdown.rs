@@ -38,7 +38,7 @@ impl Shutdown {
     pub(crate) fn start(actors: Vec<Arc<dyn AnyMailbox>>, timeout: Duration) -> Self {
         let deadline = Instant::now().checked_add(timeout);
         for actor in &actors {
-            actor.close();
+            Arc::clone(actor).request_stop();
         }
         let ended: Vec<_> = actors.iter().map(|actor| actor.ended()).collect();
         let all_ended = Box::pin(join_all(ended.into_iter().map(|mut ended| async move {
@@ -82,8 +82,8 @@ impl Shutdown {
             if !in_time && !actor.has_ended() {
                 tracing::error!(actor = actor.name(), "actor left behind by a shutdown");
                 left_behind.push(actor.name().to_owned());
-                actor.abandon();
                 registry::free_name(actor.id());
+                actor.leave_behind();
             }
         }
         self.outcome = Box::pin(ready(in_time));

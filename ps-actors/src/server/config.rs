@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::consistency::{Consistency, Reduction};
 
 /// What a parameter server does with gradients.
@@ -45,7 +47,7 @@ impl Default for ServerConfig {
 }
 
 /// A server setting that cannot work.
-#[derive(Clone, Debug, thiserror::Error, PartialEq)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
 pub enum ConfigError {
     /// Not a usable learning rate.
     #[error("the learning rate must be a finite number, 0 or more, but is {0}")]

@@ -81,7 +81,7 @@ impl FromStr for Consistency {
 }
 
 /// A consistency mode that does not exist or cannot work.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum ConsistencyError {
     /// The text names no mode.
     #[error("`{text}` is no consistency mode: use bsp, asp, ssp:BOUND or k-of-n:K with K ≥ 1")]
@@ -142,6 +142,7 @@ pub struct ReductionError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::tests::check_error_crosses;
 
     #[test]
     fn every_mode_reads_back_what_it_prints() {
@@ -169,6 +170,15 @@ mod tests {
             assert!(error.contains("ssp:BOUND"), "{text}: {error}");
         }
         assert!("average".parse::<Reduction>().is_err());
+    }
+
+    #[test]
+    fn errors_cross_a_wire() {
+        let unknown = "average".parse::<Consistency>().unwrap_err();
+        let not_among = Consistency::KofN { k: 3 }.check(2).unwrap_err();
+        for sent in [unknown, not_among] {
+            assert_eq!(check_error_crosses(&sent), sent);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a [`ParameterServer`](super::ParameterServer) can be asked.
 //!
-//! Data only: no channel in any message, so each can cross a wire (see [`codec`](crate::codec)). A worker of a group of
+//! Data only: no channel in any message or answer, errors included, so each can cross a wire
+//! (see [`codec`](crate::codec)). A worker of a group of
 //! several servers speaks to them through a [`ServerGroup`](crate::group::ServerGroup), which
 //! knows what to send where.
 
@@ -180,7 +181,7 @@ pub(crate) enum Decision {
 }
 
 /// Why a server did not do what it was asked to. The weights are as they were.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum ServerError {
     /// The gradient or worker is not acceptable.
     #[error(transparent)]
@@ -226,7 +227,7 @@ pub enum ServerError {
 }
 
 /// Why a call to a group of servers failed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum GroupError {
     /// A server could not be reached, or did not answer.
     #[error("server {index} of the group did not answer")]
@@ -258,6 +259,113 @@ impl GroupError {
                 ..
             } => Some(refusal),
             _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::config::ConfigError;
+    use super::*;
+    use crate::actor::{NotDelivered, Undelivered, UnknownOutcome};
+    use crate::codec::tests::check_error_crosses;
+    use crate::ids::Clock;
+
+    const WORKER: WorkerId = WorkerId(3);
+    const LEAST: Incarnation = Incarnation(u64::MAX);
+
+    fn every_server_error() -> Vec<ServerError> {
+        let (worker, least, version) = (WORKER, LEAST, Version(9));
+        let got = Incarnation(5);
+        let id = GradientId {
+            worker,
+            incarnation: got,
+            clock: Clock(7),
+        };
+        let refusals = [
+            Refusal::NotMember { worker, least },
+            Refusal::Fenced { worker, got, least },
+            Refusal::Forgotten { id },
+            Refusal::AlreadyPushed { id },
+            Refusal::FromTheFuture {
+                id,
+                claimed: Version(u64::MAX),
+                version,
+            },
+            Refusal::TooManyPending { worker },
+            Refusal::TooManyWorkers { worker },
+            Refusal::Empty,
+        ]
+        .map(ServerError::from);
+        let shard = [
+            ShardError::WrongRange {
+                id,
+                got: 0..usize::MAX,
+                expected: 4..7,
+            },
+            ShardError::Fenced { id, least },
+            ShardError::TooManyStaged { worker },
+            ShardError::VersionGone {
+                asked: Version(1),
+                oldest: version,
+            },
+        ]
+        .map(ServerError::from);
+        let config = [
+            ConfigError::LearningRate(f64::NAN),
+            ConfigError::MaxNorm(-0.5),
+            ConfigError::Lease,
+            ConfigError::NoQuorum,
+        ]
+        .map(ServerError::from);
+        let own = [
+            ServerError::BadNorm {
+                norm: f64::INFINITY,
+                limit: 1e-3,
+            },
+            ServerError::NotFirst,
+            ServerError::GroupBroken {
+                index: 2,
+                reason: "it has stopped".to_owned(),
+            },
+            ServerError::FollowerBehind {
+                index: 1,
+                num_behind: 1000,
+            },
+            ServerError::Stopping,
+        ];
+        let every = refusals.into_iter().chain(shard).chain(config);
+        every.chain(own).collect()
+    }
+
+    #[test]
+    fn every_server_error_crosses_a_wire() {
+        for sent in every_server_error() {
+            let got = check_error_crosses(&sent);
+            assert_eq!(format!("{got:?}"), format!("{sent:?}"));
+        }
+    }
+
+    #[test]
+    fn a_group_error_crosses_a_wire_with_what_caused_it() {
+        let call = [
+            CallError::NotDelivered {
+                actor: "server-1".into(),
+                reason: NotDelivered::QueueFull { limit: 64 },
+                message: Undelivered::new(GetStatus),
+            },
+            CallError::Unknown {
+                actor: "server-1".into(),
+                reason: UnknownOutcome::Stopped,
+            },
+        ];
+        let call = call.map(|source| GroupError::Call { index: 1, source });
+        let server = every_server_error().into_iter();
+        let server = server.map(|source| GroupError::Server { index: 0, source });
+        for sent in call.into_iter().chain(server) {
+            let got = check_error_crosses(&sent);
+            assert_eq!(format!("{got:?}"), format!("{sent:?}"));
+            assert_eq!(got.refusal(), sent.refusal());
         }
     }
 }

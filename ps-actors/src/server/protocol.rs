@@ -132,7 +132,7 @@ pub struct Membership {
 }
 
 /// Why an event changed nothing.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
 pub enum Refusal {
     /// The worker has not joined, or has left or been lost.
     #[error(

@@ -12,6 +12,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::consistency::Reduction;
 use super::protocol::{Ticket, Update};
 use crate::buffer::{Buffer, BufferPool};
@@ -23,7 +25,7 @@ use crate::weights::{Gradient, Segment, Weights};
 pub const MAX_STAGED: usize = 32;
 
 /// Which version a pull wants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PullVersion {
     /// Whatever is current.
     Latest,
@@ -34,7 +36,7 @@ pub enum PullVersion {
 }
 
 /// Why a shard did not do what it was asked to.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum ShardError {
     /// The gradient does not belong to this shard's weights.
     #[error("{id} is over weights {got:?}, but this server holds {expected:?}")]

@@ -1,4 +1,5 @@
 //! The actor runtime, and servers and workers as actors.
 
 mod actor;
+mod cluster;
 mod server;

@@ -1,0 +1,348 @@
+//! The actors through which the processes of a cluster speak to each other about themselves.
+//!
+//! The driver's agent keeps the list of nodes; each node's agent starts actors. Both are ordinary
+//! actors, so joining and spawning are ordinary calls.
+
+use std::any::type_name;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use actix::{Actor, Context, Handler, Message, ResponseFuture};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+use super::host::{Args, Hosts, Made};
+use super::members::{Member, Members};
+use super::resources::Resources;
+use crate::actor::ActorRef;
+use crate::net::{Address, threads};
+use crate::remote::process::{AGENT, NodeId, Process};
+use crate::remote::reference::{Wire, reference};
+use crate::remote::table::Table;
+use crate::remote::{Messages, Remote};
+
+/// Asks the driver for a place in the cluster.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<Joined, JoinRefused>")]
+pub(crate) struct Join {
+    pub(crate) rank: u32,
+    /// How often the launcher has started this rank before.
+    pub(crate) attempt: u64,
+    pub(crate) addresses: Vec<Address>,
+    pub(crate) resources: Resources,
+    pub(crate) host: String,
+    pub(crate) pid: u32,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Joined {
+    pub(crate) node: NodeId,
+    pub(crate) session: u64,
+}
+
+/// Why the driver does not take a node.
+#[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
+pub(crate) enum JoinRefused {
+    #[error("rank {0} is the driver's own")]
+    Driver(u32),
+    #[error("attempt {attempt} of rank {rank} is over: attempt {current} has joined")]
+    Superseded {
+        rank: u32,
+        attempt: u64,
+        current: u64,
+    },
+    #[error("a cluster without a token takes nodes of its own host only, not {0}")]
+    NotLocal(Address),
+    #[error("the run is over")]
+    Over,
+}
+
+/// Says that a node leaves in an orderly way.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct Leave(pub(crate) NodeId);
+
+/// Asks where a node is.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Option<Vec<Address>>")]
+pub(crate) struct Resolve(pub(crate) NodeId);
+
+/// Looks for an actor by its type and name: in one process, or, asked of the driver, in all.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Option<Wire>")]
+pub(crate) struct Find {
+    pub(crate) type_name: String,
+    pub(crate) name: String,
+}
+
+/// Makes an actor.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<Wire, SpawnRefused>")]
+pub(crate) struct Make {
+    pub(crate) type_name: String,
+    pub(crate) args: Args,
+    pub(crate) name: Option<String>,
+    pub(crate) needs: Resources,
+}
+
+/// Why a process did not make an actor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpawnRefused {
+    /// The type is not among its [`Hosts`].
+    #[error("{type_name} is not hosted there (hosted: {hosted}): add it with Hosts::host")]
+    NotHosted {
+        /// The type asked for.
+        type_name: String,
+        /// What is.
+        hosted: String,
+    },
+    /// Other actors have what it needs.
+    #[error("{needs} is not free there")]
+    NoRoom {
+        /// What was asked for.
+        needs: Resources,
+    },
+    /// Making it failed.
+    #[error("it could not be made: {0}")]
+    Failed(String),
+}
+
+/// Ends a node: the run is over.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct Release;
+
+/// The actors that were made for others in this life of the process.
+pub(crate) struct Nursery {
+    process: Arc<Process>,
+    hosts: Hosts,
+    free: Mutex<Resources>,
+    made: Mutex<BTreeMap<u64, Box<dyn Fn() + Send + Sync>>>,
+}
+
+impl Nursery {
+    pub(crate) fn new(process: Arc<Process>, hosts: Hosts, resources: Resources) -> Arc<Self> {
+        Arc::new(Self {
+            process,
+            hosts,
+            free: Mutex::new(resources),
+            made: Mutex::default(),
+        })
+    }
+
+    fn free(&self) -> MutexGuard<'_, Resources> {
+        // Each operation on it is whole.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn made(&self) -> MutexGuard<'_, BTreeMap<u64, Box<dyn Fn() + Send + Sync>>> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) async fn make(self: Arc<Self>, order: Make) -> Result<Wire, SpawnRefused> {
+        let Make {
+            type_name,
+            args,
+            name,
+            needs,
+        } = order;
+        let Some(host) = self.hosts.get(&type_name).cloned() else {
+            let hosted = self.hosts.names().join(", ");
+            return Err(SpawnRefused::NotHosted { type_name, hosted });
+        };
+        if !self.free().reserve(&needs) {
+            return Err(SpawnRefused::NoRoom { needs });
+        }
+        let made = host.make(&self.process, args, name).await;
+        let Made {
+            wire,
+            kill,
+            mut ended,
+        } = match made {
+            Ok(made) => made,
+            Err(why) => {
+                self.free().give_back(&needs);
+                return Err(SpawnRefused::Failed(why));
+            }
+        };
+        self.made().insert(wire.actor, kill);
+        let (nursery, actor) = (Arc::clone(&self), wire.actor);
+        threads::next().spawn(async move {
+            // An error means that the actor's mailbox is gone, and the actor with it.
+            let _ = ended.wait_for(|ended| *ended).await;
+            nursery.made().remove(&actor);
+            nursery.free().give_back(&needs);
+        });
+        Ok(wire)
+    }
+
+    pub(crate) fn find(&self, find: &Find) -> Option<Wire> {
+        self.hosts
+            .get(&find.type_name)?
+            .find(&self.process, &find.name)
+    }
+
+    /// Ends all actors that were made for others.
+    pub(crate) fn kill_all(&self) {
+        let made = std::mem::take(&mut *self.made());
+        for kill in made.values() {
+            kill();
+        }
+        self.process.withdraw_all();
+    }
+}
+
+/// Speaks for a node.
+pub(crate) struct NodeAgent {
+    pub(crate) nursery: Arc<Nursery>,
+    pub(crate) released: watch::Sender<bool>,
+}
+
+impl Actor for NodeAgent {
+    type Context = Context<Self>;
+}
+
+impl Remote for NodeAgent {
+    fn messages(messages: &mut Messages<Self>) {
+        messages.add::<Make>().add::<Find>().add::<Release>();
+    }
+}
+
+impl Handler<Make> for NodeAgent {
+    type Result = ResponseFuture<Result<Wire, SpawnRefused>>;
+
+    fn handle(&mut self, order: Make, _: &mut Self::Context) -> Self::Result {
+        Box::pin(Arc::clone(&self.nursery).make(order))
+    }
+}
+
+impl Handler<Find> for NodeAgent {
+    type Result = Option<Wire>;
+
+    fn handle(&mut self, find: Find, _: &mut Self::Context) -> Self::Result {
+        self.nursery.find(&find)
+    }
+}
+
+impl Handler<Release> for NodeAgent {
+    type Result = ();
+
+    fn handle(&mut self, _: Release, _: &mut Self::Context) {
+        self.released.send_replace(true);
+    }
+}
+
+/// Speaks for the driver.
+pub(crate) struct DriverAgent {
+    pub(crate) process: Arc<Process>,
+    pub(crate) nursery: Arc<Nursery>,
+    pub(crate) members: Arc<Members>,
+}
+
+impl Actor for DriverAgent {
+    type Context = Context<Self>;
+}
+
+impl Remote for DriverAgent {
+    fn messages(messages: &mut Messages<Self>) {
+        messages
+            .add::<Join>()
+            .add::<Leave>()
+            .add::<Resolve>()
+            .add::<Find>();
+    }
+}
+
+/// The reference to a node's agent.
+pub(crate) fn agent_of<A: Remote>(process: &Arc<Process>, node: NodeId) -> ActorRef<A> {
+    let wire = Wire {
+        node,
+        actor: AGENT,
+        name: format!("agent of {node}").into(),
+        max_pending: 1024,
+        schema: Table::<A>::get().schema(),
+    };
+    reference(process, wire).expect("the schema is this process's own")
+}
+
+impl Handler<Join> for DriverAgent {
+    type Result = Result<Joined, JoinRefused>;
+
+    fn handle(&mut self, join: Join, _: &mut Self::Context) -> Self::Result {
+        if self.process.token().is_none()
+            && let Some(far) = join.addresses.iter().find(|address| !address.is_local())
+        {
+            return Err(JoinRefused::NotLocal(far.clone()));
+        }
+        let node = self.members.admit(&join)?;
+        let agent = agent_of::<NodeAgent>(&self.process, node);
+        let member = Member {
+            node,
+            agent: agent.clone(),
+            resources: join.resources,
+            host: join.host,
+            pid: join.pid,
+        };
+        tracing::info!(%node, host = member.host, pid = member.pid, "a node has joined");
+        self.members.insert(member);
+        let members = Arc::clone(&self.members);
+        threads::next().spawn(async move {
+            agent.stopped().await;
+            if members.remove(node) {
+                tracing::warn!(%node, "a node is lost: nothing was heard of it for the lease");
+            }
+        });
+        let session = self.process.session();
+        Ok(Joined { node, session })
+    }
+}
+
+impl Handler<Leave> for DriverAgent {
+    type Result = ();
+
+    fn handle(&mut self, Leave(node): Leave, _: &mut Self::Context) {
+        if self.members.remove(node) {
+            tracing::info!(%node, "a node has left");
+        }
+    }
+}
+
+impl Handler<Resolve> for DriverAgent {
+    type Result = Option<Vec<Address>>;
+
+    fn handle(&mut self, Resolve(node): Resolve, _: &mut Self::Context) -> Self::Result {
+        self.members.addresses(node)
+    }
+}
+
+impl Handler<Find> for DriverAgent {
+    type Result = ResponseFuture<Option<Wire>>;
+
+    fn handle(&mut self, find: Find, _: &mut Self::Context) -> Self::Result {
+        let (nursery, members) = (Arc::clone(&self.nursery), Arc::clone(&self.members));
+        Box::pin(async move { find_anywhere(&nursery, &members, find).await })
+    }
+}
+
+/// Looks in this process, then in all nodes at once.
+pub(crate) async fn find_anywhere(
+    nursery: &Nursery,
+    members: &Members,
+    find: Find,
+) -> Option<Wire> {
+    if let Some(found) = nursery.find(&find) {
+        return Some(found);
+    }
+    let asked: Vec<_> = members
+        .list()
+        .into_iter()
+        .map(|member| member.agent.ask(find.clone()))
+        .collect();
+    let answers = futures_util::future::join_all(asked).await;
+    answers.into_iter().find_map(|answer| answer.ok().flatten())
+}
+
+pub(crate) fn hosted_name<A>() -> String {
+    type_name::<A>().to_owned()
+}

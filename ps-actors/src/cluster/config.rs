@@ -1,0 +1,124 @@
+//! How a process takes part in a cluster.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::resources::Resources;
+use crate::net::memory::MemoryNetwork;
+use crate::net::{NetConfig, Token};
+
+/// Settings of a driver or node. All processes of a cluster share token and transport.
+#[derive(Clone, Debug)]
+pub struct ClusterConfig {
+    /// What peers must know to be let in.
+    pub token: Option<Token>,
+    /// Lets anybody in who can reach this process, from any host. For networks that nobody else is on.
+    pub insecure: bool,
+    /// Times and limits of connections.
+    pub net: NetConfig,
+    /// How processes reach each other.
+    pub transport: Transport,
+    /// What this process offers to actors; default: as many `cpus` as it may use.
+    pub resources: Resources,
+    /// How long a node looks for its driver, at the start and after it was lost. Default: 60 s.
+    pub join_timeout: Duration,
+}
+
+/// How the processes of a cluster reach each other.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub enum Transport {
+    /// TCP between hosts; Unix sockets within one.
+    #[default]
+    Sockets,
+    /// TCP only, within one host, too.
+    Tcp,
+    /// Pipes inside one process, for tests.
+    Memory(MemoryNetwork),
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            token: None,
+            insecure: false,
+            net: NetConfig::default(),
+            transport: Transport::default(),
+            resources: Resources::none().cpus(cpus as f64),
+            join_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Why a process could not take part.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClusterError {
+    /// Anybody could have trained along.
+    #[error(
+        "{0} can be reached from other hosts, so it needs a token: set PS_TOKEN (16 characters or \
+         more, the same for all processes), or say --insecure on a network of your own"
+    )]
+    NoToken(SocketAddr),
+    /// The address cannot be listened on.
+    #[error("could not listen on {address}")]
+    Listen {
+        /// Where.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The driver's address leads nowhere.
+    #[error("could not find the address of {address}")]
+    Address {
+        /// Which.
+        address: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The driver does not answer.
+    #[error("the driver at {address} could not be reached for {after:?}: {reason}")]
+    NoDriver {
+        /// Where it should be.
+        address: String,
+        /// How long it was tried.
+        after: Duration,
+        /// What happened at the last try.
+        reason: String,
+    },
+    /// The driver does not want this process; trying again will not help.
+    #[error("the driver at {address} did not take this process: {reason}")]
+    Refused {
+        /// Where it is.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// An agent or its thread could not be started.
+    #[error("could not start an actor")]
+    Spawn(#[from] crate::actor::SpawnError),
+    /// Fewer nodes have joined than were waited for.
+    #[error("{joined} of {wanted} nodes have joined within {after:?}")]
+    NotAllJoined {
+        /// How many are there.
+        joined: usize,
+        /// How many were waited for.
+        wanted: usize,
+        /// For how long.
+        after: Duration,
+    },
+}
+
+impl ClusterError {
+    /// Whether the same start would fail again.
+    #[must_use]
+    pub fn is_permanent(&self) -> bool {
+        matches!(
+            self,
+            Self::NoToken(_) | Self::Address { .. } | Self::Refused { .. } | Self::Listen { .. }
+        )
+    }
+}

@@ -1,0 +1,497 @@
+//! The driver's view: who is there, and actors anywhere.
+
+use std::any::type_name;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use futures_util::FutureExt;
+use futures_util::future::join_all;
+
+use super::agent::{
+    DriverAgent, Find, Make, Nursery, Release, SpawnRefused, find_anywhere, hosted_name,
+};
+use super::config::{ClusterConfig, ClusterError, Transport};
+use super::endpoint::{Bound, Endpoint};
+use super::host::{Args, Hosted, Hosts};
+use super::members::{Member, Members};
+use super::resources::Resources;
+use super::task::Task;
+use crate::actor::{ActorRef, CallError, Spawn};
+use crate::net::dial::DialError;
+use crate::net::{Address, threads};
+use crate::remote::Remote;
+use crate::remote::caller::error_chain;
+use crate::remote::process::{NodeId, Process};
+use crate::remote::reference::reference;
+
+/// How long nodes are given to hear that the run is over.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// The processes that work together, seen from the driver. Cloning gives another handle.
+///
+/// When the last handle is dropped, all nodes are released.
+#[derive(Clone)]
+pub struct Cluster {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    process: Arc<Process>,
+    nursery: Arc<Nursery>,
+    members: Arc<Members>,
+    next: AtomicUsize,
+    addresses: Vec<Address>,
+    _agent: ActorRef<DriverAgent>,
+    _endpoint: Endpoint,
+}
+
+/// Where an actor is to be started.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub enum Placement {
+    /// On the nodes in turn; in the driver if there are none.
+    #[default]
+    RoundRobin,
+    /// In the driver.
+    Driver,
+    /// On this node.
+    Node(NodeId),
+    /// On the node of this rank, in whatever life; 0 is the driver.
+    Rank(u32),
+    /// On the nodes in turn that have this free; it is theirs until the actor ends.
+    Needs(Resources),
+}
+
+/// What the driver knows about a node.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeInfo {
+    /// Which.
+    pub node: NodeId,
+    /// The name of its host.
+    pub host: String,
+    /// Its process number there.
+    pub pid: u32,
+    /// What it offered when it joined.
+    pub resources: Resources,
+}
+
+/// Why an actor could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SpawnOnError {
+    /// The node asked for has left, or never joined.
+    #[error("there is no {0} in the cluster")]
+    NoSuchNode(String),
+    /// No node has, or has free, what the actor needs.
+    #[error("no node has {needs} free; there are: {nodes}")]
+    NoRoom {
+        /// What was asked for.
+        needs: Resources,
+        /// What the nodes offer.
+        nodes: String,
+    },
+    /// The arguments cannot be sent.
+    #[error("the arguments of {actor_type} cannot be sent: {reason}")]
+    Args {
+        /// The actor's type.
+        actor_type: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// The node did not do it.
+    #[error("{node} did not start {actor_type}")]
+    Refused {
+        /// Which node.
+        node: NodeId,
+        /// The actor's type.
+        actor_type: &'static str,
+        /// Why.
+        #[source]
+        source: SpawnRefused,
+    },
+    /// The node did not answer.
+    #[error("{node} did not answer when asked to start {actor_type}")]
+    Call {
+        /// Which node.
+        node: NodeId,
+        /// The actor's type.
+        actor_type: &'static str,
+        /// What became of the call.
+        #[source]
+        source: Box<CallError>,
+    },
+    /// The actor has ended already.
+    #[error("{0}")]
+    Ended(String),
+}
+
+/// Options of an actor that is started somewhere in the cluster.
+#[derive(Clone, Debug, Default)]
+#[must_use = "nothing is spawned before `start`"]
+pub struct SpawnOn {
+    placement: Placement,
+    name: Option<String>,
+}
+
+impl SpawnOn {
+    /// Anywhere, without a name.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says where.
+    pub fn place(mut self, placement: Placement) -> Self {
+        self.placement = placement;
+        self
+    }
+
+    /// Gives the actor a name, by which all processes can look it up.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+}
+
+impl Cluster {
+    /// Listens for nodes at `address`, port 0 for any, and begins as a cluster of this process.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on, or would be open to other hosts without a token.
+    pub fn listen(
+        config: ClusterConfig,
+        address: SocketAddr,
+        hosts: Hosts,
+    ) -> Result<Self, ClusterError> {
+        Self::listen_with(config, address, hosts, Router::new())
+    }
+
+    /// Serves more over HTTP on the same port, behind the same token.
+    ///
+    /// # Errors
+    /// As [`listen`](Self::listen).
+    pub fn listen_with(
+        config: ClusterConfig,
+        address: SocketAddr,
+        hosts: Hosts,
+        routes: Router,
+    ) -> Result<Self, ClusterError> {
+        Task::start(Self::start(config, address, hosts, routes)).wait()
+    }
+
+    async fn start(
+        config: ClusterConfig,
+        address: SocketAddr,
+        hosts: Hosts,
+        routes: Router,
+    ) -> Result<Self, ClusterError> {
+        let memory = match &config.transport {
+            Transport::Memory(network) => Some(network.clone()),
+            _ => None,
+        };
+        let process = Process::new(config.net, config.token.clone(), memory);
+        let session = getrandom::u64().unwrap_or(0).max(1);
+        process.enter(NodeId::DRIVER, session);
+        let bound = Bound::bind(&config, address).await?;
+        let addresses = bound.addresses.clone();
+        let members = Arc::new(Members::new(addresses.clone()));
+        let nursery = Nursery::new(Arc::clone(&process), hosts, config.resources);
+        let known = Arc::clone(&members);
+        process.resolve_with(Box::new(move |node| {
+            let found = known.addresses(node);
+            let ended = || DialError::Ended(format!("{node} has left the cluster"));
+            std::future::ready(found.ok_or_else(ended)).boxed()
+        }));
+        let agent = {
+            let (process, nursery) = (Arc::clone(&process), Arc::clone(&nursery));
+            let members = Arc::clone(&members);
+            Spawn::new()
+                .thread_name("ps-driver")
+                .start(move || DriverAgent {
+                    process: Arc::clone(&process),
+                    nursery: Arc::clone(&nursery),
+                    members: Arc::clone(&members),
+                })?
+        };
+        process.export_agent(&agent);
+        let known = Arc::clone(&members);
+        let endpoint = bound.serve(&process, move |node| known.is_live(node), &routes);
+        Ok(Self {
+            inner: Arc::new(Inner {
+                process,
+                nursery,
+                members,
+                next: AtomicUsize::new(0),
+                addresses,
+                _agent: agent,
+                _endpoint: endpoint,
+            }),
+        })
+    }
+
+    /// Where the nodes find this driver: host and port of its TCP socket.
+    ///
+    /// `None` with a transport that has none.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.inner
+            .addresses
+            .iter()
+            .find_map(|address| match address {
+                Address::Tcp(address) => Some(*address),
+                _ => None,
+            })
+    }
+
+    /// All addresses of this driver, the best one first.
+    #[must_use]
+    pub fn addresses(&self) -> &[Address] {
+        &self.inner.addresses
+    }
+
+    /// The nodes that take part now, by rank.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<NodeInfo> {
+        let members = self.inner.members.list().into_iter();
+        let info = |Member {
+                        node,
+                        host,
+                        pid,
+                        resources,
+                        ..
+                    }: Member| NodeInfo {
+            node,
+            host,
+            pid,
+            resources,
+        };
+        members.map(info).collect()
+    }
+
+    /// Waits until at least so many nodes take part.
+    pub fn wait_for_nodes(
+        &self,
+        wanted: usize,
+        within: Duration,
+    ) -> Task<Result<Vec<NodeInfo>, ClusterError>> {
+        let cluster = self.clone();
+        Task::start(async move {
+            let mut changed = cluster.inner.members.changed();
+            let enough = async {
+                while cluster.inner.members.list().len() < wanted {
+                    // The sender lives as long as the cluster.
+                    let _ = changed.changed().await;
+                }
+            };
+            let _ = tokio::time::timeout(within, enough).await;
+            let nodes = cluster.nodes();
+            match nodes.len() {
+                joined if joined < wanted => Err(ClusterError::NotAllJoined {
+                    joined,
+                    wanted,
+                    after: within,
+                }),
+                _ => Ok(nodes),
+            }
+        })
+    }
+
+    /// Starts an actor on the next node, or in this process if it is alone.
+    pub fn spawn<A: Hosted>(&self, args: A::Args) -> Task<Result<ActorRef<A>, SpawnOnError>> {
+        self.spawn_with(SpawnOn::new(), args)
+    }
+
+    /// Starts an actor where the options say.
+    pub fn spawn_with<A: Hosted>(
+        &self,
+        options: SpawnOn,
+        args: A::Args,
+    ) -> Task<Result<ActorRef<A>, SpawnOnError>> {
+        let cluster = self.clone();
+        Task::start(async move { cluster.spawn_somewhere(options, args).await })
+    }
+
+    async fn spawn_somewhere<A: Hosted>(
+        &self,
+        options: SpawnOn,
+        args: A::Args,
+    ) -> Result<ActorRef<A>, SpawnOnError> {
+        let actor_type = type_name::<A>();
+        let SpawnOn { placement, name } = options;
+        let Inner {
+            process,
+            nursery,
+            members,
+            ..
+        } = &*self.inner;
+        let args = Args::write(process, &args).map_err(|error| SpawnOnError::Args {
+            actor_type,
+            reason: error_chain(&error),
+        })?;
+        let needs = match &placement {
+            Placement::Needs(needs) => needs.clone(),
+            _ => Resources::none(),
+        };
+        let order = Make {
+            type_name: hosted_name::<A>(),
+            args,
+            name,
+            needs: needs.clone(),
+        };
+        let candidates = self.candidates(&placement)?;
+        let mut refused = None;
+        for candidate in candidates {
+            let (node, made) = match candidate {
+                Some(member) => {
+                    let made = member.agent.ask(order.clone()).await;
+                    let node = member.node;
+                    (
+                        node,
+                        made.map_err(|source| SpawnOnError::Call {
+                            node,
+                            actor_type,
+                            source: Box::new(source),
+                        })?,
+                    )
+                }
+                None => (
+                    NodeId::DRIVER,
+                    Arc::clone(nursery).make(order.clone()).await,
+                ),
+            };
+            match made {
+                Ok(wire) => return reference(process, wire).map_err(SpawnOnError::Ended),
+                Err(SpawnRefused::NoRoom { .. }) => {}
+                Err(source) => {
+                    refused = Some(SpawnOnError::Refused {
+                        node,
+                        actor_type,
+                        source,
+                    });
+                    break;
+                }
+            }
+        }
+        Err(refused.unwrap_or_else(|| {
+            let nodes = members.list().into_iter();
+            let nodes = nodes.map(|member| format!("{} with {}", member.node, member.resources));
+            let nodes = nodes.collect::<Vec<_>>().join("; ");
+            SpawnOnError::NoRoom { needs, nodes }
+        }))
+    }
+
+    /// The nodes to ask, in order; `None` is this process.
+    fn candidates(&self, placement: &Placement) -> Result<Vec<Option<Member>>, SpawnOnError> {
+        let mut members = self.inner.members.list();
+        let in_turn = |members: &mut Vec<Member>| {
+            let turn = self.inner.next.fetch_add(1, Ordering::Relaxed);
+            let len = members.len().max(1);
+            members.rotate_left(turn % len);
+        };
+        let one = |members: Vec<Member>, is_it: &dyn Fn(NodeId) -> bool, what: String| {
+            let found = members.into_iter().find(|member| is_it(member.node));
+            found
+                .map(|member| vec![Some(member)])
+                .ok_or(SpawnOnError::NoSuchNode(what))
+        };
+        match placement {
+            Placement::Driver | Placement::Node(NodeId::DRIVER) | Placement::Rank(0) => {
+                Ok(vec![None])
+            }
+            Placement::Node(node) => one(members, &|other| other == *node, node.to_string()),
+            Placement::Rank(rank) => one(
+                members,
+                &|other| other.rank == *rank,
+                format!("node {rank}"),
+            ),
+            Placement::RoundRobin if members.is_empty() => Ok(vec![None]),
+            Placement::RoundRobin => {
+                in_turn(&mut members);
+                Ok(members.into_iter().take(1).map(Some).collect())
+            }
+            Placement::Needs(needs) => {
+                in_turn(&mut members);
+                members.retain(|member| member.resources.include(needs));
+                let nodes = members.into_iter().map(Some);
+                // The driver comes last: it has other things to do.
+                Ok(nodes.chain([None]).collect())
+            }
+        }
+    }
+
+    /// Looks for an actor by its name, in this process and on all nodes.
+    pub fn lookup<A: Remote>(&self, name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
+        let cluster = self.clone();
+        let find = Find {
+            type_name: hosted_name::<A>(),
+            name: name.into(),
+        };
+        Task::start(async move {
+            let Inner {
+                process,
+                nursery,
+                members,
+                ..
+            } = &*cluster.inner;
+            let wire = find_anywhere(nursery, members, find).await?;
+            reference(process, wire).ok()
+        })
+    }
+
+    /// Releases all nodes, which then end; takes no more. Also done when the last handle is dropped.
+    pub fn release(&self) -> Task<()> {
+        let inner = Arc::clone(&self.inner);
+        Task::start(async move { inner.release().await })
+    }
+}
+
+impl Inner {
+    async fn release(&self) {
+        let members = self.members.close();
+        let told = members
+            .iter()
+            .map(|member| member.agent.ask(Release).timeout(FAREWELL));
+        for (member, told) in members.iter().zip(join_all(told).await) {
+            if let Err(error) = told {
+                tracing::warn!(node = %member.node, %error, "a node could not be told to end");
+            }
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let members = self.members.close();
+        self.nursery.kill_all();
+        if members.is_empty() {
+            return;
+        }
+        let told = async move {
+            let told = members
+                .iter()
+                .map(|member| member.agent.ask(Release).timeout(FAREWELL));
+            join_all(told).await;
+        };
+        // On a thread of its own: the last handle may be dropped on one that must not block.
+        let (done, wait) = std::sync::mpsc::channel::<()>();
+        threads::next().spawn(async move {
+            told.await;
+            drop(done);
+        });
+        if !threads::is_current() {
+            let _ = wait.recv_timeout(FAREWELL + Duration::from_secs(1));
+        }
+    }
+}
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster")
+            .field("addresses", &self.inner.addresses)
+            .field("nodes", &self.nodes())
+            .finish()
+    }
+}

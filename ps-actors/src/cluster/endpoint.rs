@@ -1,0 +1,115 @@
+//! The sockets that a process listens on.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::task::JoinHandle;
+
+use super::config::{ClusterConfig, ClusterError, Transport};
+use crate::net::listen::{Front, Listener};
+use crate::net::{Address, threads};
+use crate::remote::process::{NodeId, Process};
+
+/// Sockets that are bound, not served yet: their addresses are known before anybody can connect.
+pub(crate) struct Bound {
+    listeners: Vec<Listener>,
+    /// Where to be reached, the best way first.
+    pub(crate) addresses: Vec<Address>,
+    /// Removes the Unix socket from the file system.
+    directory: Option<tempfile::TempDir>,
+}
+
+/// Tasks that take connections; its drop ends them and all their connections.
+pub(crate) struct Endpoint {
+    tasks: Vec<JoinHandle<()>>,
+    _directory: Option<tempfile::TempDir>,
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl Bound {
+    /// Binds what the transport asks for; `address` is for TCP.
+    pub(crate) async fn bind(
+        config: &ClusterConfig,
+        address: SocketAddr,
+    ) -> Result<Self, ClusterError> {
+        let failed =
+            |address: String| move |source: io::Error| ClusterError::Listen { address, source };
+        if let Transport::Memory(network) = &config.transport {
+            let (place, listener) = network.listen();
+            return Ok(Self {
+                listeners: vec![Listener::Memory(listener)],
+                addresses: vec![Address::Memory(place)],
+                directory: None,
+            });
+        }
+        if !address.ip().is_loopback() && config.token.is_none() && !config.insecure {
+            return Err(ClusterError::NoToken(address));
+        }
+        let tcp = TcpListener::bind(address).await;
+        let tcp = tcp.map_err(failed(address.to_string()))?;
+        let bound_to = tcp.local_addr().map_err(failed(address.to_string()))?;
+        let mut bound = Self {
+            listeners: vec![Listener::Tcp(tcp)],
+            addresses: vec![Address::Tcp(bound_to)],
+            directory: None,
+        };
+        if let Transport::Sockets = config.transport
+            && let Ok((directory, path, unix)) = unix()
+        {
+            // First: within one host it is the faster way. Elsewhere the file does not exist.
+            bound.addresses.insert(0, Address::Unix(path));
+            bound.listeners.push(Listener::Unix(unix));
+            bound.directory = Some(directory);
+        }
+        Ok(bound)
+    }
+
+    /// Begins to take connections.
+    pub(crate) fn serve(
+        self,
+        process: &Arc<Process>,
+        is_live: impl Fn(NodeId) -> bool + Clone + Send + Sync + 'static,
+        routes: &Router,
+    ) -> Endpoint {
+        let mut tasks = Vec::new();
+        for listener in self.listeners {
+            let front = Front {
+                process: Arc::clone(process),
+                is_live: Box::new(is_live.clone()),
+                routes: routes.clone(),
+            };
+            tasks.push(tokio::spawn(listener.serve(front)));
+        }
+        let sweeping = Arc::downgrade(process);
+        let every = process.config().lease;
+        tasks.push(threads::next().spawn(async move {
+            while let Some(process) = sweeping.upgrade() {
+                process.sweep();
+                drop(process);
+                tokio::time::sleep(every).await;
+            }
+        }));
+        Endpoint {
+            tasks,
+            _directory: self.directory,
+        }
+    }
+}
+
+/// A socket in a directory that only this user can enter.
+fn unix() -> io::Result<(tempfile::TempDir, std::path::PathBuf, UnixListener)> {
+    let directory = tempfile::Builder::new().prefix("ps-").tempdir()?;
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path)?;
+    Ok((directory, path, listener))
+}

@@ -1,0 +1,249 @@
+//! The actor types that a process can make when another one asks it to.
+
+use std::any::type_name;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex};
+
+use futures_util::future::BoxFuture;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{oneshot, watch};
+
+use crate::actor::{Spawn, lookup};
+use crate::codec::{self, Bulk, CodecError, Encoded};
+use crate::remote::Remote;
+use crate::remote::caller::error_chain;
+use crate::remote::process::Process;
+use crate::remote::reference::{Wire, on_behalf_of};
+
+/// An actor type that a [`Cluster`](super::Cluster) can start in another process.
+pub trait Hosted: Remote {
+    /// What an actor is made of; it is sent to the process that makes it.
+    type Args: Serialize + DeserializeOwned + Send + 'static;
+}
+
+/// The actor types that this program can host, each with how to make one.
+///
+/// All copies of the program build the same `Hosts` before they join; what else an actor needs,
+/// such as its data, is loaded where it is made.
+///
+/// ```
+/// # use actix::{Actor, Context};
+/// # use ps_actors::cluster::{Hosted, Hosts};
+/// # use ps_actors::remote::{Messages, Remote};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # impl Remote for Counter { fn messages(_: &mut Messages<Self>) {} }
+/// impl Hosted for Counter {
+///     type Args = u64;
+/// }
+///
+/// let hosts = Hosts::new().host(|start: u64| Ok(Counter(start)));
+/// ```
+#[derive(Clone, Default)]
+pub struct Hosts {
+    types: BTreeMap<&'static str, Arc<dyn Host>>,
+}
+
+/// The error of a function that makes an actor.
+pub type MakeError = Box<dyn std::error::Error + Send + Sync>;
+
+impl Hosts {
+    /// Hosts nothing.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Hosts actors of type `A`, made by `make` on their own thread, and again after a panic.
+    #[must_use]
+    pub fn host<A: Hosted>(
+        self,
+        make: impl Fn(A::Args) -> Result<A, MakeError> + Send + Sync + 'static,
+    ) -> Self {
+        self.host_with(Spawn::new(), make)
+    }
+
+    /// Hosts actors with these options; a name is given to each by whoever spawns it.
+    #[must_use]
+    pub fn host_with<A: Hosted>(
+        mut self,
+        options: Spawn,
+        make: impl Fn(A::Args) -> Result<A, MakeError> + Send + Sync + 'static,
+    ) -> Self {
+        let host = Make::<A> {
+            options,
+            make: Arc::new(make),
+        };
+        self.types.insert(type_name::<A>(), Arc::new(host));
+        self
+    }
+
+    /// Lets other processes find actors of type `A` by name that this one has started itself.
+    #[must_use]
+    pub fn find<A: Remote>(mut self) -> Self {
+        let find: Arc<dyn Host> = Arc::new(Find::<A>(std::marker::PhantomData));
+        self.types.entry(type_name::<A>()).or_insert(find);
+        self
+    }
+
+    pub(crate) fn get(&self, type_name: &str) -> Option<&Arc<dyn Host>> {
+        self.types.get(type_name)
+    }
+
+    pub(crate) fn names(&self) -> Vec<&'static str> {
+        self.types.keys().copied().collect()
+    }
+}
+
+impl fmt::Debug for Hosts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.types.keys()).finish()
+    }
+}
+
+/// Arguments on their way; what is inside is known to the two ends only.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Args {
+    header: Vec<u8>,
+    bulk: Vec<Bulk>,
+}
+
+impl Args {
+    pub(crate) fn write<T: Serialize>(
+        process: &Arc<Process>,
+        args: &T,
+    ) -> Result<Self, CodecError> {
+        let Encoded { header, bulk } = on_behalf_of(process, || codec::encode(args))?;
+        Ok(Self { header, bulk })
+    }
+
+    fn read<T: DeserializeOwned>(self, process: &Arc<Process>) -> Result<T, CodecError> {
+        let bulk = self.bulk.into_iter().map(Bulk::into_buffer).collect();
+        on_behalf_of(process, || codec::decode(&self.header, bulk))
+    }
+}
+
+/// An actor that was made for another process.
+pub(crate) struct Made {
+    pub(crate) wire: Wire,
+    pub(crate) kill: Box<dyn Fn() + Send + Sync>,
+    pub(crate) ended: watch::Receiver<bool>,
+}
+
+/// An actor type, as the agent of a process sees it.
+pub(crate) trait Host: Send + Sync {
+    /// Makes an actor; ready when its constructor has returned.
+    fn make(
+        &self,
+        process: &Arc<Process>,
+        args: Args,
+        name: Option<String>,
+    ) -> BoxFuture<'static, Result<Made, String>>;
+
+    /// Looks for a living actor of this type.
+    fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire>;
+}
+
+struct Make<A: Hosted> {
+    options: Spawn,
+    make: Arc<dyn Fn(A::Args) -> Result<A, MakeError> + Send + Sync>,
+}
+
+impl<A: Hosted> Host for Make<A> {
+    fn make(
+        &self,
+        process: &Arc<Process>,
+        args: Args,
+        name: Option<String>,
+    ) -> BoxFuture<'static, Result<Made, String>> {
+        let options = match name {
+            Some(name) => self.options.clone().name(name),
+            None => self.options.clone(),
+        };
+        let make = Arc::clone(&self.make);
+        let process = Arc::clone(process);
+        Box::pin(async move {
+            let (sender, first) = oneshot::channel::<Result<(), String>>();
+            let sender = Mutex::new(Some(sender));
+            let report = move |outcome| {
+                let sender = sender.lock().ok().and_then(|mut sender| sender.take());
+                // Nobody waits at a restart.
+                sender.map(|sender| sender.send(outcome)).is_some()
+            };
+            let factory = {
+                let process = Arc::clone(&process);
+                // A first start that failed is not tried again.
+                let mut failed = None;
+                move || {
+                    if let Some(why) = failed.take() {
+                        resume_unwind(Box::<String>::new(why));
+                    }
+                    let made = args
+                        .clone()
+                        .read(&process)
+                        .map_err(|error| error_chain(&error))
+                        .and_then(|args| make(args).map_err(|error| error_chain(&*error)));
+                    match made {
+                        Ok(actor) => {
+                            report(Ok(()));
+                            actor
+                        }
+                        Err(why) => {
+                            if report(Err(why.clone())) {
+                                failed = Some(why.clone());
+                            }
+                            // Ends this start as a panic does, without its noise.
+                            resume_unwind(Box::new(why))
+                        }
+                    }
+                }
+            };
+            let actor = options
+                .start(factory)
+                .map_err(|error| error_chain(&error))?;
+            match first.await {
+                Ok(Ok(())) => {}
+                Ok(Err(why)) => {
+                    actor.kill();
+                    return Err(why);
+                }
+                Err(_) => return Err("it panicked when it was made".to_owned()),
+            }
+            let wire = process.export(&actor);
+            let mailbox = Arc::clone(actor.mailbox_here());
+            let ended = mailbox.ended();
+            let kill = Box::new(move || mailbox.kill());
+            Ok(Made { wire, kill, ended })
+        })
+    }
+
+    fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire> {
+        let actor = lookup::<A>(name).ok()?;
+        Some(process.export(&actor))
+    }
+}
+
+struct Find<A>(std::marker::PhantomData<fn() -> A>);
+
+impl<A: Remote> Host for Find<A> {
+    fn make(
+        &self,
+        _: &Arc<Process>,
+        _: Args,
+        _: Option<String>,
+    ) -> BoxFuture<'static, Result<Made, String>> {
+        let why = format!(
+            "{} is not hosted: add it with Hosts::host",
+            type_name::<A>()
+        );
+        Box::pin(async move { Err(why) })
+    }
+
+    fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire> {
+        let actor = lookup::<A>(name).ok()?;
+        Some(process.export(&actor))
+    }
+}

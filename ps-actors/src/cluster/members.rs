@@ -1,0 +1,163 @@
+//! The driver's list of nodes.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::watch;
+
+use super::agent::{Join, JoinRefused, NodeAgent};
+use super::resources::Resources;
+use crate::actor::ActorRef;
+use crate::net::Address;
+use crate::remote::process::NodeId;
+
+/// A node that takes part.
+#[derive(Clone, Debug)]
+pub(crate) struct Member {
+    pub(crate) node: NodeId,
+    pub(crate) agent: ActorRef<NodeAgent>,
+    pub(crate) resources: Resources,
+    pub(crate) host: String,
+    pub(crate) pid: u32,
+}
+
+pub(crate) struct Members {
+    driver: Vec<Address>,
+    state: Mutex<State>,
+    /// Changes whenever the list does.
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By rank. An admitted node becomes a member a moment later.
+    ranks: BTreeMap<u32, Rank>,
+    is_over: bool,
+}
+
+struct Rank {
+    life: u64,
+    attempt: u64,
+    addresses: Vec<Address>,
+    is_live: bool,
+    member: Option<Member>,
+}
+
+impl Members {
+    pub(crate) fn new(driver: Vec<Address>) -> Self {
+        Self {
+            driver,
+            state: Mutex::default(),
+            changed: watch::Sender::new(0),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code of the user runs under the lock, so a poisoned list is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a joining process its place: a new life of its rank, which ends the one before.
+    pub(crate) fn admit(&self, join: &Join) -> Result<NodeId, JoinRefused> {
+        let &Join { rank, attempt, .. } = join;
+        if rank == NodeId::DRIVER.rank {
+            return Err(JoinRefused::Driver(rank));
+        }
+        let mut state = self.lock();
+        if state.is_over {
+            return Err(JoinRefused::Over);
+        }
+        let before = state.ranks.get(&rank);
+        if let Some(before) = before.filter(|before| before.attempt > attempt) {
+            let current = before.attempt;
+            return Err(JoinRefused::Superseded {
+                rank,
+                attempt,
+                current,
+            });
+        }
+        let life = before.map_or(0, |before| before.life) + 1;
+        let entry = Rank {
+            life,
+            attempt,
+            addresses: join.addresses.clone(),
+            is_live: true,
+            member: None,
+        };
+        let replaced = state.ranks.insert(rank, entry);
+        drop(state);
+        // Outside the lock: it holds a reference.
+        drop(replaced);
+        Ok(NodeId { rank, life })
+    }
+
+    pub(crate) fn insert(&self, member: Member) {
+        let mut state = self.lock();
+        if let Some(rank) = state.ranks.get_mut(&member.node.rank)
+            && rank.life == member.node.life
+            && rank.is_live
+        {
+            rank.member = Some(member);
+        }
+        drop(state);
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Removes a node that is lost or has left; false if it was not there.
+    pub(crate) fn remove(&self, node: NodeId) -> bool {
+        let mut state = self.lock();
+        let Some(rank) = state.ranks.get_mut(&node.rank) else {
+            return false;
+        };
+        if rank.life != node.life || !rank.is_live {
+            return false;
+        }
+        rank.is_live = false;
+        let removed = rank.member.take();
+        drop(state);
+        drop(removed);
+        self.changed.send_modify(|version| *version += 1);
+        true
+    }
+
+    /// Whether a node may speak.
+    pub(crate) fn is_live(&self, node: NodeId) -> bool {
+        let state = self.lock();
+        let rank = state.ranks.get(&node.rank);
+        rank.is_some_and(|rank| rank.is_live && rank.life == node.life)
+    }
+
+    pub(crate) fn addresses(&self, node: NodeId) -> Option<Vec<Address>> {
+        if node == NodeId::DRIVER {
+            return Some(self.driver.clone());
+        }
+        let state = self.lock();
+        let rank = state.ranks.get(&node.rank)?;
+        (rank.is_live && rank.life == node.life).then(|| rank.addresses.clone())
+    }
+
+    /// The nodes that take part, by rank.
+    pub(crate) fn list(&self) -> Vec<Member> {
+        let state = self.lock();
+        state
+            .ranks
+            .values()
+            .filter_map(|rank| rank.member.clone())
+            .collect()
+    }
+
+    /// Takes no more nodes, and hands out those there are.
+    pub(crate) fn close(&self) -> Vec<Member> {
+        let mut state = self.lock();
+        state.is_over = true;
+        state
+            .ranks
+            .values_mut()
+            .filter_map(|rank| rank.member.take())
+            .collect()
+    }
+
+    pub(crate) fn changed(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+}

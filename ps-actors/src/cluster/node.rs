@@ -1,0 +1,290 @@
+//! A process that makes actors for the driver.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use futures_util::FutureExt;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::agent::{
+    DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, Nursery, Resolve, agent_of,
+};
+use super::config::{ClusterConfig, ClusterError, Transport};
+use super::endpoint::{Bound, Endpoint};
+use super::host::Hosts;
+use super::task::Task;
+use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
+use crate::net::Address;
+use crate::net::dial::{self, DialError};
+use crate::net::stream::Stream;
+use crate::remote::process::{NodeId, Process};
+
+/// The longest pause between two tries to reach the driver.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+
+/// A process that has joined a driver and makes actors for it, until it is released.
+pub struct Node {
+    config: ClusterConfig,
+    rank: u32,
+    attempt: u64,
+    driver: String,
+    hosts: Hosts,
+}
+
+/// Why a node's work is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NodeExit {
+    /// The driver has released it.
+    Released,
+    /// It was told to leave, by its [`Node::serve_until`].
+    Left,
+}
+
+/// One life of the node: from joining to losing the driver.
+struct Life {
+    nursery: Arc<Nursery>,
+    driver: ActorRef<DriverAgent>,
+    released: watch::Receiver<bool>,
+    id: NodeId,
+    _agent: ActorRef<NodeAgent>,
+    _endpoint: Endpoint,
+}
+
+impl Node {
+    /// Makes node `rank`, at least 1, of the driver at `driver`, host and port.
+    ///
+    /// `attempt` counts how often this rank was started before; a later one replaces an earlier.
+    #[must_use]
+    pub fn new(
+        config: ClusterConfig,
+        rank: u32,
+        attempt: u64,
+        driver: impl Into<String>,
+        hosts: Hosts,
+    ) -> Self {
+        Self {
+            config,
+            rank,
+            attempt,
+            driver: driver.into(),
+            hosts,
+        }
+    }
+
+    /// Joins and makes actors until the driver lets this node go.
+    ///
+    /// When the driver is lost, the actors made for it end, and the node tries to join again.
+    pub fn serve(self) -> Task<Result<NodeExit, ClusterError>> {
+        self.serve_until(std::future::pending())
+    }
+
+    /// As [`serve`](Self::serve), and leaves in an orderly way when `stop` is ready.
+    pub fn serve_until(
+        self,
+        stop: impl Future<Output = ()> + Send + 'static,
+    ) -> Task<Result<NodeExit, ClusterError>> {
+        Task::start(async move {
+            let mut stop = std::pin::pin!(stop.fuse());
+            loop {
+                let life = tokio::select! {
+                    life = self.join() => life?,
+                    () = &mut stop => return Ok(NodeExit::Left),
+                };
+                tracing::info!(node = %life.id, driver = self.driver, "joined");
+                let mut released = life.released.clone();
+                let exit = tokio::select! {
+                    // An error means that the agent is gone: nothing can be made here any more.
+                    _ = released.wait_for(|released| *released) => Some(NodeExit::Released),
+                    () = &mut stop => Some(NodeExit::Left),
+                    () = life.driver.stopped() => None,
+                };
+                life.nursery.kill_all();
+                if exit == Some(NodeExit::Left) {
+                    // The driver would notice in any case.
+                    let limit = self.config.net.lease;
+                    let _ = life.driver.ask(Leave(life.id)).timeout(limit).await;
+                }
+                if let Some(exit) = exit {
+                    return Ok(exit);
+                }
+                tracing::warn!(node = %life.id, "the driver is lost; its actors here have ended");
+            }
+        })
+    }
+
+    async fn join(&self) -> Result<Life, ClusterError> {
+        let deadline = Instant::now() + self.config.join_timeout;
+        let mut pause = Duration::from_millis(20);
+        loop {
+            let reason = match self.try_to_join().await {
+                Ok(life) => return Ok(life),
+                Err(JoinError::Permanent(error)) => return Err(error),
+                Err(JoinError::Temporary(reason)) => reason,
+            };
+            if Instant::now() + pause > deadline {
+                return Err(ClusterError::NoDriver {
+                    address: self.driver.clone(),
+                    after: self.config.join_timeout,
+                    reason,
+                });
+            }
+            tracing::debug!(driver = self.driver, reason, "not joined yet");
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(MAX_PAUSE);
+        }
+    }
+
+    async fn try_to_join(&self) -> Result<Life, JoinError> {
+        let memory = match &self.config.transport {
+            Transport::Memory(network) => Some(network.clone()),
+            _ => None,
+        };
+        let process = Process::new(self.config.net, self.config.token.clone(), memory);
+        let driver_address = self.driver_address().await?;
+        let local = local_ip(&process, &driver_address).await?;
+        let bound = Bound::bind(&self.config, SocketAddr::new(local, 0)).await;
+        let bound = bound.map_err(JoinError::Permanent)?;
+        let driver_addresses = vec![driver_address];
+        let me = Arc::downgrade(&process);
+        process.resolve_with(Box::new(move |node| {
+            if node == NodeId::DRIVER {
+                return std::future::ready(Ok(driver_addresses.clone())).boxed();
+            }
+            let Some(process) = me.upgrade() else {
+                return std::future::ready(Err(DialError::Ended("left".to_owned()))).boxed();
+            };
+            async move {
+                let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
+                match driver.ask(Resolve(node)).await {
+                    Ok(Some(addresses)) => Ok(addresses),
+                    Ok(None) => Err(DialError::Ended(format!("{node} has left the cluster"))),
+                    Err(error) => Err(DialError::Unreachable(error.to_string())),
+                }
+            }
+            .boxed()
+        }));
+        let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
+        let join = Join {
+            rank: self.rank,
+            attempt: self.attempt,
+            addresses: bound.addresses.clone(),
+            resources: self.config.resources.clone(),
+            host: host_name(),
+            pid: std::process::id(),
+        };
+        let nursery = Nursery::new(
+            Arc::clone(&process),
+            self.hosts.clone(),
+            self.config.resources.clone(),
+        );
+        let released = watch::Sender::new(false);
+        let watched = released.subscribe();
+        let agent = {
+            let nursery = Arc::clone(&nursery);
+            let spawn = Spawn::new().thread_name(format!("ps-node-{}", self.rank));
+            spawn.start(move || NodeAgent {
+                nursery: Arc::clone(&nursery),
+                released: released.clone(),
+            })
+        };
+        let agent = agent.map_err(|error| JoinError::Permanent(error.into()))?;
+        process.export_agent(&agent);
+        let joined = driver.ask(join).timeout(self.config.net.lease).await;
+        let Joined { node, session } = match joined {
+            Ok(Ok(joined)) => joined,
+            Ok(Err(refused)) => return Err(self.refused(&refused)),
+            Err(CallError::NotDelivered {
+                reason: NotDelivered::Unreachable { reason },
+                ..
+            }) if reason.starts_with("refused") => {
+                return Err(JoinError::Permanent(ClusterError::Refused {
+                    address: self.driver.clone(),
+                    reason,
+                }));
+            }
+            Err(error) => return Err(JoinError::Temporary(error.to_string())),
+        };
+        process.enter(node, session);
+        let endpoint = bound.serve(&process, |_| true, &Router::new());
+        Ok(Life {
+            nursery,
+            driver,
+            released: watched,
+            id: node,
+            _agent: agent,
+            _endpoint: endpoint,
+        })
+    }
+
+    fn refused(&self, refused: &JoinRefused) -> JoinError {
+        JoinError::Permanent(ClusterError::Refused {
+            address: self.driver.clone(),
+            reason: refused.to_string(),
+        })
+    }
+
+    async fn driver_address(&self) -> Result<Address, JoinError> {
+        if let Transport::Memory(_) = self.config.transport {
+            let place = self
+                .driver
+                .strip_prefix("memory:")
+                .and_then(|place| place.parse().ok());
+            return place.map(Address::Memory).ok_or_else(|| {
+                JoinError::Permanent(ClusterError::Address {
+                    address: self.driver.clone(),
+                    source: std::io::ErrorKind::InvalidInput.into(),
+                })
+            });
+        }
+        // A name may not be known yet while a cluster starts.
+        let found = tokio::net::lookup_host(&self.driver).await;
+        let found = found.map_err(|error| JoinError::Temporary(error.to_string()))?;
+        let first = found.into_iter().next();
+        first
+            .map(Address::Tcp)
+            .ok_or_else(|| JoinError::Temporary(format!("{} has no address", self.driver)))
+    }
+}
+
+enum JoinError {
+    Temporary(String),
+    Permanent(ClusterError),
+}
+
+/// The address of this host that the driver sees: nodes are to be reached on the same network.
+async fn local_ip(process: &Process, driver: &Address) -> Result<IpAddr, JoinError> {
+    let unreachable = |error: std::io::Error| JoinError::Temporary(error.to_string());
+    let limit = process.config().handshake;
+    let opened = tokio::time::timeout(limit, dial::open(process, driver)).await;
+    let opened = opened.map_err(|_| JoinError::Temporary(format!("no answer within {limit:?}")))?;
+    match opened.map_err(unreachable)? {
+        Stream::Tcp(stream) => Ok(stream.local_addr().map_err(unreachable)?.ip()),
+        Stream::Unix(_) | Stream::Memory(_) => Ok(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST)),
+    }
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    if name.is_empty() {
+        "unknown".to_owned()
+    } else {
+        name
+    }
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node")
+            .field("rank", &self.rank)
+            .field("attempt", &self.attempt)
+            .field("driver", &self.driver)
+            .field("hosts", &self.hosts)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,171 @@
+//! What can be wrong with flags and variables, and with starting processes.
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a process cannot tell which of N copies it is.
+///
+/// All are mistakes in a configuration: leave with [`EXIT_CONFIG`](super::EXIT_CONFIG), because
+/// trying again cannot help.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum LaunchError {
+    /// A variable should hold a number and does not.
+    #[error("{variable}={value:?} is not a whole number from 0 to {largest}")]
+    NotANumber {
+        /// The variable.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// The largest number that it may hold.
+        largest: u64,
+    },
+    /// The rank is not below the world size.
+    #[error(
+        "{set_by}: rank {rank} of {world_size}: ranks count from 0, so the last is {}",
+        world_size.saturating_sub(1)
+    )]
+    RankOutOfRange {
+        /// The launcher, or the flags.
+        set_by: &'static str,
+        /// The rank.
+        rank: u32,
+        /// How many copies there are.
+        world_size: u32,
+    },
+    /// The world size is 0.
+    #[error("{set_by} is 0, but this process is one: it must be at least 1")]
+    NoProcesses {
+        /// The variable, or the flag.
+        set_by: &'static str,
+    },
+    /// A variable or flag needs another one beside it.
+    #[error("{given} is set but {missing} is not")]
+    Incomplete {
+        /// What is set.
+        given: &'static str,
+        /// What has to be set too.
+        missing: &'static str,
+    },
+    /// Rank and world size are known, where rank 0 listens is not.
+    #[error(
+        "{set_by} makes this rank {rank} of {world_size}, but nothing says where rank 0 listens: set {needed}"
+    )]
+    NoAddress {
+        /// The launcher.
+        set_by: &'static str,
+        /// The rank.
+        rank: u32,
+        /// How many copies there are.
+        world_size: u32,
+        /// The variables to choose from.
+        needed: &'static str,
+    },
+    /// A host, or a host and port, cannot be read.
+    #[error("{variable}={value:?} is no address: {problem}")]
+    BadAddress {
+        /// The variable, or the flag.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it, and how it should be.
+        problem: &'static str,
+    },
+    /// The port is 0, no number, or above 65535.
+    #[error("{variable}={value:?} is no port: {problem}")]
+    BadPort {
+        /// The variable, or the flag.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Slurm's list of hosts cannot be read.
+    #[error(
+        "{variable}={value:?} is no list of hosts: {problem} (PS_RENDEZVOUS=host:port needs no list)"
+    )]
+    BadHostList {
+        /// The variable.
+        variable: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Two flags contradict each other.
+    #[error("--processes starts all copies itself: leave out {other}")]
+    Conflict {
+        /// The flag that does not go with `--processes`.
+        other: &'static str,
+    },
+    /// A launcher has started several copies, and each is told to start copies of its own.
+    #[error(
+        "--processes starts all copies itself, but {launcher} has already started this one as rank {rank} of {world_size}: leave out --processes, or start one copy only"
+    )]
+    AlreadyLaunched {
+        /// The launcher.
+        launcher: &'static str,
+        /// The rank it gave.
+        rank: u32,
+        /// How many copies it started.
+        world_size: u32,
+    },
+}
+
+/// Why a process could not be started or reached.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ProcessError {
+    /// The world size is 0.
+    #[error("the world size is 0, but the driver is one of the processes: it must be at least 1")]
+    NoProcesses,
+    /// The system does not say which program this is.
+    #[error("could not find the program that is running here")]
+    CurrentExe(#[source] io::Error),
+    /// The system gave no thread, or no event loop for it.
+    #[error("could not start a thread to watch processes")]
+    Thread(#[source] io::Error),
+    /// The system did not start the process.
+    #[error("could not start {} as rank {rank}", .program.display())]
+    Spawn {
+        /// The rank of the process.
+        rank: u32,
+        /// The program.
+        program: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The signal could not be sent.
+    #[error("could not kill rank {rank}")]
+    Kill {
+        /// The rank of the process.
+        rank: u32,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The group has no such rank to act on.
+    #[error(
+        "the group has no rank {rank}: it started ranks 1 to {}, rank 0 is the driver",
+        world_size - 1
+    )]
+    NoSuchRank {
+        /// The rank asked for.
+        rank: u32,
+        /// The world size.
+        world_size: u32,
+    },
+    /// A rank cannot be started while it runs.
+    #[error("rank {rank} is still running: kill it, and wait for its exit, before a restart")]
+    StillRunning {
+        /// The rank.
+        rank: u32,
+    },
+    /// The thread that watches the processes has panicked; they have been killed.
+    #[error("the thread that watches processes has panicked, and its processes were killed")]
+    WatcherLost,
+}

@@ -1,0 +1,145 @@
+//! The calling side of the handshake.
+
+use std::io;
+use std::sync::Arc;
+
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, CONNECTION, HOST, UPGRADE};
+use hyper::{Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpStream, UnixStream};
+
+use super::address::Address;
+use super::stream::Stream;
+use crate::remote::process::Process;
+use crate::remote::reference::Wire;
+
+/// The protocol's name in the upgrade, and its version.
+pub(crate) const PROTOCOL: &str = "ps/1";
+
+/// Headers of the handshake.
+pub(crate) const SCHEMA: &str = "ps-schema";
+pub(crate) const SESSION: &str = "ps-session";
+pub(crate) const NODE: &str = "ps-node";
+
+/// How much of a refusal's text is read.
+const MAX_REFUSAL: usize = 4096;
+
+/// A connection whose handshake is over.
+pub(crate) struct Dialled {
+    pub(crate) stream: Stream,
+    /// What came right behind the handshake.
+    pub(crate) already_read: Vec<u8>,
+}
+
+/// Why there is no connection.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    /// Trying again may help.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The other side does not want us.
+    #[error("{0}")]
+    Refused(String),
+    /// What we look for is gone for good.
+    #[error("{0}")]
+    Ended(String),
+}
+
+impl From<io::Error> for DialError {
+    fn from(error: io::Error) -> Self {
+        Self::Unreachable(error.to_string())
+    }
+}
+
+impl From<hyper::Error> for DialError {
+    fn from(error: hyper::Error) -> Self {
+        Self::Unreachable(format!("the handshake failed: {error}"))
+    }
+}
+
+/// Connects to an actor at the first address that answers.
+pub(crate) async fn dial(
+    process: &Arc<Process>,
+    wire: &Wire,
+    addresses: &[Address],
+) -> Result<Dialled, DialError> {
+    let mut last = DialError::Unreachable(format!("{} has no address", wire.node));
+    for address in addresses {
+        let attempt = async {
+            let stream = open(process, address).await?;
+            stream.tune(process.config().lease)?;
+            shake_hands(process, wire, stream).await
+        };
+        let outcome = tokio::time::timeout(process.config().handshake, attempt).await;
+        match outcome {
+            Ok(Ok(dialled)) => return Ok(dialled),
+            Ok(Err(DialError::Unreachable(why))) => {
+                last = DialError::Unreachable(format!("{address}: {why}"));
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(_elapsed) => {
+                let limit = process.config().handshake;
+                let why = format!("{address}: no answer within {limit:?}");
+                last = DialError::Unreachable(why);
+            }
+        }
+    }
+    Err(last)
+}
+
+/// Opens a byte stream.
+pub(crate) async fn open(process: &Process, address: &Address) -> io::Result<Stream> {
+    match address {
+        Address::Tcp(address) => Ok(Stream::Tcp(TcpStream::connect(address).await?)),
+        Address::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
+        Address::Memory(place) => {
+            let network = process.memory().ok_or(io::ErrorKind::Unsupported)?;
+            Ok(Stream::Memory(network.connect(*place)?))
+        }
+    }
+}
+
+async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<Dialled, DialError> {
+    let (mut requests, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    // Ends by itself: with the upgrade, or when `requests` is dropped.
+    tokio::spawn(connection.with_upgrades());
+    let me = process.id();
+    let mut request = Request::get(format!("/ps/v1/actors/{}", wire.actor))
+        .header(HOST, "ps")
+        .header(CONNECTION, "upgrade")
+        .header(UPGRADE, PROTOCOL)
+        .header(SCHEMA, format!("{:016x}", wire.schema))
+        .header(SESSION, format!("{:016x}", process.session()))
+        .header(NODE, format!("{}.{}", me.rank, me.life));
+    if let Some(token) = process.token() {
+        request = request.header(AUTHORIZATION, format!("Bearer {}", token.reveal()));
+    }
+    let request = request
+        .body(Empty::<Bytes>::new())
+        .map_err(|error| DialError::Refused(error.to_string()))?;
+    let response = requests.send_request(request).await?;
+    let status = response.status();
+    if status != StatusCode::SWITCHING_PROTOCOLS {
+        let body = Limited::new(response.into_body(), MAX_REFUSAL)
+            .collect()
+            .await;
+        let text = body.map(|body| body.to_bytes()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text).trim().to_owned();
+        return Err(match status {
+            StatusCode::NOT_FOUND | StatusCode::GONE => DialError::Ended(text),
+            StatusCode::SERVICE_UNAVAILABLE => DialError::Unreachable(text),
+            _ => DialError::Refused(format!("refused ({status}): {text}")),
+        });
+    }
+    let upgraded = hyper::upgrade::on(response).await?;
+    let parts = upgraded
+        .downcast::<TokioIo<Stream>>()
+        .map_err(|_| DialError::Refused("the connection cannot be upgraded".to_owned()))?;
+    Ok(Dialled {
+        stream: parts.io.into_inner(),
+        already_read: parts.read_buf.to_vec(),
+    })
+}

@@ -1,0 +1,375 @@
+//! What travels on a connection: frames, each a head of fixed size, lengths, a header and bulk.
+//!
+//! ```text
+//! offset  size
+//!      0     1  kind
+//!      1     1  always 0xA7
+//!      2     2  number of bulk buffers, n
+//!      4     4  length of the header in bytes, h
+//!      8     8  number of the call, chosen by the caller
+//!     16     4  Ask, Tell: which message of the actor; Reply: 0 for a result, 1 for an error
+//!     20     4  always 0
+//!     24    8n  length of each buffer, in f32
+//!  24+8n     h  header: bincode
+//!               the buffers, f32, one after the other
+//! ```
+//!
+//! All numbers are little-endian. [`Head::parse`] is pure and checks everything that can be
+//! checked before anything is allocated.
+
+use crate::codec::{Bulk, Encoded, MAX_HEADER};
+
+/// Bytes of a frame's fixed part.
+pub const HEAD_LEN: usize = 24;
+
+/// The most buffers in one frame: a message with more shards or gradients than this is split.
+pub const MAX_BUFFERS: usize = 4096;
+
+const MARK: u8 = 0xA7;
+
+/// The most bytes that [`OutFrame::next_chunk`] copies.
+const MAX_CHUNK: usize = 64 << 10;
+
+/// What a frame is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// A call; a `Reply` follows.
+    Ask = 1,
+    /// A call whose result nobody wants; a `Reply` without a result follows.
+    Tell = 2,
+    /// The caller has given up.
+    Cancel = 3,
+    /// The end of a call.
+    Reply = 4,
+    /// A sign of life.
+    Ping = 5,
+    /// The last reference of the calling process is gone.
+    Release = 6,
+    /// `ActorRef::stop`.
+    Stop = 7,
+    /// `ActorRef::kill`.
+    Kill = 8,
+    /// The actor has ended.
+    Ended = 9,
+}
+
+impl Kind {
+    const ALL: [Self; 9] = [
+        Self::Ask,
+        Self::Tell,
+        Self::Cancel,
+        Self::Reply,
+        Self::Ping,
+        Self::Release,
+        Self::Stop,
+        Self::Kill,
+        Self::Ended,
+    ];
+}
+
+/// The fixed part of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    /// What it is for.
+    pub kind: Kind,
+    /// Which call it belongs to.
+    pub call: u64,
+    /// Which message, or which kind of result.
+    pub code: u32,
+    /// How many buffers follow.
+    pub num_buffers: usize,
+    /// The header's length in bytes.
+    pub header_len: usize,
+}
+
+/// Why bytes are no frame. The connection cannot go on after it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// The first bytes cannot begin a frame.
+    #[error("no frame begins with {0:02x?}")]
+    NotAFrame([u8; 4]),
+    /// The header is longer than any message needs.
+    #[error("a header of {0} bytes is longer than {MAX_HEADER}")]
+    HeaderTooLong(usize),
+    /// There are more buffers than allowed.
+    #[error("{0} buffers are more than {MAX_BUFFERS}")]
+    TooManyBuffers(usize),
+    /// The numbers take more room than allowed.
+    #[error("{len} numbers are more than the {max} that a message may have")]
+    TooLong {
+        /// How many numbers the buffers hold together.
+        len: u64,
+        /// How many they may.
+        max: u64,
+    },
+}
+
+impl Head {
+    /// Reads the fixed part of a frame.
+    ///
+    /// # Errors
+    /// When the bytes begin no frame, or one that is too large.
+    pub fn parse(bytes: &[u8; HEAD_LEN]) -> Result<Self, FrameError> {
+        let [
+            kind,
+            mark,
+            n0,
+            n1,
+            h0,
+            h1,
+            h2,
+            h3,
+            call @ ..,
+            c0,
+            c1,
+            c2,
+            c3,
+            r0,
+            r1,
+            r2,
+            r3,
+        ] = bytes;
+        let found = Kind::ALL.into_iter().find(|known| *known as u8 == *kind);
+        let (Some(kind), MARK, [0, 0, 0, 0]) = (found, *mark, [*r0, *r1, *r2, *r3]) else {
+            return Err(FrameError::NotAFrame([*kind, *mark, *n0, *n1]));
+        };
+        let num_buffers = usize::from(u16::from_le_bytes([*n0, *n1]));
+        if num_buffers > MAX_BUFFERS {
+            return Err(FrameError::TooManyBuffers(num_buffers));
+        }
+        let header_len = u32::from_le_bytes([*h0, *h1, *h2, *h3]) as usize;
+        if header_len > MAX_HEADER {
+            return Err(FrameError::HeaderTooLong(header_len));
+        }
+        Ok(Self {
+            kind,
+            call: u64::from_le_bytes(*call),
+            code: u32::from_le_bytes([*c0, *c1, *c2, *c3]),
+            num_buffers,
+            header_len,
+        })
+    }
+
+    fn write(&self, out: &mut Vec<u8>) {
+        let num_buffers = u16::try_from(self.num_buffers).unwrap_or(u16::MAX);
+        let header_len = u32::try_from(self.header_len).unwrap_or(u32::MAX);
+        out.extend([self.kind as u8, MARK]);
+        out.extend(num_buffers.to_le_bytes());
+        out.extend(header_len.to_le_bytes());
+        out.extend(self.call.to_le_bytes());
+        out.extend(self.code.to_le_bytes());
+        out.extend([0; 4]);
+    }
+}
+
+/// Reads the lengths of a frame's buffers, each in numbers.
+///
+/// # Errors
+/// When they hold more than `max` numbers together.
+pub fn parse_lengths(bytes: &[u8], max: u64) -> Result<Vec<usize>, FrameError> {
+    let (chunks, _) = bytes.as_chunks::<8>();
+    let mut total = 0u64;
+    let mut lengths = Vec::with_capacity(chunks.len());
+    for chunk in chunks {
+        let len = u64::from_le_bytes(*chunk);
+        total = total.saturating_add(len);
+        if total > max {
+            return Err(FrameError::TooLong { len: total, max });
+        }
+        // No more than `max`, which is a length in this process.
+        lengths.push(usize::try_from(len).unwrap_or(usize::MAX));
+    }
+    Ok(lengths)
+}
+
+/// A frame on its way out. Its bulk is shared with the message, not copied.
+#[derive(Debug)]
+pub(crate) struct OutFrame {
+    /// Fixed part, lengths and header.
+    head: Vec<u8>,
+    bulk: Vec<Bulk>,
+    num_written: usize,
+    len: usize,
+}
+
+impl OutFrame {
+    /// Makes a frame without contents.
+    pub(crate) fn signal(kind: Kind, call: u64) -> Self {
+        Self::new(kind, call, 0, Encoded::default())
+    }
+
+    /// Makes a frame around an encoded message, result or error.
+    pub(crate) fn new(kind: Kind, call: u64, code: u32, contents: Encoded) -> Self {
+        let Encoded { header, bulk } = contents;
+        let fixed = Head {
+            kind,
+            call,
+            code,
+            num_buffers: bulk.len(),
+            header_len: header.len(),
+        };
+        let mut head = Vec::with_capacity(HEAD_LEN + 8 * bulk.len() + header.len());
+        fixed.write(&mut head);
+        for buffer in &bulk {
+            head.extend((buffer.len() as u64).to_le_bytes());
+        }
+        head.extend(header);
+        let len = head.len() + bulk.iter().map(|bulk| 4 * bulk.len()).sum::<usize>();
+        Self {
+            head,
+            bulk,
+            num_written: 0,
+            len,
+        }
+    }
+
+    /// Sets the call's number; it must not have been written in part.
+    pub(crate) fn set_call(&mut self, call: u64) {
+        self.head[8..16].copy_from_slice(&call.to_le_bytes());
+    }
+
+    pub(crate) fn call(&self) -> u64 {
+        let mut call = [0; 8];
+        call.copy_from_slice(&self.head[8..16]);
+        u64::from_le_bytes(call)
+    }
+
+    pub(crate) fn is_call(&self) -> bool {
+        [Kind::Ask as u8, Kind::Tell as u8].contains(&self.head[0])
+    }
+
+    /// Whether the frame means the same on another connection.
+    pub(crate) fn must_arrive(&self) -> bool {
+        self.is_call() || [Kind::Stop as u8, Kind::Kill as u8].contains(&self.head[0])
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn has_begun(&self) -> bool {
+        self.num_written > 0
+    }
+
+    pub(crate) fn is_done(&self) -> bool {
+        self.num_written == self.len
+    }
+
+    /// Notes that `num_bytes` more were written, and returns those that belong to the next frame.
+    pub(crate) fn advance(&mut self, num_bytes: usize) -> usize {
+        let step = num_bytes.min(self.len - self.num_written);
+        self.num_written += step;
+        num_bytes - step
+    }
+
+    /// Takes a copy of the next bytes, which count as written.
+    pub(crate) fn next_chunk(&mut self) -> Vec<u8> {
+        let chunk = self.rest().next().unwrap_or_default();
+        let chunk = chunk[..chunk.len().min(MAX_CHUNK)].to_vec();
+        self.advance(chunk.len());
+        chunk
+    }
+
+    /// Returns what is still to be written, in order.
+    pub(crate) fn rest(&self) -> impl Iterator<Item = &[u8]> {
+        let pieces = std::iter::once(&self.head[..]).chain(
+            self.bulk
+                .iter()
+                .map(|bulk| bytemuck::cast_slice::<f32, u8>(bulk)),
+        );
+        let mut skip = self.num_written;
+        pieces.filter_map(move |piece| {
+            let skipped = skip.min(piece.len());
+            skip -= skipped;
+            (skipped < piece.len()).then(|| &piece[skipped..])
+        })
+    }
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("numbers travel as little-endian f32 and are not converted");
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::buffer::Buffer;
+
+    fn bulk(values: Vec<f32>) -> Bulk {
+        Bulk::from(Buffer::from(values))
+    }
+
+    fn bytes_of(frame: &OutFrame) -> Vec<u8> {
+        frame.rest().flatten().copied().collect()
+    }
+
+    proptest! {
+        #[test]
+        fn a_frame_is_read_as_it_was_written(
+            kind in prop::sample::select(Kind::ALL.to_vec()),
+            (call, code) in any::<(u64, u32)>(),
+            header in proptest::collection::vec(any::<u8>(), 0..100),
+            lengths in proptest::collection::vec(0usize..50, 0..4),
+        ) {
+            let contents = Encoded {
+                header: header.clone(),
+                bulk: lengths.iter().map(|&len| bulk(vec![1.5; len])).collect(),
+            };
+            let bytes = bytes_of(&OutFrame::new(kind, call, code, contents));
+            let head = Head::parse(bytes.first_chunk().unwrap()).unwrap();
+            let expected = Head { kind, call, code, num_buffers: lengths.len(), header_len: header.len() };
+            prop_assert_eq!(head, expected);
+            let (table, rest) = bytes[HEAD_LEN..].split_at(8 * lengths.len());
+            prop_assert_eq!(parse_lengths(table, 1000).unwrap(), lengths);
+            prop_assert_eq!(&rest[..header.len()], &header[..]);
+        }
+
+        /// However the system splits the writes.
+        #[test]
+        fn pieces_written_add_up(steps in proptest::collection::vec(1usize..40, 1..100)) {
+            let contents = || Encoded { header: vec![7; 33], bulk: vec![bulk(vec![0.25; 9]), bulk(vec![]), bulk(vec![2.0; 5])] };
+            let whole = bytes_of(&OutFrame::new(Kind::Ask, 5, 6, contents()));
+            let mut frame = OutFrame::new(Kind::Ask, 5, 6, contents());
+            let mut written = Vec::new();
+            for step in steps {
+                let next: Vec<u8> = bytes_of(&frame).into_iter().take(step).collect();
+                written.extend(&next);
+                prop_assert_eq!(frame.advance(next.len()), 0);
+            }
+            written.extend(bytes_of(&frame));
+            prop_assert_eq!(written, whole);
+        }
+
+        /// PS-6.
+        #[test]
+        fn arbitrary_bytes_do_no_harm(bytes: [u8; HEAD_LEN], table in proptest::collection::vec(any::<u8>(), 0..100)) {
+            if let Ok(head) = Head::parse(&bytes) {
+                prop_assert!(head.header_len <= MAX_HEADER && head.num_buffers <= MAX_BUFFERS);
+            }
+            if let Ok(lengths) = parse_lengths(&table, 1_000_000) {
+                prop_assert!(lengths.iter().sum::<usize>() <= 1_000_000);
+            }
+        }
+    }
+
+    #[test]
+    fn an_http_request_is_no_frame() {
+        let error = Head::parse(b"GET / HTTP/1.1\r\nHost: x\r").unwrap_err();
+        assert_eq!(error, FrameError::NotAFrame(*b"GET "));
+    }
+
+    #[test]
+    fn giant_lengths_are_refused_before_anything_is_allocated() {
+        let lengths = [u64::MAX, 1].map(u64::to_le_bytes).concat();
+        let error = parse_lengths(&lengths, 100).unwrap_err();
+        assert_eq!(
+            error,
+            FrameError::TooLong {
+                len: u64::MAX,
+                max: 100
+            }
+        );
+    }
+}

@@ -1,0 +1,257 @@
+//! The called side of the handshake: takes connections, asks who is there, serves HTTP or an actor.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Path, Request, State};
+use axum::http::header::{AUTHORIZATION, UPGRADE};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use super::access::may_pass;
+use super::connection::Connection;
+use super::dial::{NODE, PROTOCOL, SCHEMA, SESSION};
+use super::stream::Stream;
+use super::threads;
+use crate::remote::callee::Server;
+use crate::remote::process::{NodeId, Process};
+
+/// Where connections come in.
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+    Memory(mpsc::Receiver<tokio::io::DuplexStream>),
+}
+
+/// What a listener needs to know.
+pub(crate) struct Front {
+    pub(crate) process: Arc<Process>,
+    /// Whether a node may still speak; false for one that was declared lost.
+    pub(crate) is_live: Box<dyn Fn(NodeId) -> bool + Send + Sync>,
+    /// More that is served on the same port, behind the same token.
+    pub(crate) routes: Router,
+}
+
+impl Listener {
+    async fn accept(&mut self) -> io::Result<Stream> {
+        match self {
+            Self::Tcp(listener) => Ok(Stream::Tcp(listener.accept().await?.0)),
+            Self::Unix(listener) => Ok(Stream::Unix(listener.accept().await?.0)),
+            Self::Memory(listener) => match listener.recv().await {
+                Some(stream) => Ok(Stream::Memory(stream)),
+                None => std::future::pending().await,
+            },
+        }
+    }
+
+    /// Takes connections for as long as it is polled; its drop ends them all.
+    pub(crate) async fn serve(mut self, front: Front) {
+        let Front {
+            process,
+            is_live,
+            routes,
+        } = front;
+        let config = *process.config();
+        let shared = Arc::new(Shared { process, is_live });
+        let routes = Router::new()
+            .route("/ps/v1/actors/{number}", get(upgrade))
+            .with_state(Arc::clone(&shared))
+            .merge(routes)
+            .layer(middleware::from_fn_with_state(shared, check_token))
+            // Probes of an orchestrator have no token.
+            .route("/healthz", get(|| async { "ok\n" }));
+        let room = Arc::new(Semaphore::new(config.max_connections));
+        let mut connections = JoinSet::new();
+        loop {
+            let stream = match self.accept().await {
+                Ok(stream) => stream,
+                Err(error) => {
+                    // Mostly out of file descriptors: it goes on when some are free again.
+                    tracing::warn!(%error, "could not take a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            while connections.try_join_next().is_some() {}
+            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+                tracing::warn!(limit = config.max_connections, "too many connections");
+                continue;
+            };
+            let Ok(stream) = stream.detach() else {
+                continue;
+            };
+            let routes = routes.clone();
+            let handshake = config.handshake;
+            let lease = config.lease;
+            let on = threads::next();
+            connections.spawn_on(
+                async move {
+                    let Ok(stream) = stream.attach() else {
+                        return;
+                    };
+                    if stream.tune(lease).is_ok() {
+                        greet(stream, routes, handshake, permit).await;
+                    }
+                },
+                &on,
+            );
+        }
+    }
+}
+
+struct Shared {
+    process: Arc<Process>,
+    is_live: Box<dyn Fn(NodeId) -> bool + Send + Sync>,
+}
+
+/// What a request that asks for an upgrade hands to the connection's task.
+type Upgrades = mpsc::Sender<Upgrade>;
+
+struct Upgrade {
+    on: hyper::upgrade::OnUpgrade,
+    server: MakeServer,
+    process: Arc<Process>,
+}
+
+/// Serves HTTP on a connection until it ends or becomes a connection to an actor.
+async fn greet(stream: Stream, routes: Router, limit: Duration, permit: OwnedSemaphorePermit) {
+    let (sender, mut upgrades) = mpsc::channel::<Upgrade>(1);
+    let routes = routes.layer(axum::Extension(sender));
+    let serving = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limit)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
+        .with_upgrades();
+    // A peer that does not keep to HTTP has nothing to be told.
+    let _ = serving.await;
+    if let Ok(upgrade) = upgrades.try_recv() {
+        run(upgrade).await;
+    }
+    drop(permit);
+}
+
+async fn run(upgrade: Upgrade) {
+    let Ok(upgraded) = upgrade.on.await else {
+        return;
+    };
+    let Ok(parts) = upgraded.downcast::<TokioIo<Stream>>() else {
+        return;
+    };
+    let connection = Connection::new(parts.io.into_inner());
+    let server = (upgrade.server)(Arc::clone(&connection.outbox));
+    let watch = server.watch();
+    let process = upgrade.process;
+    let (config, buffers) = (process.config(), process.buffers());
+    let running = connection.run(&parts.read_buf, config, buffers, server);
+    tokio::pin!(running);
+    tokio::select! {
+        () = &mut running => return,
+        () = watch => {}
+    }
+    // The last replies are still on their way.
+    running.await;
+}
+
+async fn check_token(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    let given = request
+        .headers()
+        .get(AUTHORIZATION)
+        .map(HeaderValue::as_bytes);
+    if may_pass(shared.process.token(), given) {
+        return next.run(request).await;
+    }
+    let text = "this cluster asks for a token (Authorization: Bearer …), and this is not it\n";
+    (StatusCode::UNAUTHORIZED, text).into_response()
+}
+
+async fn upgrade(
+    State(shared): State<Arc<Shared>>,
+    Path(number): Path<u64>,
+    axum::Extension(upgrades): axum::Extension<Upgrades>,
+    mut request: Request,
+) -> Response {
+    let on = hyper::upgrade::on(&mut request);
+    match admit(&shared, number, request.headers()) {
+        Ok(server) => {
+            let process = Arc::clone(&shared.process);
+            let upgrade = Upgrade {
+                on,
+                server,
+                process,
+            };
+            if upgrades.try_send(upgrade).is_err() {
+                return StatusCode::BAD_REQUEST.into_response();
+            }
+            let headers = [("connection", "upgrade"), ("upgrade", PROTOCOL)];
+            (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+        }
+        Err((status, why)) => (status, why + "\n").into_response(),
+    }
+}
+
+type MakeServer = Box<dyn FnOnce(Arc<super::outbox::Outbox>) -> Server + Send>;
+
+/// Checks everything that can be checked about a caller.
+fn admit(
+    shared: &Arc<Shared>,
+    number: u64,
+    headers: &HeaderMap,
+) -> Result<MakeServer, (StatusCode, String)> {
+    let process = &shared.process;
+    let header = |name| {
+        headers
+            .get(name)
+            .and_then(|value: &HeaderValue| value.to_str().ok())
+    };
+    let hex = |name| header(name).and_then(|text| u64::from_str_radix(text, 16).ok());
+    let protocol = headers.get(UPGRADE).and_then(|value| value.to_str().ok());
+    if protocol != Some(PROTOCOL) {
+        let why = format!("this is a connection for programs that speak {PROTOCOL}");
+        return Err((StatusCode::UPGRADE_REQUIRED, why));
+    }
+    let session = hex(SESSION).unwrap_or(0);
+    let is_joining = session == 0 && number == crate::remote::process::AGENT;
+    if session != process.session() && !is_joining {
+        let why = "the caller belongs to another run of the program";
+        return Err((StatusCode::GONE, why.to_owned()));
+    }
+    let node = header(NODE).and_then(parse_node);
+    if let Some(node) = node.filter(|_| !is_joining)
+        && !(shared.is_live)(node)
+    {
+        let why = format!("{node} was declared lost; it must join again");
+        return Err((StatusCode::GONE, why));
+    }
+    let Some((callee, hold)) = process.open(number) else {
+        let why = format!("actor {number} has ended");
+        return Err((StatusCode::NOT_FOUND, why));
+    };
+    if hex(SCHEMA) != Some(callee.schema()) {
+        let why = format!(
+            "the caller has another version of {}: start the same build everywhere",
+            callee.type_name()
+        );
+        return Err((StatusCode::CONFLICT, why));
+    }
+    let process = Arc::clone(process);
+    Ok(Box::new(move |outbox| {
+        Server::new(&process, callee, outbox, hold)
+    }))
+}
+
+fn parse_node(text: &str) -> Option<NodeId> {
+    let (rank, life) = text.split_once('.')?;
+    Some(NodeId {
+        rank: rank.parse().ok()?,
+        life: life.parse().ok()?,
+    })
+}

@@ -1,0 +1,68 @@
+//! A network inside one process, for tests: pipes in place of sockets, and faults on demand.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::io::DuplexStream;
+use tokio::sync::mpsc;
+
+/// Bytes in a pipe that its reader has not taken yet, as in a socket's buffer.
+const PIPE: usize = 256 << 10;
+
+/// Connections that wait to be accepted.
+const BACKLOG: usize = 128;
+
+/// Processes that can reach each other without sockets. Cloning gives the same network.
+#[derive(Clone, Default)]
+pub struct MemoryNetwork {
+    inner: Arc<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    next_place: AtomicU64,
+    listeners: Mutex<HashMap<u64, mpsc::Sender<DuplexStream>>>,
+}
+
+impl MemoryNetwork {
+    /// Makes a network without anyone in it.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<DuplexStream>>> {
+        // Each operation on the map is whole.
+        let listeners = self.inner.listeners.lock();
+        listeners.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a place to listen at; the first place is 0.
+    pub(crate) fn listen(&self) -> (u64, mpsc::Receiver<DuplexStream>) {
+        let place = self.inner.next_place.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = mpsc::channel(BACKLOG);
+        self.listeners().insert(place, sender);
+        (place, receiver)
+    }
+
+    pub(crate) fn connect(&self, place: u64) -> io::Result<DuplexStream> {
+        let listener = self.listeners().get(&place).cloned();
+        let (ours, theirs) = tokio::io::duplex(PIPE);
+        let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
+        let listener = listener.ok_or_else(refused)?;
+        listener.try_send(theirs).map_err(|_| refused())?;
+        Ok(ours)
+    }
+}
+
+impl fmt::Debug for MemoryNetwork {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let num_listeners = self.listeners().len();
+        f.debug_struct("MemoryNetwork")
+            .field("num_listeners", &num_listeners)
+            .finish()
+    }
+}

@@ -1,0 +1,31 @@
+//! Connections between processes: frames, handshake, heartbeat. Only this module touches sockets.
+//!
+//! A connection begins as an HTTP/1.1 request that asks for an upgrade, so that one port serves
+//! other processes of the program, HTTP clients in any language, and health probes, all behind the
+//! same token. After the upgrade it carries [`frame`]s. Each process opens one connection to each
+//! actor that it has a reference to; calls arrive in the order sent because the stream keeps it.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`frame`] | the format of what is sent; pure |
+//! | `connection`, `outbox` | reading, writing, heartbeat of one connection |
+//! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
+//! | `address`, `dial`, `listen` | finding a process, both sides of the handshake |
+//! | `access` | the token |
+//! | `memory` | a network inside one process, with faults |
+
+pub(crate) mod access;
+pub(crate) mod address;
+pub(crate) mod config;
+pub(crate) mod connection;
+pub(crate) mod dial;
+pub mod frame;
+pub(crate) mod listen;
+pub mod memory;
+pub(crate) mod outbox;
+pub(crate) mod stream;
+pub(crate) mod threads;
+
+pub use access::{Token, TokenError};
+pub use address::Address;
+pub use config::NetConfig;

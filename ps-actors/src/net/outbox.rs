@@ -1,0 +1,220 @@
+//! The frames that wait to be written to one connection.
+//!
+//! Whoever has a frame writes it to the socket at once, on its own thread, if nothing waits before
+//! it and it is small: that saves waking the network thread, which costs more than the write. What
+//! the socket does not take is left to the connection's [`write`](Outbox::write) task.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::sync::Notify;
+
+use super::frame::{Kind, OutFrame};
+use super::stream::{Socket, WriteHalf};
+
+/// The largest frame that its own thread writes.
+const MAX_DIRECT: usize = 64 << 10;
+
+/// How many pieces of memory, and how many bytes, go into one call of the system.
+const MAX_PIECES: usize = 32;
+const MAX_BYTES: usize = 1 << 20;
+
+pub(crate) struct Outbox {
+    socket: Option<Socket>,
+    state: Mutex<State>,
+    more: Notify,
+}
+
+struct State {
+    queue: VecDeque<OutFrame>,
+    last_write: Instant,
+    /// Set when no more frames are to come; the task ends when it has written those there are.
+    is_finished: bool,
+    closed: Option<Arc<str>>,
+}
+
+/// The writer of a connection that only one task can write to.
+pub(crate) type TaskWriter = Option<Pin<Box<dyn AsyncWrite + Send>>>;
+
+impl Outbox {
+    pub(crate) fn new(write: WriteHalf) -> (Self, TaskWriter) {
+        let (socket, task) = match write {
+            WriteHalf::Tcp(socket) => (Some(Socket::Tcp(socket)), None),
+            WriteHalf::Unix(socket) => (Some(Socket::Unix(socket)), None),
+            WriteHalf::Task(writer) => (None, Some(writer)),
+        };
+        let outbox = Self {
+            socket,
+            state: Mutex::new(State {
+                queue: VecDeque::new(),
+                last_write: Instant::now(),
+                is_finished: false,
+                closed: None,
+            }),
+            more: Notify::new(),
+        };
+        (outbox, task)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code of the user runs under the lock, so a poisoned state is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a frame, or queues it; gives it back if the connection is closed.
+    pub(crate) fn send(&self, frame: OutFrame) -> Result<(), OutFrame> {
+        let mut state = self.lock();
+        if state.closed.is_some() || state.is_finished {
+            return Err(frame);
+        }
+        let may_write = state.queue.is_empty() && frame.len() <= MAX_DIRECT;
+        state.queue.push_back(frame);
+        let is_written = match &self.socket {
+            // An error is met again, and reported, by the task.
+            Some(socket) if may_write => state.write_some(socket).unwrap_or(false),
+            _ => false,
+        };
+        drop(state);
+        if !is_written {
+            self.more.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Takes no more frames; the connection ends when those there are have been written.
+    pub(crate) fn finish(&self) {
+        self.lock().is_finished = true;
+        self.more.notify_one();
+    }
+
+    /// Removes a frame of which nothing was written.
+    pub(crate) fn take_back(&self, call: u64) -> Option<OutFrame> {
+        let mut state = self.lock();
+        let is_it =
+            |frame: &OutFrame| frame.is_call() && frame.call() == call && !frame.has_begun();
+        let place = state.queue.iter().position(is_it)?;
+        state.queue.remove(place)
+    }
+
+    /// Closes the outbox and returns the frames of which nothing was written.
+    pub(crate) fn close(&self, why: &Arc<str>) -> Vec<OutFrame> {
+        let mut state = self.lock();
+        state.closed.get_or_insert_with(|| Arc::clone(why));
+        let queue = std::mem::take(&mut state.queue);
+        drop(state);
+        self.more.notify_one();
+        queue
+            .into_iter()
+            .filter(|frame| !frame.has_begun())
+            .collect()
+    }
+
+    /// Writes what is queued until the outbox is finished and empty, or closed.
+    pub(crate) async fn write(&self, writer: TaskWriter) -> io::Result<()> {
+        match (&self.socket, writer) {
+            (Some(socket), _) => self.write_to_socket(socket).await,
+            (None, Some(writer)) => self.write_as_task(writer).await,
+            (None, None) => Ok(()),
+        }
+    }
+
+    async fn write_to_socket(&self, socket: &Socket) -> io::Result<()> {
+        loop {
+            let (is_written, is_over) = {
+                let mut state = self.lock();
+                let is_written = state.write_some(socket)?;
+                (is_written, state.is_over())
+            };
+            match (is_written, is_over) {
+                (_, true) => return Ok(()),
+                (true, false) => self.more.notified().await,
+                (false, false) => socket.writable().await?,
+            }
+        }
+    }
+
+    async fn write_as_task(&self, mut writer: Pin<Box<dyn AsyncWrite + Send>>) -> io::Result<()> {
+        loop {
+            // Copied once here; the pipe or the cipher behind copies them anyway.
+            let chunk = self.lock().queue.front_mut().map(OutFrame::next_chunk);
+            match chunk {
+                Some(bytes) => {
+                    writer.write_all(&bytes).await?;
+                    let mut state = self.lock();
+                    state.last_write = Instant::now();
+                    if state.queue.front().is_some_and(OutFrame::is_done) {
+                        state.queue.pop_front();
+                    }
+                }
+                None => {
+                    writer.flush().await?;
+                    if self.lock().is_over() {
+                        return writer.shutdown().await;
+                    }
+                    self.more.notified().await;
+                }
+            }
+        }
+    }
+
+    /// Sends a sign of life whenever nothing else was written for a while.
+    pub(crate) async fn ping(&self, every: Duration) {
+        loop {
+            let silent_for = self.lock().last_write.elapsed();
+            match every.checked_sub(silent_for) {
+                Some(left) if !left.is_zero() => tokio::time::sleep(left).await,
+                _ => {
+                    let is_idle = self.lock().queue.is_empty();
+                    if is_idle && self.send(OutFrame::signal(Kind::Ping, 0)).is_err() {
+                        return;
+                    }
+                    tokio::time::sleep(every).await;
+                }
+            }
+        }
+    }
+}
+
+impl State {
+    fn is_over(&self) -> bool {
+        self.closed.is_some() || (self.is_finished && self.queue.is_empty())
+    }
+
+    /// Writes until nothing is left (true) or the socket takes no more.
+    fn write_some(&mut self, socket: &Socket) -> io::Result<bool> {
+        while !self.queue.is_empty() {
+            let mut pieces = Vec::with_capacity(MAX_PIECES);
+            let mut room = MAX_BYTES;
+            for piece in self.queue.iter().flat_map(OutFrame::rest) {
+                let piece = &piece[..piece.len().min(room)];
+                room -= piece.len();
+                pieces.push(IoSlice::new(piece));
+                if room == 0 || pieces.len() == MAX_PIECES {
+                    break;
+                }
+            }
+            let mut num_written = match socket.try_write(&pieces) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(num_written) => num_written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            self.last_write = Instant::now();
+            while num_written > 0 {
+                let Some(front) = self.queue.front_mut() else {
+                    break;
+                };
+                num_written = front.advance(num_written);
+                if front.is_done() {
+                    self.queue.pop_front();
+                }
+            }
+        }
+        Ok(true)
+    }
+}

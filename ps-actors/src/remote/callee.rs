@@ -1,0 +1,323 @@
+//! An actor of this process that is called from elsewhere.
+//!
+//! Messages are read on the network's thread and go into the actor's queue as any other. The
+//! result is written by whoever completes the call, which is the actor's own thread: its reply
+//! wakes nobody here.
+
+use std::any::type_name;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context as TaskContext, Poll, Wake, Waker};
+
+use actix::{Actor, Context, Handler, Message};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+
+use super::Remote;
+use super::caller::error_chain;
+use super::process::Process;
+use super::reference::on_behalf_of;
+use super::table::Table;
+use crate::actor::actor_ref::Handle;
+use crate::actor::call::ReplySlot;
+use crate::actor::mailbox::Mailbox;
+use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
+use crate::codec::{self, Encoded};
+use crate::net::connection::{Frame, Peer};
+use crate::net::frame::{Kind, OutFrame};
+use crate::net::outbox::Outbox;
+
+/// An actor of any type that other processes can call.
+pub(crate) trait Callee: Send + Sync {
+    fn name(&self) -> &Arc<str>;
+    fn schema(&self) -> u64;
+    fn type_name(&self) -> &'static str;
+    fn call(&self, code: u32, incoming: Incoming);
+    fn stop(&self);
+    fn kill(&self);
+    fn ended(&self) -> watch::Receiver<bool>;
+    /// The `Arc<Handle<A>>`, as one of any type.
+    fn handle(&self) -> Arc<dyn std::any::Any + Send + Sync>;
+}
+
+/// A [`Callee`] that keeps its actor alive.
+pub(crate) struct Exported<A: Actor> {
+    pub(crate) handle: Arc<Handle<A>>,
+    pub(crate) mailbox: Arc<Mailbox<A>>,
+    pub(crate) table: Arc<Table<A>>,
+}
+
+impl<A: Remote> Callee for Exported<A> {
+    fn name(&self) -> &Arc<str> {
+        self.mailbox.name()
+    }
+
+    fn schema(&self) -> u64 {
+        self.table.schema()
+    }
+
+    fn type_name(&self) -> &'static str {
+        type_name::<A>()
+    }
+
+    fn call(&self, code: u32, incoming: Incoming) {
+        self.table.serve(&self.mailbox, code, incoming);
+    }
+
+    fn stop(&self) {
+        self.mailbox.close();
+    }
+
+    fn kill(&self) {
+        self.mailbox.kill();
+    }
+
+    fn ended(&self) -> watch::Receiver<bool> {
+        self.mailbox.ended()
+    }
+
+    fn handle(&self) -> Arc<dyn std::any::Any + Send + Sync> {
+        Arc::clone(&self.handle) as _
+    }
+}
+
+/// A call that has arrived.
+pub(crate) struct Incoming {
+    frame: Frame,
+    connection: Arc<Calls>,
+}
+
+impl Incoming {
+    /// Tells the caller that its message was not taken.
+    pub(crate) fn refuse(self, reason: String) {
+        let actor = Arc::clone(&self.connection.actor_name);
+        let error = CallError::NotDelivered {
+            actor,
+            reason: NotDelivered::Refused { reason },
+            message: Undelivered::elsewhere("a message"),
+        };
+        self.connection.reply_error(self.frame.call, &error);
+    }
+}
+
+/// Reads a message of type `M` and hands it to the actor.
+pub(crate) fn serve<A, M>(mailbox: &Arc<Mailbox<A>>, incoming: Incoming)
+where
+    A: Actor<Context = Context<A>> + Handler<M>,
+    M: Message + Serialize + DeserializeOwned + Send + 'static,
+    M::Result: Serialize + DeserializeOwned + Send,
+{
+    let Incoming { frame, connection } = incoming;
+    let Frame {
+        kind,
+        call: number,
+        header,
+        bulk,
+        ..
+    } = frame;
+    let message = on_behalf_of(&connection.process, || codec::decode::<M>(&header, bulk));
+    let message = match message {
+        Ok(message) => message,
+        Err(error) => {
+            let error = CallError::NotDelivered {
+                actor: Arc::clone(mailbox.name()),
+                reason: NotDelivered::Refused {
+                    reason: error_chain(&error),
+                },
+                message: Undelivered::elsewhere(type_name::<M>()),
+            };
+            return connection.reply_error(number, &error);
+        }
+    };
+    let told = kind == Kind::Tell;
+    // A told message, too, is answered, without its result: its loss is counted by its sender.
+    match mailbox.push(message, false) {
+        Ok(call) => {
+            let reply = Arc::new(Answer {
+                slot: call,
+                told,
+                number,
+                connection: Arc::clone(&connection),
+                is_over: AtomicBool::new(false),
+            });
+            connection.lock().insert(number, Arc::clone(&reply) as _);
+            reply.poll();
+        }
+        Err(error) => connection.reply_error(number, &error),
+    }
+}
+
+/// The calls under way on one connection.
+pub(crate) struct Calls {
+    process: Arc<Process>,
+    outbox: Arc<Outbox>,
+    actor_name: Arc<str>,
+    running: Mutex<HashMap<u64, Arc<dyn Cancel>>>,
+}
+
+trait Cancel: Send + Sync {
+    fn cancel(&self);
+}
+
+impl Calls {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, Arc<dyn Cancel>>> {
+        // Each operation on the map is whole.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reply(&self, call: u64, code: u32, contents: Encoded) {
+        // A caller whose connection is gone has been told so by its own side.
+        let _ = self
+            .outbox
+            .send(OutFrame::new(Kind::Reply, call, code, contents));
+    }
+
+    fn reply_error(&self, call: u64, error: &CallError) {
+        let encoded = codec::encode(error).or_else(|_| {
+            // A panic's text can be longer than a header.
+            let short = CallError::Unknown {
+                actor: Arc::clone(&self.actor_name),
+                reason: UnknownOutcome::BadReply {
+                    reason: "the call failed with an error too long to send".to_owned(),
+                },
+            };
+            codec::encode(&short)
+        });
+        self.reply(call, 1, encoded.unwrap_or_default());
+    }
+}
+
+/// Sends the result of a call when it is there.
+struct Answer<R> {
+    slot: Arc<dyn ReplySlot<R>>,
+    told: bool,
+    number: u64,
+    connection: Arc<Calls>,
+    is_over: AtomicBool,
+}
+
+impl<R: Serialize + Send + 'static> Answer<R> {
+    /// Looks for the result; called once when the call was queued, and by its wake-up.
+    fn poll(self: &Arc<Self>) {
+        if self.is_over.load(Ordering::Acquire) {
+            return;
+        }
+        let waker = Waker::from(Arc::clone(self));
+        let mut cx = TaskContext::from_waker(&waker);
+        let Poll::Ready(result) = self.slot.poll(&mut cx) else {
+            return;
+        };
+        self.is_over.store(true, Ordering::Release);
+        self.connection.lock().remove(&self.number);
+        let result = match result {
+            Ok(result) => result,
+            Err(error) => return self.connection.reply_error(self.number, &error),
+        };
+        if self.told {
+            return self.connection.reply(self.number, 0, Encoded::default());
+        }
+        let encoded = on_behalf_of(&self.connection.process, || codec::encode(&result));
+        match encoded {
+            Ok(encoded) => self.connection.reply(self.number, 0, encoded),
+            Err(error) => {
+                let reason = error_chain(&error);
+                let error = CallError::Unknown {
+                    actor: Arc::clone(&self.connection.actor_name),
+                    reason: UnknownOutcome::BadReply { reason },
+                };
+                self.connection.reply_error(self.number, &error);
+            }
+        }
+    }
+}
+
+impl<R: Serialize + Send + 'static> Wake for Answer<R> {
+    fn wake(self: Arc<Self>) {
+        self.poll();
+    }
+}
+
+impl<R: Send + 'static> Cancel for Answer<R> {
+    fn cancel(&self) {
+        self.is_over.store(true, Ordering::Release);
+        self.slot.abandon();
+    }
+}
+
+/// The called side of a connection.
+pub(crate) struct Server {
+    callee: Arc<dyn Callee>,
+    calls: Arc<Calls>,
+    /// Ends the actor's export when the connection ends.
+    _hold: super::process::Hold,
+}
+
+impl Server {
+    pub(crate) fn new(
+        process: &Arc<Process>,
+        callee: Arc<dyn Callee>,
+        outbox: Arc<Outbox>,
+        hold: super::process::Hold,
+    ) -> Self {
+        let calls = Arc::new(Calls {
+            process: Arc::clone(process),
+            outbox,
+            actor_name: Arc::clone(callee.name()),
+            running: Mutex::default(),
+        });
+        Self {
+            callee,
+            calls,
+            _hold: hold,
+        }
+    }
+
+    /// Tells the caller when the actor has ended.
+    pub(crate) fn watch(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut ended = self.callee.ended();
+        let outbox: Weak<Outbox> = Arc::downgrade(&self.calls.outbox);
+        async move {
+            // An error means that the actor's mailbox is gone, and the actor with it.
+            let _ = ended.wait_for(|ended| *ended).await;
+            if let Some(outbox) = outbox.upgrade() {
+                let _ = outbox.send(OutFrame::signal(Kind::Ended, 0));
+                outbox.finish();
+            }
+        }
+    }
+}
+
+impl Peer for Server {
+    fn receive(&mut self, frame: Frame) -> Result<(), String> {
+        match frame.kind {
+            Kind::Ask | Kind::Tell => {
+                let code = frame.code;
+                let connection = Arc::clone(&self.calls);
+                self.callee.call(code, Incoming { frame, connection });
+            }
+            Kind::Cancel => {
+                let call = self.calls.lock().remove(&frame.call);
+                if let Some(call) = call {
+                    call.cancel();
+                }
+            }
+            Kind::Stop => self.callee.stop(),
+            Kind::Kill => self.callee.kill(),
+            Kind::Release => return Err("the caller has released the actor".to_owned()),
+            Kind::Reply | Kind::Ping | Kind::Ended => {
+                return Err(format!("a caller does not send {:?}", frame.kind));
+            }
+        }
+        Ok(())
+    }
+
+    fn disconnected(&mut self, why: &Arc<str>) {
+        self.calls.outbox.close(why);
+        let running: Vec<_> = self.calls.lock().drain().collect();
+        for (_, call) in running {
+            call.cancel();
+        }
+    }
+}

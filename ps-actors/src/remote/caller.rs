@@ -1,0 +1,731 @@
+//! An actor of another process: the connection to it, and the calls under way.
+//!
+//! One connection per actor keeps calls in order without numbering them, lets a small call to one
+//! actor pass a large one to another, and tells the other process that the actor is still wanted.
+//! It is opened at the first use, and again whenever it was lost, for as long as somebody holds a
+//! reference. A call of which nothing was written yet waits for the next connection; one that was
+//! is over (`Unknown`).
+
+use std::any::type_name;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::mem;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context as TaskContext, Poll, Waker};
+
+use actix::{Actor, Message};
+use tokio::sync::{Semaphore, TryAcquireError, watch};
+
+use super::process::Process;
+use super::reference::{Wire, on_behalf_of};
+use super::table::{Codec, Table};
+use crate::actor::call::{GiveUp, ReplySlot};
+use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
+use crate::actor::registry::AnyMailbox;
+use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
+use crate::codec;
+use crate::net::connection::{Connection, Frame, Peer};
+use crate::net::dial::DialError;
+use crate::net::frame::{Kind, OutFrame};
+use crate::net::outbox::Outbox;
+use crate::net::threads;
+
+/// An actor elsewhere, as all references to it in this process share it.
+pub(crate) struct RemoteActor {
+    /// Its number here; calls to it never block the thread they are made on.
+    id: ActorId,
+    wire: Wire,
+    process: Arc<Process>,
+    slots: Semaphore,
+    state: Mutex<State>,
+    /// Whether it has ended, or could not be reached for the length of the lease.
+    gone: watch::Sender<bool>,
+    dead_letters: AtomicU64,
+}
+
+struct State {
+    link: Link,
+    next_call: u64,
+    calls: HashMap<u64, Arc<dyn RemoteCall>>,
+    /// What waits for a connection, in the order of the calls.
+    unsent: VecDeque<OutFrame>,
+    num_handles: usize,
+    /// No reference is left; the connection ends when the last call is over.
+    is_released: bool,
+}
+
+enum Link {
+    /// Not connected, and nobody tries.
+    Down,
+    Connecting,
+    Up(Arc<Outbox>),
+    Ended,
+}
+
+/// A call as the connection sees it.
+trait RemoteCall: Send + Sync {
+    fn arrived(&self, frame: Frame);
+    fn lost(&self, reason: Lost);
+}
+
+/// How a call ends that gets no reply.
+enum Lost {
+    NotDelivered(NotDelivered),
+    Unknown(UnknownOutcome),
+}
+
+impl RemoteActor {
+    pub(crate) fn new(process: Arc<Process>, wire: Wire) -> Arc<Self> {
+        let max_pending = (wire.max_pending as usize).clamp(1, Semaphore::MAX_PERMITS);
+        Arc::new(Self {
+            id: ActorId::next(),
+            wire,
+            process,
+            slots: Semaphore::new(max_pending),
+            state: Mutex::new(State {
+                link: Link::Down,
+                next_call: 1,
+                calls: HashMap::new(),
+                unsent: VecDeque::new(),
+                num_handles: 0,
+                is_released: false,
+            }),
+            gone: watch::Sender::new(false),
+            dead_letters: AtomicU64::new(0),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code of the user runs under the lock, so a poisoned state is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn id(&self) -> ActorId {
+        self.id
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.wire.name
+    }
+
+    pub(crate) fn wire(&self) -> &Wire {
+        &self.wire
+    }
+
+    /// Waits until it has ended, or could not be reached for the length of the lease.
+    pub(crate) async fn gone(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(self.lock().link, Link::Ended)
+    }
+
+    pub(crate) fn pending(&self) -> usize {
+        self.lock().calls.len()
+    }
+
+    pub(crate) fn dead_letters(&self) -> u64 {
+        self.dead_letters.load(Ordering::Relaxed)
+    }
+
+    /// Calls the actor if it has room for a call of this process.
+    pub(crate) fn call<A: Actor, M: Message + Send + 'static>(
+        self: &Arc<Self>,
+        table: &Table<A>,
+        message: M,
+        told: bool,
+    ) -> Result<Arc<Call<M>>, CallError>
+    where
+        M::Result: Send,
+    {
+        match self.slots.try_acquire() {
+            Ok(slot) => slot.forget(),
+            Err(TryAcquireError::NoPermits) => {
+                let limit = self.wire.max_pending as usize;
+                return Err(self.undelivered(message, NotDelivered::QueueFull { limit }));
+            }
+            Err(TryAcquireError::Closed) => return Err(self.undelivered(message, self.stopped())),
+        }
+        self.call_in_slot(table, message, told)
+    }
+
+    /// Waits until the actor has room for a call of this process, and calls it.
+    pub(crate) async fn call_when_ready<A: Actor, M: Message + Send + 'static>(
+        self: &Arc<Self>,
+        table: &Table<A>,
+        message: M,
+    ) -> Result<Arc<Call<M>>, CallError>
+    where
+        M::Result: Send,
+    {
+        match self.slots.acquire().await {
+            Ok(slot) => slot.forget(),
+            Err(_closed) => return Err(self.undelivered(message, self.stopped())),
+        }
+        self.call_in_slot(table, message, false)
+    }
+
+    fn call_in_slot<A: Actor, M: Message + Send + 'static>(
+        self: &Arc<Self>,
+        table: &Table<A>,
+        message: M,
+        told: bool,
+    ) -> Result<Arc<Call<M>>, CallError>
+    where
+        M::Result: Send,
+    {
+        let refuse = |message, reason| {
+            self.slots.add_permits(1);
+            Err(self.undelivered(message, reason))
+        };
+        let Some((code, codec)) = table.codec::<M>() else {
+            let (message_type, actor_type) = (type_name::<M>(), type_name::<A>());
+            let reason = NotDelivered::NotRegistered {
+                message: message_type.to_owned(),
+                actor_type: actor_type.to_owned(),
+            };
+            return refuse(message, reason);
+        };
+        let encoded = on_behalf_of(&self.process, || (codec.encode)(&message));
+        let encoded = match encoded {
+            Ok(encoded) => encoded,
+            Err(error) => {
+                let reason = error_chain(&error);
+                return refuse(message, NotDelivered::Encode { reason });
+            }
+        };
+        let kind = if told { Kind::Tell } else { Kind::Ask };
+        let mut frame = OutFrame::new(kind, 0, code, encoded);
+        let mut state = self.lock();
+        if let Link::Ended = state.link {
+            drop(state);
+            return refuse(message, self.stopped());
+        }
+        let number = state.next_call;
+        state.next_call += 1;
+        frame.set_call(number);
+        let call = Arc::new(Call {
+            remote: Arc::clone(self),
+            number,
+            told,
+            codec,
+            state: Mutex::new(CallState {
+                stage: Stage::Waiting(message),
+                waker: None,
+            }),
+        });
+        state.calls.insert(number, Arc::clone(&call) as _);
+        self.send(&mut state, frame);
+        Ok(call)
+    }
+
+    /// Sends a frame now or with the next connection.
+    fn send(self: &Arc<Self>, state: &mut State, frame: OutFrame) {
+        let unsent = match &state.link {
+            Link::Up(outbox) => outbox.send(frame).err(),
+            Link::Down | Link::Connecting => Some(frame),
+            Link::Ended => None,
+        };
+        state.unsent.extend(unsent);
+        self.connect(state);
+    }
+
+    /// Begins to connect if nobody does yet.
+    fn connect(self: &Arc<Self>, state: &mut State) {
+        if let Link::Down = state.link {
+            state.link = Link::Connecting;
+            threads::next().spawn(connect(Arc::clone(self)));
+        }
+    }
+
+    /// Opens the connection before the first call, so that the actor is not given up meanwhile.
+    pub(crate) fn hold(self: &Arc<Self>) {
+        let mut state = self.lock();
+        self.connect(&mut state);
+    }
+
+    /// Stops or kills the actor, also if that has to wait for a connection.
+    pub(crate) fn signal(self: &Arc<Self>, kind: Kind) {
+        let mut state = self.lock();
+        let frame = OutFrame::signal(kind, 0);
+        self.send(&mut state, frame);
+    }
+
+    /// Counts one more holder; false if the last one has gone and the connection is about to end.
+    pub(crate) fn claim(&self) -> bool {
+        let mut state = self.lock();
+        if state.is_released && state.calls.is_empty() {
+            return false;
+        }
+        state.is_released = false;
+        state.num_handles += 1;
+        true
+    }
+
+    /// Counts one holder less; after the last one the actor is told.
+    pub(crate) fn release(&self) {
+        let mut state = self.lock();
+        state.num_handles -= 1;
+        state.is_released = state.num_handles == 0;
+        self.finish_if_released(&state);
+    }
+
+    fn finish_if_released(&self, state: &State) {
+        if let (true, true, Link::Up(outbox)) =
+            (state.is_released, state.calls.is_empty(), &state.link)
+        {
+            let _ = outbox.send(OutFrame::signal(Kind::Release, 0));
+            outbox.finish();
+        }
+    }
+
+    fn undelivered<M: Send + 'static>(&self, message: M, reason: NotDelivered) -> CallError {
+        CallError::NotDelivered {
+            actor: Arc::clone(self.name()),
+            reason,
+            message: Undelivered::new(message),
+        }
+    }
+
+    fn stopped(&self) -> NotDelivered {
+        NotDelivered::Stopped { panic: None }
+    }
+
+    /// Ends calls without a reply.
+    fn lose(
+        &self,
+        calls: impl IntoIterator<Item = Arc<dyn RemoteCall>>,
+        reason: impl Fn() -> Lost,
+    ) {
+        for call in calls {
+            call.lost(reason());
+        }
+    }
+
+    /// Nobody can be reached, and there will be no more tries until the next call.
+    fn give_up(&self, why: Arc<str>) {
+        let (calls, unsent) = {
+            let mut state = self.lock();
+            state.link = Link::Down;
+            (mem::take(&mut state.calls), mem::take(&mut state.unsent))
+        };
+        drop(unsent);
+        self.gone.send_replace(true);
+        self.lose(calls.into_values(), || {
+            let reason = why.to_string();
+            Lost::NotDelivered(NotDelivered::Unreachable { reason })
+        });
+    }
+
+    /// The actor is gone for good.
+    fn end(&self, why: Arc<str>) {
+        tracing::debug!(actor = %self.name(), %why, "an actor elsewhere has ended");
+        let (mut calls, unsent) = {
+            let mut state = self.lock();
+            state.link = Link::Ended;
+            (mem::take(&mut state.calls), mem::take(&mut state.unsent))
+        };
+        self.slots.close();
+        self.gone.send_replace(true);
+        let never_sent = unsent
+            .iter()
+            .filter_map(|frame| calls.remove(&frame.call()));
+        let never_sent: Vec<_> = never_sent.collect();
+        self.lose(never_sent, || Lost::NotDelivered(self.stopped()));
+        self.lose(calls.into_values(), || {
+            Lost::Unknown(UnknownOutcome::Stopped)
+        });
+    }
+
+    /// The connection is lost; what was written on it has an unknown outcome.
+    fn disconnected(self: &Arc<Self>, outbox: &Arc<Outbox>, why: &Arc<str>) {
+        let unwritten = outbox.close(why);
+        let mut state = self.lock();
+        let is_current = matches!(&state.link, Link::Up(current) if Arc::ptr_eq(current, outbox));
+        if !is_current {
+            return;
+        }
+        state.link = Link::Down;
+        // Those in `unsent` came later than those that the outbox had.
+        let later = mem::take(&mut state.unsent);
+        state.unsent = unwritten
+            .into_iter()
+            .filter(OutFrame::must_arrive)
+            .chain(later)
+            .collect();
+        let kept: HashSet<u64> = state.unsent.iter().map(OutFrame::call).collect();
+        let (kept, lost): (HashMap<_, _>, HashMap<_, _>) = mem::take(&mut state.calls)
+            .into_iter()
+            .partition(|(number, _)| kept.contains(number));
+        state.calls = kept;
+        if !state.is_released || !state.calls.is_empty() {
+            self.connect(&mut state);
+        }
+        drop(state);
+        self.lose(lost.into_values(), || {
+            let reason = why.to_string();
+            Lost::Unknown(UnknownOutcome::ConnectionLost { reason })
+        });
+    }
+
+    fn forget(&self, call: u64) -> Option<Arc<dyn RemoteCall>> {
+        let mut state = self.lock();
+        let call = state.calls.remove(&call);
+        self.finish_if_released(&state);
+        call
+    }
+
+    /// Takes a call back of which nothing was written; else says that nobody wants its reply.
+    fn cancel(&self, call: u64) -> bool {
+        let mut state = self.lock();
+        let place = state
+            .unsent
+            .iter()
+            .position(|frame| frame.call() == call && frame.is_call());
+        let taken = match (place, &state.link) {
+            (Some(place), _) => state.unsent.remove(place),
+            (None, Link::Up(outbox)) => outbox.take_back(call),
+            (None, _) => None,
+        };
+        if taken.is_none()
+            && let Link::Up(outbox) = &state.link
+        {
+            let _ = outbox.send(OutFrame::signal(Kind::Cancel, call));
+        }
+        let forgotten = state.calls.remove(&call);
+        self.finish_if_released(&state);
+        drop(state);
+        drop(forgotten);
+        taken.is_some()
+    }
+}
+
+impl AnyMailbox for RemoteActor {
+    fn id(&self) -> ActorId {
+        self.id
+    }
+
+    fn name(&self) -> &str {
+        &self.wire.name
+    }
+
+    fn phase(&self) -> Phase {
+        match self.has_ended() {
+            true => Phase::Ended,
+            false => Phase::Open,
+        }
+    }
+
+    fn request_stop(self: Arc<Self>) {
+        self.signal(Kind::Stop);
+    }
+
+    fn leave_behind(self: Arc<Self>) {
+        self.signal(Kind::Kill);
+        let calls = mem::take(&mut self.lock().calls);
+        self.lose(calls.into_values(), || {
+            Lost::Unknown(UnknownOutcome::Stopped)
+        });
+    }
+
+    fn has_ended(&self) -> bool {
+        *self.gone.borrow()
+    }
+
+    fn ended(&self) -> watch::Receiver<bool> {
+        self.gone.subscribe()
+    }
+}
+
+/// Connects, for as long as the lease allows; the connection then runs on the same thread.
+async fn connect(actor: Arc<RemoteActor>) {
+    let process = Arc::clone(&actor.process);
+    let config = process.config();
+    let deadline = tokio::time::Instant::now() + config.lease;
+    let mut pause = std::time::Duration::from_millis(10);
+    let dialled = loop {
+        let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {
+            Ok(Ok(dialled)) => break dialled,
+            Ok(Err(DialError::Ended(why))) => return actor.end(why.into()),
+            Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into()),
+            Ok(Err(DialError::Unreachable(why))) => why,
+            Err(_elapsed) => format!("it did not answer within {:?}", config.lease),
+        };
+        if tokio::time::Instant::now() + pause > deadline {
+            return actor.give_up(error.into());
+        }
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(config.heartbeat);
+    };
+    let connection = Connection::new(dialled.stream);
+    let outbox = Arc::clone(&connection.outbox);
+    {
+        let mut state = actor.lock();
+        if let Link::Ended = state.link {
+            return;
+        }
+        for frame in mem::take(&mut state.unsent) {
+            // A fresh connection takes everything.
+            let _ = outbox.send(frame);
+        }
+        state.link = Link::Up(Arc::clone(&outbox));
+        actor.finish_if_released(&state);
+    }
+    actor.gone.send_replace(false);
+    let client = Client {
+        actor: Arc::downgrade(&actor),
+        outbox,
+    };
+    drop(actor);
+    let already_read = &dialled.already_read;
+    connection
+        .run(already_read, config, process.buffers(), client)
+        .await;
+}
+
+/// The calling side of a connection.
+struct Client {
+    actor: Weak<RemoteActor>,
+    outbox: Arc<Outbox>,
+}
+
+impl Peer for Client {
+    fn receive(&mut self, frame: Frame) -> Result<(), String> {
+        let actor = self.actor.upgrade().ok_or("nobody waits for replies")?;
+        match frame.kind {
+            Kind::Reply => {
+                // A reply that nobody waits for any more is dropped.
+                if let Some(call) = actor.forget(frame.call) {
+                    call.arrived(frame);
+                }
+                Ok(())
+            }
+            Kind::Ended => {
+                actor.end("the actor has ended".into());
+                Ok(())
+            }
+            other => Err(format!("a called actor does not send {other:?}")),
+        }
+    }
+
+    fn disconnected(&mut self, why: &Arc<str>) {
+        if let Some(actor) = self.actor.upgrade() {
+            actor.disconnected(&self.outbox, why);
+        }
+    }
+}
+
+/// One call to an actor elsewhere.
+pub(crate) struct Call<M: Message> {
+    remote: Arc<RemoteActor>,
+    number: u64,
+    told: bool,
+    codec: Codec<M>,
+    state: Mutex<CallState<M>>,
+}
+
+struct CallState<M> {
+    stage: Stage<M>,
+    waker: Option<Waker>,
+}
+
+enum Stage<M> {
+    /// The message is kept, to be handed back if it cannot be delivered.
+    Waiting(M),
+    /// Read by whoever waits, on its own thread.
+    Arrived(M, Frame),
+    Lost(CallError),
+    Over,
+}
+
+impl<M: Message + Send + 'static> Call<M>
+where
+    M::Result: Send,
+{
+    fn lock(&self) -> MutexGuard<'_, CallState<M>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves the call on from waiting, and wakes whoever waits.
+    fn conclude(&self, next: impl FnOnce(M) -> Stage<M>) {
+        let mut state = self.lock();
+        let stage = mem::replace(&mut state.stage, Stage::Over);
+        let Stage::Waiting(message) = stage else {
+            // Given up meanwhile.
+            state.stage = stage;
+            return;
+        };
+        state.stage = next(message);
+        let waker = state.waker.take();
+        drop(state);
+        self.remote.slots.add_permits(1);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Reads a reply.
+    fn read(&self, message: M, frame: Frame) -> Result<M::Result, CallError> {
+        let Frame {
+            code, header, bulk, ..
+        } = frame;
+        let actor = || Arc::clone(self.remote.name());
+        let unreadable = |error: &codec::CodecError| CallError::Unknown {
+            actor: actor(),
+            reason: UnknownOutcome::BadReply {
+                reason: error_chain(error),
+            },
+        };
+        on_behalf_of(&self.remote.process, || match code {
+            0 => (self.codec.decode)(&header, bulk).map_err(|error| unreadable(&error)),
+            _ => Err(match codec::decode::<CallError>(&header, bulk) {
+                Ok(CallError::NotDelivered { reason, .. }) => {
+                    self.remote.undelivered(message, reason)
+                }
+                Ok(other) => other,
+                Err(error) => unreadable(&error),
+            }),
+        })
+    }
+
+    /// Ends the caller's interest in a call that waits; returns the message if it never left.
+    fn withdraw(&self) -> Option<Result<M, ()>> {
+        let mut state = self.lock();
+        let Stage::Waiting(_) = &state.stage else {
+            return None;
+        };
+        let Stage::Waiting(message) = mem::replace(&mut state.stage, Stage::Over) else {
+            unreachable!("the stage was checked under the same lock");
+        };
+        let waker = state.waker.take();
+        drop(state);
+        drop(waker);
+        let never_left = self.remote.cancel(self.number);
+        self.remote.slots.add_permits(1);
+        Some(if never_left { Ok(message) } else { Err(()) })
+    }
+}
+
+impl<M: Message + Send + 'static> RemoteCall for Call<M>
+where
+    M::Result: Send,
+{
+    fn arrived(&self, frame: Frame) {
+        if !self.told {
+            return self.conclude(|message| Stage::Arrived(message, frame));
+        }
+        let mut failed = None;
+        self.conclude(|message| {
+            if frame.code != 0 {
+                failed = Some(self.read(message, frame));
+            }
+            Stage::Over
+        });
+        if let Some(Err(error)) = failed {
+            self.count_dead_letter(&error);
+        }
+    }
+
+    fn lost(&self, reason: Lost) {
+        let actor = Arc::clone(self.remote.name());
+        let mut told = None;
+        self.conclude(|message| {
+            let error = match reason {
+                Lost::NotDelivered(reason) => self.remote.undelivered(message, reason),
+                Lost::Unknown(reason) => CallError::Unknown { actor, reason },
+            };
+            if self.told {
+                told = Some(error);
+                return Stage::Over;
+            }
+            Stage::Lost(error)
+        });
+        if let Some(error) = told {
+            self.count_dead_letter(&error);
+        }
+    }
+}
+
+impl<M: Message> Call<M> {
+    fn count_dead_letter(&self, error: &CallError) {
+        count_dead_letter(
+            &self.remote.dead_letters,
+            self.remote.name(),
+            type_name::<M>(),
+            error,
+        );
+    }
+}
+
+impl<M: Message + Send + 'static> ReplySlot<M::Result> for Call<M>
+where
+    M::Result: Send,
+{
+    fn target(&self) -> ActorId {
+        self.remote.id
+    }
+
+    fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<M::Result, CallError>> {
+        let mut state = self.lock();
+        match mem::replace(&mut state.stage, Stage::Over) {
+            Stage::Arrived(message, frame) => {
+                drop(state);
+                Poll::Ready(self.read(message, frame))
+            }
+            Stage::Lost(error) => Poll::Ready(Err(error)),
+            stage => {
+                state.stage = stage;
+                match &mut state.waker {
+                    Some(waker) => waker.clone_from(cx.waker()),
+                    none => *none = Some(cx.waker().clone()),
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    fn give_up(&self, why: GiveUp) -> Result<M::Result, CallError> {
+        let actor = Arc::clone(self.remote.name());
+        match self.withdraw() {
+            Some(Ok(message)) => {
+                let reason = match why {
+                    GiveUp::TimedOut(after) => NotDelivered::TimedOut { after },
+                    GiveUp::WouldDeadlock => NotDelivered::WouldDeadlock,
+                };
+                return Err(self.remote.undelivered(message, reason));
+            }
+            Some(Err(())) => {}
+            None => {
+                let mut state = self.lock();
+                match mem::replace(&mut state.stage, Stage::Over) {
+                    Stage::Arrived(message, frame) => {
+                        drop(state);
+                        return self.read(message, frame);
+                    }
+                    Stage::Lost(error) => return Err(error),
+                    Stage::Waiting(_) | Stage::Over => {}
+                }
+            }
+        }
+        let reason = match why {
+            GiveUp::TimedOut(after) => UnknownOutcome::TimedOut { after },
+            GiveUp::WouldDeadlock => UnknownOutcome::WouldDeadlock,
+        };
+        Err(CallError::Unknown { actor, reason })
+    }
+
+    fn abandon(&self) {
+        if self.withdraw().is_none() {
+            let unread = mem::replace(&mut self.lock().stage, Stage::Over);
+            drop(unread);
+        }
+    }
+}
+
+/// An error with all its causes, in one line.
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

@@ -1,0 +1,288 @@
+//! This process as others see it: who it is, which actors it exports, how it reaches the others.
+//!
+//! An actor that was named to another process is kept for as long as a connection to it is open,
+//! and for a grace period before the first and after the last one: a reference may be on its way.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Instant;
+
+use actix::Actor;
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+
+use super::Remote;
+use super::callee::{Callee, Exported};
+use super::caller::RemoteActor;
+use super::reference::Wire;
+use super::table::Table;
+use crate::actor::ActorRef;
+use crate::actor::actor_ref::Handle;
+use crate::buffer::BufferPool;
+use crate::net::dial::{self, DialError, Dialled};
+use crate::net::memory::MemoryNetwork;
+use crate::net::{Address, NetConfig, Token};
+
+/// A process of a cluster, in one of its lives.
+///
+/// A process that was lost and comes back is another node: what is said by or to its earlier life
+/// is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NodeId {
+    /// Its number among the copies of the program; the driver is 0.
+    pub rank: u32,
+    /// Counts the lives of this rank, as the driver has seen them; the driver's is 0.
+    pub life: u64,
+}
+
+impl NodeId {
+    /// The process that the others connect to.
+    pub const DRIVER: Self = Self { rank: 0, life: 0 };
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            &Self::DRIVER => f.write_str("driver"),
+            Self { rank, life: 1 } => write!(f, "node {rank}"),
+            Self { rank, life } => write!(f, "node {rank} (life {life})"),
+        }
+    }
+}
+
+/// The number under which each process exports the actor that speaks for it.
+pub(crate) const AGENT: u64 = 0;
+
+/// Idle receive buffers that are kept: one on the way in for each of a few workers.
+const NUM_IDLE_BUFFERS: usize = 8;
+
+/// Finds the address of a node, or says that it is gone.
+pub(crate) type Resolve =
+    Box<dyn Fn(NodeId) -> BoxFuture<'static, Result<Vec<Address>, DialError>> + Send + Sync>;
+
+pub(crate) struct Process {
+    id: OnceLock<NodeId>,
+    /// Tells runs of a program apart, so that a node never ends up in another one's cluster.
+    session: OnceLock<u64>,
+    config: NetConfig,
+    token: Option<Token>,
+    /// Where arriving weights and gradients are put.
+    buffers: BufferPool,
+    memory: Option<MemoryNetwork>,
+    resolve: OnceLock<Resolve>,
+    exports: Mutex<HashMap<u64, Export>>,
+    remotes: Mutex<HashMap<(NodeId, u64), Weak<RemoteActor>>>,
+}
+
+struct Export {
+    callee: Arc<dyn Callee>,
+    num_connections: usize,
+    /// When it was last named to somebody, or its last connection ended.
+    last_wanted: Instant,
+    is_permanent: bool,
+}
+
+impl Process {
+    pub(crate) fn new(
+        config: NetConfig,
+        token: Option<Token>,
+        memory: Option<MemoryNetwork>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            id: OnceLock::new(),
+            session: OnceLock::new(),
+            config,
+            token,
+            buffers: BufferPool::new(NUM_IDLE_BUFFERS),
+            memory,
+            resolve: OnceLock::new(),
+            exports: Mutex::default(),
+            remotes: Mutex::default(),
+        })
+    }
+
+    /// Takes the place in the cluster that the driver has assigned. Once only.
+    pub(crate) fn enter(&self, id: NodeId, session: u64) {
+        let _ = self.id.set(id);
+        let _ = self.session.set(session);
+    }
+
+    /// Sets how other nodes are found. Once only.
+    pub(crate) fn resolve_with(&self, resolve: Resolve) {
+        let _ = self.resolve.set(resolve);
+    }
+
+    /// Who this process is; until it has joined, nobody.
+    pub(crate) fn id(&self) -> NodeId {
+        const NOBODY: NodeId = NodeId {
+            rank: u32::MAX,
+            life: 0,
+        };
+        self.id.get().copied().unwrap_or(NOBODY)
+    }
+
+    /// 0 until it has joined.
+    pub(crate) fn session(&self) -> u64 {
+        self.session.get().copied().unwrap_or(0)
+    }
+
+    pub(crate) fn config(&self) -> &NetConfig {
+        &self.config
+    }
+
+    pub(crate) fn buffers(&self) -> &BufferPool {
+        &self.buffers
+    }
+
+    pub(crate) fn token(&self) -> Option<&Token> {
+        self.token.as_ref()
+    }
+
+    pub(crate) fn memory(&self) -> Option<&MemoryNetwork> {
+        self.memory.as_ref()
+    }
+
+    fn exports(&self) -> MutexGuard<'_, HashMap<u64, Export>> {
+        // No code of the user runs under the lock, so a poisoned map is whole.
+        self.exports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes an actor of this process known to others.
+    ///
+    /// # Panics
+    /// When the reference is to an actor elsewhere.
+    pub(crate) fn export<A: Remote>(&self, actor: &ActorRef<A>) -> Wire {
+        let number = actor.id().number();
+        self.export_as(number, actor, false)
+    }
+
+    /// Exports the actor that speaks for this process.
+    pub(crate) fn export_agent<A: Remote>(&self, actor: &ActorRef<A>) {
+        self.export_as(AGENT, actor, true);
+    }
+
+    fn export_as<A: Remote>(&self, number: u64, actor: &ActorRef<A>, is_permanent: bool) -> Wire {
+        let mailbox = actor.mailbox_here();
+        let table = Table::<A>::get();
+        let wire = Wire {
+            node: self.id(),
+            actor: number,
+            name: Arc::clone(mailbox.name()),
+            max_pending: u32::try_from(mailbox.max_pending()).unwrap_or(u32::MAX),
+            schema: table.schema(),
+        };
+        let mut exports = self.exports();
+        let export = exports.entry(number).or_insert_with(|| Export {
+            callee: Arc::new(Exported {
+                handle: Arc::clone(actor.handle()),
+                mailbox: Arc::clone(mailbox),
+                table,
+            }),
+            num_connections: 0,
+            last_wanted: Instant::now(),
+            is_permanent,
+        });
+        export.last_wanted = Instant::now();
+        wire
+    }
+
+    /// An exported actor as its own process sees it.
+    pub(crate) fn exported<A: Actor>(&self, number: u64) -> Option<ActorRef<A>> {
+        let handle = self.exports().get(&number)?.callee.handle();
+        let handle: Arc<Handle<A>> = handle.downcast().ok()?;
+        Some(ActorRef::new(handle))
+    }
+
+    /// Takes a connection to an exported actor.
+    pub(crate) fn open(self: &Arc<Self>, number: u64) -> Option<(Arc<dyn Callee>, Hold)> {
+        let mut exports = self.exports();
+        let export = exports.get_mut(&number)?;
+        export.num_connections += 1;
+        let hold = Hold {
+            process: Arc::downgrade(self),
+            number,
+        };
+        Some((Arc::clone(&export.callee), hold))
+    }
+
+    /// Lets go of actors that nobody elsewhere wants any more.
+    pub(crate) fn sweep(&self) {
+        let grace = 2 * (self.config.lease + self.config.handshake);
+        let mut unwanted = Vec::new();
+        let mut exports = self.exports();
+        exports.retain(|_, export| {
+            let is_wanted = export.is_permanent
+                || export.num_connections > 0
+                || export.last_wanted.elapsed() < grace;
+            let is_kept = is_wanted && !*export.callee.ended().borrow();
+            if !is_kept {
+                unwanted.push(Arc::clone(&export.callee));
+            }
+            is_kept
+        });
+        drop(exports);
+        // Outside the lock: the drop of the last reference ends the actor.
+        drop(unwanted);
+        let mut remotes = self.remotes();
+        remotes.retain(|_, remote| remote.strong_count() > 0);
+    }
+
+    /// Lets go of all actors but the agent.
+    pub(crate) fn withdraw_all(&self) {
+        let mut withdrawn = Vec::new();
+        self.exports().retain(|_, export| {
+            if !export.is_permanent {
+                withdrawn.push(Arc::clone(&export.callee));
+            }
+            export.is_permanent
+        });
+        drop(withdrawn);
+    }
+
+    fn remotes(&self) -> MutexGuard<'_, HashMap<(NodeId, u64), Weak<RemoteActor>>> {
+        self.remotes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The actor elsewhere that `wire` speaks of, with one more holder.
+    pub(crate) fn remote(self: &Arc<Self>, wire: Wire) -> Arc<RemoteActor> {
+        let key = (wire.node, wire.actor);
+        let mut remotes = self.remotes();
+        let known = remotes.get(&key).and_then(Weak::upgrade);
+        if let Some(known) = known.filter(|known| known.claim()) {
+            return known;
+        }
+        let remote = RemoteActor::new(Arc::clone(self), wire);
+        remote.claim();
+        remotes.insert(key, Arc::downgrade(&remote));
+        drop(remotes);
+        remote.hold();
+        remote
+    }
+
+    /// Connects to an actor elsewhere.
+    pub(crate) async fn dial(self: &Arc<Self>, wire: &Wire) -> Result<Dialled, DialError> {
+        let resolve = self.resolve.get().ok_or_else(|| {
+            DialError::Refused("this process is not part of a cluster".to_owned())
+        })?;
+        let addresses = resolve(wire.node).await?;
+        dial::dial(self, wire, &addresses).await
+    }
+}
+
+/// A connection to an exported actor; its drop lets go of the actor.
+pub(crate) struct Hold {
+    process: Weak<Process>,
+    number: u64,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if let Some(process) = self.process.upgrade()
+            && let Some(export) = process.exports().get_mut(&self.number)
+        {
+            export.num_connections -= 1;
+            export.last_wanted = Instant::now();
+        }
+    }
+}

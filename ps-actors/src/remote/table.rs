@@ -1,0 +1,150 @@
+//! The messages of an actor type: how to write, read and run each.
+
+use std::any::{Any, TypeId, type_name};
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::{DefaultHasher, Hasher};
+use std::mem::size_of;
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use actix::{Actor, Context, Handler, Message};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::Remote;
+use super::callee::{self, Incoming};
+use crate::actor::mailbox::Mailbox;
+use crate::buffer::Buffer;
+use crate::codec::{CodecError, Encoded, decode, encode};
+
+/// Collects the messages of an actor type; see [`Remote::messages`].
+pub struct Messages<A: Actor> {
+    by_code: Vec<Serve<A>>,
+    by_type: HashMap<TypeId, Known>,
+    /// A hash of the names and sizes of all types, which tells versions of a program apart.
+    schema: DefaultHasher,
+}
+
+/// Reads a message, hands it to the actor, and sees to the reply.
+type Serve<A> = fn(&Arc<Mailbox<A>>, Incoming);
+
+struct Known {
+    code: u32,
+    /// A [`Codec<M>`].
+    codec: Box<dyn Any + Send + Sync>,
+}
+
+type Decode<T> = fn(&[u8], Vec<Buffer>) -> Result<T, CodecError>;
+
+/// How a caller writes a message and reads its result.
+pub(crate) struct Codec<M: Message> {
+    pub(crate) encode: fn(&M) -> Result<Encoded, CodecError>,
+    pub(crate) decode: Decode<M::Result>,
+}
+
+impl<M: Message> Clone for Codec<M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: Message> Copy for Codec<M> {}
+
+impl<A: Actor<Context = Context<A>>> Messages<A> {
+    /// Lets other processes send `M`. Adding it twice changes nothing.
+    pub fn add<M>(&mut self) -> &mut Self
+    where
+        A: Handler<M>,
+        M: Message + Serialize + DeserializeOwned + Send + 'static,
+        M::Result: Serialize + DeserializeOwned + Send,
+    {
+        if self.by_type.contains_key(&TypeId::of::<M>()) {
+            return self;
+        }
+        let code = self.by_code.len() as u32;
+        let codec: Codec<M> = Codec {
+            encode: encode::<M>,
+            decode: decode::<M::Result>,
+        };
+        self.by_type.insert(
+            TypeId::of::<M>(),
+            Known {
+                code,
+                codec: Box::new(codec),
+            },
+        );
+        self.by_code.push(callee::serve::<A, M>);
+        for (name, size) in [
+            (type_name::<M>(), size_of::<M>()),
+            (type_name::<M::Result>(), size_of::<M::Result>()),
+        ] {
+            self.schema.write(name.as_bytes());
+            self.schema.write_usize(size);
+        }
+        self
+    }
+}
+
+impl<A: Actor> fmt::Debug for Messages<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Messages<{}>({})", type_name::<A>(), self.by_code.len())
+    }
+}
+
+/// The finished list.
+pub(crate) struct Table<A: Actor> {
+    messages: Messages<A>,
+    schema: u64,
+}
+
+impl<A: Remote> Table<A> {
+    /// The table of an actor type, made at first use.
+    pub(crate) fn get() -> Arc<Self> {
+        static TABLES: LazyLock<Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>> =
+            LazyLock::new(Mutex::default);
+
+        let found = {
+            // Each operation on the map is whole.
+            let tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+            tables.get(&TypeId::of::<A>()).cloned()
+        };
+        if let Some(Ok(table)) = found.map(Arc::downcast) {
+            return table;
+        }
+        // Outside the lock, for `messages` is the user's code. Made twice it is the same.
+        let mut messages = Messages {
+            by_code: Vec::new(),
+            by_type: HashMap::new(),
+            // Keyed with zeros: the same in every process of a program.
+            schema: DefaultHasher::new(),
+        };
+        messages.schema.write(type_name::<A>().as_bytes());
+        A::messages(&mut messages);
+        let schema = messages.schema.finish();
+        let table = Arc::new(Self { messages, schema });
+        let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+        tables.insert(TypeId::of::<A>(), Arc::clone(&table) as _);
+        table
+    }
+}
+
+impl<A: Actor> Table<A> {
+    pub(crate) fn schema(&self) -> u64 {
+        self.schema
+    }
+
+    /// How to write `M` and read its result, if the actor takes it.
+    pub(crate) fn codec<M: Message + 'static>(&self) -> Option<(u32, Codec<M>)> {
+        let known = self.messages.by_type.get(&TypeId::of::<M>())?;
+        let codec = known.codec.downcast_ref::<Codec<M>>()?;
+        Some((known.code, *codec))
+    }
+
+    /// Runs the message with this code.
+    pub(crate) fn serve(&self, mailbox: &Arc<Mailbox<A>>, code: u32, incoming: Incoming) {
+        match self.messages.by_code.get(code as usize) {
+            Some(serve) => serve(mailbox, incoming),
+            None => incoming.refuse(format!("{} has no message {code}", type_name::<A>())),
+        }
+    }
+}

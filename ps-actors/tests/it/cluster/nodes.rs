@@ -1,0 +1,101 @@
+//! Nodes: joining, leaving, spawning.
+
+use ps_actors::cluster::{NodeExit, Placement, SpawnOn};
+use ps_actors::{ActorRef, spawn};
+
+use super::world::{Add, Counter, SOON, World, config, transports};
+
+#[test]
+fn actors_go_to_the_nodes_in_turn() {
+    for transport in transports() {
+        let world = World::new(config(transport), 2);
+        let counters: Vec<ActorRef<Counter>> = (0..4)
+            .map(|start| world.cluster.spawn(start).wait().unwrap())
+            .collect();
+        for (start, counter) in (0..).zip(&counters) {
+            assert!(!counter.is_local());
+            assert_eq!(counter.ask(Add(1)).wait_timeout(SOON).unwrap(), start + 1);
+        }
+    }
+}
+
+#[test]
+fn a_driver_alone_is_a_cluster_too() {
+    let world = World::new(config(transports()[0].clone()), 0);
+    let counter = world.cluster.spawn::<Counter>(1).wait().unwrap();
+    assert!(counter.is_local());
+    assert_eq!(counter.ask(Add(1)).wait_timeout(SOON).unwrap(), 2);
+}
+
+#[test]
+fn a_constructor_that_fails_says_why() {
+    for transport in transports() {
+        let world = World::new(config(transport), 1);
+        let error = world.cluster.spawn::<Counter>(-3).wait().unwrap_err();
+        let text = format!("{:#}", anyhow_chain(&error));
+        assert!(
+            text.contains("cannot count from -3") && text.contains("node 1"),
+            "{text}"
+        );
+    }
+}
+
+fn anyhow_chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+#[test]
+fn actors_are_found_by_name_wherever_they_are() {
+    for transport in transports() {
+        let world = World::new(config(transport), 2);
+        let name = format!("counter of {:p}", &world);
+        let options = SpawnOn::new().place(Placement::Rank(2)).name(&name);
+        let counter = world
+            .cluster
+            .spawn_with::<Counter>(options, 1)
+            .wait()
+            .unwrap();
+        assert_eq!(counter.ask(Add(1)).wait_timeout(SOON).unwrap(), 2);
+        let found = world.cluster.lookup::<Counter>(&name).wait().unwrap();
+        assert_eq!(found.ask(Add(1)).wait_timeout(SOON).unwrap(), 3);
+        assert!(world.cluster.lookup::<Counter>("nobody").wait().is_none());
+        found.kill();
+    }
+}
+
+#[test]
+fn nodes_end_when_the_driver_lets_them_go() {
+    for transport in transports() {
+        let mut world = World::new(config(transport), 2);
+        world.cluster.release().wait();
+        for node in world.nodes.drain(..) {
+            assert_eq!(node.wait().unwrap(), NodeExit::Released);
+        }
+        // And when it is dropped.
+        let world = World::new(world.config, 1);
+        let World { cluster, nodes, .. } = world;
+        drop(cluster);
+        for node in nodes {
+            assert_eq!(node.wait().unwrap(), NodeExit::Released);
+        }
+    }
+}
+
+#[test]
+fn an_actor_elsewhere_ends_with_its_last_reference() {
+    for transport in transports() {
+        let world = World::new(config(transport), 1);
+        let counter = world.cluster.spawn::<Counter>(1).wait().unwrap();
+        let watched = counter.clone();
+        let _ = spawn(|| Idle);
+        drop(counter);
+        assert_eq!(watched.ask(Add(1)).wait_timeout(SOON).unwrap(), 2);
+    }
+}
+
+struct Idle;
+
+impl actix::Actor for Idle {
+    type Context = actix::Context<Self>;
+}

@@ -1,0 +1,201 @@
+//! A driver and nodes in one process, and an actor to put on them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use actix::{Actor, Context, Handler, Message, ResponseActFuture, WrapFuture};
+use ps_actors::ActorRef;
+use ps_actors::cluster::{
+    Cluster, ClusterConfig, ClusterError, Hosted, Hosts, Node, NodeExit, Task, Transport,
+};
+use ps_actors::net::memory::MemoryNetwork;
+use ps_actors::net::{Address, NetConfig};
+use ps_actors::remote::{Messages, Remote};
+use ps_actors::weights::Gradient;
+use serde::{Deserialize, Serialize};
+
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+
+pub(crate) const LOCAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// A driver with nodes 1..=n.
+pub(crate) struct World {
+    pub(crate) cluster: Cluster,
+    pub(crate) config: ClusterConfig,
+    pub(crate) nodes: Vec<Task<Result<NodeExit, ClusterError>>>,
+}
+
+pub(crate) fn transports() -> [Transport; 3] {
+    [
+        Transport::Memory(MemoryNetwork::new()),
+        Transport::Tcp,
+        Transport::Sockets,
+    ]
+}
+
+pub(crate) fn config(transport: Transport) -> ClusterConfig {
+    ClusterConfig {
+        transport,
+        net: NetConfig {
+            // The machine that tests run on may be busy.
+            lease: Duration::from_secs(20),
+            handshake: Duration::from_secs(20),
+            ..NetConfig::default()
+        },
+        ..ClusterConfig::default()
+    }
+}
+
+pub(crate) fn hosts() -> Hosts {
+    Hosts::new().host(|start: i64| match start {
+        0.. => Ok(Counter { count: start }),
+        _ => Err(format!("cannot count from {start}").into()),
+    })
+}
+
+impl World {
+    pub(crate) fn new(config: ClusterConfig, num_nodes: u32) -> Self {
+        let cluster = Cluster::listen(config.clone(), LOCAL, hosts()).unwrap();
+        let mut world = Self {
+            cluster,
+            config,
+            nodes: Vec::new(),
+        };
+        for rank in 1..=num_nodes {
+            let node = world.node(rank, 0).serve();
+            world.nodes.push(node);
+        }
+        let all = world.cluster.wait_for_nodes(num_nodes as usize, SOON);
+        all.wait().unwrap();
+        world
+    }
+
+    /// Where nodes find the driver.
+    pub(crate) fn driver(&self) -> String {
+        let addresses = self.cluster.addresses();
+        let reachable = addresses
+            .iter()
+            .find(|address| !matches!(address, Address::Unix(_)));
+        reachable.unwrap().to_string()
+    }
+
+    pub(crate) fn node(&self, rank: u32, attempt: u64) -> Node {
+        Node::new(self.config.clone(), rank, attempt, self.driver(), hosts())
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Counter {
+    count: i64,
+}
+
+impl Actor for Counter {
+    type Context = Context<Self>;
+}
+
+impl Remote for Counter {
+    fn messages(messages: &mut Messages<Self>) {
+        messages
+            .add::<Add>()
+            .add::<Fail>()
+            .add::<Echo>()
+            .add::<Ask>()
+            .add::<Myself>()
+            .add::<Never>();
+    }
+}
+
+impl Hosted for Counter {
+    type Args = i64;
+}
+
+#[derive(Clone, Debug, PartialEq, Message, Serialize, Deserialize)]
+#[rtype(result = "i64")]
+pub(crate) struct Add(pub(crate) i64);
+
+impl Handler<Add> for Counter {
+    type Result = i64;
+
+    fn handle(&mut self, Add(amount): Add, _: &mut Context<Self>) -> i64 {
+        self.count += amount;
+        self.count
+    }
+}
+
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct Fail(pub(crate) String);
+
+impl Handler<Fail> for Counter {
+    type Result = ();
+
+    fn handle(&mut self, Fail(why): Fail, _: &mut Context<Self>) {
+        panic!("{why}");
+    }
+}
+
+/// Sends numbers back as they came.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Gradient")]
+pub(crate) struct Echo(pub(crate) Gradient);
+
+impl Handler<Echo> for Counter {
+    type Result = actix::MessageResult<Echo>;
+
+    fn handle(&mut self, Echo(gradient): Echo, _: &mut Context<Self>) -> Self::Result {
+        actix::MessageResult(gradient)
+    }
+}
+
+/// Asks another counter.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<i64, ps_actors::CallError>")]
+pub(crate) struct Ask(pub(crate) ActorRef<Counter>, pub(crate) Add);
+
+impl Handler<Ask> for Counter {
+    type Result = ResponseActFuture<Self, Result<i64, ps_actors::CallError>>;
+
+    fn handle(&mut self, Ask(other, add): Ask, _: &mut Context<Self>) -> Self::Result {
+        Box::pin(other.ask(add).into_actor(self))
+    }
+}
+
+/// Returns a reference to the counter itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Myself;
+
+impl Message for Myself {
+    type Result = Option<ActorRef<Counter>>;
+}
+
+impl Handler<Myself> for Counter {
+    type Result = actix::MessageResult<Myself>;
+
+    fn handle(&mut self, _: Myself, _: &mut Context<Self>) -> Self::Result {
+        actix::MessageResult(ActorRef::current())
+    }
+}
+
+/// Is never answered.
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct Never;
+
+impl Handler<Never> for Counter {
+    type Result = ResponseActFuture<Self, ()>;
+
+    fn handle(&mut self, _: Never, _: &mut Context<Self>) -> Self::Result {
+        Box::pin(std::future::pending::<()>().into_actor(self))
+    }
+}
+
+/// Not among the messages that others may send.
+#[derive(Clone, Debug, PartialEq, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct Unlisted(pub(crate) u8);
+
+impl Handler<Unlisted> for Counter {
+    type Result = ();
+
+    fn handle(&mut self, _: Unlisted, _: &mut Context<Self>) {}
+}
