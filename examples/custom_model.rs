@@ -20,6 +20,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
 use ps::prelude::*;
 
+#[path = "common/cluster.rs"]
+mod cluster;
+
 /// Training a model and data of your own.
 #[derive(Parser)]
 struct Args {
@@ -29,25 +32,31 @@ struct Args {
     /// How often to go through the data.
     #[arg(long, default_value_t = 40)]
     epochs: u64,
+    #[command(flatten)]
+    cluster: cluster::ClusterArgs,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    args.cluster.begin();
     let device = select_device(default_device_name())?;
     device.seed(7); // Initial weights of burn's own layers.
     let model = Mlp::new(&device);
     let as_batch = |points: Vec<Point>| points;
     let test = collated(landscape(1_000, 0.5), as_batch);
 
-    let report = Trainer::new(model, collated(landscape(4_000, 0.0), as_batch))
+    let trainer = Trainer::new(model, collated(landscape(4_000, 0.0), as_batch))
         .test_data(test)
         .device(&device)
         .workers(args.num_workers)
         .optimizer(AdamConfig::new())
         .learning_rate(5e-3)
         .batch_size(50)
-        .epochs(args.epochs)
-        .run()?;
+        .epochs(args.epochs);
+    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?)? else {
+        return Ok(());
+    };
+    let report = trainer.run_on(&cluster)?;
     let error = report
         .final_evaluation
         .map_or(f64::NAN, |result| result.mean_loss());

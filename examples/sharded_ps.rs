@@ -30,6 +30,9 @@ struct Args {
     /// How the gradients of one round become one: mean or sum.
     #[arg(long, default_value = "sum")]
     reduction: Reduction,
+    /// Put the servers into other processes, as the workers.
+    #[arg(long)]
+    servers_on_nodes: bool,
     /// Train `net`, of 1.2 million weights, in place of `convnet`, of 2 thousand.
     #[arg(long)]
     net: bool,
@@ -47,11 +50,12 @@ fn main() -> Result<()> {
 }
 
 fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> Result<()> {
-    let report = Trainer::new(model, mnist.train)
+    let trainer = Trainer::new(model, mnist.train)
         .test_data(mnist.test)
         .device(&select_device(&args.common.device)?)
         .workers(args.common.num_workers)
         .servers(args.num_servers)
+        .servers_on_nodes(args.servers_on_nodes)
         .consistency(args.consistency)
         .reduction(args.reduction)
         .learning_rate(args.common.learning_rate)
@@ -62,8 +66,12 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
             println!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
-        })
-        .run()?;
+        });
+    // `None`: this process was the home of a worker or server, and the training is over.
+    let Some(cluster) = args.common.cluster.launch(trainer.hosts(Hosts::new())?)? else {
+        return Ok(());
+    };
+    let report = trainer.run_on(&cluster)?;
     let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
     println!("Final accuracy is {accuracy:.1}.\n{report}");
     Ok(())

@@ -5,7 +5,10 @@
 //!
 //! ```text
 //! cargo run --release --example sync_ps
+//! cargo run --release --example sync_ps -- --processes 3
 //! ```
+//!
+//! The second line runs the two workers in processes of their own.
 //!
 //! Prints `Iter 0:  accuracy is …` every 10 updates and ends with `Final accuracy is …`, the
 //! percentage of right answers on the whole test set: about 88 after 200 iterations on all of
@@ -30,7 +33,11 @@ fn main() -> Result<()> {
     let device = select_device(&args.device)?;
     let mnist = args.mnist()?;
     let model = ConvNet::init(args.seed, &device);
-    let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
+    let hosts = host_workers(Hosts::new(), &model, &device, &mnist.train);
+    // `None`: this process was a worker's home, and the training is over.
+    let Some(cluster) = args.cluster.launch(hosts)? else {
+        return Ok(());
+    };
 
     let config = ServerConfig {
         learning_rate: args.learning_rate,
@@ -39,8 +46,13 @@ fn main() -> Result<()> {
     let initial = initial_weights(&model, &device)?;
     let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
     let workers = (0..args.num_workers)
-        .map(|rank| spawn_worker(&model, &device, &mnist.train, args.worker(rank)))
+        .map(|rank| {
+            cluster
+                .spawn::<ModelWorker<ConvNet>>(args.worker(rank))
+                .wait()
+        })
         .collect::<Result<Vec<_>, _>>()?;
+    let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
     println!("Running synchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;

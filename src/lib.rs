@@ -70,8 +70,13 @@ struct Readme;
 /// What a driver program usually needs.
 pub mod prelude {
     pub use ps_actors::actor::{ActorRef, CallError, Pending, Reply, Spawn, lookup, run, spawn};
+    pub use ps_actors::cluster::{
+        Cluster, ClusterConfig, Hosted, Hosts, Placement, Resources, SpawnOn,
+    };
     pub use ps_actors::group::ServerGroup;
     pub use ps_actors::ids::{Clock, Version, WorkerId};
+    pub use ps_actors::launch::LaunchOptions;
+    pub use ps_actors::remote::{Messages, Remote};
     pub use ps_actors::rule::{Sgd, UpdateRule};
     pub use ps_actors::server::{
         ApplyGradients, Consistency, GetStatus, GetWeights, ParameterServer, Pull, PullVersion,
@@ -91,7 +96,8 @@ pub mod prelude {
     pub use crate::report::Report;
     pub use crate::rule::OptimizerRule;
     pub use crate::source::{
-        Evaluator, WorkerConfig, initial_weights, model_with_weights, spawn_worker,
+        Evaluator, ModelWorker, WorkerConfig, host_workers, initial_weights, model_with_weights,
+        spawn_worker,
     };
     pub use crate::trainer::{TrainError, Trainer};
 }

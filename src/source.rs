@@ -1,15 +1,18 @@
 //! Joins a burn model with its data: the [`GradientSource`] of a worker, and an [`Evaluator`].
 
 use std::fmt;
+use std::sync::Mutex;
 
 use ps_actors::actor::{self, ActorRef};
 use ps_actors::buffer::BufferPool;
+use ps_actors::cluster::Hosts;
 use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Weights};
-use ps_actors::worker::{DataWorker, GradientSource, LocalGradient, SourceError};
+use ps_actors::worker::{DataWorker, GradientSource, HostedSource, LocalGradient, SourceError};
 use ps_data::{Batches, Cursor, SamplerConfig, SamplerError};
 use ps_model::burn::tensor::Device;
 use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
+use serde::{Deserialize, Serialize};
 
 use crate::data::Examples;
 
@@ -76,7 +79,7 @@ pub fn model_with_weights<M: Model>(
 }
 
 /// Which batches a worker computes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerConfig {
     /// The worker's rank, below `num_workers`.
     pub worker: WorkerId,
@@ -210,6 +213,33 @@ where
             source.expect("it worked in the caller's thread"),
         )
     }))
+}
+
+/// The worker that [`host_workers`] makes.
+pub type ModelWorker<M> = DataWorker<ModelSource<M>>;
+
+impl<M: Model> HostedSource for ModelSource<M> {
+    type Args = WorkerConfig;
+}
+
+/// Lets every process of a cluster make workers that compute gradients of `model` on their share of
+/// `data`: `cluster.spawn::<ModelWorker<_>>(config)`. Each process has its own copy of both.
+#[must_use]
+pub fn host_workers<M, E>(hosts: Hosts, model: &M, device: &Device, data: &E) -> Hosts
+where
+    M: Model,
+    E: Examples<Batch = M::Batch>,
+{
+    // Shared by all threads that make workers, whether or not a model can be.
+    let originals = Mutex::new((model.clone(), device.clone(), data.clone()));
+    hosts.host(move |config: WorkerConfig| {
+        let (model, device, data) = match originals.lock() {
+            Ok(originals) => originals.clone(),
+            Err(poisoned) => poisoned.into_inner().clone(),
+        };
+        let source = ModelSource::new(&model, &device, &data, config)?;
+        Ok(DataWorker::new(config.worker, source))
+    })
 }
 
 /// A model and a test set, to see how good some weights are.

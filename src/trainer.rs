@@ -1,19 +1,23 @@
 //! Trains a model in one call: servers, workers, evaluation, report.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select, try_join_all};
-use ps_actors::actor::{self, ActorRef, CallError};
-use ps_actors::group::{GroupSpawnError, ServerGroup};
+use ps_actors::actor::{self, ActorRef, CallError, RestartPolicy, Spawn};
+use ps_actors::cluster::{Cluster, ClusterConfig, Hosts, Placement, SpawnOnError, StartError};
+use ps_actors::group::{GroupSpawnError, ServerArgs, ServerGroup};
 use ps_actors::ids::{Version, WorkerId};
+use ps_actors::launch::LaunchOptions;
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
     Consistency, ConsistencyError, CoordinatorStatus, GroupError, Histogram, PullVersion,
     Reduction, ServerConfig, WorkerStatus,
 };
 use ps_actors::weights::Weights;
-use ps_actors::worker::{DataWorker, RunReport, RunSteps, WorkerError};
+use ps_actors::worker::{RunReport, RunSteps, WorkerError};
 use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
 use ps_model::{
@@ -25,10 +29,16 @@ use crate::data::Examples;
 use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
 use crate::source::{
-    Evaluator, ModelSource, SetupError, WorkerConfig, initial_weights, spawn_worker,
+    Evaluator, ModelSource, ModelWorker, SetupError, WorkerConfig, host_workers, initial_weights,
 };
 
-type MakeRule = Box<dyn FnMut(&Device) -> Result<Box<dyn UpdateRule>, RuleError>>;
+type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
+/// How often each worker is started anew after its process was lost.
+const MAX_RESPAWNS: u32 = 20;
+
+/// How many nodes are asked in a row to start a worker.
+const MAX_SPAWN_TRIES: usize = 10;
+
 type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
 
 /// Settings of a training run, and [`run`](Self::run).
@@ -57,6 +67,7 @@ pub struct Trainer<M: Model, E> {
     num_servers: usize,
     server: ServerConfig,
     make_rule: MakeRule,
+    servers_on_nodes: bool,
     batch_size: usize,
     length: Length,
     seed: u64,
@@ -97,6 +108,12 @@ pub enum TrainError {
     /// The servers failed on the way.
     #[error("the servers failed")]
     Group(#[from] GroupError),
+    /// The processes did not find each other.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A worker or server could not be started on a node.
+    #[error("an actor could not be started")]
+    Spawn(#[from] SpawnOnError),
     /// A worker could not go on.
     #[error("a worker failed")]
     Worker(#[from] WorkerError),
@@ -132,7 +149,8 @@ where
             num_workers: 1,
             num_servers: 1,
             server: ServerConfig::default(),
-            make_rule: Box::new(|_| Ok(Box::new(Sgd::new()))),
+            make_rule: Arc::new(|_| Ok(Box::new(Sgd::new()))),
+            servers_on_nodes: false,
             batch_size: 32,
             length: Length::Epochs(1),
             seed: 0,
@@ -166,6 +184,13 @@ where
     #[must_use]
     pub fn servers(mut self, num_servers: usize) -> Self {
         self.num_servers = num_servers;
+        self
+    }
+
+    /// Puts the servers on the nodes of a cluster, in turn, in place of the driver.
+    #[must_use]
+    pub fn servers_on_nodes(mut self, on_nodes: bool) -> Self {
+        self.servers_on_nodes = on_nodes;
         self
     }
 
@@ -209,18 +234,21 @@ where
     #[must_use]
     pub fn optimizer<C, O>(mut self, config: C) -> Self
     where
-        C: ElementwiseConfig<Optimizer = O> + 'static,
+        C: ElementwiseConfig<Optimizer = O> + Send + Sync + 'static,
         O: Optimizer + Send + 'static,
         O::State<1>: Send,
     {
-        self.make_rule = Box::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
+        self.make_rule = Arc::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
         self
     }
 
     /// Uses an update rule of your own, or [`Sgd::with_momentum`]; called once per server.
     #[must_use]
-    pub fn update_rule<R: UpdateRule>(mut self, mut rule: impl FnMut() -> R + 'static) -> Self {
-        self.make_rule = Box::new(move |_| Ok(Box::new(rule())));
+    pub fn update_rule<R: UpdateRule>(
+        mut self,
+        rule: impl Fn() -> R + Send + Sync + 'static,
+    ) -> Self {
+        self.make_rule = Arc::new(move |_| Ok(Box::new(rule())));
         self
     }
 
@@ -277,43 +305,110 @@ where
     ///
     /// # Panics
     /// When called from asynchronous code; or when the system gives no threads.
-    pub fn run(mut self) -> Result<Report, TrainError> {
+    pub fn run(self) -> Result<Report, TrainError> {
+        let cluster = Cluster::alone(self.hosts(Hosts::new())?);
+        self.run_on(&cluster)
+    }
+
+    /// Trains with all processes that the command line and the environment speak of.
+    ///
+    /// Every copy of the program calls this, with the same settings. The driver waits for the
+    /// others up to `config.join_timeout`, trains, and returns the report. A node returns `None`
+    /// when its work is over. See [`Cluster::launch`].
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and when the processes do not find each other.
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub fn launch(
+        self,
+        options: &LaunchOptions,
+        config: ClusterConfig,
+    ) -> Result<Option<Report>, TrainError> {
+        // In every process: a wrong setting ends them all before anything is started.
+        self.check()?;
+        let hosts = self.hosts(Hosts::new())?;
+        match Cluster::launch(options, config, hosts)? {
+            Some(cluster) => Ok(Some(self.run_on(&cluster)?)),
+            None => Ok(None),
+        }
+    }
+
+    fn check(&self) -> Result<(), TrainError> {
         if self.num_workers == 0 {
             return Err(TrainError::NoWorkers);
         }
         if self.num_workers > usize::from(u16::MAX) {
             return Err(TrainError::TooManyWorkers(self.num_workers));
         }
+        if self.num_servers == 0 {
+            return Err(GroupSpawnError::NoServers.into());
+        }
         self.server.consistency.check(self.num_workers)?;
+        self.server.check().map_err(GroupSpawnError::Config)?;
+        Ok(())
+    }
+
+    /// Adds what the processes of a cluster must host to take part in this training.
+    ///
+    /// # Errors
+    /// When the default device cannot be used.
+    pub fn hosts(&self, hosts: Hosts) -> Result<Hosts, TrainError> {
+        let device = self.chosen_device()?;
+        let (make_rule, on) = (Arc::clone(&self.make_rule), device.clone());
+        let hosts = hosts.host_with(
+            // A restart would silently go back to the initial weights.
+            Spawn::new().restart(RestartPolicy::NEVER),
+            move |args: ServerArgs| Ok(args.into_server(make_rule(&on)?)?),
+        );
+        Ok(host_workers(hosts, &self.model, &device, &self.train))
+    }
+
+    fn chosen_device(&self) -> Result<Device, DeviceError> {
+        match &self.device {
+            Some(device) => Ok(device.clone()),
+            None => select_device(default_device_name()),
+        }
+    }
+
+    /// Trains on a cluster whose processes host what [`hosts`](Self::hosts) adds. Workers go to the
+    /// nodes in turn, or stay in this process if it is alone.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub fn run_on(mut self, cluster: &Cluster) -> Result<Report, TrainError> {
+        self.check()?;
         self.server.wait_for_workers = self.num_workers;
-        let device = match &self.device {
-            Some(device) => device.clone(),
-            None => select_device(default_device_name())?,
-        };
+        let device = self.chosen_device()?;
         let evaluator = match &self.test {
             Some(test) => Some(Evaluator::new(&self.model, &device, test)?),
             None => None,
         };
+        // A mistake shows here rather than as a worker that cannot start.
+        let one = ModelSource::new(&self.model, &device, &self.train, self.worker_config(0))?;
         let num_steps = match self.length {
             Length::Iterations(iterations) => iterations,
-            Length::Epochs(epochs) => {
-                let config = self.worker_config(0);
-                let one = ModelSource::new(&self.model, &device, &self.train, config)?;
-                epochs.saturating_mul(one.steps_per_epoch())
-            }
+            Length::Epochs(epochs) => epochs.saturating_mul(one.steps_per_epoch()),
         };
+        drop(one);
         let initial = initial_weights(&self.model, &device)?;
-        let servers = self.spawn_servers(&initial, &device)?;
-        let workers = (0..self.num_workers)
-            .map(|rank| {
-                let config = self.worker_config(rank);
-                let worker = spawn_worker(&self.model, &device, &self.train, config)?;
-                Ok(Worker {
-                    id: config.worker,
-                    actor: worker,
-                })
+        let servers = self.spawn_servers(cluster, &initial, &device)?;
+        let configs = (0..self.num_workers).map(|rank| self.worker_config(rank));
+        let started: Vec<_> = configs
+            .map(|config| (config, cluster.spawn::<ModelWorker<M>>(config)))
+            .collect();
+        let workers = started.into_iter().map(|(config, actor)| {
+            Ok(Worker {
+                config,
+                actor: RefCell::new(actor.wait()?),
+                cluster: cluster.clone(),
             })
-            .collect::<Result<Vec<_>, SetupError>>()?;
+        });
+        let workers = workers.collect::<Result<Vec<_>, SpawnOnError>>()?;
         actor::run(self.drive(servers, workers, evaluator, num_steps))
     }
 
@@ -327,10 +422,16 @@ where
     }
 
     fn spawn_servers(
-        &mut self,
+        &self,
+        cluster: &Cluster,
         initial: &Weights,
         device: &Device,
     ) -> Result<ServerGroup, TrainError> {
+        if self.servers_on_nodes {
+            let places = vec![Placement::RoundRobin; self.num_servers];
+            let spawn = ServerGroup::spawn_on(cluster, places, initial, self.server);
+            return Ok(actor::run(spawn)?);
+        }
         // All rules first: a server that is started has to get one.
         let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));
         let mut rules = rules.collect::<Result<Vec<_>, _>>()?.into_iter();
@@ -375,7 +476,9 @@ where
         };
         if outcome.is_err() {
             // The others must not go on in the background, or wait for the one that failed.
-            workers.iter().for_each(|worker| worker.actor.kill());
+            workers
+                .iter()
+                .for_each(|worker| worker.actor.borrow().kill());
         }
         let runs = outcome?;
         let elapsed = started.elapsed();
@@ -455,8 +558,10 @@ async fn watch<M: Model>(
 }
 
 struct Worker<M: Model> {
-    id: WorkerId,
-    actor: ActorRef<DataWorker<ModelSource<M>>>,
+    config: WorkerConfig,
+    /// Another one after its process was lost.
+    actor: RefCell<ActorRef<ModelWorker<M>>>,
+    cluster: Cluster,
 }
 
 struct WorkerRun {
@@ -465,9 +570,10 @@ struct WorkerRun {
 }
 
 impl<M: Model> Worker<M> {
-    /// Takes all steps; a worker that panics goes on with the first step that is not settled,
-    /// for as long as its actor is restarted.
+    /// Takes all steps; a worker that panics, or is lost with its process, goes on with the first
+    /// step that is not settled, for as long as its actor is restarted or another node makes one.
     async fn run(&self, servers: &ServerGroup, num_steps: u64) -> Result<WorkerRun, TrainError> {
+        let worker = self.config.worker;
         let mut num_restarts = 0;
         let mut num_settled = 0;
         loop {
@@ -476,36 +582,57 @@ impl<M: Model> Worker<M> {
                 servers: servers.clone(),
                 num_steps,
             };
-            match self.actor.ask(run).await {
+            let actor = self.actor.borrow().clone();
+            let lost = match actor.ask(run).await {
                 Ok(report) => {
                     return Ok(WorkerRun {
                         report: report?,
                         num_restarts,
                     });
                 }
-                Err(CallError::Failed { panic, .. }) => {
-                    tracing::warn!(worker = %self.id, %panic, "a worker panicked; it goes on");
-                    num_restarts += 1;
-                    servers.report_lost(self.id).await?;
-                    let status = servers
-                        .status()
-                        .await?
-                        .into_iter()
-                        .find_map(|s| s.coordinator);
-                    let status = status.expect("the first server of a group coordinates");
-                    num_settled = status
-                        .workers
-                        .get(&self.id)
-                        .map_or(0, WorkerStatus::num_settled);
-                }
-                Err(source) => {
-                    return Err(TrainError::WorkerLost {
-                        worker: self.id,
-                        source,
-                    });
-                }
+                Err(lost) => lost,
+            };
+            let is_panic = matches!(lost, CallError::Failed { .. });
+            if !is_panic && (actor.is_local() || num_restarts >= MAX_RESPAWNS) {
+                return Err(TrainError::WorkerLost {
+                    worker,
+                    source: lost,
+                });
             }
+            tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
+            num_restarts += 1;
+            servers.report_lost(worker).await?;
+            if !is_panic {
+                self.respawn(&actor).await?;
+            }
+            let status = servers.status().await?;
+            let status = status.into_iter().find_map(|status| status.coordinator);
+            let status = status.expect("the first server of a group coordinates");
+            num_settled = status
+                .workers
+                .get(&worker)
+                .map_or(0, WorkerStatus::num_settled);
         }
+    }
+
+    /// Starts the worker on another node, or on its own if that has joined again.
+    async fn respawn(&self, lost: &ActorRef<ModelWorker<M>>) -> Result<(), SpawnOnError> {
+        // If it lives after all, it must not go on beside the new one.
+        lost.kill();
+        let mut tries = 1;
+        let actor = loop {
+            match self.cluster.spawn(self.config).await {
+                Ok(actor) => break actor,
+                // That node is about to be found lost, too.
+                Err(SpawnOnError::Call { node, source, .. }) if tries < MAX_SPAWN_TRIES => {
+                    tracing::warn!(%node, %source, "could not start a worker; trying another node");
+                    tries += 1;
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        self.actor.replace(actor);
+        Ok(())
     }
 }
 

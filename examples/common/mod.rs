@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use ps::prelude::*;
 
+pub(crate) mod cluster;
+
 // Options of every MNIST example. No doc comment: `--help` would take it for the program's.
 #[derive(clap::Args)]
 pub(crate) struct Common {
@@ -33,26 +35,28 @@ pub(crate) struct Common {
     /// Seed of the initial weights and the order of examples.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    #[command(flatten)]
+    pub(crate) cluster: cluster::ClusterArgs,
 }
 
 impl Common {
-    /// Loads MNIST, says where it comes from, and turns logging on.
+    /// Turns logging on, loads MNIST and says where it comes from.
     pub(crate) fn mnist(&self) -> Result<Mnist> {
+        let rank = self.cluster.begin();
         let (directory, offline) = (self.data_dir.clone(), self.offline);
         let mnist = Mnist::load(&MnistOptions {
             directory,
             offline,
             ..MnistOptions::default()
         })?;
-        let (train, test) = (mnist.train.len(), mnist.test.len());
-        println!(
-            "MNIST, {train} training and {test} test images: {}",
-            mnist.source
-        );
-        tracing_subscriber::fmt()
-            .with_writer(std::io::stderr)
-            .without_time()
-            .init();
+        // Every process loads it; one says so.
+        if rank == 0 {
+            let (train, test) = (mnist.train.len(), mnist.test.len());
+            println!(
+                "MNIST, {train} training and {test} test images: {}",
+                mnist.source
+            );
+        }
         Ok(mnist)
     }
 

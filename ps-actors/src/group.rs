@@ -8,28 +8,70 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use actix::{Handler, Message};
 use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
 
-use crate::actor::{ActorRef, Reply, Spawn, SpawnError};
+use crate::actor::{ActorRef, Spawn, SpawnError};
+use crate::cluster::{Cluster, Hosted, Placement, SpawnOn, SpawnOnError};
 use crate::ids::{Incarnation, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::{
-    ApplyGradients, Consistency, GetStatus, GroupError, Join, Leave, Membership, Outcome,
-    ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost, ServerConfig,
-    ServerError, ServerStatus, SetConsistency, SetLearningRate, ShardError, Stage, partition,
+    ApplyGradients, ConfigError, Consistency, GetStatus, GroupError, Join, Leave, Membership,
+    Outcome, ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost,
+    ServerConfig, ServerError, ServerStatus, SetConsistency, SetLearningRate, ShardError, Stage,
+    partition,
 };
 use crate::weights::{Gradients, Weights};
 
 /// How often a pull of one version starts again because the servers moved on meanwhile.
 const MAX_PULL_TRIES: usize = 100;
 
+/// How often a server is asked that cannot be reached; each try takes up to the lease.
+const MAX_TRIES: usize = 4;
+
 /// How many versions each server of a group of several keeps at least.
 const MIN_KEPT_VERSIONS: usize = 4;
 
 /// References to all servers of a model. Cheap to clone; can be sent to workers.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "Vec<Part>", into = "Vec<Part>")]
 pub struct ServerGroup {
-    servers: Arc<[(Range<usize>, ActorRef<ParameterServer>)]>,
+    servers: Arc<[Part]>,
+}
+
+/// One server with its range.
+type Part = (Range<usize>, ActorRef<ParameterServer>);
+
+/// A group on the wire that does not hold together.
+#[derive(Debug, thiserror::Error)]
+#[error("a group needs servers whose ranges follow one another from 0")]
+pub struct BadGroup;
+
+impl TryFrom<Vec<Part>> for ServerGroup {
+    type Error = BadGroup;
+
+    fn try_from(parts: Vec<Part>) -> Result<Self, BadGroup> {
+        let mut next = 0;
+        for (range, _) in &parts {
+            if range.start != next || range.end < next {
+                return Err(BadGroup);
+            }
+            next = range.end;
+        }
+        match parts.is_empty() {
+            true => Err(BadGroup),
+            false => Ok(Self {
+                servers: parts.into(),
+            }),
+        }
+    }
+}
+
+impl From<ServerGroup> for Vec<Part> {
+    fn from(group: ServerGroup) -> Self {
+        group.servers.to_vec()
+    }
 }
 
 /// Why a group of servers could not be started.
@@ -50,6 +92,54 @@ pub enum GroupSpawnError {
         #[source]
         source: SpawnError,
     },
+    /// An actor could not be started on another node.
+    #[error("could not start server {index} of the group")]
+    SpawnOn {
+        /// Which.
+        index: usize,
+        /// Why.
+        #[source]
+        source: SpawnOnError,
+    },
+}
+
+/// What a server is made of on another node; see [`ServerGroup::spawn_on`].
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ServerArgs {
+    /// The initial weights of its range.
+    weights: Weights,
+    config: ServerConfig,
+    /// The other servers, if it is the first one.
+    followers: Option<Vec<ActorRef<ParameterServer>>>,
+}
+
+impl ServerArgs {
+    /// The range of weights that the server will hold.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.weights.range()
+    }
+
+    /// Makes the server, with the update rule of its range.
+    ///
+    /// # Errors
+    /// When a setting cannot work.
+    pub fn into_server(self, rule: Box<dyn UpdateRule>) -> Result<ParameterServer, ConfigError> {
+        let Self {
+            weights,
+            config,
+            followers,
+        } = self;
+        let range = weights.range();
+        match followers {
+            Some(followers) => ParameterServer::first(&weights, range, rule, config, followers),
+            None => Ok(ParameterServer::follower(&weights, range, rule, config)),
+        }
+    }
+}
+
+impl Hosted for ParameterServer {
+    type Args = ServerArgs;
 }
 
 impl ServerGroup {
@@ -94,6 +184,47 @@ impl ServerGroup {
         })
     }
 
+    /// Splits `initial` over servers at these places of a cluster, whose processes all host
+    /// [`ParameterServer`] and say with which update rule.
+    ///
+    /// # Errors
+    /// When there are no places, a setting cannot work, or a server cannot be started.
+    pub async fn spawn_on(
+        cluster: &Cluster,
+        places: impl IntoIterator<Item = Placement>,
+        initial: &Weights,
+        mut config: ServerConfig,
+    ) -> Result<Self, GroupSpawnError> {
+        let places: Vec<Placement> = places.into_iter().collect();
+        if places.is_empty() {
+            return Err(GroupSpawnError::NoServers);
+        }
+        config.check()?;
+        if places.len() > 1 {
+            config.num_kept_versions = config.num_kept_versions.max(MIN_KEPT_VERSIONS);
+        }
+        let ranges = partition(initial.len(), places.len());
+        let start = |index: usize, followers| {
+            let args = ServerArgs {
+                weights: initial.part(ranges[index].clone()),
+                config,
+                followers,
+            };
+            let options = SpawnOn::new().place(places[index].clone());
+            let started = cluster.spawn_with(options, args);
+            async move {
+                let started = started.await;
+                started.map_err(|source| GroupSpawnError::SpawnOn { index, source })
+            }
+        };
+        let followers = try_join_all((1..places.len()).map(|index| start(index, None))).await?;
+        let first = start(0, Some(followers.clone())).await?;
+        let servers = [first].into_iter().chain(followers);
+        Ok(Self {
+            servers: ranges.iter().cloned().zip(servers).collect(),
+        })
+    }
+
     /// Makes a group of the one server that holds all weights.
     #[must_use]
     pub fn single(server: ActorRef<ParameterServer>) -> Self {
@@ -107,8 +238,29 @@ impl ServerGroup {
         self.servers.iter().map(|(_, server)| server)
     }
 
-    fn first(&self) -> &ActorRef<ParameterServer> {
-        &self.servers[0].1
+    /// Asks a server, again if the connection to it was lost: whatever it had done already, the
+    /// same message gets the same answer.
+    async fn ask<M, T>(&self, index: usize, mut message: M) -> Result<T, GroupError>
+    where
+        ParameterServer: Handler<M>,
+        M: Message<Result = Result<T, ServerError>> + Clone + Send + 'static,
+        T: Send + 'static,
+    {
+        let server = &self.servers[index].1;
+        let mut tries = 1;
+        let answer = loop {
+            let again = (!server.is_local() && tries < MAX_TRIES).then(|| message.clone());
+            match (server.ask(message).await, again) {
+                (Err(lost), Some(again)) if lost.is_connection_lost() => {
+                    tracing::warn!(server = server.name(), %lost, "asking again");
+                    message = again;
+                    tries += 1;
+                }
+                (answer, _) => break answer,
+            }
+        };
+        let answer = answer.map_err(|source| GroupError::Call { index, source })?;
+        answer.map_err(|source| GroupError::Server { index, source })
     }
 
     /// Makes a worker a member.
@@ -120,12 +272,12 @@ impl ServerGroup {
         worker: WorkerId,
         incarnation: Incarnation,
     ) -> Result<Membership, GroupError> {
-        answer(
+        self.ask(
             0,
-            self.first().ask(Join {
+            Join {
                 worker,
                 incarnation,
-            }),
+            },
         )
         .await
     }
@@ -139,12 +291,12 @@ impl ServerGroup {
         worker: WorkerId,
         incarnation: Incarnation,
     ) -> Result<(), GroupError> {
-        answer(
+        self.ask(
             0,
-            self.first().ask(Leave {
+            Leave {
                 worker,
                 incarnation,
-            }),
+            },
         )
         .await
     }
@@ -154,7 +306,7 @@ impl ServerGroup {
     /// # Errors
     /// When the server cannot be reached.
     pub async fn report_lost(&self, worker: WorkerId) -> Result<(), GroupError> {
-        answer(0, self.first().ask(ReportLost { worker })).await
+        self.ask(0, ReportLost { worker }).await
     }
 
     /// Pulls a snapshot of all weights: one version, the same on all servers.
@@ -165,12 +317,12 @@ impl ServerGroup {
         if let PullVersion::Exactly(_) = wanted {
             // To all at once, so that none has passed the version when the last one is asked.
             let parts = self.servers().enumerate();
-            let parts = parts.map(|(index, server)| answer(index, server.ask(Pull(wanted))));
+            let parts = parts.map(|(index, _)| self.ask(index, Pull(wanted)));
             return Ok(Weights::join(&try_join_all(parts).await?));
         }
         let mut tries = 1;
         loop {
-            let first = answer(0, self.first().ask(Pull(wanted))).await?;
+            let first = self.ask(0, Pull(wanted)).await?;
             match self.pull_rest(first).await {
                 // The others moved on by more versions than they keep.
                 Err(error) if is_version_gone(&error) && tries < MAX_PULL_TRIES => tries += 1,
@@ -186,7 +338,7 @@ impl ServerGroup {
         }
         let same = Pull(PullVersion::Exactly(first.version()));
         let rest = self.servers().enumerate().skip(1);
-        let rest = rest.map(|(index, server)| answer(index, server.ask(same)));
+        let rest = rest.map(|(index, _)| self.ask(index, same));
         let mut parts = vec![first];
         parts.extend(try_join_all(rest).await?);
         Ok(Weights::join(&parts))
@@ -199,7 +351,7 @@ impl ServerGroup {
     /// may then be tried again: it is applied once.
     pub async fn push(&self, gradients: Gradients) -> Result<Outcome, GroupError> {
         self.stage(&gradients).await?;
-        answer(0, self.first().ask(Push(gradients))).await
+        self.ask(0, Push(gradients)).await
     }
 
     /// Pushes a gradient and returns the weights for the worker's next step, once the
@@ -209,7 +361,7 @@ impl ServerGroup {
     /// As [`ServerGroup::push`].
     pub async fn push_pull(&self, gradients: Gradients) -> Result<(Outcome, Weights), GroupError> {
         self.stage(&gradients).await?;
-        let pushed = answer(0, self.first().ask(PushPull(gradients))).await?;
+        let pushed = self.ask(0, PushPull(gradients)).await?;
         let weights = match self.pull_rest(pushed.weights).await {
             Err(error) if is_version_gone(&error) => self.pull(PullVersion::Latest).await?,
             other => other?,
@@ -227,7 +379,7 @@ impl ServerGroup {
             .iter()
             .enumerate()
             .skip(1)
-            .map(|(index, (range, server))| {
+            .map(|(index, (range, _))| {
                 let (id, got, expected) = (*id, gradient.range(), range.clone());
                 async move {
                     if got.start > expected.start || got.end < expected.end {
@@ -235,7 +387,7 @@ impl ServerGroup {
                         return Err(GroupError::Server { index, source });
                     }
                     let gradient = gradient.slice(expected);
-                    answer(index, server.ask(Stage { id, gradient })).await
+                    self.ask(index, Stage { id, gradient }).await
                 }
             });
         try_join_all(staged).await?;
@@ -251,14 +403,15 @@ impl ServerGroup {
         gradients: Vec<Gradients>,
         reduction: Reduction,
     ) -> Result<Weights, GroupError> {
-        let first = answer(
-            0,
-            self.first().ask(ApplyGradients {
-                gradients,
-                reduction,
-            }),
-        )
-        .await?;
+        let first = self
+            .ask(
+                0,
+                ApplyGradients {
+                    gradients,
+                    reduction,
+                },
+            )
+            .await?;
         match self.pull_rest(first).await {
             Err(error) if is_version_gone(&error) => self.pull(PullVersion::Latest).await,
             other => other,
@@ -270,7 +423,7 @@ impl ServerGroup {
     /// # Errors
     /// When the mode cannot work, or the server cannot be reached.
     pub async fn set_consistency(&self, consistency: Consistency) -> Result<(), GroupError> {
-        answer(0, self.first().ask(SetConsistency(consistency))).await
+        self.ask(0, SetConsistency(consistency)).await
     }
 
     /// Changes the learning rate from now on.
@@ -278,7 +431,7 @@ impl ServerGroup {
     /// # Errors
     /// When the rate is no usable number, or the server cannot be reached.
     pub async fn set_learning_rate(&self, learning_rate: f64) -> Result<(), GroupError> {
-        answer(0, self.first().ask(SetLearningRate(learning_rate))).await
+        self.ask(0, SetLearningRate(learning_rate)).await
     }
 
     /// Returns what each server knows about itself.
@@ -301,14 +454,6 @@ impl From<ActorRef<ParameterServer>> for ServerGroup {
     fn from(server: ActorRef<ParameterServer>) -> Self {
         Self::single(server)
     }
-}
-
-/// Waits for a server's answer and says which server it was, if it failed.
-async fn answer<T>(index: usize, reply: Reply<Result<T, ServerError>>) -> Result<T, GroupError> {
-    let answer = reply
-        .await
-        .map_err(|source| GroupError::Call { index, source })?;
-    answer.map_err(|source| GroupError::Server { index, source })
 }
 
 fn is_version_gone(error: &GroupError) -> bool {

@@ -195,6 +195,17 @@ impl Weights {
         Self::new(first.version, Arc::clone(&first.layout), segments)
     }
 
+    /// Copies a part, to be held by a server of its own.
+    ///
+    /// # Panics
+    /// When `range` is not within [`Weights::range`].
+    pub(crate) fn part(&self, range: Range<usize>) -> Self {
+        let (start, values) = (range.start, self.read(range).into_owned());
+        let data = Arc::new(Buffer::from(values));
+        let segment = Segment { start, data };
+        Self::new(self.version, Arc::clone(&self.layout), Arc::new([segment]))
+    }
+
     /// Returns the number of updates that led to these weights.
     #[must_use]
     pub fn version(&self) -> Version {

@@ -9,16 +9,20 @@ use std::cell::RefCell;
 use std::error::Error;
 use std::fmt;
 use std::rc::Rc;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, WrapFuture};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::actor::ActorRef;
+use crate::cluster::Hosted;
 use crate::codec::Bulk;
 use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
+use crate::remote::{Messages, Remote};
 use crate::server::{
     GroupError, Leave, Outcome, ParameterServer, PullVersion, Refusal, ServerError, ShardError,
 };
@@ -100,10 +104,21 @@ impl<S: GradientSource> DataWorker<S> {
 }
 
 /// Returns a number that no life of any worker in this process had, and at least `least`.
+///
+/// The first one is the time at which the process first asks (in microseconds since 1970), so that
+/// a worker that was lost with its process is followed by one with a higher number in another.
+/// Where clocks are far apart, the server says what the number must be at least.
 fn next_incarnation(least: Incarnation) -> Incarnation {
-    static LATEST: AtomicU64 = AtomicU64::new(0);
-    LATEST.fetch_max(least.0.saturating_sub(1), Ordering::Relaxed);
-    Incarnation(LATEST.fetch_add(1, Ordering::Relaxed)).next()
+    static LATEST: LazyLock<AtomicU64> = LazyLock::new(|| {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
+        AtomicU64::new(since_1970.map_or(0, |time| time.as_micros() as u64))
+    });
+    // A server may ask for the highest number there is: it must not wrap to the lowest.
+    let next = |latest: u64| latest.max(least.0.saturating_sub(1)).saturating_add(1);
+    let before = LATEST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |latest| {
+        Some(next(latest))
+    });
+    Incarnation(before.map_or(u64::MAX, next))
 }
 
 impl<S> fmt::Debug for DataWorker<S> {
@@ -151,7 +166,7 @@ pub struct ComputeGradients(pub Weights);
 /// Takes steps against these servers: pull, compute, push.
 ///
 /// Each step counts that got settled, be it applied, dropped as late or refused.
-#[derive(Clone, Debug, Message)]
+#[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<RunReport, WorkerError>")]
 pub struct RunSteps {
     /// The servers that hold the weights.
@@ -404,6 +419,26 @@ async fn run<S: GradientSource>(
 
 impl<S: GradientSource> Actor for DataWorker<S> {
     type Context = Context<Self>;
+}
+
+impl<S: GradientSource> Remote for DataWorker<S> {
+    fn messages(messages: &mut Messages<Self>) {
+        messages
+            .add::<ComputeGradients>()
+            .add::<RunSteps>()
+            .add::<StopSteps>()
+            .add::<GetProgress>();
+    }
+}
+
+/// A [`GradientSource`] that a node can make by itself, out of a few settings.
+pub trait HostedSource: GradientSource {
+    /// The settings; they are sent to the node.
+    type Args: Serialize + DeserializeOwned + Send + 'static;
+}
+
+impl<S: HostedSource> Hosted for DataWorker<S> {
+    type Args = S::Args;
 }
 
 impl<S: GradientSource> Handler<ComputeGradients> for DataWorker<S> {

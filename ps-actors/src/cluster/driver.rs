@@ -17,6 +17,7 @@ use super::agent::{
 use super::config::{ClusterConfig, ClusterError, Transport};
 use super::endpoint::{Bound, Endpoint};
 use super::host::{Args, Hosted, Hosts};
+use super::launched::Companions;
 use super::members::{Member, Members};
 use super::resources::Resources;
 use super::task::Task;
@@ -45,8 +46,9 @@ struct Inner {
     members: Arc<Members>,
     next: AtomicUsize,
     addresses: Vec<Address>,
-    _agent: ActorRef<DriverAgent>,
-    _endpoint: Endpoint,
+    /// `None` where nobody can join.
+    listening: Option<(ActorRef<DriverAgent>, Endpoint)>,
+    companions: Option<Companions>,
 }
 
 /// Where an actor is to be started.
@@ -182,6 +184,32 @@ impl Cluster {
         Task::start(Self::start(config, address, hosts, routes)).wait()
     }
 
+    /// Makes a cluster of this process alone; nobody can join it.
+    #[must_use]
+    pub fn alone(hosts: Hosts) -> Self {
+        let config = ClusterConfig::default();
+        let process = Process::new(config.net, None, None);
+        process.enter(NodeId::DRIVER, random());
+        Self {
+            inner: Arc::new(Inner {
+                nursery: Nursery::new(Arc::clone(&process), hosts, config.resources),
+                process,
+                members: Arc::new(Members::new(Vec::new())),
+                next: AtomicUsize::new(0),
+                addresses: Vec::new(),
+                listening: None,
+                companions: None,
+            }),
+        }
+    }
+
+    /// Keeps the processes that this one has started until the cluster ends.
+    pub(crate) fn accompany(&mut self, companions: Companions) {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner.companions = Some(companions);
+        }
+    }
+
     async fn start(
         config: ClusterConfig,
         address: SocketAddr,
@@ -193,8 +221,7 @@ impl Cluster {
             _ => None,
         };
         let process = Process::new(config.net, config.token.clone(), memory);
-        let session = getrandom::u64().unwrap_or(0).max(1);
-        process.enter(NodeId::DRIVER, session);
+        process.enter(NodeId::DRIVER, random());
         let bound = Bound::bind(&config, address).await?;
         let addresses = bound.addresses.clone();
         let members = Arc::new(Members::new(addresses.clone()));
@@ -226,8 +253,8 @@ impl Cluster {
                 members,
                 next: AtomicUsize::new(0),
                 addresses,
-                _agent: agent,
-                _endpoint: endpoint,
+                listening: Some((agent, endpoint)),
+                companions: None,
             }),
         })
     }
@@ -448,6 +475,11 @@ impl Cluster {
     }
 }
 
+/// A number that no other run has; 0 means none.
+fn random() -> u64 {
+    getrandom::u64().unwrap_or_default().max(1)
+}
+
 impl Inner {
     async fn release(&self) {
         let members = self.members.close();
@@ -466,24 +498,23 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let members = self.members.close();
         self.nursery.kill_all();
+        let (listening, companions) = (self.listening.take(), self.companions.take());
         if members.is_empty() {
             return;
         }
-        let told = async move {
+        let told = Task::start(async move {
             let told = members
                 .iter()
                 .map(|member| member.agent.ask(Release).timeout(FAREWELL));
             join_all(told).await;
-        };
-        // On a thread of its own: the last handle may be dropped on one that must not block.
-        let (done, wait) = std::sync::mpsc::channel::<()>();
-        threads::next().spawn(async move {
-            told.await;
-            drop(done);
+            // Not before: the answers come in through it, and nodes would try to join again.
+            drop(listening);
         });
+        // The last handle may be dropped on a thread that must not block.
         if !threads::is_current() {
-            let _ = wait.recv_timeout(FAREWELL + Duration::from_secs(1));
+            told.wait();
         }
+        drop(companions);
     }
 }
 

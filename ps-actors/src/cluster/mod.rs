@@ -11,6 +11,7 @@
 //! | `host` | the actor types that a process can make |
 //! | `driver`, `node` | the two roles |
 //! | `agent`, `members` | how they speak to each other, and the driver's list |
+//! | `launched` | from the command line to a cluster |
 //! | `endpoint`, `config` | sockets; settings and errors |
 //! | `resources`, `task` | where actors fit; results that are under way |
 
@@ -19,6 +20,7 @@ mod config;
 mod driver;
 mod endpoint;
 mod host;
+mod launched;
 mod members;
 mod node;
 mod resources;
@@ -28,6 +30,7 @@ pub use agent::SpawnRefused;
 pub use config::{ClusterConfig, ClusterError, Transport};
 pub use driver::{Cluster, NodeInfo, Placement, SpawnOn, SpawnOnError};
 pub use host::{Hosted, Hosts, MakeError};
+pub use launched::StartError;
 pub use node::{Node, NodeExit};
 pub use resources::{Resources, ResourcesError};
 pub use task::Task;

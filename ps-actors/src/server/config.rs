@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::consistency::{Consistency, Reduction};
 
 /// What a parameter server does with gradients.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServerConfig {
     /// When gradients are applied. Default: [`Consistency::Bsp`].
     pub consistency: Consistency,

@@ -13,6 +13,7 @@ use super::messages::{
     Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate, Stage,
 };
 use super::protocol::{Answer, Event, Membership, Refusal};
+use crate::remote::{Messages, Remote};
 use crate::weights::Weights;
 
 /// Waits for a coordinator's answer.
@@ -20,6 +21,26 @@ async fn settled(
     answer: oneshot::Receiver<Result<Answer, Refusal>>,
 ) -> Result<Answer, ServerError> {
     Ok(answer.await.map_err(|_| ServerError::Stopping)??)
+}
+
+impl Remote for ParameterServer {
+    fn messages(messages: &mut Messages<Self>) {
+        messages
+            .add::<GetWeights>()
+            .add::<Pull>()
+            .add::<ApplyGradients>()
+            .add::<Join>()
+            .add::<Leave>()
+            .add::<ReportLost>()
+            .add::<Heartbeat>()
+            .add::<Stage>()
+            .add::<Push>()
+            .add::<PushPull>()
+            .add::<SetConsistency>()
+            .add::<SetLearningRate>()
+            .add::<GetStatus>()
+            .add::<Follow>();
+    }
 }
 
 impl Handler<GetWeights> for ParameterServer {

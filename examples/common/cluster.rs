@@ -1,0 +1,114 @@
+//! What the examples share about running as several processes.
+
+use std::fmt;
+use std::process::exit;
+
+use anyhow::{Error, Result};
+use ps::actors::launch::{self, env, log_prefix};
+use ps::prelude::*;
+use tracing_subscriber::fmt::format::{Format, FormatEvent, FormatFields, Writer};
+use tracing_subscriber::fmt::{FmtContext, format::Full};
+use tracing_subscriber::registry::LookupSpan;
+
+// Options of every example. No doc comment: `--help` would take it for the program's.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Several processes")]
+pub(crate) struct ClusterArgs {
+    /// Run as this many processes on this machine, this one among them.
+    #[arg(long)]
+    processes: Option<u32>,
+    /// This process's number when you start them yourself: 0 is the driver.
+    #[arg(long)]
+    rank: Option<u32>,
+    /// How many processes you start.
+    #[arg(long)]
+    world_size: Option<u32>,
+    /// The address of the driver, which all processes must be able to reach.
+    #[arg(long)]
+    master_addr: Option<String>,
+    /// The port of the driver [default: 29500].
+    #[arg(long)]
+    master_port: Option<u16>,
+    /// What this process offers to actors that need it, such as cpus=4,gpus=1,big.
+    #[arg(long)]
+    resources: Option<Resources>,
+    /// Listen to other hosts without a token. Anybody on the network can then take part.
+    #[arg(long)]
+    insecure: bool,
+}
+
+impl ClusterArgs {
+    fn options(&self) -> LaunchOptions {
+        LaunchOptions {
+            rank: self.rank,
+            world_size: self.world_size,
+            master_addr: self.master_addr.clone(),
+            master_port: self.master_port,
+            processes: self.processes,
+        }
+    }
+
+    /// Turns logging on, and returns this process's rank. Ends the process if flags or variables
+    /// contradict each other.
+    pub(crate) fn begin(&self) -> u32 {
+        let rank = match launch::resolve(&self.options(), env::read) {
+            Ok(launch) => launch.rank(),
+            Err(error) => end(launch::EXIT_CONFIG, error.into()),
+        };
+        tracing_subscriber::fmt()
+            .with_writer(std::io::stderr)
+            .event_format(WithRole {
+                role: log_prefix(rank),
+                format: Format::default(),
+            })
+            .init();
+        rank
+    }
+
+    /// Takes this process's place. `None` in a node, when its work is over.
+    pub(crate) fn launch(&self, hosts: Hosts) -> Result<Option<Cluster>> {
+        let config = ClusterConfig {
+            insecure: self.insecure,
+            ..ClusterConfig::default()
+        };
+        let config = match &self.resources {
+            Some(resources) => ClusterConfig {
+                resources: resources.clone(),
+                ..config
+            },
+            None => config,
+        };
+        match Cluster::launch(&self.options(), config, hosts) {
+            Ok(cluster) => Ok(cluster),
+            // A launcher must know whether to try again.
+            Err(error) => end(error.exit_code(), error.into()),
+        }
+    }
+}
+
+fn end(code: u8, error: Error) -> ! {
+    eprintln!("Error: {error:#}");
+    exit(code.into())
+}
+
+/// Puts the process's role before each line.
+struct WithRole {
+    role: String,
+    format: Format<Full>,
+}
+
+impl<S, N> FormatEvent<S, N> for WithRole
+where
+    S: tracing::Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &tracing::Event<'_>,
+    ) -> fmt::Result {
+        write!(writer, "{}: ", self.role)?;
+        self.format.format_event(context, writer, event)
+    }
+}

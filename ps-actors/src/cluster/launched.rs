@@ -1,0 +1,235 @@
+//! From the command line to a cluster: what each copy of a program does at its start.
+
+use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::time::Duration;
+
+use axum::Router;
+use tokio::sync::oneshot;
+
+use super::config::{ClusterConfig, ClusterError};
+use super::driver::Cluster;
+use super::host::Hosts;
+use super::node::{Node, NodeExit};
+use super::task::Task;
+use crate::launch::{
+    self, Launch, LaunchError, LaunchOptions, Place, ProcessConfig, ProcessError, ProcessGroup,
+    env, terminated,
+};
+use crate::net::{Token, TokenError};
+
+/// How often the copies of a program on this machine are started again before it is given up.
+const MAX_RESTARTS: usize = 10;
+
+/// How long copies are given to end by themselves.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Why a program could not take its place in a cluster.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The command line or the environment contradicts itself.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The token cannot be used.
+    #[error("PS_TOKEN cannot be used")]
+    Token(#[from] TokenError),
+    /// The cluster could not be started or joined.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// The copies of this program could not be started.
+    #[error("could not start the other processes")]
+    Processes(#[from] ProcessError),
+    /// The system does not say when to end.
+    #[error("could not prepare for the end of the process")]
+    Signals(#[source] std::io::Error),
+}
+
+impl StartError {
+    /// The exit code for a launcher: [`EXIT_CONFIG`](crate::launch::EXIT_CONFIG) when the same start
+    /// would fail again, else 1.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Launch(_) | Self::Token(_) => launch::EXIT_CONFIG,
+            Self::Cluster(error) if error.is_permanent() => launch::EXIT_CONFIG,
+            _ => 1,
+        }
+    }
+}
+
+impl Cluster {
+    /// Takes this process's place among the copies of the program, as flags and environment say.
+    ///
+    /// Returns the cluster in the driver, which may be alone in it. In a node it returns `None`
+    /// when the node's work is over; the program then ends. The token comes from `PS_TOKEN` unless
+    /// `config` has one. Call it early in `main`, before other threads start processes.
+    ///
+    /// # Errors
+    /// When the launch is not well described, or the driver cannot listen or be reached.
+    pub fn launch(
+        options: &LaunchOptions,
+        config: ClusterConfig,
+        hosts: Hosts,
+    ) -> Result<Option<Self>, StartError> {
+        Self::launch_with(options, config, hosts, Router::new())
+    }
+
+    /// As [`launch`](Self::launch), and serves more over HTTP on the driver's port.
+    ///
+    /// # Errors
+    /// As [`launch`](Self::launch).
+    pub fn launch_with(
+        options: &LaunchOptions,
+        mut config: ClusterConfig,
+        hosts: Hosts,
+        routes: Router,
+    ) -> Result<Option<Self>, StartError> {
+        launch::die_with_parent().map_err(StartError::Signals)?;
+        if config.token.is_none()
+            && let Some(token) = env::read(env::TOKEN)
+        {
+            config.token = Some(Token::new(token)?);
+        }
+        match launch::resolve(options, env::read)? {
+            Launch::Alone => Ok(Some(Self::alone(hosts))),
+            Launch::StartProcesses { world_size } => {
+                let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+                // Nobody else on this machine may join.
+                let token = config.token.get_or_insert_with(Token::random).clone();
+                let within = config.join_timeout;
+                let mut cluster = Self::listen_with(config, local, hosts, routes)?;
+                let address = cluster.address().expect("it listens on a socket");
+                let group = ProcessGroup::start(ProcessConfig {
+                    world_size,
+                    rendezvous: address.into(),
+                    token: Some(token.reveal().to_owned()),
+                })?;
+                cluster.accompany(Companions::watch(group));
+                gather(&cluster, world_size, within)?;
+                Ok(Some(cluster))
+            }
+            Launch::Rank(place) if place.is_driver() => {
+                let address = listen_address(&place)?;
+                let within = config.join_timeout;
+                let cluster = Self::listen_with(config, address, hosts, routes)?;
+                gather(&cluster, place.world_size, within)?;
+                Ok(Some(cluster))
+            }
+            Launch::Rank(place) => {
+                serve(&place, config, hosts)?;
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Waits for the other processes; goes on without those that take too long, if there are any.
+fn gather(cluster: &Cluster, world_size: u32, within: Duration) -> Result<(), ClusterError> {
+    let wanted = world_size.saturating_sub(1) as usize;
+    match cluster.wait_for_nodes(wanted, within).wait() {
+        Err(error @ ClusterError::NotAllJoined { joined: 0, .. }) => Err(error),
+        Err(error) => {
+            tracing::warn!(%error, "going on without the others; they may join later");
+            Ok(())
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+/// Where the driver listens: at the address that the others were told.
+fn listen_address(place: &Place) -> Result<SocketAddr, StartError> {
+    let Some(rendezvous) = &place.rendezvous else {
+        return Ok(SocketAddr::from((
+            Ipv4Addr::LOCALHOST,
+            launch::DEFAULT_PORT,
+        )));
+    };
+    let failed = |source| ClusterError::Address {
+        address: rendezvous.to_string(),
+        source,
+    };
+    let target = (rendezvous.host(), rendezvous.port());
+    let found = target.to_socket_addrs().map_err(failed)?.next();
+    found.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()).into())
+}
+
+fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit, StartError> {
+    let rendezvous = place.rendezvous.as_ref();
+    let driver = rendezvous.map_or_else(
+        || format!("127.0.0.1:{}", launch::DEFAULT_PORT),
+        ToString::to_string,
+    );
+    let node = Node::new(config, place.rank, place.attempt, driver, hosts);
+    // Signals are heard on an event loop, so the future is made on one.
+    let serving = Task::start(async move {
+        let stop = terminated().map_err(StartError::Signals)?;
+        let stop = async move {
+            let signal = stop.await;
+            tracing::info!(signal, "leaving");
+        };
+        Ok(node.serve_until(stop).await?)
+    });
+    serving.wait()
+}
+
+/// The other copies of the program that this one has started.
+pub(crate) struct Companions {
+    /// Its drop asks for the end.
+    stop: Option<oneshot::Sender<()>>,
+    ended: Option<Task<()>>,
+}
+
+impl Companions {
+    /// Starts those again that crash, and ends all when asked to.
+    fn watch(mut group: ProcessGroup) -> Self {
+        let (stop, mut stopped) = oneshot::channel();
+        let ended = Task::start(async move {
+            let mut num_restarts = 0;
+            loop {
+                let exited = tokio::select! {
+                    _ = &mut stopped => break,
+                    exited = group.exited() => exited,
+                };
+                let Some(exited) = exited else {
+                    let _ = stopped.await;
+                    break;
+                };
+                let rank = exited.rank;
+                let status = exited.status.map(|status| status.to_string());
+                if !exited.can_retry() {
+                    tracing::debug!(rank, status, "a process has ended");
+                    continue;
+                }
+                if num_restarts == MAX_RESTARTS {
+                    tracing::error!(
+                        rank,
+                        status,
+                        "a process has failed too often: not started again"
+                    );
+                    continue;
+                }
+                num_restarts += 1;
+                tracing::warn!(rank, status, "a process has failed: starting it again");
+                if let Err(error) = group.restart(rank) {
+                    tracing::error!(rank, %error, "it could not be started again");
+                }
+            }
+            group.shutdown(GRACE).await;
+        });
+        Self {
+            stop: Some(stop),
+            ended: Some(ended),
+        }
+    }
+}
+
+impl Drop for Companions {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(ended) = self.ended.take()
+            && !crate::net::threads::is_current()
+        {
+            ended.wait();
+        }
+    }
+}
