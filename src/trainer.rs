@@ -36,9 +36,6 @@ type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + 
 /// How often each worker is started anew after its process was lost.
 const MAX_RESPAWNS: u32 = 20;
 
-/// How many nodes are asked in a row to start a worker.
-const MAX_SPAWN_TRIES: usize = 10;
-
 type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
 
 /// Settings of a training run, and [`run`](Self::run).
@@ -619,18 +616,7 @@ impl<M: Model> Worker<M> {
     async fn respawn(&self, lost: &ActorRef<ModelWorker<M>>) -> Result<(), SpawnOnError> {
         // If it lives after all, it must not go on beside the new one.
         lost.kill();
-        let mut tries = 1;
-        let actor = loop {
-            match self.cluster.spawn(self.config).await {
-                Ok(actor) => break actor,
-                // That node is about to be found lost, too.
-                Err(SpawnOnError::Call { node, source, .. }) if tries < MAX_SPAWN_TRIES => {
-                    tracing::warn!(%node, %source, "could not start a worker; trying another node");
-                    tries += 1;
-                }
-                Err(error) => return Err(error),
-            }
-        };
+        let actor = self.cluster.spawn(self.config).await?;
         self.actor.replace(actor);
         Ok(())
     }

@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::process::exit;
+use std::time::Duration;
 
-use anyhow::{Error, Result};
+use anyhow::{Error, Result, anyhow};
 use ps::actors::launch::{self, env, log_prefix};
 use ps::prelude::*;
 use tracing_subscriber::fmt::format::{Format, FormatEvent, FormatFields, Writer};
@@ -32,6 +33,9 @@ pub(crate) struct ClusterArgs {
     /// What this process offers to actors that need it, such as cpus=4,gpus=1,big.
     #[arg(long)]
     resources: Option<Resources>,
+    /// Seconds after which a process of which nothing is heard counts as lost.
+    #[arg(long, default_value_t = 5.0)]
+    lease: f64,
     /// Listen to other hosts without a token. Anybody on the network can then take part.
     #[arg(long)]
     insecure: bool,
@@ -67,16 +71,19 @@ impl ClusterArgs {
 
     /// Takes this process's place. `None` in a node, when its work is over.
     pub(crate) fn launch(&self, hosts: Hosts) -> Result<Option<Cluster>> {
-        let config = ClusterConfig {
+        let mut config = ClusterConfig {
             insecure: self.insecure,
             ..ClusterConfig::default()
         };
-        let config = match &self.resources {
-            Some(resources) => ClusterConfig {
-                resources: resources.clone(),
-                ..config
-            },
-            None => config,
+        if let Some(resources) = &self.resources {
+            config.resources = resources.clone();
+        }
+        config.net = match Duration::try_from_secs_f64(self.lease) {
+            Ok(lease) if !lease.is_zero() => config.net.with_lease(lease),
+            _ => end(
+                launch::EXIT_CONFIG,
+                anyhow!("--lease must be a time in seconds"),
+            ),
         };
         match Cluster::launch(&self.options(), config, hosts) {
             Ok(cluster) => Ok(cluster),

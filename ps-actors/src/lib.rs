@@ -14,6 +14,7 @@
 //! | [`weights`], [`buffer`] | snapshots, gradients, recycled buffers |
 //! | [`launch`] | which of N copies this process is; N copies on this machine |
 //! | [`codec`] | messages as bytes: a header, and the bulk numbers beside it |
+//! | [`http`] | the parameter server for workers in any language |
 //! | [`rule`] | how a gradient changes the weights; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
 
@@ -24,6 +25,7 @@ pub mod buffer;
 pub mod cluster;
 pub mod codec;
 pub mod group;
+pub mod http;
 pub mod ids;
 pub mod launch;
 pub mod net;

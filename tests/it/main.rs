@@ -1,5 +1,7 @@
 //! Training as users do it, on the bundled sample of MNIST.
 
 mod bad_input;
+mod cluster;
 mod equivalence;
+mod torch;
 mod training;

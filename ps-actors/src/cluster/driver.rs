@@ -29,6 +29,9 @@ use crate::remote::caller::error_chain;
 use crate::remote::process::{NodeId, Process};
 use crate::remote::reference::reference;
 
+/// How often all nodes are asked in turn to start an actor.
+const MAX_ROUNDS: usize = 3;
+
 /// How long nodes are given to hear that the run is over.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -368,41 +371,43 @@ impl Cluster {
             name,
             needs: needs.clone(),
         };
-        let candidates = self.candidates(&placement)?;
-        let mut refused = None;
-        for candidate in candidates {
-            let (node, made) = match candidate {
-                Some(member) => {
-                    let made = member.agent.ask(order.clone()).await;
-                    let node = member.node;
-                    (
-                        node,
-                        made.map_err(|source| SpawnOnError::Call {
+        // A node that dies while it is asked is no reason to give up where others would do.
+        let mut lost = None;
+        for _ in 0..MAX_ROUNDS {
+            for candidate in self.candidates(&placement)? {
+                let node = candidate
+                    .as_ref()
+                    .map_or(NodeId::DRIVER, |member| member.node);
+                let made = match candidate {
+                    Some(member) => member.agent.ask(order.clone()).await,
+                    None => Ok(Arc::clone(nursery).make(order.clone()).await),
+                };
+                match made {
+                    Ok(Ok(wire)) => return reference(process, wire).map_err(SpawnOnError::Ended),
+                    Ok(Err(SpawnRefused::NoRoom { .. })) => {}
+                    Ok(Err(source)) => {
+                        return Err(SpawnOnError::Refused {
                             node,
                             actor_type,
-                            source: Box::new(source),
-                        })?,
-                    )
-                }
-                None => (
-                    NodeId::DRIVER,
-                    Arc::clone(nursery).make(order.clone()).await,
-                ),
-            };
-            match made {
-                Ok(wire) => return reference(process, wire).map_err(SpawnOnError::Ended),
-                Err(SpawnRefused::NoRoom { .. }) => {}
-                Err(source) => {
-                    refused = Some(SpawnOnError::Refused {
-                        node,
-                        actor_type,
-                        source,
-                    });
-                    break;
+                            source,
+                        });
+                    }
+                    Err(source) => {
+                        tracing::warn!(%node, %source, "could not start an actor");
+                        let source = Box::new(source);
+                        lost = Some(SpawnOnError::Call {
+                            node,
+                            actor_type,
+                            source,
+                        });
+                    }
                 }
             }
+            if lost.is_none() {
+                break;
+            }
         }
-        Err(refused.unwrap_or_else(|| {
+        Err(lost.unwrap_or_else(|| {
             let nodes = members.list().into_iter();
             let nodes = nodes.map(|member| format!("{} with {}", member.node, member.resources));
             let nodes = nodes.collect::<Vec<_>>().join("; ");
@@ -437,7 +442,7 @@ impl Cluster {
             Placement::RoundRobin if members.is_empty() => Ok(vec![None]),
             Placement::RoundRobin => {
                 in_turn(&mut members);
-                Ok(members.into_iter().take(1).map(Some).collect())
+                Ok(members.into_iter().map(Some).collect())
             }
             Placement::Needs(needs) => {
                 in_turn(&mut members);

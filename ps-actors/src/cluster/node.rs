@@ -208,6 +208,9 @@ impl Node {
             Err(error) => return Err(JoinError::Temporary(error.to_string())),
         };
         process.enter(node, session);
+        // Connects again, as this node: what was said so far, nobody in particular has said.
+        drop(driver);
+        let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
         let endpoint = bound.serve(&process, |_| true, &Router::new());
         Ok(Life {
             nursery,

@@ -28,3 +28,13 @@ impl Default for NetConfig {
         }
     }
 }
+
+impl NetConfig {
+    /// Sets the lease, and a heartbeat of a fifth of it.
+    #[must_use]
+    pub fn with_lease(mut self, lease: Duration) -> Self {
+        self.lease = lease;
+        self.heartbeat = lease / 5;
+        self
+    }
+}

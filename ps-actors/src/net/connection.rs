@@ -30,7 +30,7 @@ pub(crate) struct Frame {
 
 /// What a connection does with the frames that arrive, and at its end.
 pub(crate) trait Peer: Send + 'static {
-    /// Handles a frame; an error ends the connection.
+    /// Handles a frame, pings included; an error ends the connection.
     fn receive(&mut self, frame: Frame) -> Result<(), String>;
 
     /// The connection is over. Called exactly once.
@@ -74,7 +74,10 @@ impl Connection {
         buffers: &BufferPool,
         peer: impl Peer,
     ) {
-        let mut peer = Farewell(peer);
+        let mut peer = Farewell {
+            peer,
+            is_said: false,
+        };
         let Self {
             outbox,
             read,
@@ -87,31 +90,55 @@ impl Connection {
                 let Some(frame) = read_frame(&mut read, buffers, config.max_numbers).await? else {
                     return Ok(());
                 };
-                if frame.kind != Kind::Ping {
-                    peer.0.receive(frame).map_err(Ended::Peer)?;
-                }
+                peer.peer.receive(frame).map_err(Ended::Peer)?;
             }
         };
-        let result: Result<(), Ended> = tokio::select! {
-            result = reading => result,
-            result = outbox.write(write) => result.map_err(Ended::Io),
-            () = outbox.ping(config.heartbeat) => Ok(()),
-        };
+        let result = both_ways(reading, &outbox, write, config).await;
         let why: Arc<str> = match result {
             Ok(()) => "the connection was closed".into(),
             Err(error) => error.to_string().into(),
         };
-        peer.0.disconnected(&why);
-        std::mem::forget(peer);
+        peer.say(&why);
+    }
+}
+
+/// Reads and writes until one of the two sides has had enough.
+async fn both_ways(
+    reading: impl Future<Output = Result<(), Ended>>,
+    outbox: &Outbox,
+    write: TaskWriter,
+    config: &NetConfig,
+) -> Result<(), Ended> {
+    tokio::pin!(reading);
+    tokio::select! {
+        result = &mut reading => result,
+        result = outbox.write(write) => {
+            // What the peer sent before it closed is still to be read: mostly it says why.
+            // And a socket closed with something unread would lose what was written last.
+            let rest = tokio::time::timeout(config.lease, reading).await;
+            result.map_err(Ended::Io).and(rest.unwrap_or(Ok(())))
+        }
+        never = outbox.ping(config.heartbeat) => match never {},
     }
 }
 
 /// Says that the connection is over even if its task is dropped or panics.
-struct Farewell<P: Peer>(P);
+struct Farewell<P: Peer> {
+    peer: P,
+    is_said: bool,
+}
+
+impl<P: Peer> Farewell<P> {
+    fn say(&mut self, why: &Arc<str>) {
+        if !std::mem::replace(&mut self.is_said, true) {
+            self.peer.disconnected(why);
+        }
+    }
+}
 
 impl<P: Peer> Drop for Farewell<P> {
     fn drop(&mut self) {
-        self.0.disconnected(&"the connection's task ended".into());
+        self.say(&"the connection's task ended".into());
     }
 }
 

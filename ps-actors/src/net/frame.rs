@@ -6,7 +6,7 @@
 //!      1     1  always 0xA7
 //!      2     2  number of bulk buffers, n
 //!      4     4  length of the header in bytes, h
-//!      8     8  number of the call, chosen by the caller
+//!      8     8  number of the call, chosen by the caller, increasing; Ended: of the last one taken
 //!     16     4  Ask, Tell: which message of the actor; Reply: 0 for a result, 1 for an error
 //!     20     4  always 0
 //!     24    8n  length of each buffer, in f32
@@ -50,7 +50,7 @@ pub enum Kind {
     Stop = 7,
     /// `ActorRef::kill`.
     Kill = 8,
-    /// The actor has ended.
+    /// The actor has ended; calls with a higher number than this were not taken by it.
     Ended = 9,
 }
 

@@ -225,7 +225,8 @@ fn admit(
         return Err((StatusCode::GONE, why.to_owned()));
     }
     let node = header(NODE).and_then(parse_node);
-    if let Some(node) = node.filter(|_| !is_joining)
+    let node = node.filter(|_| !is_joining);
+    if let Some(node) = node
         && !(shared.is_live)(node)
     {
         let why = format!("{node} was declared lost; it must join again");
@@ -242,9 +243,11 @@ fn admit(
         );
         return Err((StatusCode::CONFLICT, why));
     }
-    let process = Arc::clone(process);
+    let (process, shared) = (Arc::clone(process), Arc::clone(shared));
+    // Asked again with each frame: a node may be declared lost while it is connected.
+    let may_speak = Box::new(move || node.is_none_or(|node| (shared.is_live)(node)));
     Ok(Box::new(move |outbox| {
-        Server::new(&process, callee, outbox, hold)
+        Server::new(&process, callee, outbox, hold, may_speak)
     }))
 }
 

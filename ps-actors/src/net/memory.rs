@@ -9,6 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
 
+mod faults;
+
+pub use faults::{FaultCounts, Faults, Outage};
+
+use self::faults::Trouble;
+use super::threads;
+
 /// Bytes in a pipe that its reader has not taken yet, as in a socket's buffer.
 const PIPE: usize = 256 << 10;
 
@@ -25,6 +32,7 @@ pub struct MemoryNetwork {
 struct Inner {
     next_place: AtomicU64,
     listeners: Mutex<HashMap<u64, mpsc::Sender<DuplexStream>>>,
+    trouble: Option<Arc<Trouble>>,
 }
 
 impl MemoryNetwork {
@@ -32,6 +40,36 @@ impl MemoryNetwork {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Makes a network in which this goes wrong. The same seed throws the same dice.
+    #[must_use]
+    pub fn with_faults(seed: u64, faults: Faults) -> Self {
+        let inner = Inner {
+            trouble: Some(Arc::new(Trouble::new(seed, faults))),
+            ..Inner::default()
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+
+    /// How often something went wrong so far.
+    #[must_use]
+    pub fn fault_counts(&self) -> FaultCounts {
+        let trouble = self.inner.trouble.as_ref();
+        trouble.map_or_else(FaultCounts::default, |trouble| trouble.counts())
+    }
+
+    /// Begins or ends an outage of the whole network.
+    ///
+    /// # Panics
+    /// When the network was not made with [`with_faults`](Self::with_faults).
+    pub fn set_outage(&self, outage: Option<Outage>) {
+        let trouble = self.inner.trouble.as_ref();
+        trouble
+            .expect("only a network with faults has outages")
+            .set_outage(outage);
     }
 
     fn listeners(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<DuplexStream>>> {
@@ -53,7 +91,17 @@ impl MemoryNetwork {
         let (ours, theirs) = tokio::io::duplex(PIPE);
         let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
         let listener = listener.ok_or_else(refused)?;
-        listener.try_send(theirs).map_err(|_| refused())?;
+        let Some(trouble) = &self.inner.trouble else {
+            listener.try_send(theirs).map_err(|_| refused())?;
+            return Ok(ours);
+        };
+        if trouble.outage() == Some(Outage::Refused) {
+            return Err(refused());
+        }
+        let (relay, accepted) = tokio::io::duplex(PIPE);
+        listener.try_send(accepted).map_err(|_| refused())?;
+        let trouble = Arc::clone(trouble);
+        threads::next().spawn(async move { trouble.relay(theirs, relay).await });
         Ok(ours)
     }
 }

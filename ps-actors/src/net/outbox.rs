@@ -5,6 +5,7 @@
 //! the socket does not take is left to the connection's [`write`](Outbox::write) task.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -161,16 +162,17 @@ impl Outbox {
         }
     }
 
-    /// Sends a sign of life whenever nothing else was written for a while.
-    pub(crate) async fn ping(&self, every: Duration) {
+    /// Sends a sign of life whenever nothing else was written for a while, until it is dropped.
+    pub(crate) async fn ping(&self, every: Duration) -> Infallible {
         loop {
             let silent_for = self.lock().last_write.elapsed();
             match every.checked_sub(silent_for) {
                 Some(left) if !left.is_zero() => tokio::time::sleep(left).await,
                 _ => {
                     let is_idle = self.lock().queue.is_empty();
-                    if is_idle && self.send(OutFrame::signal(Kind::Ping, 0)).is_err() {
-                        return;
+                    if is_idle {
+                        // Refused when no more is to be written; reading goes on for a moment.
+                        let _ = self.send(OutFrame::signal(Kind::Ping, 0));
                     }
                     tokio::time::sleep(every).await;
                 }

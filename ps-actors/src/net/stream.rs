@@ -24,12 +24,14 @@ impl Stream {
         if let Self::Tcp(stream) = self {
             stream.set_nodelay(true)?;
             let socket = socket2::SockRef::from(stream);
+            // The system counts these in whole seconds, and none is an error.
+            let second = Duration::from_secs(1);
             let keepalive = socket2::TcpKeepalive::new()
-                .with_time(lease)
-                .with_interval(lease / 4);
+                .with_time(lease.max(second))
+                .with_interval((lease / 4).max(second));
             socket.set_tcp_keepalive(&keepalive)?;
             #[cfg(target_os = "linux")]
-            socket.set_tcp_user_timeout(Some(lease))?;
+            socket.set_tcp_user_timeout(Some(lease.max(Duration::from_millis(1))))?;
         }
         Ok(())
     }
@@ -137,6 +139,27 @@ impl AsyncWrite for Stream {
         }
     }
 
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Memory(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    /// Without this, hyper copies a body behind its head before it writes both.
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Tcp(stream) => stream.is_write_vectored(),
+            Self::Unix(stream) => stream.is_write_vectored(),
+            Self::Memory(stream) => stream.is_write_vectored(),
+        }
+    }
+
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
@@ -150,6 +173,21 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Memory(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lease_of_any_length_suits_a_socket() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        for millis in [1, 500, 3_000, 5_000, 86_400_000] {
+            let stream = TcpStream::connect(listener.local_addr().unwrap()).await;
+            let stream = Stream::Tcp(stream.unwrap());
+            stream.tune(Duration::from_millis(millis)).unwrap();
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::any::type_name;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context as TaskContext, Poll, Wake, Waker};
 
@@ -135,6 +135,7 @@ where
     // A told message, too, is answered, without its result: its loss is counted by its sender.
     match mailbox.push(message, false) {
         Ok(call) => {
+            connection.last_taken.fetch_max(number, Ordering::Relaxed);
             let reply = Arc::new(Answer {
                 slot: call,
                 told,
@@ -155,6 +156,8 @@ pub(crate) struct Calls {
     outbox: Arc<Outbox>,
     actor_name: Arc<str>,
     running: Mutex<HashMap<u64, Arc<dyn Cancel>>>,
+    /// The number of the last call that was queued; they come in increasing order.
+    last_taken: AtomicU64,
 }
 
 trait Cancel: Send + Sync {
@@ -246,10 +249,14 @@ impl<R: Send + 'static> Cancel for Answer<R> {
     }
 }
 
+/// Whether the caller may still speak; false once its node was declared lost.
+pub(crate) type MaySpeak = Box<dyn Fn() -> bool + Send>;
+
 /// The called side of a connection.
 pub(crate) struct Server {
     callee: Arc<dyn Callee>,
     calls: Arc<Calls>,
+    may_speak: MaySpeak,
     /// Ends the actor's export when the connection ends.
     _hold: super::process::Hold,
 }
@@ -260,30 +267,35 @@ impl Server {
         callee: Arc<dyn Callee>,
         outbox: Arc<Outbox>,
         hold: super::process::Hold,
+        may_speak: MaySpeak,
     ) -> Self {
         let calls = Arc::new(Calls {
             process: Arc::clone(process),
             outbox,
             actor_name: Arc::clone(callee.name()),
             running: Mutex::default(),
+            last_taken: AtomicU64::new(0),
         });
         Self {
             callee,
             calls,
+            may_speak,
             _hold: hold,
         }
     }
 
-    /// Tells the caller when the actor has ended.
+    /// Tells the caller when the actor has ended, and which calls it never took.
     pub(crate) fn watch(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut ended = self.callee.ended();
-        let outbox: Weak<Outbox> = Arc::downgrade(&self.calls.outbox);
+        let calls: Weak<Calls> = Arc::downgrade(&self.calls);
         async move {
             // An error means that the actor's mailbox is gone, and the actor with it.
             let _ = ended.wait_for(|ended| *ended).await;
-            if let Some(outbox) = outbox.upgrade() {
-                let _ = outbox.send(OutFrame::signal(Kind::Ended, 0));
-                outbox.finish();
+            if let Some(calls) = calls.upgrade() {
+                // It takes no more, so this is final.
+                let last_taken = calls.last_taken.load(Ordering::Relaxed);
+                let _ = calls.outbox.send(OutFrame::signal(Kind::Ended, last_taken));
+                calls.outbox.finish();
             }
         }
     }
@@ -291,6 +303,9 @@ impl Server {
 
 impl Peer for Server {
     fn receive(&mut self, frame: Frame) -> Result<(), String> {
+        if !(self.may_speak)() {
+            return Err("the caller's node was declared lost".to_owned());
+        }
         match frame.kind {
             Kind::Ask | Kind::Tell => {
                 let code = frame.code;
@@ -306,7 +321,8 @@ impl Peer for Server {
             Kind::Stop => self.callee.stop(),
             Kind::Kill => self.callee.kill(),
             Kind::Release => return Err("the caller has released the actor".to_owned()),
-            Kind::Reply | Kind::Ping | Kind::Ended => {
+            Kind::Ping => {}
+            Kind::Reply | Kind::Ended => {
                 return Err(format!("a caller does not send {:?}", frame.kind));
             }
         }

@@ -319,22 +319,24 @@ impl RemoteActor {
         });
     }
 
-    /// The actor is gone for good.
-    fn end(&self, why: Arc<str>) {
+    /// The actor is gone for good; of what was sent, it took the calls up to `last_taken`.
+    fn end(&self, why: Arc<str>, last_taken: u64) {
         tracing::debug!(actor = %self.name(), %why, "an actor elsewhere has ended");
-        let (mut calls, unsent) = {
+        let (calls, unsent) = {
             let mut state = self.lock();
             state.link = Link::Ended;
             (mem::take(&mut state.calls), mem::take(&mut state.unsent))
         };
         self.slots.close();
         self.gone.send_replace(true);
-        let never_sent = unsent
-            .iter()
-            .filter_map(|frame| calls.remove(&frame.call()));
-        let never_sent: Vec<_> = never_sent.collect();
-        self.lose(never_sent, || Lost::NotDelivered(self.stopped()));
-        self.lose(calls.into_values(), || {
+        drop(unsent);
+        let (taken, not_taken): (HashMap<_, _>, HashMap<_, _>) = calls
+            .into_iter()
+            .partition(|(number, _)| *number <= last_taken);
+        self.lose(not_taken.into_values(), || {
+            Lost::NotDelivered(self.stopped())
+        });
+        self.lose(taken.into_values(), || {
             Lost::Unknown(UnknownOutcome::Stopped)
         });
     }
@@ -448,7 +450,7 @@ async fn connect(actor: Arc<RemoteActor>) {
     let dialled = loop {
         let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {
             Ok(Ok(dialled)) => break dialled,
-            Ok(Err(DialError::Ended(why))) => return actor.end(why.into()),
+            Ok(Err(DialError::Ended(why))) => return actor.end(why.into(), 0),
             Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into()),
             Ok(Err(DialError::Unreachable(why))) => why,
             Err(_elapsed) => format!("it did not answer within {:?}", config.lease),
@@ -503,9 +505,11 @@ impl Peer for Client {
                 Ok(())
             }
             Kind::Ended => {
-                actor.end("the actor has ended".into());
-                Ok(())
+                actor.end("the actor has ended".into(), frame.call);
+                // The other side waits for this one to close.
+                Err("the actor has ended".to_owned())
             }
+            Kind::Ping => Ok(()),
             other => Err(format!("a called actor does not send {other:?}")),
         }
     }

@@ -2,4 +2,5 @@
 
 mod actor;
 mod cluster;
+mod http;
 mod server;

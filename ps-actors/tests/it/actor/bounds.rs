@@ -9,13 +9,14 @@ use ps_actors::actor::NotDelivered;
 use ps_actors::{ActorRef, CallError, Spawn};
 use tokio::sync::oneshot;
 
-use super::probe::{Count, Gate, InContext, Probe, SOON, act, eventually, response};
+use super::ON;
+use crate::actor::probe::{
+    Count, Gate, InContext, Probe, SOON, act, eventually, response, wait_until_arrived,
+};
 
 fn bounded(max_pending: usize) -> ActorRef<Probe> {
-    Spawn::new()
-        .max_pending(max_pending)
-        .start(Probe::default)
-        .unwrap()
+    let options = Spawn::new().max_pending(max_pending);
+    ON.start(options, Probe::default).unwrap()
 }
 
 /// Polls once.
@@ -64,7 +65,7 @@ fn of_2000_calls_exactly_max_pending_are_taken() {
 fn responses_under_way_count_against_the_bound() {
     let actor = bounded(2);
     let (send, future) = response();
-    let running = actor.ask(InContext(future));
+    let running = actor.ask(InContext::new(future));
     actor.ask(act(|_, _| ())).wait_timeout(SOON).unwrap();
     let gate = Gate::hold(&actor);
     assert_eq!(actor.pending(), 2);
@@ -90,12 +91,14 @@ fn calls_taken_back_free_their_slots_and_their_memory() {
     let gate = Gate::hold(&actor);
     let marker = Arc::new(());
     let kept = actor.ask(Count(0));
-    for _ in 0..100_000 {
+    let num_calls = if actor.is_local() { 100_000 } else { 10_000 };
+    for _ in 0..num_calls {
         let marker = Arc::clone(&marker);
         let reply = actor.ask(act(move |_, _| drop(marker)));
         assert_eq!(actor.pending(), 3);
         drop(reply);
     }
+    wait_until_arrived(&actor);
     assert_eq!(Arc::strong_count(&marker), 1, "all messages are dropped");
     drop(gate);
     assert_eq!(kept.wait_timeout(SOON).unwrap(), 1);
@@ -143,6 +146,8 @@ async fn callers_that_wait_for_room_get_their_message_back_when_the_actor_stops(
     let mut ready = std::pin::pin!(actor.ask_when_ready(Count(4)));
     assert!(is_pending(ready.as_mut()).await);
     actor.stop();
+    // Those who wait for an actor elsewhere hear of its end, not of its `stop`.
+    let gate = actor.is_local().then_some(gate);
     let error = ready.await.await.unwrap_err();
     assert_eq!(error.into_message::<Count>().unwrap(), Count(4));
     drop(gate);

@@ -1,16 +1,20 @@
-//! Actors are ordinary actix actors: what their contexts do, and where they can be spawned.
+//! Actors are ordinary actix actors: what their contexts do.
 
 use std::time::Duration;
 
-use actix::{ActorContext, Addr, AsyncContext, System};
+use actix::{ActorContext, Addr, AsyncContext};
 use ps_actors::actor::{NotDelivered, UnknownOutcome};
-use ps_actors::{ActorRef, CallError, Spawn, spawn};
+use ps_actors::{ActorRef, CallError};
 
-use super::probe::{Atomic, Count, Gate, InContext, Log, Probe, SOON, act, eventually, response};
+use super::ON;
+use crate::actor::probe::{
+    Atomic, Count, Gate, InContext, Log, Probe, SOON, act, assert_gave_up_before_it_began,
+    eventually, response, wait_until_arrived,
+};
 
 fn logging() -> (ActorRef<Probe>, Log) {
     let log = Log::default();
-    let actor = spawn({
+    let actor = ON.spawn({
         let log = log.clone();
         move || Probe::with_log(&log)
     });
@@ -23,7 +27,7 @@ fn an_atomic_response_pauses_the_actor() {
     let (actor, log) = logging();
     let gate = Gate::hold(&actor);
     let (send, future) = response();
-    let atomic = actor.ask(Atomic(future));
+    let atomic = actor.ask(Atomic::new(future));
     let next = actor.ask(Count(1));
     drop(gate);
     // The message after the atomic one waits in the queue, though the thread is free: it can
@@ -32,8 +36,11 @@ fn an_atomic_response_pauses_the_actor() {
         log.entries().contains(&"atomic begins".to_owned())
     });
     let later = actor.ask(Count(2));
-    let error = later.wait_timeout(Duration::from_millis(20)).unwrap_err();
-    assert!(!error.may_have_run());
+    wait_until_arrived(&actor);
+    let after = Duration::from_millis(20);
+    let error = later.wait_timeout(after).unwrap_err();
+    assert_gave_up_before_it_began(&actor, after, error);
+    wait_until_arrived(&actor);
     send.send(3).unwrap();
     assert_eq!(atomic.wait_timeout(SOON).unwrap(), 3);
     assert_eq!(next.wait_timeout(SOON).unwrap(), 1);
@@ -48,7 +55,7 @@ fn an_atomic_response_pauses_the_actor() {
 fn responses_in_the_context_interleave_with_other_messages() {
     let (actor, log) = logging();
     let (send, future) = response();
-    let slow = actor.ask(InContext(future));
+    let slow = actor.ask(InContext::new(future));
     assert_eq!(actor.ask(Count(1)).wait_timeout(SOON).unwrap(), 1);
     send.send(9).unwrap();
     assert_eq!(slow.wait_timeout(SOON).unwrap(), 9);
@@ -62,7 +69,7 @@ fn waiting_in_the_started_hook_holds_the_queue_back() {
     let (send, mut receive) = std::sync::mpsc::channel::<tokio::sync::oneshot::Receiver<u64>>();
     let (open, opened) = tokio::sync::oneshot::channel();
     send.send(opened).unwrap();
-    let actor = spawn({
+    let actor = ON.spawn({
         let log = log.clone();
         move || {
             let opened = receive.recv().unwrap();
@@ -78,8 +85,12 @@ fn waiting_in_the_started_hook_holds_the_queue_back() {
             }
         }
     });
-    let taken_back = actor.ask(Count(1)).wait_timeout(Duration::from_millis(20));
-    assert!(!taken_back.unwrap_err().may_have_run());
+    let taken_back = actor.ask(Count(1));
+    wait_until_arrived(&actor);
+    let after = Duration::from_millis(20);
+    let error = taken_back.wait_timeout(after).unwrap_err();
+    assert_gave_up_before_it_began(&actor, after, error);
+    wait_until_arrived(&actor);
     let reply = actor.ask(Count(2));
     open.send(0).unwrap();
     assert_eq!(reply.wait_timeout(SOON).unwrap(), 1);
@@ -116,6 +127,7 @@ fn a_busy_queue_does_not_starve_timers_and_streams() {
     let notify = act(|_, ctx| ctx.notify(Count(12345)));
     actor.tell(notify).unwrap();
     let replies: Vec<_> = (0..900).map(|tag| actor.ask(Count(tag))).collect();
+    wait_until_arrived(&actor);
     drop(gate);
     for reply in replies {
         reply.wait_timeout(SOON).unwrap();
@@ -131,12 +143,13 @@ fn an_actor_that_stops_itself_answers_the_running_call_and_hands_back_the_queued
     let (actor, log) = logging();
     let gate = Gate::hold(&actor);
     let (_send, future) = response();
-    let in_flight = actor.ask(InContext(future));
+    let in_flight = actor.ask(InContext::new(future));
     let stopping = actor.ask(act(|_, ctx| {
         ctx.stop();
-        "bye"
+        "bye".to_owned()
     }));
     let queued = actor.ask(Count(5));
+    wait_until_arrived(&actor);
     drop(gate);
     assert_eq!(stopping.wait_timeout(SOON).unwrap(), "bye");
     let error = queued.wait_timeout(SOON).unwrap_err();
@@ -157,73 +170,4 @@ fn an_actor_that_stops_itself_answers_the_running_call_and_hands_back_the_queued
     ));
     actor.shutdown(SOON).wait().unwrap();
     assert_eq!(log.entries(), ["started", "stopping", "stopped"]);
-}
-
-///
-#[test]
-fn actors_spawned_without_an_actix_system_share_a_background_one() {
-    assert!(!System::is_registered());
-    let system_of = |actor: &ActorRef<Probe>| {
-        actor
-            .ask(act(|_, _| System::current().id()))
-            .wait_timeout(SOON)
-            .unwrap()
-    };
-    let (first, second) = (spawn(Probe::default), spawn(Probe::default));
-    assert_eq!(system_of(&first), system_of(&second));
-    // Stopping that system, which no program of the user runs, must not stop actors or timers.
-    first
-        .ask(act(|_, _| System::current().stop()))
-        .wait_timeout(SOON)
-        .unwrap();
-    let gate = Gate::hold(&second);
-    let reply = second.ask(Count(0)).timeout(Duration::from_millis(1));
-    assert!(ps_actors::actor::run(reply).is_err());
-    drop(gate);
-}
-
-///
-#[actix::test]
-async fn actors_see_the_system_that_spawned_them_and_have_an_arbiter_of_their_own() {
-    let actor = spawn(Probe::default);
-    let (system, spawned) = actor
-        .ask(act(|_, _| {
-            let (done, is_done) = std::sync::mpsc::channel();
-            let here = std::thread::current().id();
-            // A task on the actor's arbiter runs on the actor's thread.
-            actix::Arbiter::current().spawn_fn(move || {
-                done.send(std::thread::current().id() == here).unwrap();
-            });
-            (System::current().id(), is_done)
-        }))
-        .timeout(SOON)
-        .await
-        .unwrap();
-    assert_eq!(system, System::current().id());
-    assert!(spawned.recv_timeout(SOON).unwrap());
-}
-
-///
-#[test]
-fn an_actor_outlives_the_system_that_spawned_it() {
-    let actor = actix::System::new().block_on(async { spawn(Probe::default) });
-    assert_eq!(actor.ask(Count(0)).wait_timeout(SOON).unwrap(), 1);
-}
-
-#[test]
-fn threads_are_named_after_their_actors() {
-    let thread_name = |actor: &ActorRef<Probe>| {
-        actor
-            .ask(act(|_, _| std::thread::current().name().map(str::to_owned)))
-            .wait_timeout(SOON)
-            .unwrap()
-    };
-    let plain = spawn(Probe::default);
-    assert_eq!(thread_name(&plain).as_deref(), Some(plain.name()));
-    assert_eq!(plain.name(), format!("Probe#{}", plain.id()));
-    let named = Spawn::new()
-        .thread_name("ps-thread")
-        .start(Probe::default)
-        .unwrap();
-    assert_eq!(thread_name(&named).as_deref(), Some("ps-thread"));
 }

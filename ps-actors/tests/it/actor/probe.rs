@@ -11,8 +11,13 @@ use actix::{
     ResponseActFuture, ResponseFuture, WrapFuture,
 };
 use futures_util::FutureExt;
+use ps_actors::actor::{NotDelivered, UnknownOutcome};
+use ps_actors::remote::{Messages, Remote};
 use ps_actors::{ActorRef, CallError};
+use serde::{Deserialize, Deserializer, Serialize};
 use tokio::sync::oneshot;
+
+use super::transport::Parked;
 
 /// Bounds every wait of the tests, so that a lost wake-up fails instead of hanging.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
@@ -98,10 +103,26 @@ impl Actor for Probe {
     }
 }
 
+/// What a probe takes from elsewhere; [`Do`] with the results that the tests ask for.
+impl Remote for Probe {
+    fn messages(messages: &mut Messages<Self>) {
+        messages
+            .add::<Do<()>>()
+            .add::<Do<String>>()
+            .add::<Count>()
+            .add::<OnTask>()
+            .add::<InContext>()
+            .add::<Atomic>()
+            .add::<Unreadable>();
+    }
+}
+
 type Action<R> = Box<dyn FnOnce(&mut Probe, &mut Context<Probe>) -> R + Send>;
 
 /// Runs a closure in the handler and replies with its value.
-pub(crate) struct Do<R>(pub(crate) Action<R>);
+#[derive(Serialize, Deserialize)]
+#[serde(bound = "R: 'static")]
+pub(crate) struct Do<R>(Parked<Action<R>>);
 
 impl<R: Send + 'static> Message for Do<R> {
     type Result = R;
@@ -111,18 +132,18 @@ impl<R: Send + 'static> Handler<Do<R>> for Probe {
     type Result = MessageResult<Do<R>>;
 
     fn handle(&mut self, Do(action): Do<R>, ctx: &mut Context<Self>) -> Self::Result {
-        MessageResult(action(self, ctx))
+        MessageResult(action.take()(self, ctx))
     }
 }
 
 pub(crate) fn act<R>(
     action: impl FnOnce(&mut Probe, &mut Context<Probe>) -> R + Send + 'static,
 ) -> Do<R> {
-    Do(Box::new(action))
+    Do(Parked::new(Box::new(action)))
 }
 
 /// Adds one, logs the tag, replies with the count.
-#[derive(Message, Debug, PartialEq)]
+#[derive(Message, Debug, PartialEq, Serialize, Deserialize)]
 #[rtype(result = "u64")]
 pub(crate) struct Count(pub(crate) u64);
 
@@ -139,7 +160,14 @@ impl Handler<Count> for Probe {
 type BoxedFuture = Pin<Box<dyn Future<Output = u64> + Send>>;
 
 /// Responds with a future on a task of its own.
-pub(crate) struct OnTask(pub(crate) BoxedFuture);
+#[derive(Serialize, Deserialize)]
+pub(crate) struct OnTask(Parked<BoxedFuture>);
+
+impl OnTask {
+    pub(crate) fn new(future: impl Future<Output = u64> + Send + 'static) -> Self {
+        Self(Parked::new(Box::pin(future)))
+    }
+}
 
 impl Message for OnTask {
     type Result = u64;
@@ -149,12 +177,19 @@ impl Handler<OnTask> for Probe {
     type Result = ResponseFuture<u64>;
 
     fn handle(&mut self, OnTask(future): OnTask, _: &mut Context<Self>) -> Self::Result {
-        future
+        future.take()
     }
 }
 
 /// Responds with a future inside the actor's context, and counts it when it is done.
-pub(crate) struct InContext(pub(crate) BoxedFuture);
+#[derive(Serialize, Deserialize)]
+pub(crate) struct InContext(Parked<BoxedFuture>);
+
+impl InContext {
+    pub(crate) fn new(future: impl Future<Output = u64> + Send + 'static) -> Self {
+        Self(Parked::new(Box::pin(future)))
+    }
+}
 
 impl Message for InContext {
     type Result = u64;
@@ -164,7 +199,7 @@ impl Handler<InContext> for Probe {
     type Result = ResponseActFuture<Self, u64>;
 
     fn handle(&mut self, InContext(future): InContext, _: &mut Context<Self>) -> Self::Result {
-        Box::pin(future.into_actor(self).map(|value, actor, _| {
+        Box::pin(future.take().into_actor(self).map(|value, actor, _| {
             actor.log.push(format!("response {value}"));
             value
         }))
@@ -172,7 +207,14 @@ impl Handler<InContext> for Probe {
 }
 
 /// Responds with a future that pauses the actor until it is done.
-pub(crate) struct Atomic(pub(crate) BoxedFuture);
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Atomic(Parked<BoxedFuture>);
+
+impl Atomic {
+    pub(crate) fn new(future: impl Future<Output = u64> + Send + 'static) -> Self {
+        Self(Parked::new(Box::pin(future)))
+    }
+}
 
 impl Message for Atomic {
     type Result = u64;
@@ -183,10 +225,60 @@ impl Handler<Atomic> for Probe {
 
     fn handle(&mut self, Atomic(future): Atomic, _: &mut Context<Self>) -> Self::Result {
         self.log.push("atomic begins");
-        AtomicResponse::new(Box::pin(future.into_actor(self).map(|value, actor, _| {
-            actor.log.push("atomic ends");
-            value
-        })))
+        AtomicResponse::new(Box::pin(future.take().into_actor(self).map(
+            |value, actor, _| {
+                actor.log.push("atomic ends");
+                value
+            },
+        )))
+    }
+}
+
+/// A message that nobody can read: an actor elsewhere refuses it before it is queued.
+#[derive(Message, Serialize)]
+#[rtype(result = "()")]
+struct Unreadable;
+
+impl<'de> Deserialize<'de> for Unreadable {
+    fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+        Err(serde::de::Error::custom("it is not to be read"))
+    }
+}
+
+impl Handler<Unreadable> for Probe {
+    type Result = ();
+
+    fn handle(&mut self, _: Unreadable, _: &mut Context<Self>) {}
+}
+
+/// Waits until everything sent to the actor before is in its queue, or taken out of it: at once
+/// for an actor of this process. Needs a free slot.
+pub(crate) fn wait_until_arrived(actor: &ActorRef<Probe>) {
+    if !actor.is_local() {
+        let refused = actor.ask(Unreadable).wait_timeout(SOON).unwrap_err();
+        assert!(refused.to_string().contains("not to be read"), "{refused}");
+    }
+}
+
+/// Checks what a caller is told whose call timed out before its handler began: an actor of this
+/// process hands the message back; nobody knows what one elsewhere has done with it.
+pub(crate) fn assert_gave_up_before_it_began(
+    actor: &ActorRef<Probe>,
+    after: Duration,
+    error: CallError,
+) -> Option<Count> {
+    match error {
+        CallError::NotDelivered {
+            reason, message, ..
+        } if actor.is_local() => {
+            assert_eq!(reason, NotDelivered::TimedOut { after });
+            Some(message.into_message().expect("it was a Count"))
+        }
+        CallError::Unknown { reason, .. } if !actor.is_local() => {
+            assert_eq!(reason, UnknownOutcome::TimedOut { after });
+            None
+        }
+        other => panic!("unexpected: {other:?}"),
     }
 }
 
@@ -238,10 +330,14 @@ impl Gate {
 
 /// Polls until the condition holds.
 pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + SOON;
+    let start = Instant::now();
     while !condition() {
-        assert!(Instant::now() < deadline, "never happened: {what}");
-        std::thread::yield_now();
+        assert!(start.elapsed() < SOON, "never happened: {what}");
+        // What does not come at once may take seconds, and others want to run meanwhile.
+        match start.elapsed() < Duration::from_millis(5) {
+            true => std::thread::yield_now(),
+            false => std::thread::park_timeout(Duration::from_millis(1)),
+        }
     }
 }
 

@@ -122,7 +122,10 @@ fn a_timeout_ends_the_wait_and_frees_the_slot() {
         let world = World::new(config(transport), 1);
         let counter = on_node(&world, 1, 0);
         let short = Duration::from_millis(20);
-        let error = counter.ask(Never).wait_timeout(short).unwrap_err();
+        let never = counter.ask(Never);
+        // It is there before the time begins: until then it could be taken back.
+        counter.ask(Add(0)).wait_timeout(SOON).unwrap();
+        let error = never.wait_timeout(short).unwrap_err();
         let Err(CallError::Unknown { reason, .. }) = Err::<(), _>(error) else {
             panic!("it may have run");
         };

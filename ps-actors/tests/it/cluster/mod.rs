@@ -2,5 +2,8 @@
 //! else from real ones: they reach each other through sockets or pipes only.
 
 mod calls;
+mod faults;
+mod hostile;
+mod lives;
 mod nodes;
-mod world;
+pub(crate) mod world;

@@ -1,9 +1,12 @@
 //! Nodes: joining, leaving, spawning.
 
-use ps_actors::cluster::{NodeExit, Placement, SpawnOn};
-use ps_actors::{ActorRef, spawn};
+use std::time::Duration;
 
-use super::world::{Add, Counter, SOON, World, config, transports};
+use ps_actors::ActorRef;
+use ps_actors::cluster::{NodeExit, Placement, SpawnOn};
+
+use super::world::{Add, Counter, Greet, Mortal, SOON, World, config, transports};
+use crate::actor::probe::{Census, eventually};
 
 #[test]
 fn actors_go_to_the_nodes_in_turn() {
@@ -82,20 +85,28 @@ fn nodes_end_when_the_driver_lets_them_go() {
     }
 }
 
+///
 #[test]
 fn an_actor_elsewhere_ends_with_its_last_reference() {
-    for transport in transports() {
-        let world = World::new(config(transport), 1);
-        let counter = world.cluster.spawn::<Counter>(1).wait().unwrap();
-        let watched = counter.clone();
-        let _ = spawn(|| Idle);
-        drop(counter);
-        assert_eq!(watched.ask(Add(1)).wait_timeout(SOON).unwrap(), 2);
-    }
-}
-
-struct Idle;
-
-impl actix::Actor for Idle {
-    type Context = actix::Context<Self>;
+    let census = Census::default();
+    let worlds = transports().map(|transport| {
+        let mut config = config(transport);
+        // Twice their sum has to pass.
+        config.net.lease = Duration::from_secs(1);
+        config.net.handshake = Duration::from_millis(250);
+        World::new(config, 1)
+    });
+    let actors: Vec<_> = worlds
+        .iter()
+        .map(|world| {
+            let actor = Mortal::on_node(world, 1, &census);
+            let clone = actor.clone();
+            drop(actor);
+            clone.ask(Greet).wait_timeout(SOON).unwrap();
+            clone
+        })
+        .collect();
+    assert_eq!(census.count(), actors.len());
+    drop(actors);
+    eventually("all actors are dropped", || census.count() == 0);
 }

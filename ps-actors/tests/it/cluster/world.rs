@@ -6,13 +6,17 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler, Message, ResponseActFuture, WrapFuture};
 use ps_actors::ActorRef;
 use ps_actors::cluster::{
-    Cluster, ClusterConfig, ClusterError, Hosted, Hosts, Node, NodeExit, Task, Transport,
+    Cluster, ClusterConfig, ClusterError, Hosted, Hosts, Node, NodeExit, Placement, SpawnOn, Task,
+    Transport,
 };
 use ps_actors::net::memory::MemoryNetwork;
 use ps_actors::net::{Address, NetConfig};
 use ps_actors::remote::{Messages, Remote};
 use ps_actors::weights::Gradient;
 use serde::{Deserialize, Serialize};
+
+use crate::actor::probe::{Census, Citizen};
+use crate::actor::transport::Parked;
 
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
@@ -47,10 +51,16 @@ pub(crate) fn config(transport: Transport) -> ClusterConfig {
 }
 
 pub(crate) fn hosts() -> Hosts {
-    Hosts::new().host(|start: i64| match start {
-        0.. => Ok(Counter { count: start }),
-        _ => Err(format!("cannot count from {start}").into()),
-    })
+    Hosts::new()
+        .host(|start: i64| match start {
+            0.. => Ok(Counter { count: start }),
+            _ => Err(format!("cannot count from {start}").into()),
+        })
+        .host(|citizen: Parked<Citizen>| {
+            Ok(Mortal {
+                _citizen: citizen.take(),
+            })
+        })
 }
 
 impl World {
@@ -198,4 +208,49 @@ impl Handler<Unlisted> for Counter {
     type Result = ();
 
     fn handle(&mut self, _: Unlisted, _: &mut Context<Self>) {}
+}
+
+/// Is counted as long as it lives.
+pub(crate) struct Mortal {
+    _citizen: Citizen,
+}
+
+impl Mortal {
+    pub(crate) fn on_node(world: &World, rank: u32, census: &Census) -> ActorRef<Self> {
+        let options = SpawnOn::new().place(Placement::Rank(rank));
+        let citizen = Parked::new(census.citizen());
+        world.cluster.spawn_with(options, citizen).wait().unwrap()
+    }
+}
+
+impl Actor for Mortal {
+    type Context = Context<Self>;
+}
+
+impl Remote for Mortal {
+    fn messages(messages: &mut Messages<Self>) {
+        messages.add::<Greet>().add::<Never>();
+    }
+}
+
+impl Hosted for Mortal {
+    type Args = Parked<Citizen>;
+}
+
+#[derive(Clone, Debug, PartialEq, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct Greet;
+
+impl Handler<Greet> for Mortal {
+    type Result = ();
+
+    fn handle(&mut self, _: Greet, _: &mut Context<Self>) {}
+}
+
+impl Handler<Never> for Mortal {
+    type Result = ResponseActFuture<Self, ()>;
+
+    fn handle(&mut self, _: Never, _: &mut Context<Self>) -> Self::Result {
+        Box::pin(std::future::pending::<()>().into_actor(self))
+    }
 }

@@ -1,0 +1,101 @@
+//! Servers for workers in any language: they join, pull and push over HTTP (docs/http-api.md).
+//!
+//! ```text
+//! cargo run --release --example http_server -- --num-workers 2
+//! curl http://127.0.0.1:8265/v1/status
+//! python examples/python/torch_worker.py --data-dir DIR --worker 0 --num-workers 2
+//! python examples/python/torch_worker.py --data-dir DIR --worker 1 --num-workers 2
+//! ```
+//!
+//! The workers compute gradients of `ConvNet`, here with PyTorch. Prints the accuracy on the test set
+//! about every 50 updates, and ends when all workers have left.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use ps::actors::cluster::{Cluster, ClusterConfig, Hosts};
+use ps::actors::http;
+use ps::actors::net::Token;
+use ps::actors::server::GroupError;
+use ps::prelude::*;
+
+/// A parameter server for workers that speak HTTP.
+#[derive(Parser)]
+struct Args {
+    /// Where to listen. Other hosts need a token: at least 16 characters in $PS_TOKEN.
+    #[arg(long, default_value = "127.0.0.1:8265")]
+    listen: SocketAddr,
+    /// When gradients are applied: bsp, asp, ssp:N or k-of-n:K.
+    #[arg(long, default_value = "bsp")]
+    consistency: Consistency,
+    /// How many workers must have joined before the first synchronous round closes.
+    #[arg(long, default_value_t = 1)]
+    num_workers: usize,
+    /// How long a worker may be silent, in seconds, before the others go on without it.
+    #[arg(long, default_value_t = 10.0)]
+    lease: f64,
+    /// Learning rate.
+    #[arg(long, default_value_t = 1e-2)]
+    learning_rate: f64,
+    /// Directory with the four MNIST files, as in the other examples.
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let device = select_device(default_device_name())?;
+    let model = ConvNet::init(0, &device);
+    let mnist = Mnist::load(&MnistOptions {
+        directory: args.data_dir,
+        ..MnistOptions::default()
+    })?;
+    let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
+
+    let config = ServerConfig {
+        consistency: args.consistency,
+        learning_rate: args.learning_rate,
+        lease: Some(Duration::try_from_secs_f64(args.lease).context("--lease")?),
+        wait_for_workers: args.num_workers,
+        ..ServerConfig::default()
+    };
+    let initial = initial_weights(&model, &device)?;
+    let servers = ServerGroup::spawn(&initial, 1, config, |_| Box::new(Sgd::new()))?;
+    let token = std::env::var("PS_TOKEN").ok().map(Token::new).transpose()?;
+    let cluster = ClusterConfig {
+        token,
+        ..ClusterConfig::default()
+    };
+    let routes = http::routes(servers.clone());
+    let cluster = Cluster::listen_with(cluster, args.listen, Hosts::new(), routes)?;
+    let address = cluster.address().context("it listens on TCP")?;
+    println!("Waiting for workers: http://{address}/v1/status");
+
+    let mut next_update = 0;
+    loop {
+        std::thread::sleep(Duration::from_millis(100));
+        let group = servers.clone();
+        let (status, weights) = run(async move {
+            let status = group.status().await?;
+            Ok::<_, GroupError>((status, group.pull(PullVersion::Latest).await?))
+        })?;
+        let workers = &status[0]
+            .coordinator
+            .as_ref()
+            .context("it decides")?
+            .workers;
+        let have_all_left = !workers.is_empty() && workers.values().all(|w| !w.is_member);
+        let update = weights.version().0;
+        if update >= next_update || have_all_left {
+            let accuracy = evaluator.accuracy_percent(&weights)?;
+            println!("Update {update}: \taccuracy is {accuracy:.1}");
+            next_update = update / 50 * 50 + 50;
+        }
+        if have_all_left {
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! Calls to an actor in another process of this machine, beside a bare TCP connection that moves
+//! the same bytes: `cargo bench -p ps-actors --bench remote`.
+//!
+//! Each line is the median of interleaved rounds, and its ratio to the bare connection's. The bare
+//! connection writes from and reads into buffers that it keeps, on one thread per process.
+
+use std::error::Error;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use actix::{Actor, Context, Handler, Message};
+use ps_actors::ActorRef;
+use ps_actors::cluster::{Cluster, ClusterConfig, Hosted, Hosts, Placement, Transport};
+use ps_actors::group::{ServerArgs, ServerGroup};
+use ps_actors::ids::{Clock, GradientId, Incarnation, WorkerId};
+use ps_actors::launch::LaunchOptions;
+use ps_actors::remote::{Messages, Remote};
+use ps_actors::rule::Sgd;
+use ps_actors::server::{Consistency, ServerConfig};
+use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+/// In the process that is called: answers, and runs the bare TCP server.
+struct Peer;
+
+impl Actor for Peer {
+    type Context = Context<Self>;
+}
+
+impl Remote for Peer {
+    fn messages(messages: &mut Messages<Self>) {
+        messages
+            .add::<Empty>()
+            .add::<Echo>()
+            .add::<StartBare>()
+            .add::<PeakMemory>();
+    }
+}
+
+impl Hosted for Peer {
+    type Args = ();
+}
+
+#[derive(Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+struct Empty;
+
+impl Handler<Empty> for Peer {
+    type Result = ();
+
+    fn handle(&mut self, _: Empty, _: &mut Context<Self>) {}
+}
+
+#[derive(Message, Serialize, Deserialize)]
+#[rtype(result = "Gradient")]
+struct Echo(Gradient);
+
+impl Handler<Echo> for Peer {
+    type Result = actix::MessageResult<Echo>;
+
+    fn handle(&mut self, Echo(gradient): Echo, _: &mut Context<Self>) -> Self::Result {
+        actix::MessageResult(gradient)
+    }
+}
+
+/// Starts a bare TCP server that sends `len` bytes back for each `len` that have arrived.
+#[derive(Message, Serialize, Deserialize)]
+#[rtype(result = "SocketAddr")]
+struct StartBare(usize);
+
+impl Handler<StartBare> for Peer {
+    type Result = actix::MessageResult<StartBare>;
+
+    fn handle(&mut self, StartBare(len): StartBare, _: &mut Context<Self>) -> Self::Result {
+        let (sender, address) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            runtime().block_on(async {
+                let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+                sender.send(listener.local_addr().unwrap()).unwrap();
+                let (mut stream, _) = listener.accept().await.unwrap();
+                stream.set_nodelay(true).unwrap();
+                let mut buffer = vec![1; len];
+                while stream.read_exact(&mut buffer).await.is_ok() {
+                    stream.write_all(&buffer).await.unwrap();
+                }
+            });
+        });
+        actix::MessageResult(address.recv().expect("the server starts"))
+    }
+}
+
+/// The most memory that the process ever had, in bytes.
+#[derive(Message, Serialize, Deserialize)]
+#[rtype(result = "u64")]
+struct PeakMemory;
+
+impl Handler<PeakMemory> for Peer {
+    type Result = u64;
+
+    fn handle(&mut self, _: PeakMemory, _: &mut Context<Self>) -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+        let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        1024 * kib.unwrap_or(0)
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder
+        .enable_all()
+        .build()
+        .expect("the system gives an event loop")
+}
+
+fn hosts() -> Hosts {
+    Hosts::new()
+        .host(|()| Ok(Peer))
+        .host(|args: ServerArgs| Ok(args.into_server(Box::new(Sgd::new()))?))
+}
+
+/// A bare connection, and the rounds that it was asked for.
+struct Bare {
+    runtime: tokio::runtime::Runtime,
+    stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+impl Bare {
+    fn new(peer: &ActorRef<Peer>, len: usize) -> Result<Self, Box<dyn Error>> {
+        let address = peer.ask(StartBare(len)).wait()?;
+        let runtime = runtime();
+        let stream = runtime.block_on(TcpStream::connect(address))?;
+        stream.set_nodelay(true)?;
+        Ok(Self {
+            runtime,
+            stream,
+            buffer: vec![1; len],
+        })
+    }
+
+    fn round(&mut self) {
+        let Self {
+            runtime,
+            stream,
+            buffer,
+        } = self;
+        runtime.block_on(async {
+            stream.write_all(buffer).await.expect("the peer is there");
+            stream.read_exact(buffer).await.expect("the peer is there");
+        });
+    }
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// Times the subjects in turn, so that all meet the same weather.
+fn compare(num_rounds: usize, subjects: &mut [(&str, &mut dyn FnMut())]) -> Vec<Duration> {
+    let mut times = vec![Vec::new(); subjects.len()];
+    for round in 0..num_rounds + num_rounds / 10 + 1 {
+        for (index, (_, subject)) in subjects.iter_mut().enumerate() {
+            let start = Instant::now();
+            subject();
+            // The first rounds fill caches and buffers.
+            if round > num_rounds / 10 {
+                times[index].push(start.elapsed());
+            }
+        }
+    }
+    times.into_iter().map(median).collect()
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    for (name, transport) in [("TCP", Transport::Tcp), ("Unix socket", Transport::Sockets)] {
+        let config = ClusterConfig {
+            transport,
+            ..ClusterConfig::default()
+        };
+        let options = LaunchOptions {
+            processes: Some(2),
+            ..LaunchOptions::default()
+        };
+        // A copy of this program is a node of the first cluster only, which is what it joins.
+        let Some(cluster) = Cluster::launch(&options, config, hosts())? else {
+            return Ok(());
+        };
+        run(name, &cluster)?;
+    }
+    Ok(())
+}
+
+fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
+    let peer = cluster.spawn::<Peer>(()).wait()?;
+    println!("{name}:");
+
+    // A frame of an empty call has 25 bytes, its reply 24.
+    let mut bare = Bare::new(&peer, 25)?;
+    let mut in_thread = || bare.round();
+    let mut ask = || peer.ask(Empty).wait().expect("the peer answers");
+    let mut awaited = || ps_actors::actor::run(async { peer.ask(Empty).await }).expect("answers");
+    let times = compare(
+        3000,
+        &mut [
+            ("bare", &mut in_thread),
+            ("ask, blocking", &mut ask),
+            ("ask, awaited", &mut awaited),
+        ],
+    );
+    for (what, time) in ["bare ping-pong", "ask, wait()", "ask, .await"]
+        .iter()
+        .zip(&times)
+    {
+        let ratio = time.as_secs_f64() / times[0].as_secs_f64();
+        println!(
+            "  {what:<30} {:8.1} µs  {ratio:5.2} × bare",
+            1e6 * time.as_secs_f64()
+        );
+    }
+
+    for (len, num_rounds) in [(6_500, 1000), (1_200_000, 60), (25_000_000, 10)] {
+        let num_bytes = 4 * len;
+        let mut bare = Bare::new(&peer, num_bytes)?;
+        let gradient = Gradient::new(vec![1e-3; len]);
+        let mut echo = || {
+            let echoed = peer.ask(Echo(gradient.clone())).wait();
+            assert_eq!(echoed.expect("the peer answers").values().len(), len);
+        };
+        let server = server(cluster, len)?;
+        let mut clock = 0;
+        let mut push_pull = || {
+            let (worker, incarnation) = (WorkerId(0), Incarnation(u64::MAX / 2));
+            let gradients = Gradients {
+                id: GradientId {
+                    worker,
+                    incarnation,
+                    clock: Clock(clock),
+                },
+                computed_on: ps_actors::ids::Version(clock),
+                loss: 1.0,
+                num_examples: 1,
+                gradient: gradient.clone(),
+            };
+            let pushed = ps_actors::actor::run(server.push_pull(gradients));
+            assert_eq!(pushed.expect("the server applies it").1.len(), len);
+            clock += 1;
+        };
+        ps_actors::actor::run(server.join(WorkerId(0), Incarnation(u64::MAX / 2)))?;
+        let times = compare(
+            num_rounds,
+            &mut [
+                ("bare", &mut || bare.round()),
+                ("echo", &mut echo),
+                ("push_pull", &mut push_pull),
+            ],
+        );
+        println!("  {:.1} MB there and back:", num_bytes as f64 / 1e6);
+        for (what, time) in ["bare copy", "ask", "push_pull, with its update"]
+            .iter()
+            .zip(&times)
+        {
+            let throughput = 2.0 * num_bytes as f64 / time.as_secs_f64() / 1e9;
+            let ratio = times[0].as_secs_f64() / time.as_secs_f64();
+            println!(
+                "    {what:<28} {:8.3} ms  {throughput:5.2} GB/s  {:3.0} % of bare",
+                1e3 * time.as_secs_f64(),
+                100.0 * ratio
+            );
+        }
+    }
+    Ok(())
+}
+
+fn server(cluster: &Cluster, len: usize) -> Result<ServerGroup, Box<dyn Error>> {
+    let config = ServerConfig {
+        consistency: Consistency::Asp,
+        ..ServerConfig::default()
+    };
+    let initial = Weights::initial(Layout::flat(len), vec![0.0; len]);
+    let places = [Placement::RoundRobin];
+    let group = ServerGroup::spawn_on(cluster, places, &initial, config);
+    Ok(ps_actors::actor::run(group)?)
+}

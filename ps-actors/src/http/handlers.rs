@@ -1,0 +1,170 @@
+//! One function per route: read the request, ask the servers, say what came out.
+
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use axum::response::{IntoResponse, Response};
+
+use super::body;
+use super::headers::{
+    CLOCK, Caller, EPOCH, NUM_WEIGHTS, OUTCOME, STALENESS, Stamp, VERSION, wanted_version,
+};
+use super::model::Model;
+use super::problem::Problem;
+use super::{Api, views};
+use crate::server::{GroupError, Heartbeat, Outcome};
+use crate::weights::{Gradient, Gradients, Weights};
+
+type Answer = Result<Response, Problem>;
+
+pub(super) async fn join(State(api): State<Api>, headers: HeaderMap) -> Answer {
+    let model = api.model()?;
+    let Caller {
+        worker,
+        incarnation,
+    } = Caller::read(&headers)?;
+    let join = async {
+        let num_weights = model.layout().await?.num_weights();
+        Ok((num_weights, model.group.join(worker, incarnation).await?))
+    };
+    let (num_weights, membership) = model.while_open(join).await?;
+    let headers = [
+        (CLOCK, membership.next_clock.0),
+        (VERSION, membership.version.0),
+        (EPOCH, membership.epoch.0),
+        (NUM_WEIGHTS, num_weights as u64),
+    ];
+    Ok(with(Body::empty(), headers))
+}
+
+pub(super) async fn leave(State(api): State<Api>, headers: HeaderMap) -> Answer {
+    let model = api.model()?;
+    let Caller {
+        worker,
+        incarnation,
+    } = Caller::read(&headers)?;
+    let leave = async { Ok(model.group.leave(worker, incarnation).await?) };
+    model.while_open(leave).await?;
+    Ok(Response::default())
+}
+
+pub(super) async fn heartbeat(State(api): State<Api>, headers: HeaderMap) -> Answer {
+    let model = api.model()?;
+    let Caller {
+        worker,
+        incarnation,
+    } = Caller::read(&headers)?;
+    let beat = async {
+        let Some(first) = model.group.servers().next() else {
+            return Ok(());
+        };
+        let beat = Heartbeat {
+            worker,
+            incarnation,
+        };
+        let index = 0;
+        let answer = first.ask(beat).await;
+        let answer = answer.map_err(|source| GroupError::Call { index, source })?;
+        Ok(answer.map_err(|source| GroupError::Server { index, source })?)
+    };
+    model.while_open(beat).await?;
+    Ok(Response::default())
+}
+
+pub(super) async fn layout(State(api): State<Api>) -> Answer {
+    let model = api.model()?;
+    let layout = async { Ok(views::layout(model.layout().await?)) };
+    Ok(json(model.while_open(layout).await?))
+}
+
+pub(super) async fn weights(State(api): State<Api>, uri: Uri) -> Answer {
+    let model = api.model()?;
+    let wanted = wanted_version(uri.query())?;
+    let weights = model.while_open(model.pull(wanted)).await?;
+    Ok(with_weights(&weights))
+}
+
+pub(super) async fn status(State(api): State<Api>) -> Answer {
+    let model = api.model()?;
+    let status = async { Ok(views::status(&model.group.status().await?)) };
+    Ok(json(model.while_open(status).await?))
+}
+
+pub(super) async fn push(State(api): State<Api>, request: Request) -> Answer {
+    let model = api.model()?;
+    let push = async {
+        let gradients = receive(&api, &model, request).await?;
+        model.group.push(gradients).await.map_err(Problem::of_push)
+    };
+    let outcome = model.while_open(push).await?;
+    let mut response = with(Body::empty(), [(VERSION, outcome.version().0)]);
+    add_outcome(&mut response, &outcome);
+    Ok(response)
+}
+
+pub(super) async fn push_pull(State(api): State<Api>, request: Request) -> Answer {
+    let model = api.model()?;
+    let push = async {
+        let gradients = receive(&api, &model, request).await?;
+        let pushed = model.group.push_pull(gradients).await;
+        pushed.map_err(Problem::of_push)
+    };
+    let (outcome, weights) = model.while_open(push).await?;
+    let mut response = with_weights(&weights);
+    add_outcome(&mut response, &outcome);
+    Ok(response)
+}
+
+/// Reads a push: headers first, so that the numbers of a wrong one are not even read.
+async fn receive(api: &Api, model: &Model, request: Request) -> Result<Gradients, Problem> {
+    let Stamp {
+        id,
+        computed_on,
+        loss,
+        num_examples,
+    } = Stamp::read(request.headers())?;
+    let len = model.layout().await?.num_weights();
+    let values = api.shared.uploads.receive(request, len).await?;
+    Ok(Gradients {
+        id,
+        computed_on,
+        loss,
+        num_examples,
+        gradient: Gradient::new(values),
+    })
+}
+
+fn add_outcome(response: &mut Response, outcome: &Outcome) {
+    let (name, staleness) = match *outcome {
+        Outcome::Applied { staleness, .. } => ("applied", Some(staleness)),
+        Outcome::DroppedLate { staleness, .. } => ("dropped-late", Some(staleness)),
+        Outcome::RefusedNorm { .. } => ("refused-norm", None),
+    };
+    let headers = response.headers_mut();
+    headers.insert(OUTCOME, HeaderValue::from_static(name));
+    if let Some(staleness) = staleness {
+        headers.insert(STALENESS, staleness.into());
+    }
+}
+
+fn with(body: Body, headers: impl IntoIterator<Item = (&'static str, u64)>) -> Response {
+    let mut response = Response::new(body);
+    for (name, value) in headers {
+        let name = HeaderName::from_static(name);
+        response.headers_mut().insert(name, value.into());
+    }
+    response
+}
+
+fn with_weights(weights: &Weights) -> Response {
+    let version = (VERSION, weights.version().0);
+    let mut response = with(body::of_weights(weights), [version]);
+    let numbers = HeaderValue::from_static("application/octet-stream");
+    response.headers_mut().insert(CONTENT_TYPE, numbers);
+    response
+}
+
+fn json(text: String) -> Response {
+    ([(CONTENT_TYPE, "application/json")], text).into_response()
+}

@@ -1,0 +1,144 @@
+//! A parameter server for workers in any language: plain HTTP/1.1, raw little-endian `f32`.
+//!
+//! [`routes`] answers `/v1/join`, `/v1/push` and the others of `docs/http-api.md`. What comes in
+//! goes through a [`ServerGroup`] like anything a Rust worker sends, so exactly-once (PS-2), the
+//! consistency modes, fences and leases are the same for both, and both can train together.
+//!
+//! Numbers are never converted: a gradient's body is received into the recycled buffer that the
+//! server then adds up, and a snapshot is written from the server's own memory (PS-8). A body is
+//! read only if its length is that of the weights (PS-6), and only so many at a time (PS-7).
+//!
+//! There is no access control in here: serve the routes behind the token of
+//! [`Cluster::listen_with`](crate::cluster::Cluster::listen_with).
+//!
+//! ```
+//! use ps_actors::cluster::{Cluster, ClusterConfig, Hosts};
+//! use ps_actors::group::ServerGroup;
+//! use ps_actors::http;
+//! use ps_actors::rule::Sgd;
+//! use ps_actors::server::ServerConfig;
+//! use ps_actors::weights::{Layout, Weights};
+//!
+//! let initial = Weights::initial(Layout::flat(3), vec![0.0; 3]);
+//! let servers = ServerGroup::spawn(&initial, 1, ServerConfig::default(), |_| Box::new(Sgd::new()))?;
+//! let address = "127.0.0.1:0".parse()?;
+//! let routes = http::routes(servers);
+//! let cluster = Cluster::listen_with(ClusterConfig::default(), address, Hosts::new(), routes)?;
+//! println!("curl http://{}/v1/status", cluster.address().expect("a TCP socket"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod body;
+mod handlers;
+mod headers;
+mod model;
+mod problem;
+mod views;
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::{get, post};
+
+use self::body::Uploads;
+use self::model::{Model, Opening};
+use self::problem::Problem;
+use crate::group::ServerGroup;
+
+/// How much to take from clients, and how long to wait for them.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpConfig {
+    /// How many gradients may be on their way in at once; each takes a buffer as large as the
+    /// weights. More wait, for at most [`silence`](Self::silence). Default: 64.
+    pub max_uploads: usize,
+    /// A gradient of which nothing comes for this long is given up. Default: 10 s.
+    pub silence: Duration,
+    /// The longest that a whole gradient may take. Default: 5 minutes.
+    pub max_upload_time: Duration,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self {
+            max_uploads: 64,
+            silence: Duration::from_secs(10),
+            max_upload_time: Duration::from_secs(300),
+        }
+    }
+}
+
+/// The routes of a model that may be there only later, or for a while. Cheap to clone.
+///
+/// Without a model, requests are answered with 503.
+#[derive(Clone, Debug)]
+pub struct Api {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    uploads: Uploads,
+    open: RwLock<Option<Opening>>,
+}
+
+/// Makes the routes of one model, which they keep alive, with the default limits.
+///
+/// Several models on one port: `Router::new().nest("/other", routes(other))`.
+pub fn routes(group: ServerGroup) -> Router {
+    let api = Api::new(HttpConfig::default());
+    api.open(group);
+    api.routes()
+}
+
+impl Api {
+    /// Makes the routes of no model yet.
+    #[must_use]
+    pub fn new(config: HttpConfig) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                uploads: Uploads::new(config),
+                open: RwLock::new(None),
+            }),
+        }
+    }
+
+    /// Lets clients train this model from now on, and no other one.
+    pub fn open(&self, group: ServerGroup) {
+        self.replace(Some(Opening::new(group)));
+    }
+
+    /// Lets go of the model: requests under way are answered with 503.
+    pub fn close(&self) {
+        self.replace(None);
+    }
+
+    fn replace(&self, opening: Option<Opening>) {
+        let open = &self.shared.open;
+        let mut open = open.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *open, opening);
+        drop(open);
+        drop(old);
+    }
+
+    fn model(&self) -> Result<Arc<Model>, Problem> {
+        let open = &self.shared.open;
+        let open = open.read().unwrap_or_else(PoisonError::into_inner);
+        let model = open.as_ref().map(Opening::model);
+        model.ok_or_else(|| Problem::unavailable("no model is being trained here now"))
+    }
+
+    /// Returns the routes, to be served by any axum server.
+    pub fn routes(&self) -> Router {
+        Router::new()
+            .route("/v1/join", post(handlers::join))
+            .route("/v1/leave", post(handlers::leave))
+            .route("/v1/heartbeat", post(handlers::heartbeat))
+            .route("/v1/layout", get(handlers::layout))
+            .route("/v1/weights", get(handlers::weights))
+            .route("/v1/push", post(handlers::push))
+            .route("/v1/push-pull", post(handlers::push_pull))
+            .route("/v1/status", get(handlers::status))
+            .with_state(self.clone())
+    }
+}

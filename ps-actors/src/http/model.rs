@@ -1,0 +1,143 @@
+//! The model that is served: its servers, what never changes about it, and who waits for it.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
+use tokio::sync::{OnceCell, watch};
+
+use super::problem::Problem;
+use crate::group::ServerGroup;
+use crate::ids::Version;
+use crate::server::{GroupError, Pull, PullVersion};
+use crate::weights::{Layout, Weights};
+
+/// A model while clients may use it; its drop ends what they wait for.
+#[derive(Debug)]
+pub(super) struct Opening {
+    model: Arc<Model>,
+    _open: watch::Sender<()>,
+}
+
+impl Opening {
+    pub(super) fn new(group: ServerGroup) -> Self {
+        let (open, closed) = watch::channel(());
+        let model = Arc::new(Model {
+            group,
+            layout: OnceCell::new(),
+            next_update: Mutex::new(None),
+            closed,
+        });
+        Self { model, _open: open }
+    }
+
+    pub(super) fn model(&self) -> Arc<Model> {
+        Arc::clone(&self.model)
+    }
+}
+
+/// The servers, and what is known about them.
+pub(super) struct Model {
+    pub(super) group: ServerGroup,
+    layout: OnceCell<Arc<Layout>>,
+    next_update: Mutex<Option<(Version, NextUpdate)>>,
+    closed: watch::Receiver<()>,
+}
+
+/// Ends when a version is there.
+type NextUpdate = Shared<BoxFuture<'static, Result<(), Problem>>>;
+
+impl Model {
+    /// Does some work for a client, for as long as the model is open.
+    pub(super) async fn while_open<T>(
+        &self,
+        work: impl Future<Output = Result<T, Problem>>,
+    ) -> Result<T, Problem> {
+        let mut open = self.closed.clone();
+        tokio::select! {
+            // Nothing is ever sent: this is the end.
+            _ = open.changed() => Err(Problem::unavailable("the training has ended")),
+            done = work => done,
+        }
+    }
+
+    /// Returns the names and shapes of the parameters, asking for them the first time.
+    pub(super) async fn layout(&self) -> Result<&Arc<Layout>, Problem> {
+        let ask = async || {
+            let weights = self.group.pull(PullVersion::Latest).await?;
+            Ok(Arc::clone(weights.layout()))
+        };
+        self.layout.get_or_try_init(ask).await
+    }
+
+    /// Returns a snapshot, once there is one as wanted.
+    pub(super) async fn pull(&self, wanted: PullVersion) -> Result<Weights, Problem> {
+        let version = match wanted {
+            PullVersion::Latest => Version(0),
+            PullVersion::AtLeast(version) | PullVersion::Exactly(version) => version,
+        };
+        loop {
+            let weights = self.group.pull(PullVersion::Latest).await?;
+            let current = weights.version();
+            match wanted {
+                PullVersion::Exactly(_) if current > version => {
+                    return Ok(self.group.pull(wanted).await?);
+                }
+                _ if current >= version => return Ok(weights),
+                // A snapshot that nobody holds is updated in place.
+                _ => drop(weights),
+            }
+            self.await_update(current.next()).await?;
+        }
+    }
+
+    /// Waits until the servers have `version`, which is later than one that they were seen at.
+    ///
+    /// All clients that wait share one call. A call that waits takes one of the server's slots,
+    /// and keeps it when its caller goes away: with a call each, clients that ask for a version in
+    /// the far future and hang up would fill them all.
+    async fn await_update(&self, version: Version) -> Result<(), Problem> {
+        let update = {
+            let next = self.next_update.lock();
+            let mut next = next.unwrap_or_else(PoisonError::into_inner);
+            match &*next {
+                // Somebody has seen this version already.
+                Some((asked, _)) if *asked > version => return Ok(()),
+                Some((_, update)) if update.peek().is_none() => update.clone(),
+                _ => {
+                    let update = self.ask_for(version);
+                    *next = Some((version, update.clone()));
+                    update
+                }
+            }
+        };
+        update.await
+    }
+
+    fn ask_for(&self, version: Version) -> NextUpdate {
+        let first = self.group.servers().next().cloned();
+        let ask = async move {
+            // A group without servers cannot be made.
+            let Some(first) = first else { return Ok(()) };
+            let reply = first.ask(Pull(PullVersion::AtLeast(version))).await;
+            let (index, reply) = (
+                0,
+                reply.map_err(|source| GroupError::Call { index: 0, source })?,
+            );
+            let reached = reply.map_err(|source| GroupError::Server { index, source })?;
+            // Not kept: a snapshot that nobody holds is updated in place.
+            drop(reached);
+            Ok(())
+        };
+        ask.boxed().shared()
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model")
+            .field("group", &self.group)
+            .finish_non_exhaustive()
+    }
+}

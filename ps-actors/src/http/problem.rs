@@ -1,0 +1,154 @@
+//! What a client is told when it does not get what it asked for.
+
+use axum::http::StatusCode;
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::response::{IntoResponse, Response};
+
+use super::headers::{LEAST_INCARNATION, VERSION};
+use crate::actor::{CallError, NotDelivered};
+use crate::ids::{Incarnation, Version};
+use crate::remote::caller::error_chain;
+use crate::server::{GroupError, Refusal, ServerError, ShardError};
+
+/// A status code, a sentence for people, and what a program needs to go on.
+#[derive(Clone, Debug)]
+pub(super) struct Problem {
+    status: StatusCode,
+    text: String,
+    least_incarnation: Option<Incarnation>,
+    version: Option<Version>,
+    may_retry_soon: bool,
+}
+
+impl Problem {
+    pub(super) fn new(status: StatusCode, text: impl Into<String>) -> Self {
+        Self {
+            status,
+            text: text.into(),
+            least_incarnation: None,
+            version: None,
+            may_retry_soon: false,
+        }
+    }
+
+    pub(super) fn bad_request(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, text)
+    }
+
+    pub(super) fn unavailable(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, text)
+    }
+
+    pub(super) fn retry_soon(mut self) -> Self {
+        self.may_retry_soon = true;
+        self
+    }
+
+    fn least_incarnation(mut self, least: Incarnation) -> Self {
+        self.least_incarnation = Some(least);
+        self
+    }
+
+    fn version(mut self, version: Version) -> Self {
+        self.version = Some(version);
+        self
+    }
+}
+
+impl From<&GroupError> for Problem {
+    fn from(error: &GroupError) -> Self {
+        let text = error_chain(error);
+        match error {
+            GroupError::Call { source, .. } => {
+                let problem = Self::unavailable(text);
+                match source {
+                    CallError::NotDelivered {
+                        reason: NotDelivered::QueueFull { .. },
+                        ..
+                    } => problem.retry_soon(),
+                    _ => problem,
+                }
+            }
+            GroupError::Server { source, .. } => Self::from_server(source, text),
+        }
+    }
+}
+
+impl From<GroupError> for Problem {
+    fn from(error: GroupError) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl Problem {
+    /// Explains why a push failed.
+    pub(super) fn of_push(error: GroupError) -> Self {
+        let problem = Self::from(&error);
+        match error.refusal() {
+            // Unlike that of a join, this `least` is the life that took over.
+            Some(Refusal::Fenced { least, .. }) => problem.least_incarnation(least.next()),
+            _ => problem,
+        }
+    }
+
+    fn from_server(error: &ServerError, text: String) -> Self {
+        match error {
+            ServerError::Refused(refusal) => Self::from_refusal(refusal, text),
+            ServerError::Shard(shard) => match shard {
+                ShardError::WrongRange { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
+                // `least` may be another life of the worker, which is not to be joined twice.
+                ShardError::Fenced { least, .. } => {
+                    Self::new(StatusCode::CONFLICT, text).least_incarnation(least.next())
+                }
+                ShardError::TooManyStaged { .. } => {
+                    Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
+                }
+                ShardError::VersionGone { oldest, .. } => {
+                    Self::new(StatusCode::GONE, text).version(*oldest)
+                }
+            },
+            ServerError::BadNorm { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
+            ServerError::FollowerBehind { .. } => Self::unavailable(text).retry_soon(),
+            ServerError::NotFirst
+            | ServerError::Config(_)
+            | ServerError::GroupBroken { .. }
+            | ServerError::Stopping => Self::unavailable(text),
+        }
+    }
+
+    fn from_refusal(refusal: &Refusal, text: String) -> Self {
+        let conflict = Self::new(StatusCode::CONFLICT, text.clone());
+        match refusal {
+            Refusal::NotMember { least, .. } | Refusal::Fenced { least, .. } => {
+                conflict.least_incarnation(*least)
+            }
+            Refusal::FromTheFuture { version, .. } => conflict.version(*version),
+            Refusal::TooManyPending { .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
+            }
+            Refusal::Forgotten { .. }
+            | Refusal::AlreadyPushed { .. }
+            | Refusal::TooManyWorkers { .. }
+            | Refusal::Empty => conflict,
+        }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, self.text + "\n").into_response();
+        let headers = response.headers_mut();
+        let text = const { axum::http::HeaderValue::from_static("text/plain; charset=utf-8") };
+        headers.insert(CONTENT_TYPE, text);
+        if let Some(least) = self.least_incarnation {
+            headers.insert(LEAST_INCARNATION, least.0.into());
+        }
+        if let Some(version) = self.version {
+            headers.insert(VERSION, version.0.into());
+        }
+        if self.may_retry_soon {
+            headers.insert(RETRY_AFTER, 1u64.into());
+        }
+        response
+    }
+}

@@ -1,0 +1,270 @@
+//! What can go wrong in a [`MemoryNetwork`](super::MemoryNetwork): single frames, and all of it.
+//!
+//! Between the two ends of each pipe sits a relay that knows where frames begin and end, so that
+//! whatever it does to one, the next ones are sound. A real connection loses no single frame: to a
+//! caller with a timeout, a lost one looks like an actor or a network that is too slow, which is
+//! much harder to bring about. Connections to agents (joining, starting actors) lose none.
+
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
+use tokio::sync::watch;
+
+use crate::net::frame::{HEAD_LEN, Head, Kind, parse_lengths};
+
+/// How often what goes wrong; each a probability for a frame, from 0 to 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Faults {
+    /// A call does not arrive.
+    pub lose_request: f64,
+    /// The end of a call does not arrive.
+    pub lose_reply: f64,
+    /// A call arrives twice.
+    pub duplicate_request: f64,
+    /// A frame, and all behind it, wait for up to [`max_delay`](Self::max_delay).
+    pub delay: f64,
+    /// The longest such wait.
+    pub max_delay: Duration,
+    /// The connection is cut in place of the frame.
+    pub cut: f64,
+}
+
+/// How often it did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FaultCounts {
+    /// Calls that did not arrive.
+    pub lost_requests: u64,
+    /// Ends of calls that did not arrive.
+    pub lost_replies: u64,
+    /// Calls that arrived twice.
+    pub duplicated_requests: u64,
+    /// Frames that had to wait.
+    pub delays: u64,
+    /// Connections cut.
+    pub cuts: u64,
+}
+
+/// A network that fails as a whole, until it is set to `None`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outage {
+    /// Connections are cut, new ones refused: the other processes are gone.
+    Refused,
+    /// Nothing arrives, nobody says so: a cable is unplugged.
+    Silent,
+}
+
+#[derive(Default)]
+struct Counters {
+    lost_requests: AtomicU64,
+    lost_replies: AtomicU64,
+    duplicated_requests: AtomicU64,
+    delays: AtomicU64,
+    cuts: AtomicU64,
+}
+
+/// The faults of one network.
+pub(super) struct Trouble {
+    faults: Faults,
+    seeds: Mutex<Dice>,
+    counters: Counters,
+    outage: watch::Sender<Option<Outage>>,
+}
+
+impl Trouble {
+    pub(super) fn new(seed: u64, faults: Faults) -> Self {
+        Self {
+            faults,
+            seeds: Mutex::new(Dice(seed)),
+            counters: Counters::default(),
+            outage: watch::Sender::new(None),
+        }
+    }
+
+    pub(super) fn counts(&self) -> FaultCounts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        FaultCounts {
+            lost_requests: read(&self.counters.lost_requests),
+            lost_replies: read(&self.counters.lost_replies),
+            duplicated_requests: read(&self.counters.duplicated_requests),
+            delays: read(&self.counters.delays),
+            cuts: read(&self.counters.cuts),
+        }
+    }
+
+    pub(super) fn set_outage(&self, outage: Option<Outage>) {
+        self.outage.send_replace(outage);
+    }
+
+    pub(super) fn outage(&self) -> Option<Outage> {
+        *self.outage.borrow()
+    }
+
+    /// Carries bytes between the caller's pipe and the listener's until one closes, or a cut.
+    pub(super) async fn relay(&self, caller: DuplexStream, listener: DuplexStream) {
+        let seeds = || {
+            // A number is whole at any time.
+            let mut seeds = self.seeds.lock().unwrap_or_else(|error| error.into_inner());
+            Dice(seeds.roll())
+        };
+        let (requests, replies) = (seeds(), seeds());
+        let (from_caller, to_caller) = tokio::io::split(caller);
+        let (from_listener, to_listener) = tokio::io::split(listener);
+        let (is_agent, wait_for_agent) = watch::channel(None);
+        let up = self.requests(from_caller, to_listener, requests, is_agent);
+        let down = self.replies(from_listener, to_caller, replies, wait_for_agent);
+        let refused = async {
+            let mut outage = self.outage.subscribe();
+            // The sender lives as long as `self`.
+            let _ = outage
+                .wait_for(|outage| *outage == Some(Outage::Refused))
+                .await;
+        };
+        // An end of one direction ends the other when the pipes are dropped; only an orderly end
+        // lets the other one finish.
+        tokio::select! {
+            _ = futures_util::future::try_join(up, down) => {}
+            () = refused => {}
+        }
+    }
+
+    async fn requests(
+        &self,
+        mut from: impl AsyncRead + Unpin,
+        mut to: impl AsyncWrite + Unpin,
+        mut dice: Dice,
+        is_agent: watch::Sender<Option<bool>>,
+    ) -> io::Result<()> {
+        let head = read_http_head(&mut from).await?;
+        let spared = head.starts_with(b"GET /ps/v1/actors/0 ");
+        is_agent.send_replace(Some(spared));
+        self.pass(&mut to, &head).await?;
+        self.frames(&mut from, &mut to, &mut dice, spared).await
+    }
+
+    async fn replies(
+        &self,
+        mut from: impl AsyncRead + Unpin,
+        mut to: impl AsyncWrite + Unpin,
+        mut dice: Dice,
+        mut is_agent: watch::Receiver<Option<bool>>,
+    ) -> io::Result<()> {
+        let head = read_http_head(&mut from).await?;
+        self.pass(&mut to, &head).await?;
+        if !head.starts_with(b"HTTP/1.1 101 ") {
+            // A refusal, with its text.
+            tokio::io::copy(&mut from, &mut to).await?;
+            return to.shutdown().await;
+        }
+        let spared = is_agent.wait_for(Option::is_some).await;
+        let spared = spared.is_ok_and(|spared| *spared == Some(true));
+        self.frames(&mut from, &mut to, &mut dice, spared).await
+    }
+
+    async fn frames(
+        &self,
+        from: &mut (impl AsyncRead + Unpin),
+        to: &mut (impl AsyncWrite + Unpin),
+        dice: &mut Dice,
+        spared: bool,
+    ) -> io::Result<()> {
+        while let Some((kind, frame)) = read_frame(from).await? {
+            let times = if spared {
+                1
+            } else {
+                self.fate(kind, dice).await?
+            };
+            for _ in 0..times {
+                self.pass(to, &frame).await?;
+            }
+        }
+        to.shutdown().await
+    }
+
+    /// How often a frame is to arrive; an error cuts the connection.
+    async fn fate(&self, kind: Kind, dice: &mut Dice) -> io::Result<u8> {
+        let (faults, counters) = (&self.faults, &self.counters);
+        let mut happens = |probability, counter: &AtomicU64| {
+            let it_does = dice.happens(probability);
+            counter.fetch_add(u64::from(it_does), Ordering::Relaxed);
+            it_does
+        };
+        if happens(faults.cut, &counters.cuts) {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        let times = match kind {
+            Kind::Ask if happens(faults.lose_request, &counters.lost_requests) => 0,
+            Kind::Ask if happens(faults.duplicate_request, &counters.duplicated_requests) => 2,
+            Kind::Reply if happens(faults.lose_reply, &counters.lost_replies) => 0,
+            _ => 1,
+        };
+        if happens(faults.delay, &counters.delays) {
+            tokio::time::sleep(faults.max_delay.mul_f64(dice.fraction())).await;
+        }
+        Ok(times)
+    }
+
+    /// Writes as soon as the network is not silent.
+    async fn pass(&self, to: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+        let mut outage = self.outage.subscribe();
+        // The sender lives as long as `self`.
+        let _ = outage
+            .wait_for(|outage| *outage != Some(Outage::Silent))
+            .await;
+        to.write_all(bytes).await
+    }
+}
+
+/// Reads up to and including the empty line.
+async fn read_http_head(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(from.read_u8().await?);
+    }
+    Ok(head)
+}
+
+/// Reads a frame as it is, or `None` at the end of the stream.
+async fn read_frame(from: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<(Kind, Vec<u8>)>> {
+    let mut frame = vec![0; HEAD_LEN];
+    match from.read(&mut frame).await? {
+        0 => return Ok(None),
+        num_bytes => from.read_exact(&mut frame[num_bytes..]).await?,
+    };
+    let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    let fixed = frame.first_chunk().expect("a head was read");
+    let head = Head::parse(fixed).map_err(invalid)?;
+    let mut read = async |len: usize| {
+        let start = frame.len();
+        frame.resize(start + len, 0);
+        from.read_exact(&mut frame[start..]).await?;
+        io::Result::Ok(frame[start..].to_vec())
+    };
+    let table = read(8 * head.num_buffers).await?;
+    let lengths = parse_lengths(&table, u64::from(u32::MAX)).map_err(invalid)?;
+    read(head.header_len + 4 * lengths.iter().sum::<usize>()).await?;
+    Ok(Some((head.kind, frame)))
+}
+
+/// Random numbers (splitmix64, <https://prng.di.unimi.it/splitmix64.c>).
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// At least 0, below 1.
+    fn fraction(&mut self) -> f64 {
+        (self.roll() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    fn happens(&mut self, probability: f64) -> bool {
+        self.fraction() < probability
+    }
+}

@@ -1,0 +1,94 @@
+//! Training over nodes: the same bits as in one process. The nodes share this process and differ
+//! from others in nothing else; real processes are in `tests/processes.rs`.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use ps::actors::cluster::{Node, Transport};
+use ps::actors::net::memory::MemoryNetwork;
+use ps::actors::net::{Address, NetConfig};
+use ps::prelude::*;
+
+const SOON: Duration = Duration::from_secs(60);
+
+fn trainer(num_servers: usize, on_nodes: bool) -> Trainer<ConvNet, ImageDataset> {
+    let device = select_device(default_device_name()).unwrap();
+    Trainer::new(ConvNet::init(3, &device), Mnist::bundled_sample().train)
+        .device(&device)
+        .workers(2)
+        .servers(num_servers)
+        .servers_on_nodes(on_nodes)
+        .batch_size(16)
+        .iterations(12)
+}
+
+fn run_over(transport: Transport, trainer: Trainer<ConvNet, ImageDataset>) -> Report {
+    let config = ClusterConfig {
+        transport,
+        net: NetConfig {
+            // The machine that tests run on may be busy.
+            lease: Duration::from_secs(30),
+            handshake: Duration::from_secs(30),
+            ..NetConfig::default()
+        },
+        ..ClusterConfig::default()
+    };
+    let hosts = trainer.hosts(Hosts::new()).unwrap();
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let cluster = Cluster::listen(config.clone(), address, hosts.clone()).unwrap();
+    let addresses = cluster.addresses().iter();
+    let driver = addresses.filter(|address| !matches!(address, Address::Unix(_)));
+    let driver = driver.last().unwrap().to_string();
+    let nodes = [1, 2]
+        .map(|rank| Node::new(config.clone(), rank, 0, driver.clone(), hosts.clone()).serve());
+    cluster.wait_for_nodes(2, SOON).wait().unwrap();
+    let report = trainer.run_on(&cluster).unwrap();
+    drop(cluster);
+    for node in nodes {
+        node.wait().unwrap();
+    }
+    report
+}
+
+fn transports() -> [Transport; 3] {
+    [
+        Transport::Memory(MemoryNetwork::new()),
+        Transport::Tcp,
+        Transport::Sockets,
+    ]
+}
+
+/// PS-3.
+#[test]
+fn nodes_compute_the_bits_of_one_process() {
+    let alone = trainer(1, false).run().unwrap();
+    for transport in transports() {
+        for (num_servers, on_nodes) in [(1, false), (3, false), (1, true), (3, true)] {
+            let report = run_over(transport.clone(), trainer(num_servers, on_nodes));
+            let what = format!("{transport:?}, {num_servers} servers, on nodes: {on_nodes}");
+            assert!(report.weights.to_vec() == alone.weights.to_vec(), "{what}");
+            assert_eq!(report.losses, alone.losses, "{what}");
+            assert_eq!(report.num_applied, 24, "{what}");
+        }
+    }
+}
+
+#[test]
+fn every_consistency_mode_trains_over_nodes() {
+    for transport in transports() {
+        for consistency in [
+            Consistency::Asp,
+            Consistency::Ssp { bound: 2 },
+            Consistency::KofN { k: 1 },
+        ] {
+            let trainer = trainer(2, true).consistency(consistency);
+            let report = run_over(transport.clone(), trainer);
+            let settled = report.num_applied + report.num_dropped_late;
+            assert_eq!(settled, 24, "{transport:?}, {consistency:?}");
+            assert_eq!(
+                report.num_worker_restarts, 0,
+                "{transport:?}, {consistency:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! A worker in Python with PyTorch, `examples/python/torch_worker.py`, over HTTP.
+//!
+//! Runs when `PS_TORCH_PYTHON` names a Python interpreter that can import `torch`.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use ps::actors::cluster::{Cluster, ClusterConfig, Hosts};
+use ps::actors::http;
+use ps::actors::net::Token;
+use ps::model::{LocalModel, StepSeed};
+use ps::prelude::*;
+
+const TOKEN: &str = "the-token-of-this-test";
+const BATCH: usize = 64;
+
+fn python() -> Option<String> {
+    let python = std::env::var("PS_TORCH_PYTHON").ok();
+    if python.is_none() {
+        println!("skipped: PS_TORCH_PYTHON names no Python interpreter with torch");
+    }
+    python
+}
+
+/// Pixels and labels that follow from the index of the example alone: a bright column at a place
+/// that depends on the label, and some noise.
+fn example(index: usize) -> (Vec<u8>, u8) {
+    let label = (index * 7 + index / 10) % 10;
+    let pixel = |place: usize| {
+        let noise = (index * 31 + place * 17) % 97;
+        let is_bright = place % 28 / 2 == label + 2;
+        (noise + if is_bright { 150 } else { 0 }) as u8
+    };
+    ((0..28 * 28).map(pixel).collect(), label as u8)
+}
+
+/// Writes examples as MNIST does, without compression.
+fn write_data(name: &str, num_examples: usize) -> PathBuf {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&directory).unwrap();
+    let header = |numbers: &[u32]| -> Vec<u8> {
+        numbers
+            .iter()
+            .flat_map(|number| number.to_be_bytes())
+            .collect()
+    };
+    let mut images = header(&[2051, num_examples as u32, 28, 28]);
+    let mut labels = header(&[2049, num_examples as u32]);
+    for (pixels, label) in (0..num_examples).map(example) {
+        images.extend(pixels);
+        labels.push(label);
+    }
+    std::fs::write(directory.join("train-images-idx3-ubyte"), images).unwrap();
+    std::fs::write(directory.join("train-labels-idx1-ubyte"), labels).unwrap();
+    directory
+}
+
+fn batch(examples: std::ops::Range<usize>) -> ImageBatch {
+    let (mut images, mut labels) = (Vec::new(), Vec::new());
+    for (pixels, label) in examples.clone().map(example) {
+        let normalized = |pixel: u8| (f32::from(pixel) / 255.0 - 0.1307) / 0.3081;
+        images.extend(pixels.into_iter().map(normalized));
+        labels.push(i64::from(label));
+    }
+    ImageBatch::new(images, labels, [examples.len(), 1, 28, 28], 10).unwrap()
+}
+
+fn listen(servers: &ServerGroup) -> Cluster {
+    let config = ClusterConfig {
+        token: Some(Token::new(TOKEN).unwrap()),
+        ..ClusterConfig::default()
+    };
+    let routes = http::routes(servers.clone());
+    let any = (Ipv4Addr::LOCALHOST, 0).into();
+    Cluster::listen_with(config, any, Hosts::new(), routes).unwrap()
+}
+
+fn start(python: &str, cluster: &Cluster, data: &Path, options: &[&str]) -> Child {
+    let script = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/examples/python/torch_worker.py"
+    );
+    Command::new(python)
+        .arg(script)
+        .args(["--address", &cluster.address().unwrap().to_string()])
+        .args(["--batch-size", &BATCH.to_string()])
+        .arg("--data-dir")
+        .arg(data)
+        .args(options)
+        .env("PS_TOKEN", TOKEN)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[track_caller]
+fn finish(worker: Child) -> String {
+    let output = worker.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}: {text}", output.status);
+    text
+}
+
+fn latest(servers: &ServerGroup) -> Weights {
+    let servers = servers.clone();
+    run(async move { servers.pull(PullVersion::Latest).await.unwrap() })
+}
+
+/// The weights are what the last gradient was.
+#[derive(Debug)]
+struct Assign;
+
+impl UpdateRule for Assign {
+    fn update(&mut self, weights: &mut [f32], gradient: &[f32], _: f64) {
+        weights.copy_from_slice(gradient);
+    }
+}
+
+/// The two compute the same in 32 bits, in sums of up to 64 · 676 terms of another order: the
+/// largest component of the gradient is about 0.1, and a few of its last bits may differ.
+const TOLERANCE: f32 = 1e-6;
+
+#[test]
+fn pytorch_computes_the_gradient_that_burn_computes() {
+    let Some(python) = python() else { return };
+    let device = select_device(default_device_name()).unwrap();
+    let model = ConvNet::init(3, &device);
+    let initial = initial_weights(&model, &device).unwrap();
+    let assign = |_| -> Box<dyn UpdateRule> { Box::new(Assign) };
+    let servers = ServerGroup::spawn(&initial, 1, ServerConfig::default(), assign).unwrap();
+    let cluster = listen(&servers);
+    let data = write_data("torch-gradient", 2 * BATCH);
+    finish(start(&python, &cluster, &data, &["--steps", "1"]));
+
+    let got = latest(&servers);
+    assert_eq!(got.version(), Version(1));
+    let mut local = LocalModel::new(model, &device).unwrap();
+    local.load(&initial.to_vec()).unwrap();
+    let mut expected = Vec::new();
+    local
+        .gradient(&batch(0..BATCH), StepSeed::default(), &mut expected)
+        .unwrap();
+    let mut largest = 0.0f32;
+    for parameter in initial.layout().parameters() {
+        for index in parameter.range.clone() {
+            let (got, expected) = (got.to_vec()[index], expected[index]);
+            let difference = (got - expected).abs();
+            largest = largest.max(difference);
+            let name = &parameter.name;
+            assert!(
+                difference <= TOLERANCE,
+                "{name}, weight {index}: {got} and {expected}"
+            );
+        }
+    }
+    let scale = expected
+        .iter()
+        .fold(0.0f32, |largest, g| largest.max(g.abs()));
+    println!("largest difference {largest:e}, largest component {scale}");
+    assert!(scale > 0.01, "there is something to compare");
+}
+
+/// Synchronous rounds of one gradient from each (PS-3), whatever they are made with.
+#[test]
+fn a_rust_worker_and_a_pytorch_worker_train_together() {
+    const STEPS: u64 = 30;
+    let Some(python) = python() else { return };
+    let device = select_device(default_device_name()).unwrap();
+    let model = ConvNet::init(4, &device);
+    let initial = initial_weights(&model, &device).unwrap();
+    let config = ServerConfig {
+        wait_for_workers: 2,
+        learning_rate: 0.1,
+        ..ServerConfig::default()
+    };
+    let sgd = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
+    let servers = ServerGroup::spawn(&initial, 2, config, sgd).unwrap();
+    let cluster = listen(&servers);
+    let settings = WorkerConfig {
+        worker: WorkerId(0),
+        num_workers: 2,
+        batch_size: BATCH,
+        seed: 4,
+    };
+    let data = Mnist::bundled_sample().train;
+    let rust = spawn_worker(&model, &device, &data, settings).unwrap();
+    let rust = rust.ask(RunSteps {
+        servers: servers.clone(),
+        num_steps: STEPS,
+    });
+    let data = write_data("torch-training", 10 * BATCH);
+    let steps = STEPS.to_string();
+    let options = ["--steps", &steps, "--worker", "1", "--num-workers", "2"];
+    let told = finish(start(&python, &cluster, &data, &options));
+    assert_eq!(rust.wait().unwrap().unwrap().num_applied, STEPS);
+
+    assert_eq!(latest(&servers).version(), Version(STEPS));
+    let losses = told.lines().filter_map(|line| {
+        let (_, rest) = line.split_once("loss ")?;
+        rest.split(',').next()?.parse::<f32>().ok()
+    });
+    let losses: Vec<f32> = losses.collect();
+    let (first, last) = (losses[0], losses[losses.len() - 1]);
+    assert!(last < first, "{told}");
+    assert!(told.lines().all(|line| line.contains("applied")), "{told}");
+}

@@ -1,0 +1,227 @@
+//! The examples as several real processes: some are killed, stopped and started again.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Bounds every wait.
+const SOON: Duration = Duration::from_secs(120);
+
+/// A driver with the processes that it has started.
+struct Run {
+    driver: Child,
+    /// What all processes print and log; ends when nobody is left who could.
+    lines: Receiver<String>,
+    seen: Vec<String>,
+}
+
+fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test
+        .parent()
+        .and_then(|deps| deps.parent())
+        .unwrap()
+        .join("examples")
+        .join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run `cargo build --examples` with the same profile",
+        path.display()
+    );
+    path
+}
+
+impl Run {
+    fn start(name: &str, arguments: &[&str]) -> Self {
+        let mut driver = Command::new(example(name))
+            .args(["--offline", "--batch-size", "16"])
+            .args(arguments)
+            .env_remove("PS_MNIST_DIR")
+            .env("NO_COLOR", "1")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (sender, lines) = channel();
+        follow(driver.stderr.take().unwrap(), sender.clone());
+        follow(driver.stdout.take().unwrap(), sender);
+        Self {
+            driver,
+            lines,
+            seen: Vec::new(),
+        }
+    }
+
+    /// Waits until a process prints or logs a line that contains all these texts.
+    fn wait_for(&mut self, texts: &[&str]) -> String {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if texts.iter().all(|text| line.contains(text)) {
+                        return line;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    panic!("nobody said {texts:?}, but:\n{}", self.seen.join("\n"))
+                }
+            }
+        }
+    }
+
+    /// Waits until a node has joined, and returns its process.
+    fn wait_for_node(&mut self, node: &str) -> u32 {
+        let line = self.wait_for(&["a node has joined", node]);
+        let pid = line.split("pid=").nth(1).unwrap();
+        pid.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    /// Waits for the end of the driver, and of everything that could write to its output.
+    fn finish(mut self) -> (ExitStatus, String) {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => self.seen.push(line),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("somebody lives on; so far:\n{}", self.seen.join("\n"))
+                }
+            }
+        }
+        (self.driver.wait().unwrap(), self.seen.join("\n"))
+    }
+}
+
+/// Passes a process's lines on.
+fn follow(stream: impl Read + Send + 'static, lines: Sender<String>) {
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            if lines.send(line).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+fn signal(name: &str, pid: u32) {
+    let sent = Command::new("kill")
+        .args([&format!("-{name}"), &pid.to_string()])
+        .status();
+    assert!(sent.unwrap().success(), "{name} to {pid}");
+}
+
+/// The lines that do not depend on the number of processes or on time.
+fn results(output: &str) -> Vec<&str> {
+    output
+        .lines()
+        .filter(|line| line.contains("accuracy is"))
+        .collect()
+}
+
+#[test]
+fn processes_compute_what_one_process_does() {
+    for name in ["sync_ps", "sharded_ps"] {
+        let arguments = ["--iterations", "30"];
+        let (status, alone) = Run::start(name, &arguments).finish();
+        assert!(status.success(), "{alone}");
+        for extra in [&["--processes", "2"][..], &["--processes", "3"]] {
+            let (status, output) = Run::start(name, &[&arguments, extra].concat()).finish();
+            assert!(status.success(), "{output}");
+            let last = |output: &str| results(output).last().map(|line| line.to_string());
+            assert_eq!(last(&output), last(&alone), "{name} {extra:?}");
+        }
+    }
+}
+
+#[test]
+fn training_goes_on_when_a_node_is_killed_before_it_has_a_worker() {
+    let mut run = Run::start("sharded_ps", &["--iterations", "300", "--processes", "3"]);
+    let node = run.wait_for_node("node=node 2");
+    signal("KILL", node);
+    let (status, output) = run.finish();
+    assert!(status.success(), "{output}");
+    assert!(output.contains("Final accuracy is"), "{output}");
+}
+
+#[test]
+fn training_goes_on_when_a_worker_is_killed() {
+    let mut run = Run::start("sharded_ps", &["--iterations", "3000", "--processes", "3"]);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["Iter 10:"]);
+    signal("KILL", node);
+    let again = run.wait_for_node("node=node 2 (life 2)");
+    assert_ne!(again, node);
+    let (status, output) = run.finish();
+    assert!(status.success(), "{output}");
+    assert!(output.contains("1 worker restart"), "{output}");
+}
+
+#[test]
+fn training_goes_on_when_a_worker_stops_answering_and_comes_back() {
+    let arguments = ["--iterations", "3000", "--processes", "3", "--lease", "1"];
+    let mut run = Run::start("sharded_ps", &arguments);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["Iter 10:"]);
+    signal("STOP", node);
+    run.wait_for(&["a worker is lost; it goes on"]);
+    signal("CONT", node);
+    let (status, output) = run.finish();
+    assert!(status.success(), "{output}");
+    assert!(output.contains("1 worker restart"), "{output}");
+}
+
+/// However the driver ends, nobody is left: whoever lived would keep its output open.
+#[test]
+fn no_process_outlives_the_driver() {
+    for how in ["KILL", "TERM", "INT"] {
+        let mut run = Run::start(
+            "sharded_ps",
+            &["--iterations", "1000000", "--processes", "3"],
+        );
+        run.wait_for(&["Iter 10:"]);
+        signal(how, run.driver.id());
+        let (status, _) = run.finish();
+        assert!(!status.success(), "{how}");
+    }
+}
+
+#[test]
+fn a_wrong_launch_ends_with_the_code_for_do_not_retry() {
+    for (arguments, text) in [
+        (&["--rank", "1"][..], "--world-size"),
+        (&["--rank", "3", "--world-size", "2"], "rank"),
+        (
+            &["--processes", "3", "--rank", "0", "--world-size", "3"],
+            "--processes",
+        ),
+        (
+            &[
+                "--rank",
+                "0",
+                "--world-size",
+                "2",
+                "--master-addr",
+                "0.0.0.0",
+            ],
+            "needs a token",
+        ),
+        (&["--processes", "2", "--lease", "0"], "--lease"),
+    ] {
+        let (status, output) = Run::start("sync_ps", arguments).finish();
+        assert_eq!(status.code(), Some(64), "{arguments:?}: {output}");
+        assert!(output.contains(text), "{arguments:?}: {output}");
+    }
+}
