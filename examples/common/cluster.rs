@@ -1,11 +1,13 @@
 //! What the examples share about running as several processes.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::process::exit;
 use std::time::Duration;
 
 use anyhow::{Error, Result, anyhow};
 use ps::actors::launch::{self, env, log_prefix};
+use ps::actors::net::tls::{self, Tls, TlsError, TlsFiles};
 use ps::prelude::*;
 use tracing_subscriber::fmt::format::{Format, FormatEvent, FormatFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, format::Full};
@@ -33,6 +35,18 @@ pub(crate) struct ClusterArgs {
     /// What this process offers to actors that need it, such as cpus=4,gpus=1,big.
     #[arg(long)]
     resources: Option<Resources>,
+    /// The certificate of the authority that all processes' certificates are from (PEM).
+    #[arg(long, requires_all = ["tls_cert", "tls_key"])]
+    tls_ca: Option<PathBuf>,
+    /// This process's certificate (PEM).
+    #[arg(long, requires = "tls_ca")]
+    tls_cert: Option<PathBuf>,
+    /// The private key of this process's certificate (PEM).
+    #[arg(long, requires = "tls_ca")]
+    tls_key: Option<PathBuf>,
+    /// The name that the certificates are issued for.
+    #[arg(long, default_value = tls::DEFAULT_NAME)]
+    tls_name: String,
     /// Seconds after which a process of which nothing is heard counts as lost.
     #[arg(long, default_value_t = 5.0)]
     lease: f64,
@@ -50,6 +64,22 @@ impl ClusterArgs {
             master_port: self.master_port,
             processes: self.processes,
         }
+    }
+
+    fn tls(&self) -> Result<Option<Tls>, TlsError> {
+        let (Some(authority), Some(certificate), Some(key)) =
+            (&self.tls_ca, &self.tls_cert, &self.tls_key)
+        else {
+            return Ok(None);
+        };
+        let files = TlsFiles {
+            authority: authority.clone(),
+            certificate: certificate.clone(),
+            key: key.clone(),
+            name: self.tls_name.clone(),
+            mutual: true,
+        };
+        Tls::from_files(&files).map(Some)
     }
 
     /// Turns logging on, and returns this process's rank. Ends the process if flags or variables
@@ -78,6 +108,10 @@ impl ClusterArgs {
         if let Some(resources) = &self.resources {
             config.resources = resources.clone();
         }
+        config.tls = match self.tls() {
+            Ok(tls) => tls,
+            Err(error) => end(launch::EXIT_CONFIG, error.into()),
+        };
         config.net = match Duration::try_from_secs_f64(self.lease) {
             Ok(lease) if !lease.is_zero() => config.net.with_lease(lease),
             _ => end(

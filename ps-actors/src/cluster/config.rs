@@ -1,17 +1,21 @@
 //! How a process takes part in a cluster.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::resources::Resources;
 use crate::net::memory::MemoryNetwork;
-use crate::net::{NetConfig, Token};
+use crate::net::{NetConfig, Tls, Token};
+use crate::remote::process::Process;
 
 /// Settings of a driver or node. All processes of a cluster share token and transport.
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
     /// What peers must know to be let in.
     pub token: Option<Token>,
+    /// Certificates for connections between hosts.
+    pub tls: Option<Tls>,
     /// Lets anybody in who can reach this process, from any host. For networks that nobody else is on.
     pub insecure: bool,
     /// Times and limits of connections.
@@ -42,12 +46,29 @@ impl Default for ClusterConfig {
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             token: None,
+            tls: None,
             insecure: false,
             net: NetConfig::default(),
             transport: Transport::default(),
             resources: Resources::none().cpus(cpus as f64),
             join_timeout: Duration::from_secs(60),
         }
+    }
+}
+
+impl ClusterConfig {
+    /// Whether nobody gets in who was not given a secret.
+    pub(crate) fn is_guarded(&self) -> bool {
+        self.token.is_some() || self.tls.as_ref().is_some_and(Tls::is_mutual)
+    }
+
+    /// Begins a life of this process.
+    pub(crate) fn process(&self) -> Arc<Process> {
+        let memory = match &self.transport {
+            Transport::Memory(network) => Some(network.clone()),
+            _ => None,
+        };
+        Process::new(self.net, self.token.clone(), self.tls.clone(), memory)
     }
 }
 
@@ -58,7 +79,8 @@ pub enum ClusterError {
     /// Anybody could have trained along.
     #[error(
         "{0} can be reached from other hosts, so it needs a token: set PS_TOKEN (16 characters or \
-         more, the same for all processes), or say --insecure on a network of your own"
+         more, the same for all processes), or use certificates for both sides (mutual TLS), or \
+         say --insecure on a network of your own"
     )]
     NoToken(SocketAddr),
     /// The address cannot be listened on.

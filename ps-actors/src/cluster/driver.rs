@@ -14,7 +14,7 @@ use futures_util::future::join_all;
 use super::agent::{
     DriverAgent, Find, Make, Nursery, Release, SpawnRefused, find_anywhere, hosted_name,
 };
-use super::config::{ClusterConfig, ClusterError, Transport};
+use super::config::{ClusterConfig, ClusterError};
 use super::endpoint::{Bound, Endpoint};
 use super::host::{Args, Hosted, Hosts};
 use super::launched::Companions;
@@ -191,7 +191,7 @@ impl Cluster {
     #[must_use]
     pub fn alone(hosts: Hosts) -> Self {
         let config = ClusterConfig::default();
-        let process = Process::new(config.net, None, None);
+        let process = Process::new(config.net, None, None, None);
         process.enter(NodeId::DRIVER, random());
         Self {
             inner: Arc::new(Inner {
@@ -219,15 +219,12 @@ impl Cluster {
         hosts: Hosts,
         routes: Router,
     ) -> Result<Self, ClusterError> {
-        let memory = match &config.transport {
-            Transport::Memory(network) => Some(network.clone()),
-            _ => None,
-        };
-        let process = Process::new(config.net, config.token.clone(), memory);
+        let process = config.process();
         process.enter(NodeId::DRIVER, random());
         let bound = Bound::bind(&config, address).await?;
         let addresses = bound.addresses.clone();
         let members = Arc::new(Members::new(addresses.clone()));
+        let takes_far_nodes = config.is_guarded() || config.insecure;
         let nursery = Nursery::new(Arc::clone(&process), hosts, config.resources);
         let known = Arc::clone(&members);
         process.resolve_with(Box::new(move |node| {
@@ -244,6 +241,7 @@ impl Cluster {
                     process: Arc::clone(&process),
                     nursery: Arc::clone(&nursery),
                     members: Arc::clone(&members),
+                    takes_far_nodes,
                 })?
         };
         process.export_agent(&agent);

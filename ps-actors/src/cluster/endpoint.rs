@@ -52,7 +52,7 @@ impl Bound {
                 directory: None,
             });
         }
-        if !address.ip().is_loopback() && config.token.is_none() && !config.insecure {
+        if !address.ip().is_loopback() && !config.is_guarded() && !config.insecure {
             return Err(ClusterError::NoToken(address));
         }
         let tcp = TcpListener::bind(address).await;

@@ -39,6 +39,9 @@ pub enum StartError {
     /// The copies of this program could not be started.
     #[error("could not start the other processes")]
     Processes(#[from] ProcessError),
+    /// Other processes cannot reach this one's memory.
+    #[error("processes need a transport with sockets")]
+    NotSockets,
     /// The system does not say when to end.
     #[error("could not prepare for the end of the process")]
     Signals(#[source] std::io::Error),
@@ -50,7 +53,7 @@ impl StartError {
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Launch(_) | Self::Token(_) => launch::EXIT_CONFIG,
+            Self::Launch(_) | Self::Token(_) | Self::NotSockets => launch::EXIT_CONFIG,
             Self::Cluster(error) if error.is_permanent() => launch::EXIT_CONFIG,
             _ => 1,
         }
@@ -98,7 +101,9 @@ impl Cluster {
                 let token = config.token.get_or_insert_with(Token::random).clone();
                 let within = config.join_timeout;
                 let mut cluster = Self::listen_with(config, local, hosts, routes)?;
-                let address = cluster.address().expect("it listens on a socket");
+                let Some(address) = cluster.address() else {
+                    return Err(StartError::NotSockets);
+                };
                 let group = ProcessGroup::start(ProcessConfig {
                     world_size,
                     rendezvous: address.into(),

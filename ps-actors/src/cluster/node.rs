@@ -1,11 +1,12 @@
 //! A process that makes actors for the driver.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use futures_util::FutureExt;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -18,8 +19,7 @@ use super::host::Hosts;
 use super::task::Task;
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::Address;
-use crate::net::dial::{self, DialError};
-use crate::net::stream::Stream;
+use crate::net::dial::DialError;
 use crate::remote::process::{NodeId, Process};
 
 /// The longest pause between two tries to reach the driver.
@@ -138,11 +138,7 @@ impl Node {
     }
 
     async fn try_to_join(&self) -> Result<Life, JoinError> {
-        let memory = match &self.config.transport {
-            Transport::Memory(network) => Some(network.clone()),
-            _ => None,
-        };
-        let process = Process::new(self.config.net, self.config.token.clone(), memory);
+        let process = self.config.process();
         let driver_address = self.driver_address().await?;
         let local = local_ip(&process, &driver_address).await?;
         let bound = Bound::bind(&self.config, SocketAddr::new(local, 0)).await;
@@ -259,14 +255,17 @@ enum JoinError {
 
 /// The address of this host that the driver sees: nodes are to be reached on the same network.
 async fn local_ip(process: &Process, driver: &Address) -> Result<IpAddr, JoinError> {
-    let unreachable = |error: std::io::Error| JoinError::Temporary(error.to_string());
+    let &Address::Tcp(address) = driver else {
+        return Ok(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    };
     let limit = process.config().handshake;
-    let opened = tokio::time::timeout(limit, dial::open(process, driver)).await;
-    let opened = opened.map_err(|_| JoinError::Temporary(format!("no answer within {limit:?}")))?;
-    match opened.map_err(unreachable)? {
-        Stream::Tcp(stream) => Ok(stream.local_addr().map_err(unreachable)?.ip()),
-        Stream::Unix(_) | Stream::Memory(_) => Ok(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST)),
-    }
+    let connected = tokio::time::timeout(limit, TcpStream::connect(address)).await;
+    let connected =
+        connected.map_err(|_| JoinError::Temporary(format!("no answer within {limit:?}")))?;
+    let local = connected.and_then(|stream| stream.local_addr());
+    Ok(local
+        .map_err(|error| JoinError::Temporary(error.to_string()))?
+        .ip())
 }
 
 fn host_name() -> String {

@@ -11,7 +11,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
 
 use super::address::Address;
-use super::stream::Stream;
+use super::stream::{Stream, tune};
 use crate::remote::process::Process;
 use crate::remote::reference::Wire;
 
@@ -69,7 +69,6 @@ pub(crate) async fn dial(
     for address in addresses {
         let attempt = async {
             let stream = open(process, address).await?;
-            stream.tune(process.config().lease)?;
             shake_hands(process, wire, stream).await
         };
         let outcome = tokio::time::timeout(process.config().handshake, attempt).await;
@@ -92,7 +91,14 @@ pub(crate) async fn dial(
 /// Opens a byte stream.
 pub(crate) async fn open(process: &Process, address: &Address) -> io::Result<Stream> {
     match address {
-        Address::Tcp(address) => Ok(Stream::Tcp(TcpStream::connect(address).await?)),
+        Address::Tcp(address) => {
+            let stream = TcpStream::connect(address).await?;
+            tune(&stream, process.config().lease)?;
+            Ok(match process.tls() {
+                Some(tls) => Stream::Tls(Box::new(tls.connect(stream).await?)),
+                None => Stream::Tcp(stream),
+            })
+        }
         Address::Unix(path) => Ok(Stream::Unix(UnixStream::connect(path).await?)),
         Address::Memory(place) => {
             let network = process.memory().ok_or(io::ErrorKind::Unsupported)?;

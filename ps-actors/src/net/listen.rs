@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 use super::access::may_pass;
 use super::connection::Connection;
 use super::dial::{NODE, PROTOCOL, SCHEMA, SESSION};
-use super::stream::Stream;
+use super::stream::{Detached, Stream, tune};
 use super::threads;
 use crate::remote::callee::Server;
 use crate::remote::process::{NodeId, Process};
@@ -61,7 +61,10 @@ impl Listener {
             routes,
         } = front;
         let config = *process.config();
-        let shared = Arc::new(Shared { process, is_live });
+        let shared = Arc::new(Shared {
+            process: Arc::clone(&process),
+            is_live,
+        });
         let routes = Router::new()
             .route("/ps/v1/actors/{number}", get(upgrade))
             .with_state(Arc::clone(&shared))
@@ -91,14 +94,13 @@ impl Listener {
             };
             let routes = routes.clone();
             let handshake = config.handshake;
-            let lease = config.lease;
+            let process = Arc::clone(&process);
             let on = threads::next();
             connections.spawn_on(
                 async move {
-                    let Ok(stream) = stream.attach() else {
-                        return;
-                    };
-                    if stream.tune(lease).is_ok() {
+                    let begun = tokio::time::timeout(handshake, begin(stream, &process));
+                    // Who does not get through the first steps is not told why.
+                    if let Ok(Ok(stream)) = begun.await {
                         greet(stream, routes, handshake, permit).await;
                     }
                 },
@@ -120,6 +122,20 @@ struct Upgrade {
     on: hyper::upgrade::OnUpgrade,
     server: MakeServer,
     process: Arc<Process>,
+}
+
+/// Puts an accepted stream on the event loop that runs this, and secures it.
+async fn begin(stream: Detached, process: &Process) -> io::Result<Stream> {
+    let stream = match stream.attach()? {
+        Stream::Tcp(stream) => stream,
+        // Only this host can have come in here.
+        local => return Ok(local),
+    };
+    tune(&stream, process.config().lease)?;
+    Ok(match process.tls() {
+        Some(tls) => Stream::Tls(Box::new(tls.accept(stream).await?)),
+        None => Stream::Tcp(stream),
+    })
 }
 
 /// Serves HTTP on a connection until it ends or becomes a connection to an actor.

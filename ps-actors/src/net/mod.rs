@@ -11,7 +11,7 @@
 //! | `connection`, `outbox` | reading, writing, heartbeat of one connection |
 //! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
 //! | `address`, `dial`, `listen` | finding a process, both sides of the handshake |
-//! | `access` | the token |
+//! | `access`, [`tls`] | the token; certificates |
 //! | `memory` | a network inside one process, with faults |
 
 pub(crate) mod access;
@@ -25,7 +25,9 @@ pub mod memory;
 pub(crate) mod outbox;
 pub(crate) mod stream;
 pub(crate) mod threads;
+pub mod tls;
 
 pub use access::{Token, TokenError};
 pub use address::Address;
 pub use config::NetConfig;
+pub use tls::{Tls, TlsError, TlsFiles};

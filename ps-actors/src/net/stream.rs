@@ -7,6 +7,11 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
+use tokio_rustls::TlsStream;
+
+/// The longest time that the system takes for bytes on their way: it counts milliseconds in 31 bits.
+#[cfg(target_os = "linux")]
+const LONGEST: Duration = Duration::from_millis(i32::MAX as u64);
 
 /// A connected byte stream.
 #[derive(Debug)]
@@ -14,34 +19,18 @@ pub(crate) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
     Memory(DuplexStream),
+    Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl Stream {
-    /// Makes the system notice a peer that is cut off, and send small messages at once.
-    ///
-    /// Our own heartbeat notices it, too; this is for bytes that are stuck in the send buffer.
-    pub(crate) fn tune(&self, lease: Duration) -> io::Result<()> {
-        if let Self::Tcp(stream) = self {
-            stream.set_nodelay(true)?;
-            let socket = socket2::SockRef::from(stream);
-            // The system counts these in whole seconds, and none is an error.
-            let second = Duration::from_secs(1);
-            let keepalive = socket2::TcpKeepalive::new()
-                .with_time(lease.max(second))
-                .with_interval((lease / 4).max(second));
-            socket.set_tcp_keepalive(&keepalive)?;
-            #[cfg(target_os = "linux")]
-            socket.set_tcp_user_timeout(Some(lease.max(Duration::from_millis(1))))?;
-        }
-        Ok(())
-    }
-
     /// Takes the stream off its event loop, to move it to another one.
     pub(crate) fn detach(self) -> io::Result<Detached> {
         Ok(match self {
             Self::Tcp(stream) => Detached::Tcp(stream.into_std()?),
             Self::Unix(stream) => Detached::Unix(stream.into_std()?),
             Self::Memory(stream) => Detached::Memory(stream),
+            // Only sockets that were just accepted are moved.
+            Self::Tls(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 
@@ -59,8 +48,29 @@ impl Stream {
                 let (read, write) = tokio::io::split(stream);
                 (Box::pin(read), WriteHalf::Task(Box::pin(write)))
             }
+            Self::Tls(stream) => {
+                let (read, write) = tokio::io::split(*stream);
+                (Box::pin(read), WriteHalf::Task(Box::pin(write)))
+            }
         }
     }
+}
+
+/// Makes the system notice a peer that is cut off, and send small messages at once.
+///
+/// Our own heartbeat notices it, too; this is for bytes that are stuck in the send buffer.
+pub(crate) fn tune(stream: &TcpStream, lease: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(stream);
+    // The system takes whole seconds, from 1 to 32,767.
+    let seconds = |time: Duration| time.clamp(Duration::from_secs(1), Duration::from_secs(32_767));
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(seconds(lease))
+        .with_interval(seconds(lease / 4));
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(lease.clamp(Duration::from_millis(1), LONGEST)))?;
+    Ok(())
 }
 
 /// A stream that belongs to no event loop.
@@ -122,6 +132,7 @@ impl AsyncRead for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Self::Memory(stream) => Pin::new(stream).poll_read(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -136,6 +147,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
             Self::Memory(stream) => Pin::new(stream).poll_write(cx, buf),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
         }
     }
 
@@ -148,6 +160,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Self::Memory(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
         }
     }
 
@@ -157,6 +170,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => stream.is_write_vectored(),
             Self::Unix(stream) => stream.is_write_vectored(),
             Self::Memory(stream) => stream.is_write_vectored(),
+            Self::Tls(stream) => stream.is_write_vectored(),
         }
     }
 
@@ -165,6 +179,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Self::Memory(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -173,6 +188,7 @@ impl AsyncWrite for Stream {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Memory(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }
@@ -184,10 +200,9 @@ mod tests {
     #[tokio::test]
     async fn a_lease_of_any_length_suits_a_socket() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        for millis in [1, 500, 3_000, 5_000, 86_400_000] {
+        for millis in [1, 500, 3_000, 5_000, 86_400_000, u64::MAX / 2] {
             let stream = TcpStream::connect(listener.local_addr().unwrap()).await;
-            let stream = Stream::Tcp(stream.unwrap());
-            stream.tune(Duration::from_millis(millis)).unwrap();
+            tune(&stream.unwrap(), Duration::from_millis(millis)).unwrap();
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::actor::actor_ref::Handle;
 use crate::buffer::BufferPool;
 use crate::net::dial::{self, DialError, Dialled};
 use crate::net::memory::MemoryNetwork;
-use crate::net::{Address, NetConfig, Token};
+use crate::net::{Address, NetConfig, Tls, Token};
 
 /// A process of a cluster, in one of its lives.
 ///
@@ -67,6 +67,7 @@ pub(crate) struct Process {
     session: OnceLock<u64>,
     config: NetConfig,
     token: Option<Token>,
+    tls: Option<Tls>,
     /// Where arriving weights and gradients are put.
     buffers: BufferPool,
     memory: Option<MemoryNetwork>,
@@ -87,6 +88,7 @@ impl Process {
     pub(crate) fn new(
         config: NetConfig,
         token: Option<Token>,
+        tls: Option<Tls>,
         memory: Option<MemoryNetwork>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -94,6 +96,7 @@ impl Process {
             session: OnceLock::new(),
             config,
             token,
+            tls,
             buffers: BufferPool::new(NUM_IDLE_BUFFERS),
             memory,
             resolve: OnceLock::new(),
@@ -137,6 +140,10 @@ impl Process {
 
     pub(crate) fn token(&self) -> Option<&Token> {
         self.token.as_ref()
+    }
+
+    pub(crate) fn tls(&self) -> Option<&Tls> {
+        self.tls.as_ref()
     }
 
     pub(crate) fn memory(&self) -> Option<&MemoryNetwork> {

@@ -6,4 +6,5 @@ mod faults;
 mod hostile;
 mod lives;
 mod nodes;
+mod tls;
 pub(crate) mod world;
