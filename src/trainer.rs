@@ -580,16 +580,23 @@ impl<M: Model> Worker<M> {
                 num_steps,
             };
             let actor = self.actor.borrow().clone();
-            let lost = match actor.ask(run).await {
-                Ok(report) => {
+            let answer = actor.ask(run).await;
+            let is_panic = matches!(answer, Err(CallError::Failed { .. }));
+            let lost = match answer {
+                Ok(Ok(report)) => {
                     return Ok(WorkerRun {
-                        report: report?,
+                        report,
                         num_restarts,
                     });
                 }
+                // Its node was cut off from the servers, though not from here.
+                Ok(Err(WorkerError::Servers {
+                    source: GroupError::Call { source, .. },
+                    ..
+                })) if !actor.is_local() => source,
+                Ok(Err(error)) => return Err(error.into()),
                 Err(lost) => lost,
             };
-            let is_panic = matches!(lost, CallError::Failed { .. });
             if !is_panic && (actor.is_local() || num_restarts >= MAX_RESPAWNS) {
                 return Err(TrainError::WorkerLost {
                     worker,

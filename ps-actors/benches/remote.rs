@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message};
 use ps_actors::ActorRef;
-use ps_actors::cluster::{Cluster, ClusterConfig, Hosted, Hosts, Placement, Transport};
+use ps_actors::cluster::{Cluster, ClusterConfig, Hosted, Hosts, Placement, SpawnOn, Transport};
 use ps_actors::group::{ServerArgs, ServerGroup};
 use ps_actors::ids::{Clock, GradientId, Incarnation, WorkerId};
 use ps_actors::launch::LaunchOptions;
@@ -182,7 +182,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             ..ClusterConfig::default()
         };
         let options = LaunchOptions {
-            processes: Some(2),
+            processes: Some(3),
             ..LaunchOptions::default()
         };
         // A copy of this program is a node of the first cluster only, which is what it joins.
@@ -195,7 +195,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
-    let peer = cluster.spawn::<Peer>(()).wait()?;
+    let on_first = || SpawnOn::new().place(Placement::Rank(1));
+    let peer = cluster.spawn_with::<Peer>(on_first(), ()).wait()?;
     println!("{name}:");
 
     // A frame of an empty call has 25 bytes, its reply 24.
@@ -230,7 +231,7 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
             let echoed = peer.ask(Echo(gradient.clone())).wait();
             assert_eq!(echoed.expect("the peer answers").values().len(), len);
         };
-        let server = server(cluster, len)?;
+        let server = server(cluster, len, 1)?;
         let mut clock = 0;
         let mut push_pull = || {
             let (worker, incarnation) = (WorkerId(0), Incarnation(u64::MAX / 2));
@@ -272,16 +273,58 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
             );
         }
     }
+    memory(cluster)
+}
+
+/// Four workers push and pull 100 MB at the same time.
+fn memory(cluster: &Cluster) -> Result<(), Box<dyn Error>> {
+    let len = 25_000_000;
+    let peer = SpawnOn::new().place(Placement::Rank(2));
+    let peer = cluster.spawn_with::<Peer>(peer, ()).wait()?;
+    let before = peer.ask(PeakMemory).wait()?;
+    let server = server(cluster, len, 2)?;
+    std::thread::scope(|scope| {
+        for worker in 0..4 {
+            let server = server.clone();
+            scope.spawn(move || {
+                let (worker, incarnation) = (WorkerId(worker), Incarnation(1 << 63));
+                let push = async {
+                    server.join(worker, incarnation).await?;
+                    for clock in 0..5 {
+                        let id = GradientId {
+                            worker,
+                            incarnation,
+                            clock: Clock(clock),
+                        };
+                        server
+                            .push_pull(Gradients {
+                                id,
+                                computed_on: ps_actors::ids::Version(0),
+                                loss: 1.0,
+                                num_examples: 1,
+                                gradient: Gradient::new(vec![1e-3; len]),
+                            })
+                            .await?;
+                    }
+                    Ok::<(), ps_actors::server::GroupError>(())
+                };
+                ps_actors::actor::run(push).expect("the server applies it");
+            });
+        }
+    });
+    let peak = peer.ask(PeakMemory).wait()? - before;
+    let ratio = peak as f64 / (4 * len) as f64;
+    println!("  peak memory of a server of 100 MB with four workers: {ratio:.1} × the model");
     Ok(())
 }
 
-fn server(cluster: &Cluster, len: usize) -> Result<ServerGroup, Box<dyn Error>> {
+fn server(cluster: &Cluster, len: usize, rank: u32) -> Result<ServerGroup, Box<dyn Error>> {
     let config = ServerConfig {
         consistency: Consistency::Asp,
         ..ServerConfig::default()
     };
     let initial = Weights::initial(Layout::flat(len), vec![0.0; len]);
-    let places = [Placement::RoundRobin];
+    let places = [Placement::Rank(rank)];
     let group = ServerGroup::spawn_on(cluster, places, &initial, config);
     Ok(ps_actors::actor::run(group)?)
 }

@@ -20,6 +20,8 @@ pub(crate) mod config;
 pub(crate) mod connection;
 pub(crate) mod dial;
 pub mod frame;
+#[cfg(test)]
+mod fuzz;
 pub(crate) mod listen;
 pub mod memory;
 pub(crate) mod outbox;

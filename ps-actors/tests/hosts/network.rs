@@ -94,7 +94,10 @@ impl Network {
     pub(crate) fn drop_frames(&self, matching: &str) -> Result<(), String> {
         self.nft("add table bridge faults")?;
         self.nft("add chain bridge faults forward { type filter hook forward priority 0 ; }")?;
-        self.nft(&format!("add rule bridge faults forward {matching} drop"))
+        self.nft(&format!(
+            "add rule bridge faults forward {matching} counter drop"
+        ))?;
+        Ok(())
     }
 
     /// Ends the effect of [`drop_frames`](Self::drop_frames).
@@ -102,7 +105,15 @@ impl Network {
         self.nft("delete table bridge faults").unwrap();
     }
 
-    fn nft(&self, words: &str) -> Result<(), String> {
+    /// How many frames the switch has dropped because of [`drop_frames`](Self::drop_frames).
+    pub(crate) fn num_dropped(&self) -> u64 {
+        let rules = self.nft("list table bridge faults").unwrap();
+        let mut words = rules.split_whitespace();
+        words.find(|word| *word == "packets");
+        words.next().and_then(|count| count.parse().ok()).unwrap()
+    }
+
+    fn nft(&self, words: &str) -> Result<String, String> {
         // Without `ip netns exec`'s own words around it, a missing program is known as such.
         run("nft", "--version")?;
         run("ip", &format!("netns exec {} nft {words}", self.switch()))
@@ -161,14 +172,15 @@ fn remove(name: &str) {
     let _ = run("ip", &format!("netns del {name}"));
 }
 
-fn run(program: &str, words: &str) -> Result<(), String> {
+/// Runs a program to its end, and returns what it prints.
+fn run(program: &str, words: &str) -> Result<String, String> {
     let output = Command::new(program)
         .args(words.split_whitespace())
         .stdin(Stdio::null())
         .output()
         .map_err(|error| format!("{program}: {error}"))?;
     match output.status.success() {
-        true => Ok(()),
+        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
         false => {
             let why = String::from_utf8_lossy(&output.stderr);
             Err(format!("{program} {words}: {}", why.trim()))

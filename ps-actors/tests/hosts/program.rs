@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::fmt::Debug;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::exit;
 use std::thread;
 use std::time::Duration;
@@ -18,7 +19,8 @@ use ps_actors::cluster::{
 use ps_actors::group::{ServerArgs, ServerGroup};
 use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::launch::{self, LaunchOptions};
-use ps_actors::net::NetConfig;
+use ps_actors::net::tls::DEFAULT_NAME;
+use ps_actors::net::{NetConfig, Tls, TlsFiles};
 use ps_actors::rule::Sgd;
 use ps_actors::server::{
     Consistency, CoordinatorStatus, PullVersion, Reduction, ServerConfig, WorkerStatus,
@@ -35,6 +37,11 @@ use tracing::{Event, Level, Metadata, Subscriber, span};
 
 /// The variable that has the [`Plan`], as JSON.
 pub(crate) const PLAN: &str = "PS_HOSTS_TEST_PLAN";
+
+/// The files of a plan's certificates.
+pub(crate) const AUTHORITY: &str = "authority.pem";
+pub(crate) const CERTIFICATE: &str = "certificate.pem";
+pub(crate) const KEY: &str = "key.pem";
 
 /// Worker `n` is on the node of rank `n + 1`.
 const NUM_WORKERS: u32 = 2;
@@ -57,6 +64,8 @@ pub(crate) struct Plan {
     pub(crate) lease: Duration,
     /// Nodes that are more patient than the driver.
     pub(crate) node_lease: Duration,
+    /// A directory with the certificates that all use, if they do.
+    pub(crate) certificates: Option<PathBuf>,
 }
 
 /// Plays the part that the launch variables say; returns the exit code.
@@ -93,7 +102,18 @@ fn launch(plan: &Plan) -> Result<Option<Cluster>, StartError> {
     let mut net = NetConfig::default().with_lease(lease);
     // Whoever is more patient must still be heard by the other.
     net.heartbeat = plan.lease / 5;
+    let tls = plan.certificates.as_ref().map(|directory| {
+        let files = TlsFiles {
+            authority: directory.join(AUTHORITY),
+            certificate: directory.join(CERTIFICATE),
+            key: directory.join(KEY),
+            name: DEFAULT_NAME.to_owned(),
+            mutual: true,
+        };
+        Tls::from_files(&files).unwrap()
+    });
     let config = ClusterConfig {
+        tls,
         // A Unix socket would be found from every host: they share their file system.
         transport: Transport::Tcp,
         net,

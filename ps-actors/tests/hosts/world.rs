@@ -8,9 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ps_actors::launch::env;
+use ps_actors::net::tls::DEFAULT_NAME;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tempfile::TempDir;
 
 use super::network::Network;
-use super::program::{PLAN, Plan};
+use super::program::{AUTHORITY, CERTIFICATE, KEY, PLAN, Plan};
 
 /// Bounds every wait; only a failing test waits this long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,6 +53,25 @@ impl Drop for Host {
 /// Says why a test, or a part of it, is left out. Not captured, so that it can be read.
 pub(crate) fn skip(why: &str) {
     let _ = writeln!(std::io::stderr(), "skipped: {why}");
+}
+
+/// Makes an authority and a certificate, and writes what a plan needs.
+pub(crate) fn certificates() -> TempDir {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let params = CertificateParams::new(vec![DEFAULT_NAME.to_owned()]).unwrap();
+    let certificate = params.signed_by(&key, &authority).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    for (file, text) in [
+        (AUTHORITY, authority.pem()),
+        (CERTIFICATE, certificate.pem()),
+        (KEY, key.serialize_pem()),
+    ] {
+        std::fs::write(directory.path().join(file), text).unwrap();
+    }
+    directory
 }
 
 impl World {
@@ -120,7 +142,7 @@ impl World {
     }
 
     /// From here on, waits look for what is said from now on.
-    pub(crate) fn from_now_on(&mut self) {
+    pub(crate) fn forget(&mut self) {
         while let Ok(said) = self.said.try_recv() {
             self.note(said);
         }

@@ -1,0 +1,211 @@
+//! A fuzz target: a server reads streams of frames that were damaged on the way.
+//!
+//! Whole exchanges are made of real messages, then bytes are changed, cut out, doubled and put in,
+//! and the result goes through everything that a peer's bytes go through: frames, buffers, codec,
+//! checks of each type, handlers. Runs a fixed number of inputs of a fixed seed; `PS_FUZZ_INPUTS` and
+//! `PS_FUZZ_SEED` change them. A failure names the seed of the input.
+
+use std::sync::Arc;
+
+use proptest::prelude::Rng;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::NetConfig;
+use super::connection::Connection;
+use super::frame::{Kind, OutFrame};
+use super::stream::Stream;
+use crate::actor::{ActorRef, CallError, NotDelivered};
+use crate::codec::{Encoded, encode};
+use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+use crate::remote::callee::Server;
+use crate::remote::process::{NodeId, Process};
+use crate::rule::Sgd;
+use crate::server::{
+    ApplyGradients, Consistency, GetStatus, GetWeights, Heartbeat, Join, Leave, ParameterServer,
+    Pull, PullVersion, Push, PushPull, ReportLost, ServerConfig, SetConsistency, SetLearningRate,
+    Stage,
+};
+use crate::weights::{Gradient, Gradients, Layout, Weights};
+
+const NUM_WEIGHTS: usize = 9;
+
+fn number(name: &str, default: u64) -> u64 {
+    let given = std::env::var(name).ok();
+    given.map_or(default, |text| text.parse().expect("a whole number"))
+}
+
+fn rng(seed: u64) -> TestRng {
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    TestRng::from_seed(RngAlgorithm::ChaCha, &bytes)
+}
+
+fn below(rng: &mut TestRng, end: usize) -> usize {
+    (rng.next_u64() % end.max(1) as u64) as usize
+}
+
+/// One of each message that a server takes, in the order of its codes.
+fn messages(rng: &mut TestRng) -> Vec<Encoded> {
+    let worker = WorkerId(rng.next_u32() % 3);
+    let incarnation = Incarnation(u64::from(rng.next_u32() % 3));
+    let clock = Clock(u64::from(rng.next_u32() % 4));
+    let id = GradientId {
+        worker,
+        incarnation,
+        clock,
+    };
+    let gradient = Gradient::new(vec![0.5; NUM_WEIGHTS]);
+    let gradients = Gradients {
+        id,
+        computed_on: Version(0),
+        loss: 1.0,
+        num_examples: 4,
+        gradient: gradient.clone(),
+    };
+    let all = [
+        encode(&GetWeights),
+        encode(&Pull(PullVersion::AtLeast(Version(rng.next_u64() % 4)))),
+        encode(&ApplyGradients::mean([gradients.clone()])),
+        encode(&Join {
+            worker,
+            incarnation,
+        }),
+        encode(&Leave {
+            worker,
+            incarnation,
+        }),
+        encode(&ReportLost { worker }),
+        encode(&Heartbeat {
+            worker,
+            incarnation,
+        }),
+        encode(&Stage { id, gradient }),
+        encode(&Push(gradients.clone())),
+        encode(&PushPull(gradients)),
+        encode(&SetConsistency(Consistency::Ssp { bound: 1 })),
+        encode(&SetLearningRate(0.1)),
+        encode(&GetStatus),
+    ];
+    all.map(|message| message.expect("each can be written"))
+        .into()
+}
+
+/// A stream of frames as a caller sends them, damaged here and there.
+fn input(rng: &mut TestRng) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for call in 0..1 + below(rng, 6) as u64 {
+        let mut messages = messages(rng);
+        // Now and then a message under another one's code.
+        let (code, sent) = (below(rng, messages.len()), below(rng, messages.len()));
+        let sent = if rng.next_u32().is_multiple_of(4) {
+            sent
+        } else {
+            code
+        };
+        let kind = [Kind::Ask, Kind::Ask, Kind::Tell, Kind::Cancel, Kind::Ping][below(rng, 5)];
+        let frame = OutFrame::new(kind, call, code as u32, messages.swap_remove(sent));
+        bytes.extend(frame.rest().flatten());
+    }
+    for _ in 0..below(rng, 4) {
+        let at = below(rng, bytes.len());
+        match rng.next_u32() % 5 {
+            0 => bytes[at] = rng.next_u32() as u8,
+            1 => bytes[at] ^= 1 << (rng.next_u32() % 8),
+            2 => bytes.truncate(at),
+            3 => {
+                let end = at + below(rng, bytes.len() - at);
+                let piece = bytes[at..end].to_vec();
+                bytes.splice(at..at, piece);
+            }
+            _ => {
+                let value = [0, 1, u64::from(u32::MAX), u64::MAX][below(rng, 4)];
+                let end = bytes.len().min(at + 8);
+                bytes.splice(at..end, value.to_le_bytes());
+            }
+        }
+        if bytes.is_empty() {
+            break;
+        }
+    }
+    bytes
+}
+
+/// Lets the server read the stream to its end, or to where it has had enough.
+async fn feed(process: &Arc<Process>, server: &ActorRef<ParameterServer>, bytes: &[u8]) {
+    let number = process.export(server).actor;
+    let (callee, hold) = process.open(number).expect("it was just exported");
+    let (ours, theirs) = tokio::io::duplex(1 << 16);
+    let connection = Connection::new(Stream::Memory(theirs));
+    let outbox = Arc::clone(&connection.outbox);
+    let peer = Server::new(process, callee, outbox, hold, Box::new(|| true));
+    let serving = connection.run(&[], process.config(), process.buffers(), peer);
+    let (mut read, mut write) = tokio::io::split(ours);
+    let calling = async {
+        // The server may have closed the connection already.
+        let _ = write.write_all(bytes).await;
+        let _ = write.shutdown().await;
+    };
+    let mut replies = Vec::new();
+    let listening = read.read_to_end(&mut replies);
+    let _ = tokio::join!(serving, calling, listening);
+}
+
+/// PS-6.
+#[test]
+fn nothing_that_a_peer_sends_harms_a_server() {
+    let (num_inputs, seed) = (number("PS_FUZZ_INPUTS", 5_000), number("PS_FUZZ_SEED", 1));
+    let config = NetConfig {
+        max_numbers: 1 << 16,
+        ..NetConfig::default()
+    };
+    let process = Process::new(config, None, None, None);
+    process.enter(NodeId::DRIVER, 1);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.expect("the system gives an event loop");
+    let fresh = || {
+        let initial = Weights::initial(Layout::flat(NUM_WEIGHTS), vec![1.0; NUM_WEIGHTS]);
+        let config = ServerConfig {
+            consistency: Consistency::Asp,
+            ..ServerConfig::default()
+        };
+        let fresh = ParameterServer::new(&initial, Sgd::new(), config);
+        fresh
+            .expect("the settings work")
+            .spawn()
+            .expect("there is a thread")
+    };
+    let mut server = fresh();
+    let mut num_trained = 0;
+    for index in 0..num_inputs {
+        // Some messages end all that could come after.
+        if index % 500 == 499 {
+            server = fresh();
+        }
+        let seed = seed.wrapping_add(index);
+        let bytes = input(&mut rng(seed));
+        runtime.block_on(feed(&process, &server, &bytes));
+        let weights = match server.ask(GetWeights).wait() {
+            Ok(weights) => weights,
+            // Damage can make a `Stop` or `Kill` of any frame.
+            Err(CallError::NotDelivered {
+                reason: NotDelivered::Stopped { panic: None },
+                ..
+            }) => {
+                server = fresh();
+                continue;
+            }
+            Err(error) => panic!("PS_FUZZ_SEED={seed}: {error}"),
+        };
+        num_trained += u64::from(weights.version() > Version(0));
+        let is_sound = weights.to_vec().iter().all(|weight| weight.is_finite());
+        assert!(is_sound, "PS_FUZZ_SEED={seed}: {weights:?}");
+    }
+    // Not everything is damaged: what is intact has to work.
+    assert!(
+        num_trained > num_inputs / 10,
+        "trained after {num_trained} inputs only"
+    );
+}
