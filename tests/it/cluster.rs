@@ -37,8 +37,8 @@ fn run_over(transport: Transport, trainer: Trainer<ConvNet, ImageDataset>) -> Re
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let cluster = Cluster::listen(config.clone(), address, hosts.clone()).unwrap();
     let addresses = cluster.addresses().iter();
-    let driver = addresses.filter(|address| !matches!(address, Address::Unix(_)));
-    let driver = driver.last().unwrap().to_string();
+    let mut driver = addresses.filter(|address| !matches!(address, Address::Unix(_)));
+    let driver = driver.next().unwrap().to_string();
     let nodes = [1, 2]
         .map(|rank| Node::new(config.clone(), rank, 0, driver.clone(), hosts.clone()).serve());
     cluster.wait_for_nodes(2, SOON).wait().unwrap();

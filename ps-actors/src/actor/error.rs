@@ -210,6 +210,11 @@ impl CallError {
 /// a wire: on the other side only the name of its type arrives, and there is nothing to take out.
 /// Who called has the message, and nobody else could call again with it.
 pub struct Undelivered {
+    // In a box, for every error of a call carries its room.
+    parts: Box<Parts>,
+}
+
+struct Parts {
     type_name: Cow<'static, str>,
     // Messages are `Send`, not `Sync`; the mutex makes the error both, which error reporters want.
     // `None` in an error that came from another process.
@@ -218,23 +223,24 @@ pub struct Undelivered {
 
 impl Undelivered {
     pub(crate) fn new<M: Send + 'static>(message: M) -> Self {
-        Self {
-            type_name: Cow::Borrowed(type_name::<M>()),
-            message: Mutex::new(Some(Box::new(message))),
-        }
+        Self::with(Cow::Borrowed(type_name::<M>()), Some(Box::new(message)))
     }
 
     /// A message that stayed behind in another process.
     pub(crate) fn elsewhere(type_name: &'static str) -> Self {
+        Self::with(Cow::Borrowed(type_name), None)
+    }
+
+    fn with(type_name: Cow<'static, str>, message: Option<Box<dyn Any + Send>>) -> Self {
+        let message = Mutex::new(message);
         Self {
-            type_name: Cow::Borrowed(type_name),
-            message: Mutex::new(None),
+            parts: Box::new(Parts { type_name, message }),
         }
     }
 
     /// The name of the message's type.
     pub fn type_name(&self) -> &str {
-        &self.type_name
+        &self.parts.type_name
     }
 
     /// Takes the message out.
@@ -242,44 +248,33 @@ impl Undelivered {
     /// # Errors
     /// Returns itself when the message is not an `M`, or stayed behind in another process.
     pub fn into_message<M: 'static>(self) -> Result<M, Self> {
-        let type_name = self.type_name;
-        let message = self
-            .message
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner);
+        let Parts { type_name, message } = *self.parts;
+        let message = message.into_inner().unwrap_or_else(PoisonError::into_inner);
         let kept = match message.map(<Box<dyn Any + Send>>::downcast) {
             Some(Ok(message)) => return Ok(*message),
             Some(Err(of_other_type)) => Some(of_other_type),
             None => None,
         };
-        Err(Self {
-            type_name,
-            message: Mutex::new(kept),
-        })
+        Err(Self::with(type_name, kept))
     }
 }
 
-/// Writes the name of the message's type, and nothing of the message.
 impl Serialize for Undelivered {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&self.type_name)
+        serializer.serialize_str(self.type_name())
     }
 }
 
 /// Reads one that holds no message.
 impl<'de> Deserialize<'de> for Undelivered {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let type_name = String::deserialize(deserializer)?.into();
-        Ok(Self {
-            type_name,
-            message: Mutex::new(None),
-        })
+        Ok(Self::with(String::deserialize(deserializer)?.into(), None))
     }
 }
 
 impl fmt::Debug for Undelivered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Undelivered({})", self.type_name)
+        write!(f, "Undelivered({})", self.type_name())
     }
 }
 
