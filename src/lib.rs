@@ -76,11 +76,11 @@ pub mod prelude {
     pub use ps_actors::group::ServerGroup;
     pub use ps_actors::ids::{Clock, Version, WorkerId};
     pub use ps_actors::launch::LaunchOptions;
-    pub use ps_actors::remote::{Messages, Remote};
+    pub use ps_actors::remote::{Kept, Messages, Remote};
     pub use ps_actors::rule::{Sgd, UpdateRule};
     pub use ps_actors::server::{
-        ApplyGradients, Consistency, GetStatus, GetWeights, ParameterServer, Pull, PullVersion,
-        Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
+        ApplyGradients, ApplyKept, Consistency, GetStatus, GetWeights, ParameterServer, Pull,
+        PullVersion, Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
     };
     pub use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
     pub use ps_actors::worker::{

@@ -124,6 +124,28 @@ pub struct Encoded {
     pub bulk: Vec<Bulk>,
 }
 
+/// Something encoded inside a message; what it is, the two ends know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Blob {
+    header: Vec<u8>,
+    bulk: Vec<Bulk>,
+}
+
+impl From<Encoded> for Blob {
+    fn from(encoded: Encoded) -> Self {
+        let Encoded { header, bulk } = encoded;
+        Self { header, bulk }
+    }
+}
+
+impl Blob {
+    /// Turns it back into what it was.
+    pub(crate) fn read<T: DeserializeOwned>(self) -> Result<T, CodecError> {
+        let bulk = self.bulk.into_iter().map(Bulk::into_buffer).collect();
+        decode(&self.header, bulk)
+    }
+}
+
 thread_local! {
     /// The runs of numbers of the message that this thread encodes.
     static OUTGOING: RefCell<Option<Vec<Bulk>>> = const { RefCell::new(None) };
@@ -137,9 +159,10 @@ thread_local! {
 /// When the message has something that bincode cannot write, or its header gets too long.
 pub fn encode<T: Serialize>(message: &T) -> Result<Encoded, CodecError> {
     let name = std::any::type_name::<T>();
-    OUTGOING.set(Some(Vec::new()));
+    // A value may encode another one on its way, so the outer one's runs are put aside.
+    let outer = OUTGOING.replace(Some(Vec::new()));
     let header = bincode::serde::encode_to_vec(message, CONFIG);
-    let bulk = OUTGOING.take().unwrap_or_default();
+    let bulk = OUTGOING.replace(outer).unwrap_or_default();
     let header = header.map_err(|source| CodecError::Encode {
         message: name,
         source,
@@ -159,9 +182,9 @@ pub fn decode<T: DeserializeOwned>(header: &[u8], bulk: Vec<Buffer>) -> Result<T
     if len > MAX_HEADER {
         return Err(CodecError::TooLong { len });
     }
-    INCOMING.set(Some(bulk.into_iter().rev().collect()));
+    let outer = INCOMING.replace(Some(bulk.into_iter().rev().collect()));
     let decoded = bincode::serde::decode_from_slice(header, CONFIG);
-    let left = INCOMING.take().unwrap_or_default();
+    let left = INCOMING.replace(outer).unwrap_or_default();
     let (value, used) = decoded.map_err(|source| CodecError::Decode {
         message,
         len,

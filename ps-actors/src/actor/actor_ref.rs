@@ -17,6 +17,7 @@ use super::reply::Reply;
 use super::shutdown::Shutdown;
 use crate::net::frame::Kind;
 use crate::remote::caller::RemoteActor;
+use crate::remote::kept::{KeepHere, Kept};
 use crate::remote::reference::Remotely;
 use crate::remote::table::Table;
 
@@ -218,6 +219,25 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
             Target::There(remote) => {
                 Reply::started(remote.actor.call(&remote.table, message, false))
             }
+        }
+    }
+
+    /// Calls the actor, and leaves the result where it is computed until somebody takes it.
+    ///
+    /// The ticket can be sent on inside a message; the result then goes straight from the process
+    /// that made it to the one that takes it, not through this one.
+    pub fn ask_kept<M>(&self, message: M) -> Reply<Kept<M::Result>>
+    where
+        A: Handler<M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        match self.target() {
+            Target::Here(mailbox) => {
+                let call = mailbox.push(message, false);
+                Reply::started(call.map(|call| Arc::new(KeepHere(call as _))))
+            }
+            Target::There(remote) => Reply::started(remote.actor.call_kept(&remote.table, message)),
         }
     }
 

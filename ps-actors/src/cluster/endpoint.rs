@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Router;
 use tokio::net::{TcpListener, UnixListener};
@@ -95,6 +96,7 @@ impl Bound {
         tasks.push(threads::next().spawn(async move {
             while let Some(process) = sweeping.upgrade() {
                 process.sweep();
+                process.sweep_kept(Instant::now());
                 drop(process);
                 tokio::time::sleep(every).await;
             }

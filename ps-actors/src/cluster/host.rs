@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
 use crate::actor::{Spawn, lookup};
-use crate::codec::{self, Bulk, CodecError, Encoded};
+use crate::codec::{self, Blob, CodecError};
 use crate::remote::Remote;
 use crate::remote::caller::error_chain;
 use crate::remote::process::Process;
@@ -104,25 +104,20 @@ impl fmt::Debug for Hosts {
     }
 }
 
-/// Arguments on their way; what is inside is known to the two ends only.
+/// Arguments on their way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Args {
-    header: Vec<u8>,
-    bulk: Vec<Bulk>,
-}
+pub(crate) struct Args(Blob);
 
 impl Args {
     pub(crate) fn write<T: Serialize>(
         process: &Arc<Process>,
         args: &T,
     ) -> Result<Self, CodecError> {
-        let Encoded { header, bulk } = on_behalf_of(process, || codec::encode(args))?;
-        Ok(Self { header, bulk })
+        Ok(Self(on_behalf_of(process, || codec::encode(args))?.into()))
     }
 
     fn read<T: DeserializeOwned>(self, process: &Arc<Process>) -> Result<T, CodecError> {
-        let bulk = self.bulk.into_iter().map(Bulk::into_buffer).collect();
-        on_behalf_of(process, || codec::decode(&self.header, bulk))
+        on_behalf_of(process, || self.0.read())
     }
 }
 

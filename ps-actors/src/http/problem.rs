@@ -112,6 +112,7 @@ impl Problem {
             ServerError::NotFirst
             | ServerError::Config(_)
             | ServerError::GroupBroken { .. }
+            | ServerError::NotFetched { .. }
             | ServerError::Stopping => Self::unavailable(text),
         }
     }

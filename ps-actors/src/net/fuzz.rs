@@ -67,6 +67,7 @@ fn messages(rng: &mut TestRng) -> Vec<Encoded> {
         encode(&GetWeights),
         encode(&Pull(PullVersion::AtLeast(Version(rng.next_u64() % 4)))),
         encode(&ApplyGradients::mean([gradients.clone()])),
+        encode(&GetWeights), // `ApplyKept` has references in it, which only a cluster can write.
         encode(&Join {
             worker,
             incarnation,

@@ -89,7 +89,21 @@ pub(crate) struct Incoming {
     connection: Arc<Calls>,
 }
 
+/// What becomes of a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    Send,
+    /// Nobody wants it.
+    Forget,
+    /// It stays here, and the caller gets a ticket.
+    Keep,
+}
+
 impl Incoming {
+    pub(crate) fn is_told(&self) -> bool {
+        self.frame.kind == Kind::Tell
+    }
+
     /// Tells the caller that its message was not taken.
     pub(crate) fn refuse(self, reason: String) {
         let actor = Arc::clone(&self.connection.actor_name);
@@ -103,7 +117,7 @@ impl Incoming {
 }
 
 /// Reads a message of type `M` and hands it to the actor.
-pub(crate) fn serve<A, M>(mailbox: &Arc<Mailbox<A>>, incoming: Incoming)
+pub(crate) fn serve<A, M>(mailbox: &Arc<Mailbox<A>>, incoming: Incoming, then: Then)
 where
     A: Actor<Context = Context<A>> + Handler<M>,
     M: Message + Serialize + DeserializeOwned + Send + 'static,
@@ -111,7 +125,6 @@ where
 {
     let Incoming { frame, connection } = incoming;
     let Frame {
-        kind,
         call: number,
         header,
         bulk,
@@ -131,14 +144,13 @@ where
             return connection.reply_error(number, &error);
         }
     };
-    let told = kind == Kind::Tell;
     // A told message, too, is answered, without its result: its loss is counted by its sender.
     match mailbox.push(message, false) {
         Ok(call) => {
             connection.last_taken.fetch_max(number, Ordering::Relaxed);
             let reply = Arc::new(Answer {
                 slot: call,
-                told,
+                then,
                 number,
                 connection: Arc::clone(&connection),
                 is_over: AtomicBool::new(false),
@@ -195,7 +207,7 @@ impl Calls {
 /// Sends the result of a call when it is there.
 struct Answer<R> {
     slot: Arc<dyn ReplySlot<R>>,
-    told: bool,
+    then: Then,
     number: u64,
     connection: Arc<Calls>,
     is_over: AtomicBool,
@@ -218,14 +230,19 @@ impl<R: Serialize + Send + 'static> Answer<R> {
             Ok(result) => result,
             Err(error) => return self.connection.reply_error(self.number, &error),
         };
-        if self.told {
-            return self.connection.reply(self.number, 0, Encoded::default());
-        }
-        let encoded = on_behalf_of(&self.connection.process, || codec::encode(&result));
+        let process = &self.connection.process;
+        let text = |error: codec::CodecError| error_chain(&error);
+        let encoded = on_behalf_of(process, || match self.then {
+            Then::Forget => Ok(Encoded::default()),
+            Then::Send => codec::encode(&result).map_err(text),
+            Then::Keep => {
+                let ticket = process.shelve(codec::encode(&result).map_err(text)?)?;
+                codec::encode(&ticket).map_err(text)
+            }
+        });
         match encoded {
             Ok(encoded) => self.connection.reply(self.number, 0, encoded),
-            Err(error) => {
-                let reason = error_chain(&error);
+            Err(reason) => {
                 let error = CallError::Unknown {
                     actor: Arc::clone(&self.connection.actor_name),
                     reason: UnknownOutcome::BadReply { reason },

@@ -16,9 +16,10 @@ use std::task::{Context as TaskContext, Poll, Waker};
 use actix::{Actor, Message};
 use tokio::sync::{Semaphore, TryAcquireError, watch};
 
+use super::kept::Kept;
 use super::process::Process;
 use super::reference::{Wire, on_behalf_of};
-use super::table::{Codec, Table};
+use super::table::{Codec, Decode, Table, keeping};
 use crate::actor::call::{GiveUp, ReplySlot};
 use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
 use crate::actor::registry::AnyMailbox;
@@ -136,19 +137,28 @@ impl RemoteActor {
         table: &Table<A>,
         message: M,
         told: bool,
-    ) -> Result<Arc<Call<M>>, CallError>
+    ) -> Result<Arc<Call<M, M::Result>>, CallError>
     where
         M::Result: Send,
     {
-        match self.slots.try_acquire() {
-            Ok(slot) => slot.forget(),
-            Err(TryAcquireError::NoPermits) => {
-                let limit = self.wire.max_pending as usize;
-                return Err(self.undelivered(message, NotDelivered::QueueFull { limit }));
-            }
-            Err(TryAcquireError::Closed) => return Err(self.undelivered(message, self.stopped())),
-        }
-        self.call_in_slot(table, message, told)
+        let message = self.take_slot(message)?;
+        let kind = if told { Kind::Tell } else { Kind::Ask };
+        self.call_in_slot(table, message, |code, codec| (kind, code, codec.decode))
+    }
+
+    /// Calls the actor, and gets a ticket for the result.
+    pub(crate) fn call_kept<A: Actor, M: Message + Send + 'static>(
+        self: &Arc<Self>,
+        table: &Table<A>,
+        message: M,
+    ) -> Result<Arc<Call<M, Kept<M::Result>>>, CallError>
+    where
+        M::Result: Send,
+    {
+        let message = self.take_slot(message)?;
+        self.call_in_slot(table, message, |code, codec| {
+            (Kind::Ask, keeping(code), codec.decode_kept)
+        })
     }
 
     /// Waits until the actor has room for a call of this process, and calls it.
@@ -156,7 +166,7 @@ impl RemoteActor {
         self: &Arc<Self>,
         table: &Table<A>,
         message: M,
-    ) -> Result<Arc<Call<M>>, CallError>
+    ) -> Result<Arc<Call<M, M::Result>>, CallError>
     where
         M::Result: Send,
     {
@@ -164,18 +174,33 @@ impl RemoteActor {
             Ok(slot) => slot.forget(),
             Err(_closed) => return Err(self.undelivered(message, self.stopped())),
         }
-        self.call_in_slot(table, message, false)
+        self.call_in_slot(table, message, |code, codec| {
+            (Kind::Ask, code, codec.decode)
+        })
     }
 
-    fn call_in_slot<A: Actor, M: Message + Send + 'static>(
+    fn take_slot<M: Send + 'static>(&self, message: M) -> Result<M, CallError> {
+        let reason = match self.slots.try_acquire() {
+            Ok(slot) => {
+                slot.forget();
+                return Ok(message);
+            }
+            Err(TryAcquireError::NoPermits) => NotDelivered::QueueFull {
+                limit: self.wire.max_pending as usize,
+            },
+            Err(TryAcquireError::Closed) => self.stopped(),
+        };
+        Err(self.undelivered(message, reason))
+    }
+
+    /// `how` turns the message's code and codec into kind and code of the frame, and how to read
+    /// the reply.
+    fn call_in_slot<A: Actor, M: Message + Send + 'static, R: Send + 'static>(
         self: &Arc<Self>,
         table: &Table<A>,
         message: M,
-        told: bool,
-    ) -> Result<Arc<Call<M>>, CallError>
-    where
-        M::Result: Send,
-    {
+        how: impl FnOnce(u32, Codec<M>) -> (Kind, u32, Decode<R>),
+    ) -> Result<Arc<Call<M, R>>, CallError> {
         let refuse = |message, reason| {
             self.slots.add_permits(1);
             Err(self.undelivered(message, reason))
@@ -196,7 +221,7 @@ impl RemoteActor {
                 return refuse(message, NotDelivered::Encode { reason });
             }
         };
-        let kind = if told { Kind::Tell } else { Kind::Ask };
+        let (kind, code, decode) = how(code, codec);
         let mut frame = OutFrame::new(kind, 0, code, encoded);
         let mut state = self.lock();
         if let Link::Ended = state.link {
@@ -209,8 +234,8 @@ impl RemoteActor {
         let call = Arc::new(Call {
             remote: Arc::clone(self),
             number,
-            told,
-            codec,
+            told: kind == Kind::Tell,
+            decode,
             state: Mutex::new(CallState {
                 stage: Stage::Waiting(message),
                 waker: None,
@@ -522,11 +547,11 @@ impl Peer for Client {
 }
 
 /// One call to an actor elsewhere.
-pub(crate) struct Call<M: Message> {
+pub(crate) struct Call<M, R> {
     remote: Arc<RemoteActor>,
     number: u64,
     told: bool,
-    codec: Codec<M>,
+    decode: Decode<R>,
     state: Mutex<CallState<M>>,
 }
 
@@ -544,10 +569,7 @@ enum Stage<M> {
     Over,
 }
 
-impl<M: Message + Send + 'static> Call<M>
-where
-    M::Result: Send,
-{
+impl<M: Send + 'static, R> Call<M, R> {
     fn lock(&self) -> MutexGuard<'_, CallState<M>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -571,7 +593,7 @@ where
     }
 
     /// Reads a reply.
-    fn read(&self, message: M, frame: Frame) -> Result<M::Result, CallError> {
+    fn read(&self, message: M, frame: Frame) -> Result<R, CallError> {
         let Frame {
             code, header, bulk, ..
         } = frame;
@@ -583,7 +605,7 @@ where
             },
         };
         on_behalf_of(&self.remote.process, || match code {
-            0 => (self.codec.decode)(&header, bulk).map_err(|error| unreadable(&error)),
+            0 => (self.decode)(&header, bulk).map_err(|error| unreadable(&error)),
             _ => Err(match codec::decode::<CallError>(&header, bulk) {
                 Ok(CallError::NotDelivered { reason, .. }) => {
                     self.remote.undelivered(message, reason)
@@ -612,10 +634,7 @@ where
     }
 }
 
-impl<M: Message + Send + 'static> RemoteCall for Call<M>
-where
-    M::Result: Send,
-{
+impl<M: Send + 'static, R> RemoteCall for Call<M, R> {
     fn arrived(&self, frame: Frame) {
         if !self.told {
             return self.conclude(|message| Stage::Arrived(message, frame));
@@ -652,7 +671,7 @@ where
     }
 }
 
-impl<M: Message> Call<M> {
+impl<M, R> Call<M, R> {
     fn count_dead_letter(&self, error: &CallError) {
         count_dead_letter(
             &self.remote.dead_letters,
@@ -663,15 +682,12 @@ impl<M: Message> Call<M> {
     }
 }
 
-impl<M: Message + Send + 'static> ReplySlot<M::Result> for Call<M>
-where
-    M::Result: Send,
-{
+impl<M: Send + 'static, R: Send> ReplySlot<R> for Call<M, R> {
     fn target(&self) -> ActorId {
         self.remote.id
     }
 
-    fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<M::Result, CallError>> {
+    fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<R, CallError>> {
         let mut state = self.lock();
         match mem::replace(&mut state.stage, Stage::Over) {
             Stage::Arrived(message, frame) => {
@@ -690,7 +706,7 @@ where
         }
     }
 
-    fn give_up(&self, why: GiveUp) -> Result<M::Result, CallError> {
+    fn give_up(&self, why: GiveUp) -> Result<R, CallError> {
         let actor = Arc::clone(self.remote.name());
         match self.withdraw() {
             Some(Ok(message)) => {

@@ -10,17 +10,20 @@
 //! | `table` | the messages of an actor type: how to write, read and run each |
 //! | `caller` | an actor elsewhere: its connection and the calls under way |
 //! | `callee` | an actor here that is called from elsewhere |
+//! | `kept` | results that stay where they were made |
 //! | `reference` | how an `ActorRef` travels |
 //! | `process` | this process as others see it: what it exports, whom it knows |
 
 pub(crate) mod callee;
 pub(crate) mod caller;
+pub(crate) mod kept;
 pub(crate) mod process;
 pub(crate) mod reference;
 pub(crate) mod table;
 
 use actix::{Actor, Context};
 
+pub use kept::{KEPT_FOR, Kept, KeptError, MAX_KEPT};
 pub use process::NodeId;
 pub use table::Messages;
 

@@ -15,11 +15,13 @@ use serde::{Deserialize, Serialize};
 use super::Remote;
 use super::callee::{Callee, Exported};
 use super::caller::RemoteActor;
+use super::kept::{Shelves, Ticket};
 use super::reference::Wire;
 use super::table::Table;
 use crate::actor::ActorRef;
 use crate::actor::actor_ref::Handle;
 use crate::buffer::BufferPool;
+use crate::codec::Encoded;
 use crate::net::dial::{self, DialError, Dialled};
 use crate::net::memory::MemoryNetwork;
 use crate::net::{Address, NetConfig, Tls, Token};
@@ -72,6 +74,7 @@ pub(crate) struct Process {
     buffers: BufferPool,
     memory: Option<MemoryNetwork>,
     resolve: OnceLock<Resolve>,
+    shelves: Shelves,
     exports: Mutex<HashMap<u64, Export>>,
     remotes: Mutex<HashMap<(NodeId, u64), Weak<RemoteActor>>>,
 }
@@ -100,6 +103,7 @@ impl Process {
             buffers: BufferPool::new(NUM_IDLE_BUFFERS),
             memory,
             resolve: OnceLock::new(),
+            shelves: Shelves::default(),
             exports: Mutex::default(),
             remotes: Mutex::default(),
         })
@@ -213,6 +217,11 @@ impl Process {
         Some((Arc::clone(&export.callee), hold))
     }
 
+    /// Lets go of kept values that nobody has taken for long.
+    pub(crate) fn sweep_kept(&self, now: Instant) {
+        self.shelves.sweep(now);
+    }
+
     /// Lets go of actors that nobody elsewhere wants any more.
     pub(crate) fn sweep(&self) {
         let grace = 2 * (self.config.lease + self.config.handshake);
@@ -245,6 +254,11 @@ impl Process {
             export.is_permanent
         });
         drop(withdrawn);
+    }
+
+    /// Keeps a value for whoever brings the ticket.
+    pub(crate) fn shelve(&self, value: Encoded) -> Result<Ticket, String> {
+        self.shelves.put(value)
     }
 
     fn remotes(&self) -> MutexGuard<'_, HashMap<(NodeId, u64), Weak<RemoteActor>>> {

@@ -43,11 +43,12 @@ pub(crate) fn on_behalf_of<T>(process: &Arc<Process>, work: impl FnOnce() -> T) 
     work()
 }
 
-fn current() -> Option<Arc<Process>> {
+pub(crate) fn current() -> Option<Arc<Process>> {
     CURRENT.with_borrow(Clone::clone)
 }
 
-const NOT_IN_A_CALL: &str = "an ActorRef can be sent to and read by actors of a cluster only";
+pub(crate) const NOT_IN_A_CALL: &str =
+    "an ActorRef or kept value can be sent to and read by actors of a cluster only";
 
 /// A reference can be sent to other processes of its cluster, inside any message.
 ///

@@ -12,7 +12,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Remote;
-use super::callee::{self, Incoming};
+use super::callee::{self, Incoming, Then};
+use super::kept::Kept;
 use crate::actor::mailbox::Mailbox;
 use crate::buffer::Buffer;
 use crate::codec::{CodecError, Encoded, decode, encode};
@@ -26,7 +27,10 @@ pub struct Messages<A: Actor> {
 }
 
 /// Reads a message, hands it to the actor, and sees to the reply.
-type Serve<A> = fn(&Arc<Mailbox<A>>, Incoming);
+type Serve<A> = fn(&Arc<Mailbox<A>>, Incoming, Then);
+
+/// The bit of a message's code that asks to keep the result.
+const KEEP: u32 = 1 << 31;
 
 struct Known {
     code: u32,
@@ -34,12 +38,13 @@ struct Known {
     codec: Box<dyn Any + Send + Sync>,
 }
 
-type Decode<T> = fn(&[u8], Vec<Buffer>) -> Result<T, CodecError>;
+pub(crate) type Decode<T> = fn(&[u8], Vec<Buffer>) -> Result<T, CodecError>;
 
 /// How a caller writes a message and reads its result.
 pub(crate) struct Codec<M: Message> {
     pub(crate) encode: fn(&M) -> Result<Encoded, CodecError>,
     pub(crate) decode: Decode<M::Result>,
+    pub(crate) decode_kept: Decode<Kept<M::Result>>,
 }
 
 impl<M: Message> Clone for Codec<M> {
@@ -65,6 +70,7 @@ impl<A: Actor<Context = Context<A>>> Messages<A> {
         let codec: Codec<M> = Codec {
             encode: encode::<M>,
             decode: decode::<M::Result>,
+            decode_kept: decode::<Kept<M::Result>>,
         };
         self.by_type.insert(
             TypeId::of::<M>(),
@@ -95,6 +101,11 @@ impl<A: Actor> fmt::Debug for Messages<A> {
 pub(crate) struct Table<A: Actor> {
     messages: Messages<A>,
     schema: u64,
+}
+
+/// The code of a message whose result is to be kept.
+pub(crate) fn keeping(code: u32) -> u32 {
+    code | KEEP
 }
 
 impl<A: Remote> Table<A> {
@@ -142,8 +153,13 @@ impl<A: Actor> Table<A> {
 
     /// Runs the message with this code.
     pub(crate) fn serve(&self, mailbox: &Arc<Mailbox<A>>, code: u32, incoming: Incoming) {
-        match self.messages.by_code.get(code as usize) {
-            Some(serve) => serve(mailbox, incoming),
+        let then = match (code & KEEP, incoming.is_told()) {
+            (_, true) => Then::Forget,
+            (0, false) => Then::Send,
+            (_, false) => Then::Keep,
+        };
+        match self.messages.by_code.get((code & !KEEP) as usize) {
+            Some(serve) => serve(mailbox, incoming, then),
             None => incoming.refuse(format!("{} has no message {code}", type_name::<A>())),
         }
     }

@@ -2,17 +2,20 @@
 
 use std::time::Instant;
 
-use actix::{ActorFutureExt, Handler, MessageResult, Response, WrapFuture};
+use actix::{ActorFutureExt, Handler, MessageResult, Response, ResponseActFuture, WrapFuture};
+use futures_util::future::try_join_all;
 use tokio::sync::oneshot;
 
 use super::actor::{Caller, ParameterServer, Role};
 use super::config::{check_consistency, check_learning_rate};
 use super::ledger::Outcome;
 use super::messages::{
-    ApplyGradients, Follow, GetStatus, GetWeights, Heartbeat, Join, Leave, Pull, Push, PushPull,
-    Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate, Stage,
+    ApplyGradients, ApplyKept, Follow, GetStatus, GetWeights, Heartbeat, Join, Leave, Pull, Push,
+    PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate,
+    Stage,
 };
 use super::protocol::{Answer, Event, Membership, Refusal};
+use crate::remote::caller::error_chain;
 use crate::remote::{Messages, Remote};
 use crate::weights::Weights;
 
@@ -29,6 +32,7 @@ impl Remote for ParameterServer {
             .add::<GetWeights>()
             .add::<Pull>()
             .add::<ApplyGradients>()
+            .add::<ApplyKept>()
             .add::<Join>()
             .add::<Leave>()
             .add::<ReportLost>()
@@ -70,6 +74,34 @@ impl Handler<ApplyGradients> for ParameterServer {
 
     fn handle(&mut self, message: ApplyGradients, ctx: &mut Self::Context) -> Self::Result {
         self.apply(&message, ctx)
+    }
+}
+
+impl Handler<ApplyKept> for ParameterServer {
+    type Result = ResponseActFuture<Self, Result<Weights, ServerError>>;
+
+    fn handle(&mut self, message: ApplyKept, _: &mut Self::Context) -> Self::Result {
+        let ApplyKept {
+            gradients,
+            reduction,
+        } = message;
+        let fetched = try_join_all(gradients.into_iter().map(|kept| async move {
+            let reason = |error: &dyn std::error::Error| error_chain(error);
+            match kept.take().await {
+                Ok(Ok(gradients)) => Ok(gradients),
+                Ok(Err(error)) => Err(reason(&error)),
+                Err(error) => Err(reason(&error)),
+            }
+        }));
+        let applied = fetched.into_actor(self).map(move |fetched, server, ctx| {
+            let gradients = fetched.map_err(|reason| ServerError::NotFetched { reason })?;
+            let message = ApplyGradients {
+                gradients,
+                reduction,
+            };
+            server.apply(&message, ctx)
+        });
+        Box::pin(applied)
     }
 }
 

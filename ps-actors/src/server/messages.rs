@@ -15,7 +15,9 @@ use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
 use crate::actor::CallError;
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::remote::Kept;
 use crate::weights::{Gradient, Gradients, Weights};
+use crate::worker::WorkerError;
 
 /// Returns the current weights of the server's range.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
@@ -52,6 +54,38 @@ impl ApplyGradients {
 
     /// Applies the sum of the gradients.
     pub fn sum(gradients: impl IntoIterator<Item = Gradients>) -> Self {
+        Self {
+            gradients: gradients.into_iter().collect(),
+            reduction: Reduction::Sum,
+        }
+    }
+}
+
+/// As [`ApplyGradients`], for gradients that are still where they were computed: the server fetches
+/// them, so they do not pass through the driver. See [`ActorRef::ask_kept`](crate::ActorRef::ask_kept).
+#[derive(Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<Weights, ServerError>")]
+pub struct ApplyKept {
+    /// What the workers' calls return, of distinct steps.
+    pub gradients: Vec<KeptGradients>,
+    /// How they become one.
+    pub reduction: Reduction,
+}
+
+/// The kept result of a [`ComputeGradients`](crate::worker::ComputeGradients).
+pub type KeptGradients = Kept<Result<Gradients, WorkerError>>;
+
+impl ApplyKept {
+    /// Applies the mean of the gradients.
+    pub fn mean(gradients: impl IntoIterator<Item = KeptGradients>) -> Self {
+        Self {
+            gradients: gradients.into_iter().collect(),
+            reduction: Reduction::Mean,
+        }
+    }
+
+    /// Applies the sum of the gradients.
+    pub fn sum(gradients: impl IntoIterator<Item = KeptGradients>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
             reduction: Reduction::Sum,
@@ -220,6 +254,12 @@ pub enum ServerError {
         index: usize,
         /// How far.
         num_behind: usize,
+    },
+    /// A gradient that was to be fetched did not come, or was not computed.
+    #[error("a gradient could not be fetched: {reason}")]
+    NotFetched {
+        /// Why.
+        reason: String,
     },
     /// The server stopped before it could answer.
     #[error("the server stopped before it could answer")]

@@ -33,9 +33,9 @@ pub use config::{ConfigError, ServerConfig};
 pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};
 pub use ledger::Outcome;
 pub use messages::{
-    ApplyGradients, Follow, GetStatus, GetWeights, GroupError, Heartbeat, Join, Leave, Pull, Push,
-    PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate,
-    Stage,
+    ApplyGradients, ApplyKept, Follow, GetStatus, GetWeights, GroupError, Heartbeat, Join,
+    KeptGradients, Leave, Pull, Push, PushPull, Pushed, ReportLost, ServerError, ServerStatus,
+    SetConsistency, SetLearningRate, Stage,
 };
 pub use partition::partition;
 pub use protocol::{Membership, Refusal};

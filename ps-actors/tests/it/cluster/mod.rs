@@ -4,6 +4,7 @@
 mod calls;
 mod faults;
 mod hostile;
+mod kept;
 mod lives;
 mod nodes;
 mod tls;

@@ -110,3 +110,38 @@ fn an_actor_elsewhere_ends_with_its_last_reference() {
     drop(actors);
     eventually("all actors are dropped", || census.count() == 0);
 }
+
+#[test]
+fn actors_go_where_there_is_what_they_need() {
+    for transport in transports() {
+        let mut world = World::new(config(transport), 0);
+        for (rank, resources) in [(1, "cpus=1"), (2, "cpus=2,big")] {
+            world.config.resources = resources.parse().unwrap();
+            world.nodes.push(world.node(rank, 0).serve());
+        }
+        world.cluster.wait_for_nodes(2, SOON).wait().unwrap();
+        let spawn = |needs: &str| {
+            let place = Placement::Needs(needs.parse().unwrap());
+            let counter = world
+                .cluster
+                .spawn_with::<Counter>(SpawnOn::new().place(place), 0);
+            counter.wait()
+        };
+        let big = spawn("big,cpus=2").unwrap();
+        assert_eq!(big.ask(Add(1)).wait_timeout(SOON).unwrap(), 1);
+        let small = spawn("cpus=1").unwrap();
+        assert!(!small.is_local());
+        let error = spawn("big,cpus=1").unwrap_err().to_string();
+        assert!(
+            error.contains("big,cpus=1") || error.contains("cpus=1,big"),
+            "{error}"
+        );
+        assert!(
+            error.contains("node 2 with cpus=2,big"),
+            "what there is: {error}"
+        );
+        // What an actor had is free again when it has ended.
+        big.kill();
+        eventually("the node has room again", || spawn("big,cpus=1").is_ok());
+    }
+}

@@ -11,7 +11,7 @@ use ps_actors::cluster::{
 };
 use ps_actors::net::memory::MemoryNetwork;
 use ps_actors::net::{Address, NetConfig};
-use ps_actors::remote::{Messages, Remote};
+use ps_actors::remote::{Kept, Messages, Remote};
 use ps_actors::weights::Gradient;
 use serde::{Deserialize, Serialize};
 
@@ -82,16 +82,19 @@ impl World {
 
     /// Where nodes find the driver.
     pub(crate) fn driver(&self) -> String {
-        let addresses = self.cluster.addresses();
-        let reachable = addresses
-            .iter()
-            .find(|address| !matches!(address, Address::Unix(_)));
-        reachable.unwrap().to_string()
+        driver_address(&self.cluster)
     }
 
     pub(crate) fn node(&self, rank: u32, attempt: u64) -> Node {
         Node::new(self.config.clone(), rank, attempt, self.driver(), hosts())
     }
+}
+
+/// Where nodes find the driver.
+pub(crate) fn driver_address(cluster: &Cluster) -> String {
+    let mut addresses = cluster.addresses().iter();
+    let reachable = addresses.find(|address| !matches!(address, Address::Unix(_)));
+    reachable.unwrap().to_string()
 }
 
 #[derive(Debug)]
@@ -108,6 +111,8 @@ impl Remote for Counter {
         messages
             .add::<Add>()
             .add::<Fail>()
+            .add::<TakeIt>()
+            .add::<GiveBack>()
             .add::<Echo>()
             .add::<Ask>()
             .add::<Myself>()
@@ -252,5 +257,35 @@ impl Handler<Never> for Mortal {
 
     fn handle(&mut self, _: Never, _: &mut Context<Self>) -> Self::Result {
         Box::pin(std::future::pending::<()>().into_actor(self))
+    }
+}
+
+/// Takes a value that is kept somewhere.
+#[derive(Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<i64, String>")]
+pub(crate) struct TakeIt(pub(crate) Kept<i64>);
+
+impl Handler<TakeIt> for Counter {
+    type Result = ResponseActFuture<Self, Result<i64, String>>;
+
+    fn handle(&mut self, TakeIt(kept): TakeIt, _: &mut Context<Self>) -> Self::Result {
+        let taken = async move { kept.take().await.map_err(|error| error.to_string()) };
+        Box::pin(taken.into_actor(self))
+    }
+}
+
+/// Returns the ticket.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct GiveBack(pub(crate) Kept<i64>);
+
+impl Message for GiveBack {
+    type Result = Kept<i64>;
+}
+
+impl Handler<GiveBack> for Counter {
+    type Result = actix::MessageResult<GiveBack>;
+
+    fn handle(&mut self, GiveBack(kept): GiveBack, _: &mut Context<Self>) -> Self::Result {
+        actix::MessageResult(kept)
     }
 }
