@@ -159,16 +159,19 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// Times the subjects in turn, so that all meet the same weather.
+/// Times the subjects in turn, a few rounds each, so that all meet the same weather.
 fn compare(num_rounds: usize, subjects: &mut [(&str, &mut dyn FnMut())]) -> Vec<Duration> {
     let mut times = vec![Vec::new(); subjects.len()];
-    for round in 0..num_rounds + num_rounds / 10 + 1 {
+    let at_once = (num_rounds / 20).max(1);
+    for turn in 0..num_rounds / at_once + 2 {
         for (index, (_, subject)) in subjects.iter_mut().enumerate() {
-            let start = Instant::now();
-            subject();
-            // The first rounds fill caches and buffers.
-            if round > num_rounds / 10 {
-                times[index].push(start.elapsed());
+            for _ in 0..at_once {
+                let start = Instant::now();
+                subject();
+                // The first rounds fill caches and buffers.
+                if turn > 1 {
+                    times[index].push(start.elapsed());
+                }
             }
         }
     }
@@ -203,7 +206,8 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
     let mut bare = Bare::new(&peer, 25)?;
     let mut in_thread = || bare.round();
     let mut ask = || peer.ask(Empty).wait().expect("the peer answers");
-    let mut awaited = || ps_actors::actor::run(async { peer.ask(Empty).await }).expect("answers");
+    let caller = runtime();
+    let mut awaited = || caller.block_on(peer.ask(Empty)).expect("the peer answers");
     let times = compare(
         3000,
         &mut [
@@ -246,7 +250,7 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
                 num_examples: 1,
                 gradient: gradient.clone(),
             };
-            let pushed = ps_actors::actor::run(server.push_pull(gradients));
+            let pushed = caller.block_on(server.push_pull(gradients));
             assert_eq!(pushed.expect("the server applies it").1.len(), len);
             clock += 1;
         };

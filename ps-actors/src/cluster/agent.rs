@@ -256,16 +256,20 @@ impl Remote for DriverAgent {
     }
 }
 
-/// The reference to a node's agent.
-pub(crate) fn agent_of<A: Remote>(process: &Arc<Process>, node: NodeId) -> ActorRef<A> {
-    let wire = Wire {
+/// How a node's agent is referred to.
+pub(crate) fn agent_wire<A: Remote>(node: NodeId) -> Wire {
+    Wire {
         node,
         actor: AGENT,
         name: format!("agent of {node}").into(),
         max_pending: 1024,
         schema: Table::<A>::get().schema(),
-    };
-    reference(process, wire).expect("the schema is this process's own")
+    }
+}
+
+/// The reference to another node's agent.
+pub(crate) fn agent_of<A: Remote>(process: &Arc<Process>, node: NodeId) -> ActorRef<A> {
+    reference(process, agent_wire::<A>(node)).expect("the schema is this process's own")
 }
 
 impl Handler<Join> for DriverAgent {

@@ -11,7 +11,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
-use crate::actor::{Spawn, lookup};
+use super::lookup;
+use crate::actor::{self, Spawn};
 use crate::codec::{self, Blob, CodecError};
 use crate::remote::Remote;
 use crate::remote::caller::error_chain;
@@ -173,6 +174,7 @@ impl<A: Hosted> Host for Make<A> {
                 // A first start that failed is not tried again.
                 let mut failed = None;
                 move || {
+                    lookup::enter(&process);
                     if let Some(why) = failed.take() {
                         resume_unwind(Box::<String>::new(why));
                     }
@@ -216,7 +218,7 @@ impl<A: Hosted> Host for Make<A> {
     }
 
     fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire> {
-        let actor = lookup::<A>(name).ok()?;
+        let actor = actor::lookup::<A>(name).ok()?;
         Some(process.export(&actor))
     }
 }
@@ -238,7 +240,7 @@ impl<A: Remote> Host for Find<A> {
     }
 
     fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire> {
-        let actor = lookup::<A>(name).ok()?;
+        let actor = actor::lookup::<A>(name).ok()?;
         Some(process.export(&actor))
     }
 }

@@ -13,6 +13,7 @@
 //! | `agent`, `members` | how they speak to each other, and the driver's list |
 //! | `launched` | from the command line to a cluster |
 //! | `endpoint`, `config` | sockets; settings and errors |
+//! | `lookup` | names, from inside an actor |
 //! | `resources`, `task` | where actors fit; results that are under way |
 
 mod agent;
@@ -21,6 +22,7 @@ mod driver;
 mod endpoint;
 mod host;
 mod launched;
+mod lookup;
 mod members;
 mod node;
 mod resources;
@@ -31,6 +33,7 @@ pub use config::{ClusterConfig, ClusterError, Transport};
 pub use driver::{Cluster, NodeInfo, Placement, SpawnOn, SpawnOnError};
 pub use host::{Hosted, Hosts, MakeError};
 pub use launched::StartError;
+pub use lookup::lookup;
 pub use node::{Node, NodeExit};
 pub use resources::{Resources, ResourcesError};
 pub use task::Task;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use ps_actors::ActorRef;
 use ps_actors::cluster::{NodeExit, Placement, SpawnOn};
 
-use super::world::{Add, Counter, Greet, Mortal, SOON, World, config, transports};
+use super::world::{Add, AskNamed, Counter, Greet, Mortal, SOON, World, config, transports};
 use crate::actor::probe::{Census, eventually};
 
 #[test]
@@ -63,6 +63,22 @@ fn actors_are_found_by_name_wherever_they_are() {
         let found = world.cluster.lookup::<Counter>(&name).wait().unwrap();
         assert_eq!(found.ask(Add(1)).wait_timeout(SOON).unwrap(), 3);
         assert!(world.cluster.lookup::<Counter>("nobody").wait().is_none());
+        // From inside actors, wherever they are.
+        for rank in 0..=2 {
+            let options = SpawnOn::new().place(Placement::Rank(rank));
+            let asking = world
+                .cluster
+                .spawn_with::<Counter>(options, 0)
+                .wait()
+                .unwrap();
+            let ask = |name: &str| {
+                asking
+                    .ask(AskNamed(name.to_owned(), Add(0)))
+                    .wait_timeout(SOON)
+            };
+            assert_eq!(ask(&name).unwrap(), Some(3), "from rank {rank}");
+            assert_eq!(ask("nobody").unwrap(), None);
+        }
         found.kill();
     }
 }

@@ -112,6 +112,7 @@ impl Remote for Counter {
             .add::<Add>()
             .add::<Fail>()
             .add::<TakeIt>()
+            .add::<AskNamed>()
             .add::<GiveBack>()
             .add::<Echo>()
             .add::<Ask>()
@@ -287,5 +288,20 @@ impl Handler<GiveBack> for Counter {
 
     fn handle(&mut self, GiveBack(kept): GiveBack, _: &mut Context<Self>) -> Self::Result {
         actix::MessageResult(kept)
+    }
+}
+
+/// Looks another counter up by its name, and adds to it.
+#[derive(Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Option<i64>")]
+pub(crate) struct AskNamed(pub(crate) String, pub(crate) Add);
+
+impl Handler<AskNamed> for Counter {
+    type Result = ResponseActFuture<Self, Option<i64>>;
+
+    fn handle(&mut self, AskNamed(name, add): AskNamed, _: &mut Context<Self>) -> Self::Result {
+        let found = ps_actors::cluster::lookup::<Self>(name);
+        let asked = async move { found.await?.ask(add).await.ok() };
+        Box::pin(asked.into_actor(self))
     }
 }

@@ -1,0 +1,44 @@
+//! Looking actors up by name from inside an actor, wherever it was started.
+
+use std::cell::RefCell;
+use std::sync::{Arc, Weak};
+
+use super::agent::{DriverAgent, Find, agent_wire, hosted_name};
+use super::task::Task;
+use crate::actor::{self, ActorRef};
+use crate::remote::Remote;
+use crate::remote::process::{NodeId, Process};
+use crate::remote::reference::reference;
+
+thread_local! {
+    /// The process, in its present life, that made the actor of this thread.
+    static HOME: RefCell<Weak<Process>> = const { RefCell::new(Weak::new()) };
+}
+
+/// Notes whose actor this thread's is.
+pub(crate) fn enter(process: &Arc<Process>) {
+    HOME.set(Arc::downgrade(process));
+}
+
+/// Looks for an actor by its name, from an actor that a [`Cluster`](super::Cluster) has started: in
+/// the driver, then on all nodes. Elsewhere it sees this process only, as
+/// [`actor::lookup`](crate::actor::lookup) does.
+///
+/// A driver program asks its cluster: [`Cluster::lookup`](super::Cluster::lookup).
+pub fn lookup<A: Remote>(name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
+    let name = name.into();
+    let home = HOME.with_borrow(Weak::upgrade);
+    Task::start(async move {
+        let Some(process) = home else {
+            return actor::lookup(&name).ok();
+        };
+        let driver = agent_wire::<DriverAgent>(NodeId::DRIVER);
+        let Ok(driver) = reference::<DriverAgent>(&process, driver) else {
+            // Alone: there is no driver to ask, and nobody else to have it.
+            return actor::lookup(&name).ok();
+        };
+        let type_name = hosted_name::<A>();
+        let found = driver.ask(Find { type_name, name }).await.ok()??;
+        reference(&process, found).ok()
+    })
+}
