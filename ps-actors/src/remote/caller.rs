@@ -137,7 +137,7 @@ impl RemoteActor {
         table: &Table<A>,
         message: M,
         told: bool,
-    ) -> Result<Arc<Call<M, M::Result>>, CallError>
+    ) -> Called<M, M::Result>
     where
         M::Result: Send,
     {
@@ -151,7 +151,7 @@ impl RemoteActor {
         self: &Arc<Self>,
         table: &Table<A>,
         message: M,
-    ) -> Result<Arc<Call<M, Kept<M::Result>>>, CallError>
+    ) -> Called<M, Kept<M::Result>>
     where
         M::Result: Send,
     {
@@ -166,7 +166,7 @@ impl RemoteActor {
         self: &Arc<Self>,
         table: &Table<A>,
         message: M,
-    ) -> Result<Arc<Call<M, M::Result>>, CallError>
+    ) -> Called<M, M::Result>
     where
         M::Result: Send,
     {
@@ -200,7 +200,7 @@ impl RemoteActor {
         table: &Table<A>,
         message: M,
         how: impl FnOnce(u32, Codec<M>) -> (Kind, u32, Decode<R>),
-    ) -> Result<Arc<Call<M, R>>, CallError> {
+    ) -> Called<M, R> {
         let refuse = |message, reason| {
             self.slots.add_permits(1);
             Err(self.undelivered(message, reason))
@@ -545,6 +545,9 @@ impl Peer for Client {
         }
     }
 }
+
+/// A call that was begun, or an error that hands its message back.
+type Called<M, R> = Result<Arc<Call<M, R>>, CallError>;
 
 /// One call to an actor elsewhere.
 pub(crate) struct Call<M, R> {
