@@ -54,6 +54,7 @@ pub mod report;
 pub mod rule;
 pub mod source;
 pub mod trainer;
+mod workers;
 
 pub use ps_actors as actors;
 pub use ps_data as dataset;

@@ -1,12 +1,11 @@
 //! Trains a model in one call: servers, workers, evaluation, report.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select, try_join_all};
-use ps_actors::actor::{self, ActorRef, CallError, RestartPolicy, Spawn};
+use ps_actors::actor::{self, CallError, RestartPolicy, Spawn};
 use ps_actors::cluster::{Cluster, ClusterConfig, Hosts, Placement, SpawnOnError, StartError};
 use ps_actors::group::{GroupSpawnError, ServerArgs, ServerGroup};
 use ps_actors::ids::{Version, WorkerId};
@@ -17,7 +16,7 @@ use ps_actors::server::{
     Reduction, ServerConfig, WorkerStatus,
 };
 use ps_actors::weights::Weights;
-use ps_actors::worker::{RunReport, RunSteps, WorkerError};
+use ps_actors::worker::WorkerError;
 use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
 use ps_model::{
@@ -31,11 +30,9 @@ use crate::rule::OptimizerRule;
 use crate::source::{
     Evaluator, ModelSource, ModelWorker, SetupError, WorkerConfig, host_workers, initial_weights,
 };
+use crate::workers::{Worker, WorkerRun};
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
-/// How often each worker is started anew after its process was lost.
-const MAX_RESPAWNS: u32 = 20;
-
 type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
 
 /// Settings of a training run, and [`run`](Self::run).
@@ -398,13 +395,9 @@ where
         let started: Vec<_> = configs
             .map(|config| (config, cluster.spawn::<ModelWorker<M>>(config)))
             .collect();
-        let workers = started.into_iter().map(|(config, actor)| {
-            Ok(Worker {
-                config,
-                actor: RefCell::new(actor.wait()?),
-                cluster: cluster.clone(),
-            })
-        });
+        let workers = started
+            .into_iter()
+            .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster)));
         let workers = workers.collect::<Result<Vec<_>, SpawnOnError>>()?;
         actor::run(self.drive(servers, workers, evaluator, num_steps))
     }
@@ -473,9 +466,7 @@ where
         };
         if outcome.is_err() {
             // The others must not go on in the background, or wait for the one that failed.
-            workers
-                .iter()
-                .for_each(|worker| worker.actor.borrow().kill());
+            workers.iter().for_each(Worker::kill);
         }
         let runs = outcome?;
         let elapsed = started.elapsed();
@@ -551,81 +542,6 @@ async fn watch<M: Model>(
             Err(error) => return error.into(),
         }
         next = (version.0 / every + 1) * every;
-    }
-}
-
-struct Worker<M: Model> {
-    config: WorkerConfig,
-    /// Another one after its process was lost.
-    actor: RefCell<ActorRef<ModelWorker<M>>>,
-    cluster: Cluster,
-}
-
-struct WorkerRun {
-    report: RunReport,
-    num_restarts: u32,
-}
-
-impl<M: Model> Worker<M> {
-    /// Takes all steps; a worker that panics, or is lost with its process, goes on with the first
-    /// step that is not settled, for as long as its actor is restarted or another node makes one.
-    async fn run(&self, servers: &ServerGroup, num_steps: u64) -> Result<WorkerRun, TrainError> {
-        let worker = self.config.worker;
-        let mut num_restarts = 0;
-        let mut num_settled = 0;
-        loop {
-            let num_steps = num_steps.saturating_sub(num_settled);
-            let run = RunSteps {
-                servers: servers.clone(),
-                num_steps,
-            };
-            let actor = self.actor.borrow().clone();
-            let answer = actor.ask(run).await;
-            let is_panic = matches!(answer, Err(CallError::Failed { .. }));
-            let lost = match answer {
-                Ok(Ok(report)) => {
-                    return Ok(WorkerRun {
-                        report,
-                        num_restarts,
-                    });
-                }
-                // Its node was cut off from the servers, though not from here.
-                Ok(Err(WorkerError::Servers {
-                    source: GroupError::Call { source, .. },
-                    ..
-                })) if !actor.is_local() => source,
-                Ok(Err(error)) => return Err(error.into()),
-                Err(lost) => lost,
-            };
-            if !is_panic && (actor.is_local() || num_restarts >= MAX_RESPAWNS) {
-                return Err(TrainError::WorkerLost {
-                    worker,
-                    source: lost,
-                });
-            }
-            tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
-            num_restarts += 1;
-            servers.report_lost(worker).await?;
-            if !is_panic {
-                self.respawn(&actor).await?;
-            }
-            let status = servers.status().await?;
-            let status = status.into_iter().find_map(|status| status.coordinator);
-            let status = status.expect("the first server of a group coordinates");
-            num_settled = status
-                .workers
-                .get(&worker)
-                .map_or(0, WorkerStatus::num_settled);
-        }
-    }
-
-    /// Starts the worker on another node, or on its own if that has joined again.
-    async fn respawn(&self, lost: &ActorRef<ModelWorker<M>>) -> Result<(), SpawnOnError> {
-        // If it lives after all, it must not go on beside the new one.
-        lost.kill();
-        let actor = self.cluster.spawn(self.config).await?;
-        self.actor.replace(actor);
-        Ok(())
     }
 }
 
