@@ -223,13 +223,17 @@ impl<M: Model> HostedSource for ModelSource<M> {
 }
 
 /// Lets every process of a cluster make workers that compute gradients of `model` on their share of
-/// `data`: `cluster.spawn::<ModelWorker<_>>(config)`. Each process has its own copy of both.
+/// `data`: `cluster.spawn::<ModelWorker<_>>(config)`. Each process has its own copy of both; one with
+/// another number of examples is not let in.
 #[must_use]
 pub fn host_workers<M, E>(hosts: Hosts, model: &M, device: &Device, data: &E) -> Hosts
 where
     M: Model,
     E: Examples<Batch = M::Batch>,
 {
+    let hosts = hosts
+        .must_agree("the number of training examples", data.num_examples())
+        .must_agree("the model's type", std::any::type_name::<M>());
     // Shared by all threads that make workers, whether or not a model can be.
     let originals = Mutex::new((model.clone(), device.clone(), data.clone()));
     hosts.host(move |config: WorkerConfig| {

@@ -32,6 +32,8 @@ pub(crate) struct Join {
     pub(crate) resources: Resources,
     pub(crate) host: String,
     pub(crate) pid: u32,
+    /// What must be the same as in the driver.
+    pub(crate) facts: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -53,6 +55,16 @@ pub(crate) enum JoinRefused {
     },
     #[error("a cluster without a token takes nodes of its own host only, not {0}")]
     NotLocal(Address),
+    #[error(
+        "{name} is {} here, but {} in the driver: start all processes with the same settings and data",
+        .here.as_deref().unwrap_or("not stated"),
+        .driver.as_deref().unwrap_or("not stated")
+    )]
+    Differs {
+        name: String,
+        here: Option<String>,
+        driver: Option<String>,
+    },
     #[error("the run is over")]
     Over,
 }
@@ -129,6 +141,19 @@ impl Nursery {
             free: Mutex::new(resources),
             made: Mutex::default(),
         })
+    }
+
+    /// Compares what a node states with what this process does.
+    fn check_facts(&self, theirs: &BTreeMap<String, String>) -> Result<(), JoinRefused> {
+        let ours = self.hosts.facts();
+        for name in ours.keys().chain(theirs.keys()) {
+            let (driver, here) = (ours.get(name).cloned(), theirs.get(name).cloned());
+            if driver != here {
+                let name = name.clone();
+                return Err(JoinRefused::Differs { name, here, driver });
+            }
+        }
+        Ok(())
     }
 
     fn free(&self) -> MutexGuard<'_, Resources> {
@@ -281,6 +306,7 @@ impl Handler<Join> for DriverAgent {
         {
             return Err(JoinRefused::NotLocal(far.clone()));
         }
+        self.nursery.check_facts(&join.facts)?;
         let node = self.members.admit(&join)?;
         let agent = agent_of::<NodeAgent>(&self.process, node);
         let member = Member {

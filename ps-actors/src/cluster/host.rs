@@ -46,6 +46,8 @@ pub trait Hosted: Remote {
 #[derive(Clone, Default)]
 pub struct Hosts {
     types: BTreeMap<&'static str, Arc<dyn Host>>,
+    /// What must be the same in all processes, by name.
+    facts: BTreeMap<String, String>,
 }
 
 /// The error of a function that makes an actor.
@@ -88,6 +90,18 @@ impl Hosts {
         let find: Arc<dyn Host> = Arc::new(Find::<A>(std::marker::PhantomData));
         self.types.entry(type_name::<A>()).or_insert(find);
         self
+    }
+
+    /// States something that must be the same in all processes, such as the size of the data set each
+    /// has loaded by itself. A node that says otherwise than the driver is not let in.
+    #[must_use]
+    pub fn must_agree(mut self, name: impl Into<String>, value: impl ToString) -> Self {
+        self.facts.insert(name.into(), value.to_string());
+        self
+    }
+
+    pub(crate) fn facts(&self) -> &BTreeMap<String, String> {
+        &self.facts
     }
 
     pub(crate) fn get(&self, type_name: &str) -> Option<&Arc<dyn Host>> {

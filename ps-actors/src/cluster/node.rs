@@ -170,6 +170,7 @@ impl Node {
             resources: self.config.resources.clone(),
             host: host_name(),
             pid: std::process::id(),
+            facts: self.hosts.facts().clone(),
         };
         let nursery = Nursery::new(
             Arc::clone(&process),

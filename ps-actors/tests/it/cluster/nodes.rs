@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use ps_actors::ActorRef;
-use ps_actors::cluster::{NodeExit, Placement, SpawnOn};
+use ps_actors::cluster::{Cluster, Node, NodeExit, Placement, SpawnOn};
 
-use super::world::{Add, AskNamed, Counter, Greet, Mortal, SOON, World, config, transports};
+use super::world::{
+    Add, AskNamed, Counter, Greet, LOCAL, Mortal, SOON, World, config, driver_address, hosts,
+    transports,
+};
 use crate::actor::probe::{Census, eventually};
 
 #[test]
@@ -159,5 +162,29 @@ fn actors_go_where_there_is_what_they_need() {
         // What an actor had is free again when it has ended.
         big.kill();
         eventually("the node has room again", || spawn("big,cpus=1").is_ok());
+    }
+}
+
+#[test]
+fn a_node_with_other_data_is_not_let_in() {
+    for transport in transports() {
+        let config = config(transport);
+        let hosts = |examples: u32| hosts().must_agree("the number of examples", examples);
+        let cluster = Cluster::listen(config.clone(), LOCAL, hosts(60_000)).unwrap();
+        let driver = driver_address(&cluster);
+        let node = |rank, hosts| Node::new(config.clone(), rank, 0, driver.clone(), hosts).serve();
+        for other in [hosts(4_000), super::world::hosts()] {
+            let error = node(1, other).wait().unwrap_err();
+            assert!(error.is_permanent(), "{error}");
+            let text = error.to_string();
+            assert!(
+                text.contains("the number of examples is") && text.contains("60000"),
+                "{text}"
+            );
+        }
+        let same = node(1, hosts(60_000));
+        cluster.wait_for_nodes(1, SOON).wait().unwrap();
+        drop(cluster);
+        same.wait().unwrap();
     }
 }
