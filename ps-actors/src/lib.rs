@@ -12,6 +12,8 @@
 //! | [`worker`] | the worker and its loop |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`], [`buffer`] | snapshots, gradients, recycled buffers |
+//! | [`cluster`] | several processes as one place to spawn actors in |
+//! | [`remote`], [`net`] | actors that other processes can call; connections |
 //! | [`launch`] | which of N copies this process is; N copies on this machine |
 //! | [`codec`] | messages as bytes: a header, and the bulk numbers beside it |
 //! | [`http`] | the parameter server for workers in any language |

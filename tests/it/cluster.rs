@@ -92,3 +92,19 @@ fn every_consistency_mode_trains_over_nodes() {
         }
     }
 }
+
+/// Without flags or variables, which say otherwise, a launch is a run in this process.
+#[test]
+fn a_launch_of_one_process_is_a_run() {
+    let report = trainer(1, false).launch(&LaunchOptions::default(), ClusterConfig::default());
+    let report = report.unwrap().expect("it is the driver");
+    let alone = trainer(1, false).run().unwrap();
+    assert!(report.weights.to_vec() == alone.weights.to_vec());
+    let wrong = LaunchOptions {
+        rank: Some(1),
+        ..LaunchOptions::default()
+    };
+    let error = trainer(1, false).launch(&wrong, ClusterConfig::default());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("--world-size"), "{error}");
+}
