@@ -76,6 +76,7 @@ fn main() -> Result<()> {
 
     let mut next_update = 0;
     loop {
+        // The workers need no driver: looking at them now and then is all there is to do here.
         std::thread::sleep(Duration::from_millis(100));
         let group = servers.clone();
         let (status, weights) = run(async move {

@@ -266,19 +266,14 @@ pub enum WorkerError {
 
 /// Writes an error of any type as its text and those of its sources, and reads it as that text.
 mod source_text {
-    use std::iter::successors;
-
-    use super::{Deserialize, Deserializer, Error, Serializer, SourceError};
+    use super::{Deserialize, Deserializer, Serializer, SourceError};
+    use crate::actor::error::error_chain;
 
     pub(super) fn serialize<S: Serializer>(
         error: &SourceError,
         serializer: S,
     ) -> Result<S::Ok, S::Error> {
-        let first: &dyn Error = error.as_ref();
-        let texts: Vec<_> = successors(Some(first), |&error| error.source())
-            .map(ToString::to_string)
-            .collect();
-        serializer.serialize_str(&texts.join(": "))
+        serializer.serialize_str(&error_chain(error.as_ref()))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(

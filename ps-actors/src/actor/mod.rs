@@ -58,7 +58,7 @@
 pub(crate) mod actor_ref;
 pub(crate) mod background;
 pub(crate) mod call;
-mod error;
+pub(crate) mod error;
 pub(crate) mod mailbox;
 mod pending;
 mod pump;

@@ -21,11 +21,11 @@ use super::launched::Companions;
 use super::members::{Member, Members};
 use super::resources::Resources;
 use super::task::Task;
+use crate::actor::error::error_chain;
 use crate::actor::{ActorRef, CallError, Spawn};
 use crate::net::dial::DialError;
 use crate::net::{Address, threads};
 use crate::remote::Remote;
-use crate::remote::caller::error_chain;
 use crate::remote::process::{NodeId, Process};
 use crate::remote::reference::reference;
 

@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
 use super::lookup;
+use crate::actor::error::error_chain;
 use crate::actor::{self, Spawn};
 use crate::codec::{self, Blob, CodecError};
 use crate::remote::Remote;
-use crate::remote::caller::error_chain;
 use crate::remote::process::Process;
 use crate::remote::reference::{Wire, on_behalf_of};
 

@@ -5,9 +5,9 @@ use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 
 use super::headers::{LEAST_INCARNATION, VERSION};
+use crate::actor::error::error_chain;
 use crate::actor::{CallError, NotDelivered};
 use crate::ids::{Incarnation, Version};
-use crate::remote::caller::error_chain;
 use crate::server::{GroupError, Refusal, ServerError, ShardError};
 
 /// A status code, a sentence for people, and what a program needs to go on.

@@ -180,18 +180,11 @@ fn address(options: &LaunchOptions) -> Result<Rendezvous, LaunchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::launch::rank::tests::{in_words, value};
 
     /// `flags` and `variables` in words; a place as `launcher rank/world#attempt@address`.
     #[track_caller]
     fn check(flags: &str, variables: &str, expected: Result<&str, &str>) {
-        let value = |text: &str, name: &str| {
-            let mut pairs = text
-                .split_whitespace()
-                .filter_map(|word| word.split_once('='));
-            pairs
-                .find(|(known, _)| *known == name)
-                .map(|(_, value)| value.to_owned())
-        };
         let number = |name| value(flags, name).map(|text| text.parse().unwrap());
         let options = LaunchOptions {
             rank: number("rank"),
@@ -203,19 +196,7 @@ mod tests {
         let found = match resolve(&options, |name| value(variables, name)) {
             Ok(Launch::Alone) => Ok("alone".to_owned()),
             Ok(Launch::StartProcesses { world_size }) => Ok(format!("start {world_size}")),
-            Ok(Launch::Rank(place)) => {
-                let address = place.rendezvous.unwrap();
-                let Place {
-                    rank,
-                    world_size,
-                    attempt,
-                    launcher,
-                    ..
-                } = place;
-                Ok(format!(
-                    "{launcher} {rank}/{world_size}#{attempt}@{address}"
-                ))
-            }
+            Ok(Launch::Rank(place)) => Ok(in_words(&place)),
             Err(error) => Err(error.to_string()),
         };
         match (&found, expected) {

@@ -70,39 +70,40 @@ pub fn from_env(get: impl Fn(&str) -> Option<String>) -> Result<Option<Place>, L
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::launch::launchers::{JOB_ID, variables};
     use proptest::prelude::*;
 
+    /// The value of a name in `NAME=value` words.
+    pub(in crate::launch) fn value(words: &str, name: &str) -> Option<String> {
+        let mut pairs = words
+            .split_whitespace()
+            .filter_map(|word| word.split_once('='));
+        let found = pairs.find(|(known, _)| *known == name);
+        found.map(|(_, value)| value.to_owned())
+    }
+
+    /// A place as `launcher rank/world#attempt@address`.
+    pub(in crate::launch) fn in_words(place: &Place) -> String {
+        let Place {
+            rank,
+            world_size,
+            attempt,
+            rendezvous,
+            launcher,
+        } = place;
+        let address = rendezvous.as_ref();
+        let address = address.map_or("nowhere".to_owned(), ToString::to_string);
+        format!("{launcher} {rank}/{world_size}#{attempt}@{address}")
+    }
+
     /// `variables` as `NAME=value` in words; the place as `launcher rank/world#attempt@address`.
     #[track_caller]
     fn check(variables: &str, expected: Result<&str, &str>) {
-        let get = |name: &str| {
-            let mut pairs = variables
-                .split_whitespace()
-                .filter_map(|word| word.split_once('='));
-            pairs
-                .find(|(known, _)| *known == name)
-                .map(|(_, value)| value.to_owned())
-        };
-        let found = match from_env(get) {
+        let found = match from_env(|name| value(variables, name)) {
             Ok(None) => Ok("alone".to_owned()),
-            Ok(Some(place)) => {
-                let address = place
-                    .rendezvous
-                    .map_or("nowhere".to_owned(), |r| r.to_string());
-                let Place {
-                    rank,
-                    world_size,
-                    attempt,
-                    launcher,
-                    ..
-                } = place;
-                Ok(format!(
-                    "{launcher} {rank}/{world_size}#{attempt}@{address}"
-                ))
-            }
+            Ok(Some(place)) => Ok(in_words(&place)),
             Err(error) => Err(error.to_string()),
         };
         match (&found, expected) {

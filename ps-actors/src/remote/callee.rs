@@ -16,12 +16,12 @@ use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
 use super::Remote;
-use super::caller::error_chain;
 use super::process::Process;
 use super::reference::on_behalf_of;
 use super::table::Table;
 use crate::actor::actor_ref::Handle;
 use crate::actor::call::ReplySlot;
+use crate::actor::error::error_chain;
 use crate::actor::mailbox::Mailbox;
 use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
 use crate::codec::{self, Encoded};

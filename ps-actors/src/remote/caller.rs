@@ -1,4 +1,4 @@
-//! An actor of another process: the connection to it, and the calls under way.
+//! An actor of another process: the connection to it, shared by all calls under way.
 //!
 //! One connection per actor keeps calls in order without numbering them, lets a small call to one
 //! actor pass a large one to another, and tells the other process that the actor is still wanted.
@@ -11,20 +11,19 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context as TaskContext, Poll, Waker};
 
 use actix::{Actor, Message};
 use tokio::sync::{Semaphore, TryAcquireError, watch};
 
+use super::call::{Call, Called, Lost, RemoteCall};
 use super::kept::Kept;
 use super::process::Process;
 use super::reference::{Wire, on_behalf_of};
 use super::table::{Codec, Decode, Table, keeping};
-use crate::actor::call::{GiveUp, ReplySlot};
+use crate::actor::error::error_chain;
 use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
 use crate::actor::registry::AnyMailbox;
 use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
-use crate::codec;
 use crate::net::connection::{Connection, Frame, Peer};
 use crate::net::dial::DialError;
 use crate::net::frame::{Kind, OutFrame};
@@ -61,18 +60,6 @@ enum Link {
     Connecting,
     Up(Arc<Outbox>),
     Ended,
-}
-
-/// A call as the connection sees it.
-trait RemoteCall: Send + Sync {
-    fn arrived(&self, frame: Frame);
-    fn lost(&self, reason: Lost);
-}
-
-/// How a call ends that gets no reply.
-enum Lost {
-    NotDelivered(NotDelivered),
-    Unknown(UnknownOutcome),
 }
 
 impl RemoteActor {
@@ -202,7 +189,7 @@ impl RemoteActor {
         how: impl FnOnce(u32, Codec<M>) -> (Kind, u32, Decode<R>),
     ) -> Called<M, R> {
         let refuse = |message, reason| {
-            self.slots.add_permits(1);
+            self.release_slot();
             Err(self.undelivered(message, reason))
         };
         let Some((code, codec)) = table.codec::<M>() else {
@@ -231,16 +218,9 @@ impl RemoteActor {
         let number = state.next_call;
         state.next_call += 1;
         frame.set_call(number);
-        let call = Arc::new(Call {
-            remote: Arc::clone(self),
-            number,
-            told: kind == Kind::Tell,
-            decode,
-            state: Mutex::new(CallState {
-                stage: Stage::Waiting(message),
-                waker: None,
-            }),
-        });
+        let told = kind == Kind::Tell;
+        let call = Call::new(Arc::clone(self), number, told, decode, message);
+        let call = Arc::new(call);
         state.calls.insert(number, Arc::clone(&call) as _);
         self.send(&mut state, frame);
         Ok(call)
@@ -306,7 +286,25 @@ impl RemoteActor {
         }
     }
 
-    fn undelivered<M: Send + 'static>(&self, message: M, reason: NotDelivered) -> CallError {
+    /// Gives back the slot of a call that is over.
+    pub(super) fn release_slot(&self) {
+        self.slots.add_permits(1);
+    }
+
+    /// Counts and logs the loss of a told message.
+    pub(super) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
+        count_dead_letter(&self.dead_letters, self.name(), message, error);
+    }
+
+    pub(super) fn process(&self) -> &Arc<Process> {
+        &self.process
+    }
+
+    pub(super) fn undelivered<M: Send + 'static>(
+        &self,
+        message: M,
+        reason: NotDelivered,
+    ) -> CallError {
         CallError::NotDelivered {
             actor: Arc::clone(self.name()),
             reason,
@@ -405,7 +403,7 @@ impl RemoteActor {
     }
 
     /// Takes a call back of which nothing was written; else says that nobody wants its reply.
-    fn cancel(&self, call: u64) -> bool {
+    pub(super) fn cancel(&self, call: u64) -> bool {
         let mut state = self.lock();
         let place = state
             .unsent
@@ -544,211 +542,4 @@ impl Peer for Client {
             actor.disconnected(&self.outbox, why);
         }
     }
-}
-
-/// A call that was begun, or an error that hands its message back.
-type Called<M, R> = Result<Arc<Call<M, R>>, CallError>;
-
-/// One call to an actor elsewhere.
-pub(crate) struct Call<M, R> {
-    remote: Arc<RemoteActor>,
-    number: u64,
-    told: bool,
-    decode: Decode<R>,
-    state: Mutex<CallState<M>>,
-}
-
-struct CallState<M> {
-    stage: Stage<M>,
-    waker: Option<Waker>,
-}
-
-enum Stage<M> {
-    /// The message is kept, to be handed back if it cannot be delivered.
-    Waiting(M),
-    /// Read by whoever waits, on its own thread.
-    Arrived(M, Frame),
-    Lost(CallError),
-    Over,
-}
-
-impl<M: Send + 'static, R> Call<M, R> {
-    fn lock(&self) -> MutexGuard<'_, CallState<M>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Moves the call on from waiting, and wakes whoever waits.
-    fn conclude(&self, next: impl FnOnce(M) -> Stage<M>) {
-        let mut state = self.lock();
-        let stage = mem::replace(&mut state.stage, Stage::Over);
-        let Stage::Waiting(message) = stage else {
-            // Given up meanwhile.
-            state.stage = stage;
-            return;
-        };
-        state.stage = next(message);
-        let waker = state.waker.take();
-        drop(state);
-        self.remote.slots.add_permits(1);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// Reads a reply.
-    fn read(&self, message: M, frame: Frame) -> Result<R, CallError> {
-        let Frame {
-            code, header, bulk, ..
-        } = frame;
-        let actor = || Arc::clone(self.remote.name());
-        let unreadable = |error: &codec::CodecError| CallError::Unknown {
-            actor: actor(),
-            reason: UnknownOutcome::BadReply {
-                reason: error_chain(error),
-            },
-        };
-        on_behalf_of(&self.remote.process, || match code {
-            0 => (self.decode)(&header, bulk).map_err(|error| unreadable(&error)),
-            _ => Err(match codec::decode::<CallError>(&header, bulk) {
-                Ok(CallError::NotDelivered { reason, .. }) => {
-                    self.remote.undelivered(message, reason)
-                }
-                Ok(other) => other,
-                Err(error) => unreadable(&error),
-            }),
-        })
-    }
-
-    /// Ends the caller's interest in a call that waits; returns the message if it never left.
-    fn withdraw(&self) -> Option<Result<M, ()>> {
-        let mut state = self.lock();
-        let Stage::Waiting(_) = &state.stage else {
-            return None;
-        };
-        let Stage::Waiting(message) = mem::replace(&mut state.stage, Stage::Over) else {
-            unreachable!("the stage was checked under the same lock");
-        };
-        let waker = state.waker.take();
-        drop(state);
-        drop(waker);
-        let never_left = self.remote.cancel(self.number);
-        self.remote.slots.add_permits(1);
-        Some(if never_left { Ok(message) } else { Err(()) })
-    }
-}
-
-impl<M: Send + 'static, R> RemoteCall for Call<M, R> {
-    fn arrived(&self, frame: Frame) {
-        if !self.told {
-            return self.conclude(|message| Stage::Arrived(message, frame));
-        }
-        let mut failed = None;
-        self.conclude(|message| {
-            if frame.code != 0 {
-                failed = Some(self.read(message, frame));
-            }
-            Stage::Over
-        });
-        if let Some(Err(error)) = failed {
-            self.count_dead_letter(&error);
-        }
-    }
-
-    fn lost(&self, reason: Lost) {
-        let actor = Arc::clone(self.remote.name());
-        let mut told = None;
-        self.conclude(|message| {
-            let error = match reason {
-                Lost::NotDelivered(reason) => self.remote.undelivered(message, reason),
-                Lost::Unknown(reason) => CallError::Unknown { actor, reason },
-            };
-            if self.told {
-                told = Some(error);
-                return Stage::Over;
-            }
-            Stage::Lost(error)
-        });
-        if let Some(error) = told {
-            self.count_dead_letter(&error);
-        }
-    }
-}
-
-impl<M, R> Call<M, R> {
-    fn count_dead_letter(&self, error: &CallError) {
-        count_dead_letter(
-            &self.remote.dead_letters,
-            self.remote.name(),
-            type_name::<M>(),
-            error,
-        );
-    }
-}
-
-impl<M: Send + 'static, R: Send> ReplySlot<R> for Call<M, R> {
-    fn target(&self) -> ActorId {
-        self.remote.id
-    }
-
-    fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<R, CallError>> {
-        let mut state = self.lock();
-        match mem::replace(&mut state.stage, Stage::Over) {
-            Stage::Arrived(message, frame) => {
-                drop(state);
-                Poll::Ready(self.read(message, frame))
-            }
-            Stage::Lost(error) => Poll::Ready(Err(error)),
-            stage => {
-                state.stage = stage;
-                match &mut state.waker {
-                    Some(waker) => waker.clone_from(cx.waker()),
-                    none => *none = Some(cx.waker().clone()),
-                }
-                Poll::Pending
-            }
-        }
-    }
-
-    fn give_up(&self, why: GiveUp) -> Result<R, CallError> {
-        let actor = Arc::clone(self.remote.name());
-        match self.withdraw() {
-            Some(Ok(message)) => {
-                let reason = match why {
-                    GiveUp::TimedOut(after) => NotDelivered::TimedOut { after },
-                    GiveUp::WouldDeadlock => NotDelivered::WouldDeadlock,
-                };
-                return Err(self.remote.undelivered(message, reason));
-            }
-            Some(Err(())) => {}
-            None => {
-                let mut state = self.lock();
-                match mem::replace(&mut state.stage, Stage::Over) {
-                    Stage::Arrived(message, frame) => {
-                        drop(state);
-                        return self.read(message, frame);
-                    }
-                    Stage::Lost(error) => return Err(error),
-                    Stage::Waiting(_) | Stage::Over => {}
-                }
-            }
-        }
-        let reason = match why {
-            GiveUp::TimedOut(after) => UnknownOutcome::TimedOut { after },
-            GiveUp::WouldDeadlock => UnknownOutcome::WouldDeadlock,
-        };
-        Err(CallError::Unknown { actor, reason })
-    }
-
-    fn abandon(&self) {
-        if self.withdraw().is_none() {
-            let unread = mem::replace(&mut self.lock().stage, Stage::Over);
-            drop(unread);
-        }
-    }
-}
-
-/// An error with all its causes, in one line.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

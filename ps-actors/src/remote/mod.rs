@@ -8,12 +8,13 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `table` | the messages of an actor type: how to write, read and run each |
-//! | `caller` | an actor elsewhere: its connection and the calls under way |
+//! | `caller`, `call` | an actor elsewhere, with its connection; one call to it |
 //! | `callee` | an actor here that is called from elsewhere |
 //! | `kept` | results that stay where they were made |
 //! | `reference` | how an `ActorRef` travels |
 //! | `process` | this process as others see it: what it exports, whom it knows |
 
+pub(crate) mod call;
 pub(crate) mod callee;
 pub(crate) mod caller;
 pub(crate) mod kept;

@@ -15,7 +15,7 @@ use super::messages::{
     Stage,
 };
 use super::protocol::{Answer, Event, Membership, Refusal};
-use crate::remote::caller::error_chain;
+use crate::actor::error::error_chain;
 use crate::remote::{Messages, Remote};
 use crate::weights::Weights;
 

@@ -145,6 +145,7 @@ impl GradientSource for Source {
         let SourceArgs { worker, len } = self.0;
         let mut values = vec![0.0; len];
         add_gradient(&mut values, worker, clock, 1.0);
+        // Stands for the computation itself; nothing waits for this time to have passed.
         thread::sleep(COMPUTE);
         Ok(LocalGradient {
             gradient: Gradient::new(values),

@@ -28,14 +28,7 @@ fn the_others_go_on_when_a_worker_panics_in_the_middle_of_its_run() {
     for reply in healthy_runs {
         assert_eq!(reply.wait().unwrap().unwrap().num_applied, 30);
     }
-    let status = servers
-        .servers()
-        .next()
-        .unwrap()
-        .ask(GetStatus)
-        .wait()
-        .unwrap();
-    let status = status.coordinator.unwrap();
+    let status = coordinator(&servers);
     // The panic comes before the sixth gradient, and the worker leaves then.
     assert_eq!(status.workers[&WorkerId(2)].num_applied, 5);
 }
@@ -87,14 +80,7 @@ fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
         // Without the lease this would wait for worker 1 for ever.
         let report = run_all(&servers, 1, 20).remove(0);
         assert_eq!(report.num_applied, 20);
-        let status = servers
-            .servers()
-            .next()
-            .unwrap()
-            .ask(GetStatus)
-            .wait()
-            .unwrap();
-        let workers = status.coordinator.unwrap().workers;
+        let workers = coordinator(&servers).workers;
         assert!(
             workers
                 .get(&WorkerId(1))

@@ -9,8 +9,8 @@ use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Clock, Incarnation, Version, WorkerId};
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
-    ApplyGradients, ConfigError, Consistency, GetStatus, GetWeights, Outcome, ParameterServer,
-    PullVersion, Reduction, Refusal, ServerConfig, ServerError, SetLearningRate,
+    ApplyGradients, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights, Outcome,
+    ParameterServer, PullVersion, Reduction, Refusal, ServerConfig, ServerError, SetLearningRate,
 };
 use ps_actors::weights::{Gradient, Layout, Weights};
 use ps_actors::worker::{
@@ -114,6 +114,12 @@ fn final_weights(servers: &ServerGroup) -> Weights {
     actor::run(async move { servers.pull(PullVersion::Latest).await.unwrap() })
 }
 
+/// What the first server of a group knows about the run.
+fn coordinator(servers: &ServerGroup) -> CoordinatorStatus {
+    let first = servers.servers().next().unwrap();
+    first.ask(GetStatus).wait().unwrap().coordinator.unwrap()
+}
+
 #[test]
 fn synchronous_workers_compute_what_one_thread_computes_on_any_number_of_servers() {
     for num_servers in [1, 2, 5] {
@@ -143,14 +149,7 @@ fn every_mode_applies_every_gradient_that_it_says_it_applied() {
             let servers = group(num_servers, config(mode.parse().unwrap()));
             let reports = run_all(&servers, 3, 30);
             let num_applied: u64 = reports.iter().map(|report| report.num_applied).sum();
-            let status = servers
-                .servers()
-                .next()
-                .unwrap()
-                .ask(GetStatus)
-                .wait()
-                .unwrap();
-            let status = status.coordinator.unwrap();
+            let status = coordinator(&servers);
             let counted: u64 = status.workers.values().map(|w| w.num_applied).sum();
             assert_eq!(counted, num_applied, "{mode}");
             let total: u64 = reports
