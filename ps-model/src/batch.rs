@@ -149,6 +149,14 @@ impl ImageBatch {
     }
 }
 
+/// Says what is wrong with the shape of a batch of MNIST-like images.
+pub(crate) fn check_image_shape(shape: &[usize]) -> Result<(), String> {
+    match shape {
+        [batch, 1, 28, 28] if *batch > 0 => Ok(()),
+        _ => Err("images have shape [batch, 1, 28, 28]".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

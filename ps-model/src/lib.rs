@@ -6,6 +6,7 @@
 //! - [`Model`]: what to implement for a model of your own, a burn module with a loss.
 //!   [`ConvNet`] and [`Net`] are two, for 28×28 images.
 //! - [`LocalModel`]: a model on a device; takes flat weights, gives loss and flat gradient.
+//! - [`Part`], [`Pass`]: a part of a model that others compute through; [`Seams`]: the other side.
 //! - [`flat`]: the flat view itself, for any burn module.
 //! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
 //! - [`select_device`]: the device to compute on, by name, among the backends compiled in
@@ -55,6 +56,7 @@
 
 #![warn(clippy::print_stdout)]
 
+mod activation;
 mod batch;
 mod convnet;
 pub mod device;
@@ -64,15 +66,18 @@ mod loss;
 mod model;
 mod net;
 mod panic;
+mod part;
 mod rng;
 mod rule;
 mod rule_state;
+mod seams;
 pub mod seeded;
 mod step;
 
 /// The version of burn that the types of this crate come from.
 pub use burn;
 
+pub use activation::{Activation, Array};
 pub use batch::{BatchError, ImageBatch};
 pub use convnet::ConvNet;
 pub use device::{DeviceError, compiled_devices, default_device_name, select_device};
@@ -81,7 +86,9 @@ pub use local::{LocalModel, ModelError};
 pub use loss::{nll_loss, num_correct};
 pub use model::{Evaluation, Model};
 pub use net::Net;
+pub use part::{MAX_CALLS, Part, PartError, Pass};
 pub use rng::Rng;
 pub use rule::{BurnRule, ElementwiseConfig, RuleError};
 pub use rule_state::{RuleState, StateScalar, StateTensor, StateValue};
+pub use seams::{AtSeam, Backward, LocalGradients, SeamError, Seams};
 pub use step::{Step, StepSeed};

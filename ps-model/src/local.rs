@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use burn::module::Module;
 use burn::tensor::Device;
 
 use crate::flat::{self, FlatError, ParameterSpec};
@@ -53,14 +54,14 @@ pub enum ModelError {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
-pub struct LocalModel<M: Model> {
-    model: M,
+pub struct LocalModel<M: Module> {
+    pub(crate) model: M,
     /// With autodiff.
-    device: Device,
+    pub(crate) device: Device,
     layout: Vec<ParameterSpec>,
 }
 
-impl<M: Model> LocalModel<M> {
+impl<M: Module> LocalModel<M> {
     /// Puts a model on a device and in training mode.
     ///
     /// Parameters that were frozen before stay frozen.
@@ -144,7 +145,9 @@ impl<M: Model> LocalModel<M> {
             panic::catch(|| flat::write_weights(model, read)).map_err(ModelError::Panicked)??;
         Ok(())
     }
+}
 
+impl<M: Model> LocalModel<M> {
     /// Computes the mean loss of a batch, and its gradient, which replaces the contents of `out`.
     ///
     /// A buffer that is used again keeps its memory. The loss and the gradient may be infinite or

@@ -8,9 +8,10 @@ use burn::tensor::module::max_pool2d;
 use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 
-use crate::batch::ImageBatch;
+use crate::batch::{ImageBatch, check_image_shape};
 use crate::loss::nll_loss;
 use crate::model::{Evaluation, Model};
+use crate::part::Part;
 use crate::rng::Rng;
 use crate::seeded;
 use crate::step::Step;
@@ -111,5 +112,18 @@ impl Model for Net {
         let step = &mut Step::evaluation(device);
         let log_probabilities = self.forward(batch.images_on(device), step);
         Evaluation::of_classifier(log_probabilities, batch.labels_on(device))
+    }
+}
+
+impl Part for Net {
+    type Input = Tensor<4>;
+    type Output = Tensor<2>;
+
+    fn forward(&self, images: Tensor<4>, step: &mut Step) -> Tensor<2> {
+        Self::forward(self, images, step)
+    }
+
+    fn check_input(&self, shape: &[usize]) -> Result<(), String> {
+        check_image_shape(shape)
     }
 }

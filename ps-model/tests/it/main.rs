@@ -6,6 +6,7 @@ mod dropout;
 mod flat_views;
 mod gradients;
 mod local_model;
+mod parts;
 mod support;
 mod training;
 mod update_rules;

@@ -1,0 +1,276 @@
+//! Joins this process's autograd graph with what is computed elsewhere.
+//!
+//! Where a computation leaves this process and comes back there is a seam: the tensor that goes out
+//! ends one graph, the tensor that comes back begins another. [`Seams::backward`] goes through them
+//! in reverse order. At each it says the gradient of what came back; whoever computed that part
+//! answers with the gradient of what went out. No input or output happens here.
+
+use std::fmt;
+use std::mem;
+
+use burn::module::Module;
+use burn::optim::{GradientsAccumulator, GradientsParams};
+use burn::tensor::{Gradients, Tensor};
+
+use crate::activation::{Activation, Array};
+use crate::panic;
+use crate::part::PartError;
+
+/// Why a loss could not be gone back from.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SeamError {
+    /// The answer is not the gradient of what went out.
+    #[error("the gradient that came back does not fit what went out")]
+    Answer(#[from] PartError),
+    /// burn panicked: most likely a tensor is used both before a seam and behind it.
+    #[error(
+        "the backward pass panicked: {0} (a tensor that is used on more than one side of a remote \
+         call has to be cut first)"
+    )]
+    Panicked(String),
+}
+
+/// The seams of one computation, in the order in which they were made.
+#[derive(Default)]
+pub struct Seams {
+    seams: Vec<Box<dyn Seam>>,
+}
+
+/// A seam, whatever the ranks of its two tensors.
+trait Seam: Send {
+    /// Whether nothing was computed in between.
+    fn is_cut(&self) -> bool;
+
+    /// The gradient of what came back.
+    fn output_gradient(&self, gradients: &mut [Gradients]) -> Option<Array>;
+
+    /// Goes on backward from what went out.
+    fn resume(&self, input_gradient: Array) -> Result<Option<Gradients>, PartError>;
+}
+
+struct Between<I, O> {
+    /// Where a gradient is wanted.
+    input: Option<I>,
+    output: O,
+    is_cut: bool,
+}
+
+impl<I: Activation, O: Activation> Seam for Between<I, O> {
+    fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
+    fn output_gradient(&self, gradients: &mut [Gradients]) -> Option<Array> {
+        let parts = gradients.iter_mut();
+        parts
+            .filter_map(|gradients| self.output.take_gradient(gradients))
+            .reduce(|mut sum, part| {
+                let pairs = sum.values.iter_mut().zip(part.values);
+                pairs.for_each(|(sum, part)| *sum += part);
+                sum
+            })
+    }
+
+    fn resume(&self, input_gradient: Array) -> Result<Option<Gradients>, PartError> {
+        let Some(input) = &self.input else {
+            return Ok(None);
+        };
+        let (expected, got) = (input.shape(), &input_gradient.shape);
+        if *got != expected {
+            let got = got.clone();
+            return Err(PartError::WrongGradient { expected, got });
+        }
+        let gradient = I::from_array(input_gradient, &input.plain_device())?;
+        Ok(Some(input.clone().dot(gradient).backward()))
+    }
+}
+
+impl Seams {
+    /// Begins a computation.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Says whether a seam for this tensor would need its gradient: whether anything that can be
+    /// trained here went into it.
+    #[must_use]
+    pub fn wants_gradient(input: &impl Activation) -> bool {
+        input.is_recorded()
+    }
+
+    /// Goes on with what came back for `input`. The new tensor is on the same device as `input`,
+    /// with autodiff. Returns the number of the seam, too.
+    ///
+    /// # Errors
+    ///
+    /// If the array is not a tensor of this rank.
+    pub fn cross<I: Activation, O: Activation>(
+        &mut self,
+        input: I,
+        output: Array,
+    ) -> Result<(usize, O), PartError> {
+        let output = O::from_array(output, &input.plain_device())?.into_leaf();
+        let number = self.seams.len();
+        self.seams.push(Box::new(Between {
+            input: input.is_recorded().then_some(input),
+            output: output.clone(),
+            is_cut: false,
+        }));
+        Ok((number, output))
+    }
+
+    /// Cuts a graph where a tensor goes several ways, of which one leaves this process: with the
+    /// tensor returned in place of `input`, each piece of the graph is gone through once.
+    #[must_use]
+    pub fn cut<A: Activation>(&mut self, input: A) -> A {
+        let output = input.clone().into_leaf();
+        self.seams.push(Box::new(Between {
+            input: input.is_recorded().then_some(input),
+            output: output.clone(),
+            is_cut: true,
+        }));
+        output
+    }
+
+    /// Goes back from a loss. It can be done once.
+    ///
+    /// # Errors
+    ///
+    /// If burn panics, say because nothing in the loss can be trained.
+    pub fn backward(&mut self, loss: &Tensor<1>) -> Result<Backward, SeamError> {
+        let first = panic::catch(|| loss.backward()).map_err(SeamError::Panicked)?;
+        Ok(Backward {
+            seams: mem::take(&mut self.seams),
+            gradients: vec![first],
+        })
+    }
+}
+
+/// A way back under way.
+pub struct Backward {
+    /// Those still ahead; the next one last.
+    seams: Vec<Box<dyn Seam>>,
+    gradients: Vec<Gradients>,
+}
+
+/// One seam on the way back.
+pub struct AtSeam<'a> {
+    /// Its number.
+    pub number: usize,
+    /// The gradient of the loss with respect to what came back.
+    pub output_gradient: Array,
+    seam: Box<dyn Seam>,
+    gradients: &'a mut Vec<Gradients>,
+}
+
+impl Backward {
+    /// Returns the next seam that the loss depends on, from the last to the first. After an error
+    /// there is no way on.
+    ///
+    /// # Errors
+    ///
+    /// If burn panics.
+    pub fn next_seam(&mut self) -> Result<Option<AtSeam<'_>>, SeamError> {
+        while let Some(seam) = self.seams.pop() {
+            let Some(output_gradient) = seam.output_gradient(&mut self.gradients) else {
+                continue;
+            };
+            if seam.is_cut() {
+                let resumed = resume(&*seam, output_gradient)?;
+                self.gradients.extend(resumed);
+                continue;
+            }
+            return Ok(Some(AtSeam {
+                number: self.seams.len(),
+                output_gradient,
+                seam,
+                gradients: &mut self.gradients,
+            }));
+        }
+        Ok(None)
+    }
+
+    /// Returns the gradients of what can be trained here.
+    ///
+    /// # Panics
+    ///
+    /// If there are seams left.
+    #[must_use]
+    pub fn finish(self) -> LocalGradients {
+        assert!(self.seams.is_empty(), "there are seams left to go through");
+        LocalGradients {
+            gradients: self.gradients,
+        }
+    }
+}
+
+impl AtSeam<'_> {
+    /// Goes on with the gradient of the loss with respect to what went out; `None` if it was not
+    /// wanted.
+    ///
+    /// # Errors
+    ///
+    /// If the gradient has another shape than what went out, or burn panics.
+    pub fn resume(self, input_gradient: Option<Array>) -> Result<(), SeamError> {
+        let Some(input_gradient) = input_gradient else {
+            return Ok(());
+        };
+        self.gradients.extend(resume(&*self.seam, input_gradient)?);
+        Ok(())
+    }
+}
+
+fn resume(seam: &dyn Seam, input_gradient: Array) -> Result<Option<Gradients>, SeamError> {
+    let resumed = panic::catch(|| seam.resume(input_gradient));
+    Ok(resumed.map_err(SeamError::Panicked)??)
+}
+
+/// The gradients of a loss with respect to everything trained in this process.
+pub struct LocalGradients {
+    gradients: Vec<Gradients>,
+}
+
+impl LocalGradients {
+    /// Takes out those of a module's parameters, for a burn optimizer. Empty for one that had no
+    /// part in the loss.
+    pub fn take<M: Module>(&mut self, module: &M) -> GradientsParams {
+        let mut sum = GradientsAccumulator::new();
+        for gradients in &mut self.gradients {
+            let part = GradientsParams::from_module(gradients, module);
+            sum.accumulate(module, part);
+        }
+        sum.grads()
+    }
+}
+
+impl fmt::Debug for Seams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Seams")
+            .field("num_seams", &self.seams.len())
+            .finish()
+    }
+}
+
+impl fmt::Debug for Backward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backward")
+            .field("num_ahead", &self.seams.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for AtSeam<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AtSeam")
+            .field("number", &self.number)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for LocalGradients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LocalGradients").finish_non_exhaustive()
+    }
+}
