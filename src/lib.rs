@@ -43,6 +43,7 @@
 //! |---|---|
 //! | [`trainer`], [`report`] | training in one call, and what comes out |
 //! | [`source`] | a burn model with data as a worker's source of gradients; evaluation |
+//! | [`served`] | models that live with a server: remote forward and backward |
 //! | [`rule`] | a burn optimizer as a server's update rule |
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
@@ -52,6 +53,7 @@
 pub mod data;
 pub mod report;
 pub mod rule;
+pub mod served;
 pub mod source;
 pub mod trainer;
 mod workers;

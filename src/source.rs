@@ -10,6 +10,7 @@ use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Weights};
 use ps_actors::worker::{DataWorker, GradientSource, HostedSource, LocalGradient, SourceError};
 use ps_data::{Batches, Cursor, SamplerConfig, SamplerError};
+use ps_model::burn::module::Module;
 use ps_model::burn::tensor::Device;
 use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
 use serde::{Deserialize, Serialize};
@@ -40,12 +41,12 @@ pub enum SetupError {
 ///
 /// # Errors
 /// When the model has no flat weights, or the device fails.
-pub fn initial_weights<M: Model>(model: &M, device: &Device) -> Result<Weights, SetupError> {
+pub fn initial_weights<M: Module>(model: &M, device: &Device) -> Result<Weights, SetupError> {
     let model = LocalModel::new(model.clone(), device)?;
     Ok(Weights::initial(layout(model.layout())?, model.weights()?))
 }
 
-fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
+pub(crate) fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
     let parameters = specs.iter().cloned().map(
         |ParameterSpec {
              name, shape, range, ..
@@ -55,7 +56,10 @@ fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
 }
 
 /// Loads a snapshot into a model without copying it to one place first.
-fn load<M: Model>(model: &mut LocalModel<M>, weights: &Weights) -> Result<(), ModelError> {
+pub(crate) fn load<M: Module>(
+    model: &mut LocalModel<M>,
+    weights: &Weights,
+) -> Result<(), ModelError> {
     let (expected, got) = (model.num_weights(), weights.len());
     if expected != got {
         return Err(ModelError::WeightCount { expected, got });
@@ -68,7 +72,7 @@ fn load<M: Model>(model: &mut LocalModel<M>, weights: &Weights) -> Result<(), Mo
 ///
 /// # Errors
 /// When the weights are of another model, or the device fails.
-pub fn model_with_weights<M: Model>(
+pub fn model_with_weights<M: Module>(
     model: &M,
     device: &Device,
     weights: &Weights,

@@ -10,6 +10,7 @@
 //! | [`actor`] | the runtime: [`spawn`], [`ActorRef`], [`Reply`], [`Pending`] |
 //! | [`server`] | the parameter server: consistency, exactly-once ledger, shards |
 //! | [`worker`] | the worker and its loop |
+//! | [`session`] | a worker's membership in a group of servers |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`], [`buffer`] | snapshots, gradients, recycled buffers |
 //! | [`cluster`] | several processes as one place to spawn actors in |
@@ -34,6 +35,7 @@ pub mod net;
 pub mod remote;
 pub mod rule;
 pub mod server;
+pub mod session;
 pub mod weights;
 pub mod worker;
 

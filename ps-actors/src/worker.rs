@@ -9,23 +9,19 @@ use std::cell::RefCell;
 use std::error::Error;
 use std::fmt;
 use std::rc::Rc;
-use std::sync::LazyLock;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, WrapFuture};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::actor::ActorRef;
 use crate::cluster::Hosted;
 use crate::codec::Bulk;
 use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 use crate::remote::{Messages, Remote};
-use crate::server::{
-    GroupError, Leave, Outcome, ParameterServer, PullVersion, Refusal, ServerError, ShardError,
-};
+use crate::server::{GroupError, Outcome, PullVersion};
+use crate::session::Session;
 use crate::weights::{Gradient, Gradients, Weights};
 
 /// How often in a row a worker joins again without getting a gradient settled in between.
@@ -90,7 +86,7 @@ impl<S: GradientSource> DataWorker<S> {
     pub fn new(id: WorkerId, source: S) -> Self {
         let state = State {
             id,
-            incarnation: next_incarnation(Incarnation(0)),
+            incarnation: Session::new_life(Incarnation(0)),
             next_clock: Clock(0),
             source,
             progress: Progress::default(),
@@ -101,24 +97,6 @@ impl<S: GradientSource> DataWorker<S> {
             state: Rc::new(RefCell::new(state)),
         }
     }
-}
-
-/// Returns a number that no life of any worker in this process had, and at least `least`.
-///
-/// The first one is the time at which the process first asks (in microseconds since 1970), so that
-/// a worker that was lost with its process is followed by one with a higher number in another.
-/// Where clocks are far apart, the server says what the number must be at least.
-fn next_incarnation(least: Incarnation) -> Incarnation {
-    static LATEST: LazyLock<AtomicU64> = LazyLock::new(|| {
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
-        AtomicU64::new(since_1970.map_or(0, |time| time.as_micros() as u64))
-    });
-    // A server may ask for the highest number there is: it must not wrap to the lowest.
-    let next = |latest: u64| latest.max(least.0.saturating_sub(1)).saturating_add(1);
-    let before = LATEST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |latest| {
-        Some(next(latest))
-    });
-    Incarnation(before.map_or(u64::MAX, next))
 }
 
 impl<S> fmt::Debug for DataWorker<S> {
@@ -283,75 +261,15 @@ mod source_text {
     }
 }
 
-/// A membership that ends when this is dropped, whatever the reason.
-struct Session {
-    server: ActorRef<ParameterServer>,
-    leave: Option<Leave>,
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        if let Some(leave) = self.leave.take()
-            && let Err(error) = self.server.tell(leave)
-        {
-            tracing::warn!(worker = %leave.worker, %error, "could not leave");
-        }
+/// Takes the steps from where the membership begins.
+async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weights, GroupError> {
+    {
+        let mut state = state.borrow_mut();
+        let first = session.gradient_id(session.next_clock());
+        state.incarnation = first.incarnation;
+        state.next_clock = first.clock;
     }
-}
-
-async fn join<S: GradientSource>(
-    state: &RefCell<State<S>>,
-    servers: &ServerGroup,
-    least: Incarnation,
-) -> Result<(Session, Weights), GroupError> {
-    let worker = state.borrow().id;
-    let mut least = least;
-    loop {
-        let incarnation = next_incarnation(least);
-        let membership = match servers.join(worker, incarnation).await {
-            Ok(membership) => membership,
-            // Another process counts its lives by itself: go beyond its number.
-            Err(error) => match error.refusal() {
-                Some(Refusal::Fenced { least: wanted, .. }) if *wanted > incarnation => {
-                    least = *wanted;
-                    continue;
-                }
-                _ => return Err(error),
-            },
-        };
-        let server = servers
-            .servers()
-            .next()
-            .expect("a group has a server")
-            .clone();
-        let session = Session {
-            server,
-            leave: Some(Leave {
-                worker,
-                incarnation,
-            }),
-        };
-        {
-            let mut state = state.borrow_mut();
-            state.incarnation = incarnation;
-            state.next_clock = membership.next_clock;
-        }
-        let weights = servers.pull(PullVersion::Latest).await?;
-        return Ok((session, weights));
-    }
-}
-
-/// Says with which incarnation a worker may come back that is no longer a member.
-fn may_rejoin(error: &GroupError) -> Option<Incarnation> {
-    let GroupError::Server { source, .. } = error else {
-        return None;
-    };
-    match source {
-        ServerError::Refused(Refusal::NotMember { least, .. })
-        | ServerError::Shard(ShardError::Fenced { least, .. }) => Some(*least),
-        ServerError::Refused(Refusal::Fenced { least, .. }) => Some(least.next()),
-        _ => None,
-    }
+    session.servers().pull(PullVersion::Latest).await
 }
 
 async fn run<S: GradientSource>(
@@ -363,7 +281,8 @@ async fn run<S: GradientSource>(
     let failed = |source| WorkerError::Servers { worker, source };
     let mut report = RunReport::default();
     let started = Instant::now();
-    let (mut session, mut weights) = join(state, servers, Incarnation(0)).await.map_err(failed)?;
+    let mut session = Session::join(servers, worker).await.map_err(failed)?;
+    let mut weights = begin(state, &session).await.map_err(failed)?;
     report.wait_time += started.elapsed();
     let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
     let mut num_rejoins = 0;
@@ -391,24 +310,17 @@ async fn run<S: GradientSource>(
                 next
             }
             Err(error) => {
-                let Some(least) = may_rejoin(&error).filter(|_| num_rejoins < MAX_REJOINS) else {
+                if num_rejoins == MAX_REJOINS {
                     return Err(failed(error));
-                };
+                }
                 num_rejoins += 1;
-                tracing::warn!(%worker, %least, "no longer a member; joining again");
-                session.leave = None;
-                let (again, next) = join(state, servers, least).await.map_err(failed)?;
-                session = again;
-                next
+                session.rejoin(error).await.map_err(failed)?;
+                begin(state, &session).await.map_err(failed)?
             }
         };
         report.wait_time += started.elapsed();
     }
-    let leave = session.leave.take().expect("it is taken when the run ends");
-    servers
-        .leave(leave.worker, leave.incarnation)
-        .await
-        .map_err(failed)?;
+    session.leave().await.map_err(failed)?;
     Ok(report)
 }
 
@@ -485,6 +397,7 @@ mod tests {
     use super::*;
     use crate::codec::MAX_HEADER;
     use crate::codec::tests::{check_error_crosses, transport};
+    use crate::server::Refusal;
 
     const WORKER: WorkerId = WorkerId(3);
 

@@ -292,10 +292,9 @@ impl<P: Part> Pass<P> {
         self.gradient.as_deref()
     }
 
-    /// Takes the gradient out, and lets go of everything else.
-    #[must_use]
-    pub fn into_gradient(self) -> Option<Vec<f32>> {
-        self.gradient
+    /// Takes the gradient out; the next call gone back through begins another.
+    pub const fn take_gradient(&mut self) -> Option<Vec<f32>> {
+        self.gradient.take()
     }
 }
 

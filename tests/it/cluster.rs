@@ -1,15 +1,10 @@
 //! Training over nodes: the same bits as in one process. The nodes share this process and differ
 //! from others in nothing else; real processes are in `tests/processes.rs`.
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::time::Duration;
-
-use ps::actors::cluster::{Node, Transport};
-use ps::actors::net::memory::MemoryNetwork;
-use ps::actors::net::{Address, NetConfig};
+use ps::actors::cluster::Transport;
 use ps::prelude::*;
 
-const SOON: Duration = Duration::from_secs(60);
+use crate::nodes::{transports, with_two_nodes};
 
 fn trainer(num_servers: usize, on_nodes: bool) -> Trainer<ConvNet, ImageDataset> {
     let device = select_device(default_device_name()).unwrap();
@@ -23,39 +18,8 @@ fn trainer(num_servers: usize, on_nodes: bool) -> Trainer<ConvNet, ImageDataset>
 }
 
 fn run_over(transport: Transport, trainer: Trainer<ConvNet, ImageDataset>) -> Report {
-    let config = ClusterConfig {
-        transport,
-        net: NetConfig {
-            // The machine that tests run on may be busy.
-            lease: Duration::from_secs(30),
-            handshake: Duration::from_secs(30),
-            ..NetConfig::default()
-        },
-        ..ClusterConfig::default()
-    };
     let hosts = trainer.hosts(Hosts::new()).unwrap();
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let cluster = Cluster::listen(config.clone(), address, hosts.clone()).unwrap();
-    let addresses = cluster.addresses().iter();
-    let mut driver = addresses.filter(|address| !matches!(address, Address::Unix(_)));
-    let driver = driver.next().unwrap().to_string();
-    let nodes = [1, 2]
-        .map(|rank| Node::new(config.clone(), rank, 0, driver.clone(), hosts.clone()).serve());
-    cluster.wait_for_nodes(2, SOON).wait().unwrap();
-    let report = trainer.run_on(&cluster).unwrap();
-    drop(cluster);
-    for node in nodes {
-        node.wait().unwrap();
-    }
-    report
-}
-
-fn transports() -> [Transport; 3] {
-    [
-        Transport::Memory(MemoryNetwork::new()),
-        Transport::Tcp,
-        Transport::Sockets,
-    ]
+    with_two_nodes(transport, hosts, |cluster| trainer.run_on(cluster).unwrap())
 }
 
 /// PS-3.

@@ -3,5 +3,7 @@
 mod bad_input;
 mod cluster;
 mod equivalence;
+mod nodes;
+mod served;
 mod torch;
 mod training;

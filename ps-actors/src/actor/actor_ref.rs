@@ -16,6 +16,7 @@ use super::registry::AnyMailbox;
 use super::reply::Reply;
 use super::shutdown::Shutdown;
 use crate::net::frame::Kind;
+use crate::remote::NodeId;
 use crate::remote::caller::RemoteActor;
 use crate::remote::kept::{KeepHere, Kept};
 use crate::remote::reference::Remotely;
@@ -115,6 +116,14 @@ impl<A: Actor> ActorRef<A> {
     /// Whether the actor runs in this process.
     pub fn is_local(&self) -> bool {
         matches!(self.target(), Target::Here(_))
+    }
+
+    /// The process that the actor runs in; `None` if it is this one.
+    pub fn node(&self) -> Option<NodeId> {
+        match self.target() {
+            Target::Here(_) => None,
+            Target::There(remote) => Some(remote.actor.wire().node),
+        }
     }
 
     /// Whether the actor takes calls: it has not been told to stop, and has not ended.

@@ -15,9 +15,9 @@ use super::lookup;
 use crate::actor::error::error_chain;
 use crate::actor::{self, Spawn};
 use crate::codec::{self, Blob, CodecError};
-use crate::remote::Remote;
 use crate::remote::process::Process;
 use crate::remote::reference::{Wire, on_behalf_of};
+use crate::remote::{Owned, Remote, Value};
 
 /// An actor type that a [`Cluster`](super::Cluster) can start in another process.
 pub trait Hosted: Remote {
@@ -82,6 +82,13 @@ impl Hosts {
         };
         self.types.insert(type_name::<A>(), Arc::new(host));
         self
+    }
+
+    /// Looks after values of type `T` that other processes send here; see
+    /// [`RemoteRef::new_on`](crate::remote::RemoteRef::new_on).
+    #[must_use]
+    pub fn values<T: Value>(self) -> Self {
+        self.host_with(Owned::<T>::options(), |value: T| Ok(Owned::new(value)))
     }
 
     /// Lets other processes find actors of type `A` by name that this one has started itself.

@@ -30,7 +30,7 @@ where
     let (_, output): (_, Tensor<2>) = seams.cross(images, output).unwrap();
     let loss = nll_loss(output, batch.labels_on(&device.clone().autodiff()));
     go_back(&mut seams, &loss, |_, gradient| pass.backward(0, gradient));
-    let gradient = pass.into_gradient().expect("it was gone back through");
+    let gradient = pass.take_gradient().expect("it was gone back through");
     (loss.into_scalar::<f32>(), gradient)
 }
 
@@ -192,8 +192,8 @@ fn a_net_split_over_two_parts_and_a_local_head_gets_the_gradients_of_the_whole()
         });
         assert_eq!(order, [1, 0]);
 
-        let mut got = pass1.into_gradient().unwrap();
-        got.extend(pass2.into_gradient().unwrap());
+        let mut got = pass1.take_gradient().unwrap();
+        got.extend(pass2.take_gradient().unwrap());
         got.extend(weights_of(&head, local));
         assert!(
             (loss.into_scalar::<f32>() - whole_loss).abs() < 1e-5,
@@ -290,7 +290,7 @@ fn layers_before_behind_and_around_a_part_get_their_gradients() {
     let local = go_back(&mut seams.borrow_mut(), &loss, |_, gradient| {
         pass.backward(0, gradient)
     });
-    let mut got = pass.into_gradient().unwrap();
+    let mut got = pass.take_gradient().unwrap();
     got.extend(weights_of(&around, local));
     assert_close(&got, &expected, "middle, before, behind");
 }
@@ -418,9 +418,9 @@ fn gradients_of_several_calls_add_up() {
     for call in [3, 8] {
         assert_eq!(two.backward(call, array(&[2, 4])).unwrap(), None);
     }
-    let once = one.into_gradient().unwrap();
+    let once = one.take_gradient().unwrap();
     let twice: Vec<f32> = once.iter().map(|x| x + x).collect();
-    assert_eq!(two.into_gradient().unwrap(), twice);
+    assert_eq!(two.take_gradient().unwrap(), twice);
 }
 
 /// Passes begun on different weights, forward and backward interleaved, with loads in between: the
@@ -450,7 +450,7 @@ fn passes_keep_the_weights_and_graphs_that_they_began_with() {
         let got = nll_loss(output, batch.labels_on(&device.clone().autodiff()));
         go_back(&mut seams, &got, |_, gradient| pass.backward(0, gradient));
         assert_eq!(got.into_scalar::<f32>(), loss);
-        assert!(pass.into_gradient().unwrap() == expected);
+        assert!(pass.take_gradient().unwrap() == expected);
     }
 }
 

@@ -40,6 +40,7 @@ impl Log {
 #[derive(Clone, Default)]
 pub(crate) struct Census(Arc<AtomicUsize>);
 
+#[derive(Debug)]
 pub(crate) struct Citizen(Arc<AtomicUsize>);
 
 impl Census {

@@ -8,4 +8,5 @@ mod kept;
 mod lives;
 mod nodes;
 mod tls;
+mod values;
 pub(crate) mod world;

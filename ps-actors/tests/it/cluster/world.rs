@@ -15,6 +15,7 @@ use ps_actors::remote::{Kept, Messages, Remote};
 use ps_actors::weights::Gradient;
 use serde::{Deserialize, Serialize};
 
+use super::values::{Holder, Tally};
 use crate::actor::probe::{Census, Citizen};
 use crate::actor::transport::Parked;
 
@@ -61,6 +62,8 @@ pub(crate) fn hosts() -> Hosts {
                 _citizen: citizen.take(),
             })
         })
+        .host(|()| Ok(Holder::default()))
+        .values::<Tally>()
 }
 
 impl World {

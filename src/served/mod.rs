@@ -1,0 +1,76 @@
+//! Models, or parts of one, that live with a server: trainers send inputs, not gradients.
+//!
+//! What PyTorch's RPC guide does with remote references, distributed autograd and a distributed
+//! optimizer. A [`PartServer`] runs a [`Part`](ps_model::Part) for others. Its weights are those of
+//! an ordinary [`ServerGroup`](ps_actors::group::ServerGroup), of one or several servers with any
+//! update rule and consistency mode, so several part servers can compute for the same weights.
+//! A trainer goes through [`Context`]s, one for each step:
+//!
+//! 1. [`Context::forward`] sends a tensor to a part and goes on with what comes back. The part keeps
+//!    the graph, and the weights that it was computed with, under the context's name (PT-1).
+//! 2. [`Context::backward`] goes back from a loss, through this process and all parts, however they
+//!    alternate. Local layers get their gradients here, those of a part stay there.
+//! 3. [`DistributedOptimizer::step`] has each part push the context's gradient to its servers, where
+//!    it is applied once, however often that is tried (PT-2).
+//!
+//! A context that is dropped, or whose trainer is not heard of for
+//! [`context_lease`](PartConfig::context_lease), leaves nothing behind (PT-3), and nobody can fill a
+//! part's memory with contexts (PT-4).
+//!
+//! ```
+//! use ps::prelude::*;
+//! use ps::served::{DistributedOptimizer, PartConfig, serve_part};
+//!
+//! let device = select_device(default_device_name())?;
+//! let mnist = Mnist::bundled_sample();
+//! let net = ConvNet::init(1, &device);
+//!
+//! // The server's side.
+//! let config = ServerConfig { consistency: Consistency::Asp, ..ServerConfig::default() };
+//! let weights = initial_weights(&net, &device)?;
+//! let server = ParameterServer::new(&weights, Sgd::new(), config)?.spawn()?;
+//! let part = serve_part(&net, &device, &server.into(), PartConfig::default())?;
+//!
+//! // A trainer's side.
+//! let batch = Examples::batch(&mnist.train, &[0, 1, 2, 3]);
+//! run(async {
+//!     let mut optimizer = DistributedOptimizer::new(WorkerId(0), 1);
+//!     optimizer.add(&part).await?;
+//!     for _ in 0..3 {
+//!         let mut context = optimizer.begin();
+//!         let output = context.forward(&part, batch.images_on(&device)).await?;
+//!         let labels = batch.labels_on(&output.device());
+//!         context.backward(&nll_loss(output, labels)).await?;
+//!         optimizer.step(context).await?;
+//!     }
+//!     assert_eq!(optimizer.clock(), Clock(3));
+//!     optimizer.leave().await?;
+//!     Ok::<(), Box<dyn std::error::Error>>(())
+//! })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `server` | the actor that computes |
+//! | `messages` | what it can be asked |
+//! | `contexts` | whose computations it remembers, and for how long |
+//! | `context`, `optimizer` | the trainer's side |
+//! | `parameter` | references to single parameters |
+
+mod context;
+mod contexts;
+mod messages;
+mod optimizer;
+mod parameter;
+mod server;
+
+pub use context::{Context, ContextError, infer};
+pub use contexts::ContextId;
+pub use messages::{
+    ApplyContext, ArrayMessage, Backward, Forward, GetGradient, GetLayout, GetParameter,
+    GetPartStatus, GetServers, Infer, PartStatus, ReleaseContext, ServedError,
+};
+pub use optimizer::{DistributedOptimizer, OptimizerError};
+pub use parameter::{ParameterRef, parameters};
+pub use server::{PartConfig, PartServer, host_parts, serve_part};

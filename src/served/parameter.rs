@@ -1,0 +1,97 @@
+//! References to single parameters of a part.
+
+use std::fmt;
+
+use ps_actors::actor::ActorRef;
+use ps_actors::weights::Parameter;
+use ps_model::{Array, Part};
+use serde::{Deserialize, Serialize};
+
+use super::context::{Context, ContextError, flat_answer};
+use super::messages::{GetLayout, GetParameter};
+use super::server::PartServer;
+
+/// A parameter of a part that lives elsewhere. Can be sent inside messages; keeps the part server
+/// alive, as any reference to it. (PyTorch's `RRef` to a parameter.)
+#[derive(Serialize, Deserialize)]
+#[serde(bound = "")]
+pub struct ParameterRef<P: Part> {
+    owner: ActorRef<PartServer<P>>,
+    parameter: Parameter,
+}
+
+/// Returns references to all parameters of a part. (PyTorch's `get_param_rrefs`.)
+///
+/// # Errors
+/// When the part server cannot be reached.
+pub async fn parameters<P: Part>(
+    part: &ActorRef<PartServer<P>>,
+) -> Result<Vec<ParameterRef<P>>, ContextError> {
+    let layout = flat_answer(part, part.ask(GetLayout).await.map(Ok))?;
+    let parameters: Vec<Parameter> = layout.into();
+    let refer = |parameter| ParameterRef {
+        owner: part.clone(),
+        parameter,
+    };
+    Ok(parameters.into_iter().map(refer).collect())
+}
+
+impl<P: Part> ParameterRef<P> {
+    /// The part server that computes with it.
+    #[must_use]
+    pub fn owner(&self) -> &ActorRef<PartServer<P>> {
+        &self.owner
+    }
+
+    /// Its path in the part, such as `conv1.weight`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.parameter.name
+    }
+
+    /// Its dimensions.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.parameter.shape
+    }
+
+    /// Fetches its numbers as they are now.
+    ///
+    /// # Errors
+    /// When the part server or its servers cannot be reached.
+    pub async fn fetch(&self) -> Result<Array, ContextError> {
+        let range = self.parameter.range.clone();
+        let row = self.owner.ask(GetParameter(range)).await;
+        let row: Array = flat_answer(&self.owner, row)?.into();
+        Ok(self.shaped(row.values))
+    }
+
+    /// Fetches its gradient in a context.
+    ///
+    /// # Errors
+    /// As [`Context::gradient`].
+    pub async fn gradient(&self, context: &Context) -> Result<Array, ContextError> {
+        let gradient = context.gradient(&self.owner).await?;
+        let values = gradient.slice(self.parameter.range.clone());
+        Ok(self.shaped(values.values().to_vec()))
+    }
+
+    fn shaped(&self, values: Vec<f32>) -> Array {
+        let shape = self.parameter.shape.clone();
+        Array { shape, values }
+    }
+}
+
+impl<P: Part> Clone for ParameterRef<P> {
+    fn clone(&self) -> Self {
+        let (owner, parameter) = (self.owner.clone(), self.parameter.clone());
+        Self { owner, parameter }
+    }
+}
+
+impl<P: Part> fmt::Debug for ParameterRef<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, owner) = (self.name(), self.owner.name());
+        write!(f, "ParameterRef({name} of {owner})")
+    }
+}
