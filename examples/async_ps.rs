@@ -31,12 +31,12 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse().common;
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
-    let device = select_device(&args.device)?;
-    let mnist = args.mnist()?;
+    let device = select_device(&args.data.device)?;
+    let mnist = args.data.mnist()?;
     let model = ConvNet::init(args.seed, &device);
     let hosts = host_workers(Hosts::new(), &model, &device, &mnist.train);
     // `None`: this process was a worker's home, and the training is over.
-    let Some(cluster) = args.cluster.launch(hosts)? else {
+    let Some(cluster) = args.data.cluster.launch(hosts)? else {
         return Ok(());
     };
 

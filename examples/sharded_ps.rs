@@ -40,8 +40,8 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let device = select_device(&args.common.device)?;
-    let mnist = args.common.mnist()?;
+    let device = select_device(&args.common.data.device)?;
+    let mnist = args.common.data.mnist()?;
     let seed = args.common.seed;
     match args.net {
         true => train(Net::init(seed, &device), mnist, &args),
@@ -52,7 +52,7 @@ fn main() -> Result<()> {
 fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> Result<()> {
     let trainer = Trainer::new(model, mnist.train)
         .test_data(mnist.test)
-        .device(&select_device(&args.common.device)?)
+        .device(&select_device(&args.common.data.device)?)
         .workers(args.common.num_workers)
         .servers(args.num_servers)
         .servers_on_nodes(args.servers_on_nodes)
@@ -68,7 +68,12 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
             println!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
         });
     // `None`: this process was the home of a worker or server, and the training is over.
-    let Some(cluster) = args.common.cluster.launch(trainer.hosts(Hosts::new())?)? else {
+    let Some(cluster) = args
+        .common
+        .data
+        .cluster
+        .launch(trainer.hosts(Hosts::new())?)?
+    else {
         return Ok(());
     };
     let report = trainer.run_on(&cluster)?;

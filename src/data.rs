@@ -4,9 +4,12 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use ps_data::ImageDataset;
+use ps_actors::ids::Clock;
+use ps_data::{BatchError, Batches, Cursor, ImageDataset, SamplerConfig, SamplerError};
 use ps_model::ImageBatch;
 use ps_model::burn::data::dataset::Dataset;
+
+use crate::source::WorkerConfig;
 
 /// A data set that can be cut into batches. Cloning it must be cheap: every worker has one.
 pub trait Examples: Clone + Send + 'static {
@@ -105,5 +108,66 @@ impl<I, D, F: Clone> Clone for Collated<I, D, F> {
 impl<I, D, F> fmt::Debug for Collated<I, D, F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Collated").finish_non_exhaustive()
+    }
+}
+
+/// A worker's share of a data set, cut into the batches of its steps.
+///
+/// Which batch belongs to a step depends on seed, worker and clock only. Those that come next are
+/// prepared ahead, on a thread.
+pub struct WorkerBatches<B> {
+    batches: Batches<B>,
+}
+
+impl<B: Send + 'static> WorkerBatches<B> {
+    /// Deals out the worker's share of `data`. All batches are full; what does not fill one of every
+    /// worker is left out, and the order changes from epoch to epoch.
+    ///
+    /// # Errors
+    /// When there are not enough examples for a batch of each worker.
+    pub fn new<E>(data: &E, config: WorkerConfig) -> Result<Self, SamplerError>
+    where
+        E: Examples<Batch = B>,
+    {
+        let data = data.clone();
+        let sampler = SamplerConfig {
+            shard: config.worker.0 as usize,
+            num_shards: config.num_workers,
+            seed: config.seed,
+            // All batches full, and as many for each worker: a mean of means is then the mean.
+            drop_last: true,
+            ..SamplerConfig::new(data.num_examples(), config.batch_size)
+        };
+        Ok(Self {
+            batches: Batches::new(sampler, move |indices| data.batch(indices))?,
+        })
+    }
+
+    /// Returns how many steps the worker takes per epoch.
+    #[must_use]
+    pub fn steps_per_epoch(&self) -> u64 {
+        self.batches.batches_per_epoch()
+    }
+
+    /// Makes the batch of a step.
+    ///
+    /// # Errors
+    /// When the data set fails.
+    pub fn batch(&mut self, clock: Clock) -> Result<B, BatchError> {
+        let per_epoch = self.batches.batches_per_epoch();
+        let cursor = Cursor {
+            epoch: clock.0 / per_epoch,
+            batch: clock.0 % per_epoch,
+        };
+        if self.batches.cursor() != cursor {
+            self.batches.seek(cursor)?;
+        }
+        self.batches.next_batch()
+    }
+}
+
+impl<B> fmt::Debug for WorkerBatches<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerBatches").finish_non_exhaustive()
     }
 }

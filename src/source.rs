@@ -9,13 +9,13 @@ use ps_actors::cluster::Hosts;
 use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Weights};
 use ps_actors::worker::{DataWorker, GradientSource, HostedSource, LocalGradient, SourceError};
-use ps_data::{Batches, Cursor, SamplerConfig, SamplerError};
+use ps_data::SamplerError;
 use ps_model::burn::module::Module;
 use ps_model::burn::tensor::Device;
 use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
 use serde::{Deserialize, Serialize};
 
-use crate::data::Examples;
+use crate::data::{Examples, WorkerBatches};
 
 /// How many examples an [`Evaluator`] looks at together.
 const EVALUATION_BATCH: usize = 256;
@@ -95,26 +95,13 @@ pub struct WorkerConfig {
     pub seed: u64,
 }
 
-impl WorkerConfig {
-    fn sampler(&self, num_examples: usize) -> SamplerConfig {
-        SamplerConfig {
-            shard: self.worker.0 as usize,
-            num_shards: self.num_workers,
-            seed: self.seed,
-            // All batches full, and as many for each worker: a mean of means is then the mean.
-            drop_last: true,
-            ..SamplerConfig::new(num_examples, self.batch_size)
-        }
-    }
-}
-
 /// A burn model with a worker's share of the data.
 ///
 /// Which batch belongs to a step depends on seed, worker and clock only. So does dropout in models
 /// that take their random numbers from [`Step`](ps_model::Step).
 pub struct ModelSource<M: Model> {
     model: LocalModel<M>,
-    batches: Batches<M::Batch>,
+    batches: WorkerBatches<M::Batch>,
     config: WorkerConfig,
     gradients: BufferPool,
 }
@@ -133,11 +120,9 @@ impl<M: Model> ModelSource<M> {
     where
         E: Examples<Batch = M::Batch>,
     {
-        let data = data.clone();
-        let sampler = config.sampler(data.num_examples());
         Ok(Self {
             model: LocalModel::new(model.clone(), device)?,
-            batches: Batches::new(sampler, move |indices| data.batch(indices))?,
+            batches: WorkerBatches::new(data, config)?,
             config,
             // One that is pushed, one that is computed, one spare.
             gradients: BufferPool::new(3),
@@ -147,21 +132,13 @@ impl<M: Model> ModelSource<M> {
     /// Returns how many steps the worker takes per epoch.
     #[must_use]
     pub fn steps_per_epoch(&self) -> u64 {
-        self.batches.batches_per_epoch()
+        self.batches.steps_per_epoch()
     }
 }
 
 impl<M: Model> GradientSource for ModelSource<M> {
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
-        let per_epoch = self.batches.batches_per_epoch();
-        let cursor = Cursor {
-            epoch: clock.0 / per_epoch,
-            batch: clock.0 % per_epoch,
-        };
-        if self.batches.cursor() != cursor {
-            self.batches.seek(cursor)?;
-        }
-        let batch = self.batches.next_batch()?;
+        let batch = self.batches.batch(clock)?;
         load(&mut self.model, weights)?;
         let WorkerConfig { worker, seed, .. } = self.config;
         let step = StepSeed {

@@ -14,7 +14,7 @@ use tracing_subscriber::fmt::{FmtContext, format::Full};
 use tracing_subscriber::registry::LookupSpan;
 
 // Options of every example. No doc comment: `--help` would take it for the program's.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 #[command(next_help_heading = "Several processes")]
 pub(crate) struct ClusterArgs {
     /// Run as this many processes on this machine, this one among them.

@@ -8,8 +8,8 @@ use ps::prelude::*;
 pub(crate) mod cluster;
 
 // Options of every MNIST example. No doc comment: `--help` would take it for the program's.
-#[derive(clap::Args)]
-pub(crate) struct Common {
+#[derive(Clone, clap::Args)]
+pub(crate) struct DataArgs {
     /// Directory with the four MNIST files. Default: $PS_MNIST_DIR, the cache, a download, or the
     /// sample of the real data that is built in.
     #[arg(long)]
@@ -20,6 +20,16 @@ pub(crate) struct Common {
     /// Where to compute, such as flex, ndarray, tch, tch:cuda:0, cuda:0 or wgpu, if compiled in.
     #[arg(long, default_value = default_device_name())]
     pub(crate) device: String,
+    #[command(flatten)]
+    pub(crate) cluster: cluster::ClusterArgs,
+}
+
+// Options of those that train with workers.
+#[derive(Clone, clap::Args)]
+#[allow(dead_code, reason = "not every example has them")]
+pub(crate) struct Common {
+    #[command(flatten)]
+    pub(crate) data: DataArgs,
     /// Number of workers.
     #[arg(long, default_value_t = 2)]
     pub(crate) num_workers: usize,
@@ -35,11 +45,9 @@ pub(crate) struct Common {
     /// Seed of the initial weights and the order of examples.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    #[command(flatten)]
-    pub(crate) cluster: cluster::ClusterArgs,
 }
 
-impl Common {
+impl DataArgs {
     /// Turns logging on, loads MNIST and says where it comes from.
     pub(crate) fn mnist(&self) -> Result<Mnist> {
         let rank = self.cluster.begin();
@@ -59,9 +67,11 @@ impl Common {
         }
         Ok(mnist)
     }
+}
 
+#[allow(dead_code, reason = "the examples that use `Trainer` leave this to it")]
+impl Common {
     /// The settings of the worker with this rank.
-    #[allow(dead_code, reason = "the examples that use `Trainer` leave this to it")]
     pub(crate) fn worker(&self, rank: usize) -> WorkerConfig {
         WorkerConfig {
             worker: WorkerId(rank as u32),

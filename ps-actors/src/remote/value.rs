@@ -151,10 +151,11 @@ impl<T: Value> RemoteRef<T> {
     ///
     /// # Errors
     /// When the system gives no thread.
+    #[allow(clippy::missing_panics_doc, reason = "it is started once")]
     pub fn new(value: T) -> Result<Self, SpawnError> {
         let mut value = Some(value);
         let actor = Owned::<T>::options().start(move || {
-            let value = value.take().expect("it is started once");
+            let value = value.take().expect("an actor without restarts is started once");
             Owned::new(value)
         })?;
         Ok(Self { actor })

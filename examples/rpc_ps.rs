@@ -1,0 +1,199 @@
+//! The model lives on the parameter server; trainers send it images and get gradients of it applied.
+//!
+//! The program of PyTorch's RPC guide, for any number of trainers: remote forward, distributed
+//! autograd, a distributed optimizer. Rank 0 is the server, the others are trainers.
+//!
+//! ```text
+//! cargo run --release --example rpc_ps -- --processes 3
+//! ```
+//!
+//! or, in three terminals (or on three hosts, with `--master-addr`),
+//!
+//! ```text
+//! cargo run --release --example rpc_ps -- --world-size 3 --rank 0
+//! cargo run --release --example rpc_ps -- --world-size 3 --rank 1
+//! cargo run --release --example rpc_ps -- --world-size 3 --rank 2
+//! ```
+//!
+//! Each trainer prints its loss every 5 batches, `Training complete!`, and the accuracy that the
+//! model on the server has then on the test set: about 95 % after 200 batches of two trainers.
+
+use actix::{Actor, Context, Handler, Message, ResponseFuture};
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use futures_util::future::try_join_all;
+use ps::data::WorkerBatches;
+use ps::prelude::*;
+use ps::served::{DistributedOptimizer, PartConfig, PartServer, infer, serve_part};
+use serde::{Deserialize, Serialize};
+
+mod common;
+
+/// Training a model that lives on the parameter server.
+#[derive(Clone, Parser)]
+struct Args {
+    #[command(flatten)]
+    data: common::DataArgs,
+    /// Batches of each trainer.
+    #[arg(long, default_value_t = 200)]
+    iterations: u64,
+    /// Examples per batch.
+    #[arg(long, default_value_t = 32)]
+    batch_size: usize,
+    /// Learning rate.
+    #[arg(long, default_value_t = 0.03)]
+    learning_rate: f64,
+    /// Seed of the initial weights, the order of examples, and dropout.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let mnist = args.data.mnist()?;
+    let device = select_device(&args.data.device)?;
+    let hosts = {
+        let (args, mnist) = (args.clone(), mnist);
+        Hosts::new().host(move |place: Place| {
+            let (args, mnist) = (args.clone(), mnist.clone());
+            Ok(Trainer { args, mnist, place })
+        })
+    };
+    // `None`: this process was the home of a trainer, and the training is over.
+    let Some(cluster) = args.data.cluster.launch(hosts)? else {
+        return Ok(());
+    };
+
+    // Every gradient is applied as soon as it comes.
+    let config = ServerConfig {
+        consistency: Consistency::Asp,
+        learning_rate: args.learning_rate,
+        ..ServerConfig::default()
+    };
+    let net = Net::init(args.seed, &device);
+    let server = ParameterServer::new(&initial_weights(&net, &device)?, Sgd::new(), config)?;
+    let servers = ServerGroup::from(server.spawn()?);
+    // One for each trainer, so that they need not wait for each other; the weights are the same.
+    let num_trainers = cluster.nodes().len().max(1);
+    let trainers = (0..num_trainers).map(|index| {
+        let part = serve_part(&net, &device, &servers, PartConfig::default())?;
+        let place = Place {
+            part,
+            index,
+            num_trainers,
+        };
+        Ok(supervise(&cluster, &servers, place))
+    });
+    let trainers = trainers.collect::<Result<Vec<_>>>()?;
+    run(try_join_all(trainers))?;
+    let version = run(servers.pull(PullVersion::Latest))?.version();
+    println!("{} updates by {num_trainers} trainers.", version.0);
+    Ok(())
+}
+
+/// Keeps a trainer going, on whatever node there is: it goes on after its last step.
+async fn supervise(cluster: &Cluster, servers: &ServerGroup, place: Place) -> Result<()> {
+    const MAX_LIVES: usize = 10;
+    let worker = WorkerId(place.index as u32);
+    for _ in 1..MAX_LIVES {
+        let trainer = cluster.spawn::<Trainer>(place.clone()).await?;
+        match trainer.ask(Train).await {
+            Ok(trained) => return trained.map_err(anyhow::Error::msg),
+            Err(lost) => tracing::warn!(%worker, %lost, "a trainer is lost; it goes on"),
+        }
+        trainer.kill();
+        servers.report_lost(worker).await?;
+    }
+    anyhow::bail!("{worker} was lost {MAX_LIVES} times")
+}
+
+/// What a trainer has to know.
+#[derive(Clone, Serialize, Deserialize)]
+struct Place {
+    part: ActorRef<PartServer<Net>>,
+    /// Which of the trainers.
+    index: usize,
+    num_trainers: usize,
+}
+
+/// Has data, but no model.
+struct Trainer {
+    args: Args,
+    mnist: Mnist,
+    place: Place,
+}
+
+impl Actor for Trainer {
+    type Context = Context<Self>;
+}
+
+impl Remote for Trainer {
+    fn messages(messages: &mut Messages<Self>) {
+        messages.add::<Train>();
+    }
+}
+
+impl Hosted for Trainer {
+    type Args = Place;
+}
+
+/// Takes all steps, and evaluates.
+#[derive(Message, Serialize, Deserialize)]
+#[rtype(result = "Result<(), String>")]
+struct Train;
+
+impl Handler<Train> for Trainer {
+    type Result = ResponseFuture<Result<(), String>>;
+
+    fn handle(&mut self, _: Train, _: &mut Context<Self>) -> Self::Result {
+        let trained = train(self.args.clone(), self.mnist.clone(), self.place.clone());
+        Box::pin(async move { trained.await.map_err(|error| format!("{error:#}")) })
+    }
+}
+
+async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
+    let Place {
+        part,
+        index,
+        num_trainers,
+    } = place;
+    let device = select_device(&args.data.device)?;
+    let worker = WorkerId(index as u32);
+    let mut batches = WorkerBatches::new(
+        &mnist.train,
+        WorkerConfig {
+            worker,
+            num_workers: num_trainers,
+            batch_size: args.batch_size,
+            seed: args.seed,
+        },
+    )?;
+    let mut optimizer = DistributedOptimizer::new(worker, args.seed);
+    optimizer.add(&part).await?;
+    while optimizer.clock().0 < args.iterations {
+        let clock = optimizer.clock();
+        let batch = batches.batch(clock)?;
+        let mut context = optimizer.begin();
+        let output = context.forward(&part, batch.images_on(&device)).await?;
+        let labels = batch.labels_on(&output.device());
+        let loss = nll_loss(output, labels);
+        context.backward(&loss).await?;
+        optimizer.step(context).await?;
+        if clock.0 % 5 == 0 {
+            let (rank, loss) = (index + 1, loss.into_scalar::<f32>());
+            println!("Rank {rank} training batch {} loss {loss:.4}", clock.0);
+        }
+    }
+    optimizer.leave().await?;
+    println!("Training complete!\nGetting accuracy....");
+    let mut evaluation = Evaluation::default();
+    let indices: Vec<usize> = (0..mnist.test.len()).collect();
+    for indices in indices.chunks(256) {
+        let batch = Examples::batch(&mnist.test, indices);
+        let output = infer(&part, batch.images_on(&device)).await?;
+        evaluation += Evaluation::of_classifier(output, batch.labels_on(&device));
+    }
+    let accuracy = evaluation.accuracy().context("there is no test data")?;
+    println!("Rank {} accuracy {:.1} %", index + 1, 100.0 * accuracy);
+    Ok(())
+}
