@@ -22,7 +22,6 @@ use actix::{Actor, Context, Handler, Message, ResponseFuture};
 use anyhow::{Context as _, Result};
 use clap::Parser;
 use futures_util::future::try_join_all;
-use ps::data::WorkerBatches;
 use ps::prelude::*;
 use ps::served::{DistributedOptimizer, PartConfig, PartServer, infer, serve_part};
 use serde::{Deserialize, Serialize};

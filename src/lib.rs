@@ -79,7 +79,7 @@ pub mod prelude {
     pub use ps_actors::group::ServerGroup;
     pub use ps_actors::ids::{Clock, Version, WorkerId};
     pub use ps_actors::launch::LaunchOptions;
-    pub use ps_actors::remote::{Kept, Messages, Remote};
+    pub use ps_actors::remote::{Kept, Messages, Remote, RemoteRef};
     pub use ps_actors::rule::{Sgd, UpdateRule};
     pub use ps_actors::server::{
         ApplyGradients, ApplyKept, Consistency, GetStatus, GetWeights, ParameterServer, Pull,
@@ -91,11 +91,11 @@ pub mod prelude {
     };
     pub use ps_data::{FashionMnist, ImageDataset, Mnist, MnistOptions};
     pub use ps_model::{
-        ConvNet, Evaluation, ImageBatch, Model, Net, Step, compiled_devices, default_device_name,
-        nll_loss, select_device,
+        ConvNet, Evaluation, ImageBatch, Model, Net, Part, Step, compiled_devices,
+        default_device_name, nll_loss, select_device,
     };
 
-    pub use crate::data::{Examples, collated};
+    pub use crate::data::{Examples, WorkerBatches, collated};
     pub use crate::report::Report;
     pub use crate::rule::OptimizerRule;
     pub use crate::source::{

@@ -198,6 +198,45 @@ fn no_process_outlives_the_driver() {
     }
 }
 
+/// The guide's program as three processes, by one command and by hand.
+#[test]
+fn trainers_of_a_model_on_the_server_print_what_the_guides_do() {
+    let alone = Run::start("rpc_ps", &["--iterations", "6"]).finish();
+    let together = ["--iterations", "6", "--processes", "3"];
+    let together = Run::start("rpc_ps", &together).finish();
+    for ((status, output), ranks) in [(alone, 1..=1), (together, 1..=2)] {
+        assert!(status.success(), "{output}");
+        let num_trainers = ranks.clone().count();
+        for rank in ranks {
+            for batch in [0, 5] {
+                let line = format!("Rank {rank} training batch {batch} loss ");
+                assert!(output.contains(&line), "{line}: {output}");
+            }
+            assert!(
+                output.contains(&format!("Rank {rank} accuracy ")),
+                "{output}"
+            );
+        }
+        let complete = output.matches("Training complete!").count();
+        assert_eq!(complete, num_trainers, "{output}");
+        let updates = format!("{} updates by {num_trainers} trainers.", 6 * num_trainers);
+        assert!(output.contains(&updates), "{output}");
+    }
+}
+
+#[test]
+fn a_trainer_that_is_killed_goes_on_and_no_update_is_lost_or_doubled() {
+    let arguments = ["--iterations", "60", "--processes", "3"];
+    let mut run = Run::start("rpc_ps", &arguments);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["Rank 2 training batch 5 "]);
+    signal("KILL", node);
+    run.wait_for(&["a trainer is lost; it goes on"]);
+    let (status, output) = run.finish();
+    assert!(status.success(), "{output}");
+    assert!(output.contains("120 updates by 2 trainers."), "{output}");
+}
+
 #[test]
 fn a_wrong_launch_ends_with_the_code_for_do_not_retry() {
     for (arguments, text) in [

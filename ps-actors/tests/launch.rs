@@ -15,7 +15,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ps_actors::launch::{self, Exited, ProcessConfig, ProcessError, ProcessGroup};
+use ps_actors::cluster::{Cluster, ClusterConfig, Hosts};
+use ps_actors::launch::{self, Exited, LaunchOptions, ProcessConfig, ProcessError, ProcessGroup};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, wait};
 
 /// What copies do: see [`copy`].
@@ -36,9 +37,14 @@ fn play_a_role() {
         return;
     };
     launch::die_with_parent().unwrap();
+    if role == "refused" && std::env::var_os(launch::env::PARENT_PID).is_some() {
+        let hosts = Hosts::new().must_agree("its role", "node");
+        let launched = Cluster::launch(&LaunchOptions::default(), ClusterConfig::default(), hosts);
+        exit(launched.unwrap_err().exit_code().into());
+    }
     match launch::from_env(launch::env::read).unwrap() {
         Some(place) if std::env::var_os(launch::env::PARENT_PID).is_some() => copy(&role, &place),
-        _ => driver(),
+        _ => driver(&role),
     }
 }
 
@@ -72,10 +78,10 @@ fn copy(role: &str, place: &launch::Place) {
     exit(launch::EXIT_OK.into());
 }
 
-/// Starts copies and does what its standard input says, a command a line; leaves at its end.
-fn driver() {
+/// Starts copies, unless its role does that by itself, and does what its standard input says, a command a line; leaves at its end.
+fn driver(role: &str) {
     let runtime = actix_rt::System::new();
-    let mut group = Some(runtime.block_on(async { start_group() }));
+    let mut group = (role != "refused").then(|| runtime.block_on(async { start_group() }));
     let mut terminated = None;
     for line in io::stdin().lines().map_while(Result::ok) {
         let (command, argument) = line.split_once(' ').unwrap_or((&line, ""));
@@ -118,6 +124,17 @@ fn driver() {
                 }));
                 assert!(result.is_err());
                 say_children();
+            }
+            "launch" => {
+                let options = LaunchOptions {
+                    processes: Some(3),
+                    ..LaunchOptions::default()
+                };
+                let hosts = Hosts::new().must_agree("its role", "driver");
+                match Cluster::launch(&options, ClusterConfig::default(), hosts) {
+                    Ok(_) => say("launched"),
+                    Err(error) => say(&format!("{}: {error}", error.exit_code())),
+                }
             }
             "exit" => exit(0),
             "listen" => {
@@ -309,6 +326,16 @@ fn copies_are_told_their_places_and_nothing_of_an_outer_launcher() {
     driver.expect("the group has no rank 0: it started ranks 1 to 2, rank 0 is the driver");
     driver.tell("look 3");
     driver.expect("the group has no rank 3: it started ranks 1 to 2, rank 0 is the driver");
+}
+
+/// A start that would fail again does not keep the driver waiting for those who will not come.
+#[test]
+fn a_driver_whose_copies_are_refused_does_not_wait_for_them() {
+    let mut driver = Driver::start_unready("refused");
+    driver.tell("launch");
+    driver.expect("1: 0 of 2 nodes have joined; the others have ended: see what they say");
+    drop(driver.commands.take());
+    assert!(driver.all_gone().success());
 }
 
 #[test]

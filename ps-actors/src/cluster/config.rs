@@ -132,6 +132,14 @@ pub enum ClusterError {
         /// For how long.
         after: Duration,
     },
+    /// Processes that this one has started have ended before they joined.
+    #[error("{joined} of {wanted} nodes have joined; the others have ended: see what they say")]
+    Refusals {
+        /// How many are there.
+        joined: usize,
+        /// How many were waited for.
+        wanted: usize,
+    },
 }
 
 impl ClusterError {

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
 use axum::Router;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::config::{ClusterConfig, ClusterError};
 use super::driver::Cluster;
@@ -109,15 +109,17 @@ impl Cluster {
                     rendezvous: address.into(),
                     token: Some(token.reveal().to_owned()),
                 })?;
-                cluster.accompany(Companions::watch(group));
-                gather(&cluster, world_size, within)?;
+                let companions = Companions::watch(group);
+                let num_gone = companions.num_gone.clone();
+                cluster.accompany(companions);
+                gather(&cluster, world_size, within, Some(num_gone))?;
                 Ok(Some(cluster))
             }
             Launch::Rank(place) if place.is_driver() => {
                 let address = listen_address(&place)?;
                 let within = config.join_timeout;
                 let cluster = Self::listen_with(config, address, hosts, routes)?;
-                gather(&cluster, place.world_size, within)?;
+                gather(&cluster, place.world_size, within, None)?;
                 Ok(Some(cluster))
             }
             Launch::Rank(place) => {
@@ -129,15 +131,49 @@ impl Cluster {
 }
 
 /// Waits for the other processes; goes on without those that take too long, if there are any.
-fn gather(cluster: &Cluster, world_size: u32, within: Duration) -> Result<(), ClusterError> {
+/// Those that have ended and are not started again are not waited for.
+fn gather(
+    cluster: &Cluster,
+    world_size: u32,
+    within: Duration,
+    num_gone: Option<watch::Receiver<usize>>,
+) -> Result<(), ClusterError> {
     let wanted = world_size.saturating_sub(1) as usize;
-    match cluster.wait_for_nodes(wanted, within).wait() {
-        Err(error @ ClusterError::NotAllJoined { joined: 0, .. }) => Err(error),
+    let joined = cluster.wait_for_nodes(wanted, within);
+    let watched = cluster.clone();
+    let gathered = Task::start(async move {
+        let all_settled = async {
+            let Some(mut num_gone) = num_gone else {
+                return std::future::pending().await;
+            };
+            let is_settled = |gone: &usize| gone + watched.nodes().len() >= wanted;
+            // An error means that nobody counts any more.
+            if num_gone
+                .wait_for(|gone| *gone > 0 && is_settled(gone))
+                .await
+                .is_err()
+            {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            joined = joined => joined.map(drop),
+            () = all_settled => Err(ClusterError::Refusals {
+                joined: watched.nodes().len(),
+                wanted,
+            }),
+        }
+    });
+    match gathered.wait() {
+        Err(
+            error @ (ClusterError::NotAllJoined { joined: 0, .. }
+            | ClusterError::Refusals { joined: 0, .. }),
+        ) => Err(error),
         Err(error) => {
             tracing::warn!(%error, "going on without the others; they may join later");
             Ok(())
         }
-        Ok(_) => Ok(()),
+        Ok(()) => Ok(()),
     }
 }
 
@@ -182,12 +218,15 @@ pub(crate) struct Companions {
     /// Its drop asks for the end.
     stop: Option<oneshot::Sender<()>>,
     ended: Option<Task<()>>,
+    /// How many have ended and are not started again.
+    num_gone: watch::Receiver<usize>,
 }
 
 impl Companions {
     /// Starts those again that crash, and ends all when asked to.
     fn watch(mut group: ProcessGroup) -> Self {
         let (stop, mut stopped) = oneshot::channel();
+        let (gone, num_gone) = watch::channel(0);
         let ended = Task::start(async move {
             let mut num_restarts = 0;
             loop {
@@ -203,6 +242,7 @@ impl Companions {
                 let status = exited.status.map(|status| status.to_string());
                 if !exited.can_retry() {
                     tracing::debug!(rank, status, "a process has ended");
+                    gone.send_modify(|gone| *gone += 1);
                     continue;
                 }
                 if num_restarts == MAX_RESTARTS {
@@ -211,6 +251,7 @@ impl Companions {
                         status,
                         "a process has failed too often: not started again"
                     );
+                    gone.send_modify(|gone| *gone += 1);
                     continue;
                 }
                 num_restarts += 1;
@@ -224,6 +265,7 @@ impl Companions {
         Self {
             stop: Some(stop),
             ended: Some(ended),
+            num_gone,
         }
     }
 }

@@ -155,7 +155,9 @@ impl<T: Value> RemoteRef<T> {
     pub fn new(value: T) -> Result<Self, SpawnError> {
         let mut value = Some(value);
         let actor = Owned::<T>::options().start(move || {
-            let value = value.take().expect("an actor without restarts is started once");
+            let value = value
+                .take()
+                .expect("an actor without restarts is started once");
             Owned::new(value)
         })?;
         Ok(Self { actor })
