@@ -178,7 +178,7 @@ async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
         let loss = nll_loss(output, labels);
         context.backward(&loss).await?;
         optimizer.step(context).await?;
-        if clock.0 % 5 == 0 {
+        if clock.0.is_multiple_of(5) {
             let (rank, loss) = (index + 1, loss.into_scalar::<f32>());
             println!("Rank {rank} training batch {} loss {loss:.4}", clock.0);
         }

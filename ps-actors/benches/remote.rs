@@ -9,7 +9,6 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message};
-use ps_actors::ActorRef;
 use ps_actors::cluster::{Cluster, ClusterConfig, Hosted, Hosts, Placement, SpawnOn, Transport};
 use ps_actors::group::{ServerArgs, ServerGroup};
 use ps_actors::ids::{Clock, GradientId, Incarnation, WorkerId};
@@ -18,6 +17,7 @@ use ps_actors::remote::{Messages, Remote};
 use ps_actors::rule::Sgd;
 use ps_actors::server::{Consistency, ServerConfig};
 use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+use ps_actors::{ActorRef, RestartPolicy, Spawn};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -116,9 +116,10 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 fn hosts() -> Hosts {
-    Hosts::new()
-        .host(|()| Ok(Peer))
-        .host(|args: ServerArgs| Ok(args.into_server(Box::new(Sgd::new()))?))
+    Hosts::new().host(|()| Ok(Peer)).host_with(
+        Spawn::new().restart(RestartPolicy::NEVER),
+        |args: ServerArgs| Ok(args.into_server(Box::new(Sgd::new()))?),
+    )
 }
 
 /// A bare connection, and the rounds that it was asked for.

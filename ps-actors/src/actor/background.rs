@@ -18,6 +18,7 @@ use actix::System;
 use tokio::runtime::{Handle, Runtime};
 use tokio::time::Sleep;
 
+use super::linger::Lingering;
 use super::mailbox::ActorId;
 
 thread_local! {
@@ -64,16 +65,24 @@ pub(crate) fn block_on<F: Future>(future: F, deadline: Option<Instant>) -> Optio
     let mut future = pin!(future);
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut cx = Context::from_waker(&waker);
+    let lingering = Lingering::begin();
     loop {
         if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
             return Some(output);
         }
-        match deadline {
-            None => thread::park(),
+        let left = match deadline {
+            None => None,
             Some(deadline) => match deadline.checked_duration_since(Instant::now()) {
-                Some(left) if !left.is_zero() => thread::park_timeout(left),
+                Some(left) if !left.is_zero() => Some(left),
                 _ => return None,
             },
+        };
+        if lingering.goes_on() {
+            continue;
+        }
+        match left {
+            None => thread::park(),
+            Some(left) => thread::park_timeout(left),
         }
     }
 }

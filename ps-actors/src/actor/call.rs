@@ -6,7 +6,9 @@
 //! the call out of `Queued` or `Running` gives its slot back, before the caller can see the result.
 
 use std::any::type_name;
+use std::future::poll_fn;
 use std::mem;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context as TaskContext, Poll, Waker};
 use std::time::Duration;
@@ -29,6 +31,10 @@ pub(crate) enum Loss {
     /// The handler let go of its reply channel.
     NoReply,
 }
+
+/// Something that is kept until the handler of a call has returned, and its response if that follows
+/// at once.
+pub(crate) type Held = Box<dyn Send>;
 
 /// Why the caller no longer waits.
 #[derive(Debug, Clone, Copy)]
@@ -75,6 +81,7 @@ pub(crate) struct Call<A: Actor, M: Message> {
 struct State<M: Message> {
     stage: Stage<M>,
     waker: Option<Waker>,
+    held: Option<Held>,
 }
 
 enum Stage<M: Message> {
@@ -96,8 +103,16 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
             state: Mutex::new(State {
                 stage: Stage::Queued(message),
                 waker: None,
+                held: None,
             }),
         }
+    }
+
+    /// Keeps `held` until the handler has returned, or is sure not to begin.
+    pub(crate) fn holding(mut self, held: Option<Held>) -> Self {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        state.held = held;
+        self
     }
 
     fn lock(&self) -> MutexGuard<'_, State<M>> {
@@ -114,7 +129,9 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         let Stage::Queued(message) = mem::replace(&mut state.stage, Stage::Over) else {
             unreachable!("the stage was checked under the same lock");
         };
+        let held = state.held.take();
         drop(state);
+        drop(held);
         self.mailbox.release_slot();
         Some(message)
     }
@@ -127,14 +144,14 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         self.mailbox.undelivered(message, reason)
     }
 
-    fn begin(&self) -> Option<M> {
+    fn begin(&self) -> Option<(M, Option<Held>)> {
         let mut state = self.lock();
         if !matches!(state.stage, Stage::Queued(_)) {
             return None;
         }
         let running = Stage::Running { wanted: !self.told };
         match mem::replace(&mut state.stage, running) {
-            Stage::Queued(message) => Some(message),
+            Stage::Queued(message) => Some((message, state.held.take())),
             _ => unreachable!("the stage was checked under the same lock"),
         }
     }
@@ -173,6 +190,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         let Stage::Queued(message) = mem::replace(&mut state.stage, Stage::Over) else {
             unreachable!("the stage was checked under the same lock");
         };
+        let held = state.held.take();
         let reason = NotDelivered::Stopped { panic };
         let error = self.mailbox.undelivered(message, reason);
         self.mailbox.release_slot();
@@ -187,6 +205,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
                 waker.wake();
             }
         }
+        drop(held);
         true
     }
 }
@@ -198,7 +217,8 @@ where
     M::Result: Send,
 {
     fn start(self: Arc<Self>, actor: &mut A, ctx: &mut Context<A>) -> Option<InFlight<A>> {
-        let message = self.begin()?;
+        // What is held goes at the end of this function, or with the handler's panic.
+        let (message, mut held) = self.begin()?;
         let (reply, mut response) = oneshot::channel();
         actor.handle(message, ctx).handle(ctx, Some(reply));
         match response.try_recv() {
@@ -206,15 +226,27 @@ where
             Err(TryRecvError::Closed) => self.fail(&Loss::NoReply),
             Err(TryRecvError::Empty) => {
                 // Outside tokio's budget: thousands of responses may get ready at once.
-                let response = tokio::task::unconstrained(response);
+                let mut response = tokio::task::unconstrained(response);
                 return Some(Box::pin(async move {
-                    match response.await {
+                    // A response that needed nothing but the actor is there now, and has been handed
+                    // on when what is held goes. Of any other one, nobody knows how long it takes.
+                    let begun = poll_fn(|cx| Poll::Ready(Pin::new(&mut response).poll(cx))).await;
+                    let result = match begun {
+                        Poll::Ready(result) => result,
+                        Poll::Pending => {
+                            held = None;
+                            response.await
+                        }
+                    };
+                    let ended = match result {
                         Ok(result) => {
                             self.end(Ok(result));
                             Ok(())
                         }
                         Err(_closed) => Err(self as Arc<dyn QueuedCall<A>>),
-                    }
+                    };
+                    drop(held);
+                    ended
                 }));
             }
         }
@@ -316,5 +348,104 @@ where
         let waker = state.waker.take();
         drop(state);
         drop((unread, waker));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use actix::ResponseFuture;
+
+    use super::*;
+    use crate::actor::{ActorRef, spawn};
+
+    /// Answers when its channel says so.
+    struct Gate;
+
+    impl Actor for Gate {
+        type Context = Context<Self>;
+    }
+
+    #[derive(Message)]
+    #[rtype(result = "()")]
+    struct Later(oneshot::Receiver<()>);
+
+    impl Handler<Later> for Gate {
+        type Result = ResponseFuture<()>;
+
+        fn handle(&mut self, Later(open): Later, _: &mut Context<Self>) -> Self::Result {
+            Box::pin(async move { open.await.unwrap_or(()) })
+        }
+    }
+
+    #[derive(Message)]
+    #[rtype(result = "()")]
+    struct Block(mpsc::Receiver<()>);
+
+    impl Handler<Block> for Gate {
+        type Result = ();
+
+        fn handle(&mut self, Block(open): Block, _: &mut Context<Self>) {
+            let _ = open.recv();
+        }
+    }
+
+    /// Says on its channel when it is dropped.
+    struct Witness(mpsc::Sender<()>);
+
+    impl Drop for Witness {
+        fn drop(&mut self) {
+            let _ = self.0.send(());
+        }
+    }
+
+    fn held() -> (Option<Held>, mpsc::Receiver<()>) {
+        let (sender, dropped) = mpsc::channel();
+        (Some(Box::new(Witness(sender))), dropped)
+    }
+
+    /// Blocks the actor until the returned sender is dropped.
+    fn block(gate: &ActorRef<Gate>) -> mpsc::Sender<()> {
+        let (open, blocked) = mpsc::channel();
+        gate.tell(Block(blocked)).unwrap();
+        open
+    }
+
+    #[test]
+    fn what_a_call_holds_is_kept_until_its_handler_has_returned_but_not_for_its_response() {
+        let gate = spawn(|| Gate);
+        let blocked = block(&gate);
+        let (held, dropped) = held();
+        let (open, later) = oneshot::channel();
+        let call = gate.mailbox_here().push_with(Later(later), held).unwrap();
+        assert_eq!(dropped.try_recv(), Err(mpsc::TryRecvError::Empty));
+        drop(blocked);
+        dropped.recv().unwrap();
+        // The response is still under way.
+        assert_eq!(gate.pending(), 1);
+        drop(open);
+        crate::actor::background::block_on(std::future::poll_fn(|cx| call.poll(cx)), None)
+            .unwrap()
+            .unwrap();
+    }
+
+    #[test]
+    fn what_a_call_holds_goes_with_a_call_that_never_begins() {
+        let gate = spawn(|| Gate);
+        let _blocked = block(&gate);
+        let (first, first_dropped) = held();
+        let (second, second_dropped) = held();
+        let push = |held| {
+            let (_, never) = mpsc::channel();
+            gate.mailbox_here().push_with(Block(never), held).unwrap()
+        };
+        let taken_back = push(first);
+        let _killed = push(second);
+        taken_back.abandon();
+        first_dropped.recv().unwrap();
+        assert_eq!(second_dropped.try_recv(), Err(mpsc::TryRecvError::Empty));
+        gate.kill();
+        second_dropped.recv().unwrap();
     }
 }

@@ -15,7 +15,7 @@ use actix::{Actor, Context, Handler, Message};
 use futures_util::task::AtomicWaker;
 use tokio::sync::{Semaphore, TryAcquireError, watch};
 
-use super::call::{Call, Loss, QueuedCall};
+use super::call::{Call, Held, Loss, QueuedCall};
 use super::error::{CallError, NotDelivered, Undelivered};
 
 /// Identifies an actor within this process; a number is never used twice.
@@ -184,15 +184,38 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         M: Message + Send + 'static,
         M::Result: Send,
     {
+        let message = self.take_slot(message)?;
+        self.push_into_slot(Call::new(Arc::clone(self), message, told))
+    }
+
+    /// Queues a call if a slot is free, with something that is dropped when its handler has
+    /// returned, or when the handler is sure not to begin.
+    pub(crate) fn push_with<M>(
+        self: &Arc<Self>,
+        message: M,
+        held: Option<Held>,
+    ) -> Result<Arc<Call<A, M>>, CallError>
+    where
+        A: Handler<M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        let message = self.take_slot(message)?;
+        self.push_into_slot(Call::new(Arc::clone(self), message, false).holding(held))
+    }
+
+    fn take_slot<M: Send + 'static>(&self, message: M) -> Result<M, CallError> {
         match self.slots.try_acquire() {
-            Ok(slot) => slot.forget(),
+            Ok(slot) => {
+                slot.forget();
+                Ok(message)
+            }
             Err(TryAcquireError::NoPermits) => {
                 let limit = self.max_pending;
-                return Err(self.undelivered(message, NotDelivered::QueueFull { limit }));
+                Err(self.undelivered(message, NotDelivered::QueueFull { limit }))
             }
-            Err(TryAcquireError::Closed) => return Err(self.undelivered(message, self.stopped())),
+            Err(TryAcquireError::Closed) => Err(self.undelivered(message, self.stopped())),
         }
-        self.push_into_slot(message, told)
     }
 
     /// Waits for a slot, first come first served, and queues a call.
@@ -209,20 +232,16 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
             Ok(slot) => slot.forget(),
             Err(_closed) => return Err(self.undelivered(message, self.stopped())),
         }
-        self.push_into_slot(message, false)
+        self.push_into_slot(Call::new(Arc::clone(self), message, false))
     }
 
-    fn push_into_slot<M>(
-        self: &Arc<Self>,
-        message: M,
-        told: bool,
-    ) -> Result<Arc<Call<A, M>>, CallError>
+    fn push_into_slot<M>(&self, call: Call<A, M>) -> Result<Arc<Call<A, M>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        let call = Arc::new(Call::new(Arc::clone(self), message, told));
+        let call = Arc::new(call);
         let mut queue = self.lock();
         if queue.phase != Phase::Open {
             drop(queue);

@@ -22,7 +22,7 @@
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
 //! | `spawn`, `registry` | options, names, all actors of the process |
 //! | `shutdown` | ends actors within a bound |
-//! | `background` | the helper thread for timers, and blocking waits |
+//! | `background`, `linger` | the helper thread for timers, and blocking waits |
 //!
 //! ```
 //! use actix::{Actor, Context, Handler, Message};
@@ -59,6 +59,7 @@ pub(crate) mod actor_ref;
 pub(crate) mod background;
 pub(crate) mod call;
 pub(crate) mod error;
+pub(crate) mod linger;
 pub(crate) mod mailbox;
 mod pending;
 mod pump;

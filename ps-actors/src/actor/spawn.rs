@@ -139,6 +139,11 @@ impl Spawn {
         self
     }
 
+    /// Whether the factory may be called more than once.
+    pub(crate) fn may_restart(&self) -> bool {
+        self.restart.max_restarts > 0
+    }
+
     /// Starts an actor on a thread of its own and returns at once.
     ///
     /// The factory runs on that thread, and again for each restart. If it panics, that counts as a

@@ -194,13 +194,21 @@ impl<A: Hosted> Host for Make<A> {
                 let process = Arc::clone(&process);
                 // A first start that failed is not tried again.
                 let mut failed = None;
+                let may_restart = options.may_restart();
+                let mut args = Some(args);
                 move || {
                     lookup::enter(&process);
                     if let Some(why) = failed.take() {
                         resume_unwind(Box::<String>::new(why));
                     }
-                    let made = args
-                        .clone()
+                    // Of a server they are its first weights: who is made once does not keep them.
+                    let given = if may_restart {
+                        args.clone()
+                    } else {
+                        args.take()
+                    };
+                    let made = given
+                        .expect("an actor that is never restarted is made once")
                         .read(&process)
                         .map_err(|error| error_chain(&error))
                         .and_then(|args| make(args).map_err(|error| error_chain(&*error)));

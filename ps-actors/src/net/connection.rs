@@ -1,22 +1,28 @@
 //! One connection after its handshake: reads frames, writes frames, notices when the peer is gone.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncRead, AsyncReadExt, BufReader, ReadBuf};
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt, BufReader, ReadBuf};
 use tokio::time::Sleep;
 
 use super::config::NetConfig;
 use super::frame::{FrameError, HEAD_LEN, Head, Kind, parse_lengths};
 use super::outbox::{Outbox, TaskWriter};
 use super::stream::{ReadHalf, Stream};
+use super::turns::{Turn, Turns};
+use crate::actor::linger::Lingering;
 use crate::buffer::{Buffer, BufferPool};
 
 /// Bytes read at once; larger pieces go straight to their buffer.
 const READ_BUFFER: usize = 16 << 10;
+
+/// The most numbers in a frame after which the next one may follow at once.
+const SMALL: usize = 16 << 10;
 
 /// A frame that has arrived.
 #[derive(Debug)]
@@ -26,6 +32,16 @@ pub(crate) struct Frame {
     pub(crate) code: u32,
     pub(crate) header: Vec<u8>,
     pub(crate) bulk: Vec<Buffer>,
+    /// Kept until the handler of a large call has returned.
+    pub(crate) turn: Option<Turn>,
+}
+
+impl Frame {
+    /// Whether it took no longer than waking a thread does.
+    fn is_small(&self) -> bool {
+        let num_numbers: usize = self.bulk.iter().map(|buffer| buffer.len()).sum();
+        num_numbers <= SMALL
+    }
 }
 
 /// What a connection does with the frames that arrive, and at its end.
@@ -33,8 +49,19 @@ pub(crate) trait Peer: Send + 'static {
     /// Handles a frame, pings included; an error ends the connection.
     fn receive(&mut self, frame: Frame) -> Result<(), String>;
 
+    /// What senders of large calls wait for.
+    fn turns(&self) -> Option<Arc<Turns>> {
+        None
+    }
+
     /// The connection is over. Called exactly once.
     fn disconnected(&mut self, why: &Arc<str>);
+}
+
+/// Where what arrives is put, and when.
+struct Arrivals<'a> {
+    buffers: &'a BufferPool,
+    turns: Option<Arc<Turns>>,
 }
 
 /// Why a connection ended.
@@ -74,6 +101,10 @@ impl Connection {
         buffers: &BufferPool,
         peer: impl Peer,
     ) {
+        let at = Arrivals {
+            buffers,
+            turns: peer.turns(),
+        };
         let mut peer = Farewell {
             peer,
             is_said: false,
@@ -86,12 +117,14 @@ impl Connection {
         let read = already_read.chain(Watched::new(read, config.lease));
         let mut read = BufReader::with_capacity(READ_BUFFER, read);
         let reading = async {
-            loop {
-                let Some(frame) = read_frame(&mut read, buffers, config.max_numbers).await? else {
-                    return Ok(());
-                };
+            while let Some(frame) = read_frame(&mut read, &at, config.max_numbers).await? {
+                let may_have_successor = frame.is_small() && frame.kind != Kind::Ping;
                 peer.peer.receive(frame).map_err(Ended::Peer)?;
+                if may_have_successor {
+                    linger(&mut read).await;
+                }
             }
+            Ok(())
         };
         let result = both_ways(reading, &outbox, write, config).await;
         let why: Arc<str> = match result {
@@ -145,7 +178,7 @@ impl<P: Peer> Drop for Farewell<P> {
 /// Reads one frame, or `None` at the end of the stream.
 async fn read_frame(
     read: &mut (impl AsyncRead + Unpin),
-    pool: &BufferPool,
+    at: &Arrivals<'_>,
     max_numbers: u64,
 ) -> Result<Option<Frame>, Ended> {
     let mut fixed = [0; HEAD_LEN];
@@ -160,11 +193,15 @@ async fn read_frame(
     let lengths = parse_lengths(&table, max_numbers)?;
     let mut header = vec![0; head.header_len];
     read.read_exact(&mut header).await?;
+    let turn = match (head.kind, &at.turns) {
+        (Kind::Ask | Kind::Tell, Some(turns)) => turns.turn(lengths.iter().sum()).await,
+        _ => None,
+    };
     let mut bulk = Vec::with_capacity(lengths.len());
     for len in lengths {
         // Fresh memory costs nothing before something is written to it, so an announcement
         // that nothing follows takes none.
-        let mut buffer = pool.take_filled(len);
+        let mut buffer = at.buffers.take_filled(len);
         read.read_exact(bytemuck::cast_slice_mut(&mut buffer))
             .await?;
         bulk.push(buffer);
@@ -178,7 +215,22 @@ async fn read_frame(
         code,
         header,
         bulk,
+        turn,
     }))
+}
+
+/// Waits for something to read, but only as long as it is worth to stay awake.
+async fn linger(read: &mut (impl AsyncBufRead + Unpin)) {
+    let lingering = Lingering::begin();
+    loop {
+        // An error or the end of the stream is there, too, for whoever reads.
+        let is_there = poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).is_ready()));
+        if is_there.await || !lingering.goes_on() {
+            return;
+        }
+        // The event loop looks for what has arrived, on its other connections, too.
+        tokio::task::yield_now().await;
+    }
 }
 
 /// A reader that fails when nothing has arrived for the length of the lease.
@@ -221,5 +273,130 @@ impl AsyncRead for Watched {
             this.timer.as_mut().reset(until.into());
         }
         Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncWriteExt, DuplexStream};
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// Numbers in a large message.
+    const LARGE: usize = 1 << 20;
+
+    struct Receiver {
+        arrived: mpsc::UnboundedSender<Frame>,
+        turns: Arc<Turns>,
+    }
+
+    impl Peer for Receiver {
+        fn receive(&mut self, frame: Frame) -> Result<(), String> {
+            self.arrived.send(frame).map_err(|error| error.to_string())
+        }
+
+        fn turns(&self) -> Option<Arc<Turns>> {
+            Some(Arc::clone(&self.turns))
+        }
+
+        fn disconnected(&mut self, _: &Arc<str>) {}
+    }
+
+    /// Runs the called side of a connection; returns the caller's pipe, and what arrives.
+    fn accept(
+        turns: &Arc<Turns>,
+        config: NetConfig,
+    ) -> (DuplexStream, mpsc::UnboundedReceiver<Frame>) {
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let (sender, arrived) = mpsc::unbounded_channel();
+        let turns = Arc::clone(turns);
+        tokio::spawn(async move {
+            let connection = Connection::new(Stream::Memory(theirs));
+            let receiver = Receiver {
+                arrived: sender,
+                turns,
+            };
+            let buffers = BufferPool::new(0);
+            connection.run(&[], &config, &buffers, receiver).await;
+        });
+        (ours, arrived)
+    }
+
+    /// The beginning of a call with so many numbers.
+    fn announcement(num_numbers: usize) -> Vec<u8> {
+        let mut bytes = vec![Kind::Ask as u8, 0xa7, 1, 0];
+        bytes.resize(HEAD_LEN, 0);
+        bytes.extend((num_numbers as u64).to_le_bytes());
+        bytes
+    }
+
+    #[tokio::test]
+    async fn lingering_ends_without_traffic_and_loses_nothing() {
+        let (mut write, read) = tokio::io::duplex(64);
+        let mut read = BufReader::new(read);
+        linger(&mut read).await;
+        write.write_all(b"here").await.unwrap();
+        linger(&mut read).await;
+        drop(write);
+        linger(&mut read).await;
+        let mut all = Vec::new();
+        read.read_to_end(&mut all).await.unwrap();
+        assert_eq!(all, b"here");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn large_calls_are_read_one_after_the_other() {
+        let turns = Turns::new(Duration::MAX);
+        let before = turns.turn(usize::MAX).await.expect("nobody is before it");
+        let (mut caller, mut arrived) = accept(&turns, NetConfig::default());
+        let call = [announcement(LARGE), vec![0; 4 * LARGE]].concat();
+        let mut writing = tokio::spawn(async move {
+            caller.write_all(&call).await.unwrap();
+            caller
+        });
+        // What is not read yet waits in the network.
+        let wait = tokio::time::timeout(Duration::from_millis(10), &mut writing);
+        assert!(wait.await.is_err());
+        drop(before);
+        let frame = arrived.recv().await.expect("it is read in its turn");
+        assert_eq!(frame.bulk[0].len(), LARGE);
+        assert!(frame.turn.is_some());
+        writing.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stalled_sender_does_not_stop_the_others() {
+        let turns = Turns::new(NetConfig::default().lease / 2);
+        let (mut stalled, _never) = accept(&turns, NetConfig::default());
+        stalled.write_all(&announcement(LARGE)).await.unwrap();
+        let (mut caller, mut arrived) = accept(&turns, NetConfig::default());
+        let call = [announcement(LARGE), vec![0; 4 * LARGE]].concat();
+        for _ in 0..3 {
+            let begin = tokio::time::Instant::now();
+            caller.write_all(&call).await.unwrap();
+            arrived.recv().await.expect("it goes on without its turn");
+            assert!(begin.elapsed() < NetConfig::default().heartbeat);
+        }
+        drop(stalled);
+    }
+
+    ///
+    #[tokio::test]
+    async fn who_waits_for_a_turn_gives_signs_of_life() {
+        let turns = Turns::new(Duration::MAX);
+        let config = NetConfig::default().with_lease(Duration::from_millis(50));
+        let _before = turns.turn(usize::MAX).await.expect("nobody is before it");
+        let (mut caller, _never) = accept(&turns, config);
+        // So much that its wait is longer than the lease.
+        let call = announcement(1 << 30);
+        caller.write_all(&call).await.unwrap();
+        let begin = Instant::now();
+        for _ in 0..10 {
+            let mut frame = [0; HEAD_LEN];
+            caller.read_exact(&mut frame).await.unwrap();
+            assert_eq!(frame[0], Kind::Ping as u8);
+        }
+        assert!(begin.elapsed() > config.lease);
     }
 }

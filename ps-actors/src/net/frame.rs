@@ -17,6 +17,9 @@
 //! All numbers are little-endian. [`Head::parse`] is pure and checks everything that can be
 //! checked before anything is allocated.
 
+use std::sync::Arc;
+
+use super::turns::{Sending, Turns};
 use crate::codec::{Bulk, Encoded, MAX_HEADER};
 
 /// Bytes of a frame's fixed part.
@@ -191,6 +194,8 @@ pub(crate) struct OutFrame {
     bulk: Vec<Bulk>,
     num_written: usize,
     len: usize,
+    /// Says that the frame is still to be written.
+    sending: Option<Sending>,
 }
 
 impl OutFrame {
@@ -221,7 +226,15 @@ impl OutFrame {
             bulk,
             num_written: 0,
             len,
+            sending: None,
         }
+    }
+
+    /// Counts the frame as one that is being sent until it is written or given up.
+    pub(crate) fn counted(mut self, turns: &Arc<Turns>) -> Self {
+        let num_numbers = self.bulk.iter().map(|bulk| bulk.len()).sum();
+        self.sending = turns.sending(num_numbers);
+        self
     }
 
     /// Sets the call's number; it must not have been written in part.

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`frame`] | the format of what is sent; pure |
 //! | `connection`, `outbox` | reading, writing, heartbeat of one connection |
+//! | `turns` | large calls to one actor come in one after the other |
 //! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
 //! | `address`, `dial`, `listen` | finding a process, both sides of the handshake |
 //! | `access`, [`tls`] | the token; certificates |
@@ -28,6 +29,7 @@ pub(crate) mod outbox;
 pub(crate) mod stream;
 pub(crate) mod threads;
 pub mod tls;
+pub(crate) mod turns;
 
 pub use access::{Token, TokenError};
 pub use address::Address;

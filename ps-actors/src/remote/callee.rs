@@ -28,6 +28,7 @@ use crate::codec::{self, Encoded};
 use crate::net::connection::{Frame, Peer};
 use crate::net::frame::{Kind, OutFrame};
 use crate::net::outbox::Outbox;
+use crate::net::turns::Turns;
 
 /// An actor of any type that other processes can call.
 pub(crate) trait Callee: Send + Sync {
@@ -38,6 +39,7 @@ pub(crate) trait Callee: Send + Sync {
     fn stop(&self);
     fn kill(&self);
     fn ended(&self) -> watch::Receiver<bool>;
+    fn turns(&self) -> &Arc<Turns>;
     /// The `Arc<Handle<A>>`, as one of any type.
     fn handle(&self) -> Arc<dyn std::any::Any + Send + Sync>;
 }
@@ -47,6 +49,7 @@ pub(crate) struct Exported<A: Actor> {
     pub(crate) handle: Arc<Handle<A>>,
     pub(crate) mailbox: Arc<Mailbox<A>>,
     pub(crate) table: Arc<Table<A>>,
+    pub(crate) turns: Arc<Turns>,
 }
 
 impl<A: Remote> Callee for Exported<A> {
@@ -76,6 +79,10 @@ impl<A: Remote> Callee for Exported<A> {
 
     fn ended(&self) -> watch::Receiver<bool> {
         self.mailbox.ended()
+    }
+
+    fn turns(&self) -> &Arc<Turns> {
+        &self.turns
     }
 
     fn handle(&self) -> Arc<dyn std::any::Any + Send + Sync> {
@@ -128,6 +135,7 @@ where
         call: number,
         header,
         bulk,
+        turn,
         ..
     } = frame;
     let message = on_behalf_of(&connection.process, || codec::decode::<M>(&header, bulk));
@@ -145,7 +153,7 @@ where
         }
     };
     // A told message, too, is answered, without its result: its loss is counted by its sender.
-    match mailbox.push(message, false) {
+    match mailbox.push_with(message, turn.map(|turn| Box::new(turn) as _)) {
         Ok(call) => {
             connection.last_taken.fetch_max(number, Ordering::Relaxed);
             let reply = Arc::new(Answer {
@@ -167,6 +175,7 @@ pub(crate) struct Calls {
     process: Arc<Process>,
     outbox: Arc<Outbox>,
     actor_name: Arc<str>,
+    turns: Arc<Turns>,
     running: Mutex<HashMap<u64, Arc<dyn Cancel>>>,
     /// The number of the last call that was queued; they come in increasing order.
     last_taken: AtomicU64,
@@ -186,7 +195,7 @@ impl Calls {
         // A caller whose connection is gone has been told so by its own side.
         let _ = self
             .outbox
-            .send(OutFrame::new(Kind::Reply, call, code, contents));
+            .send(OutFrame::new(Kind::Reply, call, code, contents).counted(&self.turns));
     }
 
     fn reply_error(&self, call: u64, error: &CallError) {
@@ -290,6 +299,7 @@ impl Server {
             process: Arc::clone(process),
             outbox,
             actor_name: Arc::clone(callee.name()),
+            turns: Arc::clone(callee.turns()),
             running: Mutex::default(),
             last_taken: AtomicU64::new(0),
         });
@@ -344,6 +354,10 @@ impl Peer for Server {
             }
         }
         Ok(())
+    }
+
+    fn turns(&self) -> Option<Arc<Turns>> {
+        Some(Arc::clone(&self.calls.turns))
     }
 
     fn disconnected(&mut self, why: &Arc<str>) {

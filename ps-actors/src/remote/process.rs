@@ -24,6 +24,7 @@ use crate::buffer::BufferPool;
 use crate::codec::Encoded;
 use crate::net::dial::{self, DialError, Dialled};
 use crate::net::memory::MemoryNetwork;
+use crate::net::turns::Turns;
 use crate::net::{Address, NetConfig, Tls, Token};
 
 /// A process of a cluster, in one of its lives.
@@ -189,6 +190,8 @@ impl Process {
                 handle: Arc::clone(actor.handle()),
                 mailbox: Arc::clone(mailbox),
                 table,
+                // TCP gives up a peer that takes nothing for a lease.
+                turns: Turns::new(self.config.lease / 2),
             }),
             num_connections: 0,
             last_wanted: Instant::now(),

@@ -161,7 +161,9 @@ fn synchronous_trainers_wait_for_each_other() {
             });
         })
     });
-    trainers.map(|trainer| trainer.join().unwrap());
+    for trainer in trainers {
+        trainer.join().unwrap();
+    }
 }
 
 #[test]

@@ -83,13 +83,6 @@ async fn optimizer<P: Part>(trainer: u32, part: &ActorRef<PartServer<P>>) -> Dis
     optimizer
 }
 
-fn images() -> Array {
-    Array {
-        shape: vec![1, 1, 28, 28],
-        values: vec![0.5; 784],
-    }
-}
-
 /// The version that an applied gradient was computed on.
 fn computed_on(outcome: Outcome) -> Version {
     let Outcome::Applied { version, staleness } = outcome else {

@@ -1,0 +1,190 @@
+//! Which large calls to one actor come in at the same time.
+//!
+//! Several callers that send a gradient at once would take as many buffers as they are, and so would
+//! the snapshots on their way out to them. A fast network gains nothing by that. So those
+//! who send large calls to one actor take turns: the next one is read when the handler of
+//! the last one has returned and no more than one large reply is still to be written. What
+//! was not read waits in the network, which stops its sender.
+//!
+//! A turn is never waited for longer than a fast link needs for a few such messages, and then
+//! nobody waits for a while: a slow or stalled sender costs the others memory, not time. Replies are
+//! read at once, for who waits for one has room for it; so two processes never wait for each other.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
+
+/// Messages of fewer numbers are not worth a wait.
+const LARGE: usize = 1 << 18;
+
+/// A link that is slower than this, in numbers per microsecond (1 GB/s), gains from several at once.
+const FAST: u64 = 250;
+
+/// How many messages of the same size to wait for, at the speed of a fast link.
+const MAX_AHEAD: u32 = 8;
+
+/// How many large replies may be on their way out when the next large message is read.
+const MAX_SENDING: usize = 1;
+
+/// After a wait in vain nobody waits for this many times as long.
+const REST: u32 = 16;
+
+/// Who may send an actor something large.
+#[derive(Debug)]
+pub(crate) struct Turns {
+    turn: Arc<Semaphore>,
+    num_sending: watch::Sender<usize>,
+    rests_until: Mutex<Option<Instant>>,
+    /// Longer waits would cost a connection its lease.
+    longest: Duration,
+}
+
+/// Whose drop lets the next sender of a large message have its turn.
+#[derive(Debug)]
+pub(crate) struct Turn(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+
+/// A large reply that is not written yet; its drop says that it is.
+#[derive(Debug)]
+pub(crate) struct Sending(Arc<Turns>);
+
+impl Turns {
+    /// `longest` bounds every wait.
+    pub(crate) fn new(longest: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            turn: Arc::new(Semaphore::new(1)),
+            num_sending: watch::Sender::new(0),
+            rests_until: Mutex::new(None),
+            longest,
+        })
+    }
+
+    /// Waits for the turn of a call with this many numbers; `None` when it needs none, or goes on
+    /// without.
+    pub(super) async fn turn(&self, num_numbers: usize) -> Option<Turn> {
+        if num_numbers < LARGE {
+            return None;
+        }
+        let limit = self.limit(num_numbers);
+        let wait = async {
+            // Never closed.
+            let turn = Arc::clone(&self.turn).acquire_owned().await.ok()?;
+            let mut num_sending = self.num_sending.subscribe();
+            num_sending.wait_for(|num| *num <= MAX_SENDING).await.ok()?;
+            Some(Turn(turn))
+        };
+        let limit = if self.rests() { Duration::ZERO } else { limit };
+        let begin = Instant::now();
+        let turn = tokio::time::timeout(limit, wait).await.ok().flatten();
+        if turn.is_none() && !limit.is_zero() {
+            let until = Instant::now() + REST * begin.elapsed();
+            *self.lock() = Some(until);
+        }
+        turn
+    }
+
+    fn limit(&self, num_numbers: usize) -> Duration {
+        let at_best = Duration::from_micros(num_numbers as u64 / FAST);
+        (MAX_AHEAD * at_best).min(self.longest)
+    }
+
+    fn rests(&self) -> bool {
+        self.lock().is_some_and(|until| Instant::now() < until)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
+        // A single value, so always whole.
+        self.rests_until
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a reply with this many numbers until it is written, if it is large.
+    pub(crate) fn sending(self: &Arc<Self>, num_numbers: usize) -> Option<Sending> {
+        (num_numbers >= LARGE).then(|| {
+            self.num_sending.send_modify(|num| *num += 1);
+            Sending(Arc::clone(self))
+        })
+    }
+}
+
+impl Drop for Sending {
+    fn drop(&mut self) {
+        self.0.num_sending.send_modify(|num| *num -= 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    const FOREVER: Duration = Duration::from_secs(3600);
+
+    fn turns(longest: Duration) -> Arc<Turns> {
+        Turns::new(longest)
+    }
+
+    /// So large that nobody goes on without a turn while the test runs.
+    const HUGE: usize = 1 << 40;
+
+    #[tokio::test]
+    async fn large_messages_come_one_after_the_other_and_small_ones_at_any_time() {
+        let turns = turns(FOREVER);
+        let first = turns.turn(HUGE).await.expect("nobody is before it");
+        let mut second = Box::pin(turns.turn(HUGE));
+        let mut third = Box::pin(turns.turn(HUGE));
+        assert!(second.as_mut().now_or_never().is_none());
+        assert!(third.as_mut().now_or_never().is_none());
+        let small = turns.turn(LARGE - 1).now_or_never();
+        assert!(small.expect("it does not wait").is_none());
+        drop(first);
+        let turn = second.await.expect("first come, first served");
+        assert!(third.as_mut().now_or_never().is_none());
+        drop(turn);
+        assert!(third.await.is_some());
+    }
+
+    #[tokio::test]
+    async fn nothing_large_is_read_while_two_large_replies_are_to_be_written() {
+        let turns = turns(FOREVER);
+        let first = turns.sending(LARGE).expect("it is large");
+        assert!(turns.sending(LARGE - 1).is_none());
+        drop(turns.turn(HUGE).await.expect("one reply is no hindrance"));
+        let second = turns.sending(LARGE).expect("it is large");
+        let mut turn = Box::pin(turns.turn(HUGE));
+        assert!(turn.as_mut().now_or_never().is_none());
+        drop(first);
+        assert!(turn.await.is_some());
+        drop(second);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stalled_sender_holds_the_others_up_once_and_not_for_long() {
+        let longest = Duration::from_millis(20);
+        let turns = turns(longest);
+        let stalled = turns.turn(HUGE).await;
+        assert!(stalled.is_some());
+        let begin = Instant::now();
+        assert!(turns.turn(HUGE).await.is_none(), "it goes on without");
+        assert_eq!(begin.elapsed().as_millis(), longest.as_millis());
+        for _ in 0..10 {
+            assert!(turns.turn(HUGE).await.is_none());
+        }
+        assert_eq!(begin.elapsed().as_millis(), longest.as_millis());
+        tokio::time::advance(REST * longest).await;
+        assert!(turns.turn(HUGE).await.is_none(), "it waits again");
+        assert!(begin.elapsed() >= (REST + 2) * longest);
+        drop(stalled);
+        assert!(turns.turn(HUGE).await.is_some());
+    }
+
+    #[test]
+    fn a_wait_is_as_long_as_a_few_messages_take_on_a_fast_link() {
+        let turns = turns(Duration::from_secs(1));
+        assert_eq!(turns.limit(25_000_000), Duration::from_millis(800));
+        assert_eq!(turns.limit(HUGE), Duration::from_secs(1));
+    }
+}
