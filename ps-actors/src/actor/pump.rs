@@ -16,10 +16,15 @@ use futures_util::future::LocalBoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::call::{InFlight, Loss, QueuedCall};
+use super::linger::Lingering;
 use super::mailbox::{Mailbox, Next};
 
 /// How many calls run before timers, streams and other items of the actor get their turn.
 const BATCH: usize = 64;
+
+/// After how many calls that came alone the actor stays awake for the next one. Where calls come
+/// several at a time, it is better to sleep until there are more.
+const MIN_SINGLE: u32 = 32;
 
 /// The replies of calls whose response is not ready; outlives the actor's context.
 pub(crate) struct Replies<A: Actor> {
@@ -73,6 +78,10 @@ pub(crate) struct Pump<A: Actor> {
     mailbox: Arc<Mailbox<A>>,
     replies: Rc<Replies<A>>,
     has_asked_to_stop: bool,
+    /// How many times in a row exactly one call was waiting.
+    num_single: u32,
+    /// After such a call: whether to stay awake for the next one.
+    lingering: Option<Lingering>,
 }
 
 impl<A: Actor> Pump<A> {
@@ -81,6 +90,8 @@ impl<A: Actor> Pump<A> {
             mailbox,
             replies,
             has_asked_to_stop: false,
+            num_single: 0,
+            lingering: None,
         }
     }
 }
@@ -95,17 +106,29 @@ impl<A: Actor<Context = Context<A>>> ActorFuture<A> for Pump<A> {
         cx: &mut TaskContext<'_>,
     ) -> Poll<()> {
         let this = self.get_mut();
-        for _ in 0..BATCH {
+        for num_begun in 0..BATCH {
             if ctx.waiting() {
                 return Poll::Pending;
             }
             match this.mailbox.next() {
                 Next::Call(call) => {
+                    this.num_single = match num_begun {
+                        0 => this.num_single.saturating_add(1),
+                        _ => 0,
+                    };
+                    this.lingering = (this.num_single >= MIN_SINGLE).then(Lingering::begin);
                     if let Some(response) = call.start(actor, ctx) {
                         this.replies.insert(response);
                     }
                 }
-                Next::Nothing => return Poll::Pending,
+                Next::Nothing => {
+                    if this.lingering.as_ref().is_some_and(Lingering::goes_on) {
+                        cx.waker().wake_by_ref();
+                    } else {
+                        this.lingering = None;
+                    }
+                    return Poll::Pending;
+                }
                 Next::Drained => {
                     // Once only: an actor whose `stopping` hook refuses goes on until it stops
                     // itself or is killed.

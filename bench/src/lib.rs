@@ -1,1 +1,0 @@
-//! Only benchmarks: see `benches/`, and `docs/benchmarks.md` for what they showed.
