@@ -179,11 +179,16 @@ impl Work {
                     "--consistency asp --processes 3",
                 ),
                 ("ps-single", "one worker", "--num-workers 1"),
+                ("ps-remote", "model on the server, one trainer", ""),
             ] {
+                let part = match name {
+                    "ps-remote" => "remote-forward",
+                    _ => "train",
+                };
                 all.push(contender(
                     &format!("{name}@{device}"),
                     &format!("ps, {device}: {what}"),
-                    Program::Ours("train"),
+                    Program::Ours(part),
                     &format!("--device {device} {arguments}"),
                 ));
             }
@@ -277,7 +282,7 @@ const RATE: &str = "gradients_per_second";
 /// Of `Net` with the default backend: "at most 1.5 times slower".
 const SLOWER: f64 = 1.0 / 1.5;
 
-pub(crate) const TARGETS: [Target; 16] = [
+pub(crate) const TARGETS: [Target; 18] = [
     target(Work::Convnet, RATE, "ps-sync", "ray-sync", 5.0),
     target(Work::Convnet, RATE, "ps-async", "ray-async", 5.0),
     target(Work::Convnet, RATE, "ps-processes-sync", "ray-sync", 3.0),
@@ -287,10 +292,12 @@ pub(crate) const TARGETS: [Target; 16] = [
     target(Work::Convnet, RATE, "ps-processes-sync", "rpc-sync", 5.0),
     target(Work::Convnet, RATE, "ps-processes-async", "rpc-async", 5.0),
     target(Work::Convnet, RATE, "ps-single", "torch-single", 1.0),
+    target(Work::Convnet, RATE, "ps-remote", "rpc-remote", 1.0),
     target(Work::Convnet, "peak_mb", "ps-sync", "ray-sync", 5.0),
     target(Work::Net, RATE, "ps-sync", "ray-sync", SLOWER),
     target(Work::Net, RATE, "ps-sync", "rpc-sync", SLOWER),
     target(Work::Net, RATE, "ps-single", "torch-single", SLOWER),
+    target(Work::Net, RATE, "ps-remote", "rpc-remote", SLOWER),
     target(Work::Net, "peak_mb", "ps-sync", "ray-sync", 5.0),
     target(Work::Transfer, "100mb_p50_ms", "ps", "ray", 3.0),
     target(Work::Transfer, "100mb_p50_ms", "ps", "rpc", 3.0),

@@ -13,7 +13,7 @@
 //! | `contenders` | works, contenders, metrics, and what we want to reach |
 //! | `run`, `processes` | one run, watched from outside: start-up, memory, processor time |
 //! | `rivals` | their virtual environment; the programs are in `rivals/` |
-//! | `measure`, `ours`, `transfer` | our own contenders, each in a process of its own |
+//! | `measure`, `ours`, `remote_forward`, `transfer` | our own contenders, each in a process of its own |
 //! | `stats`, `results`, `table`, `picture` | what came out |
 
 use std::fs;
@@ -29,6 +29,7 @@ mod measure;
 mod ours;
 mod picture;
 mod processes;
+mod remote_forward;
 mod results;
 mod rivals;
 mod run;
@@ -84,6 +85,9 @@ enum Part {
     /// One run of ours in training; used by `compare` itself.
     #[command(hide = true)]
     Train(ours::Ours),
+    /// One run of ours through a served model; used by `compare` itself.
+    #[command(hide = true)]
+    RemoteForward(remote_forward::RemoteForward),
     /// One run of ours in calls; used by `compare` itself.
     #[command(hide = true)]
     Transfer(transfer::Transfer),
@@ -93,6 +97,7 @@ fn main() -> Result<()> {
     let mut args = Args::parse();
     match args.part.take() {
         Some(Part::Train(ours)) => ours.run(),
+        Some(Part::RemoteForward(ours)) => ours.run(),
         Some(Part::Transfer(transfer)) => transfer.run(),
         None => compare(&args),
     }
