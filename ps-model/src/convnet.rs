@@ -4,14 +4,14 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::nn::conv::Conv2d;
 use burn::tensor::activation::{log_softmax, relu};
-use burn::tensor::module::max_pool2d;
-use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 
 use crate::batch::{ImageBatch, check_image_shape};
+use crate::conv::conv2d;
 use crate::loss::nll_loss;
 use crate::model::{Evaluation, Model};
 use crate::part::Part;
+use crate::pool::max_pool2d;
 use crate::rng::Rng;
 use crate::seeded;
 use crate::step::Step;
@@ -56,9 +56,9 @@ impl ConvNet {
             [1, 28, 28],
             "ConvNet takes images of [1, 28, 28]"
         );
-        let x = self.conv1.forward(images);
+        let x = conv2d(&self.conv1, images);
         debug_assert_eq!(x.dims(), [batch, 3, 26, 26]);
-        let x = relu(max_pool2d(x, MaxPoolOptions::new([3, 3])));
+        let x = relu(max_pool2d(x, 3));
         debug_assert_eq!(x.dims(), [batch, 3, 8, 8]);
         let x = self.fc.forward(x.reshape([batch, 192]));
         log_softmax(x, 1)

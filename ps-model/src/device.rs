@@ -1,7 +1,7 @@
 //! Chooses the device to compute on, among the backends compiled in.
 //!
-//! The only file with `cfg`s and with burn's deprecated calls (NdArray and LibTorch leave burn
-//! with 0.23). A backend's cargo feature adds a device and changes nothing else.
+//! The only file with burn's deprecated calls (NdArray and LibTorch leave burn with 0.23), and beside
+//! `conv` the only one with `cfg`s. A backend's cargo feature adds a device and changes nothing else.
 //!
 //! | Name         | Feature   | Device                                                        |
 //! |--------------|-----------|---------------------------------------------------------------|
@@ -193,7 +193,10 @@ impl Choice {
     fn open(self) -> Option<Device> {
         match self {
             #[cfg(feature = "flex")]
-            Self::Flex => Some(Device::flex()),
+            Self::Flex => {
+                keep_freed_memory();
+                Some(Device::flex())
+            }
             #[cfg(feature = "ndarray")]
             Self::NdArray => Some(Device::ndarray()),
             #[cfg(feature = "tch")]
@@ -219,6 +222,23 @@ impl Choice {
             #[allow(unreachable_patterns, reason = "reachable unless all are compiled in")]
             _ => None,
         }
+    }
+}
+
+/// Lets glibc keep up to 64 MB of freed memory for the next step, unless the user has set
+/// `M_TRIM_THRESHOLD` or `M_MMAP_THRESHOLD`.
+///
+/// The tensors of a step come and go with it. glibc would give the end of the heap back to the system
+/// after each step and fetch it again, page by page: a quarter of a step of `Net`. When a block that
+/// had a mapping of its own is freed, glibc takes its size for the one up to which blocks come from
+/// the heap, and keeps twice as much (mallopt(3), "dynamic mmap threshold"). This block, of nearly the
+/// 32 MB up to which it does so, is never written to, so it takes no memory.
+#[cfg(feature = "flex")]
+fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        static ONCE: std::sync::Once = std::sync::Once::new();
+        ONCE.call_once(|| drop(std::hint::black_box(Vec::<u8>::with_capacity(31 << 20))));
     }
 }
 

@@ -6,6 +6,7 @@
 //! - [`Model`]: what to implement for a model of your own, a burn module with a loss.
 //!   [`ConvNet`] and [`Net`] are two, for 28×28 images.
 //! - [`LocalModel`]: a model on a device; takes flat weights, gives loss and flat gradient.
+//! - [`conv2d`]: a burn convolution, computed faster on the default device.
 //! - [`Part`], [`Pass`]: a part of a model that others compute through; [`Seams`]: the other side.
 //! - [`flat`]: the flat view itself, for any burn module.
 //! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
@@ -58,6 +59,7 @@
 
 mod activation;
 mod batch;
+mod conv;
 mod convnet;
 pub mod device;
 pub mod flat;
@@ -67,6 +69,7 @@ mod model;
 mod net;
 mod panic;
 mod part;
+mod pool;
 mod rng;
 mod rule;
 mod rule_state;
@@ -79,6 +82,7 @@ pub use burn;
 
 pub use activation::{Activation, Array};
 pub use batch::{BatchError, ImageBatch};
+pub use conv::conv2d;
 pub use convnet::ConvNet;
 pub use device::{DeviceError, compiled_devices, default_device_name, select_device};
 pub use flat::{FlatError, ParameterSpec};
@@ -87,6 +91,7 @@ pub use loss::{nll_loss, num_correct};
 pub use model::{Evaluation, Model};
 pub use net::Net;
 pub use part::{MAX_CALLS, Part, PartError, Pass};
+pub use pool::max_pool2d;
 pub use rng::Rng;
 pub use rule::{BurnRule, ElementwiseConfig, RuleError};
 pub use rule_state::{RuleState, StateScalar, StateTensor, StateValue};

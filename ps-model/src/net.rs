@@ -4,14 +4,14 @@ use burn::module::Module;
 use burn::nn::Linear;
 use burn::nn::conv::Conv2d;
 use burn::tensor::activation::{log_softmax, relu};
-use burn::tensor::module::max_pool2d;
-use burn::tensor::ops::MaxPoolOptions;
 use burn::tensor::{Device, Tensor};
 
 use crate::batch::{ImageBatch, check_image_shape};
+use crate::conv::conv2d;
 use crate::loss::nll_loss;
 use crate::model::{Evaluation, Model};
 use crate::part::Part;
+use crate::pool::max_pool2d;
 use crate::rng::Rng;
 use crate::seeded;
 use crate::step::Step;
@@ -81,11 +81,11 @@ impl Net {
             [1, 28, 28],
             "Net takes images of [1, 28, 28]"
         );
-        let x = relu(self.conv1.forward(images));
+        let x = relu(conv2d(&self.conv1, images));
         debug_assert_eq!(x.dims(), [batch, 32, 26, 26]);
-        let x = self.conv2.forward(x);
+        let x = conv2d(&self.conv2, x);
         debug_assert_eq!(x.dims(), [batch, 64, 24, 24]);
-        let x = max_pool2d(x, MaxPoolOptions::new([2, 2]));
+        let x = max_pool2d(x, 2);
         debug_assert_eq!(x.dims(), [batch, 64, 12, 12]);
         let x = step.dropout_channels(x, self.dropout1);
         let x = relu(self.fc1.forward(x.reshape([batch, 9216])));

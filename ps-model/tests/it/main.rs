@@ -1,5 +1,6 @@
 //! The tests of ps-model through its public interface, on every backend that is compiled in.
 
+mod convolution;
 mod custom_model;
 mod devices;
 mod dropout;
@@ -7,6 +8,7 @@ mod flat_views;
 mod gradients;
 mod local_model;
 mod parts;
+mod pooling;
 mod support;
 mod training;
 mod update_rules;
