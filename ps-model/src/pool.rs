@@ -35,7 +35,7 @@ mod flex {
     use burn::backend::flex::FlexTensor;
     use burn::backend::{Autodiff, Flex};
     use burn::tensor::{DType, Tensor};
-    use pulp::Arch;
+    use pulp::{Arch, Simd, WithSimd};
 
     use crate::conv::flex::{numbers, tensor};
 
@@ -111,45 +111,8 @@ mod flex {
     impl Windows {
         /// The largest number of each window, and its place there: row by row, from 0.
         fn largest(&self, x: &[f32]) -> (Vec<f32>, Vec<u8>) {
-            let Self {
-                planes,
-                height,
-                width,
-                size,
-            } = *self;
-            let count = planes * (height / size) * (width / size);
-            let (mut largest, mut places) = (Vec::with_capacity(count), Vec::with_capacity(count));
-            // Of each column of a row of windows.
-            let (mut best, mut rows) = (vec![0.0_f32; width], vec![0_u32; width]);
-            Arch::new().dispatch(|| {
-                for plane in x.chunks_exact(height * width) {
-                    for band in plane.chunks_exact(size * width) {
-                        best.copy_from_slice(&band[..width]);
-                        rows.fill(0);
-                        for (row, numbers) in (1..).zip(band[width..].chunks_exact(width)) {
-                            for ((x, best), place) in numbers.iter().zip(&mut best).zip(&mut rows) {
-                                let is_larger = is_larger(*x, *best);
-                                *best = if is_larger { *x } else { *best };
-                                *place = if is_larger { row } else { *place };
-                            }
-                        }
-                        for (best, rows) in best.chunks_exact(size).zip(rows.chunks_exact(size)) {
-                            let mut column = 0;
-                            for other in 1..size {
-                                // Of equal ones, the one in the higher row comes first.
-                                let is_first =
-                                    best[other] == best[column] && rows[other] < rows[column];
-                                if is_larger(best[other], best[column]) || is_first {
-                                    column = other;
-                                }
-                            }
-                            largest.push(best[column]);
-                            places.push((rows[column] as usize * size + column) as u8);
-                        }
-                    }
-                }
-            });
-            (largest, places)
+            let windows = *self;
+            Arch::new().dispatch(Largest { windows, x })
         }
 
         /// Puts each number where the largest one of its window was, and zeros elsewhere.
@@ -182,9 +145,69 @@ mod flex {
         }
     }
 
-    /// NaN is larger than all.
+    /// See [`Windows::largest`]. Without branches on numbers, which nobody can predict.
+    struct Largest<'a> {
+        windows: Windows,
+        x: &'a [f32],
+    }
+
+    impl WithSimd for Largest<'_> {
+        type Output = (Vec<f32>, Vec<u8>);
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> Self::Output {
+            let Windows {
+                planes,
+                height,
+                width,
+                size,
+            } = self.windows;
+            let columns = width / size;
+            let count = planes * (height / size) * columns;
+            let (mut largest, mut places) = (Vec::with_capacity(count), Vec::with_capacity(count));
+            // Of each column of a row of windows, and then of each window.
+            let (mut column_best, mut column_place) = (vec![0.0; width], vec![0; width]);
+            let (mut best, mut place) = (vec![0.0; columns], vec![0; columns]);
+            for plane in self.x.chunks_exact(height * width) {
+                for band in plane.chunks_exact(size * width) {
+                    column_best.copy_from_slice(&band[..width]);
+                    column_place.fill(0);
+                    for (row, numbers) in (1..).zip(band[width..].chunks_exact(width)) {
+                        let so_far = column_best.iter_mut().zip(&mut column_place);
+                        for (x, (best, place)) in numbers.iter().zip(so_far) {
+                            let is_larger = is_larger(*x, *best);
+                            *best = if is_larger { *x } else { *best };
+                            *place = if is_larger { row * size as u32 } else { *place };
+                        }
+                    }
+                    best.fill(f32::NEG_INFINITY);
+                    place.fill(u32::MAX);
+                    for column in 0..size {
+                        let numbers = column_best[column..].iter().step_by(size);
+                        let rows = column_place[column..].iter().step_by(size);
+                        let so_far = best.iter_mut().zip(&mut place);
+                        for ((x, row), (best, place)) in numbers.zip(rows).zip(so_far) {
+                            let at = row + column as u32;
+                            // Of equal ones, the one in the higher row comes first.
+                            let is_first = (*x == *best) & (at < *place);
+                            let is_better = is_larger(*x, *best) | is_first;
+                            *best = if is_better { *x } else { *best };
+                            *place = if is_better { at } else { *place };
+                        }
+                    }
+                    largest.extend_from_slice(&best);
+                    places.extend(place.iter().map(|place| *place as u8));
+                }
+            }
+            (largest, places)
+        }
+    }
+
+    /// NaN is larger than all numbers, and the first one stays.
     #[inline(always)]
     fn is_larger(x: f32, best: f32) -> bool {
-        x > best || (x.is_nan() && !best.is_nan())
+        #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "it is true of NaN, too")]
+        let is_not_smaller = !(x <= best);
+        is_not_smaller & !best.is_nan()
     }
 }
