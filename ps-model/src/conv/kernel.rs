@@ -114,7 +114,8 @@ pub(super) fn weight_gradient(
     let offsets = offsets(sizes.input, sizes.kernel);
     let length = (height * wide_width).next_multiple_of(MAX_LANES);
     let last = offsets.last().copied().unwrap_or(0);
-    // Zero where there is no output, so that what the image has there does not count.
+    // Zero where there is no output, so that what the image has there does not count. (An infinity
+    // there would; but as every pixel lies under some tap, it makes NaN of the gradient anyway.)
     let mut wide = vec![0.0; outputs.next_multiple_of(ROWS) * length];
     let mut padded = vec![0.0; last + length];
     let mut dw = vec![0.0; outputs.next_multiple_of(ROWS) * offsets.len()];
