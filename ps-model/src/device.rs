@@ -1,7 +1,7 @@
 //! Chooses the device to compute on, among the backends compiled in.
 //!
 //! The only file with burn's deprecated calls (NdArray and LibTorch leave burn with 0.23), and beside
-//! `conv` the only one with `cfg`s. A backend's cargo feature adds a device and changes nothing else.
+//! `conv` and `pool` the only one with `cfg`s. A backend's cargo feature adds a device and changes nothing else.
 //!
 //! | Name         | Feature   | Device                                                        |
 //! |--------------|-----------|---------------------------------------------------------------|

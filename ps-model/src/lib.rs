@@ -8,6 +8,7 @@
 //! - [`LocalModel`]: a model on a device; takes flat weights, gives loss and flat gradient.
 //! - [`conv2d`]: a burn convolution, computed faster on the default device.
 //! - [`Part`], [`Pass`]: a part of a model that others compute through; [`Seams`]: the other side.
+//! - [`conv2d`], [`max_pool2d`]: burn's, and on the backend `flex` faster ones.
 //! - [`flat`]: the flat view itself, for any burn module.
 //! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
 //! - [`select_device`]: the device to compute on, by name, among the backends compiled in
