@@ -36,6 +36,7 @@ pub mod remote;
 pub mod rule;
 pub mod server;
 pub mod session;
+mod spread;
 pub mod weights;
 pub mod worker;
 

@@ -9,6 +9,8 @@
 
 use std::fmt;
 
+use crate::spread::{PART, spread};
+
 /// Changes weights by a gradient. Implementations are deterministic.
 pub trait UpdateRule: Send + fmt::Debug + 'static {
     /// Updates `weights` in place.
@@ -115,14 +117,20 @@ impl Sgd {
     }
 }
 
+/// Numbers of a part that one thread updates at a time.
+const PART_LEN: usize = PART / size_of::<f32>();
+
 impl UpdateRule for Sgd {
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
         let rate = learning_rate as f32;
         if self.momentum == 0.0 {
-            for (weight, gradient) in weights.iter_mut().zip(gradient) {
-                *weight -= rate * gradient;
-            }
-            return;
+            let num_bytes = size_of_val(weights);
+            let parts = weights.chunks_mut(PART_LEN).zip(gradient.chunks(PART_LEN));
+            return spread(num_bytes, parts, |(weights, gradient)| {
+                for (weight, gradient) in weights.iter_mut().zip(gradient) {
+                    *weight -= rate * gradient;
+                }
+            });
         }
         self.velocity.resize(weights.len(), 0.0);
         let momentum = self.momentum;
@@ -146,9 +154,14 @@ impl UpdateRule for Sgd {
             return self.update(next, gradient, learning_rate);
         }
         let rate = learning_rate as f32;
-        for ((next, weight), gradient) in next.iter_mut().zip(weights).zip(gradient) {
-            *next = weight - rate * gradient;
-        }
+        let num_bytes = size_of_val(next);
+        let old = weights.chunks(PART_LEN).zip(gradient.chunks(PART_LEN));
+        let parts = next.chunks_mut(PART_LEN).zip(old);
+        spread(num_bytes, parts, |(next, (weights, gradient))| {
+            for ((next, weight), gradient) in next.iter_mut().zip(weights).zip(gradient) {
+                *next = weight - rate * gradient;
+            }
+        });
     }
 
     fn save(&self) -> RuleState {
@@ -227,6 +240,18 @@ mod tests {
                 assert_eq!(weights, next);
             }
         }
+    }
+
+    #[test]
+    fn long_vectors_are_updated_as_short_ones() {
+        let weights: Vec<f32> = (0..3_000_001).map(|i| (i % 1013) as f32).collect();
+        let gradient: Vec<f32> = (0..weights.len()).map(|i| (i % 997) as f32).collect();
+        let pairs = weights.iter().zip(&gradient);
+        let expected: Vec<f32> = pairs.map(|(w, g)| w - 0.5 * g).collect();
+        let (mut in_place, mut next) = (weights.clone(), vec![0.0; weights.len()]);
+        Sgd::new().update(&mut in_place, &gradient, 0.5);
+        Sgd::new().update_into(&weights, &gradient, 0.5, &mut next);
+        assert!(in_place == expected && next == expected);
     }
 
     #[test]

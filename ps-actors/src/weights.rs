@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::buffer::Buffer;
 use crate::codec::Bulk;
 use crate::ids::{GradientId, Version};
+use crate::spread::{PART, spread};
 
 /// One parameter's place in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -358,9 +359,20 @@ impl Gradient {
     }
 }
 
-/// Sums squares in eight `f64` lanes: squares of finite `f32` cannot overflow there, so the
-/// sum is finite exactly when every number is. The order of summation is fixed.
+/// Sums squares in `f64`, where squares of finite `f32` cannot overflow, so the sum is
+/// finite exactly when every number is. The order of summation is fixed.
 fn norm_squared(values: &[f32]) -> f64 {
+    let parts = values.chunks(PART / size_of::<f32>());
+    let mut sums = vec![0.0; parts.len()];
+    let parts = parts.zip(&mut sums);
+    spread(size_of_val(values), parts, |(part, sum)| {
+        *sum = sum_of_squares(part);
+    });
+    sums.iter().sum()
+}
+
+/// Sums in eight lanes.
+fn sum_of_squares(values: &[f32]) -> f64 {
     let mut lanes = [0.0f64; 8];
     let (chunks, rest) = values.as_chunks::<8>();
     for chunk in chunks {

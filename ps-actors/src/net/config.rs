@@ -15,6 +15,10 @@ pub struct NetConfig {
     pub max_numbers: u64,
     /// How many connections may be open to this process at once. Default: 4,096.
     pub max_connections: usize,
+    /// Whether a process may copy large messages straight out of the memory of the one that sends them,
+    /// where both are of the same user on the same Linux host. Default: true; what the system forbids
+    /// is noticed, and then sockets are used.
+    pub read_peer_memory: bool,
 }
 
 impl Default for NetConfig {
@@ -25,6 +29,7 @@ impl Default for NetConfig {
             handshake: Duration::from_secs(5),
             max_numbers: 1 << 30,
             max_connections: 4096,
+            read_peer_memory: true,
         }
     }
 }

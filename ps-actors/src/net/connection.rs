@@ -11,8 +11,9 @@ use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt, BufReader, ReadBuf};
 use tokio::time::Sleep;
 
 use super::config::NetConfig;
-use super::frame::{FrameError, HEAD_LEN, Head, Kind, parse_lengths};
+use super::frame::{FrameError, HEAD_LEN, Head, Kind, OutFrame, parse_addresses, parse_lengths};
 use super::outbox::{Outbox, TaskWriter};
+use super::peer_memory::PeerMemory;
 use super::stream::{ReadHalf, Stream};
 use super::turns::{Turn, Turns};
 use crate::actor::linger::Lingering;
@@ -62,6 +63,61 @@ pub(crate) trait Peer: Send + 'static {
 struct Arrivals<'a> {
     buffers: &'a BufferPool,
     turns: Option<Arc<Turns>>,
+    outbox: &'a Outbox,
+    /// Where lent numbers are copied from.
+    memory: Option<PeerMemory>,
+}
+
+impl Arrivals<'_> {
+    /// Handles frames about lent memory, and returns all others.
+    fn look_after(&self, frame: Frame) -> Result<Option<Frame>, Ended> {
+        match frame.kind {
+            Kind::Probe => {
+                if self
+                    .memory
+                    .as_ref()
+                    .is_some_and(|memory| memory.shows(&frame.header))
+                {
+                    // Refused when no more is to be written: then nothing will be lent either.
+                    let _ = self.outbox.send(OutFrame::signal(Kind::Readable, 0));
+                }
+            }
+            Kind::Readable => self.outbox.peer_can_read(),
+            Kind::Taken => {
+                if !self.outbox.taken(frame.call) {
+                    let why = "the peer took something that was not lent to it";
+                    return Err(Ended::Peer(why.to_owned()));
+                }
+            }
+            _ => return Ok(Some(frame)),
+        }
+        Ok(None)
+    }
+
+    /// Copies lent numbers, and says so to their owner.
+    async fn take(
+        &self,
+        head: &Head,
+        addresses: &[u8],
+        lengths: Vec<usize>,
+    ) -> Result<Vec<Buffer>, Ended> {
+        let Some(memory) = &self.memory else {
+            return Err(Ended::Peer(
+                "the peer lends memory that cannot be read".to_owned(),
+            ));
+        };
+        let mut bulk = Vec::with_capacity(lengths.len());
+        for (len, address) in lengths.into_iter().zip(parse_addresses(addresses)) {
+            let mut buffer = self.buffers.take_filled(len);
+            memory
+                .read(address, bytemuck::cast_slice_mut(&mut buffer))
+                .await?;
+            bulk.push(buffer);
+        }
+        // Refused when no more is to be written, and the owner learns of that.
+        let _ = self.outbox.send(OutFrame::signal(Kind::Taken, head.call));
+        Ok(bulk)
+    }
 }
 
 /// Why a connection ended.
@@ -78,16 +134,19 @@ enum Ended {
 /// A connection whose reading side is not running yet.
 pub(crate) struct Connection {
     pub(crate) outbox: Arc<Outbox>,
+    memory: Option<PeerMemory>,
     read: ReadHalf,
     write: TaskWriter,
 }
 
 impl Connection {
-    pub(crate) fn new(stream: Stream) -> Self {
+    pub(crate) fn new(stream: Stream, config: &NetConfig) -> Self {
+        let memory = PeerMemory::of(&stream).filter(|_| config.read_peer_memory);
         let (read, write) = stream.split();
-        let (outbox, write) = Outbox::new(write);
+        let (outbox, write) = Outbox::new(write, memory.is_some());
         Self {
             outbox: Arc::new(outbox),
+            memory,
             read,
             write,
         }
@@ -101,25 +160,31 @@ impl Connection {
         buffers: &BufferPool,
         peer: impl Peer,
     ) {
-        let at = Arrivals {
-            buffers,
-            turns: peer.turns(),
-        };
+        let turns = peer.turns();
         let mut peer = Farewell {
             peer,
             is_said: false,
         };
         let Self {
             outbox,
+            memory,
             read,
             write,
         } = self;
+        let at = Arrivals {
+            buffers,
+            turns,
+            outbox: &outbox,
+            memory,
+        };
         let read = already_read.chain(Watched::new(read, config.lease));
         let mut read = BufReader::with_capacity(READ_BUFFER, read);
         let reading = async {
             while let Some(frame) = read_frame(&mut read, &at, config.max_numbers).await? {
                 let may_have_successor = frame.is_small() && frame.kind != Kind::Ping;
-                peer.peer.receive(frame).map_err(Ended::Peer)?;
+                if let Some(frame) = at.look_after(frame)? {
+                    peer.peer.receive(frame).map_err(Ended::Peer)?;
+                }
                 if may_have_successor {
                     linger(&mut read).await;
                 }
@@ -191,21 +256,29 @@ async fn read_frame(
     let mut table = vec![0; 8 * head.num_buffers];
     read.read_exact(&mut table).await?;
     let lengths = parse_lengths(&table, max_numbers)?;
+    let mut addresses = vec![0; if head.is_lent { table.len() } else { 0 }];
+    read.read_exact(&mut addresses).await?;
     let mut header = vec![0; head.header_len];
     read.read_exact(&mut header).await?;
     let turn = match (head.kind, &at.turns) {
         (Kind::Ask | Kind::Tell, Some(turns)) => turns.turn(lengths.iter().sum()).await,
         _ => None,
     };
-    let mut bulk = Vec::with_capacity(lengths.len());
-    for len in lengths {
-        // Fresh memory costs nothing before something is written to it, so an announcement
-        // that nothing follows takes none.
-        let mut buffer = at.buffers.take_filled(len);
-        read.read_exact(bytemuck::cast_slice_mut(&mut buffer))
-            .await?;
-        bulk.push(buffer);
-    }
+    let bulk = match head.is_lent {
+        true => at.take(&head, &addresses, lengths).await?,
+        false => {
+            let mut bulk = Vec::with_capacity(lengths.len());
+            for len in lengths {
+                // Fresh memory costs nothing before something is written to it, so an
+                // announcement that nothing follows takes none.
+                let mut buffer = at.buffers.take_filled(len);
+                read.read_exact(bytemuck::cast_slice_mut(&mut buffer))
+                    .await?;
+                bulk.push(buffer);
+            }
+            bulk
+        }
+    };
     let Head {
         kind, call, code, ..
     } = head;
@@ -312,7 +385,7 @@ mod tests {
         let (sender, arrived) = mpsc::unbounded_channel();
         let turns = Arc::clone(turns);
         tokio::spawn(async move {
-            let connection = Connection::new(Stream::Memory(theirs));
+            let connection = Connection::new(Stream::Memory(theirs), &config);
             let receiver = Receiver {
                 arrived: sender,
                 turns,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! offset  size
-//!      0     1  kind
+//!      0     1  kind; 128 more when the buffers are lent
 //!      1     1  always 0xA7
 //!      2     2  number of bulk buffers, n
 //!      4     4  length of the header in bytes, h
@@ -10,15 +10,20 @@
 //!     16     4  Ask, Tell: which message of the actor; Reply: 0 for a result, 1 for an error
 //!     20     4  always 0
 //!     24    8n  length of each buffer, in f32
-//!  24+8n     h  header: bincode
-//!               the buffers, f32, one after the other
+//!              if lent: 8n, the address of each buffer in the sender's memory
+//!            h  header: bincode
+//!               unless lent: the buffers, f32, one after the other
 //! ```
+//!
+//! Lent buffers stay where they are until the receiver has copied them and says `Taken`.
+//! Only a peer that said `Readable` gets such frames.
 //!
 //! All numbers are little-endian. [`Head::parse`] is pure and checks everything that can be
 //! checked before anything is allocated.
 
 use std::sync::Arc;
 
+use super::peer_memory::{Probe, address};
 use super::turns::{Sending, Turns};
 use crate::codec::{Bulk, Encoded, MAX_HEADER};
 
@@ -29,6 +34,9 @@ pub const HEAD_LEN: usize = 24;
 pub const MAX_BUFFERS: usize = 4096;
 
 const MARK: u8 = 0xA7;
+
+/// In the byte of the kind: the buffers are lent.
+const LENT: u8 = 0x80;
 
 /// The most bytes that [`OutFrame::next_chunk`] copies.
 const MAX_CHUNK: usize = 64 << 10;
@@ -55,10 +63,16 @@ pub enum Kind {
     Kill = 8,
     /// The actor has ended; calls with a higher number than this were not taken by it.
     Ended = 9,
+    /// Where the sender's memory has a secret, and which.
+    Probe = 10,
+    /// The secret was there: buffers may be lent.
+    Readable = 11,
+    /// The buffers lent with this call's frame have been copied.
+    Taken = 12,
 }
 
 impl Kind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 12] = [
         Self::Ask,
         Self::Tell,
         Self::Cancel,
@@ -68,6 +82,9 @@ impl Kind {
         Self::Stop,
         Self::Kill,
         Self::Ended,
+        Self::Probe,
+        Self::Readable,
+        Self::Taken,
     ];
 }
 
@@ -80,8 +97,10 @@ pub struct Head {
     pub call: u64,
     /// Which message, or which kind of result.
     pub code: u32,
-    /// How many buffers follow.
+    /// How many buffers it has.
     pub num_buffers: usize,
+    /// Whether they are lent: their addresses follow in place of their numbers.
+    pub is_lent: bool,
     /// The header's length in bytes.
     pub header_len: usize,
 }
@@ -133,7 +152,9 @@ impl Head {
             r2,
             r3,
         ] = bytes;
-        let found = Kind::ALL.into_iter().find(|known| *known as u8 == *kind);
+        let is_lent = *kind & LENT != 0;
+        let number = *kind & !LENT;
+        let found = Kind::ALL.into_iter().find(|known| *known as u8 == number);
         let (Some(kind), MARK, [0, 0, 0, 0]) = (found, *mark, [*r0, *r1, *r2, *r3]) else {
             return Err(FrameError::NotAFrame([*kind, *mark, *n0, *n1]));
         };
@@ -150,6 +171,7 @@ impl Head {
             call: u64::from_le_bytes(*call),
             code: u32::from_le_bytes([*c0, *c1, *c2, *c3]),
             num_buffers,
+            is_lent,
             header_len,
         })
     }
@@ -157,7 +179,8 @@ impl Head {
     fn write(&self, out: &mut Vec<u8>) {
         let num_buffers = u16::try_from(self.num_buffers).unwrap_or(u16::MAX);
         let header_len = u32::try_from(self.header_len).unwrap_or(u32::MAX);
-        out.extend([self.kind as u8, MARK]);
+        let lent = if self.is_lent { LENT } else { 0 };
+        out.extend([self.kind as u8 | lent, MARK]);
         out.extend(num_buffers.to_le_bytes());
         out.extend(header_len.to_le_bytes());
         out.extend(self.call.to_le_bytes());
@@ -186,11 +209,19 @@ pub fn parse_lengths(bytes: &[u8], max: u64) -> Result<Vec<usize>, FrameError> {
     Ok(lengths)
 }
 
+/// Reads the addresses of lent buffers.
+pub(crate) fn parse_addresses(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    let (chunks, _) = bytes.as_chunks::<8>();
+    chunks.iter().map(|chunk| u64::from_le_bytes(*chunk))
+}
+
 /// A frame on its way out. Its bulk is shared with the message, not copied.
 #[derive(Debug)]
 pub(crate) struct OutFrame {
     /// Fixed part, lengths and header.
     head: Vec<u8>,
+    /// Where the buffers are, if they are lent.
+    addresses: Option<Vec<u8>>,
     bulk: Vec<Bulk>,
     num_written: usize,
     len: usize,
@@ -212,6 +243,7 @@ impl OutFrame {
             call,
             code,
             num_buffers: bulk.len(),
+            is_lent: false,
             header_len: header.len(),
         };
         let mut head = Vec::with_capacity(HEAD_LEN + 8 * bulk.len() + header.len());
@@ -220,14 +252,48 @@ impl OutFrame {
             head.extend((buffer.len() as u64).to_le_bytes());
         }
         head.extend(header);
-        let len = head.len() + bulk.iter().map(|bulk| 4 * bulk.len()).sum::<usize>();
-        Self {
+        let mut frame = Self {
             head,
+            addresses: None,
             bulk,
             num_written: 0,
-            len,
+            len: 0,
             sending: None,
-        }
+        };
+        frame.len = frame.num_bytes();
+        frame
+    }
+
+    /// Makes a frame that tells the peer where to look for a secret.
+    pub(crate) fn probe(probe: &Probe) -> Self {
+        let contents = Encoded {
+            header: probe.header(),
+            bulk: Vec::new(),
+        };
+        Self::new(Kind::Probe, 0, 0, contents)
+    }
+
+    fn num_bytes(&self) -> usize {
+        self.rest().map(<[u8]>::len).sum()
+    }
+
+    /// Lends the buffers instead of writing them; nothing must have been written yet.
+    pub(crate) fn lend(&mut self) {
+        let addresses = self.bulk.iter().map(|bulk| address(bytes_of(bulk)));
+        self.addresses = Some(addresses.flat_map(u64::to_le_bytes).collect());
+        self.head[0] |= LENT;
+        self.len = self.num_bytes();
+    }
+
+    /// Makes a frame whose buffers are lent one that can be written to any connection.
+    pub(crate) fn take_home(&mut self) {
+        self.addresses = None;
+        self.head[0] &= !LENT;
+        self.len = self.num_bytes();
+    }
+
+    pub(crate) fn is_lent(&self) -> bool {
+        self.addresses.is_some()
     }
 
     /// Counts the frame as one that is being sent until it is written or given up.
@@ -249,12 +315,16 @@ impl OutFrame {
     }
 
     pub(crate) fn is_call(&self) -> bool {
-        [Kind::Ask as u8, Kind::Tell as u8].contains(&self.head[0])
+        [Kind::Ask as u8, Kind::Tell as u8].contains(&self.kind())
+    }
+
+    fn kind(&self) -> u8 {
+        self.head[0] & !LENT
     }
 
     /// Whether the frame means the same on another connection.
     pub(crate) fn must_arrive(&self) -> bool {
-        self.is_call() || [Kind::Stop as u8, Kind::Kill as u8].contains(&self.head[0])
+        self.is_call() || [Kind::Stop as u8, Kind::Kill as u8].contains(&self.kind())
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -286,11 +356,14 @@ impl OutFrame {
 
     /// Returns what is still to be written, in order.
     pub(crate) fn rest(&self) -> impl Iterator<Item = &[u8]> {
-        let pieces = std::iter::once(&self.head[..]).chain(
-            self.bulk
-                .iter()
-                .map(|bulk| bytemuck::cast_slice::<f32, u8>(bulk)),
-        );
+        let (heads, bulk) = match &self.addresses {
+            Some(addresses) => {
+                let (table, header) = self.head.split_at(HEAD_LEN + 8 * self.bulk.len());
+                ([table, addresses, header], &[][..])
+            }
+            None => ([&self.head[..], &[], &[]], &self.bulk[..]),
+        };
+        let pieces = heads.into_iter().chain(bulk.iter().map(bytes_of));
         let mut skip = self.num_written;
         pieces.filter_map(move |piece| {
             let skipped = skip.min(piece.len());
@@ -298,6 +371,10 @@ impl OutFrame {
             (skipped < piece.len()).then(|| &piece[skipped..])
         })
     }
+}
+
+fn bytes_of(bulk: &Bulk) -> &[u8] {
+    bytemuck::cast_slice(bulk)
 }
 
 #[cfg(target_endian = "big")]
@@ -332,7 +409,8 @@ mod tests {
             };
             let bytes = bytes_of(&OutFrame::new(kind, call, code, contents));
             let head = Head::parse(bytes.first_chunk().unwrap()).unwrap();
-            let expected = Head { kind, call, code, num_buffers: lengths.len(), header_len: header.len() };
+            let is_lent = false;
+            let expected = Head { kind, call, code, num_buffers: lengths.len(), is_lent, header_len: header.len() };
             prop_assert_eq!(head, expected);
             let (table, rest) = bytes[HEAD_LEN..].split_at(8 * lengths.len());
             prop_assert_eq!(parse_lengths(table, 1000).unwrap(), lengths);
@@ -353,6 +431,30 @@ mod tests {
             }
             written.extend(bytes_of(&frame));
             prop_assert_eq!(written, whole);
+        }
+
+        /// On a connection to lend on, and after it broke on one to write on.
+        #[test]
+        fn a_lent_frame_has_addresses_in_place_of_numbers(
+            lengths in proptest::collection::vec(0usize..50, 0..4),
+        ) {
+            let buffers: Vec<_> = lengths.iter().map(|&len| bulk(vec![1.5; len])).collect();
+            let contents = Encoded { header: vec![7; 11], bulk: buffers.clone() };
+            let mut frame = OutFrame::new(Kind::Reply, 5, 0, contents);
+            let written = bytes_of(&frame);
+            frame.lend();
+            let lent = bytes_of(&frame);
+            prop_assert_eq!(frame.len(), lent.len());
+            let head = Head::parse(lent.first_chunk().unwrap()).unwrap();
+            prop_assert!(head.is_lent && head.kind == Kind::Reply && head.num_buffers == lengths.len());
+            let (table, rest) = lent[HEAD_LEN..].split_at(8 * lengths.len());
+            prop_assert_eq!(parse_lengths(table, 1000).unwrap(), lengths);
+            let (addresses, header) = rest.split_at(table.len());
+            let places = buffers.iter().map(|buffer| buffer.as_ptr() as u64);
+            prop_assert!(parse_addresses(addresses).eq(places));
+            prop_assert_eq!(header, [7; 11]);
+            frame.take_home();
+            prop_assert_eq!(bytes_of(&frame), written);
         }
 
         /// PS-6.

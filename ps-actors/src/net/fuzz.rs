@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use proptest::prelude::Rng;
 use proptest::test_runner::{RngAlgorithm, TestRng};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
 
 use super::NetConfig;
 use super::connection::Connection;
@@ -92,6 +93,17 @@ fn messages(rng: &mut TestRng) -> Vec<Encoded> {
         .into()
 }
 
+const KINDS: [Kind; 8] = [
+    Kind::Ask,
+    Kind::Ask,
+    Kind::Ask,
+    Kind::Tell,
+    Kind::Tell,
+    Kind::Cancel,
+    Kind::Ping,
+    Kind::Probe,
+];
+
 /// A stream of frames as a caller sends them, damaged here and there.
 fn input(rng: &mut TestRng) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -104,8 +116,12 @@ fn input(rng: &mut TestRng) -> Vec<u8> {
         } else {
             code
         };
-        let kind = [Kind::Ask, Kind::Ask, Kind::Tell, Kind::Cancel, Kind::Ping][below(rng, 5)];
-        let frame = OutFrame::new(kind, call, code as u32, messages.swap_remove(sent));
+        let kind = KINDS[below(rng, KINDS.len())];
+        let mut frame = OutFrame::new(kind, call, code as u32, messages.swap_remove(sent));
+        // What it lends is gone before anyone looks: a peer can claim to lend anything.
+        if rng.next_u32().is_multiple_of(8) {
+            frame.lend();
+        }
         bytes.extend(frame.rest().flatten());
     }
     for _ in 0..below(rng, 4) {
@@ -133,11 +149,15 @@ fn input(rng: &mut TestRng) -> Vec<u8> {
 }
 
 /// Lets the server read the stream to its end, or to where it has had enough.
-async fn feed(process: &Arc<Process>, server: &ActorRef<ParameterServer>, bytes: &[u8]) {
+async fn feed(
+    process: &Arc<Process>,
+    server: &ActorRef<ParameterServer>,
+    bytes: &[u8],
+    (ours, theirs): (impl AsyncRead + AsyncWrite, Stream),
+) {
     let number = process.export(server).actor;
     let (callee, hold) = process.open(number).expect("it was just exported");
-    let (ours, theirs) = tokio::io::duplex(1 << 16);
-    let connection = Connection::new(Stream::Memory(theirs));
+    let connection = Connection::new(theirs, process.config());
     let outbox = Arc::clone(&connection.outbox);
     let peer = Server::new(process, callee, outbox, hold, Box::new(|| true));
     let serving = connection.run(&[], process.config(), process.buffers(), peer);
@@ -187,7 +207,18 @@ fn nothing_that_a_peer_sends_harms_a_server() {
         }
         let seed = seed.wrapping_add(index);
         let bytes = input(&mut rng(seed));
-        runtime.block_on(feed(&process, &server, &bytes));
+        runtime.block_on(async {
+            // A process can read its own memory, so this one's can be lent.
+            if index.is_multiple_of(2) {
+                let (ours, theirs) = UnixStream::pair().expect("the system gives sockets");
+                let streams = (ours, Stream::Unix(theirs));
+                feed(&process, &server, &bytes, streams).await;
+            } else {
+                let (ours, theirs) = tokio::io::duplex(1 << 16);
+                let streams = (ours, Stream::Memory(theirs));
+                feed(&process, &server, &bytes, streams).await;
+            }
+        });
         let weights = match server.ask(GetWeights).wait() {
             Ok(weights) => weights,
             // Damage can make a `Stop` or `Kill` of any frame.

@@ -162,7 +162,7 @@ async fn run(upgrade: Upgrade) {
     let Ok(parts) = upgraded.downcast::<TokioIo<Stream>>() else {
         return;
     };
-    let connection = Connection::new(parts.io.into_inner());
+    let connection = Connection::new(parts.io.into_inner(), upgrade.process.config());
     let server = (upgrade.server)(Arc::clone(&connection.outbox));
     let watch = server.watch();
     let process = upgrade.process;

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | [`frame`] | the format of what is sent; pure |
 //! | `connection`, `outbox` | reading, writing, heartbeat of one connection |
+//! | `peer_memory` | large numbers between processes of one host are copied once |
 //! | `turns` | large calls to one actor come in one after the other |
 //! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
 //! | `address`, `dial`, `listen` | finding a process, both sides of the handshake |
@@ -23,9 +24,12 @@ pub(crate) mod dial;
 pub mod frame;
 #[cfg(test)]
 mod fuzz;
+#[cfg(all(test, target_os = "linux"))]
+mod lending;
 pub(crate) mod listen;
 pub mod memory;
 pub(crate) mod outbox;
+pub(crate) mod peer_memory;
 pub(crate) mod stream;
 pub(crate) mod threads;
 pub mod tls;

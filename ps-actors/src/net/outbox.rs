@@ -3,6 +3,9 @@
 //! Whoever has a frame writes it to the socket at once, on its own thread, if nothing waits before
 //! it and it is small: that saves waking the network thread, which costs more than the write. What
 //! the socket does not take is left to the connection's [`write`](Outbox::write) task.
+//!
+//! The numbers of large frames are lent to a peer that can read this process's memory: see
+//! [`peer_memory`](super::peer_memory). What is lent is kept here until the peer has it.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -15,16 +18,24 @@ use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 
 use super::frame::{Kind, OutFrame};
+use super::peer_memory::Probe;
 use super::stream::{Socket, WriteHalf};
 
 /// The largest frame that its own thread writes.
 const MAX_DIRECT: usize = 64 << 10;
+
+/// The numbers of frames with this many bytes are lent.
+pub(super) const MIN_LENT: usize = 128 << 10;
+
+/// How many frames may be lent at once; more are written, which waits for the peer.
+pub(super) const MAX_LENT: usize = 4;
 
 /// How many pieces of memory, and how many bytes, go into one call of the system.
 const MAX_PIECES: usize = 32;
 const MAX_BYTES: usize = 1 << 20;
 
 pub(crate) struct Outbox {
+    // Before `state`: what is lent must not be dropped before the peer can see that we hang up.
     socket: Option<Socket>,
     state: Mutex<State>,
     more: Notify,
@@ -32,17 +43,33 @@ pub(crate) struct Outbox {
 
 struct State {
     queue: VecDeque<OutFrame>,
+    peer: Borrower,
+    /// Written but for the numbers, which the peer has not taken yet.
+    lent: VecDeque<OutFrame>,
     last_write: Instant,
     /// Set when no more frames are to come; the task ends when it has written those there are.
     is_finished: bool,
     closed: Option<Arc<str>>,
 }
 
+/// Whether the peer can read this process's memory.
+enum Borrower {
+    /// It may be able to.
+    Unknown,
+    /// It looks for a secret.
+    Looks(#[expect(dead_code, reason = "kept where the peer looks for it")] Probe),
+    /// It can.
+    Able,
+    /// It never gets anything lent.
+    Unable,
+}
+
 /// The writer of a connection that only one task can write to.
 pub(crate) type TaskWriter = Option<Pin<Box<dyn AsyncWrite + Send>>>;
 
 impl Outbox {
-    pub(crate) fn new(write: WriteHalf) -> (Self, TaskWriter) {
+    /// `may_lend` says that the peer may be able to read this process's memory.
+    pub(crate) fn new(write: WriteHalf, may_lend: bool) -> (Self, TaskWriter) {
         let (socket, task) = match write {
             WriteHalf::Tcp(socket) => (Some(Socket::Tcp(socket)), None),
             WriteHalf::Unix(socket) => (Some(Socket::Unix(socket)), None),
@@ -52,6 +79,11 @@ impl Outbox {
             socket,
             state: Mutex::new(State {
                 queue: VecDeque::new(),
+                peer: match may_lend {
+                    true => Borrower::Unknown,
+                    false => Borrower::Unable,
+                },
+                lent: VecDeque::new(),
                 last_write: Instant::now(),
                 is_finished: false,
                 closed: None,
@@ -67,10 +99,13 @@ impl Outbox {
     }
 
     /// Writes a frame, or queues it; gives it back if the connection is closed.
-    pub(crate) fn send(&self, frame: OutFrame) -> Result<(), OutFrame> {
+    pub(crate) fn send(&self, mut frame: OutFrame) -> Result<(), OutFrame> {
         let mut state = self.lock();
         if state.closed.is_some() || state.is_finished {
             return Err(frame);
+        }
+        if frame.len() >= MIN_LENT {
+            state.try_to_lend(&mut frame);
         }
         let may_write = state.queue.is_empty() && frame.len() <= MAX_DIRECT;
         state.queue.push_back(frame);
@@ -84,6 +119,37 @@ impl Outbox {
             self.more.notify_one();
         }
         Ok(())
+    }
+
+    /// The peer can read this process's memory.
+    pub(crate) fn peer_can_read(&self) {
+        let mut state = self.lock();
+        if matches!(state.peer, Borrower::Looks(_)) {
+            state.peer = Borrower::Able;
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn lends(&self) -> bool {
+        matches!(self.lock().peer, Borrower::Able)
+    }
+
+    /// The peer has taken what was lent with a call's frame; false if that is not what it has to take.
+    pub(crate) fn taken(&self, call: u64) -> bool {
+        let mut state = self.lock();
+        let is_next = state.lent.front().is_some_and(|lent| lent.call() == call);
+        let taken = if is_next {
+            state.lent.pop_front()
+        } else {
+            None
+        };
+        let is_over = state.is_over();
+        drop(state);
+        drop(taken);
+        if is_over {
+            self.more.notify_one();
+        }
+        is_next
     }
 
     /// Takes no more frames; the connection ends when those there are have been written.
@@ -106,12 +172,18 @@ impl Outbox {
         let mut state = self.lock();
         state.closed.get_or_insert_with(|| Arc::clone(why));
         let queue = std::mem::take(&mut state.queue);
+        let lent = std::mem::take(&mut state.lent);
         drop(state);
         self.more.notify_one();
-        queue
-            .into_iter()
-            .filter(|frame| !frame.has_begun())
-            .collect()
+        if let Some(socket) = &self.socket {
+            // What is lent may be used for something else from now on, and the peer has to see that.
+            socket.hang_up();
+        }
+        drop(lent);
+        let (begun, mut whole): (Vec<_>, Vec<_>) = queue.into_iter().partition(OutFrame::has_begun);
+        drop(begun);
+        whole.iter_mut().for_each(OutFrame::take_home);
+        whole
     }
 
     /// Writes what is queued until the outbox is finished and empty, or closed.
@@ -183,7 +255,30 @@ impl Outbox {
 
 impl State {
     fn is_over(&self) -> bool {
-        self.closed.is_some() || (self.is_finished && self.queue.is_empty())
+        let is_done = self.queue.is_empty() && self.lent.is_empty();
+        self.closed.is_some() || (self.is_finished && is_done)
+    }
+
+    /// Lends the numbers of a large frame, or begins to find out whether the peer can read them.
+    fn try_to_lend(&mut self, frame: &mut OutFrame) {
+        match &self.peer {
+            Borrower::Able => {
+                let waiting = self.queue.iter().filter(|frame| frame.is_lent());
+                if self.lent.len() + waiting.count() < MAX_LENT {
+                    frame.lend();
+                }
+            }
+            Borrower::Unknown => {
+                self.peer = match Probe::new() {
+                    Ok(probe) => {
+                        self.queue.push_back(OutFrame::probe(&probe));
+                        Borrower::Looks(probe)
+                    }
+                    Err(_no_randomness) => Borrower::Unable,
+                };
+            }
+            Borrower::Looks(_) | Borrower::Unable => {}
+        }
     }
 
     /// Writes until nothing is left (true) or the socket takes no more.
@@ -212,8 +307,11 @@ impl State {
                     break;
                 };
                 num_written = front.advance(num_written);
-                if front.is_done() {
-                    self.queue.pop_front();
+                if front.is_done()
+                    && let Some(done) = self.queue.pop_front()
+                    && done.is_lent()
+                {
+                    self.lent.push_back(done);
                 }
             }
         }

@@ -1,10 +1,12 @@
 //! Byte streams of all kinds: TCP, Unix sockets, and pipes in memory.
 
 use std::io::{self, IoSlice};
+use std::net::Shutdown;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio_rustls::TlsStream;
@@ -61,7 +63,7 @@ impl Stream {
 /// Our own heartbeat notices it, too; this is for bytes that are stuck in the send buffer.
 pub(crate) fn tune(stream: &TcpStream, lease: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let socket = socket2::SockRef::from(stream);
+    let socket = SockRef::from(stream);
     // The system takes whole seconds, from 1 to 32,767.
     let seconds = |time: Duration| time.clamp(Duration::from_secs(1), Duration::from_secs(32_767));
     let keepalive = socket2::TcpKeepalive::new()
@@ -112,6 +114,15 @@ impl Socket {
             Self::Tcp(socket) => socket.try_write_vectored(pieces),
             Self::Unix(socket) => socket.try_write_vectored(pieces),
         }
+    }
+
+    /// Lets the peer see that nothing more will come.
+    pub(crate) fn hang_up(&self) {
+        // An error means that the peer has hung up before.
+        let _ = match self {
+            Self::Tcp(socket) => SockRef::from(socket.as_ref()).shutdown(Shutdown::Write),
+            Self::Unix(socket) => SockRef::from(socket.as_ref()).shutdown(Shutdown::Write),
+        };
     }
 
     pub(crate) async fn writable(&self) -> io::Result<()> {

@@ -349,7 +349,7 @@ impl Peer for Server {
             Kind::Kill => self.callee.kill(),
             Kind::Release => return Err("the caller has released the actor".to_owned()),
             Kind::Ping => {}
-            Kind::Reply | Kind::Ended => {
+            Kind::Reply | Kind::Ended | Kind::Probe | Kind::Readable | Kind::Taken => {
                 return Err(format!("a caller does not send {:?}", frame.kind));
             }
         }

@@ -484,7 +484,7 @@ async fn connect(actor: Arc<RemoteActor>) {
         tokio::time::sleep(pause).await;
         pause = (2 * pause).min(config.heartbeat);
     };
-    let connection = Connection::new(dialled.stream);
+    let connection = Connection::new(dialled.stream, config);
     let outbox = Arc::clone(&connection.outbox);
     {
         let mut state = actor.lock();

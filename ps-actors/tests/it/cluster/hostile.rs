@@ -36,6 +36,7 @@ impl Server {
                 handshake: Duration::from_secs(1),
                 max_numbers: MAX_NUMBERS,
                 max_connections: MAX_CONNECTIONS,
+                ..NetConfig::default()
             },
             join_timeout: Duration::from_millis(1),
             ..ClusterConfig::default()

@@ -1,0 +1,257 @@
+//! Tests of lent memory, with a whole connection at one end, and a connection or a peer that does
+//! as it likes at the other.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+
+use super::NetConfig;
+use super::connection::{Connection, Frame, Peer};
+use super::frame::{HEAD_LEN, Head, Kind, OutFrame, parse_lengths};
+use super::outbox::{MAX_LENT, MIN_LENT, Outbox};
+use super::stream::Stream;
+use crate::buffer::{Buffer, BufferPool};
+use crate::codec::{Bulk, Encoded};
+
+/// Numbers in a frame that is worth lending.
+const LARGE: usize = MIN_LENT / 4;
+
+struct Receiver {
+    arrived: mpsc::UnboundedSender<Frame>,
+    ended: Option<oneshot::Sender<Arc<str>>>,
+}
+
+impl Peer for Receiver {
+    fn receive(&mut self, frame: Frame) -> Result<(), String> {
+        // Signs of life come when they like.
+        if frame.kind != Kind::Ping {
+            let _ = self.arrived.send(frame);
+        }
+        Ok(())
+    }
+
+    fn disconnected(&mut self, why: &Arc<str>) {
+        if let Some(ended) = self.ended.take() {
+            let _ = ended.send(Arc::clone(why));
+        }
+    }
+}
+
+/// One end of a connection that runs.
+struct End {
+    outbox: Arc<Outbox>,
+    arrived: mpsc::UnboundedReceiver<Frame>,
+    ended: oneshot::Receiver<Arc<str>>,
+}
+
+impl End {
+    fn run(stream: Stream) -> Self {
+        let (sender, arrived) = mpsc::unbounded_channel();
+        let (end, ended) = oneshot::channel();
+        let config = NetConfig::default();
+        let connection = Connection::new(stream, &config);
+        let outbox = Arc::clone(&connection.outbox);
+        let receiver = Receiver {
+            arrived: sender,
+            ended: Some(end),
+        };
+        tokio::spawn(async move {
+            let buffers = BufferPool::new(0);
+            connection.run(&[], &config, &buffers, receiver).await;
+        });
+        Self {
+            outbox,
+            arrived,
+            ended,
+        }
+    }
+
+    fn send(&self, call: u64, bulk: &Bulk) {
+        let contents = Encoded {
+            header: vec![call as u8; 3],
+            bulk: vec![bulk.clone()],
+        };
+        let sent = self
+            .outbox
+            .send(OutFrame::new(Kind::Ask, call, 0, contents));
+        assert!(sent.is_ok());
+    }
+}
+
+fn large(first: f32) -> Bulk {
+    let mut values = vec![0.5; LARGE];
+    values[0] = first;
+    Bulk::from(Buffer::from(values))
+}
+
+/// How many share the numbers, this one included.
+fn num_holders(bulk: &Bulk) -> usize {
+    Arc::strong_count(&bulk.data)
+}
+
+/// Reads a frame as a peer sees it, and returns its head.
+async fn read_raw(stream: &mut UnixStream) -> Head {
+    loop {
+        let mut fixed = [0; HEAD_LEN];
+        stream.read_exact(&mut fixed).await.unwrap();
+        let head = Head::parse(&fixed).unwrap();
+        let mut table = vec![0; 8 * head.num_buffers];
+        stream.read_exact(&mut table).await.unwrap();
+        let len: usize = parse_lengths(&table, u64::MAX).unwrap().iter().sum();
+        let rest = match head.is_lent {
+            true => table.len() + head.header_len,
+            false => head.header_len + 4 * len,
+        };
+        stream.read_exact(&mut vec![0; rest]).await.unwrap();
+        if head.kind != Kind::Ping {
+            return head;
+        }
+    }
+}
+
+fn bytes_of(frame: &OutFrame) -> Vec<u8> {
+    frame.rest().flatten().copied().collect()
+}
+
+async fn write_signal(stream: &mut UnixStream, kind: Kind, call: u64) {
+    let bytes = bytes_of(&OutFrame::signal(kind, call));
+    stream.write_all(&bytes).await.unwrap();
+}
+
+/// An end, and a peer that was shown the secret, says that it found it, and has the first frame.
+async fn lends_to() -> (End, UnixStream) {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let end = End::run(Stream::Unix(ours));
+    end.send(0, &large(0.0));
+    assert_eq!(read_raw(&mut peer).await.kind, Kind::Probe);
+    let first = read_raw(&mut peer).await;
+    assert!(first.kind == Kind::Ask && !first.is_lent);
+    write_signal(&mut peer, Kind::Readable, 0).await;
+    // The end has read it when it has answered something that came later.
+    write_signal(&mut peer, Kind::Cancel, 0).await;
+    (end, peer)
+}
+
+#[tokio::test]
+async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_has_them() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (mut sender, mut receiver) = (End::run(Stream::Unix(ours)), End::run(Stream::Unix(theirs)));
+    for call in 0..20 {
+        let bulk = large(call as f32);
+        sender.send(call, &bulk);
+        let got = receiver.arrived.recv().await.expect("it arrives");
+        assert_eq!((got.call, &got.header[..]), (call, &[call as u8; 3][..]));
+        assert_eq!(&got.bulk[0][..], &bulk[..]);
+        // What comes back shows that the sender has read all that the receiver said before.
+        receiver
+            .outbox
+            .send(OutFrame::signal(Kind::Cancel, call))
+            .unwrap();
+        assert_eq!(sender.arrived.recv().await.unwrap().call, call);
+        assert_eq!(num_holders(&bulk), 1);
+        assert!(sender.outbox.lends(), "from the first large frame on");
+    }
+}
+
+#[tokio::test]
+async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
+    let (mut end, mut peer) = lends_to().await;
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    let bulks: Vec<_> = (0..=MAX_LENT).map(|i| large(i as f32)).collect();
+    for (call, bulk) in (1..).zip(&bulks) {
+        end.send(call, bulk);
+    }
+    for call in 1..=MAX_LENT as u64 + 1 {
+        let head = read_raw(&mut peer).await;
+        let is_lent = call <= MAX_LENT as u64;
+        assert_eq!((head.call, head.is_lent), (call, is_lent));
+    }
+    assert!(bulks[..MAX_LENT].iter().all(|bulk| num_holders(bulk) == 2));
+    // Only now does it take the first one: there is room to lend again.
+    write_signal(&mut peer, Kind::Taken, 1).await;
+    write_signal(&mut peer, Kind::Cancel, 0).await;
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    assert_eq!(num_holders(&bulks[0]), 1);
+    end.send(100, &large(100.0));
+    assert!(read_raw(&mut peer).await.is_lent);
+}
+
+#[tokio::test]
+async fn a_connection_that_is_finished_waits_until_everything_lent_was_taken() {
+    let (mut end, mut peer) = lends_to().await;
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    end.send(1, &large(1.0));
+    end.outbox.finish();
+    assert!(read_raw(&mut peer).await.is_lent);
+    write_signal(&mut peer, Kind::Cancel, 0).await;
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    assert!(end.ended.try_recv().is_err(), "the peer has not read it");
+    write_signal(&mut peer, Kind::Taken, 1).await;
+    drop(peer);
+    let why = end.ended.await.unwrap();
+    assert!(why.contains("closed"), "{why}");
+}
+
+/// PS-6.
+#[tokio::test]
+async fn a_peer_that_takes_what_was_not_lent_is_cut_off() {
+    let (mut end, mut peer) = lends_to().await;
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    let bulk = large(1.0);
+    end.send(1, &bulk);
+    write_signal(&mut peer, Kind::Taken, 2).await;
+    let why = end.ended.await.unwrap();
+    assert!(why.contains("not lent"), "{why}");
+    end.outbox.close(&why);
+    assert_eq!(num_holders(&bulk), 1);
+}
+
+/// PS-6: what a peer claims to lend is read or refused, and costs no memory if it is not there.
+#[tokio::test]
+async fn memory_that_is_not_there_ends_the_connection() {
+    for over_unix in [true, false] {
+        let (ours, mut peer) = UnixStream::pair().unwrap();
+        let (pipe, mut other) = tokio::io::duplex(1 << 10);
+        let mut end = End::run(match over_unix {
+            true => Stream::Unix(ours),
+            false => Stream::Memory(pipe),
+        });
+        let head = [Kind::Ask as u8 | 0x80, 0xa7, 1, 0];
+        let mut bytes = head.to_vec();
+        bytes.resize(HEAD_LEN, 0);
+        bytes.extend((1u64 << 29).to_le_bytes());
+        bytes.extend(8u64.to_le_bytes());
+        match over_unix {
+            true => peer.write_all(&bytes).await.unwrap(),
+            false => other.write_all(&bytes).await.unwrap(),
+        }
+        let why = end.ended.await.unwrap();
+        assert!(
+            why.contains("cannot be read") || why.contains("Bad address"),
+            "{why}"
+        );
+        assert!(end.arrived.recv().await.is_none());
+    }
+}
+
+/// What was never written can go by any other connection.
+#[tokio::test]
+async fn frames_of_a_lost_connection_are_no_longer_lent() {
+    let (mut end, peer) = lends_to().await;
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    let bulk = large(1.0);
+    // The peer reads nothing, so some of these stay in the queue.
+    let filler = Bulk::from(Buffer::from(vec![0.0; MIN_LENT / 4 - 100]));
+    for call in 1..20 {
+        end.send(call, &filler);
+    }
+    end.send(20, &bulk);
+    let unwritten = end.outbox.close(&"a test".into());
+    let last = unwritten.last().expect("it was not written");
+    assert!(!last.is_lent() && last.call() == 20);
+    let bytes = bytes_of(last);
+    assert!(bytes.ends_with(bytemuck::cast_slice(&bulk)));
+    drop(peer);
+}

@@ -1,0 +1,72 @@
+//! Work on long vectors, spread over a few threads: one alone does not use all of the memory's speed.
+
+use std::sync::{LazyLock, Mutex, PoisonError};
+use std::thread;
+
+/// Bytes of a part: it fits a core's cache.
+pub(crate) const PART: usize = 1 << 20;
+
+/// Fewer bytes are not worth a thread's start.
+const LARGE: usize = 8 << 20;
+
+/// More threads do not make memory faster.
+const MAX_THREADS: usize = 4;
+
+/// How many threads work on a vector of this many bytes.
+fn num_threads(num_bytes: usize) -> usize {
+    static CORES: LazyLock<usize> =
+        LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
+    match num_bytes {
+        LARGE.. => MAX_THREADS.min(*CORES),
+        _ => 1,
+    }
+}
+
+/// Works on all parts of something with this many bytes, in any order; returns when all is done.
+///
+/// # Panics
+/// When `work` does.
+pub(crate) fn spread<T: Send>(
+    num_bytes: usize,
+    parts: impl Iterator<Item = T> + Send,
+    work: impl Fn(T) + Sync,
+) {
+    let parts = Mutex::new(parts);
+    // Not `while let`: the lock would be held during the work.
+    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let run = || {
+        loop {
+            match next() {
+                Some(part) => work(part),
+                None => return,
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..num_threads(num_bytes) {
+            let helper = thread::Builder::new().name("ps-helper".to_owned());
+            // Where threads are short, this one does it all.
+            if helper.spawn_scoped(scope, run).is_err() {
+                break;
+            }
+        }
+        run();
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_is_worked_on_once() {
+        for len in [0, 1, 1000, LARGE / 4 + 1] {
+            let mut numbers = vec![0u32; len];
+            let parts = numbers.chunks_mut(PART / 4);
+            spread(4 * len, parts, |part| {
+                part.iter_mut().for_each(|number| *number += 1);
+            });
+            assert!(numbers.iter().all(|number| *number == 1), "{len}");
+        }
+    }
+}
