@@ -1,4 +1,4 @@
-//! Keeps the workers of a run going: through panics, and through the loss of their processes.
+//! Keeps the workers of a run going: through panics, and when their processes are lost or leave.
 
 use std::cell::RefCell;
 
@@ -18,7 +18,7 @@ const MAX_RESPAWNS: u32 = 20;
 /// A worker of a run, and how to get another one in its place.
 pub(crate) struct Worker<M: Model> {
     config: WorkerConfig,
-    /// Another one after its process was lost.
+    /// Another one after its process was lost or left.
     actor: RefCell<ActorRef<ModelWorker<M>>>,
     cluster: Cluster,
 }
@@ -47,14 +47,15 @@ impl<M: Model> Worker<M> {
         self.actor.borrow().kill();
     }
 
-    /// Takes all steps; a worker that panics, or is lost with its process, goes on with the first
-    /// step that is not settled, for as long as its actor is restarted or another node makes one.
+    /// Takes all steps; a worker that panics, is lost with its process, or was stopped because that
+    /// leaves, goes on with the first step that is not settled, for as long as its actor is restarted or another node makes one.
     pub(crate) async fn run(
         &self,
         servers: &ServerGroup,
         num_steps: u64,
     ) -> Result<WorkerRun, TrainError> {
         let worker = self.config.worker;
+        let mut report = RunReport::default();
         let mut num_restarts = 0;
         let mut num_settled = 0;
         loop {
@@ -67,29 +68,36 @@ impl<M: Model> Worker<M> {
             let answer = actor.ask(run).await;
             let is_panic = matches!(answer, Err(CallError::Failed { .. }));
             let lost = match answer {
-                Ok(Ok(report)) => {
-                    return Ok(WorkerRun {
-                        report,
-                        num_restarts,
-                    });
+                Ok(Ok(part)) => {
+                    report.append(part);
+                    if !report.was_stopped {
+                        return Ok(WorkerRun {
+                            report,
+                            num_restarts,
+                        });
+                    }
+                    tracing::info!(%worker, "a worker's node leaves; it goes on elsewhere");
+                    None
                 }
                 // Its node was cut off from the servers, though not from here.
                 Ok(Err(WorkerError::Servers {
                     source: GroupError::Call { source, .. },
                     ..
-                })) if !actor.is_local() => source,
+                })) if !actor.is_local() => Some(source),
                 Ok(Err(error)) => return Err(error.into()),
-                Err(lost) => lost,
+                Err(lost) => Some(lost),
             };
-            if !is_panic && (actor.is_local() || num_restarts >= MAX_RESPAWNS) {
-                return Err(TrainError::WorkerLost {
-                    worker,
-                    source: lost,
-                });
+            if let Some(lost) = lost {
+                if !is_panic && (actor.is_local() || num_restarts >= MAX_RESPAWNS) {
+                    return Err(TrainError::WorkerLost {
+                        worker,
+                        source: lost,
+                    });
+                }
+                tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
+                servers.report_lost(worker).await?;
             }
-            tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
             num_restarts += 1;
-            servers.report_lost(worker).await?;
             if !is_panic {
                 self.respawn(&actor).await?;
             }

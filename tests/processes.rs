@@ -123,6 +123,28 @@ fn signal(name: &str, pid: u32) {
     assert!(sent.unwrap().success(), "{name} to {pid}");
 }
 
+/// Stops a process, and waits until none of its threads runs any more.
+#[cfg(target_os = "linux")]
+fn stop_all_threads(pid: u32) {
+    signal("STOP", pid);
+    let deadline = Instant::now() + SOON;
+    let is_stopped = || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        threads.map_while(Result::ok).all(|thread| {
+            let status = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // After the name, which is in brackets.
+            status
+                .rsplit(')')
+                .next()
+                .is_some_and(|rest| rest.starts_with(" T"))
+        })
+    };
+    while !is_stopped() {
+        assert!(Instant::now() < deadline, "{pid} does not stop");
+        thread::yield_now();
+    }
+}
+
 /// The lines that do not depend on the number of processes or on time.
 fn results(output: &str) -> Vec<&str> {
     output
@@ -181,6 +203,50 @@ fn training_goes_on_when_a_worker_stops_answering_and_comes_back() {
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
     assert!(!output.contains(" 0 worker restarts"), "{output}");
+}
+
+/// The step under way is pushed, not taken again, and the run goes on with the other node.
+#[test]
+fn a_node_that_is_terminated_finishes_its_step_and_its_worker_goes_on_elsewhere() {
+    let size = ["--iterations", "1500", "--num-workers", "2"];
+    let arguments = [&size[..], &["--processes", "3", "--consistency", "asp"]].concat();
+    let mut run = Run::start("sharded_ps", &arguments);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["Iter 10:"]);
+    signal("TERM", node);
+    run.wait_for(&["leaving after the step under way"]);
+    run.wait_for(&["a worker's node leaves; it goes on elsewhere"]);
+    let (status, output) = run.finish();
+    assert!(status.success(), "{output}");
+    assert!(
+        output.contains("3000 updates of 3000 gradients"),
+        "{output}"
+    );
+    assert!(output.contains(" 1 worker restart"), "{output}");
+    assert!(output.contains("a node has left"), "{output}");
+    assert!(!output.contains("is lost"), "{output}");
+}
+
+/// A driver that does not answer keeps a node waiting, but not after a second signal.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_node_that_is_terminated_twice_leaves_at_once() {
+    let arguments = ["--iterations", "3000", "--processes", "3", "--lease", "8"];
+    let mut run = Run::start("sharded_ps", &arguments);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["Iter 10:"]);
+    stop_all_threads(run.driver.id());
+    signal("TERM", node);
+    run.wait_for(&["leaving after the step under way"]);
+    signal("TERM", node);
+    run.wait_for(&["leaving at once"]);
+    signal("CONT", run.driver.id());
+    let (status, output) = run.finish();
+    assert!(status.success(), "{output}");
+    assert!(
+        !output.contains("before all steps are finished"),
+        "{output}"
+    );
 }
 
 /// However the driver ends, nobody is left: whoever lived would keep its output open.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use ps::prelude::default_device_name;
 use serde::Serialize;
 
 use crate::contenders::{Contender, Metric, STARTUP_BELOW_S, TARGETS, Work};
@@ -73,7 +74,14 @@ impl Results {
         self.runs.iter().filter(|runs| !runs.contender.is_ours())
     }
 
-    /// Compares with what we want to reach, on each device.
+    /// The devices of ours, in order; `None` if there is nothing to choose.
+    pub(crate) fn devices(&self) -> Vec<Option<&str>> {
+        let mut devices: Vec<_> = self.ours().map(|runs| runs.contender.device()).collect();
+        devices.dedup();
+        devices
+    }
+
+    /// Compares with what we want to reach, on the default device.
     pub(crate) fn verdicts(&self) -> Vec<Verdict> {
         let mut verdicts = Vec::new();
         for target in TARGETS.iter().filter(|target| target.work == self.work) {
@@ -85,10 +93,7 @@ impl Results {
             let Some(rival) = rivals.find(|runs| runs.contender.name == target.rival) else {
                 continue;
             };
-            for ours in self
-                .ours()
-                .filter(|runs| without_device(runs) == target.ours)
-            {
+            for ours in self.ours().filter(|runs| is_judged(runs, target.ours)) {
                 let measured = ours.times_better(rival, metric);
                 let (ours, rival) = (&ours.contender, &rival.contender);
                 verdicts.push(Verdict {
@@ -99,7 +104,7 @@ impl Results {
                 });
             }
         }
-        for ours in self.ours().filter(|runs| without_device(runs) == "ps-sync") {
+        for ours in self.ours().filter(|runs| is_judged(runs, "ps-sync")) {
             let measured = ours.summary("startup_s");
             verdicts.push(Verdict {
                 what: format!("start-up, s: {}", ours.contender.what),
@@ -157,7 +162,7 @@ impl Results {
     }
 }
 
-fn without_device(runs: &Runs) -> &str {
-    let name = &runs.contender.name;
-    name.split_once('@').map_or(name, |(name, _)| name)
+fn is_judged(ours: &Runs, kind: &str) -> bool {
+    let device = ours.contender.device();
+    ours.contender.kind() == kind && device.is_none_or(|device| device == default_device_name())
 }

@@ -33,26 +33,54 @@ fn numbers(text: &mut String, results: &Results) {
     text.push('\n');
 }
 
+/// A table of ratios for each metric and device: to the rivals, and to the same on the first device.
 fn ratios(text: &mut String, results: &Results) {
-    if results.rivals().next().is_none() || results.ours().next().is_none() {
-        return;
-    }
-    for metric in results.work.metrics() {
-        let mut pairs = results.ours().flat_map(|ours| {
-            let rivals = results.rivals();
-            rivals.map(move |rival| ours.times_better(rival, metric))
-        });
-        if !metric.has_ratios || !pairs.any(|ratio| ratio.is_some()) {
-            continue;
+    let devices = results.devices();
+    for metric in results
+        .work
+        .metrics()
+        .iter()
+        .filter(|metric| metric.has_ratios)
+    {
+        let mut tables = String::new();
+        for device in &devices {
+            let is_here = |runs: &&Runs| runs.contender.device() == *device;
+            let ours: Vec<_> = results.ours().filter(is_here).collect();
+            let mut rows: Vec<(String, Vec<Option<Summary>>)> = Vec::new();
+            for rival in results.rivals() {
+                let cells = ours.iter().map(|ours| ours.times_better(rival, metric));
+                rows.push((rival.contender.what.clone(), cells.collect()));
+            }
+            if let (Some(first), true) = (devices[0], *device != devices[0]) {
+                let cells = ours.iter().map(|ours| {
+                    let is_same = |runs: &&Runs| {
+                        let runs = &runs.contender;
+                        runs.device() == Some(first) && runs.kind() == ours.contender.kind()
+                    };
+                    ours.times_better(results.ours().find(is_same)?, metric)
+                });
+                rows.push((format!("the same with {first}"), cells.collect()));
+            }
+            rows.retain(|(_, cells)| cells.iter().any(Option::is_some));
+            if rows.is_empty() {
+                continue;
+            }
+            header(
+                &mut tables,
+                ours.iter().map(|runs| runs.contender.what.clone()),
+            );
+            for (name, cells) in rows {
+                row(
+                    &mut tables,
+                    &name,
+                    cells.into_iter().map(|ratio| cell(ratio, " ×")),
+                );
+            }
+            tables.push('\n');
         }
-        let _ = writeln!(text, "Times better in {}, by rival:\n", metric.title);
-        header(text, results.ours().map(|runs| runs.contender.what.clone()));
-        for rival in results.rivals() {
-            let ours = results.ours();
-            let cells = ours.map(|ours| cell(ours.times_better(rival, metric), " ×"));
-            row(text, &rival.contender.what, cells);
+        if !tables.is_empty() {
+            let _ = write!(text, "Times better in {}, than:\n\n{tables}", metric.title);
         }
-        text.push('\n');
     }
 }
 
@@ -131,6 +159,8 @@ fn short(number: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use ps::prelude::default_device_name;
+
     use super::*;
     use crate::contenders::{Contender, Program, Work};
     use crate::measure::Metrics;
@@ -152,12 +182,34 @@ mod tests {
     }
 
     #[test]
+    fn each_device_has_a_table_of_ratios_and_the_default_one_is_judged() {
+        let default = default_device_name();
+        let ours = |device: &str, rate: f64| {
+            let name = format!("ps-sync@{device}");
+            runs(&name, Program::Ours("train"), [Some(rate); 3])
+        };
+        let ray = runs("ray-sync", Program::Rival("ray_ps.py"), [Some(100.0); 3]);
+        let results = Results {
+            work: Work::Convnet,
+            runs: vec![ours(default, 600.0), ours("another", 300.0), ray],
+        };
+        let text = markdown(&results);
+        let tables = format!(
+            "|  | ps-sync@{default} |\n|---|---|\n| ray-sync | 6.0 × (6.0–6.0) |\n\n\
+             |  | ps-sync@another |\n|---|---|\n| ray-sync | 3.0 × (3.0–3.0) |\n\
+             | the same with {default} | 0.50 × (0.50–0.50) |\n"
+        );
+        assert!(text.contains(&tables), "no `{tables}` in\n{text}");
+        assert!(!text.contains("ps-sync@another beside"), "{text}");
+    }
+
+    #[test]
     fn tables_show_medians_ratios_targets_and_failures() {
         let results = Results {
             work: Work::Convnet,
             runs: vec![
                 runs(
-                    "ps-sync@flex",
+                    &format!("ps-sync@{}", default_device_name()),
                     Program::Ours("train"),
                     [Some(600.0), Some(500.0), Some(700.0)],
                 ),
@@ -169,15 +221,17 @@ mod tests {
             ],
         };
         let text = markdown(&results);
+        let device = default_device_name();
         for line in [
-            "| **ps-sync@flex** | 600 (500–700) |",
+            "| **ps-sync@DEVICE** | 600 (500–700) |",
             "| ray-sync | 150 (100–200) |",
             "| ray-sync | 4.8 × (3.5–6.0) |",
-            "| gradients/s: ps-sync@flex beside ray-sync | at least 5.00 × | 4.8 (3.5–6.0) | **missed** |",
+            "| gradients/s: ps-sync@DEVICE beside ray-sync | at least 5.00 × | 4.8 (3.5–6.0) | **missed** |",
             "ray-sync: 1 of 3 runs failed.",
             "it fell over",
         ] {
-            assert!(text.contains(line), "no `{line}` in\n{text}");
+            let line = line.replace("DEVICE", device);
+            assert!(text.contains(&line), "no `{line}` in\n{text}");
         }
     }
 

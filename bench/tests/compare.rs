@@ -3,6 +3,7 @@
 
 use std::process::Command;
 
+use ps::prelude::default_device_name;
 use serde_json::Value;
 
 #[test]
@@ -33,7 +34,8 @@ fn our_side_runs_and_writes_its_results() {
             assert!(memory.as_f64().unwrap() > 1.0, "{contender}");
         }
     }
-    assert!(read("results.md").contains("| **ps, flex: one process, bsp** |"));
+    let ours = format!("| **ps, {}: one process, bsp** |", default_device_name());
+    assert!(read("results.md").contains(&ours));
     assert!(read("results.svg").contains("</svg>"));
 }
 

@@ -16,6 +16,7 @@ use serde::ser::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::buffer::Buffer;
+use crate::schema::is_tracing;
 
 /// The longest header, in bytes. Far more than a message needs: its bulk is not in it.
 pub const MAX_HEADER: usize = 1 << 20;
@@ -227,6 +228,9 @@ impl Serialize for Bulk {
 impl<'de> Deserialize<'de> for Bulk {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let len = usize::deserialize(deserializer)?;
+        if is_tracing() {
+            return Ok(Self::from(Vec::new()));
+        }
         let next = INCOMING.with_borrow_mut(|incoming| incoming.as_mut().and_then(Vec::pop));
         let data = next.ok_or_else(|| D::Error::custom("a buffer is missing"))?;
         if data.len() != len {

@@ -34,6 +34,7 @@ pub mod launch;
 pub mod net;
 pub mod remote;
 pub mod rule;
+mod schema;
 pub mod server;
 pub mod session;
 mod spread;

@@ -15,6 +15,7 @@ use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::actor::ActorRef;
 use crate::cluster::Hosted;
 use crate::codec::Bulk;
 use crate::group::ServerGroup;
@@ -186,10 +187,36 @@ pub struct RunReport {
     pub num_refused: u64,
     /// How many examples were used.
     pub num_examples: u64,
+    /// Whether [`StopSteps`] ended it before all steps were taken.
+    pub was_stopped: bool,
     /// Time spent computing gradients.
     pub compute_time: Duration,
     /// Time spent waiting for servers: transfer, queue, update, and other workers.
     pub wait_time: Duration,
+}
+
+impl RunReport {
+    /// Adds what became of a later run of the same worker.
+    pub fn append(&mut self, later: Self) {
+        let Self {
+            losses,
+            num_applied,
+            num_dropped_late,
+            num_refused,
+            num_examples,
+            was_stopped,
+            compute_time,
+            wait_time,
+        } = later;
+        self.losses.extend(losses);
+        self.num_applied += num_applied;
+        self.num_dropped_late += num_dropped_late;
+        self.num_refused += num_refused;
+        self.num_examples += num_examples;
+        self.was_stopped = was_stopped;
+        self.compute_time += compute_time;
+        self.wait_time += wait_time;
+    }
 }
 
 /// Writes losses as bulk: those of a long run would not fit into a header.
@@ -320,6 +347,7 @@ async fn run<S: GradientSource>(
         };
         report.wait_time += started.elapsed();
     }
+    report.was_stopped = state.borrow().next_clock.0 < last_clock;
     session.leave().await.map_err(failed)?;
     Ok(report)
 }
@@ -346,6 +374,11 @@ pub trait HostedSource: GradientSource {
 
 impl<S: HostedSource> Hosted for DataWorker<S> {
     type Args = S::Args;
+
+    /// Lets the step under way be pushed; whoever waits for the run is told that it was stopped.
+    fn hand_over(actor: &ActorRef<Self>) -> bool {
+        actor.tell(StopSteps).is_ok()
+    }
 }
 
 impl<S: GradientSource> Handler<ComputeGradients> for DataWorker<S> {
@@ -362,12 +395,18 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
 
     fn handle(&mut self, message: RunSteps, _: &mut Self::Context) -> Self::Result {
         let state = Rc::clone(&self.state);
+        // Here, not in the future: a `StopSteps` that comes next may be handled before that begins.
+        let was_running = {
+            let mut state = state.borrow_mut();
+            let was_running = std::mem::replace(&mut state.is_running, true);
+            state.stop_requested &= was_running;
+            was_running
+        };
         let run = async move {
-            let worker = state.borrow().id;
-            if std::mem::replace(&mut state.borrow_mut().is_running, true) {
+            if was_running {
+                let worker = state.borrow().id;
                 return Err(WorkerError::Busy { worker });
             }
-            state.borrow_mut().stop_requested = false;
             let result = run(&state, &message.servers, message.num_steps).await;
             state.borrow_mut().is_running = false;
             result
@@ -456,6 +495,7 @@ mod tests {
             num_dropped_late: 2,
             num_refused: 1,
             num_examples: 32,
+            was_stopped: true,
             compute_time: Duration::MAX,
             wait_time: Duration::from_nanos(1),
         };

@@ -8,6 +8,8 @@
 pub(crate) mod flex;
 #[cfg(feature = "flex")]
 mod kernel;
+#[cfg(all(test, feature = "flex"))]
+pub(crate) use kernel::tests::architectures;
 
 use burn::nn::conv::Conv2d;
 use burn::tensor::Tensor;

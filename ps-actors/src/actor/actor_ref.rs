@@ -10,6 +10,7 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler, Message};
 
 use super::background;
+use super::deadline::Deadline;
 use super::error::CallError;
 use super::mailbox::{ActorId, Mailbox, Phase};
 use super::registry::AnyMailbox;
@@ -204,11 +205,14 @@ impl<A: Actor> ActorRef<A> {
     /// When the time is over, the actor is killed and all its pending calls fail. If it is stuck
     /// in a handler, its thread is left behind, and the outcome is an error that says so.
     pub fn shutdown(&self, timeout: Duration) -> Shutdown {
-        let actor: Arc<dyn AnyMailbox> = match self.target() {
-            Target::Here(mailbox) => Arc::clone(mailbox) as _,
-            Target::There(remote) => Arc::clone(&remote.actor) as _,
-        };
-        Shutdown::start(vec![actor], timeout)
+        let begin = |actor: Arc<dyn AnyMailbox>| Shutdown::start(vec![actor], timeout);
+        match self.target() {
+            Target::Here(mailbox) => begin(Arc::clone(mailbox) as _),
+            Target::There(remote) => {
+                // The `kill` at the end needs the connection, which goes with the last reference.
+                begin(Arc::clone(&remote.actor) as _).holding(Arc::clone(&self.handle) as _)
+            }
+        }
     }
 }
 
@@ -229,6 +233,30 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
                 Reply::started(remote.actor.call(&remote.table, message, false))
             }
         }
+    }
+
+    /// Calls the actor with a time limit, which goes with the call: when it is over, the handler
+    /// does not begin any more, also if nobody looks at the reply, and, for an actor elsewhere, if
+    /// its process hears nothing more from this one.
+    ///
+    /// For whoever looks at the reply it is [`ask`](Self::ask) with a [`timeout`](Reply::timeout):
+    /// a handler that has begun goes on. An actor elsewhere counts in milliseconds, from the
+    /// arrival of the call; see `docs/semantics.md`, A-5 and R-6.
+    pub fn ask_within<M>(&self, message: M, limit: Duration) -> Reply<M::Result>
+    where
+        A: Handler<M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        let deadline = Deadline::within(limit);
+        let reply = match self.target() {
+            Target::Here(mailbox) => Reply::started(mailbox.push_with(message, None, deadline)),
+            Target::There(remote) => {
+                let call = remote.actor.call_within(&remote.table, message, deadline);
+                Reply::started(call)
+            }
+        };
+        reply.timeout(limit)
     }
 
     /// Calls the actor, and leaves the result where it is computed until somebody takes it.

@@ -18,6 +18,7 @@ use actix::{Actor, Context, Handler, Message};
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
+use super::deadline::Deadline;
 use super::error::{CallError, NotDelivered, UnknownOutcome};
 use super::mailbox::{ActorId, Mailbox};
 
@@ -75,6 +76,8 @@ pub(crate) struct Call<A: Actor, M: Message> {
     mailbox: Arc<Mailbox<A>>,
     /// Nobody waits for the reply; a loss is a dead letter.
     told: bool,
+    /// After it the handler does not begin.
+    deadline: Option<Deadline>,
     state: Mutex<State<M>>,
 }
 
@@ -100,6 +103,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         Self {
             mailbox,
             told,
+            deadline: None,
             state: Mutex::new(State {
                 stage: Stage::Queued(message),
                 waker: None,
@@ -112,6 +116,12 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
     pub(crate) fn holding(mut self, held: Option<Held>) -> Self {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.held = held;
+        self
+    }
+
+    /// Keeps the handler from beginning after `deadline`, whether or not the caller looks.
+    pub(crate) fn due(mut self, deadline: Option<Deadline>) -> Self {
+        self.deadline = deadline;
         self
     }
 
@@ -145,6 +155,11 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
     }
 
     fn begin(&self) -> Option<(M, Option<Held>)> {
+        if let Some(deadline) = self.deadline.filter(Deadline::is_over) {
+            let after = deadline.after();
+            self.end_queued(NotDelivered::TimedOut { after });
+            return None;
+        }
         let mut state = self.lock();
         if !matches!(state.stage, Stage::Queued(_)) {
             return None;
@@ -182,7 +197,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
     }
 
     /// Ends a queued call with an error that holds its message; false if it was not queued.
-    fn end_queued(&self, panic: Option<Arc<str>>) -> bool {
+    fn end_queued(&self, reason: NotDelivered) -> bool {
         let mut state = self.lock();
         if !matches!(state.stage, Stage::Queued(_)) {
             return false;
@@ -191,7 +206,6 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
             unreachable!("the stage was checked under the same lock");
         };
         let held = state.held.take();
-        let reason = NotDelivered::Stopped { panic };
         let error = self.mailbox.undelivered(message, reason);
         self.mailbox.release_slot();
         if self.told {
@@ -257,7 +271,8 @@ where
         let actor = Arc::clone(self.mailbox.name());
         let error = match loss {
             Loss::Stopped { panic } => {
-                if self.end_queued(panic.clone()) {
+                let panic = panic.clone();
+                if self.end_queued(NotDelivered::Stopped { panic }) {
                     return;
                 }
                 CallError::Unknown {
@@ -418,7 +433,8 @@ mod tests {
         let blocked = block(&gate);
         let (held, dropped) = held();
         let (open, later) = oneshot::channel();
-        let call = gate.mailbox_here().push_with(Later(later), held).unwrap();
+        let call = gate.mailbox_here().push_with(Later(later), held, None);
+        let call = call.unwrap();
         assert_eq!(dropped.try_recv(), Err(mpsc::TryRecvError::Empty));
         drop(blocked);
         dropped.recv().unwrap();
@@ -438,7 +454,8 @@ mod tests {
         let (second, second_dropped) = held();
         let push = |held| {
             let (_, never) = mpsc::channel();
-            gate.mailbox_here().push_with(Block(never), held).unwrap()
+            let call = gate.mailbox_here().push_with(Block(never), held, None);
+            call.unwrap()
         };
         let taken_back = push(first);
         let _killed = push(second);

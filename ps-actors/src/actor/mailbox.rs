@@ -16,6 +16,7 @@ use futures_util::task::AtomicWaker;
 use tokio::sync::{Semaphore, TryAcquireError, watch};
 
 use super::call::{Call, Held, Loss, QueuedCall};
+use super::deadline::Deadline;
 use super::error::{CallError, NotDelivered, Undelivered};
 
 /// Identifies an actor within this process; a number is never used twice.
@@ -189,11 +190,12 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
     }
 
     /// Queues a call if a slot is free, with something that is dropped when its handler has
-    /// returned, or when the handler is sure not to begin.
+    /// returned, or when the handler is sure not to begin, and with the end of its time.
     pub(crate) fn push_with<M>(
         self: &Arc<Self>,
         message: M,
         held: Option<Held>,
+        deadline: Option<Deadline>,
     ) -> Result<Arc<Call<A, M>>, CallError>
     where
         A: Handler<M>,
@@ -201,7 +203,8 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         M::Result: Send,
     {
         let message = self.take_slot(message)?;
-        self.push_into_slot(Call::new(Arc::clone(self), message, false).holding(held))
+        let call = Call::new(Arc::clone(self), message, false);
+        self.push_into_slot(call.holding(held).due(deadline))
     }
 
     fn take_slot<M: Send + 'static>(&self, message: M) -> Result<M, CallError> {

@@ -16,7 +16,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `actor_ref` | what callers hold |
-//! | `call` | the life of one call: queued, running, done |
+//! | `call`, `deadline` | the life of one call: queued, running, done; its time limit |
 //! | `reply`, `pending` | the caller's side of one call, of many calls |
 //! | `mailbox` | the queue, the bound on it, and the actor's phase |
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
@@ -58,6 +58,7 @@
 pub(crate) mod actor_ref;
 pub(crate) mod background;
 pub(crate) mod call;
+pub(crate) mod deadline;
 pub(crate) mod error;
 pub(crate) mod linger;
 pub(crate) mod mailbox;

@@ -1,5 +1,6 @@
 //! Ends actors within a bound, whatever their handlers do.
 
+use std::any::Any;
 use std::fmt;
 use std::future::{pending, ready};
 use std::pin::Pin;
@@ -28,6 +29,8 @@ pub fn shutdown_all(timeout: Duration) -> Shutdown {
 pub struct Shutdown {
     actors: Vec<Arc<dyn AnyMailbox>>,
     timeout: Duration,
+    /// Keeps the way to an actor elsewhere open until it was killed.
+    holds: Option<Arc<dyn Any + Send + Sync>>,
     /// `None` when the timeout is beyond the end of time.
     deadline: Option<Instant>,
     /// Resolves to whether all actors have ended in time.
@@ -60,9 +63,16 @@ impl Shutdown {
         Self {
             actors,
             timeout,
+            holds: None,
             deadline,
             outcome: Box::pin(outcome),
         }
+    }
+
+    /// Holds a reference until the outcome is known.
+    pub(crate) fn holding(mut self, reference: Arc<dyn Any + Send + Sync>) -> Self {
+        self.holds = Some(reference);
+        self
     }
 
     /// Blocks this thread until the actors have ended or the time is over.
@@ -86,6 +96,7 @@ impl Shutdown {
                 actor.leave_behind();
             }
         }
+        self.holds = None;
         self.outcome = Box::pin(ready(in_time));
         if left_behind.is_empty() {
             return Ok(());

@@ -5,6 +5,7 @@
 
 use std::any::type_name;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use actix::{Actor, Context, Handler, Message, ResponseFuture};
@@ -69,6 +70,11 @@ pub(crate) enum JoinRefused {
     Over,
 }
 
+/// Says that a node is about to leave: nothing more is to be started there.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct PrepareToLeave(pub(crate) NodeId);
+
 /// Says that a node leaves in an orderly way.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
@@ -115,6 +121,9 @@ pub enum SpawnRefused {
         /// What was asked for.
         needs: Resources,
     },
+    /// The process is about to leave.
+    #[error("it is about to leave")]
+    Leaving,
     /// Making it failed.
     #[error("it could not be made: {0}")]
     Failed(String),
@@ -130,7 +139,8 @@ pub(crate) struct Nursery {
     process: Arc<Process>,
     hosts: Hosts,
     free: Mutex<Resources>,
-    made: Mutex<BTreeMap<u64, Box<dyn Fn() + Send + Sync>>>,
+    made: Mutex<BTreeMap<u64, Arc<Made>>>,
+    is_leaving: AtomicBool,
 }
 
 impl Nursery {
@@ -140,6 +150,7 @@ impl Nursery {
             hosts,
             free: Mutex::new(resources),
             made: Mutex::default(),
+            is_leaving: AtomicBool::new(false),
         })
     }
 
@@ -161,7 +172,7 @@ impl Nursery {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn made(&self) -> MutexGuard<'_, BTreeMap<u64, Box<dyn Fn() + Send + Sync>>> {
+    fn made(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Made>>> {
         self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -176,22 +187,23 @@ impl Nursery {
             let hosted = self.hosts.names().join(", ");
             return Err(SpawnRefused::NotHosted { type_name, hosted });
         };
+        if self.is_leaving.load(Ordering::Acquire) {
+            return Err(SpawnRefused::Leaving);
+        }
         if !self.free().reserve(&needs) {
             return Err(SpawnRefused::NoRoom { needs });
         }
         let made = host.make(&self.process, args, name).await;
-        let Made {
-            wire,
-            kill,
-            mut ended,
-        } = match made {
-            Ok(made) => made,
+        let made = match made {
+            Ok(made) => Arc::new(made),
             Err(why) => {
                 self.free().give_back(&needs);
                 return Err(SpawnRefused::Failed(why));
             }
         };
-        self.made().insert(wire.actor, kill);
+        let wire = made.wire.clone();
+        let mut ended = made.ended.clone();
+        self.made().insert(wire.actor, Arc::clone(&made));
         let (nursery, actor) = (Arc::clone(&self), wire.actor);
         threads::next().spawn(async move {
             // An error means that the actor's mailbox is gone, and the actor with it.
@@ -199,6 +211,11 @@ impl Nursery {
             nursery.made().remove(&actor);
             nursery.free().give_back(&needs);
         });
+        // It was not there yet when the others were told.
+        if self.is_leaving.load(Ordering::Acquire) {
+            (made.kill)();
+            return Err(SpawnRefused::Leaving);
+        }
         Ok(wire)
     }
 
@@ -208,11 +225,30 @@ impl Nursery {
             .find(&self.process, &find.name)
     }
 
+    /// Makes no more actors, and lets those that can be continued elsewhere finish what they do;
+    /// ready when they have ended.
+    pub(crate) async fn hand_over(&self) {
+        self.is_leaving.store(true, Ordering::Release);
+        let made: Vec<_> = self.made().values().cloned().collect();
+        let mut ending = Vec::new();
+        for actor in made {
+            if (actor.hand_over)() {
+                ending.push(actor);
+            } else if !*actor.ended.borrow() {
+                tracing::warn!(actor = %actor.name, "it cannot hand over: it ends with its node");
+            }
+        }
+        for actor in ending {
+            // An error means that the actor's mailbox is gone, and the actor with it.
+            let _ = actor.ended.clone().wait_for(|ended| *ended).await;
+        }
+    }
+
     /// Ends all actors that were made for others.
     pub(crate) fn kill_all(&self) {
         let made = std::mem::take(&mut *self.made());
-        for kill in made.values() {
-            kill();
+        for actor in made.values() {
+            (actor.kill)();
         }
         self.process.withdraw_all();
     }
@@ -275,6 +311,7 @@ impl Remote for DriverAgent {
     fn messages(messages: &mut Messages<Self>) {
         messages
             .add::<Join>()
+            .add::<PrepareToLeave>()
             .add::<Leave>()
             .add::<Resolve>()
             .add::<Find>();
@@ -315,6 +352,7 @@ impl Handler<Join> for DriverAgent {
             resources: join.resources,
             host: join.host,
             pid: join.pid,
+            is_leaving: false,
         };
         tracing::info!(%node, host = member.host, pid = member.pid, "a node has joined");
         self.members.insert(member);
@@ -327,6 +365,15 @@ impl Handler<Join> for DriverAgent {
         });
         let session = self.process.session();
         Ok(Joined { node, session })
+    }
+}
+
+impl Handler<PrepareToLeave> for DriverAgent {
+    type Result = ();
+
+    fn handle(&mut self, PrepareToLeave(node): PrepareToLeave, _: &mut Self::Context) {
+        tracing::info!(%node, "a node is about to leave");
+        self.members.set_leaving(node);
     }
 }
 

@@ -26,6 +26,10 @@ pub struct ClusterConfig {
     pub resources: Resources,
     /// How long a node looks for its driver, at the start and after it was lost. Default: 60 s.
     pub join_timeout: Duration,
+    /// How long a node that is asked to leave waits for the steps under way. Too short, and they
+    /// are taken again elsewhere; too long, and the engine kills the node first: Kubernetes does
+    /// so after 30 s, Slurm too. Zero leaves at once. Default: 10 s.
+    pub leave_grace: Duration,
 }
 
 /// How the processes of a cluster reach each other.
@@ -52,6 +56,7 @@ impl Default for ClusterConfig {
             transport: Transport::default(),
             resources: Resources::none().cpus(cpus as f64),
             join_timeout: Duration::from_secs(60),
+            leave_grace: Duration::from_secs(10),
         }
     }
 }

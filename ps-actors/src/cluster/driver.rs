@@ -383,6 +383,14 @@ impl Cluster {
                 match made {
                     Ok(Ok(wire)) => return reference(process, wire).map_err(SpawnOnError::Ended),
                     Ok(Err(SpawnRefused::NoRoom { .. })) => {}
+                    // Asked again it is not among the candidates.
+                    Ok(Err(source @ SpawnRefused::Leaving)) => {
+                        lost = Some(SpawnOnError::Refused {
+                            node,
+                            actor_type,
+                            source,
+                        });
+                    }
                     Ok(Err(source)) => {
                         return Err(SpawnOnError::Refused {
                             node,
@@ -416,6 +424,7 @@ impl Cluster {
     /// The nodes to ask, in order; `None` is this process.
     fn candidates(&self, placement: &Placement) -> Result<Vec<Option<Member>>, SpawnOnError> {
         let mut members = self.inner.members.list();
+        members.retain(|member| !member.is_leaving);
         let in_turn = |members: &mut Vec<Member>| {
             let turn = self.inner.next.fetch_add(1, Ordering::Relaxed);
             let len = members.len().max(1);
@@ -488,7 +497,7 @@ impl Inner {
         let members = self.members.close();
         let told = members
             .iter()
-            .map(|member| member.agent.ask(Release).timeout(FAREWELL));
+            .map(|member| member.agent.ask_within(Release, FAREWELL));
         for (member, told) in members.iter().zip(join_all(told).await) {
             if let Err(error) = told {
                 tracing::warn!(node = %member.node, %error, "a node could not be told to end");
@@ -508,7 +517,7 @@ impl Drop for Inner {
         let told = Task::start(async move {
             let told = members
                 .iter()
-                .map(|member| member.agent.ask(Release).timeout(FAREWELL));
+                .map(|member| member.agent.ask_within(Release, FAREWELL));
             join_all(told).await;
             // Not before: the answers come in through it, and nodes would try to join again.
             drop(listening);

@@ -13,7 +13,7 @@ use tokio::sync::{oneshot, watch};
 
 use super::lookup;
 use crate::actor::error::error_chain;
-use crate::actor::{self, Spawn};
+use crate::actor::{self, ActorRef, Spawn};
 use crate::codec::{self, Blob, CodecError};
 use crate::remote::process::Process;
 use crate::remote::reference::{Wire, on_behalf_of};
@@ -23,6 +23,15 @@ use crate::remote::{Owned, Remote, Value};
 pub trait Hosted: Remote {
     /// What an actor is made of; it is sent to the process that makes it.
     type Args: Serialize + DeserializeOwned + Send + 'static;
+
+    /// Tells an actor to finish what it does, because its node is to leave.
+    ///
+    /// Returns whether it does: then it is stopped, and its node waits for that, no longer than
+    /// [`leave_grace`](super::ClusterConfig::leave_grace). By default it does not, and is killed
+    /// when the node leaves: right for actors that hold what nobody else has.
+    fn hand_over(_actor: &ActorRef<Self>) -> bool {
+        false
+    }
 }
 
 /// The actor types that this program can host, each with how to make one.
@@ -146,7 +155,10 @@ impl Args {
 /// An actor that was made for another process.
 pub(crate) struct Made {
     pub(crate) wire: Wire,
+    pub(crate) name: Arc<str>,
     pub(crate) kill: Box<dyn Fn() + Send + Sync>,
+    /// Lets it finish what it does, and stops it; false if it does not hand over.
+    pub(crate) hand_over: Box<dyn Fn() -> bool + Send + Sync>,
     pub(crate) ended: watch::Receiver<bool>,
 }
 
@@ -240,9 +252,22 @@ impl<A: Hosted> Host for Make<A> {
             }
             let wire = process.export(&actor);
             let mailbox = Arc::clone(actor.mailbox_here());
-            let ended = mailbox.ended();
+            let (name, ended) = (Arc::clone(mailbox.name()), mailbox.ended());
             let kill = Box::new(move || mailbox.kill());
-            Ok(Made { wire, kill, ended })
+            let number = wire.actor;
+            // Without a reference, which would keep the actor.
+            let hand_over = Box::new(move || {
+                let actor = process.exported::<A>(number);
+                let handed_over = actor.filter(A::hand_over);
+                handed_over.map(|actor| actor.stop()).is_some()
+            });
+            Ok(Made {
+                wire,
+                name,
+                kill,
+                hand_over,
+                ended,
+            })
         })
     }
 

@@ -206,9 +206,19 @@ fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit,
         let stop = terminated().map_err(StartError::Signals)?;
         let stop = async move {
             let signal = stop.await;
-            tracing::info!(signal, "leaving");
+            tracing::info!(signal, "leaving after the step under way");
         };
-        Ok(node.serve_until(stop).await?)
+        // Begins to listen at its first poll, after the first signal: it hears of the next one.
+        let at_once = async {
+            match terminated() {
+                Ok(again) => {
+                    let signal = again.await;
+                    tracing::info!(signal, "leaving at once");
+                }
+                Err(_) => std::future::pending().await,
+            }
+        };
+        Ok(node.serve_until_told(stop, at_once).await?)
     });
     serving.wait()
 }

@@ -19,6 +19,8 @@ pub(crate) struct Member {
     pub(crate) resources: Resources,
     pub(crate) host: String,
     pub(crate) pid: u32,
+    /// Takes part for a moment more; nothing is to be started there.
+    pub(crate) is_leaving: bool,
 }
 
 pub(crate) struct Members {
@@ -101,6 +103,16 @@ impl Members {
         }
         drop(state);
         self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// Notes that a node is about to leave.
+    pub(crate) fn set_leaving(&self, node: NodeId) {
+        let mut state = self.lock();
+        let rank = state.ranks.get_mut(&node.rank);
+        let member = rank.and_then(|rank| rank.member.as_mut());
+        if let Some(member) = member.filter(|member| member.node == node) {
+            member.is_leaving = true;
+        }
     }
 
     /// Removes a node that is lost or has left; false if it was not there.

@@ -16,7 +16,7 @@
 //! | `lookup` | names, from inside an actor |
 //! | `resources`, `task` | where actors fit; results that are under way |
 
-mod agent;
+pub(crate) mod agent;
 mod config;
 mod driver;
 mod endpoint;

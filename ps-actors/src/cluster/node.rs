@@ -11,7 +11,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::agent::{
-    DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, Nursery, Resolve, agent_of,
+    DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, Nursery, PrepareToLeave, Resolve,
+    agent_of,
 };
 use super::config::{ClusterConfig, ClusterError, Transport};
 use super::endpoint::{Bound, Endpoint};
@@ -81,13 +82,25 @@ impl Node {
         self.serve_until(std::future::pending())
     }
 
-    /// As [`serve`](Self::serve), and leaves in an orderly way when `stop` is ready.
+    /// As [`serve`](Self::serve), and leaves in an orderly way when `stop` is ready: actors that
+    /// [hand over](super::Hosted::hand_over) finish their step first, the others are killed.
     pub fn serve_until(
         self,
         stop: impl Future<Output = ()> + Send + 'static,
     ) -> Task<Result<NodeExit, ClusterError>> {
+        self.serve_until_told(stop, std::future::pending())
+    }
+
+    /// As [`serve_until`](Self::serve_until), and waits for no step any more when `at_once` is
+    /// ready, which is first polled after `stop` was.
+    pub(super) fn serve_until_told(
+        self,
+        stop: impl Future<Output = ()> + Send + 'static,
+        at_once: impl Future<Output = ()> + Send + 'static,
+    ) -> Task<Result<NodeExit, ClusterError>> {
         Task::start(async move {
             let mut stop = std::pin::pin!(stop.fuse());
+            let mut at_once = std::pin::pin!(at_once.fuse());
             loop {
                 let life = tokio::select! {
                     life = self.join() => life?,
@@ -101,11 +114,19 @@ impl Node {
                     () = &mut stop => Some(NodeExit::Left),
                     () = life.driver.stopped() => None,
                 };
+                if exit == Some(NodeExit::Left) {
+                    tokio::select! {
+                        () = self.hand_over(&life) => {}
+                        () = &mut at_once => {}
+                        _ = released.wait_for(|released| *released) => {}
+                        () = life.driver.stopped() => {}
+                    }
+                }
                 life.nursery.kill_all();
                 if exit == Some(NodeExit::Left) {
                     // The driver would notice in any case.
                     let limit = self.config.net.lease;
-                    let _ = life.driver.ask(Leave(life.id)).timeout(limit).await;
+                    let _ = life.driver.ask_within(Leave(life.id), limit).await;
                 }
                 if let Some(exit) = exit {
                     return Ok(exit);
@@ -113,6 +134,23 @@ impl Node {
                 tracing::warn!(node = %life.id, "the driver is lost; its actors here have ended");
             }
         })
+    }
+
+    /// Lets the actors here finish what they do, as long as the grace allows.
+    async fn hand_over(&self, life: &Life) {
+        let grace = self.config.leave_grace;
+        let handed_over = async {
+            // Before an actor ends: whoever starts it again must not do so here. A driver that does
+            // not answer must not take all the time: the servers may be elsewhere.
+            let prepare = PrepareToLeave(life.id);
+            if let Err(error) = life.driver.ask_within(prepare, grace / 2).await {
+                tracing::warn!(%error, "the driver does not know that this node leaves");
+            }
+            life.nursery.hand_over().await;
+        };
+        if tokio::time::timeout(grace, handed_over).await.is_err() {
+            tracing::warn!(?grace, "leaving before all steps are finished");
+        }
     }
 
     async fn join(&self) -> Result<Life, ClusterError> {
@@ -154,7 +192,9 @@ impl Node {
             };
             async move {
                 let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
-                match driver.ask(Resolve(node)).await {
+                // Who wants to connect tries for no longer, and asks again.
+                let limit = process.config().lease;
+                match driver.ask_within(Resolve(node), limit).await {
                     Ok(Some(addresses)) => Ok(addresses),
                     Ok(None) => Err(DialError::Ended(format!("{node} has left the cluster"))),
                     Err(error) => Err(DialError::Unreachable(error.to_string())),
@@ -189,7 +229,7 @@ impl Node {
         };
         let agent = agent.map_err(|error| JoinError::Permanent(error.into()))?;
         process.export_agent(&agent);
-        let joined = driver.ask(join).timeout(self.config.net.lease).await;
+        let joined = driver.ask_within(join, self.config.net.lease).await;
         let Joined { node, session } = match joined {
             Ok(Ok(joined)) => joined,
             Ok(Err(refused)) => return Err(self.refused(&refused)),

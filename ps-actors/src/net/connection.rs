@@ -16,6 +16,7 @@ use super::outbox::{Outbox, TaskWriter};
 use super::peer_memory::PeerMemory;
 use super::stream::{ReadHalf, Stream};
 use super::turns::{Turn, Turns};
+use crate::actor::deadline::Deadline;
 use crate::actor::linger::Lingering;
 use crate::buffer::{Buffer, BufferPool};
 
@@ -35,6 +36,8 @@ pub(crate) struct Frame {
     pub(crate) bulk: Vec<Buffer>,
     /// Kept until the handler of a large call has returned.
     pub(crate) turn: Option<Turn>,
+    /// After it the handler is not to begin.
+    pub(crate) deadline: Option<Deadline>,
 }
 
 impl Frame {
@@ -253,6 +256,8 @@ async fn read_frame(
     }
     read.read_exact(&mut fixed[first..]).await?;
     let head = Head::parse(&fixed)?;
+    // Before the rest of a large call is waited for.
+    let deadline = head.limit.and_then(Deadline::within);
     let mut table = vec![0; 8 * head.num_buffers];
     read.read_exact(&mut table).await?;
     let lengths = parse_lengths(&table, max_numbers)?;
@@ -289,6 +294,7 @@ async fn read_frame(
         header,
         bulk,
         turn,
+        deadline,
     }))
 }
 

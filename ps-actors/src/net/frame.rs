@@ -8,7 +8,7 @@
 //!      4     4  length of the header in bytes, h
 //!      8     8  number of the call, chosen by the caller, increasing; Ended: of the last one taken
 //!     16     4  Ask, Tell: which message of the actor; Reply: 0 for a result, 1 for an error
-//!     20     4  always 0
+//!     20     4  Ask: ms left for its handler to begin, plus 1; 0 for no limit; else always 0
 //!     24    8n  length of each buffer, in f32
 //!              if lent: 8n, the address of each buffer in the sender's memory
 //!            h  header: bincode
@@ -18,13 +18,16 @@
 //! Lent buffers stay where they are until the receiver has copied them and says `Taken`.
 //! Only a peer that said `Readable` gets such frames.
 //!
-//! All numbers are little-endian. [`Head::parse`] is pure and checks everything that can be
+//! All numbers are little-endian. A time is what was left when the frame was written, for the clocks
+//! of two hosts differ. [`Head::parse`] is pure and checks everything that can be
 //! checked before anything is allocated.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::peer_memory::{Probe, address};
 use super::turns::{Sending, Turns};
+use crate::actor::deadline::Deadline;
 use crate::codec::{Bulk, Encoded, MAX_HEADER};
 
 /// Bytes of a frame's fixed part.
@@ -103,6 +106,8 @@ pub struct Head {
     pub is_lent: bool,
     /// The header's length in bytes.
     pub header_len: usize,
+    /// How long the handler of a call may take to begin, in whole ms; `None` is no limit.
+    pub limit: Option<Duration>,
 }
 
 /// Why bytes are no frame. The connection cannot go on after it.
@@ -155,7 +160,9 @@ impl Head {
         let is_lent = *kind & LENT != 0;
         let number = *kind & !LENT;
         let found = Kind::ALL.into_iter().find(|known| *known as u8 == number);
-        let (Some(kind), MARK, [0, 0, 0, 0]) = (found, *mark, [*r0, *r1, *r2, *r3]) else {
+        let limit = u32::from_le_bytes([*r0, *r1, *r2, *r3]);
+        let (Some(kind), MARK, (Some(Kind::Ask), _) | (_, 0)) = (found, *mark, (found, limit))
+        else {
             return Err(FrameError::NotAFrame([*kind, *mark, *n0, *n1]));
         };
         let num_buffers = usize::from(u16::from_le_bytes([*n0, *n1]));
@@ -173,6 +180,9 @@ impl Head {
             num_buffers,
             is_lent,
             header_len,
+            limit: limit
+                .checked_sub(1)
+                .map(|limit_ms| Duration::from_millis(limit_ms.into())),
         })
     }
 
@@ -185,8 +195,14 @@ impl Head {
         out.extend(header_len.to_le_bytes());
         out.extend(self.call.to_le_bytes());
         out.extend(self.code.to_le_bytes());
-        out.extend([0; 4]);
+        out.extend(limit_bytes(self.limit));
     }
+}
+
+/// A time limit as a frame has it. Rounded down and saturating; one that is over is 1, not 0.
+fn limit_bytes(limit: Option<Duration>) -> [u8; 4] {
+    let limit_ms = limit.map_or(0, |limit| limit.as_millis().saturating_add(1));
+    u32::try_from(limit_ms).unwrap_or(u32::MAX).to_le_bytes()
 }
 
 /// Reads the lengths of a frame's buffers, each in numbers.
@@ -227,6 +243,7 @@ pub(crate) struct OutFrame {
     len: usize,
     /// Says that the frame is still to be written.
     sending: Option<Sending>,
+    deadline: Option<Deadline>,
 }
 
 impl OutFrame {
@@ -245,6 +262,7 @@ impl OutFrame {
             num_buffers: bulk.len(),
             is_lent: false,
             header_len: header.len(),
+            limit: None,
         };
         let mut head = Vec::with_capacity(HEAD_LEN + 8 * bulk.len() + header.len());
         fixed.write(&mut head);
@@ -259,6 +277,7 @@ impl OutFrame {
             num_written: 0,
             len: 0,
             sending: None,
+            deadline: None,
         };
         frame.len = frame.num_bytes();
         frame
@@ -294,6 +313,19 @@ impl OutFrame {
 
     pub(crate) fn is_lent(&self) -> bool {
         self.addresses.is_some()
+    }
+
+    /// Sets the time by which the handler of the call must have begun.
+    pub(crate) fn due(mut self, deadline: Option<Deadline>) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Notes how much time the call has left; to be called before the frame is written.
+    pub(crate) fn stamp(&mut self) {
+        if let (Some(deadline), 0) = (&self.deadline, self.num_written) {
+            self.head[20..HEAD_LEN].copy_from_slice(&limit_bytes(Some(deadline.remaining())));
+        }
     }
 
     /// Counts the frame as one that is being sent until it is written or given up.
@@ -348,6 +380,7 @@ impl OutFrame {
 
     /// Takes a copy of the next bytes, which count as written.
     pub(crate) fn next_chunk(&mut self) -> Vec<u8> {
+        self.stamp();
         let chunk = self.rest().next().unwrap_or_default();
         let chunk = chunk[..chunk.len().min(MAX_CHUNK)].to_vec();
         self.advance(chunk.len());
@@ -409,8 +442,9 @@ mod tests {
             };
             let bytes = bytes_of(&OutFrame::new(kind, call, code, contents));
             let head = Head::parse(bytes.first_chunk().unwrap()).unwrap();
-            let is_lent = false;
-            let expected = Head { kind, call, code, num_buffers: lengths.len(), is_lent, header_len: header.len() };
+            let (is_lent, limit) = (false, None);
+            let num_buffers = lengths.len();
+            let expected = Head { kind, call, code, num_buffers, is_lent, header_len: header.len(), limit };
             prop_assert_eq!(head, expected);
             let (table, rest) = bytes[HEAD_LEN..].split_at(8 * lengths.len());
             prop_assert_eq!(parse_lengths(table, 1000).unwrap(), lengths);
@@ -467,6 +501,29 @@ mod tests {
                 prop_assert!(lengths.iter().sum::<usize>() <= 1_000_000);
             }
         }
+    }
+
+    #[test]
+    fn a_time_limit_is_what_is_left_when_the_call_is_written() {
+        let parse = |frame: &OutFrame| Head::parse(bytes_of(frame).first_chunk().unwrap());
+        let asking = |kind, after| {
+            let frame = OutFrame::signal(kind, 1).due(Deadline::within(after));
+            parse(&{
+                let mut frame = frame;
+                frame.stamp();
+                frame
+            })
+        };
+        let limit = |after| asking(Kind::Ask, after).unwrap().limit;
+        let hour = limit(Duration::from_secs(3600)).unwrap();
+        assert!(hour < Duration::from_secs(3600), "{hour:?}");
+        assert!(hour > Duration::from_secs(3500), "{hour:?}");
+        assert_eq!(limit(Duration::ZERO), Some(Duration::ZERO));
+        let longest = Duration::from_millis((u32::MAX - 1).into());
+        assert_eq!(limit(2 * longest), Some(longest));
+        assert_eq!(limit(Duration::MAX), None);
+        // Nothing but an Ask has one.
+        assert!(asking(Kind::Cancel, longest).is_err());
     }
 
     #[test]

@@ -284,6 +284,10 @@ impl State {
     /// Writes until nothing is left (true) or the socket takes no more.
     fn write_some(&mut self, socket: &Socket) -> io::Result<bool> {
         while !self.queue.is_empty() {
+            self.queue
+                .iter_mut()
+                .take(MAX_PIECES)
+                .for_each(OutFrame::stamp);
             let mut pieces = Vec::with_capacity(MAX_PIECES);
             let mut room = MAX_BYTES;
             for piece in self.queue.iter().flat_map(OutFrame::rest) {

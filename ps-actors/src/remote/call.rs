@@ -12,6 +12,7 @@ use super::caller::RemoteActor;
 use super::reference::on_behalf_of;
 use super::table::Decode;
 use crate::actor::call::{GiveUp, ReplySlot};
+use crate::actor::deadline::Deadline;
 use crate::actor::error::error_chain;
 use crate::actor::mailbox::ActorId;
 use crate::actor::{CallError, NotDelivered, UnknownOutcome};
@@ -38,6 +39,7 @@ pub(crate) struct Call<M, R> {
     remote: Arc<RemoteActor>,
     number: u64,
     told: bool,
+    deadline: Option<Deadline>,
     decode: Decode<R>,
     state: Mutex<CallState<M>>,
 }
@@ -69,12 +71,19 @@ impl<M: Send + 'static, R> Call<M, R> {
             remote,
             number,
             told,
+            deadline: None,
             decode,
             state: Mutex::new(CallState {
                 stage: Stage::Waiting(message),
                 waker: None,
             }),
         }
+    }
+
+    /// Notes what the caller's time limit is.
+    pub(super) fn due(mut self, deadline: Option<Deadline>) -> Self {
+        self.deadline = deadline;
+        self
     }
 
     fn lock(&self) -> MutexGuard<'_, CallState<M>> {
@@ -114,7 +123,13 @@ impl<M: Send + 'static, R> Call<M, R> {
         on_behalf_of(self.remote.process(), || match code {
             0 => (self.decode)(&header, bulk).map_err(|error| unreadable(&error)),
             _ => Err(match codec::decode::<CallError>(&header, bulk) {
-                Ok(CallError::NotDelivered { reason, .. }) => {
+                Ok(CallError::NotDelivered { mut reason, .. }) => {
+                    if let (NotDelivered::TimedOut { after }, Some(deadline)) =
+                        (&mut reason, &self.deadline)
+                    {
+                        // The other side knows what was left when the call was written.
+                        *after = deadline.after();
+                    }
                     self.remote.undelivered(message, reason)
                 }
                 Ok(other) => other,

@@ -136,6 +136,7 @@ where
         header,
         bulk,
         turn,
+        deadline,
         ..
     } = frame;
     let message = on_behalf_of(&connection.process, || codec::decode::<M>(&header, bulk));
@@ -153,7 +154,8 @@ where
         }
     };
     // A told message, too, is answered, without its result: its loss is counted by its sender.
-    match mailbox.push_with(message, turn.map(|turn| Box::new(turn) as _)) {
+    let turn = turn.map(|turn| Box::new(turn) as _);
+    match mailbox.push_with(message, turn, deadline) {
         Ok(call) => {
             connection.last_taken.fetch_max(number, Ordering::Relaxed);
             let reply = Arc::new(Answer {

@@ -10,7 +10,7 @@ use std::any::type_name;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use actix::{Actor, Message};
 use tokio::sync::{Semaphore, TryAcquireError, watch};
@@ -20,6 +20,7 @@ use super::kept::Kept;
 use super::process::Process;
 use super::reference::{Wire, on_behalf_of};
 use super::table::{Codec, Decode, Table, keeping};
+use crate::actor::deadline::Deadline;
 use crate::actor::error::error_chain;
 use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
 use crate::actor::registry::AnyMailbox;
@@ -130,7 +131,25 @@ impl RemoteActor {
     {
         let message = self.take_slot(message)?;
         let kind = if told { Kind::Tell } else { Kind::Ask };
-        self.call_in_slot(table, message, |code, codec| (kind, code, codec.decode))
+        self.call_in_slot(table, message, None, |code, codec| {
+            (kind, code, codec.decode)
+        })
+    }
+
+    /// Calls the actor; its handler is to begin before the deadline.
+    pub(crate) fn call_within<A: Actor, M: Message + Send + 'static>(
+        self: &Arc<Self>,
+        table: &Table<A>,
+        message: M,
+        deadline: Option<Deadline>,
+    ) -> Called<M, M::Result>
+    where
+        M::Result: Send,
+    {
+        let message = self.take_slot(message)?;
+        self.call_in_slot(table, message, deadline, |code, codec| {
+            (Kind::Ask, code, codec.decode)
+        })
     }
 
     /// Calls the actor, and gets a ticket for the result.
@@ -143,7 +162,7 @@ impl RemoteActor {
         M::Result: Send,
     {
         let message = self.take_slot(message)?;
-        self.call_in_slot(table, message, |code, codec| {
+        self.call_in_slot(table, message, None, |code, codec| {
             (Kind::Ask, keeping(code), codec.decode_kept)
         })
     }
@@ -161,7 +180,7 @@ impl RemoteActor {
             Ok(slot) => slot.forget(),
             Err(_closed) => return Err(self.undelivered(message, self.stopped())),
         }
-        self.call_in_slot(table, message, |code, codec| {
+        self.call_in_slot(table, message, None, |code, codec| {
             (Kind::Ask, code, codec.decode)
         })
     }
@@ -186,6 +205,7 @@ impl RemoteActor {
         self: &Arc<Self>,
         table: &Table<A>,
         message: M,
+        deadline: Option<Deadline>,
         how: impl FnOnce(u32, Codec<M>) -> (Kind, u32, Decode<R>),
     ) -> Called<M, R> {
         let refuse = |message, reason| {
@@ -209,7 +229,7 @@ impl RemoteActor {
             }
         };
         let (kind, code, decode) = how(code, codec);
-        let mut frame = OutFrame::new(kind, 0, code, encoded);
+        let mut frame = OutFrame::new(kind, 0, code, encoded).due(deadline);
         let mut state = self.lock();
         if let Link::Ended = state.link {
             drop(state);
@@ -220,7 +240,7 @@ impl RemoteActor {
         frame.set_call(number);
         let told = kind == Kind::Tell;
         let call = Call::new(Arc::clone(self), number, told, decode, message);
-        let call = Arc::new(call);
+        let call = Arc::new(call.due(deadline));
         state.calls.insert(number, Arc::clone(&call) as _);
         self.send(&mut state, frame);
         Ok(call)
@@ -385,7 +405,8 @@ impl RemoteActor {
             .into_iter()
             .partition(|(number, _)| kept.contains(number));
         state.calls = kept;
-        if !state.is_released || !state.calls.is_empty() {
+        // A `stop` or `kill` is still to arrive when the last reference is gone.
+        if !state.is_released || !state.calls.is_empty() || !state.unsent.is_empty() {
             self.connect(&mut state);
         }
         drop(state);
@@ -499,11 +520,7 @@ async fn connect(actor: Arc<RemoteActor>) {
         actor.finish_if_released(&state);
     }
     actor.gone.send_replace(false);
-    let client = Client {
-        actor: Arc::downgrade(&actor),
-        outbox,
-    };
-    drop(actor);
+    let client = Client { actor, outbox };
     let already_read = &dialled.already_read;
     connection
         .run(already_read, config, process.buffers(), client)
@@ -512,23 +529,23 @@ async fn connect(actor: Arc<RemoteActor>) {
 
 /// The calling side of a connection.
 struct Client {
-    actor: Weak<RemoteActor>,
+    /// Also when nobody else has it any more: what must arrive may need another connection.
+    actor: Arc<RemoteActor>,
     outbox: Arc<Outbox>,
 }
 
 impl Peer for Client {
     fn receive(&mut self, frame: Frame) -> Result<(), String> {
-        let actor = self.actor.upgrade().ok_or("nobody waits for replies")?;
         match frame.kind {
             Kind::Reply => {
                 // A reply that nobody waits for any more is dropped.
-                if let Some(call) = actor.forget(frame.call) {
+                if let Some(call) = self.actor.forget(frame.call) {
                     call.arrived(frame);
                 }
                 Ok(())
             }
             Kind::Ended => {
-                actor.end("the actor has ended".into(), frame.call);
+                self.actor.end("the actor has ended".into(), frame.call);
                 // The other side waits for this one to close.
                 Err("the actor has ended".to_owned())
             }
@@ -538,8 +555,6 @@ impl Peer for Client {
     }
 
     fn disconnected(&mut self, why: &Arc<str>) {
-        if let Some(actor) = self.actor.upgrade() {
-            actor.disconnected(&self.outbox, why);
-        }
+        self.actor.disconnected(&self.outbox, why);
     }
 }

@@ -28,7 +28,7 @@ use actix::{Actor, Context};
 
 pub use kept::{KEPT_FOR, Kept, KeptError, MAX_KEPT};
 pub use process::NodeId;
-pub use table::Messages;
+pub use table::{Messages, untraced};
 pub use value::{Method, Owned, RemoteRef, Value};
 
 /// An actor type whose actors can be called from other processes.
@@ -65,5 +65,8 @@ pub use value::{Method, Owned, RemoteRef, Value};
 /// ```
 pub trait Remote: Actor<Context = Context<Self>> {
     /// Adds each message that may come from another process. The order is part of the protocol.
+    ///
+    /// So are the fields of the messages and of their results. To see them, each type is read from
+    /// made-up values, at the first use of the actor type; see [`untraced`].
     fn messages(messages: &mut Messages<Self>);
 }

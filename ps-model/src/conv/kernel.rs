@@ -8,13 +8,13 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Output channels that are computed together.
-const ROWS: usize = 6;
-/// Vectors along the image, or filter taps of the weights' gradient, that are computed together.
+/// Up to so many output channels are computed in low blocks, of three rows and three columns. Of a usual
+/// block, of six rows and two columns, half would be superfluous; and a filter of 3 × 3 has nine taps.
 ///
-/// `ROWS * COLUMNS` sums, a vector of each column and one more fit the 16 registers of AVX2; more
-/// would go through memory, which takes three times as long.
-const COLUMNS: usize = 2;
+/// `ROWS` are the output channels that are computed together; `COLUMNS` the vectors along the image, or
+/// the filter taps of the weights' gradient. `ROWS * COLUMNS` sums, a vector of each column and one more
+/// fit the 16 registers of AVX2; more would go through memory, which takes three times as long.
+const FEW: usize = 3;
 /// The most numbers in a vector of any machine; the length of rows is a multiple.
 const MAX_LANES: usize = 16;
 
@@ -56,9 +56,26 @@ pub(super) fn forward(
     weight: &[f32],
     bias: &[f32],
 ) -> Vec<f32> {
-    let correlation = Correlation::new(sizes.input, sizes.outputs, sizes.kernel, |output, tap| {
-        weight[output * sizes.num_taps() + tap]
-    });
+    if sizes.outputs <= FEW {
+        forward_in::<3, 3>(arch, sizes, x, weight, bias)
+    } else {
+        forward_in::<6, 2>(arch, sizes, x, weight, bias)
+    }
+}
+
+fn forward_in<const ROWS: usize, const COLUMNS: usize>(
+    arch: Arch,
+    sizes: &Sizes,
+    x: &[f32],
+    weight: &[f32],
+    bias: &[f32],
+) -> Vec<f32> {
+    let correlation = Correlation::<ROWS, COLUMNS>::new(
+        sizes.input,
+        sizes.outputs,
+        sizes.kernel,
+        |output, tap| weight[output * sizes.num_taps() + tap],
+    );
     let [_, height, width] = sizes.output();
     let mut y = Vec::with_capacity(sizes.batch * sizes.outputs * height * width);
     let mut padded = vec![0.0; correlation.padded_input()];
@@ -74,16 +91,30 @@ pub(super) fn forward(
 /// Computes the gradient of `x` from that of the output: a convolution of it, padded, with the
 /// filters turned round and their channels swapped.
 pub(super) fn input_gradient(arch: Arch, sizes: &Sizes, weight: &[f32], dy: &[f32]) -> Vec<f32> {
+    if sizes.input[0] <= FEW {
+        input_gradient_in::<3, 3>(arch, sizes, weight, dy)
+    } else {
+        input_gradient_in::<6, 2>(arch, sizes, weight, dy)
+    }
+}
+
+fn input_gradient_in<const ROWS: usize, const COLUMNS: usize>(
+    arch: Arch,
+    sizes: &Sizes,
+    weight: &[f32],
+    dy: &[f32],
+) -> Vec<f32> {
     let [inputs, ..] = sizes.input;
     let [outputs, height, width] = sizes.output();
     let [kernel_height, kernel_width] = sizes.kernel;
     let area = kernel_height * kernel_width;
     let wide_width = width + 2 * (kernel_width - 1);
     let padded_sizes = [outputs, height + 2 * (kernel_height - 1), wide_width];
-    let correlation = Correlation::new(padded_sizes, inputs, sizes.kernel, |input, tap| {
-        let (output, place) = (tap / area, tap % area);
-        weight[(output * inputs + input) * area + area - 1 - place]
-    });
+    let correlation =
+        Correlation::<ROWS, COLUMNS>::new(padded_sizes, inputs, sizes.kernel, |input, tap| {
+            let (output, place) = (tap / area, tap % area);
+            weight[(output * inputs + input) * area + area - 1 - place]
+        });
     let bias = vec![0.0; inputs];
     let mut dx = Vec::with_capacity(sizes.batch * sizes.input.iter().product::<usize>());
     let mut padded = vec![0.0; correlation.padded_input()];
@@ -104,6 +135,19 @@ pub(super) fn input_gradient(arch: Arch, sizes: &Sizes, weight: &[f32], dy: &[f3
 
 /// Computes the gradients of the weights and of the biases.
 pub(super) fn weight_gradient(
+    arch: Arch,
+    sizes: &Sizes,
+    x: &[f32],
+    dy: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
+    if sizes.outputs <= FEW {
+        weight_gradient_in::<3, 3>(arch, sizes, x, dy)
+    } else {
+        weight_gradient_in::<6, 2>(arch, sizes, x, dy)
+    }
+}
+
+fn weight_gradient_in<const ROWS: usize, const COLUMNS: usize>(
     arch: Arch,
     sizes: &Sizes,
     x: &[f32],
@@ -131,10 +175,10 @@ pub(super) fn weight_gradient(
             let rows = to.chunks_exact_mut(wide_width);
             for (to, from) in rows.zip(from.chunks_exact(width)) {
                 to[..width].copy_from_slice(from);
-                *db += from.iter().sum::<f32>();
             }
+            *db += sum(to);
         }
-        arch.dispatch(WeightGradient {
+        arch.dispatch(WeightGradient::<ROWS, COLUMNS> {
             offsets: &offsets,
             length,
             image: &padded,
@@ -144,6 +188,18 @@ pub(super) fn weight_gradient(
     }
     dw.truncate(outputs * offsets.len());
     (dw, db)
+}
+
+/// Sums in as many lanes as the widest vectors have, so that no addition waits for the one before, and
+/// in the same order on every machine. The length is a multiple of [`MAX_LANES`].
+fn sum(numbers: &[f32]) -> f32 {
+    let mut sums = [0.0; MAX_LANES];
+    for numbers in numbers.chunks_exact(MAX_LANES) {
+        for (sum, number) in sums.iter_mut().zip(numbers) {
+            *sum += number;
+        }
+    }
+    sums.iter().sum()
 }
 
 /// Where the taps of a filter are, from the place of the output.
@@ -160,9 +216,9 @@ fn offsets([channels, height, width]: [usize; 3], kernel: [usize; 2]) -> Vec<usi
 }
 
 /// Sums of shifted planes: what the output and the gradient of the input have in common.
-struct Correlation {
+struct Correlation<const ROWS: usize, const COLUMNS: usize> {
     offsets: Vec<usize>,
-    /// For each [`ROWS`] output channels, for each tap, a weight for each of the channels.
+    /// For each `ROWS` output channels, for each tap, a weight for each of the channels.
     panels: Vec<[f32; ROWS]>,
     outputs: usize,
     /// Of the output, `[height, width]`.
@@ -173,7 +229,7 @@ struct Correlation {
     length: usize,
 }
 
-impl Correlation {
+impl<const ROWS: usize, const COLUMNS: usize> Correlation<ROWS, COLUMNS> {
     fn new(
         input: [usize; 3],
         outputs: usize,
@@ -235,14 +291,14 @@ impl Correlation {
     }
 }
 
-struct Correlate<'a> {
-    correlation: &'a Correlation,
+struct Correlate<'a, const ROWS: usize, const COLUMNS: usize> {
+    correlation: &'a Correlation<ROWS, COLUMNS>,
     input: &'a [f32],
     bias: &'a [f32],
     output: &'a mut [f32],
 }
 
-impl WithSimd for Correlate<'_> {
+impl<const ROWS: usize, const COLUMNS: usize> WithSimd for Correlate<'_, ROWS, COLUMNS> {
     type Output = ();
 
     #[inline(always)]
@@ -260,7 +316,7 @@ impl WithSimd for Correlate<'_> {
             let blocks = self.output.chunks_exact_mut(ROWS * length);
             let panels = panels.chunks_exact(offsets.len());
             for ((block, panel), bias) in blocks.zip(panels).zip(self.bias.chunks(ROWS)) {
-                let sums = sum_over_taps(simd, input, offsets, panel, bias);
+                let sums = sum_over_taps::<S, ROWS, COLUMNS>(simd, input, offsets, panel, bias);
                 for (plane, sums) in block.chunks_exact_mut(*length).zip(sums) {
                     let (vectors, _) = S::as_mut_simd_f32s(&mut plane[first..][..tile]);
                     vectors.copy_from_slice(&sums);
@@ -272,7 +328,7 @@ impl WithSimd for Correlate<'_> {
 
 /// The innermost loop; a function of its own, returning by value, so that the sums stay in registers.
 #[inline(always)]
-fn sum_over_taps<S: Simd>(
+fn sum_over_taps<S: Simd, const ROWS: usize, const COLUMNS: usize>(
     simd: S,
     input: &[f32],
     offsets: &[usize],
@@ -297,7 +353,7 @@ fn sum_over_taps<S: Simd>(
 }
 
 /// Adds one image's part to the gradient of the weights.
-struct WeightGradient<'a> {
+struct WeightGradient<'a, const ROWS: usize, const COLUMNS: usize> {
     offsets: &'a [usize],
     length: usize,
     image: &'a [f32],
@@ -306,7 +362,7 @@ struct WeightGradient<'a> {
     dw: &'a mut [f32],
 }
 
-impl WithSimd for WeightGradient<'_> {
+impl<const ROWS: usize, const COLUMNS: usize> WithSimd for WeightGradient<'_, ROWS, COLUMNS> {
     type Output = ();
 
     #[inline(always)]
@@ -316,10 +372,10 @@ impl WithSimd for WeightGradient<'_> {
         let blocks = self.wide.chunks_exact(ROWS * self.length);
         let taps = self.offsets.len();
         for (block, dw) in blocks.zip(self.dw.chunks_exact_mut(ROWS * taps)) {
-            let rows = std::array::from_fn(|row| vectors(&block[row * self.length..]));
+            let rows: [_; ROWS] = std::array::from_fn(|row| vectors(&block[row * self.length..]));
             for (group, offsets) in self.offsets.chunks(COLUMNS).enumerate() {
                 // In a last group that is not full, the first tap stands in for those missing.
-                let columns = std::array::from_fn(|column| {
+                let columns: [_; COLUMNS] = std::array::from_fn(|column| {
                     let offset = offsets.get(column).unwrap_or(&offsets[0]);
                     vectors(&self.image[*offset..])
                 });
@@ -337,7 +393,7 @@ impl WithSimd for WeightGradient<'_> {
 
 /// Multiplies every row by every column, all of one length.
 #[inline(always)]
-fn sum_of_products<S: Simd>(
+fn sum_of_products<S: Simd, const ROWS: usize, const COLUMNS: usize>(
     simd: S,
     rows: [&[S::f32s]; ROWS],
     columns: [&[S::f32s]; COLUMNS],
@@ -360,12 +416,12 @@ fn sum_of_products<S: Simd>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::rng::Rng;
 
     /// Every kind of vectors that this machine has.
-    fn architectures() -> Vec<Arch> {
+    pub(crate) fn architectures() -> Vec<Arch> {
         #[cfg(target_arch = "x86_64")]
         let narrower = pulp::x86::V3::try_new().map(Arch::V3);
         #[cfg(not(target_arch = "x86_64"))]
@@ -387,12 +443,18 @@ mod tests {
 
     #[test]
     fn every_kind_of_vectors_computes_the_definition() {
-        let sizes = Sizes {
-            batch: 2,
-            input: [5, 9, 20],
-            outputs: 7,
-            kernel: [3, 2],
-        };
+        // Low and high blocks, for the output as for the gradient of the input; full, and not full.
+        for [channels, outputs] in [[5, 7], [1, 3], [3, 2], [2, 6], [7, 1]] {
+            check(Sizes {
+                batch: 2,
+                input: [channels, 9, 20],
+                outputs,
+                kernel: [3, 2],
+            });
+        }
+    }
+
+    fn check(sizes: Sizes) {
         let [channels, height, width] = sizes.input;
         let [outputs, out_height, out_width] = sizes.output();
         let [kernel_height, kernel_width] = sizes.kernel;

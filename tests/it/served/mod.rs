@@ -5,11 +5,13 @@ mod limits;
 mod local_training;
 mod split;
 
+use ps::actors::remote::untraced;
 use ps::actors::server::Outcome;
 use ps::model::burn::tensor::{Device, Tensor};
 use ps::model::{Array, LocalModel, Part, StepSeed};
 use ps::prelude::*;
 use ps::served::{Context, ContextError, DistributedOptimizer, PartConfig, PartServer, serve_part};
+use ps::source::ModelWorker;
 
 const SEED: u64 = 11;
 
@@ -35,6 +37,14 @@ fn sgd_servers<P: Part>(part: &P, num_servers: usize, config: ServerConfig) -> S
 
 fn serve<P: Part>(part: &P, servers: &ServerGroup) -> ActorRef<PartServer<P>> {
     serve_part(part, &device(), servers, PartConfig::default()).unwrap()
+}
+
+///
+#[test]
+fn the_fields_of_all_messages_are_compared() {
+    let none: [&str; 0] = [];
+    assert_eq!(untraced::<PartServer<ConvNet>>(), none);
+    assert_eq!(untraced::<ModelWorker<ConvNet>>(), none);
 }
 
 /// A trainer's batch of a step.

@@ -4,7 +4,7 @@ use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use ps_actors::CallError;
-use ps_actors::actor::UnknownOutcome;
+use ps_actors::actor::{NotDelivered, UnknownOutcome};
 
 use super::ON;
 use crate::actor::probe::{
@@ -99,6 +99,36 @@ fn a_timeout_before_the_handler_began_takes_the_call_back() {
     drop(gate);
     assert_eq!(actor.ask(Count(8)).wait_timeout(SOON).unwrap(), 1);
     assert_eq!(log.entries(), ["started", "8"]);
+}
+
+/// nobody looks at the reply in time, so nobody takes the call back.
+#[test]
+fn a_call_whose_time_is_over_in_the_queue_never_begins() {
+    let log = Log::default();
+    let actor = ON.spawn({
+        let log = log.clone();
+        move || Probe::with_log(&log)
+    });
+    let gate = Gate::hold(&actor);
+    let limit = Duration::from_millis(20);
+    let late = actor.ask_within(Count(7), limit);
+    let in_time = actor.ask_within(Count(8), SOON);
+    let without_limit = actor.ask_within(Count(9), Duration::MAX);
+    wait_until_arrived(&actor);
+    // Takes as long as the first call has, which has arrived.
+    actor.ask(Count(0)).wait_timeout(limit).unwrap_err();
+    wait_until_arrived(&actor);
+    drop(gate);
+    assert_eq!(in_time.wait().unwrap(), 1);
+    assert_eq!(without_limit.wait_timeout(SOON).unwrap(), 2);
+    let error = late.wait().unwrap_err();
+    let CallError::NotDelivered { reason, .. } = &error else {
+        panic!("it cannot have begun: {error:?}");
+    };
+    assert_eq!(*reason, NotDelivered::TimedOut { after: limit });
+    assert_eq!(error.into_message::<Count>().unwrap(), Count(7));
+    assert_eq!(log.entries(), ["started", "8", "9"]);
+    assert_eq!(actor.pending(), 0);
 }
 
 ///

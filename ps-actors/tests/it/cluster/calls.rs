@@ -3,13 +3,16 @@
 use std::time::Duration;
 
 use ps_actors::actor::{NotDelivered, UnknownOutcome};
-use ps_actors::cluster::{Placement, SpawnOn};
+use ps_actors::cluster::{Cluster, Hosts, Node, Placement, SpawnOn, Transport};
+use ps_actors::net::memory::{Faults, MemoryNetwork, Outage};
 use ps_actors::weights::Gradient;
-use ps_actors::{ActorRef, CallError};
+use ps_actors::{ActorRef, CallError, Spawn};
 
 use super::world::{
-    Add, Ask, Counter, Echo, Fail, Myself, Never, SOON, Unlisted, World, config, transports,
+    Add, Ask, Counter, Echo, Fail, LOCAL, Myself, Never, SOON, Unlisted, World, config,
+    driver_address, transports,
 };
+use crate::actor::probe::{Count, Gate, Log, Probe, wait_until_arrived};
 
 fn on_node(world: &World, rank: u32, start: i64) -> ActorRef<Counter> {
     let options = SpawnOn::new().place(Placement::Rank(rank));
@@ -133,6 +136,47 @@ fn a_timeout_ends_the_wait_and_frees_the_slot() {
         assert_eq!(counter.pending(), 0);
         assert_eq!(counter.ask(Add(1)).wait_timeout(SOON).unwrap(), 1);
     }
+}
+
+/// of two calls that were given up, and that no `Cancel` followed, the one that took its time
+/// limit along does not begin.
+#[test]
+fn a_call_whose_time_is_over_never_begins_though_its_connection_is_silent() {
+    let network = MemoryNetwork::with_faults(0, Faults::default());
+    let config = config(Transport::Memory(network.clone()));
+    let cluster = Cluster::listen(config.clone(), LOCAL, Hosts::new()).unwrap();
+    let driver = driver_address(&cluster);
+    let _node = Node::new(config, 1, 0, driver, Hosts::new().find::<Probe>()).serve();
+    cluster.wait_for_nodes(1, SOON).wait().unwrap();
+    let name = "behind a silent connection";
+    let log = Log::default();
+    let make = {
+        let log = log.clone();
+        move || Probe::with_log(&log)
+    };
+    let here = Spawn::new().name(name).start(make).unwrap();
+    let there = cluster.lookup::<Probe>(name).wait().unwrap();
+    assert!(!there.is_local());
+
+    let gate = Gate::hold(&here);
+    let limit = Duration::from_millis(50);
+    let with_limit = there.ask_within(Count(1), limit);
+    let without = there.ask(Count(2));
+    wait_until_arrived(&there);
+    network.set_outage(Some(Outage::Silent));
+    // The limit counts from the arrival there, which was before.
+    for given_up in [without.wait_timeout(limit), with_limit.wait()] {
+        let Err(CallError::Unknown { reason, .. }) = given_up else {
+            panic!("nobody knows: {given_up:?}");
+        };
+        assert_eq!(reason, UnknownOutcome::TimedOut { after: limit });
+    }
+    drop(gate);
+    here.ask(Count(3)).wait_timeout(SOON).unwrap();
+    assert_eq!(log.entries(), ["started", "2", "3"]);
+    network.set_outage(None);
+    assert_eq!(there.ask(Count(4)).wait_timeout(SOON).unwrap(), 3);
+    here.shutdown(SOON).wait().unwrap();
 }
 
 #[test]

@@ -147,6 +147,35 @@ fn a_node_that_leaves_ends_its_actors_and_their_callers_are_told() {
     }
 }
 
+/// nothing else keeps the actor or the connection by then.
+#[test]
+fn a_shutdown_kills_an_actor_that_nobody_refers_to_any_more() {
+    // Longer than an actor without references is kept, and with a connection that is lost.
+    thread::scope(|scope| {
+        scope.spawn(|| shut_down(config, 6 * LEASE, None));
+        let soon = Duration::from_millis(50);
+        scope.spawn(move || shut_down(world::config, soon, Some(Outage::Refused)));
+    });
+}
+
+fn shut_down(config: fn(Transport) -> ClusterConfig, after: Duration, outage: Option<Outage>) {
+    let network = MemoryNetwork::with_faults(0, Faults::default());
+    let world = World::new(config(Transport::Memory(network.clone())), 1);
+    let census = Census::default();
+    let mortal = Mortal::on_node(&world, 1, &census);
+    let never = mortal.ask(Never);
+    mortal.ask(Greet).wait_timeout(SOON).unwrap();
+    // Its handler goes on, and keeps the actor from stopping.
+    drop(never);
+    let name = mortal.name().to_owned();
+    let shutdown = mortal.shutdown(after);
+    drop(mortal);
+    network.set_outage(outage);
+    assert_eq!(shutdown.wait().unwrap_err().actors, [name]);
+    network.set_outage(None);
+    eventually("the kill ends it", || census.count() == 0);
+}
+
 /// Passes connections on, and notes how each began.
 fn listen_in(driver: String) -> (String, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

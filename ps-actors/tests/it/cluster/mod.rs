@@ -5,6 +5,7 @@ mod calls;
 mod faults;
 mod hostile;
 mod kept;
+mod leaving;
 mod lives;
 mod nodes;
 mod tls;
