@@ -237,7 +237,7 @@ pub(crate) struct OutFrame {
     /// Fixed part, lengths and header.
     head: Vec<u8>,
     /// Where the buffers are, if they are lent.
-    addresses: Option<Vec<u8>>,
+    addresses: Option<Box<[u8]>>,
     bulk: Vec<Bulk>,
     num_written: usize,
     len: usize,
