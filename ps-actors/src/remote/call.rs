@@ -101,8 +101,9 @@ impl<M: Send + 'static, R> Call<M, R> {
         };
         state.stage = next(message);
         let waker = state.waker.take();
-        drop(state);
+        // Before anyone can see the reply and make the next call.
         self.remote.release_slot();
+        drop(state);
         if let Some(waker) = waker {
             waker.wake();
         }
