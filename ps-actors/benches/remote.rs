@@ -6,6 +6,7 @@
 
 use std::error::Error;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message};
@@ -180,7 +181,11 @@ fn compare(num_rounds: usize, subjects: &mut [(&str, &mut dyn FnMut())]) -> Vec<
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    for (name, transport) in [("TCP", Transport::Tcp), ("Unix socket", Transport::Sockets)] {
+    // A node is a copy of this program with the same arguments, so each transport has a run of its own.
+    for (name, transport) in [("tcp", Transport::Tcp), ("unix", Transport::Sockets)] {
+        if !std::env::args().any(|arg| arg == name) {
+            continue;
+        }
         let config = ClusterConfig {
             transport,
             ..ClusterConfig::default()
@@ -189,11 +194,16 @@ fn main() -> Result<(), Box<dyn Error>> {
             processes: Some(3),
             ..LaunchOptions::default()
         };
-        // A copy of this program is a node of the first cluster only, which is what it joins.
-        let Some(cluster) = Cluster::launch(&options, config, hosts())? else {
-            return Ok(());
+        return match Cluster::launch(&options, config, hosts())? {
+            Some(cluster) => run(name, &cluster),
+            None => Ok(()),
         };
-        run(name, &cluster)?;
+    }
+    for name in ["tcp", "unix"] {
+        let status = Command::new(std::env::current_exe()?).arg(name).status()?;
+        if !status.success() {
+            return Err(format!("{name}: {status}").into());
+        }
     }
     Ok(())
 }

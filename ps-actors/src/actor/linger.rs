@@ -6,8 +6,9 @@
 //! compute, such an offer costs a turn: the thread then goes to sleep at once for a while, so that what
 //! it loses is a small part of its time. Nobody lingers without having had traffic just before.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::LazyLock;
+use std::task::Context;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,7 @@ impl Patience {
 }
 
 /// One wait, before it becomes a sleep.
+#[derive(Debug)]
 pub(crate) struct Lingering {
     until: Instant,
 }
@@ -72,8 +74,60 @@ impl Lingering {
     }
 }
 
+/// A future's wait: it asks to be polled again at once, and its event loop does all else in between.
+///
+/// One of a thread's futures does so at a time: with many calls under way there is no need to.
+#[derive(Debug, Default)]
+pub(crate) enum Awaiting {
+    #[default]
+    Begins,
+    Lingers(Lingering),
+    Sleeps,
+}
+
+thread_local! {
+    /// Until when a future of this thread lingers.
+    static TAKEN_UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+impl Awaiting {
+    /// To be called by each poll that found nothing.
+    pub(crate) fn stay_awake(&mut self, cx: &Context<'_>) {
+        if let Self::Begins = self {
+            let begun = Lingering::begin();
+            let is_taken = TAKEN_UNTIL
+                .get()
+                .is_some_and(|until| Instant::now() < until);
+            *self = match is_taken {
+                true => Self::Sleeps,
+                false => {
+                    TAKEN_UNTIL.set(Some(begun.until));
+                    Self::Lingers(begun)
+                }
+            };
+        }
+        if let Self::Lingers(lingering) = self {
+            match lingering.goes_on() {
+                true => cx.waker().wake_by_ref(),
+                false => *self = Self::Sleeps,
+            }
+        }
+    }
+
+    /// To be called when the wait is over.
+    pub(crate) fn is_over(&mut self) {
+        if let Self::Lingers(_) = std::mem::replace(self, Self::Sleeps) {
+            TAKEN_UNTIL.set(None);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
+
     use super::*;
 
     #[test]
@@ -100,5 +154,39 @@ mod tests {
             until: Instant::now(),
         };
         assert!(!over.goes_on());
+    }
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn one_future_of_a_thread_lingers_at_a_time_and_none_for_ever() {
+        let wakes = Arc::new(Wakes::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        let cx = Context::from_waker(&waker);
+        let (mut first, mut second) = (Awaiting::default(), Awaiting::default());
+        let mut num_polls = 0;
+        while !matches!(first, Awaiting::Sleeps) {
+            first.stay_awake(&cx);
+            num_polls += 1;
+        }
+        // All but the last poll asked for another one.
+        assert_eq!(wakes.0.load(Ordering::Relaxed), num_polls - 1);
+        first.stay_awake(&cx);
+        assert_eq!(wakes.0.load(Ordering::Relaxed), num_polls - 1);
+
+        TAKEN_UNTIL.set(Some(Instant::now() + Duration::from_secs(3600)));
+        second.stay_awake(&cx);
+        assert!(matches!(second, Awaiting::Sleeps));
+
+        let mut third = Awaiting::Lingers(Lingering::begin());
+        third.is_over();
+        assert_eq!(TAKEN_UNTIL.get(), None, "the next one may linger");
     }
 }

@@ -13,6 +13,7 @@ use tokio::time::Sleep;
 use super::background;
 use super::call::{GiveUp, ReplySlot};
 use super::error::CallError;
+use super::linger::Awaiting;
 use super::mailbox::ActorId;
 
 /// The result of a call that is under way: a future, or something to block on.
@@ -23,6 +24,7 @@ use super::mailbox::ActorId;
 pub struct Reply<R> {
     state: State<R>,
     timeout: Option<Timeout>,
+    awaiting: Awaiting,
 }
 
 enum State<R> {
@@ -50,6 +52,7 @@ impl<R> Reply<R> {
         Self {
             state,
             timeout: None,
+            awaiting: Awaiting::default(),
         }
     }
 
@@ -157,8 +160,10 @@ impl<R> Future for Reply<R> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         if let Poll::Ready(result) = this.poll_untimed(cx) {
+            this.awaiting.is_over();
             return Poll::Ready(result);
         }
+        this.awaiting.stay_awake(cx);
         let Some(timeout) = &mut this.timeout else {
             return Poll::Pending;
         };

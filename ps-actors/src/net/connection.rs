@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt, BufReader, ReadBuf};
 use tokio::time::Sleep;
 
+use super::arrivals::Arrivals;
 use super::config::NetConfig;
-use super::frame::{FrameError, HEAD_LEN, Head, Kind, OutFrame, parse_addresses, parse_lengths};
+use super::frame::{FrameError, Kind};
 use super::outbox::{Outbox, TaskWriter};
 use super::peer_memory::PeerMemory;
 use super::stream::{ReadHalf, Stream};
@@ -42,7 +43,7 @@ pub(crate) struct Frame {
 
 impl Frame {
     /// Whether it took no longer than waking a thread does.
-    fn is_small(&self) -> bool {
+    pub(super) fn is_small(&self) -> bool {
         let num_numbers: usize = self.bulk.iter().map(|buffer| buffer.len()).sum();
         num_numbers <= SMALL
     }
@@ -62,70 +63,9 @@ pub(crate) trait Peer: Send + 'static {
     fn disconnected(&mut self, why: &Arc<str>);
 }
 
-/// Where what arrives is put, and when.
-struct Arrivals<'a> {
-    buffers: &'a BufferPool,
-    turns: Option<Arc<Turns>>,
-    outbox: &'a Outbox,
-    /// Where lent numbers are copied from.
-    memory: Option<PeerMemory>,
-}
-
-impl Arrivals<'_> {
-    /// Handles frames about lent memory, and returns all others.
-    fn look_after(&self, frame: Frame) -> Result<Option<Frame>, Ended> {
-        match frame.kind {
-            Kind::Probe => {
-                if self
-                    .memory
-                    .as_ref()
-                    .is_some_and(|memory| memory.shows(&frame.header))
-                {
-                    // Refused when no more is to be written: then nothing will be lent either.
-                    let _ = self.outbox.send(OutFrame::signal(Kind::Readable, 0));
-                }
-            }
-            Kind::Readable => self.outbox.peer_can_read(),
-            Kind::Taken => {
-                if !self.outbox.taken(frame.call) {
-                    let why = "the peer took something that was not lent to it";
-                    return Err(Ended::Peer(why.to_owned()));
-                }
-            }
-            _ => return Ok(Some(frame)),
-        }
-        Ok(None)
-    }
-
-    /// Copies lent numbers, and says so to their owner.
-    async fn take(
-        &self,
-        head: &Head,
-        addresses: &[u8],
-        lengths: Vec<usize>,
-    ) -> Result<Vec<Buffer>, Ended> {
-        let Some(memory) = &self.memory else {
-            return Err(Ended::Peer(
-                "the peer lends memory that cannot be read".to_owned(),
-            ));
-        };
-        let mut bulk = Vec::with_capacity(lengths.len());
-        for (len, address) in lengths.into_iter().zip(parse_addresses(addresses)) {
-            let mut buffer = self.buffers.take_filled(len);
-            memory
-                .read(address, bytemuck::cast_slice_mut(&mut buffer))
-                .await?;
-            bulk.push(buffer);
-        }
-        // Refused when no more is to be written, and the owner learns of that.
-        let _ = self.outbox.send(OutFrame::signal(Kind::Taken, head.call));
-        Ok(bulk)
-    }
-}
-
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
-enum Ended {
+pub(super) enum Ended {
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error("the peer does not keep to the protocol: {0}")]
@@ -174,26 +114,16 @@ impl Connection {
             read,
             write,
         } = self;
-        let at = Arrivals {
+        let arrivals = Arrivals {
             buffers,
+            max_numbers: config.max_numbers,
             turns,
             outbox: &outbox,
             memory,
         };
         let read = already_read.chain(Watched::new(read, config.lease));
         let mut read = BufReader::with_capacity(READ_BUFFER, read);
-        let reading = async {
-            while let Some(frame) = read_frame(&mut read, &at, config.max_numbers).await? {
-                let may_have_successor = frame.is_small() && frame.kind != Kind::Ping;
-                if let Some(frame) = at.look_after(frame)? {
-                    peer.peer.receive(frame).map_err(Ended::Peer)?;
-                }
-                if may_have_successor {
-                    linger(&mut read).await;
-                }
-            }
-            Ok(())
-        };
+        let reading = arrivals.read_all(&mut read, |frame| peer.peer.receive(frame));
         let result = both_ways(reading, &outbox, write, config).await;
         let why: Arc<str> = match result {
             Ok(()) => "the connection was closed".into(),
@@ -243,63 +173,8 @@ impl<P: Peer> Drop for Farewell<P> {
     }
 }
 
-/// Reads one frame, or `None` at the end of the stream.
-async fn read_frame(
-    read: &mut (impl AsyncRead + Unpin),
-    at: &Arrivals<'_>,
-    max_numbers: u64,
-) -> Result<Option<Frame>, Ended> {
-    let mut fixed = [0; HEAD_LEN];
-    let first = read.read(&mut fixed).await?;
-    if first == 0 {
-        return Ok(None);
-    }
-    read.read_exact(&mut fixed[first..]).await?;
-    let head = Head::parse(&fixed)?;
-    // Before the rest of a large call is waited for.
-    let deadline = head.limit.and_then(Deadline::within);
-    let mut table = vec![0; 8 * head.num_buffers];
-    read.read_exact(&mut table).await?;
-    let lengths = parse_lengths(&table, max_numbers)?;
-    let mut addresses = vec![0; if head.is_lent { table.len() } else { 0 }];
-    read.read_exact(&mut addresses).await?;
-    let mut header = vec![0; head.header_len];
-    read.read_exact(&mut header).await?;
-    let turn = match (head.kind, &at.turns) {
-        (Kind::Ask | Kind::Tell, Some(turns)) => turns.turn(lengths.iter().sum()).await,
-        _ => None,
-    };
-    let bulk = match head.is_lent {
-        true => at.take(&head, &addresses, lengths).await?,
-        false => {
-            let mut bulk = Vec::with_capacity(lengths.len());
-            for len in lengths {
-                // Fresh memory costs nothing before something is written to it, so an
-                // announcement that nothing follows takes none.
-                let mut buffer = at.buffers.take_filled(len);
-                read.read_exact(bytemuck::cast_slice_mut(&mut buffer))
-                    .await?;
-                bulk.push(buffer);
-            }
-            bulk
-        }
-    };
-    let Head {
-        kind, call, code, ..
-    } = head;
-    Ok(Some(Frame {
-        kind,
-        call,
-        code,
-        header,
-        bulk,
-        turn,
-        deadline,
-    }))
-}
-
 /// Waits for something to read, but only as long as it is worth to stay awake.
-async fn linger(read: &mut (impl AsyncBufRead + Unpin)) {
+pub(super) async fn linger(read: &mut (impl AsyncBufRead + Unpin)) {
     let lingering = Lingering::begin();
     loop {
         // An error or the end of the stream is there, too, for whoever reads.
@@ -361,6 +236,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
+    use crate::net::frame::HEAD_LEN;
 
     /// Numbers in a large message.
     const LARGE: usize = 1 << 20;

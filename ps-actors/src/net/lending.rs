@@ -2,6 +2,7 @@
 //! as it likes at the other.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -12,6 +13,7 @@ use super::connection::{Connection, Frame, Peer};
 use super::frame::{HEAD_LEN, Head, Kind, OutFrame, parse_lengths};
 use super::outbox::{MAX_LENT, MIN_LENT, Outbox};
 use super::stream::Stream;
+use super::turns::Turns;
 use crate::buffer::{Buffer, BufferPool};
 use crate::codec::{Bulk, Encoded};
 
@@ -21,6 +23,7 @@ const LARGE: usize = MIN_LENT / 4;
 struct Receiver {
     arrived: mpsc::UnboundedSender<Frame>,
     ended: Option<oneshot::Sender<Arc<str>>>,
+    turns: Arc<Turns>,
 }
 
 impl Peer for Receiver {
@@ -30,6 +33,10 @@ impl Peer for Receiver {
             let _ = self.arrived.send(frame);
         }
         Ok(())
+    }
+
+    fn turns(&self) -> Option<Arc<Turns>> {
+        Some(Arc::clone(&self.turns))
     }
 
     fn disconnected(&mut self, why: &Arc<str>) {
@@ -44,6 +51,7 @@ struct End {
     outbox: Arc<Outbox>,
     arrived: mpsc::UnboundedReceiver<Frame>,
     ended: oneshot::Receiver<Arc<str>>,
+    turns: Arc<Turns>,
 }
 
 impl End {
@@ -53,9 +61,11 @@ impl End {
         let config = NetConfig::default();
         let connection = Connection::new(stream, &config);
         let outbox = Arc::clone(&connection.outbox);
+        let turns = Turns::new(Duration::MAX);
         let receiver = Receiver {
             arrived: sender,
             ended: Some(end),
+            turns: Arc::clone(&turns),
         };
         tokio::spawn(async move {
             let buffers = BufferPool::new(0);
@@ -65,17 +75,16 @@ impl End {
             outbox,
             arrived,
             ended,
+            turns,
         }
     }
 
-    fn send(&self, call: u64, bulk: &Bulk) {
+    fn send(&self, kind: Kind, call: u64, bulk: &Bulk) {
         let contents = Encoded {
             header: vec![call as u8; 3],
             bulk: vec![bulk.clone()],
         };
-        let sent = self
-            .outbox
-            .send(OutFrame::new(Kind::Ask, call, 0, contents));
+        let sent = self.outbox.send(OutFrame::new(kind, call, 0, contents));
         assert!(sent.is_ok());
     }
 }
@@ -124,7 +133,7 @@ async fn write_signal(stream: &mut UnixStream, kind: Kind, call: u64) {
 async fn lends_to() -> (End, UnixStream) {
     let (ours, mut peer) = UnixStream::pair().unwrap();
     let end = End::run(Stream::Unix(ours));
-    end.send(0, &large(0.0));
+    end.send(Kind::Ask, 0, &large(0.0));
     assert_eq!(read_raw(&mut peer).await.kind, Kind::Probe);
     let first = read_raw(&mut peer).await;
     assert!(first.kind == Kind::Ask && !first.is_lent);
@@ -140,7 +149,7 @@ async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_h
     let (mut sender, mut receiver) = (End::run(Stream::Unix(ours)), End::run(Stream::Unix(theirs)));
     for call in 0..20 {
         let bulk = large(call as f32);
-        sender.send(call, &bulk);
+        sender.send(Kind::Ask, call, &bulk);
         let got = receiver.arrived.recv().await.expect("it arrives");
         assert_eq!((got.call, &got.header[..]), (call, &[call as u8; 3][..]));
         assert_eq!(&got.bulk[0][..], &bulk[..]);
@@ -161,7 +170,7 @@ async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
     let bulks: Vec<_> = (0..=MAX_LENT).map(|i| large(i as f32)).collect();
     for (call, bulk) in (1..).zip(&bulks) {
-        end.send(call, bulk);
+        end.send(Kind::Reply, call, bulk);
     }
     for call in 1..=MAX_LENT as u64 + 1 {
         let head = read_raw(&mut peer).await;
@@ -174,15 +183,46 @@ async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     write_signal(&mut peer, Kind::Cancel, 0).await;
     assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
     assert_eq!(num_holders(&bulks[0]), 1);
-    end.send(100, &large(100.0));
+    end.send(Kind::Reply, 100, &large(100.0));
     assert!(read_raw(&mut peer).await.is_lent);
+}
+
+/// Turns wait until replies were taken, and the news of that comes behind the next call.
+#[tokio::test]
+async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
+    let (mut end, mut peer) = lends_to().await;
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    let reply = large(1.0);
+    end.send(Kind::Reply, 1, &reply);
+    assert!(read_raw(&mut peer).await.is_lent);
+
+    let turn = end.turns.turn(1 << 20).await.expect("nobody is before it");
+    let bulk = Bulk::from(Buffer::from(vec![0.5; 1 << 20]));
+    let contents = Encoded {
+        header: vec![],
+        bulk: vec![bulk.clone()],
+    };
+    let mut call = OutFrame::new(Kind::Ask, 7, 0, contents);
+    call.lend();
+    peer.write_all(&bytes_of(&call)).await.unwrap();
+    write_signal(&mut peer, Kind::Taken, 1).await;
+    write_signal(&mut peer, Kind::Cancel, 7).await;
+    while num_holders(&reply) > 1 {
+        tokio::task::yield_now().await;
+    }
+    assert!(end.arrived.try_recv().is_err(), "it is not its turn");
+    drop(turn);
+    let got = end.arrived.recv().await.unwrap();
+    assert_eq!((got.kind, got.call), (Kind::Ask, 7));
+    assert!(got.turn.is_some() && got.bulk[0][..] == bulk[..]);
+    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
 }
 
 #[tokio::test]
 async fn a_connection_that_is_finished_waits_until_everything_lent_was_taken() {
     let (mut end, mut peer) = lends_to().await;
     assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
-    end.send(1, &large(1.0));
+    end.send(Kind::Reply, 1, &large(1.0));
     end.outbox.finish();
     assert!(read_raw(&mut peer).await.is_lent);
     write_signal(&mut peer, Kind::Cancel, 0).await;
@@ -200,7 +240,7 @@ async fn a_peer_that_takes_what_was_not_lent_is_cut_off() {
     let (mut end, mut peer) = lends_to().await;
     assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
     let bulk = large(1.0);
-    end.send(1, &bulk);
+    end.send(Kind::Reply, 1, &bulk);
     write_signal(&mut peer, Kind::Taken, 2).await;
     let why = end.ended.await.unwrap();
     assert!(why.contains("not lent"), "{why}");
@@ -245,9 +285,9 @@ async fn frames_of_a_lost_connection_are_no_longer_lent() {
     // The peer reads nothing, so some of these stay in the queue.
     let filler = Bulk::from(Buffer::from(vec![0.0; MIN_LENT / 4 - 100]));
     for call in 1..20 {
-        end.send(call, &filler);
+        end.send(Kind::Ask, call, &filler);
     }
-    end.send(20, &bulk);
+    end.send(Kind::Ask, 20, &bulk);
     let unwritten = end.outbox.close(&"a test".into());
     let last = unwritten.last().expect("it was not written");
     assert!(!last.is_lent() && last.call() == 20);

@@ -8,7 +8,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`frame`] | the format of what is sent; pure |
-//! | `connection`, `outbox` | reading, writing, heartbeat of one connection |
+//! | `connection`, `arrivals`, `outbox` | heartbeat, reading and writing of one connection |
 //! | `peer_memory` | large numbers between processes of one host are copied once |
 //! | `turns` | large calls to one actor come in one after the other |
 //! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
@@ -18,6 +18,7 @@
 
 pub(crate) mod access;
 pub(crate) mod address;
+mod arrivals;
 pub(crate) mod config;
 pub(crate) mod connection;
 pub(crate) mod dial;

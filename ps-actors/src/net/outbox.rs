@@ -27,7 +27,8 @@ const MAX_DIRECT: usize = 64 << 10;
 /// The numbers of frames with this many bytes are lent.
 pub(super) const MIN_LENT: usize = 128 << 10;
 
-/// How many frames may be lent at once; more are written, which waits for the peer.
+/// How many replies may be lent at once; more are written, which waits for the peer. Calls are
+/// kept until their replies come in any case.
 pub(super) const MAX_LENT: usize = 4;
 
 /// How many pieces of memory, and how many bytes, go into one call of the system.
@@ -127,6 +128,11 @@ impl Outbox {
         if matches!(state.peer, Borrower::Looks(_)) {
             state.peer = Borrower::Able;
         }
+    }
+
+    /// Whether the peer has something to take.
+    pub(super) fn has_lent(&self) -> bool {
+        !self.lock().lent.is_empty()
     }
 
     #[cfg(test)]
@@ -264,7 +270,7 @@ impl State {
         match &self.peer {
             Borrower::Able => {
                 let waiting = self.queue.iter().filter(|frame| frame.is_lent());
-                if self.lent.len() + waiting.count() < MAX_LENT {
+                if frame.is_call() || self.lent.len() + waiting.count() < MAX_LENT {
                     frame.lend();
                 }
             }

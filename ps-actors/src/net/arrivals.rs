@@ -1,0 +1,194 @@
+//! What arrives on a connection: frames in their order, the numbers of large calls in their turn.
+//!
+//! The numbers of a lent call are not in the stream, so what comes behind it is read while it waits for
+//! its turn: above all the news that what this side lends was taken, which turns wait for.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt};
+use tokio::sync::mpsc;
+
+use super::connection::{Ended, Frame, linger};
+use super::frame::{HEAD_LEN, Head, Kind, OutFrame, parse_addresses, parse_lengths};
+use super::outbox::Outbox;
+use super::peer_memory::PeerMemory;
+use super::turns::{Turn, Turns};
+use crate::actor::deadline::Deadline;
+use crate::buffer::{Buffer, BufferPool};
+
+/// How many frames are read that wait behind a lent one.
+const MAX_WAITING: usize = 64;
+
+/// Where what arrives is put, and when.
+pub(super) struct Arrivals<'a> {
+    pub(super) buffers: &'a BufferPool,
+    pub(super) max_numbers: u64,
+    pub(super) turns: Option<Arc<Turns>>,
+    pub(super) outbox: &'a Outbox,
+    /// Where lent numbers are copied from.
+    pub(super) memory: Option<PeerMemory>,
+}
+
+/// A frame, but for what is lent with it.
+struct Arrival {
+    frame: Frame,
+    lent: Option<Lent>,
+}
+
+/// Buffers in the peer's memory.
+struct Lent {
+    lengths: Vec<usize>,
+    addresses: Vec<u8>,
+}
+
+impl Arrivals<'_> {
+    /// Reads frames to the end of the stream and hands them on, in their order.
+    pub(super) async fn read_all(
+        &self,
+        read: &mut (impl AsyncBufRead + Unpin),
+        receive: impl FnMut(Frame) -> Result<(), String>,
+    ) -> Result<(), Ended> {
+        let receive = Mutex::new(receive);
+        let hand_on = |frame| {
+            let mut receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
+            receive(frame).map_err(Ended::Peer)
+        };
+        let (sender, mut waiting) = mpsc::channel(MAX_WAITING);
+        let num_waiting = AtomicUsize::new(0);
+        let reading = async {
+            let sender = sender;
+            while let Some(arrival) = self.next(read).await? {
+                let may_have_successor = arrival.may_have_successor();
+                if let Some(arrival) = self.look_after(arrival)? {
+                    if arrival.lent.is_none() && num_waiting.load(Ordering::Relaxed) == 0 {
+                        hand_on(arrival.frame)?;
+                    } else {
+                        num_waiting.fetch_add(1, Ordering::Relaxed);
+                        // Open until this future is over: both are polled by one task.
+                        let _ = sender.send(arrival).await;
+                    }
+                }
+                if may_have_successor {
+                    linger(read).await;
+                }
+            }
+            Ok(())
+        };
+        let taking = async {
+            while let Some(Arrival { mut frame, lent }) = waiting.recv().await {
+                if let Some(lent) = lent {
+                    frame.turn = self.turn(frame.kind, &lent.lengths).await;
+                    frame.bulk = self.take(frame.call, lent).await?;
+                }
+                hand_on(frame)?;
+                num_waiting.fetch_sub(1, Ordering::Relaxed);
+            }
+            Ok(())
+        };
+        tokio::try_join!(reading, taking).map(|((), ())| ())
+    }
+
+    /// Handles frames about lent memory, and returns all others.
+    fn look_after(&self, arrival: Arrival) -> Result<Option<Arrival>, Ended> {
+        let frame = &arrival.frame;
+        match frame.kind {
+            Kind::Probe => {
+                let memory = self.memory.as_ref();
+                if memory.is_some_and(|memory| memory.shows(&frame.header)) {
+                    // Refused when no more is to be written: then nothing will be lent either.
+                    let _ = self.outbox.send(OutFrame::signal(Kind::Readable, 0));
+                }
+            }
+            Kind::Readable => self.outbox.peer_can_read(),
+            Kind::Taken => {
+                if !self.outbox.taken(frame.call) {
+                    let why = "the peer took something that was not lent to it";
+                    return Err(Ended::Peer(why.to_owned()));
+                }
+            }
+            _ => return Ok(Some(arrival)),
+        }
+        Ok(None)
+    }
+
+    /// Waits for the turn of a large call.
+    async fn turn(&self, kind: Kind, lengths: &[usize]) -> Option<Turn> {
+        match (kind, &self.turns) {
+            (Kind::Ask | Kind::Tell, Some(turns)) => turns.turn(lengths.iter().sum()).await,
+            _ => None,
+        }
+    }
+
+    /// Copies lent numbers, and says so to their owner.
+    async fn take(&self, call: u64, lent: Lent) -> Result<Vec<Buffer>, Ended> {
+        let Some(memory) = &self.memory else {
+            let why = "the peer lends memory that cannot be read";
+            return Err(Ended::Peer(why.to_owned()));
+        };
+        let addresses = parse_addresses(&lent.addresses);
+        let mut bulk = Vec::with_capacity(lent.lengths.len());
+        for (len, address) in lent.lengths.into_iter().zip(addresses) {
+            let mut buffer = self.buffers.take_filled(len);
+            let bytes = bytemuck::cast_slice_mut(&mut buffer);
+            memory.read(address, bytes).await?;
+            bulk.push(buffer);
+        }
+        // Refused when no more is to be written, and the owner learns of that.
+        let _ = self.outbox.send(OutFrame::signal(Kind::Taken, call));
+        Ok(bulk)
+    }
+
+    /// Reads one frame, or `None` at the end of the stream.
+    async fn next(&self, read: &mut (impl AsyncRead + Unpin)) -> Result<Option<Arrival>, Ended> {
+        let mut fixed = [0; HEAD_LEN];
+        let first = read.read(&mut fixed).await?;
+        if first == 0 {
+            return Ok(None);
+        }
+        read.read_exact(&mut fixed[first..]).await?;
+        let head = Head::parse(&fixed)?;
+        // Before the rest of a large call is waited for.
+        let deadline = head.limit.and_then(Deadline::within);
+        let mut table = vec![0; 8 * head.num_buffers];
+        read.read_exact(&mut table).await?;
+        let lengths = parse_lengths(&table, self.max_numbers)?;
+        let mut addresses = vec![0; if head.is_lent { table.len() } else { 0 }];
+        read.read_exact(&mut addresses).await?;
+        let mut header = vec![0; head.header_len];
+        read.read_exact(&mut header).await?;
+        let mut frame = Frame {
+            kind: head.kind,
+            call: head.call,
+            code: head.code,
+            header,
+            bulk: Vec::new(),
+            turn: None,
+            deadline,
+        };
+        if head.is_lent {
+            let lent = Some(Lent { lengths, addresses });
+            return Ok(Some(Arrival { frame, lent }));
+        }
+        // What is lent to the peer is taken with a frame behind this one, so this one cannot wait for it.
+        if !self.outbox.has_lent() {
+            frame.turn = self.turn(head.kind, &lengths).await;
+        }
+        for len in lengths {
+            // Fresh memory costs nothing before something is written to it, so an
+            // announcement that nothing follows takes none.
+            let mut buffer = self.buffers.take_filled(len);
+            let bytes = bytemuck::cast_slice_mut(&mut buffer);
+            read.read_exact(bytes).await?;
+            frame.bulk.push(buffer);
+        }
+        Ok(Some(Arrival { frame, lent: None }))
+    }
+}
+
+impl Arrival {
+    /// Whether the next frame may be there as soon as a thread can be woken.
+    fn may_have_successor(&self) -> bool {
+        self.lent.is_none() && self.frame.is_small() && self.frame.kind != Kind::Ping
+    }
+}
