@@ -9,6 +9,8 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use crate::spread::norm_squared;
+
 /// Numbers in a buffer that is not worth being choosy about.
 const SMALL: usize = 4096;
 
@@ -44,6 +46,7 @@ impl BufferPool {
         data.reserve_exact(capacity);
         Buffer {
             data,
+            norm_squared: None,
             home: Arc::downgrade(&self.idle),
         }
     }
@@ -62,6 +65,7 @@ impl BufferPool {
         };
         Buffer {
             data,
+            norm_squared: None,
             home: Arc::downgrade(&self.idle),
         }
     }
@@ -115,18 +119,32 @@ impl Idle {
 #[derive(Default)]
 pub struct Buffer {
     data: Vec<f32>,
+    /// Known when whoever wrote the numbers summed their squares on the way; gone with any change.
+    norm_squared: Option<f64>,
     home: Weak<Idle>,
 }
 
 impl Buffer {
     /// Appends `values`.
     pub fn extend_from_slice(&mut self, values: &[f32]) {
-        self.data.extend_from_slice(values);
+        self.as_mut_vec().extend_from_slice(values);
     }
 
     /// Gives mutable access to the vector itself, for code that appends to a `Vec`.
     pub fn as_mut_vec(&mut self) -> &mut Vec<f32> {
+        self.norm_squared = None;
         &mut self.data
+    }
+
+    /// Notes the sum of the squares of the numbers as they are.
+    pub(crate) fn set_norm_squared(&mut self, norm_squared: f64) {
+        self.norm_squared = Some(norm_squared);
+    }
+
+    /// Returns the sum of the squares of all numbers.
+    pub(crate) fn norm_squared(&self) -> f64 {
+        self.norm_squared
+            .unwrap_or_else(|| norm_squared(&self.data))
     }
 }
 
@@ -135,6 +153,7 @@ impl From<Vec<f32>> for Buffer {
     fn from(data: Vec<f32>) -> Self {
         Self {
             data,
+            norm_squared: None,
             home: Weak::new(),
         }
     }
@@ -150,7 +169,7 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data
+        self.as_mut_vec()
     }
 }
 
@@ -206,5 +225,18 @@ mod tests {
         drop(pool);
         buffer.copy_from_slice(&[1.0, 2.0, 3.0]);
         assert_eq!(&buffer[..], [1.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn a_known_norm_goes_with_any_change() {
+        let mut buffer = Buffer::from(vec![3.0, 4.0]);
+        assert_eq!(buffer.norm_squared(), 25.0);
+        buffer.set_norm_squared(26.0);
+        assert_eq!(buffer.norm_squared(), 26.0, "it is not computed again");
+        buffer[0] = 0.0;
+        assert_eq!(buffer.norm_squared(), 16.0);
+        buffer.set_norm_squared(26.0);
+        buffer.extend_from_slice(&[1.0]);
+        assert_eq!(buffer.norm_squared(), 17.0);
     }
 }

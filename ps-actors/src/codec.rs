@@ -17,6 +17,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::buffer::Buffer;
 use crate::schema::is_tracing;
+use crate::spread::norm_squared;
 
 /// The longest header, in bytes. Far more than a message needs: its bulk is not in it.
 pub const MAX_HEADER: usize = 1 << 20;
@@ -78,6 +79,14 @@ pub struct Bulk {
 }
 
 impl Bulk {
+    /// Returns the sum of the squares of the numbers.
+    pub(crate) fn norm_squared(&self) -> f64 {
+        match self.range == (0..self.data.len()) {
+            true => self.data.norm_squared(),
+            false => norm_squared(self),
+        }
+    }
+
     /// Takes the numbers out, copying them if somebody else has them, too.
     pub(crate) fn into_buffer(self) -> Buffer {
         let Self { data, range } = self;

@@ -54,6 +54,33 @@ pub(crate) fn spread<T: Send>(
     });
 }
 
+/// Sums squares in `f64`, where squares of finite `f32` cannot overflow, so the sum is
+/// finite exactly when every number is. The order of summation is fixed: part by part.
+pub(crate) fn norm_squared(values: &[f32]) -> f64 {
+    let parts = values.chunks(PART / size_of::<f32>());
+    let mut sums = vec![0.0; parts.len()];
+    spread(size_of_val(values), parts.zip(&mut sums), |(part, sum)| {
+        *sum = sum_of_squares(part)
+    });
+    sums.iter().sum()
+}
+
+/// Sums the squares of one part, in eight lanes.
+pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; 8];
+    let (chunks, rest) = values.as_chunks::<8>();
+    for chunk in chunks {
+        for (lane, &value) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(value) * f64::from(value);
+        }
+    }
+    let rest: f64 = rest
+        .iter()
+        .map(|&value| f64::from(value) * f64::from(value))
+        .sum();
+    lanes.iter().sum::<f64>() + rest
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

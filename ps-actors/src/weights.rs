@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::buffer::Buffer;
 use crate::codec::Bulk;
 use crate::ids::{GradientId, Version};
-use crate::spread::{PART, spread};
+use crate::spread::norm_squared;
 
 /// One parameter's place in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -359,34 +359,6 @@ impl Gradient {
     }
 }
 
-/// Sums squares in `f64`, where squares of finite `f32` cannot overflow, so the sum is
-/// finite exactly when every number is. The order of summation is fixed.
-fn norm_squared(values: &[f32]) -> f64 {
-    let parts = values.chunks(PART / size_of::<f32>());
-    let mut sums = vec![0.0; parts.len()];
-    let parts = parts.zip(&mut sums);
-    spread(size_of_val(values), parts, |(part, sum)| {
-        *sum = sum_of_squares(part);
-    });
-    sums.iter().sum()
-}
-
-/// Sums in eight lanes.
-fn sum_of_squares(values: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    let (chunks, rest) = values.as_chunks::<8>();
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(value) * f64::from(value);
-        }
-    }
-    let rest: f64 = rest
-        .iter()
-        .map(|&value| f64::from(value) * f64::from(value))
-        .sum();
-    lanes.iter().sum::<f64>() + rest
-}
-
 /// A worker's gradient of one batch, with where it comes from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Gradients {
@@ -404,7 +376,7 @@ pub struct Gradients {
 
 /// How snapshots and gradients travel. What comes in is checked: it may be from anybody (PS-6).
 mod wire {
-    use super::{Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version, norm_squared};
+    use super::{Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version};
 
     #[derive(Serialize, Deserialize)]
     pub(super) struct Weights {
@@ -494,7 +466,7 @@ mod wire {
                 .ok_or("the gradient is of no possible weights")?;
             // The norm may be that of a gradient that this is a part of, but not be less than the
             // part's own, up to the order of summation.
-            let own = norm_squared(&values);
+            let own = values.norm_squared();
             let fits = own <= claimed * (1.0 + 1e-9) || !(own.is_finite() || claimed.is_finite());
             if !fits {
                 return Err("the gradient's norm is not that of its numbers");

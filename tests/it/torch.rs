@@ -2,12 +2,15 @@
 //!
 //! Runs when `PS_TORCH_PYTHON` names a Python interpreter that can import `torch`.
 
+use std::io::{BufRead, BufReader};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use ps::actors::cluster::{Cluster, ClusterConfig, Hosts};
 use ps::actors::http;
+use ps::actors::ids::Incarnation;
 use ps::actors::net::Token;
 use ps::model::{LocalModel, StepSeed};
 use ps::prelude::*;
@@ -204,4 +207,56 @@ fn a_rust_worker_and_a_pytorch_worker_train_together() {
     let (first, last) = (losses[0], losses[losses.len() - 1]);
     assert!(last < first, "{told}");
     assert!(told.lines().all(|line| line.contains("applied")), "{told}");
+}
+
+/// A step of the worker in Python takes as long as it takes a silent one to be declared dead, three times.
+#[test]
+fn heartbeats_keep_a_worker_alive_whose_step_takes_longer_than_the_lease() {
+    const SLOW_WORKER: &str = "
+import sys
+from ps_client import Worker
+with Worker(sys.argv[1], 0, heartbeat=0.05) as worker:
+    print('joined', flush=True)
+    sys.stdin.readline()
+    print(worker.push_pull(bytes(len(worker.weights)), 1.0, 1), flush=True)
+";
+    let Some(python) = python() else { return };
+    let config = ServerConfig {
+        consistency: Consistency::Asp,
+        lease: Some(Duration::from_millis(500)),
+        ..ServerConfig::default()
+    };
+    let initial = Weights::initial(Layout::flat(10), vec![0.0; 10]);
+    let sgd = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
+    let servers = ServerGroup::spawn(&initial, 1, config, sgd).unwrap();
+    let cluster = listen(&servers);
+    let mut slow = Command::new(python)
+        .args(["-c", SLOW_WORKER, &cluster.address().unwrap().to_string()])
+        .env("PS_TOKEN", TOKEN)
+        .env(
+            "PYTHONPATH",
+            concat!(env!("CARGO_MANIFEST_DIR"), "/examples/python"),
+        )
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut told = BufReader::new(slow.stdout.take().unwrap()).lines();
+    assert_eq!(told.next().unwrap().unwrap(), "joined");
+    let silent = WorkerId(1);
+    for life in 1..=3 {
+        run(servers.join(silent, Incarnation(life))).unwrap();
+        let is_member = || {
+            let status = run(servers.status()).unwrap();
+            let coordinator = status[0].coordinator.as_ref().unwrap();
+            let worker = coordinator.workers.get(&silent);
+            worker.is_some_and(|worker| worker.is_member)
+        };
+        while is_member() {
+            std::thread::yield_now();
+        }
+    }
+    drop(slow.stdin.take());
+    assert_eq!(told.next().unwrap().unwrap(), "applied");
+    assert!(slow.wait().unwrap().success());
 }

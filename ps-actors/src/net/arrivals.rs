@@ -130,8 +130,8 @@ impl Arrivals<'_> {
         let mut bulk = Vec::with_capacity(lent.lengths.len());
         for (len, address) in lent.lengths.into_iter().zip(addresses) {
             let mut buffer = self.buffers.take_filled(len);
-            let bytes = bytemuck::cast_slice_mut(&mut buffer);
-            memory.read(address, bytes).await?;
+            let norm_squared = memory.read(address, &mut buffer).await?;
+            buffer.set_norm_squared(norm_squared);
             bulk.push(buffer);
         }
         // Refused when no more is to be written, and the owner learns of that.

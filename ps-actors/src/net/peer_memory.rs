@@ -12,11 +12,15 @@
 use std::io;
 
 use super::stream::Stream;
+use crate::spread::{PART, spread, sum_of_squares};
 
 /// Bytes that say where to look for a secret: address, secret.
 const PROBE_LEN: usize = 8 + SECRET_LEN;
 
 const SECRET_LEN: usize = 16;
+
+/// Bytes copied before other connections have their turn: some milliseconds.
+const STEP: usize = 64 * PART;
 
 /// A secret at a place in this process's memory.
 #[derive(Debug)]
@@ -67,20 +71,36 @@ impl PeerMemory {
     }
 
     /// Copies what the peer lends at an address; a peer that is gone by then lends nothing.
+    /// Returns the sum of the squares, which costs next to nothing while a part is in a core's cache.
     ///
     /// Gives way to the other connections of its thread now and then.
-    pub(crate) async fn read(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
+    pub(crate) async fn read(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
         let mut from = address;
-        for step in into.chunks_mut(system::STEP) {
-            self.0.copy(from, step)?;
-            from = from.saturating_add(step.len() as u64);
+        let mut norm_squared = 0.0;
+        for step in into.chunks_mut(STEP / size_of::<f32>()) {
+            norm_squared += self.copy(from, step)?;
+            from = from.saturating_add(size_of_val(step) as u64);
             tokio::task::yield_now().await;
         }
         // A sender lets go of its memory only after it has hung up.
         match self.0.has_hung_up() {
-            false => Ok(()),
+            false => Ok(norm_squared),
             true => Err(io::ErrorKind::UnexpectedEof.into()),
         }
+    }
+
+    fn copy(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
+        let num_bytes = size_of_val(into);
+        let parts = into.chunks_mut(PART / size_of::<f32>());
+        let mut sums: Vec<io::Result<f64>> = parts.map(|_| Ok(0.0)).collect();
+        let parts = into.chunks_mut(PART / size_of::<f32>()).zip(&mut sums);
+        let parts = (0u64..).step_by(PART).zip(parts);
+        spread(num_bytes, parts, |(offset, (part, sum))| {
+            let from = address.saturating_add(offset);
+            let copied = self.0.copy(from, bytemuck::cast_slice_mut(part));
+            *sum = copied.map(|()| sum_of_squares(part));
+        });
+        sums.into_iter().sum()
     }
 }
 
@@ -88,18 +108,12 @@ impl PeerMemory {
 mod system {
     use std::io::{self, IoSliceMut};
     use std::os::fd::{AsFd, OwnedFd};
-    use std::sync::{Mutex, PoisonError};
 
     use nix::errno::Errno;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::uio::{RemoteIoVec, process_vm_readv};
     use nix::unistd::Pid;
     use tokio::net::UnixStream;
-
-    use crate::spread::{PART, spread};
-
-    /// Bytes copied before other connections have their turn: some milliseconds.
-    pub(super) const STEP: usize = 64 << 20;
 
     pub(super) struct PeerMemory {
         peer: Pid,
@@ -118,19 +132,6 @@ mod system {
         }
 
         pub(super) fn copy(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
-            let failed = Mutex::new(None);
-            let num_bytes = into.len();
-            let parts = (0u64..).step_by(PART).zip(into.chunks_mut(PART));
-            spread(num_bytes, parts, |(offset, part)| {
-                if let Err(error) = self.copy_part(address.saturating_add(offset), part) {
-                    *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
-                }
-            });
-            let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
-            failed.map_or(Ok(()), Err)
-        }
-
-        fn copy_part(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
             let mut done = 0;
             while done < into.len() {
                 let from = RemoteIoVec {
@@ -169,8 +170,6 @@ mod system {
 
     use tokio::net::UnixStream;
 
-    pub(super) const STEP: usize = usize::MAX;
-
     /// Nobody's.
     pub(super) enum PeerMemory {}
 
@@ -194,6 +193,7 @@ mod tests {
     use tokio::net::UnixStream;
 
     use super::*;
+    use crate::spread::norm_squared;
 
     /// The memory of this very process, seen through a socket.
     fn own_memory() -> (PeerMemory, UnixStream) {
@@ -208,11 +208,12 @@ mod tests {
         let probe = Probe::new().unwrap();
         assert!(memory.shows(&probe.header()));
         // More than a step, so that it is read in pieces and by two threads.
-        let lent: Vec<u8> = (0..system::STEP + 12_345)
-            .map(|i| (i % 251) as u8)
-            .collect();
-        let mut got = vec![0; lent.len()];
-        memory.read(address(&lent), &mut got).await.unwrap();
+        let len = STEP / size_of::<f32>() + 12_345;
+        let lent: Vec<f32> = (0..len).map(|i| (i % 251) as f32).collect();
+        let mut got = vec![0.0; len];
+        let place = address(bytemuck::cast_slice(&lent));
+        let sum = memory.read(place, &mut got).await.unwrap();
+        assert_eq!(sum, norm_squared(&lent));
         assert!(got == lent);
     }
 
@@ -228,8 +229,8 @@ mod tests {
         header[..8].copy_from_slice(&8u64.to_le_bytes());
         assert!(!memory.shows(&header), "no memory there");
         for nowhere in [0, 8, u64::MAX - 3] {
-            for len in [16, 8 << 20] {
-                let read = memory.read(nowhere, &mut vec![0; len]).await;
+            for len in [16, 4 << 20] {
+                let read = memory.read(nowhere, &mut vec![0.0; len]).await;
                 assert!(read.is_err(), "{nowhere}");
             }
         }
@@ -239,10 +240,11 @@ mod tests {
     #[tokio::test]
     async fn nothing_is_taken_from_a_peer_that_has_hung_up() {
         let (memory, theirs) = own_memory();
-        let lent = [7; 100];
-        let mut got = [0; 100];
-        memory.read(address(&lent), &mut got).await.unwrap();
+        let lent = [7.0; 100];
+        let place = address(bytemuck::cast_slice(&lent));
+        let mut got = [0.0; 100];
+        memory.read(place, &mut got).await.unwrap();
         drop(theirs);
-        assert!(memory.read(address(&lent), &mut got).await.is_err());
+        assert!(memory.read(place, &mut got).await.is_err());
     }
 }
