@@ -36,7 +36,7 @@ fn example(name: &str) -> PathBuf {
 
 impl Run {
     fn start(name: &str, arguments: &[&str]) -> Self {
-        let mut driver = Command::new(example(name))
+        let driver = Command::new(example(name))
             .args(["--offline", "--batch-size", "16"])
             .args(arguments)
             .env_remove("PS_MNIST_DIR")
@@ -45,6 +45,10 @@ impl Run {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        Self::follow(driver)
+    }
+
+    fn follow(mut driver: Child) -> Self {
         let (sender, lines) = channel();
         follow(driver.stderr.take().unwrap(), sender.clone());
         follow(driver.stdout.take().unwrap(), sender);
@@ -301,6 +305,52 @@ fn a_trainer_that_is_killed_goes_on_and_no_update_is_lost_or_doubled() {
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
     assert!(output.contains("120 updates by 2 trainers."), "{output}");
+}
+
+/// The real ones, as far as they are installed; `launchers.rs` knows more.
+#[test]
+fn launchers_start_the_driver_and_its_nodes() {
+    // One port for all: they run one after the other.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port().to_string();
+    drop(free);
+    let open_mpi = [
+        "mpirun",
+        "--allow-run-as-root",
+        "--oversubscribe",
+        "-n",
+        "3",
+    ];
+    let mpich = ["mpiexec.hydra", "-n", "3"];
+    let torch = ["torchrun", "--nproc-per-node", "3", "--master-port", &port];
+    let torch = [&torch[..], &["--no-python"]].concat();
+    for launcher in [&open_mpi[..], &mpich, &torch] {
+        let child = Command::new(launcher[0])
+            .args(&launcher[1..])
+            .arg(example("sharded_ps"))
+            .args(["--offline", "--batch-size", "16", "--iterations", "5"])
+            .env_remove("PS_MNIST_DIR")
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", &port)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let run = match child {
+            Ok(child) => Run::follow(child),
+            Err(error) => {
+                println!("skipped: {}: {error}", launcher[0]);
+                continue;
+            }
+        };
+        let (status, output) = run.finish();
+        assert!(status.success(), "{}: {output}", launcher[0]);
+        for node in ["node 1", "node 2"] {
+            let mut lines = output.lines();
+            let has_joined = |line: &str| line.contains("a node has joined") && line.contains(node);
+            assert!(lines.any(has_joined), "{}: {output}", launcher[0]);
+        }
+        assert!(output.contains("5 updates of 10 gradients"), "{output}");
+    }
 }
 
 #[test]
