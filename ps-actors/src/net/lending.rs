@@ -164,6 +164,22 @@ async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_h
     }
 }
 
+/// The system may forbid it.
+#[tokio::test]
+async fn a_peer_that_cannot_read_gets_everything_by_the_socket() {
+    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let end = End::run(Stream::Unix(ours));
+    let bulk = large(1.0);
+    for call in 0..3 {
+        end.send(Kind::Ask, call, &bulk);
+        if call == 0 {
+            assert_eq!(read_raw(&mut peer).await.kind, Kind::Probe);
+        }
+        let head = read_raw(&mut peer).await;
+        assert_eq!((head.call, head.is_lent), (call, false));
+    }
+}
+
 #[tokio::test]
 async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     let (mut end, mut peer) = lends_to().await;
