@@ -139,9 +139,10 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         let Stage::Queued(message) = mem::replace(&mut state.stage, Stage::Over) else {
             unreachable!("the stage was checked under the same lock");
         };
-        let held = state.held.take();
+        // The waker may own this call.
+        let unneeded = (state.held.take(), state.waker.take());
         drop(state);
-        drop(held);
+        drop(unneeded);
         self.mailbox.release_slot();
         Some(message)
     }
@@ -315,9 +316,15 @@ where
             };
             return Poll::Ready(result);
         }
-        match &mut state.waker {
-            Some(waker) => waker.clone_from(cx.waker()),
-            none => *none = Some(cx.waker().clone()),
+        // Of a call that was given up nothing more comes: a waker kept here would stay for ever.
+        if matches!(
+            state.stage,
+            Stage::Queued(_) | Stage::Running { wanted: true }
+        ) {
+            match &mut state.waker {
+                Some(waker) => waker.clone_from(cx.waker()),
+                none => *none = Some(cx.waker().clone()),
+            }
         }
         Poll::Pending
     }
@@ -337,6 +344,9 @@ where
             Stage::Running { .. } => state.stage = Stage::Running { wanted: false },
             Stage::Queued(_) | Stage::Over => {}
         }
+        let waker = state.waker.take();
+        drop(state);
+        drop(waker);
         Err(CallError::Unknown {
             actor: Arc::clone(self.mailbox.name()),
             reason: match why {
@@ -464,5 +474,52 @@ mod tests {
         assert_eq!(second_dropped.try_recv(), Err(mpsc::TryRecvError::Empty));
         gate.kill();
         second_dropped.recv().unwrap();
+    }
+
+    /// A waker that says on its channel when nobody has it any more.
+    fn wakes_nobody() -> (Waker, mpsc::Receiver<()>) {
+        struct Nobody(#[expect(dead_code, reason = "kept for its end")] Witness);
+
+        impl std::task::Wake for Nobody {
+            fn wake(self: Arc<Self>) {}
+        }
+
+        let (sender, dropped) = mpsc::channel();
+        (Waker::from(Arc::new(Nobody(Witness(sender)))), dropped)
+    }
+
+    /// The waker of a remote call owns the call, and the connection that it came on.
+    #[test]
+    fn a_call_that_was_given_up_lets_go_of_its_waker() {
+        let gate = spawn(|| Gate);
+        let blocked = block(&gate);
+        let push = || {
+            let (open, later) = oneshot::channel();
+            let call = gate.mailbox_here().push_with(Later(later), None, None);
+            (call.unwrap(), open)
+        };
+        let is_forgotten = |call: &Call<Gate, Later>, end: fn(&Call<Gate, Later>)| {
+            let (waker, dropped) = wakes_nobody();
+            assert!(call.poll(&mut TaskContext::from_waker(&waker)).is_pending());
+            end(call);
+            // Whoever looks once more is not kept either.
+            assert!(call.poll(&mut TaskContext::from_waker(&waker)).is_pending());
+            drop(waker);
+            assert_eq!(dropped.try_recv(), Ok(()));
+        };
+        let abandon: fn(&Call<Gate, Later>) = |call| call.abandon();
+        let give_up: fn(&Call<Gate, Later>) = |call| {
+            assert!(call.give_up(GiveUp::TimedOut(Duration::ZERO)).is_err());
+        };
+        let calls: Vec<_> = std::iter::repeat_with(push).take(4).collect();
+        is_forgotten(&calls[0].0, abandon);
+        is_forgotten(&calls[1].0, give_up);
+        drop(blocked);
+        // The others are running when a call behind them has run.
+        let (open, later) = oneshot::channel();
+        open.send(()).unwrap();
+        gate.ask(Later(later)).wait().unwrap();
+        is_forgotten(&calls[2].0, abandon);
+        is_forgotten(&calls[3].0, give_up);
     }
 }

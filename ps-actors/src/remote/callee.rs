@@ -284,6 +284,7 @@ pub(crate) type MaySpeak = Box<dyn Fn() -> bool + Send>;
 pub(crate) struct Server {
     callee: Arc<dyn Callee>,
     calls: Arc<Calls>,
+    last_call: Option<u64>,
     may_speak: MaySpeak,
     /// Ends the actor's export when the connection ends.
     _hold: super::process::Hold,
@@ -308,6 +309,7 @@ impl Server {
         Self {
             callee,
             calls,
+            last_call: None,
             may_speak,
             _hold: hold,
         }
@@ -337,6 +339,11 @@ impl Peer for Server {
         }
         match frame.kind {
             Kind::Ask | Kind::Tell => {
+                // Two calls of one number would be one to whoever cancels it.
+                if let Some(last) = self.last_call.filter(|last| frame.call <= *last) {
+                    return Err(format!("call {} came after call {last}", frame.call));
+                }
+                self.last_call = Some(frame.call);
                 let code = frame.code;
                 let connection = Arc::clone(&self.calls);
                 self.callee.call(code, Incoming { frame, connection });

@@ -50,7 +50,7 @@ impl Default for ServerConfig {
 #[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
 pub enum ConfigError {
     /// Not a usable learning rate.
-    #[error("the learning rate must be a finite number, 0 or more, but is {0}")]
+    #[error("the learning rate must be a number from 0 to {max:.1e}, but is {0:?}", max = f32::MAX)]
     LearningRate(f64),
     /// Not a usable limit.
     #[error("the largest gradient norm must be a positive number or infinity, but is {0}")]
@@ -82,7 +82,8 @@ impl ServerConfig {
 }
 
 pub(super) fn check_learning_rate(rate: f64) -> Result<(), ConfigError> {
-    match rate.is_finite() && rate >= 0.0 {
+    // Weights are `f32`: a larger rate would be infinite there.
+    match (0.0..=f64::from(f32::MAX)).contains(&rate) {
         true => Ok(()),
         false => Err(ConfigError::LearningRate(rate)),
     }

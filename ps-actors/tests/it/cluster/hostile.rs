@@ -197,6 +197,7 @@ fn a_peer_that_breaks_the_protocol_or_falls_silent_is_cut_off() {
             b"GET /healthz HTTP/1.1\r\nhost: ps\r\n\r\n".to_vec(),
         ),
         ("a reply that nobody waits for", head(REPLY, 0, 0)),
+        ("two calls of one number", head(ASK, 0, 0).repeat(2)),
         ("half a frame, then silence", head(ASK, 0, 0)[..11].to_vec()),
         ("a header that does not come", head(ASK, 0, 1000)),
         ("silence", Vec::new()),
@@ -212,8 +213,9 @@ fn a_peer_that_breaks_the_protocol_or_falls_silent_is_cut_off() {
     }
     // What is sound but makes no sense is answered, and the connection goes on.
     let mut stream = server.upgraded();
-    for garbage in [0, 3, 1000] {
+    for (call, garbage) in [(1, 0), (2, 3), (3, 1000)] {
         let mut frame = head(ASK, 0, garbage);
+        frame[8] = call;
         frame.extend(vec![0xff; garbage as usize]);
         stream.write_all(&frame).unwrap();
         let mut reply = [0; 24];

@@ -288,6 +288,13 @@ fn settings_that_cannot_work_are_refused_with_the_reason() {
         ),
         (
             ServerConfig {
+                learning_rate: 1e39, // Infinite as an `f32`.
+                ..good
+            },
+            "from 0 to 3.4e38, but is 1e39",
+        ),
+        (
+            ServerConfig {
                 learning_rate: -0.1,
                 ..good
             },
