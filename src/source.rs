@@ -147,7 +147,7 @@ impl<M: Model> GradientSource for ModelSource<M> {
             clock: clock.0,
         };
         let mut gradient = self.gradients.take(self.model.num_weights());
-        let loss = self.model.gradient(&batch, step, gradient.as_mut_vec())?;
+        let loss = self.model.gradient(&batch, step, &mut gradient)?;
         let num_examples = M::num_examples(&batch);
         Ok(LocalGradient {
             gradient: Gradient::new(gradient),

@@ -68,7 +68,7 @@ where
     let batch = Examples::batch(&data, &(0..batch).collect::<Vec<usize>>());
     let ours = LocalModel::new(ours, device)?;
     let burns = LocalModel::new(burns, device)?;
-    let mut gradient = Vec::new();
+    let mut gradient = vec![0.0; ours.num_weights()];
     let mut times = [const { Vec::new() }; 3];
     for clock in 0..rounds + 2 {
         let seed = StepSeed {

@@ -3,6 +3,7 @@
 
 use actix::{Actor, Context, Handler, Message};
 use anyhow::{Result, ensure};
+use ps::actors::buffer::BufferPool;
 use ps::actors::group::ServerArgs;
 use ps::actors::ids::{GradientId, Incarnation};
 use ps::prelude::*;
@@ -87,7 +88,10 @@ impl Transfer {
         let server = run(ServerGroup::spawn_on(cluster, places, &initial, config))?;
         let (worker, incarnation) = (WorkerId(0), Incarnation(1));
         run(server.join(worker, incarnation))?;
-        let gradient = Gradient::new(vec![1.0; len]);
+        // Where workers keep theirs, too.
+        let mut gradient = BufferPool::new(1).take(len);
+        gradient.fill(1.0);
+        let gradient = Gradient::new(gradient);
         let mut clock = 0;
         measure_call(metrics, name, self.seconds, || {
             let gradients = Gradients {

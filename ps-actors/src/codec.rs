@@ -100,7 +100,7 @@ impl Bulk {
 impl From<Bulk> for Vec<f32> {
     /// Takes the numbers out, copying them if somebody else has them, too.
     fn from(bulk: Bulk) -> Self {
-        std::mem::take(bulk.into_buffer().as_mut_vec())
+        bulk.into_buffer().into_vec()
     }
 }
 

@@ -9,7 +9,7 @@
 
 use std::fmt;
 
-use crate::spread::{PART, spread};
+use crate::spread::{PART_LEN, spread, vectorized};
 
 /// Changes weights by a gradient. Implementations are deterministic.
 pub trait UpdateRule: Send + fmt::Debug + 'static {
@@ -117,29 +117,38 @@ impl Sgd {
     }
 }
 
-/// Numbers of a part that one thread updates at a time.
-const PART_LEN: usize = PART / size_of::<f32>();
-
 impl UpdateRule for Sgd {
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
-        let rate = learning_rate as f32;
-        if self.momentum == 0.0 {
-            let num_bytes = size_of_val(weights);
-            let parts = weights.chunks_mut(PART_LEN).zip(gradient.chunks(PART_LEN));
+        let (rate, momentum) = (learning_rate as f32, self.momentum);
+        let num_bytes = size_of_val(weights);
+        let parts = weights.chunks_mut(PART_LEN).zip(gradient.chunks(PART_LEN));
+        if momentum == 0.0 {
             return spread(num_bytes, parts, |(weights, gradient)| {
-                for (weight, gradient) in weights.iter_mut().zip(gradient) {
-                    *weight -= rate * gradient;
-                }
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        for (weight, gradient) in weights.iter_mut().zip(gradient) {
+                            *weight -= rate * gradient;
+                        }
+                    },
+                );
             });
         }
-        self.velocity.resize(weights.len(), 0.0);
-        let momentum = self.momentum;
-        for ((weight, gradient), velocity) in
-            weights.iter_mut().zip(gradient).zip(&mut self.velocity)
-        {
-            *velocity = momentum * *velocity + gradient;
-            *weight -= rate * *velocity;
-        }
+        self.velocity.resize(gradient.len(), 0.0);
+        let parts = parts.zip(self.velocity.chunks_mut(PART_LEN));
+        spread(num_bytes, parts, |((weights, gradient), velocity)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((weight, gradient), velocity) in
+                        weights.iter_mut().zip(gradient).zip(velocity)
+                    {
+                        *velocity = momentum * *velocity + gradient;
+                        *weight -= rate * *velocity;
+                    }
+                },
+            );
+        });
     }
 
     fn update_into(
@@ -158,9 +167,14 @@ impl UpdateRule for Sgd {
         let old = weights.chunks(PART_LEN).zip(gradient.chunks(PART_LEN));
         let parts = next.chunks_mut(PART_LEN).zip(old);
         spread(num_bytes, parts, |(next, (weights, gradient))| {
-            for ((next, weight), gradient) in next.iter_mut().zip(weights).zip(gradient) {
-                *next = weight - rate * gradient;
-            }
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((next, weight), gradient) in next.iter_mut().zip(weights).zip(gradient) {
+                        *next = weight - rate * gradient;
+                    }
+                },
+            );
         });
     }
 
@@ -252,6 +266,18 @@ mod tests {
         Sgd::new().update(&mut in_place, &gradient, 0.5);
         Sgd::new().update_into(&weights, &gradient, 0.5, &mut next);
         assert!(in_place == expected && next == expected);
+
+        let mut rule = Sgd::with_momentum(0.9);
+        let (mut got, mut expected, mut velocity) =
+            (weights.clone(), weights, vec![0.0; 3_000_001]);
+        for _ in 0..2 {
+            rule.update(&mut got, &gradient, 0.5);
+            for i in 0..expected.len() {
+                velocity[i] = 0.9 * velocity[i] + gradient[i];
+                expected[i] -= 0.5 * velocity[i];
+            }
+        }
+        assert!(got == expected);
     }
 
     #[test]

@@ -6,6 +6,9 @@ use std::thread;
 /// Bytes of a part: it fits a core's cache.
 pub(crate) const PART: usize = 1 << 20;
 
+/// Numbers of a part.
+pub(crate) const PART_LEN: usize = PART / size_of::<f32>();
+
 /// Fewer bytes are not worth a thread's start.
 const LARGE: usize = 8 << 20;
 
@@ -57,7 +60,7 @@ pub(crate) fn spread<T: Send>(
 /// Sums squares in `f64`, where squares of finite `f32` cannot overflow, so the sum is
 /// finite exactly when every number is. The order of summation is fixed: part by part.
 pub(crate) fn norm_squared(values: &[f32]) -> f64 {
-    let parts = values.chunks(PART / size_of::<f32>());
+    let parts = values.chunks(PART_LEN);
     let mut sums = vec![0.0; parts.len()];
     spread(size_of_val(values), parts.zip(&mut sums), |(part, sum)| {
         *sum = sum_of_squares(part)
@@ -65,20 +68,29 @@ pub(crate) fn norm_squared(values: &[f32]) -> f64 {
     sums.iter().sum()
 }
 
-/// Sums the squares of one part, in eight lanes.
+/// Sums the squares of one part, in lanes.
 pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; 8];
-    let (chunks, rest) = values.as_chunks::<8>();
-    for chunk in chunks {
-        for (lane, &value) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(value) * f64::from(value);
-        }
-    }
-    let rest: f64 = rest
-        .iter()
-        .map(|&value| f64::from(value) * f64::from(value))
-        .sum();
-    lanes.iter().sum::<f64>() + rest
+    vectorized(
+        #[inline(always)]
+        || {
+            let square = |value: f32| f64::from(value) * f64::from(value);
+            let mut lanes = [0.0; 32];
+            let (chunks, rest) = values.as_chunks::<32>();
+            for chunk in chunks {
+                for (lane, &value) in lanes.iter_mut().zip(chunk) {
+                    *lane += square(value);
+                }
+            }
+            let rest: f64 = rest.iter().map(|&value| square(value)).sum();
+            lanes.iter().sum::<f64>() + rest
+        },
+    )
+}
+
+/// Runs a loop, which has to be `#[inline(always)]`, with the widest vectors of the machine. The bits
+/// are the same with any.
+pub(crate) fn vectorized<T>(work: impl FnOnce() -> T) -> T {
+    pulp::Arch::new().dispatch(work)
 }
 
 #[cfg(test)]

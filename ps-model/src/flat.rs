@@ -132,22 +132,26 @@ pub fn write_weights<M: Module>(
     }
 }
 
-/// Appends the gradients of a module's parameters to `out`, in the order of [`layout`].
+/// Writes the gradients of a module's parameters to `out`, in the order of [`layout`].
 ///
 /// Parameters that got no gradient (frozen, or without part in the loss) give zeros.
 ///
 /// # Panics
 ///
-/// If [`layout`] refuses the module.
-pub fn read_gradients<M: Module>(module: &M, gradients: Gradients, out: &mut Vec<f32>) {
-    module.visit(&mut ReadGradients { gradients, out });
+/// If [`layout`] refuses the module, or `out` is not as long as the module has weights.
+pub fn read_gradients<M: Module>(module: &M, gradients: Gradients, out: &mut [f32]) {
+    assert_eq!(out.len(), module.num_params(), "a number for each weight");
+    module.visit(&mut ReadGradients {
+        gradients,
+        rest: out,
+    });
 }
 
-/// Appends the numbers of a tensor to `out` in row-major order.
-fn append<const D: usize>(tensor: Tensor<D>, out: &mut Vec<f32>) {
+/// Hands on the numbers of a tensor in row-major order.
+fn with_values<const D: usize>(tensor: Tensor<D>, take: impl FnOnce(&[f32])) {
     let data = tensor.into_data();
     let values = data.as_slice::<f32>();
-    out.extend_from_slice(values.expect("the layout admits f32 parameters only"));
+    take(values.expect("the layout admits f32 parameters only"));
 }
 
 #[derive(Default)]
@@ -225,7 +229,9 @@ struct ReadWeights<'a> {
 
 impl ModuleVisitor for ReadWeights<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        append(param.base().inner(), self.out);
+        with_values(param.base().inner(), |values| {
+            self.out.extend_from_slice(values);
+        });
     }
 }
 
@@ -265,18 +271,19 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<F> {
 
 struct ReadGradients<'a> {
     gradients: Gradients,
-    out: &'a mut Vec<f32>,
+    /// What is still to be written.
+    rest: &'a mut [f32],
 }
 
 impl ModuleVisitor for ReadGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.base();
+        let (own, rest) =
+            std::mem::take(&mut self.rest).split_at_mut(tensor.shape().num_elements());
+        self.rest = rest;
         match tensor.grad_remove(&mut self.gradients) {
-            Some(gradient) => append(gradient, self.out),
-            None => {
-                let len = self.out.len() + tensor.shape().num_elements();
-                self.out.resize(len, 0.0);
-            }
+            Some(gradient) => with_values(gradient, |values| own.copy_from_slice(values)),
+            None => own.fill(0.0),
         }
     }
 }

@@ -40,7 +40,7 @@
 //! for clock in 0..20 {
 //!     model.load(&weights)?;
 //!     let mut mean = vec![0.0; weights.len()];
-//!     let mut gradient = Vec::new();
+//!     let mut gradient = vec![0.0; weights.len()];
 //!     for (worker, batch) in (0..).zip(&batches) {
 //!         model.gradient(batch, StepSeed { seed: 1, worker, clock }, &mut gradient)?;
 //!         for (mean, slope) in mean.iter_mut().zip(&gradient) {

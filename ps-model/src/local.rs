@@ -41,7 +41,7 @@ pub enum ModelError {
 /// assert_eq!(model.num_weights(), 1_960);
 ///
 /// let batch = ImageBatch::new(vec![0.5; 2 * 28 * 28], vec![3, 7], [2, 1, 28, 28], 10)?;
-/// let mut gradient = Vec::new();
+/// let mut gradient = vec![0.0; model.num_weights()];
 /// let before = model.gradient(&batch, StepSeed::default(), &mut gradient)?;
 ///
 /// // One step of plain gradient descent.
@@ -148,22 +148,26 @@ impl<M: Module> LocalModel<M> {
 }
 
 impl<M: Model> LocalModel<M> {
-    /// Computes the mean loss of a batch, and its gradient, which replaces the contents of `out`.
+    /// Computes the mean loss of a batch, and its gradient, which is written to `out`.
     ///
-    /// A buffer that is used again keeps its memory. The loss and the gradient may be infinite or
-    /// NaN; it is the server's to refuse them.
+    /// The loss and the gradient may be infinite or NaN; it is the server's to refuse them.
     ///
     /// # Errors
     ///
-    /// If the model panics, for example about a batch of a wrong shape. `out` is empty then.
+    /// If `out` is not as long as [`num_weights`](Self::num_weights), or the model panics, for
+    /// example about a batch of a wrong shape. What `out` holds is unspecified then.
     pub fn gradient(
         &self,
         batch: &M::Batch,
         seed: StepSeed,
-        out: &mut Vec<f32>,
+        out: &mut [f32],
     ) -> Result<f32, ModelError> {
-        out.clear();
-        out.reserve_exact(self.num_weights());
+        if out.len() != self.num_weights() {
+            return Err(ModelError::WeightCount {
+                expected: self.num_weights(),
+                got: out.len(),
+            });
+        }
         let result = panic::catch(|| {
             let loss = self
                 .model
@@ -172,10 +176,7 @@ impl<M: Model> LocalModel<M> {
             flat::read_gradients(&self.model, gradients, out);
             loss.into_scalar::<f32>()
         });
-        result.map_err(|message| {
-            out.clear();
-            ModelError::Panicked(message)
-        })
+        result.map_err(ModelError::Panicked)
     }
 
     /// Evaluates the model on a batch: without dropout, without recording for gradients.

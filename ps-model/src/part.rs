@@ -265,11 +265,10 @@ impl<P: Part> Pass<P> {
         let Call::Forward { input, output } = std::mem::replace(state, Call::Backward) else {
             unreachable!("it was just looked at");
         };
-        let mut gradient = Vec::with_capacity(self.num_weights);
+        let mut gradient = vec![0.0; self.num_weights];
         let input_gradient = panic::catch(|| {
             // Where nothing can be trained there is no graph.
             if !output.is_recorded() {
-                gradient.resize(self.num_weights, 0.0);
                 return None;
             }
             let mut gradients = output.dot(output_gradient).backward();

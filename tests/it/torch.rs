@@ -140,7 +140,7 @@ fn pytorch_computes_the_gradient_that_burn_computes() {
     assert_eq!(got.version(), Version(1));
     let mut local = LocalModel::new(model, &device).unwrap();
     local.load(&initial.to_vec()).unwrap();
-    let mut expected = Vec::new();
+    let mut expected = vec![0.0; local.num_weights()];
     local
         .gradient(&batch(0..BATCH), StepSeed::default(), &mut expected)
         .unwrap();

@@ -55,7 +55,7 @@ impl Uploads {
             let why = format!("{max_uploads} gradients are on their way in already");
             Problem::unavailable(why).retry_soon()
         })?;
-        let mut buffer = self.buffers.take_filled(len);
+        let mut buffer = self.buffers.take(len);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut buffer);
         let latest = Instant::now() + max_upload_time;
         let mut filled = 0;

@@ -129,7 +129,7 @@ impl Arrivals<'_> {
         let addresses = parse_addresses(&lent.addresses);
         let mut bulk = Vec::with_capacity(lent.lengths.len());
         for (len, address) in lent.lengths.into_iter().zip(addresses) {
-            let mut buffer = self.buffers.take_filled(len);
+            let mut buffer = self.buffers.take(len);
             let norm_squared = memory.read(address, &mut buffer).await?;
             buffer.set_norm_squared(norm_squared);
             bulk.push(buffer);
@@ -177,7 +177,7 @@ impl Arrivals<'_> {
         for len in lengths {
             // Fresh memory costs nothing before something is written to it, so an
             // announcement that nothing follows takes none.
-            let mut buffer = self.buffers.take_filled(len);
+            let mut buffer = self.buffers.take(len);
             let bytes = bytemuck::cast_slice_mut(&mut buffer);
             read.read_exact(bytes).await?;
             frame.bulk.push(buffer);

@@ -12,7 +12,7 @@
 use std::io;
 
 use super::stream::Stream;
-use crate::spread::{PART, spread, sum_of_squares};
+use crate::spread::{PART, PART_LEN, spread, sum_of_squares};
 
 /// Bytes that say where to look for a secret: address, secret.
 const PROBE_LEN: usize = 8 + SECRET_LEN;
@@ -91,9 +91,9 @@ impl PeerMemory {
 
     fn copy(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
         let num_bytes = size_of_val(into);
-        let parts = into.chunks_mut(PART / size_of::<f32>());
+        let parts = into.chunks_mut(PART_LEN);
         let mut sums: Vec<io::Result<f64>> = parts.map(|_| Ok(0.0)).collect();
-        let parts = into.chunks_mut(PART / size_of::<f32>()).zip(&mut sums);
+        let parts = into.chunks_mut(PART_LEN).zip(&mut sums);
         let parts = (0u64..).step_by(PART).zip(parts);
         spread(num_bytes, parts, |(offset, (part, sum))| {
             let from = address.saturating_add(offset);

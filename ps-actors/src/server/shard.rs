@@ -19,6 +19,7 @@ use super::protocol::{Ticket, Update};
 use crate::buffer::{Buffer, BufferPool};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
+use crate::spread::{PART_LEN, spread, vectorized};
 use crate::weights::{Gradient, Segment, Weights};
 
 /// How many gradients of one worker may be staged and not yet decided upon.
@@ -114,7 +115,7 @@ impl Shard {
         // One buffer for the next version, one for a sum, and those that readers give back.
         let pool = BufferPool::new(num_kept + 4);
         let mut data = pool.take(range.len());
-        data.extend_from_slice(&initial.read(range.clone()));
+        data.copy_from_slice(&initial.read(range.clone()));
         let segment = Segment {
             start: range.start,
             data: Arc::new(data),
@@ -350,7 +351,7 @@ impl Shard {
                 old_data
             }
             None => {
-                let mut next = self.pool.take_filled(old_data.len());
+                let mut next = self.pool.take(old_data.len());
                 self.rule
                     .update_into(&old_data, gradient, learning_rate, &mut next);
                 Arc::new(next)
@@ -363,18 +364,53 @@ impl Shard {
 /// Adds gradients up in their order, element by element, and divides by their number for a mean.
 fn reduce(gradients: &[Gradient], reduction: Reduction, pool: &BufferPool) -> Buffer {
     let (first, rest) = gradients.split_first().expect("an update has gradients");
+    let scale = match reduction {
+        Reduction::Mean => 1.0 / gradients.len() as f32,
+        Reduction::Sum => 1.0,
+    };
     let mut sum = pool.take(first.values().len());
-    sum.extend_from_slice(first.values());
-    for gradient in rest {
-        for (sum, value) in sum.iter_mut().zip(gradient.values()) {
-            *sum += value;
-        }
-    }
-    if reduction == Reduction::Mean {
-        let scale = 1.0 / gradients.len() as f32;
-        for sum in sum.iter_mut() {
-            *sum *= scale;
-        }
-    }
+    let num_bytes = size_of_val(&sum[..]);
+    let parts = (0..).step_by(PART_LEN).zip(sum.chunks_mut(PART_LEN));
+    spread(num_bytes, parts, |(start, sum)| {
+        let part = start..start + sum.len();
+        vectorized(
+            #[inline(always)]
+            || {
+                sum.copy_from_slice(&first.values()[part.clone()]);
+                for gradient in rest {
+                    for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
+                        *sum += value;
+                    }
+                }
+                for sum in sum.iter_mut() {
+                    *sum *= scale;
+                }
+            },
+        );
+    });
     sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_gradients_are_added_up_as_short_ones() {
+        let gradients: Vec<Gradient> = (1..4)
+            .map(|k| {
+                Gradient::new(
+                    (0..3_000_001)
+                        .map(|i| (i % 1013 * k) as f32)
+                        .collect::<Vec<_>>(),
+                )
+            })
+            .collect();
+        for (reduction, scale) in [(Reduction::Sum, 1.0), (Reduction::Mean, 1.0f32 / 3.0)] {
+            let got = reduce(&gradients, reduction, &BufferPool::new(0));
+            let [a, b, c] = [0, 1, 2].map(|k| gradients[k].values());
+            let is_right = |i: usize| got[i] == (a[i] + b[i] + c[i]) * scale;
+            assert!((0..got.len()).all(is_right), "{reduction}");
+        }
+    }
 }

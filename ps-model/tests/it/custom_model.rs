@@ -67,7 +67,7 @@ fn gradients_agree_with_finite_differences() {
         let mut model = LocalModel::new(model, device).expect("a flat view");
         let batch = points(SEED, 64);
         let weights = model.weights().expect("a working device");
-        let mut gradient = Vec::new();
+        let mut gradient = vec![0.0; weights.len()];
         model
             .gradient(&batch, StepSeed::default(), &mut gradient)
             .expect("a good batch");
@@ -104,7 +104,7 @@ fn it_learns_with_a_burn_optimizer_and_evaluates_without_a_method_for_that() {
     assert_eq!(before.num_examples, 100);
     assert_eq!(before.accuracy(), None);
 
-    let mut gradient = Vec::new();
+    let mut gradient = vec![0.0; weights.len()];
     for clock in 0..300 {
         let seed = StepSeed {
             clock,

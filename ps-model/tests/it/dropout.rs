@@ -102,7 +102,7 @@ fn gradients_with_dropout_can_be_repeated_also_beside_other_threads() {
         let gradient = |clock| {
             let net = Net::init(1, device);
             let model = LocalModel::new(net, device).expect("a model with a flat view");
-            let mut gradient = Vec::new();
+            let mut gradient = vec![0.0; model.num_weights()];
             let seed = StepSeed { clock, ..SEED };
             let batch = random_images(3, 2);
             let loss = model

@@ -11,7 +11,7 @@ fn convnet() -> LocalModel<ConvNet> {
 }
 
 fn gradient(model: &LocalModel<ConvNet>, batch: &ImageBatch) -> (f32, Vec<f32>) {
-    let mut gradient = vec![f32::NAN; 5];
+    let mut gradient = vec![f32::NAN; model.num_weights()];
     let loss = model
         .gradient(batch, StepSeed::default(), &mut gradient)
         .expect("the batch fits the model");
@@ -36,20 +36,19 @@ fn the_gradient_follows_the_weights_that_were_loaded_last() {
 }
 
 #[test]
-fn the_buffer_of_the_gradient_is_used_again() {
+fn a_gradient_replaces_what_was_there_and_needs_room_for_each_weight() {
     let model = convnet();
     let batch = random_images(2, 2);
-    let mut gradient = Vec::new();
-    let mut address = None;
-    for clock in 0..3 {
-        let seed = StepSeed {
-            clock,
-            ..StepSeed::default()
-        };
-        model
-            .gradient(&batch, seed, &mut gradient)
-            .expect("a good batch");
-        assert_eq!(*address.get_or_insert(gradient.as_ptr()), gradient.as_ptr());
+    let gradient_in = |mut room: Vec<f32>| {
+        let result = model.gradient(&batch, StepSeed::default(), &mut room);
+        result.map(|_loss| room)
+    };
+    let expected = model.num_weights();
+    let gradient = gradient_in(vec![0.0; expected]).expect("a good batch");
+    assert!(gradient_in(vec![9.0; expected]).expect("a good batch") == gradient);
+    for got in [0, expected - 1, expected + 1] {
+        let error = gradient_in(vec![0.0; got]).expect_err("a wrong length");
+        assert_eq!(error, ModelError::WeightCount { expected, got });
     }
 }
 
@@ -153,12 +152,11 @@ fn a_batch_that_does_not_fit_is_an_error_and_the_next_one_works() {
             (classes, "labels are of 100 classes, the model knows 10"),
         ] {
             let batch = batch.expect("good for another model");
-            let mut gradient = vec![1.0];
+            let mut gradient = vec![1.0; model.num_weights()];
             let error = model
                 .gradient(&batch, StepSeed::default(), &mut gradient)
                 .expect_err("a batch for another model");
             assert!(error.to_string().contains(reason), "{name}: {error}");
-            assert!(gradient.is_empty(), "{name}");
             model
                 .evaluate(&batch)
                 .expect_err("a batch for another model");

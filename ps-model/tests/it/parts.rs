@@ -61,7 +61,7 @@ fn a_pass_gives_the_bits_of_the_model_as_a_whole() {
             worker: 2,
             clock: 3,
         };
-        let mut expected = Vec::new();
+        let mut expected = vec![0.0; model.num_weights()];
         let loss = model.gradient(&batch, seed, &mut expected).unwrap();
         let (got_loss, got) = through_a_pass(&model, &batch, seed, device);
         assert_eq!(got_loss.to_bits(), loss.to_bits(), "{name}");
@@ -164,7 +164,7 @@ fn a_net_split_over_two_parts_and_a_local_head_gets_the_gradients_of_the_whole()
     on_each_device_except(&["ndarray"], |name, device| {
         let whole = LocalModel::new(Net::init(3, device).with_dropout([0.0, 0.0]), device).unwrap();
         let batch = random_images(5, 2);
-        let mut expected = Vec::new();
+        let mut expected = vec![0.0; whole.num_weights()];
         let seed = StepSeed::default();
         let whole_loss = whole.gradient(&batch, seed, &mut expected).unwrap();
 
@@ -266,7 +266,6 @@ fn layers_before_behind_and_around_a_part_get_their_gradients() {
     let forward = |x| middle.forward(x, step);
     let loss = residual_loss(&around, input(&device), |x| x, forward);
     let whole = loss.backward();
-    let mut expected = Vec::new();
     // A graph's gradients are read once, so both modules at the same time.
     #[derive(Module, Debug)]
     struct Both {
@@ -277,6 +276,7 @@ fn layers_before_behind_and_around_a_part_get_their_gradients() {
         middle,
         around: around.clone(),
     };
+    let mut expected = vec![0.0; both.num_params()];
     flat::read_gradients(&both, whole, &mut expected);
 
     let mut pass = part.begin(StepSeed::default()).unwrap();

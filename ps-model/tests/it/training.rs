@@ -26,7 +26,7 @@ fn convnet_learns_to_tell_bars_apart() {
     on_each_device(|name, device| {
         let mut model = LocalModel::new(ConvNet::init(SEED, device), device).expect("a flat view");
         let mut weights = model.weights().expect("a working device");
-        let mut gradient = Vec::new();
+        let mut gradient = vec![0.0; weights.len()];
         let mut losses = Vec::new();
         for clock in 0..100 {
             let seed = StepSeed {

@@ -74,7 +74,7 @@ fn locally<M>(model: &LocalModel<M>, batch: &ImageBatch, seed: StepSeed) -> (f32
 where
     M: Model<Batch = ImageBatch>,
 {
-    let mut gradient = Vec::new();
+    let mut gradient = vec![0.0; model.num_weights()];
     let loss = model.gradient(batch, seed, &mut gradient).unwrap();
     (loss, gradient)
 }
