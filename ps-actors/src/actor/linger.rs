@@ -1,7 +1,7 @@
 //! Staying awake for a moment, because what a thread waits for often comes at once.
 //!
 //! Waking a thread that sleeps on an idle core costs more than all the work of a small call. So who
-//! waits for a reply, or for the next frame after a small one, looks again and again for some ten
+//! waits for a reply, or for the next frame after a small one, looks again and again for a hundred
 //! microseconds, and offers the processor to everybody else in between. Where others
 //! compute, such an offer costs a turn: the thread then goes to sleep at once for a while, so that what
 //! it loses is a small part of its time. Nobody lingers without having had traffic just before.
@@ -12,8 +12,9 @@ use std::task::Context;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to stay awake: somewhat longer than a small call to another process takes.
-const AWAKE: Duration = Duration::from_micros(50);
+/// How long to stay awake: twice what a small call to another process takes with what its caller does in
+/// between. Less, and a server falls asleep just before the next call.
+const AWAKE: Duration = Duration::from_micros(100);
 
 /// Who gets the processor back only after this long has met somebody that computes.
 const CROWDED: Duration = Duration::from_micros(250);
