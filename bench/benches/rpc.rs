@@ -96,8 +96,8 @@ impl Local {
         let model = LocalModel::new(net.clone(), device)?;
         Ok(Self {
             weights: model.weights()?,
+            gradient: vec![0.0; model.num_weights()],
             model,
-            gradient: Vec::new(),
         })
     }
 
