@@ -18,7 +18,7 @@ use super::messages::{ApplyGradients, Decision, Follow, ServerError};
 use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
 use super::shard::{PullAnswer, Shard, ShardError};
 use crate::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
-use crate::ids::WorkerId;
+use crate::ids::{GradientId, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradients, Weights};
 
@@ -341,12 +341,21 @@ impl ParameterServer {
 
     /// Stages a gradient here, unless its worker's life is over: then the coordinator says so.
     fn stage_own(&mut self, gradients: &Gradients) -> Result<(), ServerError> {
+        if !self.is_pending(gradients.id)? {
+            self.shard.discard(gradients.id);
+        }
         match self.shard.stage(gradients.id, &gradients.gradient) {
             Ok(answers) => self.answer_pulls(answers),
             Err(ShardError::Fenced { .. }) => {}
             Err(other) => return Err(other.into()),
         }
         Ok(())
+    }
+
+    /// Whether a push of this name was accepted and waits. Otherwise, what is staged under the name was
+    /// judged by nobody, and makes room for what is judged now (PS-6).
+    fn is_pending(&mut self, id: GradientId) -> Result<bool, ServerError> {
+        Ok(self.coordinate()?.coordinator.is_pending(id))
     }
 
     pub(super) fn apply(
@@ -364,6 +373,9 @@ impl ParameterServer {
             }
         }
         for Gradients { id, gradient, .. } in &message.gradients {
+            if !self.is_pending(*id)? {
+                self.decide(Decision::Discard(*id))?;
+            }
             self.decide(Decision::Stage(*id, gradient.clone()))?;
         }
         let ticket = self.ticket();

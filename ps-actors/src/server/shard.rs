@@ -171,7 +171,8 @@ impl Shard {
     }
 
     /// Keeps a gradient until the coordinator decides what becomes of it. Staging it again
-    /// changes nothing. May make updates possible that waited for it: answer what is returned.
+    /// changes nothing. One with a number that is not finite is not kept: no coordinator takes it
+    /// (PS-6). May make updates possible that waited for it: answer what is returned.
     ///
     /// # Errors
     /// When the gradient is over other weights, its worker's life is over, or the worker has
@@ -211,9 +212,11 @@ impl Shard {
         if got.start > expected.start || got.end < expected.end {
             return Err(ShardError::WrongRange { id, got, expected });
         }
-        self.staged
-            .entry(id)
-            .or_insert_with(|| gradient.slice(expected));
+        if gradient.norm().is_finite() {
+            self.staged
+                .entry(id)
+                .or_insert_with(|| gradient.slice(expected));
+        }
         Ok(self.do_updates())
     }
 

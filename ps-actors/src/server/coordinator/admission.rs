@@ -96,8 +96,7 @@ impl Coordinator {
                 Entry::Forgotten => return Err(Refusal::Forgotten { id }),
                 Entry::New => {}
             }
-            let pending = self.pending.iter().any(|push| push.stamp.id == id);
-            if pending || stamps[..i].iter().any(|earlier| earlier.id == id) {
+            if self.is_pending(id) || stamps[..i].iter().any(|earlier| earlier.id == id) {
                 return Err(Refusal::AlreadyPushed { id });
             }
         }
@@ -173,9 +172,14 @@ impl Coordinator {
         Ok(())
     }
 
+    /// Whether a push was accepted and waits to be applied.
+    pub(in crate::server) fn is_pending(&self, id: GradientId) -> bool {
+        self.pending.iter().any(|push| push.stamp.id == id)
+    }
+
     /// Frees what was staged for a call that changed nothing, or is applied already.
     pub(super) fn discard_unless_pending(&self, id: GradientId, effects: &mut Vec<Effect>) {
-        if !self.pending.iter().any(|push| push.stamp.id == id) {
+        if !self.is_pending(id) {
             effects.push(Effect::Discard(id));
         }
     }

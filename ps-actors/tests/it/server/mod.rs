@@ -6,13 +6,14 @@ use std::time::Duration;
 use futures_util::future::join3;
 use ps_actors::actor::{self, ActorRef, CallError};
 use ps_actors::group::ServerGroup;
-use ps_actors::ids::{Clock, Incarnation, Version, WorkerId};
+use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
-    ApplyGradients, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights, Outcome,
-    ParameterServer, PullVersion, Reduction, Refusal, ServerConfig, ServerError, SetLearningRate,
+    ApplyGradients, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights, Join,
+    Outcome, ParameterServer, PullVersion, Push, Reduction, Refusal, ServerConfig, ServerError,
+    SetLearningRate, Stage,
 };
-use ps_actors::weights::{Gradient, Layout, Weights};
+use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
 use ps_actors::worker::{
     ComputeGradients, DataWorker, GetProgress, GradientSource, LocalGradient, RunReport, RunSteps,
     SourceError, StopSteps, WorkerError,
@@ -348,6 +349,50 @@ fn settings_that_cannot_work_are_refused_with_the_reason() {
     assert_eq!(server.ask(GetStatus).wait().unwrap().learning_rate, 0.5);
     let no_servers = ServerGroup::spawn(&initial(), 0, good, |_| Box::new(Sgd::new()));
     assert!(no_servers.is_err());
+}
+
+/// PS-6: nobody judged what was staged under the name of a gradient before that was pushed.
+#[test]
+fn what_is_pushed_is_applied_and_not_what_was_staged_before() {
+    let staged = [f32::NAN, 1e30, 7.0].map(|number| Gradient::new(vec![number; LEN]));
+    for (gradient, is_applied_at_once) in staged.iter().flat_map(|g| [(g, false), (g, true)]) {
+        let config = ServerConfig {
+            max_norm: 100.0,
+            learning_rate: 1.0,
+            ..config(Consistency::Asp)
+        };
+        let server = ParameterServer::new(&initial(), Sgd::new(), config).unwrap();
+        let server = server.spawn().unwrap();
+        let (worker, incarnation) = (WorkerId(0), Incarnation(1));
+        let join = Join {
+            worker,
+            incarnation,
+        };
+        server.ask(join).wait().unwrap().unwrap();
+        let id = GradientId {
+            worker,
+            incarnation,
+            clock: Clock(0),
+        };
+        let gradient = gradient.clone();
+        server.ask(Stage { id, gradient }).wait().unwrap().unwrap();
+        let gradients = Gradients {
+            id,
+            computed_on: Version(0),
+            loss: 0.0,
+            num_examples: 1,
+            gradient: Gradient::new(vec![0.5; LEN]),
+        };
+        if is_applied_at_once {
+            let apply = ApplyGradients::mean([gradients]);
+            server.ask(apply).wait().unwrap().unwrap();
+        } else {
+            server.ask(Push(gradients)).wait().unwrap().unwrap();
+        }
+        let expected: Vec<f32> = initial().to_vec().iter().map(|w| w - 0.5).collect();
+        let weights = server.ask(GetWeights).wait().unwrap();
+        assert_eq!(weights.to_vec(), expected);
+    }
 }
 
 #[test]
