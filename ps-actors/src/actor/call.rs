@@ -496,7 +496,7 @@ mod tests {
         let push = || {
             let (open, later) = oneshot::channel();
             let call = gate.mailbox_here().push_with(Later(later), None, None);
-            (call.unwrap(), open)
+            (call.expect("there is room"), open)
         };
         let is_forgotten = |call: &Call<Gate, Later>, end: fn(&Call<Gate, Later>)| {
             let (waker, dropped) = wakes_nobody();
@@ -517,8 +517,8 @@ mod tests {
         drop(blocked);
         // The others are running when a call behind them has run.
         let (open, later) = oneshot::channel();
-        open.send(()).unwrap();
-        gate.ask(Later(later)).wait().unwrap();
+        open.send(()).expect("the other end is here");
+        gate.ask(Later(later)).wait().expect("it is answered");
         is_forgotten(&calls[2].0, abandon);
         is_forgotten(&calls[3].0, give_up);
     }

@@ -79,6 +79,11 @@ impl End {
         }
     }
 
+    /// What arrives next.
+    async fn next(&mut self) -> Frame {
+        self.arrived.recv().await.expect("the connection goes on")
+    }
+
     fn send(&self, kind: Kind, call: u64, bulk: &Bulk) {
         let contents = Encoded {
             header: vec![call as u8; 3],
@@ -131,21 +136,22 @@ async fn write_signal(stream: &mut UnixStream, kind: Kind, call: u64) {
 
 /// An end, and a peer that was shown the secret, says that it found it, and has the first frame.
 async fn lends_to() -> (End, UnixStream) {
-    let (ours, mut peer) = UnixStream::pair().unwrap();
-    let end = End::run(Stream::Unix(ours));
+    let (ours, mut peer) = UnixStream::pair().expect("the system gives sockets");
+    let mut end = End::run(Stream::Unix(ours));
     end.send(Kind::Ask, 0, &large(0.0));
     assert_eq!(read_raw(&mut peer).await.kind, Kind::Probe);
     let first = read_raw(&mut peer).await;
     assert!(first.kind == Kind::Ask && !first.is_lent);
     write_signal(&mut peer, Kind::Readable, 0).await;
-    // The end has read it when it has answered something that came later.
+    // The end has read it when it has read something that came later.
     write_signal(&mut peer, Kind::Cancel, 0).await;
+    assert_eq!(end.next().await.kind, Kind::Cancel);
     (end, peer)
 }
 
 #[tokio::test]
 async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_has_them() {
-    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (ours, theirs) = UnixStream::pair().expect("the system gives sockets");
     let (mut sender, mut receiver) = (End::run(Stream::Unix(ours)), End::run(Stream::Unix(theirs)));
     for call in 0..20 {
         let bulk = large(call as f32);
@@ -158,7 +164,7 @@ async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_h
             .outbox
             .send(OutFrame::signal(Kind::Cancel, call))
             .unwrap();
-        assert_eq!(sender.arrived.recv().await.unwrap().call, call);
+        assert_eq!(sender.next().await.call, call);
         assert_eq!(num_holders(&bulk), 1);
         assert!(sender.outbox.lends(), "from the first large frame on");
     }
@@ -167,7 +173,7 @@ async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_h
 /// The system may forbid it.
 #[tokio::test]
 async fn a_peer_that_cannot_read_gets_everything_by_the_socket() {
-    let (ours, mut peer) = UnixStream::pair().unwrap();
+    let (ours, mut peer) = UnixStream::pair().expect("the system gives sockets");
     let end = End::run(Stream::Unix(ours));
     let bulk = large(1.0);
     for call in 0..3 {
@@ -183,7 +189,6 @@ async fn a_peer_that_cannot_read_gets_everything_by_the_socket() {
 #[tokio::test]
 async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     let (mut end, mut peer) = lends_to().await;
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
     let bulks: Vec<_> = (0..=MAX_LENT).map(|i| large(i as f32)).collect();
     for (call, bulk) in (1..).zip(&bulks) {
         end.send(Kind::Reply, call, bulk);
@@ -197,7 +202,7 @@ async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     // Only now does it take the first one: there is room to lend again.
     write_signal(&mut peer, Kind::Taken, 1).await;
     write_signal(&mut peer, Kind::Cancel, 0).await;
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    assert_eq!(end.next().await.kind, Kind::Cancel);
     assert_eq!(num_holders(&bulks[0]), 1);
     end.send(Kind::Reply, 100, &large(100.0));
     assert!(read_raw(&mut peer).await.is_lent);
@@ -207,7 +212,6 @@ async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
 #[tokio::test]
 async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     let (mut end, mut peer) = lends_to().await;
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
     let reply = large(1.0);
     end.send(Kind::Reply, 1, &reply);
     assert!(read_raw(&mut peer).await.is_lent);
@@ -220,7 +224,8 @@ async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     };
     let mut call = OutFrame::new(Kind::Ask, 7, 0, contents);
     call.lend();
-    peer.write_all(&bytes_of(&call)).await.unwrap();
+    let written = peer.write_all(&bytes_of(&call)).await;
+    written.expect("the connection goes on");
     write_signal(&mut peer, Kind::Taken, 1).await;
     write_signal(&mut peer, Kind::Cancel, 7).await;
     while num_holders(&reply) > 1 {
@@ -228,37 +233,35 @@ async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     }
     assert!(end.arrived.try_recv().is_err(), "it is not its turn");
     drop(turn);
-    let got = end.arrived.recv().await.unwrap();
+    let got = end.next().await;
     assert_eq!((got.kind, got.call), (Kind::Ask, 7));
     assert!(got.turn.is_some() && got.bulk[0][..] == bulk[..]);
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    assert_eq!(end.next().await.kind, Kind::Cancel);
 }
 
 #[tokio::test]
 async fn a_connection_that_is_finished_waits_until_everything_lent_was_taken() {
     let (mut end, mut peer) = lends_to().await;
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
     end.send(Kind::Reply, 1, &large(1.0));
     end.outbox.finish();
     assert!(read_raw(&mut peer).await.is_lent);
     write_signal(&mut peer, Kind::Cancel, 0).await;
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    assert_eq!(end.next().await.kind, Kind::Cancel);
     assert!(end.ended.try_recv().is_err(), "the peer has not read it");
     write_signal(&mut peer, Kind::Taken, 1).await;
     drop(peer);
-    let why = end.ended.await.unwrap();
+    let why = end.ended.await.expect("it says why");
     assert!(why.contains("closed"), "{why}");
 }
 
 /// PS-6.
 #[tokio::test]
 async fn a_peer_that_takes_what_was_not_lent_is_cut_off() {
-    let (mut end, mut peer) = lends_to().await;
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    let (end, mut peer) = lends_to().await;
     let bulk = large(1.0);
     end.send(Kind::Reply, 1, &bulk);
     write_signal(&mut peer, Kind::Taken, 2).await;
-    let why = end.ended.await.unwrap();
+    let why = end.ended.await.expect("it says why");
     assert!(why.contains("not lent"), "{why}");
     end.outbox.close(&why);
     assert_eq!(num_holders(&bulk), 1);
@@ -268,7 +271,7 @@ async fn a_peer_that_takes_what_was_not_lent_is_cut_off() {
 #[tokio::test]
 async fn memory_that_is_not_there_ends_the_connection() {
     for over_unix in [true, false] {
-        let (ours, mut peer) = UnixStream::pair().unwrap();
+        let (ours, mut peer) = UnixStream::pair().expect("the system gives sockets");
         let (pipe, mut other) = tokio::io::duplex(1 << 10);
         let mut end = End::run(match over_unix {
             true => Stream::Unix(ours),
@@ -283,7 +286,7 @@ async fn memory_that_is_not_there_ends_the_connection() {
             true => peer.write_all(&bytes).await.unwrap(),
             false => other.write_all(&bytes).await.unwrap(),
         }
-        let why = end.ended.await.unwrap();
+        let why = end.ended.await.expect("it says why");
         assert!(
             why.contains("cannot be read") || why.contains("Bad address"),
             "{why}"
@@ -295,8 +298,7 @@ async fn memory_that_is_not_there_ends_the_connection() {
 /// What was never written can go by any other connection.
 #[tokio::test]
 async fn frames_of_a_lost_connection_are_no_longer_lent() {
-    let (mut end, peer) = lends_to().await;
-    assert_eq!(end.arrived.recv().await.unwrap().kind, Kind::Cancel);
+    let (end, peer) = lends_to().await;
     let bulk = large(1.0);
     // The peer reads nothing, so some of these stay in the queue.
     let filler = Bulk::from(Buffer::from(vec![0.0; MIN_LENT / 4 - 100]));

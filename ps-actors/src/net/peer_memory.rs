@@ -197,7 +197,7 @@ mod tests {
 
     /// The memory of this very process, seen through a socket.
     fn own_memory() -> (PeerMemory, UnixStream) {
-        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (ours, theirs) = UnixStream::pair().expect("the system gives sockets");
         let memory = PeerMemory::of(&Stream::Unix(ours)).expect("a process knows itself");
         (memory, theirs)
     }
@@ -205,14 +205,14 @@ mod tests {
     #[tokio::test]
     async fn what_is_lent_is_read_and_the_secret_found() {
         let (memory, _theirs) = own_memory();
-        let probe = Probe::new().unwrap();
+        let probe = Probe::new().expect("the system has randomness");
         assert!(memory.shows(&probe.header()));
         // More than a step, so that it is read in pieces and by two threads.
         let len = STEP / size_of::<f32>() + 12_345;
         let lent: Vec<f32> = (0..len).map(|i| (i % 251) as f32).collect();
         let mut got = vec![0.0; len];
         let place = address(bytemuck::cast_slice(&lent));
-        let sum = memory.read(place, &mut got).await.unwrap();
+        let sum = memory.read(place, &mut got).await.expect("it is lent");
         assert_eq!(sum, norm_squared(&lent));
         assert!(got == lent);
     }
@@ -221,7 +221,7 @@ mod tests {
     #[tokio::test]
     async fn a_wrong_secret_or_address_is_noticed() {
         let (memory, _theirs) = own_memory();
-        let probe = Probe::new().unwrap();
+        let probe = Probe::new().expect("the system has randomness");
         let mut header = probe.header();
         header[PROBE_LEN - 1] ^= 1;
         assert!(!memory.shows(&header), "another secret");
@@ -243,7 +243,8 @@ mod tests {
         let lent = [7.0; 100];
         let place = address(bytemuck::cast_slice(&lent));
         let mut got = [0.0; 100];
-        memory.read(place, &mut got).await.unwrap();
+        let taken = memory.read(place, &mut got).await;
+        taken.expect("nobody has hung up yet");
         drop(theirs);
         assert!(memory.read(place, &mut got).await.is_err());
     }
