@@ -11,6 +11,10 @@ class Refused(Exception):
     """The servers do not take a request; repeating it would not help."""
 
 
+class Unreachable(ConnectionError):
+    """No server answers at the address; it may do so later."""
+
+
 class InvalidInput(ValueError):
     """The caller passed what the servers cannot use. Nothing was sent."""
 
@@ -75,8 +79,16 @@ class Connection:
     """Repeats requests until they are answered: a push is applied once all the same."""
 
     def __init__(self, address):
-        self.connection = http.client.HTTPConnection(address, timeout=ROUND_S)
-        token = os.environ.get("PS_TOKEN")
+        try:
+            self.connection = http.client.HTTPConnection(address, timeout=ROUND_S)
+            is_address = "/" not in address
+        except http.client.InvalidURL:
+            is_address = False
+        if not is_address:
+            raise InvalidInput(f"the address {address!r} is not HOST:PORT, such as 127.0.0.1:8265")
+        token = os.environ.get("PS_TOKEN", "")
+        if not (token.isascii() and token.isprintable()):
+            raise InvalidInput("PS_TOKEN has characters other than printable ASCII: set it to the servers' token")
         self.token = {"authorization": f"Bearer {token}"} if token else {}
 
     def call(self, method, path, headers={}, body=b""):
@@ -88,11 +100,12 @@ class Connection:
                 reply.body = reply.read()
                 if reply.status not in (429, 503) or time.monotonic() > give_up:
                     return reply
-            except (OSError, http.client.HTTPException):
+            except (OSError, http.client.HTTPException) as error:
                 # The next request connects anew. An idle connection is closed after some seconds.
                 self.connection.close()
                 if time.monotonic() > give_up:
-                    raise
+                    where = f"{self.connection.host}:{self.connection.port}"
+                    raise Unreachable(f"{where} did not answer for {PATIENCE_S} s: {error or repr(error)}") from error
             time.sleep(0.1)
 
     def ok(self, *request):

@@ -59,3 +59,5 @@ try:
                 print(f"step {step}: loss {loss.item():.3f}, {outcome}, version {worker.version}", flush=True)
 except (OSError, Refused, InvalidInput, mnist.DataError) as error:
     sys.exit(f"error: {error}")
+except KeyboardInterrupt:
+    sys.exit("interrupted: the servers go on without this worker after their lease")

@@ -3,7 +3,7 @@
     python3 -m unittest discover -v tests/python
 """
 
-import array, ctypes, os, struct, sys, unittest
+import array, ctypes, os, socket, struct, sys, unittest, unittest.mock
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "../../examples/python"))
 
@@ -64,6 +64,21 @@ class Client(unittest.TestCase):
         for count in (-1, 2**32):
             with self.assertRaises(InvalidInput):
                 ps_client._count(count)
+
+    def test_an_address_and_a_token_are_checked_before_anything_is_sent(self):
+        for address in ("127.0.0.1:port", "http://127.0.0.1:8265"):
+            with self.assertRaisesRegex(InvalidInput, "is not HOST:PORT"):
+                ps_client.Connection(address)
+        for token in ("line\nline", "schl\u00fcssel"):
+            with unittest.mock.patch.dict(os.environ, PS_TOKEN=token), self.assertRaisesRegex(InvalidInput, "PS_TOKEN"):
+                ps_client.Connection("127.0.0.1:1")
+
+    def test_who_does_not_answer_is_named(self):
+        with socket.socket() as taken, unittest.mock.patch.object(ps_client, "PATIENCE_S", -1):
+            taken.bind(("127.0.0.1", 0))  # Bound, but nobody listens.
+            address = "127.0.0.1:%d" % taken.getsockname()[1]
+            with self.assertRaisesRegex(ps_client.Unreachable, address):
+                ps_client.Connection(address).call("GET", "/v1/status")
 
     @unittest.skipIf(numpy is None, "NumPy is not installed")
     def test_numpy_arrays(self):
