@@ -68,6 +68,14 @@ class Models(unittest.TestCase):
             model = self.loaded(nn.Sequential(kind(2, 2, bias=False)), [("0.weight", [2, 2])])
             self.assertEqual(model[0].weight.tolist(), [[0, 2], [1, 3]])
 
+    def test_a_container_with_a_parameter_of_its_own_is_ones_own(self):
+        class Scaled(nn.Sequential):
+            def __init__(self):
+                super().__init__(nn.Linear(1, 2))
+                self.scale = nn.Parameter(torch.ones(1, 2))
+
+        self.loaded(Scaled(), [("0.weight", [1, 2]), ("0.bias", [2]), ("scale", [1, 2])])
+
     def test_convolutions_and_norms_have_burns_names_and_shapes(self):
         self.loaded(nn.Conv2d(1, 3, 2), [("weight", [3, 1, 2, 2]), ("bias", [3])])
         self.loaded(nn.ConvTranspose1d(2, 3, 4), [("weight", [2, 3, 4]), ("bias", [3])])
