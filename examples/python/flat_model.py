@@ -17,7 +17,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.RMSNorm)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+PLAIN = (nn.Module, nn.ParameterList, nn.ParameterDict, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class UnknownLayer(InvalidInput):
@@ -42,8 +42,8 @@ def known_names(module):
         return {"weight": ("gamma", False), "bias": ("beta", False)}
     if isinstance(module, nn.PReLU):
         return {"weight": ("alpha", False)}
-    is_own = not any(base.__module__.startswith("torch.") for base in type(module).__mro__ if base is not nn.Module)
-    if is_own or isinstance(module, CONTAINERS):
+    # One's own class, made of nothing of PyTorch's that has parameters.
+    if not any(base.__module__.startswith("torch.") and base not in PLAIN for base in type(module).__mro__):
         return {name: (name, False) for name in module._parameters}
     return None
 
