@@ -4,16 +4,18 @@
     python examples/python/torch_worker.py --address 127.0.0.1:8265 --data-dir DIR --worker 0 --num-workers 2
     python examples/python/torch_worker.py --address 127.0.0.1:8265 --data-dir DIR --worker 1 --num-workers 2
 
-DIR has the MNIST files `train-{images-idx3,labels-idx1}-ubyte`, with or without `.gz`. A token comes from $PS_TOKEN.
+DIR has the MNIST files `train-{images-idx3,labels-idx1}-ubyte`, with or without `.gz`, as they were downloaded or as
+torchvision and Kaggle lay them out. A token comes from $PS_TOKEN.
 """
 
-import argparse, gzip, os, sys
+import argparse, sys
 
 import torch
 import torch.nn.functional as F
 
+import mnist
 from flat_model import FlatModel
-from ps_client import Refused, Worker
+from ps_client import InvalidInput, Refused, Worker
 
 
 class ConvNet(torch.nn.Module):
@@ -27,12 +29,6 @@ class ConvNet(torch.nn.Module):
         return F.log_softmax(self.fc(x.flatten(1)), dim=1)
 
 
-def read_idx(directory, name, header):
-    path = os.path.join(directory, name)
-    with gzip.open(path + ".gz") if os.path.exists(path + ".gz") else open(path, "rb") as file:
-        return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)[header:]
-
-
 args = argparse.ArgumentParser(description="A PyTorch worker for parameter servers in Rust.")
 args.add_argument("--address", default="127.0.0.1:8265", help="host and port of the servers")
 args.add_argument("--data-dir", required=True, help="where the MNIST files are")
@@ -43,8 +39,12 @@ args.add_argument("--batch-size", type=int, default=128)
 args = args.parse_args()
 
 try:
-    images = read_idx(args.data_dir, "train-images-idx3-ubyte", 16).view(-1, 1, 28, 28)
-    labels = read_idx(args.data_dir, "train-labels-idx1-ubyte", 8).long()
+    if not 0 <= args.worker < args.num_workers:
+        raise InvalidInput(f"--worker {args.worker} is not one of 0 to {args.num_workers - 1}: see --num-workers")
+    images, labels = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in mnist.load(args.data_dir))
+    images, labels = images.view(-1, 1, mnist.HEIGHT, mnist.WIDTH), labels.long()
+    if not 1 <= args.batch_size <= len(labels):
+        raise InvalidInput(f"--batch-size {args.batch_size}: it is at least 1, and there are {len(labels)} examples")
     num_batches = len(labels) // args.batch_size
     with Worker(args.address, args.worker) as worker:
         net = ConvNet()
@@ -57,5 +57,7 @@ try:
             outcome = worker.push_pull(model.gradient(loss), loss.item(), len(labels[batch]))
             if step % 20 == 0 or step + 1 == args.steps:
                 print(f"step {step}: loss {loss.item():.3f}, {outcome}, version {worker.version}", flush=True)
-except (OSError, Refused) as error:
+except (OSError, Refused, InvalidInput, mnist.DataError) as error:
     sys.exit(f"error: {error}")
+except KeyboardInterrupt:
+    sys.exit("interrupted: the servers go on without this worker after their lease")

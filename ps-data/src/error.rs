@@ -11,7 +11,7 @@ use std::time::Duration;
 #[non_exhaustive]
 pub enum DataError {
     /// The directory named by the caller or by the environment cannot be listed.
-    #[error("cannot read the data directory {}", path.display())]
+    #[error("cannot read the data directory {}; name one that holds the four IDX files", path.display())]
     Directory {
         /// The directory.
         path: PathBuf,
@@ -21,16 +21,22 @@ pub enum DataError {
     },
 
     /// A directory lacks one of the four files, compressed and uncompressed.
-    #[error("{} has neither {file} nor {file}.gz", directory.display())]
+    #[error(
+        "{} has neither {file} nor {file}.gz; it holds {}",
+        directory.display(),
+        if found.is_empty() { "nothing".to_owned() } else { found.join(", ") }
+    )]
     MissingFile {
         /// The directory searched.
         directory: PathBuf,
         /// The file's name without `.gz`.
         file: String,
+        /// The first names of what the directory holds.
+        found: Vec<String>,
     },
 
     /// A file exists but cannot be read.
-    #[error("cannot read {}", path.display())]
+    #[error("cannot read {}, which has to be a file that this user may read", path.display())]
     ReadFile {
         /// The file.
         path: PathBuf,
@@ -50,7 +56,7 @@ pub enum DataError {
     },
 
     /// A file is well formed but not the published one.
-    #[error("{} has SHA-256 {found}, expected {expected}", path.display())]
+    #[error("{} has SHA-256 {found}, expected {expected}; replace it", path.display())]
     Checksum {
         /// The file.
         path: PathBuf,
@@ -62,7 +68,7 @@ pub enum DataError {
 
     /// An image file and its label file disagree about the number of examples.
     #[error(
-        "{} holds {num_images} images but {} holds {num_labels} labels",
+        "{} holds {num_images} images but {} holds {num_labels} labels; take both from one data set",
         images.display(),
         labels.display()
     )]

@@ -82,7 +82,11 @@ pub(crate) fn read_raw(path: &Path) -> Result<Vec<u8>, DataError> {
     // Asked before opening: opening a named pipe would wait for a writer.
     let metadata = std::fs::metadata(path).map_err(read_error)?;
     if !metadata.is_file() {
-        let source = io::Error::new(io::ErrorKind::InvalidInput, "not a regular file");
+        let found = match metadata.is_dir() {
+            true => "it is a directory",
+            false => "not a regular file",
+        };
+        let source = io::Error::new(io::ErrorKind::InvalidInput, found);
         return Err(read_error(source));
     }
     let mut raw = Vec::new();
@@ -99,9 +103,14 @@ pub(crate) fn read_raw(path: &Path) -> Result<Vec<u8>, DataError> {
     Ok(raw)
 }
 
+/// Tells a compressed file by its first bytes.
+pub(crate) fn is_gzip(raw: &[u8]) -> bool {
+    raw.starts_with(&GZIP_MAGIC)
+}
+
 /// Decodes the bytes of a file; gzip is recognized by its magic number, not by the file's name.
 pub(crate) fn decode(raw: &[u8], kind: Kind) -> Result<Idx, IdxError> {
-    if raw.starts_with(&GZIP_MAGIC) {
+    if is_gzip(raw) {
         decode_stream(MultiGzDecoder::new(raw), kind)
     } else {
         decode_stream(raw, kind)

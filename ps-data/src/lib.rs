@@ -44,6 +44,7 @@ mod error;
 mod idx;
 mod image;
 mod load;
+mod locate;
 mod mnist;
 mod sampler;
 mod spec;

@@ -2,14 +2,18 @@
 //!
 //! A directory that the user named (argument, then environment) is used or the load fails; it is
 //! never skipped in silence. Its files must have the right form; it may hold any data set of that
-//! form, so another checksum than the published one is a warning only. Cached and downloaded files
+//! form, so another checksum than the published one is a warning only, which names the data set if
+//! it is another one that is known. Cached and downloaded files
 //! must match the published checksums; a cached file that does not is fetched again.
 
 use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, chain};
 use crate::idx::{Idx, Kind, decode, read_raw};
-use crate::spec::{Checksum, DataFile, IMAGE_SIZE, NUM_CLASSES, Pair, Sample, Spec};
+use crate::locate::{Located, missing_file};
+use crate::spec::{
+    Checksum, DataFile, IMAGE_SIZE, KNOWN, NUM_CLASSES, Pair, Sample, Spec, suspicion,
+};
 use crate::{DataSource, ImageDataset, MnistOptions, Normalization};
 
 #[cfg(feature = "download")]
@@ -117,28 +121,12 @@ fn read_or_fetch(
 }
 
 fn read_directory(spec: &Spec, directory: &Path) -> Result<Splits, DataError> {
-    std::fs::read_dir(directory).map_err(|source| DataError::Directory {
-        path: directory.to_owned(),
-        source,
-    })?;
-    let find = |file: &DataFile| {
-        let names = [file.name.to_owned(), format!("{}.gz", file.name)];
-        let mut paths = names.into_iter().map(|name| directory.join(name));
-        paths
-            .find(|path| path.exists())
-            .ok_or_else(|| DataError::MissingFile {
-                directory: directory.to_owned(),
-                file: file.name.to_owned(),
-            })
-    };
+    let located = Located::new(spec, directory)?;
     read_splits(spec, |file, kind| {
-        let path = find(file)?;
-        let idx = read_file(&path, kind, None)?;
-        if let Checksum::Content(published) = file.checksum
-            && published != idx.content_sha256()
-        {
-            let (path, name) = (path.display(), spec.name);
-            tracing::warn!("{path} is not the published file of {name}; using it as it is");
+        let path = located.path(file)?;
+        let (raw, idx) = read_decoded(&path, kind)?;
+        if let Some(suspicion) = suspicion(&KNOWN, spec, file, &raw, &idx) {
+            tracing::warn!("{} {suspicion}; using it as it is", path.display());
         }
         Ok((idx, path))
     })
@@ -148,10 +136,7 @@ fn read_cache(spec: &Spec, cache: &Path) -> Result<Splits, DataError> {
     read_splits(spec, |file, kind| {
         let path = cached_path(cache, file);
         if !path.exists() {
-            return Err(DataError::MissingFile {
-                directory: cache.to_owned(),
-                file: file.name.to_owned(),
-            });
+            return Err(missing_file(cache, file.name));
         }
         Ok((read_file(&path, kind, Some(file.checksum))?, path))
     })
@@ -212,11 +197,7 @@ pub(crate) fn read_file(
     kind: Kind,
     checksum: Option<Checksum>,
 ) -> Result<Idx, DataError> {
-    let raw = read_raw(path)?;
-    let idx = decode(&raw, kind).map_err(|source| DataError::Corrupt {
-        path: path.to_owned(),
-        source,
-    })?;
+    let (raw, idx) = read_decoded(path, kind)?;
     match checksum.and_then(|checksum| checksum.mismatch(&raw, &idx)) {
         Some((expected, found)) => Err(DataError::Checksum {
             path: path.to_owned(),
@@ -225,4 +206,14 @@ pub(crate) fn read_file(
         }),
         None => Ok(idx),
     }
+}
+
+/// Returns a file's bytes and what they hold.
+fn read_decoded(path: &Path, kind: Kind) -> Result<(Vec<u8>, Idx), DataError> {
+    let raw = read_raw(path)?;
+    let idx = decode(&raw, kind).map_err(|source| DataError::Corrupt {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok((raw, idx))
 }

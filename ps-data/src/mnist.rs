@@ -14,9 +14,12 @@ use crate::{DataError, ImageDataset, Normalization, Split};
 /// Where to look for MNIST or FashionMNIST. Build it with `..Default::default()`.
 #[derive(Debug, Clone)]
 pub struct MnistOptions {
-    /// Directory with the four IDX files, each with or without `.gz`. If set, nothing else is
-    /// tried. May hold any data set of the same format: other data than the published is reported
-    /// by a warning through `tracing`, not refused. Default: none; then `PS_MNIST_DIR` or
+    /// Directory with the four IDX files, each with or without `.gz`, named
+    /// `train-images-idx3-ubyte` or `train-images.idx3-ubyte`; or torchvision's `root` (they are in
+    /// `MNIST/raw` or `FashionMNIST/raw`), or what Kaggle's archive unpacks to (each in a folder of
+    /// its name). If set, nothing else is tried. May hold any data set of the same format: other data
+    /// than the published is reported by a warning through `tracing`, not refused; so is MNIST in
+    /// place of FashionMNIST, and the other way round. Default: none; then `PS_MNIST_DIR` or
     /// `PS_FASHION_MNIST_DIR` counts in its place.
     pub directory: Option<PathBuf>,
     /// Never touches the network. `PS_OFFLINE`, set to anything but `0`, `false` or nothing, has

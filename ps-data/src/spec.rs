@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 
 use crate::Normalization;
-use crate::idx::{Idx, Kind};
+use crate::idx::{Idx, Kind, is_gzip};
 
 /// Height and width of every image of the family.
 pub(crate) const IMAGE_SIZE: u32 = 28;
@@ -30,6 +30,8 @@ pub(crate) struct Spec {
     pub(crate) name: &'static str,
     /// Folder under `ps` in the user's cache.
     pub(crate) folder: &'static str,
+    /// Folder that torchvision makes in its `root`; the files are in `raw` under it.
+    pub(crate) torchvision: &'static str,
     /// Environment variable that can name a directory.
     pub(crate) variable: &'static str,
     /// Base URLs, tried in order.
@@ -44,8 +46,12 @@ pub(crate) struct Spec {
     pub(crate) sample: Option<&'static Sample>,
 }
 
-#[cfg(feature = "download")]
 impl Spec {
+    /// The names of the four files, without `.gz`.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.files().map(|(file, _)| file.name).into_iter()
+    }
+
     /// The four files, each with what it holds; the small ones first.
     pub(crate) fn files(&self) -> [(&DataFile, Kind); 4] {
         [
@@ -92,6 +98,47 @@ impl Checksum {
     }
 }
 
+/// Says what to warn of if a file of a user's directory is not, or may not be, the published one.
+///
+/// MNIST and FashionMNIST have files of the same names, so a file is compared with those of all
+/// data sets in `known`.
+pub(crate) fn suspicion(
+    known: &[&Spec],
+    spec: &Spec,
+    file: &DataFile,
+    raw: &[u8],
+    idx: &Idx,
+) -> Option<String> {
+    let content = idx.content_sha256();
+    let compressed: Option<[u8; 32]> = is_gzip(raw).then(|| Sha256::digest(raw).into());
+    let matches = |checksum| match checksum {
+        Checksum::Content(expected) => expected == content,
+        Checksum::Gzip(expected) => Some(expected) == compressed,
+    };
+    if matches(file.checksum) {
+        return None;
+    }
+    let (name, set) = (file.name, spec.name);
+    let others = known
+        .iter()
+        .flat_map(|other| other.files().map(|(file, _)| (file, other.name)));
+    for (other, other_set) in others {
+        if matches(other.checksum) {
+            return Some(format!(
+                "is {} of {other_set}, not {name} of {set}",
+                other.name
+            ));
+        }
+    }
+    Some(match (file.checksum, compressed) {
+        (Checksum::Gzip(_), None) => format!(
+            "cannot be compared with the published {name} of {set}, whose checksum is that of the \
+             compressed file; give {name}.gz to have it checked"
+        ),
+        _ => format!("is not the published file of {set}"),
+    })
+}
+
 /// Gzip-compressed image and label files compiled into the crate.
 #[derive(Debug)]
 pub(crate) struct Sample {
@@ -99,11 +146,15 @@ pub(crate) struct Sample {
     pub(crate) test: [&'static [u8]; 2],
 }
 
+/// All data sets whose published files are known.
+pub(crate) static KNOWN: [&Spec; 2] = [&MNIST, &FASHION_MNIST];
+
 /// Checksums computed from the published files; their MD5 agree with those that torchvision and
 /// others list for the uncompressed files.
 pub(crate) static MNIST: Spec = Spec {
     name: "MNIST",
     folder: "mnist",
+    torchvision: "MNIST",
     variable: "PS_MNIST_DIR",
     mirrors: &[
         "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -158,6 +209,7 @@ pub(crate) static MNIST_SAMPLE: Sample = Sample {
 pub(crate) static FASHION_MNIST: Spec = Spec {
     name: "FashionMNIST",
     folder: "fashion-mnist",
+    torchvision: "FashionMNIST",
     variable: "PS_FASHION_MNIST_DIR",
     mirrors: &[
         "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
@@ -221,7 +273,95 @@ fn to_hex(bytes: [u8; 32]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
+    use flate2::{Compression, write::GzEncoder};
+
     use super::*;
+    use crate::idx::decode;
+
+    /// Names, files and checksums of a data set whose files hold `labels`.
+    fn made_of(name: &'static str, checksum: Checksum) -> Spec {
+        let file = |name, checksum| DataFile { name, checksum };
+        let none = Checksum::Content([0; 32]);
+        Spec {
+            name,
+            folder: "",
+            torchvision: "",
+            variable: "",
+            mirrors: &[],
+            normalization: Normalization::UNIT,
+            train: Pair {
+                images: file("train-images-idx3-ubyte", none),
+                labels: file("train-labels-idx1-ubyte", checksum),
+            },
+            test: Pair {
+                images: file("t10k-images-idx3-ubyte", none),
+                labels: file("t10k-labels-idx1-ubyte", none),
+            },
+            sample: None,
+        }
+    }
+
+    #[test]
+    fn a_file_of_another_data_set_is_recognized_though_it_has_the_same_name() {
+        let [digits, clothes] = [
+            MNIST_SAMPLE.train[1],
+            // Another file, as large as labels are.
+            MNIST_SAMPLE.test[1],
+        ];
+        let decoded = |raw: &[u8]| decode(raw, Kind::LABELS).expect("valid");
+        let mnist = made_of("MNIST", Checksum::Content(decoded(digits).content_sha256()));
+        let fashion = made_of(
+            "FashionMNIST",
+            Checksum::Gzip(Sha256::digest(clothes).into()),
+        );
+        let known = [&mnist, &fashion];
+        let plain = |raw: &[u8]| plain_of(&decoded(raw).body);
+        let check = |spec: &Spec, raw: &[u8], expected: Option<&str>| {
+            let found = suspicion(&known, spec, &spec.train.labels, raw, &decoded(raw));
+            match (&found, expected) {
+                (None, None) => {}
+                (Some(found), Some(expected)) if found.contains(expected) => {}
+                _ => panic!("{}: {found:?} and {expected:?}", spec.name),
+            }
+        };
+        let is_mnist = Some("is train-labels-idx1-ubyte of MNIST, not");
+        let is_fashion = Some("is train-labels-idx1-ubyte of FashionMNIST, not");
+        check(&mnist, digits, None);
+        check(&mnist, &plain(digits), None);
+        check(&mnist, clothes, is_fashion);
+        check(
+            &mnist,
+            &plain(clothes),
+            Some("is not the published file of MNIST"),
+        );
+        check(&fashion, clothes, None);
+        check(&fashion, digits, is_mnist);
+        check(&fashion, &plain(digits), is_mnist);
+        check(&fashion, &plain(clothes), Some("cannot be compared"));
+        // One's own data, in a file that is compressed.
+        check(
+            &fashion,
+            &gzip(&plain_of(&[1, 2])),
+            Some("is not the published"),
+        );
+        // The other half of the same data set.
+        let found = suspicion(&known, &mnist, &mnist.test.labels, digits, &decoded(digits));
+        let found = found.expect("training data in place of test data");
+        assert!(found.contains("is train-labels-idx1-ubyte of MNIST, not t10k-labels"));
+    }
+
+    fn plain_of(labels: &[u8]) -> Vec<u8> {
+        let header = [0x0801, labels.len() as u32].map(u32::to_be_bytes).concat();
+        [header, labels.to_vec()].concat()
+    }
+
+    fn gzip(content: &[u8]) -> Vec<u8> {
+        let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+        encoder.write_all(content).expect("writing to memory");
+        encoder.finish().expect("writing to memory")
+    }
 
     #[test]
     fn checksums_survive_hexadecimal() {

@@ -15,6 +15,9 @@ use ps::actors::net::Token;
 use ps::model::{LocalModel, StepSeed};
 use ps::prelude::*;
 
+mod layers;
+
+const PYTHON_PATH: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/python");
 const TOKEN: &str = "the-token-of-this-test";
 const BATCH: usize = 64;
 
@@ -80,12 +83,8 @@ fn listen(servers: &ServerGroup) -> Cluster {
 }
 
 fn start(python: &str, cluster: &Cluster, data: &Path, options: &[&str]) -> Child {
-    let script = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/examples/python/torch_worker.py"
-    );
     Command::new(python)
-        .arg(script)
+        .arg(format!("{PYTHON_PATH}/torch_worker.py"))
         .args(["--address", &cluster.address().unwrap().to_string()])
         .args(["--batch-size", &BATCH.to_string()])
         .arg("--data-dir")
@@ -95,6 +94,17 @@ fn start(python: &str, cluster: &Cluster, data: &Path, options: &[&str]) -> Chil
         .stdout(Stdio::piped())
         .spawn()
         .unwrap()
+}
+
+/// Runs a program that uses the modules of the examples; its first argument is the servers' address.
+fn script(python: &str, program: &str, cluster: &Cluster) -> Command {
+    let mut command = Command::new(python);
+    command
+        .args(["-c", program, &cluster.address().unwrap().to_string()])
+        .env("PS_TOKEN", TOKEN)
+        .env("PYTHONPATH", PYTHON_PATH)
+        .stdout(Stdio::piped());
+    command
 }
 
 #[track_caller]
@@ -117,6 +127,46 @@ struct Assign;
 impl UpdateRule for Assign {
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], _: f64) {
         weights.copy_from_slice(gradient);
+    }
+}
+
+/// The tests of the modules, `tests/python`, with what this Python has of NumPy and PyTorch.
+#[test]
+fn the_tests_of_the_python_modules_pass() {
+    let Some(python) = python() else { return };
+    let tests = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python");
+    let output = Command::new(python)
+        .args(["-m", "unittest", "discover", "-v", "-s", tests])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    println!("{told}");
+    assert!(output.status.success(), "{told}");
+}
+
+/// Batches of no examples, files that lie elsewhere, a rank that is none: one line, no traceback.
+#[test]
+fn wrong_settings_of_the_pytorch_worker_are_errors_without_a_traceback() {
+    let Some(python) = python() else { return };
+    let data = write_data("torch-settings", 10);
+    let nowhere = data.join("nowhere");
+    let worker = format!("{PYTHON_PATH}/torch_worker.py");
+    for (data, option, value, expected) in [
+        (&data, "--batch-size", "11", "there are 10 examples"),
+        (&data, "--batch-size", "0", "at least 1"),
+        (&data, "--worker", "1", "not one of 0 to 0"),
+        (&nowhere, "--worker", "0", "cannot read the data directory"),
+    ] {
+        let mut command = Command::new(&python);
+        command.arg(&worker).arg("--data-dir").arg(data);
+        let output = command.args([option, value]).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{option} {value}");
+        assert!(
+            told.contains("error: ") && told.contains(expected),
+            "{told}"
+        );
+        assert!(!told.contains("Traceback"), "{told}");
     }
 }
 
@@ -230,15 +280,8 @@ with Worker(sys.argv[1], 0, heartbeat=0.05) as worker:
     let sgd = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
     let servers = ServerGroup::spawn(&initial, 1, config, sgd).unwrap();
     let cluster = listen(&servers);
-    let mut slow = Command::new(python)
-        .args(["-c", SLOW_WORKER, &cluster.address().unwrap().to_string()])
-        .env("PS_TOKEN", TOKEN)
-        .env(
-            "PYTHONPATH",
-            concat!(env!("CARGO_MANIFEST_DIR"), "/examples/python"),
-        )
+    let mut slow = script(&python, SLOW_WORKER, &cluster)
         .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     let mut told = BufReader::new(slow.stdout.take().unwrap()).lines();

@@ -48,6 +48,7 @@ fn spec(by_content: bool, sample: Option<&'static Sample>) -> Spec {
     Spec {
         name: "Tiny",
         folder: "tiny",
+        torchvision: "Tiny",
         variable: "TINY_DIR",
         mirrors: &["http://127.0.0.1:9/unused"],
         normalization: Normalization::UNIT,

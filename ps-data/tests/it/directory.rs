@@ -153,6 +153,190 @@ fn a_directory_in_place_of_a_file_is_an_error() {
     check(
         directory.path(),
         &directory.path().join(&images),
-        "not a regular file",
+        "it is a directory",
     );
+}
+
+/// Moves the sample's files to where and how other programs keep them.
+fn check_place(place: impl Fn(&str) -> PathBuf) {
+    let directory = copy_of_sample();
+    for name in NAMES {
+        let from = directory.path().join(format!("{name}.gz"));
+        let to = directory.path().join(place(name));
+        let unpacked = fs::read(&from).expect("copied");
+        fs::remove_file(from).expect("removable");
+        fs::create_dir_all(to.parent().expect("in the directory")).expect("writable");
+        fs::write(&to, unpacked).expect("writable");
+    }
+    let mnist = load(directory.path()).expect("found");
+    assert_eq!((mnist.train.len(), mnist.test.len()), (4000, 1000));
+}
+
+#[test]
+fn files_are_found_as_other_programs_keep_them() {
+    let dotted = |name: &str| name.replace("-idx", ".idx");
+    check_place(|name| dotted(name).into());
+    check_place(|name| format!("{}.gz", dotted(name)).into());
+    check_place(|name| format!("MNIST/raw/{name}").into());
+    check_place(|name| format!("raw/{name}.gz").into());
+    check_place(|name| format!("{name}/{name}").into());
+    check_place(|name| format!("{0}/{0}", dotted(name)).into());
+}
+
+#[test]
+fn each_data_set_has_its_own_folder_of_torchvisions() {
+    let root = tempfile::tempdir().expect("temporary directory");
+    let raw = root.path().join("FashionMNIST/raw");
+    fs::create_dir_all(&raw).expect("writable");
+    for name in NAMES.map(|name| format!("{name}.gz")) {
+        fs::copy(sample().join(&name), raw.join(&name)).expect("writable");
+    }
+    let options = MnistOptions {
+        directory: Some(root.path().to_owned()),
+        ..Default::default()
+    };
+    FashionMnist::load(&options).expect("found");
+    check(root.path(), root.path(), "it holds FashionMNIST");
+}
+
+#[test]
+fn nothing_is_put_together_from_two_folders() {
+    let directory = copy_of_sample();
+    let raw = directory.path().join("MNIST/raw");
+    fs::create_dir_all(&raw).expect("writable");
+    let images = format!("{TRAIN_IMAGES}.gz");
+    fs::rename(directory.path().join(&images), raw.join(&images)).expect("writable");
+    let complaint = format!("has neither {TRAIN_IMAGES}");
+    check(directory.path(), directory.path(), &complaint);
+}
+
+#[test]
+fn an_error_lists_what_lies_there() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    check(directory.path(), directory.path(), "it holds nothing");
+    for index in 10..22 {
+        fs::write(directory.path().join(format!("{index}.png")), "").expect("writable");
+    }
+    check(directory.path(), directory.path(), "18.png, 19.png, 2 more");
+}
+
+/// Collects the text of warnings.
+#[derive(Clone, Default)]
+struct Warnings(std::sync::Arc<std::sync::Mutex<String>>);
+
+impl tracing::field::Visit for Warnings {
+    fn record_debug(&mut self, _: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+        let mut text = self.0.lock().expect("no test panics with it");
+        *text += &format!("{value:?}\n");
+    }
+}
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::WARN
+    }
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn event(&self, event: &tracing::Event<'_>) {
+        event.record(&mut self.clone());
+    }
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// What warnings are given by loading FashionMNIST.
+fn warnings_of_fashion(directory: &Path) -> String {
+    let options = MnistOptions {
+        directory: Some(directory.to_owned()),
+        ..Default::default()
+    };
+    let warnings = Warnings::default();
+    tracing::subscriber::with_default(warnings.clone(), || {
+        FashionMnist::load(&options).expect("the same format");
+    });
+    let text = warnings.0.lock().expect("no test panics with it");
+    text.clone()
+}
+
+#[test]
+fn other_data_than_fashion_mnist_is_warned_of() {
+    let directory = copy_of_sample();
+    let warnings = warnings_of_fashion(directory.path());
+    for name in NAMES {
+        let path = directory.path().join(format!("{name}.gz"));
+        let expected = format!(
+            "{} is not the published file of FashionMNIST",
+            path.display()
+        );
+        assert!(warnings.contains(&expected), "{warnings}");
+    }
+}
+
+/// Needs the files themselves: the directory that `PS_MNIST_DIR` names.
+#[test]
+fn mnist_in_place_of_fashion_mnist_is_recognized() {
+    let directory = std::env::var_os("PS_MNIST_DIR").filter(|value| !value.is_empty());
+    let Some(directory) = directory else {
+        println!("skipped: PS_MNIST_DIR does not name the full MNIST");
+        return;
+    };
+    let warnings = warnings_of_fashion(Path::new(&directory));
+    for name in NAMES {
+        let expected = format!("is {name} of MNIST, not {name} of FashionMNIST");
+        assert!(warnings.contains(&expected), "{warnings}");
+    }
+}
+
+/// Three images and their labels, as MNIST has them.
+fn small_file(name: &str) -> Vec<u8> {
+    if name.contains("images") {
+        let header = [0x0803, 3, 28, 28].map(u32::to_be_bytes).concat();
+        [header, vec![7; 3 * 784]].concat()
+    } else {
+        let header = [0x0801, 3].map(u32::to_be_bytes).concat();
+        [header, vec![0, 9, 5]].concat()
+    }
+}
+
+#[test]
+fn damaged_directories_load_or_name_the_file() {
+    for seed in 0..300_u64 {
+        // Splitmix64: the same damage on every machine.
+        let mut state = seed;
+        let mut below = |limit: usize| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ (z >> 31)) % limit as u64) as usize
+        };
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let damaged = directory.path().join(NAMES[below(4)]);
+        for name in NAMES {
+            fs::write(directory.path().join(name), small_file(name)).expect("writable");
+        }
+        let mut content = fs::read(&damaged).expect("written");
+        match below(4) {
+            0 => content.truncate(below(content.len())),
+            1 => content.extend((0..=below(9)).map(|byte| byte as u8)),
+            _ => {
+                for _ in 0..=below(3) {
+                    let index = below(content.len().min(20));
+                    content[index] = below(256) as u8;
+                }
+            }
+        }
+        fs::write(&damaged, content).expect("writable");
+        match load(directory.path()) {
+            Ok(mnist) => assert_eq!((mnist.train.len(), mnist.test.len()), (3, 3), "seed {seed}"),
+            Err(error) => {
+                let told = message(&error);
+                let path = damaged.to_str().expect("UTF-8");
+                assert!(told.contains(path), "seed {seed}: {told}");
+            }
+        }
+    }
 }

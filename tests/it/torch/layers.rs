@@ -1,0 +1,112 @@
+//! Layers whose numbers lie the same way in burn and PyTorch, and the one whose do not.
+
+use burn::module::{Module, Param};
+use burn::nn::conv::{ConvTranspose1d, ConvTranspose1dConfig};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::tensor::activation::tanh;
+use burn::tensor::{Device, Distribution, Int, Tensor};
+use ps::model::Step;
+
+use super::*;
+
+/// Square matrices everywhere: a shape tells nothing here.
+#[derive(Module, Debug)]
+struct Mixed {
+    embedding: Embedding,
+    matrix: Param<Tensor<2>>,
+    norm: LayerNorm,
+    fc: Linear,
+    up: ConvTranspose1d,
+}
+
+impl Mixed {
+    fn new(device: &Device) -> Self {
+        let normal = Distribution::Normal(0.0, 1.0);
+        Self {
+            embedding: EmbeddingConfig::new(4, 4).init(device),
+            matrix: Param::from_tensor(Tensor::random([4, 4], normal, device)),
+            norm: LayerNormConfig::new(4).init(device),
+            fc: LinearConfig::new(4, 4).init(device),
+            up: ConvTranspose1dConfig::new([2, 2], 2).init(device),
+        }
+    }
+}
+
+impl Model for Mixed {
+    type Batch = ();
+
+    fn loss(&self, (): &(), step: &mut Step) -> Tensor<1> {
+        let ids = Tensor::<2, Int>::from_data([[0, 2], [3, 3]], step.device());
+        let x = self
+            .embedding
+            .forward(ids)
+            .matmul(self.matrix.val().unsqueeze());
+        let x = tanh(self.fc.forward(self.norm.forward(x)));
+        self.up.forward(x).square().mean()
+    }
+
+    fn num_examples((): &()) -> usize {
+        2
+    }
+}
+
+const MIXED: &str = "
+import sys, torch
+from torch import nn
+from flat_model import FlatModel
+from ps_client import Worker
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(4, 4)
+        self.matrix = nn.Parameter(torch.zeros(4, 4))
+        self.norm = nn.LayerNorm(4)
+        self.fc = nn.Linear(4, 4)
+        self.up = nn.ConvTranspose1d(2, 2, 2)
+
+    def forward(self, ids):
+        x = self.embedding(ids) @ self.matrix
+        return self.up(torch.tanh(self.fc(self.norm(x)))).square().mean()
+
+with Worker(sys.argv[1], 0) as worker:
+    model = Mixed()
+    flat = FlatModel(model, worker.layout())
+    flat.load(worker.weights)
+    loss = model(torch.tensor([[0, 2], [3, 3]]))
+    print(worker.push_pull(flat.gradient(loss), loss.item(), 2))
+";
+
+#[test]
+fn embeddings_own_matrices_and_linears_have_the_gradients_of_burn() {
+    let Some(python) = python() else { return };
+    let device = select_device(default_device_name()).unwrap();
+    let model = Mixed::new(&device);
+    let initial = initial_weights(&model, &device).unwrap();
+    let assign = |_| -> Box<dyn UpdateRule> { Box::new(Assign) };
+    let servers = ServerGroup::spawn(&initial, 1, ServerConfig::default(), assign).unwrap();
+    let cluster = listen(&servers);
+    let worker = script(&python, MIXED, &cluster).spawn().unwrap();
+    assert_eq!(finish(worker), "applied\n");
+
+    let mut local = LocalModel::new(model, &device).unwrap();
+    local.load(&initial.to_vec()).unwrap();
+    let mut expected = vec![0.0; local.num_weights()];
+    local
+        .gradient(&(), StepSeed::default(), &mut expected)
+        .unwrap();
+    let got = latest(&servers).to_vec();
+    for parameter in initial.layout().parameters() {
+        let range = parameter.range.clone();
+        for (got, expected) in got[range.clone()].iter().zip(&expected[range.clone()]) {
+            let name = &parameter.name;
+            // Sums of a few numbers of size 1, in another order.
+            assert!(
+                (got - expected).abs() <= 1e-5,
+                "{name}: {got} and {expected}"
+            );
+        }
+        let is_seen = expected[range].iter().any(|gradient| gradient.abs() > 1e-3);
+        assert!(is_seen, "{} has no gradient to compare", parameter.name);
+    }
+}
