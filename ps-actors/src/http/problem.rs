@@ -128,6 +128,7 @@ impl Problem {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
             }
             Refusal::Forgotten { .. }
+            | Refusal::TwoLives { .. }
             | Refusal::AlreadyPushed { .. }
             | Refusal::TooManyWorkers { .. }
             | Refusal::Empty => conflict,

@@ -57,7 +57,7 @@ struct PendingPush {
 struct HeldAnswer {
     ticket: Ticket,
     worker: WorkerId,
-    next_clock: Clock,
+    clock: Clock,
     outcome: Outcome,
 }
 
@@ -152,7 +152,11 @@ impl Coordinator {
                 then_start,
             } => {
                 if let Err(refusal) = self.push(ticket, stamp, then_start, &mut effects) {
-                    self.discard_unless_pending(stamp.id, &mut effects);
+                    // A push that is to come again needs what is staged for it: a follower that was
+                    // told to forget it only after it was staged again would wait for it for ever.
+                    if !matches!(refusal, Refusal::TooManyPending { .. }) {
+                        self.discard_unless_pending(stamp.id, &mut effects);
+                    }
                     effects.push(Effect::Answer {
                         ticket,
                         answer: Err(refusal),
@@ -190,6 +194,12 @@ impl Coordinator {
         self.members
             .iter()
             .map(|(&worker, member)| (worker, member.incarnation))
+    }
+
+    /// Returns the latest life of a worker that is known, over or not.
+    #[cfg(test)]
+    pub(in crate::server) fn latest_life(&self, worker: WorkerId) -> Option<Incarnation> {
+        self.ledgers.get(&worker).map(|ledger| ledger.incarnation)
     }
 
     /// Describes the state for people and metrics.
@@ -246,8 +256,7 @@ impl Coordinator {
         self.no_longer_await(worker);
         self.remove(worker, effects);
         let ledger = self.ledgers.entry(worker).or_default();
-        ledger.incarnation = incarnation;
-        let next_clock = ledger.next_clock();
+        let next_clock = ledger.continue_as(incarnation);
         // A newcomer counts as being where the slowest is: it holds nobody back for steps
         // that others took before it came.
         let first_progress = self.slowest_progress().unwrap_or(0);

@@ -325,6 +325,11 @@ mod tests {
         let refusals = [
             Refusal::NotMember { worker, least },
             Refusal::Fenced { worker, got, least },
+            Refusal::TwoLives {
+                worker,
+                one: got,
+                other: LEAST,
+            },
             Refusal::Forgotten { id },
             Refusal::AlreadyPushed { id },
             Refusal::FromTheFuture {

@@ -27,6 +27,13 @@ pub struct Stamp {
     pub norm: f64,
 }
 
+impl Stamp {
+    /// How many updates there were between the weights that it was computed on and `version`.
+    pub(crate) fn staleness(&self, version: Version) -> u64 {
+        version.0.saturating_sub(self.computed_on.0)
+    }
+}
+
 /// What happened outside.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
@@ -154,8 +161,22 @@ pub enum Refusal {
         /// The lowest incarnation that is still valid.
         least: Incarnation,
     },
-    /// The gradient is older than what is remembered; it may or may not have been applied.
-    #[error("the outcome of {id} is forgotten; it is not applied again")]
+    /// Gradients of two lives of a worker would count at once.
+    #[error(
+        "{worker} has gradients of {one} and of {other}: only one life can count; drop the gradients \
+         of the other one, or, if {one} is a member, let it leave first"
+    )]
+    TwoLives {
+        /// Who.
+        worker: WorkerId,
+        /// The earlier life.
+        one: Incarnation,
+        /// The later life.
+        other: Incarnation,
+    },
+    /// The gradient is older than what is remembered, or than its worker's life; what had that
+    /// clock may or may not have been applied.
+    #[error("{id} is over, and its outcome is forgotten; it is not applied")]
     Forgotten {
         /// Which.
         id: GradientId,

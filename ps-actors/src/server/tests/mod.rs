@@ -141,6 +141,38 @@ impl World {
         ticket
     }
 
+    /// Applies gradients as one update, as a driver does; each is made of one number.
+    fn apply(
+        &mut self,
+        ids: &[GradientId],
+        computed_on: u64,
+        number: impl Fn(GradientId) -> f32,
+    ) -> Ticket {
+        let mut stamps = Vec::new();
+        for &id in ids {
+            let gradient = Gradient::new(vec![number(id); LEN]);
+            stamps.push(self.stamp(id, Version(computed_on), &gradient));
+            for shard in 0..self.shards.len() {
+                // Decisions come in order: each shard has followed all that were before.
+                self.deliver(shard);
+                self.shards[shard].stage_decided(id, &gradient).unwrap();
+            }
+        }
+        let (ticket, reduction) = (self.ticket(), Reduction::Sum);
+        self.event(Event::Apply {
+            ticket,
+            stamps,
+            reduction,
+        });
+        ticket
+    }
+
+    /// The latest life of a worker that was heard of.
+    fn lives(&self, worker: u32) -> u64 {
+        let lives = self.coordinator.latest_life(WorkerId(worker));
+        lives.map_or(0, |life| life.0)
+    }
+
     /// The weights of all shards, which must be at the same version.
     fn weights(&mut self) -> Vec<f32> {
         self.deliver_all();
