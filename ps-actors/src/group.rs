@@ -374,21 +374,20 @@ impl ServerGroup {
             return Ok(());
         }
         let Gradients { id, gradient, .. } = gradients;
+        let whole = 0..self.servers.last().map_or(0, |(range, _)| range.end);
+        if gradient.range() != whole {
+            let (id, got, expected) = (*id, gradient.range(), whole);
+            let source = ShardError::WrongRange { id, got, expected }.into();
+            return Err(GroupError::Server { index: 0, source });
+        }
         let staged = self
             .servers
             .iter()
             .enumerate()
             .skip(1)
             .map(|(index, (range, _))| {
-                let (id, got, expected) = (*id, gradient.range(), range.clone());
-                async move {
-                    if got.start > expected.start || got.end < expected.end {
-                        let source = ShardError::WrongRange { id, got, expected }.into();
-                        return Err(GroupError::Server { index, source });
-                    }
-                    let gradient = gradient.slice(expected);
-                    self.ask(index, Stage { id, gradient }).await
-                }
+                let (id, gradient) = (*id, gradient.slice(range.clone()));
+                self.ask(index, Stage { id, gradient })
             });
         try_join_all(staged).await?;
         Ok(())

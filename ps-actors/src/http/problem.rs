@@ -103,6 +103,8 @@ impl Problem {
                 ShardError::TooManyStaged { .. } => {
                     Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
                 }
+                // Only a server of the group can be told so.
+                ShardError::OutOfOrder { .. } => Self::unavailable(text),
                 ShardError::VersionGone { oldest, .. } => {
                     Self::new(StatusCode::GONE, text).version(*oldest)
                 }

@@ -219,7 +219,7 @@ impl ParameterServer {
             Decision::Update {
                 update,
                 learning_rate,
-            } => self.shard.update(update, learning_rate),
+            } => self.shard.update(update, learning_rate)?,
             Decision::Discard(id) => {
                 self.shard.discard(id);
                 Vec::new()
@@ -325,6 +325,7 @@ impl ParameterServer {
         ctx: &mut Context<Self>,
     ) -> Result<oneshot::Receiver<Result<Answer, Refusal>>, ServerError> {
         self.check_followers()?;
+        self.check_range(&gradients)?;
         let stamp = stamp(&gradients);
         self.stage_own(&gradients)?;
         let worker = gradients.id.worker;
@@ -337,6 +338,16 @@ impl ParameterServer {
             },
             ctx,
         )
+    }
+
+    /// Refuses a gradient that is not over exactly the weights of the model.
+    fn check_range(&self, gradients: &Gradients) -> Result<(), ShardError> {
+        let expected = 0..self.shard.weights().layout().num_weights();
+        let (id, got) = (gradients.id, gradients.gradient.range());
+        match got == expected {
+            true => Ok(()),
+            false => Err(ShardError::WrongRange { id, got, expected }),
+        }
     }
 
     /// Stages a gradient here, unless its worker's life is over: then the coordinator says so.
@@ -364,13 +375,9 @@ impl ParameterServer {
         ctx: &mut Context<Self>,
     ) -> Result<Weights, ServerError> {
         self.check_followers()?;
-        let expected = 0..self.shard.weights().layout().num_weights();
-        for Gradients { id, gradient, .. } in &message.gradients {
+        for gradients in &message.gradients {
             // Checked for all before anything is staged anywhere.
-            if gradient.range() != expected {
-                let (id, got) = (*id, gradient.range());
-                return Err(ShardError::WrongRange { id, got, expected }.into());
-            }
+            self.check_range(gradients)?;
         }
         for Gradients { id, gradient, .. } in &message.gradients {
             if !self.is_pending(*id)? {

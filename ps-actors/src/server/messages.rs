@@ -140,11 +140,12 @@ pub struct Heartbeat {
 pub struct Stage {
     /// Which gradient.
     pub id: GradientId,
-    /// The numbers, over the server's range at least.
+    /// The numbers, over exactly the server's range or exactly the whole model's.
     pub gradient: Gradient,
 }
 
-/// Pushes a gradient, to be applied as the consistency mode says. Sent to the first server.
+/// Pushes a gradient over exactly the weights of the model, to be applied as the consistency mode says.
+/// Sent to the first server.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Outcome, ServerError>")]
 pub struct Push(pub Gradients);
@@ -347,6 +348,11 @@ mod tests {
                 id,
                 got: 0..usize::MAX,
                 expected: 4..7,
+            },
+            ShardError::OutOfOrder {
+                got: Version(u64::MAX),
+                num_gradients: 0,
+                last: version,
             },
             ShardError::Fenced { id, least },
             ShardError::TooManyStaged { worker },

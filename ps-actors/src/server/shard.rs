@@ -8,7 +8,7 @@
 //! into a recycled buffer. With several shards the latest few versions are kept, so that a
 //! pull of all shards can get one version although they are not updated at the same instant.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -39,8 +39,10 @@ pub enum PullVersion {
 /// Why a shard did not do what it was asked to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum ShardError {
-    /// The gradient does not belong to this shard's weights.
-    #[error("{id} is over weights {got:?}, but this server holds {expected:?}")]
+    /// The gradient is of a model with more or fewer weights.
+    #[error(
+        "{id} is over weights {got:?}, but must be over {expected:?}: its model is another one"
+    )]
     WrongRange {
         /// Which gradient.
         id: GradientId,
@@ -48,6 +50,16 @@ pub enum ShardError {
         got: Range<usize>,
         /// What it must cover.
         expected: Range<usize>,
+    },
+    /// A decision that cannot follow the ones before.
+    #[error("an update to {got} with {num_gradients} gradients cannot follow {last}")]
+    OutOfOrder {
+        /// The version that it makes.
+        got: Version,
+        /// How many gradients it names, each once or not.
+        num_gradients: usize,
+        /// The version before.
+        last: Version,
     },
     /// The worker's life is over.
     #[error("{id} is fenced off: valid is {least} or later")]
@@ -170,7 +182,8 @@ impl Shard {
         self.staged.len()
     }
 
-    /// Keeps a gradient until the coordinator decides what becomes of it. Staging it again
+    /// Keeps a gradient until the coordinator decides what becomes of it. It is over all weights of the
+    /// model, or over those of this shard. Staging it again
     /// changes nothing. One with a number that is not finite is not kept: no coordinator takes it
     /// (PS-6). May make updates possible that waited for it: answer what is returned.
     ///
@@ -209,7 +222,7 @@ impl Shard {
         gradient: &Gradient,
     ) -> Result<Vec<PullAnswer>, ShardError> {
         let (got, expected) = (gradient.range(), self.range());
-        if got.start > expected.start || got.end < expected.end {
+        if got != expected && got != (0..self.current.layout().num_weights()) {
             return Err(ShardError::WrongRange { id, got, expected });
         }
         if gradient.norm().is_finite() {
@@ -238,9 +251,29 @@ impl Shard {
 
     /// Applies an update, with this learning rate. If a gradient of it is not staged here yet,
     /// it and all later updates wait. Returns the pulls that can be answered now.
-    pub fn update(&mut self, update: Update, learning_rate: f64) -> Vec<PullAnswer> {
+    ///
+    /// # Errors
+    /// When it is not the next one, or names no gradient, or one twice.
+    pub fn update(
+        &mut self,
+        update: Update,
+        learning_rate: f64,
+    ) -> Result<Vec<PullAnswer>, ShardError> {
+        let waiting = self.undone_updates.back();
+        let last = waiting.map_or(self.current.version(), |(last, _)| last.version);
+        let distinct: BTreeSet<&GradientId> = update.gradients.iter().collect();
+        let num_gradients = update.gradients.len();
+        let is_next = update.version.0.checked_sub(last.0) == Some(1);
+        if !is_next || distinct.is_empty() || distinct.len() < num_gradients {
+            let got = update.version;
+            return Err(ShardError::OutOfOrder {
+                got,
+                num_gradients,
+                last,
+            });
+        }
         self.undone_updates.push_back((update, learning_rate));
-        self.do_updates()
+        Ok(self.do_updates())
     }
 
     /// Answers a pull at once, or, if its version does not exist yet, later under `ticket`.
@@ -311,11 +344,6 @@ impl Shard {
     }
 
     fn apply(&mut self, update: &Update, learning_rate: f64) {
-        assert_eq!(
-            update.version,
-            self.current.version().next(),
-            "updates come in order (PS-5)"
-        );
         let gradients: Vec<Gradient> = update
             .gradients
             .iter()

@@ -89,7 +89,8 @@ impl World {
             let shard = &mut self.shards[shard];
             match effect {
                 Effect::Update(update) => {
-                    shard.update(update, self.learning_rate);
+                    let followed = shard.update(update, self.learning_rate);
+                    followed.expect("decisions come in order");
                 }
                 Effect::Discard(id) => shard.discard(id),
                 Effect::Fence { worker, below } => shard.fence(worker, below),

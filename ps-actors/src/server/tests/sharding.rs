@@ -133,7 +133,7 @@ fn a_pull_of_one_version_waits_for_it_and_says_when_it_is_gone() {
     let Some(Effect::Update(first)) = world.undelivered[1].pop_front() else {
         panic!("update")
     };
-    let answers = world.shards[1].update(first, -1.0);
+    let answers = world.shards[1].update(first, -1.0).unwrap();
     assert_eq!(answers.len(), 1);
     assert_eq!(answers[0].weights.as_ref().unwrap().version(), Version(1));
     assert_eq!(answers[0].weights.as_ref().unwrap().to_vec(), vec![1.0; 8]);
@@ -159,8 +159,8 @@ fn an_update_waits_for_the_gradients_that_it_names() {
         reduction: Reduction::Sum,
     };
     shard.stage(id(0, 1, 1), &gradient).unwrap();
-    assert!(shard.update(update(1, 0), -1.0).is_empty());
-    shard.update(update(2, 1), -1.0);
+    assert!(shard.update(update(1, 0), -1.0).unwrap().is_empty());
+    shard.update(update(2, 1), -1.0).unwrap();
     shard.discard(id(0, 1, 1));
     shard.fence(WorkerId(0), Incarnation(2));
     assert_eq!(shard.weights().version(), Version(0));
@@ -174,10 +174,61 @@ fn an_update_waits_for_the_gradients_that_it_names() {
     assert_eq!(shard.weights().version(), Version(2));
 }
 
+/// PS-6: longer is as wrong as shorter, and so is another part of the model.
 #[test]
 fn a_gradient_over_other_weights_is_refused() {
     let mut world = World::new(2, Consistency::Asp, Reduction::Mean);
-    let short = Gradient::new(vec![1.0; LEN - 1]);
-    let error = world.shards[1].stage(id(0, 1, 0), &short).unwrap_err();
-    assert!(error.to_string().contains("holds 32..40"), "{error}");
+    let whole = Gradient::new(vec![1.0; LEN]);
+    for (len, cut) in [
+        (LEN - 1, 0..LEN - 1),
+        (LEN + 2, 0..LEN + 2),
+        (LEN + 2, 32..LEN + 2),
+        (LEN, 1..LEN),
+        (LEN, 32..LEN - 1),
+        (LEN, 0..32),
+    ] {
+        let other = Gradient::new(vec![1.0; len]).slice(cut.clone());
+        let error = world.shards[1].stage(id(0, 1, 0), &other).unwrap_err();
+        assert!(
+            error.to_string().contains("over 32..40"),
+            "{cut:?}: {error}"
+        );
+    }
+    for (clock, right) in [(0, whole.clone()), (1, whole.slice(32..LEN))] {
+        world.shards[1].stage(id(0, 1, clock), &right).unwrap();
+    }
+}
+
+#[test]
+fn an_update_that_cannot_be_the_next_one_is_refused_and_changes_nothing() {
+    let mut world = World::new(1, Consistency::Asp, Reduction::Sum);
+    let shard = &mut world.shards[0];
+    let gradient = Gradient::new(vec![1.0; LEN]);
+    let (first, second) = (id(0, 1, 0), id(0, 1, 1));
+    for id in [first, second] {
+        shard.stage(id, &gradient).unwrap();
+    }
+    let update = |version, gradients: &[GradientId]| Update {
+        version: Version(version),
+        gradients: gradients.to_vec(),
+        reduction: Reduction::Sum,
+    };
+    for bad in [
+        update(0, &[first]),
+        update(2, &[first]),
+        update(u64::MAX, &[first]),
+        update(1, &[]),
+        update(1, &[first, first]),
+    ] {
+        let refused = shard.update(bad.clone(), -1.0);
+        assert!(
+            matches!(refused, Err(ShardError::OutOfOrder { .. })),
+            "{bad:?}"
+        );
+    }
+    shard.update(update(1, &[first, second]), -1.0).unwrap();
+    // One that waits for its gradient is the last one, too.
+    shard.update(update(2, &[id(0, 1, 2)]), -1.0).unwrap();
+    assert!(shard.update(update(2, &[first]), -1.0).is_err());
+    assert_eq!(shard.weights().to_vec(), vec![2.0; LEN]);
 }

@@ -10,8 +10,8 @@ use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
     ApplyGradients, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights, Join,
-    Outcome, ParameterServer, PullVersion, Push, Reduction, Refusal, ServerConfig, ServerError,
-    SetLearningRate, Stage,
+    Outcome, ParameterServer, PullVersion, Push, PushPull, Reduction, Refusal, ServerConfig,
+    ServerError, SetLearningRate, ShardError, Stage,
 };
 use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
 use ps_actors::worker::{
