@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::actor::{ActorRef, Spawn, SpawnError};
 use crate::cluster::{Cluster, Hosted, Placement, SpawnOn, SpawnOnError};
-use crate::ids::{Incarnation, WorkerId};
+use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::{
     ApplyGradients, ConfigError, Consistency, GetStatus, GroupError, Join, Leave, Membership,
@@ -263,23 +263,17 @@ impl ServerGroup {
         answer.map_err(|source| GroupError::Server { index, source })
     }
 
-    /// Makes a worker a member.
+    /// Makes a worker a member, in the life that the answer says: an earlier one of the same worker
+    /// is over. The same request again gets the same answer.
     ///
     /// # Errors
-    /// When a later life of the worker is known, or the server cannot be reached.
+    /// When the membership that this request began is over already, or the server cannot be reached.
     pub async fn join(
         &self,
         worker: WorkerId,
-        incarnation: Incarnation,
+        request: JoinRequest,
     ) -> Result<Membership, GroupError> {
-        self.ask(
-            0,
-            Join {
-                worker,
-                incarnation,
-            },
-        )
-        .await
+        self.ask(0, Join { worker, request }).await
     }
 
     /// Ends a worker's membership.

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use actix::{Actor, ActorFutureExt, AsyncContext, Context};
 use tokio::sync::oneshot;
@@ -18,7 +18,7 @@ use super::messages::{ApplyGradients, Decision, Follow, ServerError};
 use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
 use super::shard::{PullAnswer, Shard, ShardError};
 use crate::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
-use crate::ids::{GradientId, WorkerId};
+use crate::ids::{GradientId, Incarnation, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradients, Weights};
 
@@ -398,6 +398,7 @@ impl ParameterServer {
                 ticket,
                 stamps,
                 reduction: message.reduction,
+                newest: newest_life(),
             },
             ctx,
         )?;
@@ -457,6 +458,15 @@ impl ParameterServer {
             }
         }
     }
+}
+
+/// The latest life that a worker which never joined can be in: it was made an hour ahead of this
+/// machine's clock at most.
+fn newest_life() -> Incarnation {
+    const TOLERANCE: Duration = Duration::from_secs(3600);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let micros = (now.unwrap_or_default() + TOLERANCE).as_micros();
+    Incarnation(u64::try_from(micros).unwrap_or(u64::MAX))
 }
 
 fn stamp(gradients: &Gradients) -> Stamp {

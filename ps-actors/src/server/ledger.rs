@@ -5,11 +5,11 @@
 //! that the clock is over. Clocks may arrive in any order and with gaps. What waits to be settled is
 //! the coordinator's to know: it may be settled here also when the window has passed it meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Clock, Incarnation, Version};
+use crate::ids::{Clock, Incarnation, JoinRequest, Version};
 
 /// How many outcomes are remembered per worker: far more than a worker has in flight.
 pub const WINDOW: usize = 1024;
@@ -64,7 +64,12 @@ pub(crate) struct Ledger {
     /// All clocks below are over or pending; the outcomes of most of them are forgotten.
     floor: Clock,
     settled: BTreeMap<Clock, Outcome>,
+    /// Which request began which of the latest lives.
+    joins: VecDeque<(JoinRequest, Incarnation)>,
 }
+
+/// How many requests to join are remembered per worker: one that was delayed is no new one.
+const MAX_JOINS: usize = 8;
 
 /// What the ledger knows of a clock.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -78,19 +83,33 @@ pub(crate) enum Entry {
 }
 
 impl Ledger {
-    /// Starts the record of a life that counts its clocks from the beginning.
-    pub(crate) fn new(incarnation: Incarnation) -> Self {
-        Self {
+    /// Begins a life that counts its clocks from the beginning.
+    pub(crate) fn begin(&mut self, incarnation: Incarnation) {
+        *self = Self {
             incarnation,
+            joins: std::mem::take(&mut self.joins),
             ..Self::default()
+        };
+    }
+
+    /// Begins the life that a request asks for: the one after the latest. It goes on at the clock after
+    /// the latest settled one, and none of its gradients can be a step that an earlier life took.
+    pub(crate) fn join(&mut self, request: JoinRequest) {
+        self.incarnation = self.incarnation.next();
+        self.first_clock = self.next_clock();
+        self.joins.push_back((request, self.incarnation));
+        if self.joins.len() > MAX_JOINS {
+            self.joins.pop_front();
         }
     }
 
-    /// Goes on with a later life at the clock that is returned: the one after the latest settled. No
-    /// gradient of that life can be a step that an earlier one took.
-    pub(crate) fn continue_as(&mut self, incarnation: Incarnation) -> Clock {
-        self.incarnation = incarnation;
-        self.first_clock = self.next_clock();
+    /// Returns the life that a request began, if it is one of the latest.
+    pub(crate) fn life_of(&self, request: JoinRequest) -> Option<Incarnation> {
+        let known = self.joins.iter().find(|(known, _)| *known == request);
+        known.map(|&(_, incarnation)| incarnation)
+    }
+
+    pub(crate) fn first_clock(&self) -> Clock {
         self.first_clock
     }
 

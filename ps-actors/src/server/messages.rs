@@ -14,7 +14,7 @@ use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
 use crate::actor::CallError;
-use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::remote::Kept;
 use crate::weights::{Gradient, Gradients, Weights};
 use crate::worker::WorkerError;
@@ -93,15 +93,16 @@ impl ApplyKept {
     }
 }
 
-/// Makes a worker a member. Sent to the first server of a group.
+/// Makes a worker a member, in the life that the answer says: an earlier one of the same worker is over.
+/// Sent to the first server of a group.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Membership, ServerError>")]
 pub struct Join {
     /// Who.
     pub worker: WorkerId,
-    /// Which life of the worker: higher than in any earlier `Join`. The same `Join` again gets
-    /// the same answer.
-    pub incarnation: Incarnation,
+    /// A random number. The same `Join` again gets the same answer, one with another number
+    /// begins another life.
+    pub request: JoinRequest,
 }
 
 /// Ends a worker's membership; what it has pending is not applied. Sent to the first server.
@@ -324,8 +325,17 @@ mod tests {
             clock: Clock(7),
         };
         let refusals = [
-            Refusal::NotMember { worker, least },
+            Refusal::NotMember { worker },
             Refusal::Fenced { worker, got, least },
+            Refusal::LifeAhead {
+                worker,
+                got: LEAST,
+                newest: got,
+            },
+            Refusal::ClockAhead {
+                id,
+                most: Clock(u64::MAX),
+            },
             Refusal::TwoLives {
                 worker,
                 one: got,

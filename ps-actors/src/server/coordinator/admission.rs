@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::consistency::Reduction;
 use super::super::ledger::{Entry, Ledger, Outcome};
-use super::super::protocol::{Effect, MAX_PENDING, MAX_WORKERS, Refusal, Stamp, Ticket};
+use super::super::protocol::{
+    Effect, MAX_CLOCKS_AHEAD, MAX_PENDING, MAX_WORKERS, Refusal, Stamp, Ticket,
+};
 use super::{Coordinator, PendingPush, Waiter};
-use crate::ids::{GradientId, Incarnation, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 
 impl Coordinator {
     pub(super) fn push(
@@ -19,10 +21,6 @@ impl Coordinator {
         let id = stamp.id;
         let worker = id.worker;
         let waiter = Waiter { ticket, then_start };
-        let latest = self
-            .ledgers
-            .get(&worker)
-            .map_or(Incarnation(0), |l| l.incarnation);
         match self.members.get(&worker) {
             Some(member) if member.incarnation == id.incarnation => {}
             Some(member) if member.incarnation > id.incarnation => {
@@ -34,10 +32,7 @@ impl Coordinator {
                 });
             }
             _ => {
-                return Err(Refusal::NotMember {
-                    worker,
-                    least: latest.next(),
-                });
+                return Err(Refusal::NotMember { worker });
             }
         }
         // Before the ledger is asked: its window may have passed what waits.
@@ -65,6 +60,7 @@ impl Coordinator {
             Entry::New => {}
         }
         self.check_version(&stamp)?;
+        self.check_clock(id)?;
         if self
             .pending
             .iter()
@@ -92,9 +88,10 @@ impl Coordinator {
         &mut self,
         stamps: &[Stamp],
         reduction: Reduction,
+        newest: Incarnation,
         effects: &mut Vec<Effect>,
     ) -> Result<Outcome, Refusal> {
-        let settled = self.check_all(stamps)?;
+        let settled = self.check_all(stamps, newest)?;
         if settled.len() == stamps.len() {
             // The same call once more gets the same answer.
             for (id, _) in &settled {
@@ -135,7 +132,11 @@ impl Coordinator {
 
     /// Checks gradients that need no membership, all of them before anything changes. Returns what
     /// became of those that are over.
-    fn check_all(&self, stamps: &[Stamp]) -> Result<Vec<(GradientId, Outcome)>, Refusal> {
+    fn check_all(
+        &self,
+        stamps: &[Stamp],
+        newest: Incarnation,
+    ) -> Result<Vec<(GradientId, Outcome)>, Refusal> {
         let mut lives: BTreeMap<WorkerId, Incarnation> = BTreeMap::new();
         let mut seen = BTreeSet::new();
         let mut num_new_workers = 0;
@@ -146,6 +147,14 @@ impl Coordinator {
             let known = self.ledgers.get(&worker).map(|ledger| ledger.incarnation);
             if let Some(least) = known.filter(|&known| got < known) {
                 return Err(Refusal::Fenced { worker, got, least });
+            }
+            // The servers themselves may have handed out what is known.
+            if got > newest.max(known.unwrap_or_default()) {
+                return Err(Refusal::LifeAhead {
+                    worker,
+                    got,
+                    newest,
+                });
             }
             // A member counts in the life in which it joined, until that is over.
             let member = self.members.get(&worker).map(|member| member.incarnation);
@@ -163,6 +172,7 @@ impl Coordinator {
                 return Err(Refusal::AlreadyPushed { id });
             }
             self.check_version(stamp)?;
+            self.check_clock(id)?;
             match self.entry(id) {
                 Entry::Settled(outcome) => settled.push((id, outcome)),
                 Entry::Forgotten => return Err(Refusal::Forgotten { id }),
@@ -179,10 +189,11 @@ impl Coordinator {
             incarnation,
             ..
         } = id;
-        let ledger = self.ledgers.get(&worker);
-        if ledger.is_none_or(|ledger| ledger.incarnation < incarnation) {
+        let is_new = !self.ledgers.contains_key(&worker);
+        let ledger = self.ledgers.entry(worker).or_default();
+        if is_new || ledger.incarnation < incarnation {
             // A worker that never joins counts its clocks from 0 in every life.
-            self.ledgers.insert(worker, Ledger::new(incarnation));
+            ledger.begin(incarnation);
             let below = incarnation;
             effects.push(Effect::Fence { worker, below });
         }
@@ -225,6 +236,17 @@ impl Coordinator {
             });
         }
         Ok(())
+    }
+
+    fn check_clock(&self, id: GradientId) -> Result<(), Refusal> {
+        let ledger = self.ledgers.get(&id.worker);
+        let ledger = ledger.filter(|ledger| ledger.incarnation == id.incarnation);
+        let next = ledger.map_or(Clock(0), Ledger::next_clock);
+        let most = Clock(next.0.saturating_add(MAX_CLOCKS_AHEAD));
+        match id.clock <= most {
+            true => Ok(()),
+            false => Err(Refusal::ClockAhead { id, most }),
+        }
     }
 
     fn norm_outcome(&self, stamp: &Stamp) -> Option<Outcome> {

@@ -209,6 +209,7 @@ fn the_first_round_waits_for_the_workers_that_are_expected() {
             ticket,
             stamps,
             reduction,
+            newest: NEWEST,
         });
         world.join(0, 1).unwrap();
         let first = world.push(id(0, 1, 10), 1, vec![1.0; LEN]);

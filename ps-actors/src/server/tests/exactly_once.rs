@@ -97,6 +97,7 @@ fn a_drivers_update_called_twice_is_applied_once() {
             ticket,
             stamps,
             reduction: Reduction::Sum,
+            newest: NEWEST,
         });
         answers.push(world.outcome(ticket));
     }
@@ -112,6 +113,7 @@ fn a_drivers_update_called_twice_is_applied_once() {
         ticket,
         stamps,
         reduction: Reduction::Sum,
+        newest: NEWEST,
     });
     assert_eq!(
         world.answers[&ticket],
@@ -132,7 +134,6 @@ fn a_zombie_is_fenced_off_and_its_next_life_goes_on_where_it_was() {
     });
     let not_member = Refusal::NotMember {
         worker: WorkerId(0),
-        least: Incarnation(2),
     };
     assert_eq!(world.answers[&pending], Err(not_member.clone()));
 
@@ -202,6 +203,7 @@ fn what_makes_no_sense_is_refused() {
         ticket,
         stamps: Vec::new(),
         reduction: Reduction::Mean,
+        newest: NEWEST,
     });
     assert_eq!(world.answers[&ticket], Err(Refusal::Empty));
     assert_eq!(world.coordinator.version(), Version(0));
@@ -249,33 +251,77 @@ fn a_worker_that_dies_while_it_stages_leaves_nothing_behind() {
 
 /// PS-6: the numbers in a message may be anything, also the last that there is.
 #[test]
-fn counters_at_their_end_neither_panic_nor_start_again() {
+fn no_number_of_a_peer_locks_a_worker_out() {
     for consistency in [Consistency::Asp, Consistency::Ssp { bound: u64::MAX }] {
         let mut world = World::new(2, consistency, Reduction::Sum);
         world.join(1, 1).unwrap();
         world.push(id(1, 1, 0), 0, vec![1.0; LEN]);
-        world.join(0, u64::MAX).unwrap();
-        for clock in [u64::MAX, u64::MAX, u64::MAX - 1] {
-            let ticket = world.push(id(0, u64::MAX, clock), 1, vec![1.0; LEN]);
-            assert!(world.outcome(ticket).is_some());
+        // The number of a request claims nothing: the next life is the next one.
+        for (request, life) in [(u64::MAX, 1), (0, 2), (7, 3)] {
+            let joined = world.join(0, request).unwrap();
+            assert_eq!(joined.incarnation, Incarnation(life));
         }
-        world.event(Event::Lost {
-            worker: WorkerId(0),
-        });
-        // There is no later life: nothing can come back as an earlier one.
-        for incarnation in [0, 1, u64::MAX] {
-            assert!(matches!(
-                world.join(0, incarnation),
-                Err(Refusal::Fenced { .. })
-            ));
-            let ticket = world.push(id(0, incarnation, 5), 1, vec![1.0; LEN]);
-            assert!(matches!(
-                world.answers[&ticket],
-                Err(Refusal::NotMember { .. })
-            ));
+        // Nor do a request that comes once more after its life, and a life that nobody was given.
+        let (worker, got, least) = (WorkerId(0), Incarnation(1), Incarnation(2));
+        let over = Refusal::Fenced { worker, got, least };
+        assert_eq!(world.join(0, u64::MAX), Err(over));
+        for made_up in [0, 4, u64::MAX] {
+            let ticket = world.push(id(0, made_up, 5), 1, vec![1.0; LEN]);
+            assert!(world.answers[&ticket].is_err());
         }
-        assert_eq!(world.weights(), vec![3.0; LEN]);
+        let most = Clock(1 << 32);
+        for clock in [u64::MAX, most.0 + 1] {
+            let id = id(0, 3, clock);
+            let pushed = world.push(id, 1, vec![1.0; LEN]);
+            let applied = world.apply(&[id], 1, |_| 1.0);
+            for ticket in [pushed, applied] {
+                let refused = Err(Refusal::ClockAhead { id, most });
+                assert_eq!(world.answers[&ticket], refused);
+            }
+        }
+        // A driver's worker numbers its life itself, but not beyond the time.
+        for got in [NEWEST.next(), Incarnation(u64::MAX)] {
+            let ticket = world.apply(&[id(2, got.0, 0)], 1, |_| 1.0);
+            let (worker, newest) = (WorkerId(2), NEWEST);
+            let refused = Err(Refusal::LifeAhead {
+                worker,
+                got,
+                newest,
+            });
+            assert_eq!(world.answers[&ticket], refused);
+        }
+        let latest = world.apply(&[id(2, NEWEST.0, 0)], 1, |_| 1.0);
+        assert!(world.outcome(latest).is_some());
+        let joined = world.join(2, 0).unwrap();
+        assert_eq!(joined.incarnation, NEWEST.next());
+        // What is known, the servers have handed out themselves.
+        let next = world.apply(&[id(2, NEWEST.0 + 1, 1)], 1, |_| 1.0);
+        assert!(world.outcome(next).is_some());
+
+        let own = world.push(id(0, 3, 0), 1, vec![1.0; LEN]);
+        assert!(world.outcome(own).is_some(), "all the time it was a member");
+        assert_eq!(world.weights(), vec![4.0; LEN]);
     }
+}
+
+#[test]
+fn a_request_to_join_that_was_delayed_does_not_end_a_later_life() {
+    let mut world = World::new(1, Consistency::Asp, Reduction::Sum);
+    let first = world.join(0, 1).unwrap();
+    assert_eq!(world.join(0, 1), Ok(first), "repeated");
+    let second = world.join(0, 2).unwrap();
+    assert!(matches!(world.join(0, 1), Err(Refusal::Fenced { .. })));
+    assert_eq!(world.join(0, 2), Ok(second));
+    // Nor does it bring back a worker that has left, for which others would wait.
+    let (ticket, worker) = (world.ticket(), WorkerId(0));
+    let incarnation = second.incarnation;
+    world.event(Event::Leave {
+        ticket,
+        worker,
+        incarnation,
+    });
+    assert!(matches!(world.join(0, 2), Err(Refusal::Fenced { .. })));
+    assert_eq!(world.coordinator.members().count(), 0);
 }
 
 fn any_consistency() -> impl Strategy<Value = Consistency> {
@@ -305,13 +351,12 @@ proptest! {
         let mut calls: Vec<(Vec<GradientId>, Ticket)> = Vec::new();
         // Two gradients of one name are the same.
         let number = |id: GradientId| (1 + id.clock.0 % 7 + u64::from(id.worker.0)) as f32;
-        for step in 0..60 {
+        for step in 0..60u64 {
             let worker = dice.roll(3);
             let version = world.coordinator.version().0;
             if lives[worker] == 0 {
-                let life = 1 + world.lives(worker as u32);
-                next[worker] = world.join(worker as u32, life).unwrap().next_clock.0;
-                lives[worker] = life;
+                let joined = world.join(worker as u32, step).unwrap();
+                (next[worker], lives[worker]) = (joined.next_clock.0, joined.incarnation.0);
                 continue;
             }
             match dice.roll(12) {

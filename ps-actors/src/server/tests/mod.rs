@@ -7,7 +7,7 @@ use super::consistency::{Consistency, Reduction};
 use super::coordinator::Coordinator;
 use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Ticket, Update};
 use super::shard::{PullVersion, Shard, ShardError};
-use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::Sgd;
 use crate::weights::{Gradient, Layout, Weights};
 
@@ -16,6 +16,9 @@ mod exactly_once;
 mod sharding;
 
 const LEN: usize = 40;
+
+/// The latest life that a worker can be in that never joined.
+const NEWEST: Incarnation = Incarnation(1_000);
 
 /// A coordinator with its shards. What the coordinator decides reaches shard 0 at once, and
 /// the others when [`World::deliver`] says so.
@@ -103,13 +106,15 @@ impl World {
         (0..self.shards.len()).for_each(|shard| self.deliver(shard));
     }
 
-    fn join(&mut self, worker: u32, incarnation: u64) -> Result<Membership, Refusal> {
+    /// Joins by the request of this number. Lives are numbered from 1, so a test that numbers its
+    /// requests so, too, knows which life each begins.
+    fn join(&mut self, worker: u32, request: u64) -> Result<Membership, Refusal> {
         let ticket = self.ticket();
-        let (worker, incarnation) = (WorkerId(worker), Incarnation(incarnation));
+        let (worker, request) = (WorkerId(worker), JoinRequest(request));
         self.event(Event::Join {
             ticket,
             worker,
-            incarnation,
+            request,
         });
         match self.answers[&ticket].clone()? {
             Answer::Joined(membership) => Ok(membership),
@@ -160,18 +165,14 @@ impl World {
             }
         }
         let (ticket, reduction) = (self.ticket(), Reduction::Sum);
+        let newest = NEWEST;
         self.event(Event::Apply {
             ticket,
             stamps,
             reduction,
+            newest,
         });
         ticket
-    }
-
-    /// The latest life of a worker that was heard of.
-    fn lives(&self, worker: u32) -> u64 {
-        let lives = self.coordinator.latest_life(WorkerId(worker));
-        lives.map_or(0, |life| life.0)
     }
 
     /// The weights of all shards, which must be at the same version.

@@ -76,7 +76,7 @@ fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
             },
         );
         let joined = servers.clone();
-        actor::run(async move { joined.join(WorkerId(1), Incarnation(1)).await.unwrap() });
+        actor::run(async move { joined.join(WorkerId(1), JoinRequest(1)).await.unwrap() });
         // Without the lease this would wait for worker 1 for ever.
         let report = run_all(&servers, 1, 20).remove(0);
         assert_eq!(report.num_applied, 20);
