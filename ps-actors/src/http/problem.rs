@@ -111,6 +111,7 @@ impl Problem {
         match refusal {
             Refusal::NotMember { .. } | Refusal::Fenced { .. } => conflict.join_again(),
             Refusal::FromTheFuture { version, .. } => conflict.version(*version),
+            Refusal::TooManyExamples { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
             Refusal::TooManyPending { .. } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
             }

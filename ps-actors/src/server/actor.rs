@@ -473,6 +473,7 @@ fn stamp(gradients: &Gradients) -> Stamp {
     let Gradients {
         id,
         computed_on,
+        num_examples,
         ref gradient,
         ..
     } = *gradients;
@@ -480,6 +481,7 @@ fn stamp(gradients: &Gradients) -> Stamp {
         id,
         computed_on,
         norm: gradient.norm(),
+        num_examples: u64::try_from(num_examples).unwrap_or(u64::MAX),
     }
 }
 

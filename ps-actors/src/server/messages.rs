@@ -336,6 +336,10 @@ mod tests {
                 id,
                 most: Clock(u64::MAX),
             },
+            Refusal::TooManyExamples {
+                id,
+                claimed: u64::MAX,
+            },
             Refusal::TwoLives {
                 worker,
                 one: got,

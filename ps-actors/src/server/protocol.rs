@@ -17,6 +17,9 @@ pub(crate) const MAX_WORKERS: usize = 1 << 16;
 /// number of a peer brings a worker's clock near its end.
 pub(crate) const MAX_CLOCKS_AHEAD: u64 = 1 << 32;
 
+/// How many examples a batch may have: more than any has, and few enough for exact sums of them.
+pub(crate) const MAX_EXAMPLES: u64 = 1 << 32;
+
 /// Whom an answer is for. Chosen by the caller of [`Coordinator::step`](super::coordinator::Coordinator::step); answers may come much later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
@@ -30,9 +33,16 @@ pub struct Stamp {
     pub computed_on: Version,
     /// Its Euclidean norm.
     pub norm: f64,
+    /// How many examples its batch had; 0 if that is not known.
+    pub num_examples: u64,
 }
 
 impl Stamp {
+    pub(crate) fn summand(&self) -> Summand {
+        let (id, num_examples) = (self.id, self.num_examples);
+        Summand { id, num_examples }
+    }
+
     /// How many updates there were between the weights that it was computed on and `version`.
     pub(crate) fn staleness(&self, version: Version) -> u64 {
         version.0.saturating_sub(self.computed_on.0)
@@ -118,9 +128,18 @@ pub struct Update {
     /// The version that it makes: one more than the last.
     pub version: Version,
     /// Its gradients, ordered by worker, so that their sum does not depend on arrival.
-    pub gradients: Vec<GradientId>,
+    pub gradients: Vec<Summand>,
     /// How they become one.
     pub reduction: Reduction,
+}
+
+/// A gradient's part in an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summand {
+    /// Which gradient.
+    pub id: GradientId,
+    /// How many examples its batch had, which is its weight in a mean; see [`Reduction::Mean`].
+    pub num_examples: u64,
 }
 
 /// What a caller gets.
@@ -188,6 +207,14 @@ pub enum Refusal {
         id: GradientId,
         /// The highest clock that is accepted now.
         most: Clock,
+    },
+    /// The batch claims to have more examples than any batch has.
+    #[error("{id} claims a batch of {claimed} examples, more than {MAX_EXAMPLES}")]
+    TooManyExamples {
+        /// Which.
+        id: GradientId,
+        /// What it claims.
+        claimed: u64,
     },
     /// Gradients of two lives of a worker would count at once.
     #[error(

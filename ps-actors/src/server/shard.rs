@@ -261,7 +261,7 @@ impl Shard {
     ) -> Result<Vec<PullAnswer>, ShardError> {
         let waiting = self.undone_updates.back();
         let last = waiting.map_or(self.current.version(), |(last, _)| last.version);
-        let distinct: BTreeSet<&GradientId> = update.gradients.iter().collect();
+        let distinct: BTreeSet<GradientId> = update.gradients.iter().map(|one| one.id).collect();
         let num_gradients = update.gradients.len();
         let is_next = update.version.0.checked_sub(last.0) == Some(1);
         if !is_next || distinct.is_empty() || distinct.len() < num_gradients {
@@ -311,7 +311,7 @@ impl Shard {
     fn is_awaited(&self, id: GradientId) -> bool {
         self.undone_updates
             .iter()
-            .any(|(update, _)| update.gradients.contains(&id))
+            .any(|(update, _)| update.gradients.iter().any(|one| one.id == id))
     }
 
     fn do_updates(&mut self) -> Vec<PullAnswer> {
@@ -320,7 +320,7 @@ impl Shard {
             if !update
                 .gradients
                 .iter()
-                .all(|id| self.staged.contains_key(id))
+                .all(|one| self.staged.contains_key(&one.id))
             {
                 break;
             }
@@ -347,13 +347,17 @@ impl Shard {
         let gradients: Vec<Gradient> = update
             .gradients
             .iter()
-            .map(|id| self.staged.remove(id).expect("checked by the caller"))
+            .map(|one| {
+                let staged = self.staged.remove(&one.id);
+                staged.expect("checked by the caller, each named once")
+            })
             .collect();
         let sum;
         let gradient = match &gradients[..] {
             [single] => single.values(),
             several => {
-                sum = reduce(several, update.reduction, &self.pool);
+                let shares = shares(update);
+                sum = reduce(several, shares.as_deref(), update.reduction, &self.pool);
                 &sum
             }
         };
@@ -392,8 +396,26 @@ impl Shard {
     }
 }
 
-/// Adds gradients up in their order, element by element, and divides by their number for a mean.
-fn reduce(gradients: &[Gradient], reduction: Reduction, pool: &BufferPool) -> Buffer {
+/// Returns the share of each gradient in a mean of batches of different size; none if all weigh the same.
+fn shares(update: &Update) -> Option<Vec<f32>> {
+    let sizes = update.gradients.iter().map(|one| one.num_examples);
+    let smallest = sizes.clone().min().unwrap_or(0);
+    if update.reduction == Reduction::Sum || smallest == 0 || sizes.clone().all(|n| n == smallest) {
+        return None;
+    }
+    // Exact: each is checked to be small (`MAX_EXAMPLES`).
+    let all: f64 = sizes.clone().map(|n| n as f64).sum();
+    Some(sizes.map(|n| (n as f64 / all) as f32).collect())
+}
+
+/// Adds gradients up in their order, element by element: each times its weight, if they have any, else
+/// divided by their number for a mean.
+fn reduce(
+    gradients: &[Gradient],
+    weights: Option<&[f32]>,
+    reduction: Reduction,
+    pool: &BufferPool,
+) -> Buffer {
     let (first, rest) = gradients.split_first().expect("an update has gradients");
     let scale = match reduction {
         Reduction::Mean => 1.0 / gradients.len() as f32,
@@ -407,7 +429,19 @@ fn reduce(gradients: &[Gradient], reduction: Reduction, pool: &BufferPool) -> Bu
         vectorized(
             #[inline(always)]
             || {
-                sum.copy_from_slice(&first.values()[part.clone()]);
+                let first = &first.values()[part.clone()];
+                if let Some(weights) = weights {
+                    for (sum, value) in sum.iter_mut().zip(first) {
+                        *sum = value * weights[0];
+                    }
+                    for (gradient, weight) in rest.iter().zip(&weights[1..]) {
+                        for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
+                            *sum += value * weight;
+                        }
+                    }
+                    return;
+                }
+                sum.copy_from_slice(first);
                 for gradient in rest {
                     for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
                         *sum += value;
@@ -438,10 +472,20 @@ mod tests {
             })
             .collect();
         for (reduction, scale) in [(Reduction::Sum, 1.0), (Reduction::Mean, 1.0f32 / 3.0)] {
-            let got = reduce(&gradients, reduction, &BufferPool::new(0));
+            let got = reduce(&gradients, None, reduction, &BufferPool::new(0));
             let [a, b, c] = [0, 1, 2].map(|k| gradients[k].values());
             let is_right = |i: usize| got[i] == (a[i] + b[i] + c[i]) * scale;
             assert!((0..got.len()).all(is_right), "{reduction}");
         }
+        let weights = [0.5, 0.125, 0.375];
+        let got = reduce(
+            &gradients,
+            Some(&weights),
+            Reduction::Mean,
+            &BufferPool::new(0),
+        );
+        let [a, b, c] = [0, 1, 2].map(|k| gradients[k].values());
+        let is_right = |i: usize| got[i] == a[i] * 0.5 + b[i] * 0.125 + c[i] * 0.375;
+        assert!((0..got.len()).all(is_right));
     }
 }

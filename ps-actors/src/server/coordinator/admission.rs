@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::super::consistency::Reduction;
 use super::super::ledger::{Entry, Ledger, Outcome};
 use super::super::protocol::{
-    Effect, MAX_CLOCKS_AHEAD, MAX_PENDING, MAX_WORKERS, Refusal, Stamp, Ticket,
+    Effect, MAX_CLOCKS_AHEAD, MAX_EXAMPLES, MAX_PENDING, MAX_WORKERS, Refusal, Stamp, Ticket,
 };
 use super::{Coordinator, PendingPush, Waiter};
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
@@ -61,6 +61,7 @@ impl Coordinator {
         }
         self.check_version(&stamp)?;
         self.check_clock(id)?;
+        check_examples(&stamp)?;
         if self
             .pending
             .iter()
@@ -173,6 +174,7 @@ impl Coordinator {
             }
             self.check_version(stamp)?;
             self.check_clock(id)?;
+            check_examples(stamp)?;
             match self.entry(id) {
                 Entry::Settled(outcome) => settled.push((id, outcome)),
                 Entry::Forgotten => return Err(Refusal::Forgotten { id }),
@@ -256,5 +258,13 @@ impl Coordinator {
             norm,
             limit,
         })
+    }
+}
+
+fn check_examples(stamp: &Stamp) -> Result<(), Refusal> {
+    let (id, claimed) = (stamp.id, stamp.num_examples);
+    match claimed <= MAX_EXAMPLES {
+        true => Ok(()),
+        false => Err(Refusal::TooManyExamples { id, claimed }),
     }
 }

@@ -92,7 +92,7 @@ impl Coordinator {
         pushes.sort_by_key(|push| push.stamp.id);
         let before = self.version;
         self.version = before.next();
-        let gradients = pushes.iter().map(|push| push.stamp.id).collect();
+        let gradients = pushes.iter().map(|push| push.stamp.summand()).collect();
         effects.push(Effect::Update(Update {
             version: self.version,
             gradients,

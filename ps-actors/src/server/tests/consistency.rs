@@ -19,7 +19,7 @@ proptest! {
         }
         let everybody: Vec<_> = (0..num_workers).map(WorkerId).collect();
         for update in &world.updates {
-            let workers: Vec<_> = update.gradients.iter().map(|id| id.worker).collect();
+            let workers: Vec<_> = update.gradients.iter().map(|one| one.id.worker).collect();
             prop_assert_eq!(&workers, &everybody);
         }
         prop_assert!(world.coordinator.version().0 > 0);

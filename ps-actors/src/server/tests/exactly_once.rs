@@ -409,8 +409,8 @@ proptest! {
                 told.extend(ids);
             }
         }
-        let applied = world.updates.iter().flat_map(|update| update.gradients.clone());
-        let applied: Vec<_> = applied.collect();
+        let applied = world.updates.iter().flat_map(|update| &update.gradients);
+        let applied: Vec<_> = applied.map(|one| one.id).collect();
         let distinct: std::collections::BTreeSet<_> = applied.iter().copied().collect();
         prop_assert_eq!(distinct.len(), applied.len(), "each gradient is in one update");
         prop_assert!(told.is_subset(&distinct), "{:?}", told.difference(&distinct));

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::consistency::{Consistency, Reduction};
 use super::coordinator::Coordinator;
-use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Ticket, Update};
+use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Summand, Ticket, Update};
 use super::shard::{PullVersion, Shard, ShardError};
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::Sgd;
@@ -30,6 +30,8 @@ struct World {
     updates: Vec<Update>,
     learning_rate: f64,
     next_ticket: u64,
+    /// How many examples the batches of what is pushed from now on have.
+    num_examples: u64,
 }
 
 impl World {
@@ -58,6 +60,7 @@ impl World {
             updates: Vec::new(),
             learning_rate,
             next_ticket: 0,
+            num_examples: 32,
         }
     }
 
@@ -127,6 +130,7 @@ impl World {
             id,
             computed_on,
             norm: gradient.norm(),
+            num_examples: self.num_examples,
         }
     }
 
