@@ -142,6 +142,6 @@ fn may_rejoin(error: &GroupError) -> bool {
     matches!(
         source,
         ServerError::Refused(Refusal::NotMember { .. } | Refusal::Fenced { .. })
-            | ServerError::Shard(ShardError::Fenced { .. })
+            | ServerError::Shard(ShardError::Fenced { .. } | ShardError::TooManyStrangers { .. })
     )
 }

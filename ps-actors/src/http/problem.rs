@@ -87,7 +87,7 @@ impl Problem {
             ServerError::Shard(shard) => match shard {
                 ShardError::WrongRange { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
                 ShardError::Fenced { .. } => Self::new(StatusCode::CONFLICT, text).join_again(),
-                ShardError::TooManyStaged { .. } => {
+                ShardError::TooManyStaged { .. } | ShardError::TooManyStrangers { .. } => {
                     Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
                 }
                 // Only a server of the group can be told so.

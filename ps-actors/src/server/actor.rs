@@ -310,11 +310,15 @@ impl ParameterServer {
         event: impl FnOnce(Ticket) -> Event,
         ctx: &mut Context<Self>,
     ) -> Result<oneshot::Receiver<Result<Answer, Refusal>>, ServerError> {
-        self.coordinate()?.last_heard.insert(worker, Instant::now());
         let ticket = self.ticket();
         let (caller, answer) = oneshot::channel();
         self.callers.insert(ticket, Caller::Worker(worker, caller));
         self.step(event(ticket), ctx)?;
+        let first = self.coordinate()?;
+        // Only of members, whose number is bounded: anybody can make up a worker.
+        if first.coordinator.life(worker).is_some() {
+            first.last_heard.insert(worker, Instant::now());
+        }
         Ok(answer)
     }
 
@@ -350,14 +354,14 @@ impl ParameterServer {
         }
     }
 
-    /// Stages a gradient here, unless its worker's life is over: then the coordinator says so.
+    /// Stages a gradient here, unless its worker is no member: then the coordinator says so.
     fn stage_own(&mut self, gradients: &Gradients) -> Result<(), ServerError> {
         if !self.is_pending(gradients.id)? {
             self.shard.discard(gradients.id);
         }
         match self.shard.stage(gradients.id, &gradients.gradient) {
             Ok(answers) => self.answer_pulls(answers),
-            Err(ShardError::Fenced { .. }) => {}
+            Err(ShardError::Fenced { .. } | ShardError::TooManyStrangers { .. }) => {}
             Err(other) => return Err(other.into()),
         }
         Ok(())
@@ -442,6 +446,7 @@ impl ParameterServer {
         for worker in waiting {
             last_heard.insert(worker, now);
         }
+        last_heard.retain(|&worker, _| coordinator.life(worker).is_some());
         let lost: Vec<WorkerId> = coordinator
             .members()
             .map(|(worker, _)| worker)

@@ -69,7 +69,7 @@ pub struct Coordinator {
     max_norm: f64,
     /// How many workers more must have come before the first round closes.
     num_awaited: usize,
-    /// Those that were counted down already.
+    /// Those that were counted down already: no more than were awaited.
     arrived: BTreeSet<WorkerId>,
     version: Version,
     epoch: Epoch,
@@ -195,6 +195,26 @@ impl Coordinator {
         self.members
             .iter()
             .map(|(&worker, member)| (worker, member.incarnation))
+    }
+
+    /// Returns the life in which a worker takes part now.
+    #[must_use]
+    pub fn life(&self, worker: WorkerId) -> Option<Incarnation> {
+        self.members.get(&worker).map(|member| member.incarnation)
+    }
+
+    /// How many entries the largest book about workers has.
+    #[cfg(test)]
+    pub(in crate::server) fn largest_book(&self) -> usize {
+        let Self {
+            arrived,
+            members,
+            ledgers,
+            stats,
+            ..
+        } = self;
+        let books = [arrived.len(), members.len(), ledgers.len(), stats.len()];
+        books.into_iter().fold(0, usize::max)
     }
 
     /// Describes the state for people and metrics.

@@ -168,11 +168,9 @@ impl Handler<Heartbeat> for ParameterServer {
             incarnation,
         } = message;
         let first = self.coordinate()?;
-        let mut members = first.coordinator.members();
-        if !members.any(|member| member == (worker, incarnation)) {
+        if first.coordinator.life(worker) != Some(incarnation) {
             return Err(Refusal::NotMember { worker }.into());
         }
-        drop(members);
         first.last_heard.insert(worker, Instant::now());
         Ok(())
     }

@@ -370,6 +370,7 @@ mod tests {
             },
             ShardError::Fenced { id, least },
             ShardError::TooManyStaged { worker },
+            ShardError::TooManyStrangers { id },
             ShardError::VersionGone {
                 asked: Version(1),
                 oldest: version,

@@ -17,13 +17,17 @@ use serde::{Deserialize, Serialize};
 use super::consistency::Reduction;
 use super::protocol::{Ticket, Update};
 use crate::buffer::{Buffer, BufferPool};
-use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::spread::{PART_LEN, spread, vectorized};
 use crate::weights::{Gradient, Segment, Weights};
 
 /// How many gradients of one worker may be staged and not yet decided upon.
 pub const MAX_STAGED: usize = 32;
+
+/// How many gradients may be staged of all lives that the coordinator has not said are valid. Its word may
+/// come a little later than a new member's first gradient; but anybody can make up a life.
+pub const MAX_STAGED_OF_STRANGERS: usize = 32;
 
 /// Which version a pull wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +78,15 @@ pub enum ShardError {
     TooManyStaged {
         /// Who.
         worker: WorkerId,
+    },
+    /// The worker's life is not known here, and too many gradients of such lives are staged.
+    #[error(
+        "{id} is of a life that is not known here (yet), and {MAX_STAGED_OF_STRANGERS} such gradients are \
+         staged already; join, or try again"
+    )]
+    TooManyStrangers {
+        /// Which gradient.
+        id: GradientId,
     },
     /// The version is no longer kept.
     #[error("version {asked:?} is gone: the oldest that is kept is {oldest:?}; pull a later one")]
@@ -176,6 +189,12 @@ impl Shard {
         self.learning_rate = learning_rate;
     }
 
+    /// How many workers something is remembered of.
+    #[cfg(test)]
+    pub(in crate::server) fn num_fences(&self) -> usize {
+        self.fences.len()
+    }
+
     /// Returns how many gradients wait here for the coordinator's decision.
     #[must_use]
     pub fn num_staged(&self) -> usize {
@@ -188,8 +207,8 @@ impl Shard {
     /// (PS-6). May make updates possible that waited for it: answer what is returned.
     ///
     /// # Errors
-    /// When the gradient is over other weights, its worker's life is over, or the worker has
-    /// too many staged already.
+    /// When the gradient is over other weights, its worker's life is over, or the worker, or all
+    /// whose life is not known here, have too many staged already.
     pub fn stage(
         &mut self,
         id: GradientId,
@@ -202,12 +221,23 @@ impl Shard {
         if let Some(&least) = fence.filter(|_| !self.is_awaited(id)) {
             return Err(ShardError::Fenced { id, least });
         }
-        let of_worker = self
-            .staged
-            .keys()
-            .filter(|staged| staged.worker == id.worker);
-        if !self.staged.contains_key(&id) && of_worker.count() >= MAX_STAGED {
-            return Err(ShardError::TooManyStaged { worker: id.worker });
+        let is_known = |id: &GradientId| self.fences.get(&id.worker) == Some(&id.incarnation);
+        if !self.staged.contains_key(&id) && !self.is_awaited(id) {
+            let worker = id.worker;
+            let first = GradientId {
+                worker,
+                incarnation: Incarnation(0),
+                clock: Clock(0),
+            };
+            let of_worker = self.staged.range(first..);
+            let of_worker = of_worker.take_while(|(staged, _)| staged.worker == worker);
+            if of_worker.count() >= MAX_STAGED {
+                return Err(ShardError::TooManyStaged { worker });
+            }
+            let strangers = || self.staged.keys().filter(|staged| !is_known(staged));
+            if !is_known(&id) && strangers().count() >= MAX_STAGED_OF_STRANGERS {
+                return Err(ShardError::TooManyStrangers { id });
+            }
         }
         self.stage_decided(id, gradient)
     }

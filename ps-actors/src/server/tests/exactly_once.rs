@@ -233,6 +233,7 @@ fn a_worker_cannot_fill_the_server_with_pushes() {
 fn a_worker_that_dies_while_it_stages_leaves_nothing_behind() {
     let mut world = World::new(3, Consistency::Asp, Reduction::Sum);
     world.join(0, 1).unwrap();
+    world.deliver_all();
     let gradient = Gradient::new(vec![1.0; LEN]);
     let mut refused = 0;
     for clock in 0..40 {

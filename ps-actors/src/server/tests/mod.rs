@@ -11,6 +11,7 @@ use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId}
 use crate::rule::Sgd;
 use crate::weights::{Gradient, Layout, Weights};
 
+mod bounds;
 mod consistency;
 mod exactly_once;
 mod sharding;
@@ -137,9 +138,14 @@ impl World {
     /// Stages a gradient everywhere and pushes it, as a client does. Returns the ticket.
     fn push(&mut self, id: GradientId, computed_on: u64, values: Vec<f32>) -> Ticket {
         let gradient = Gradient::new(values);
-        for shard in &mut self.shards {
+        for shard in 0..self.shards.len() {
             // A fenced or overfull worker still tries its push at the coordinator.
-            let _ = shard.stage(id, &gradient);
+            let staged = self.shards[shard].stage(id, &gradient);
+            if let Err(ShardError::TooManyStrangers { .. }) = staged {
+                // Its client tries again, when the shard knows of the worker.
+                self.deliver(shard);
+                let _ = self.shards[shard].stage(id, &gradient);
+            }
         }
         let ticket = self.ticket();
         let stamp = self.stamp(id, Version(computed_on), &gradient);
