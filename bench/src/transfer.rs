@@ -5,7 +5,7 @@ use actix::{Actor, Context, Handler, Message};
 use anyhow::{Result, ensure};
 use ps::actors::buffer::BufferPool;
 use ps::actors::group::ServerArgs;
-use ps::actors::ids::{GradientId, Incarnation};
+use ps::actors::ids::{GradientId, JoinRequest};
 use ps::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -86,8 +86,8 @@ impl Transfer {
         let initial = Weights::initial(Layout::flat(len), vec![0.0; len]);
         let places = [Placement::Rank(1)];
         let server = run(ServerGroup::spawn_on(cluster, places, &initial, config))?;
-        let (worker, incarnation) = (WorkerId(0), Incarnation(1));
-        run(server.join(worker, incarnation))?;
+        let worker = WorkerId(0);
+        let incarnation = run(server.join(worker, JoinRequest(1)))?.incarnation;
         // Where workers keep theirs, too.
         let mut gradient = BufferPool::new(1).take(len);
         gradient.fill(1.0);

@@ -1,6 +1,6 @@
 """A client of docs/http-api.md with Python's standard library: join, heartbeats, push-pull, leave."""
 
-import http.client, json, os, sys, threading, time
+import http.client, json, os, secrets, sys, threading, time
 import mmap, operator
 
 PATIENCE_S = 60  # How long to look for a server that does not answer.
@@ -130,16 +130,16 @@ class Worker:
 
     def join(self):
         """Begins a new life of the worker."""
-        least = 0
+        rank = {"ps-worker": str(self.rank)}
         while True:
-            me = {"ps-worker": str(self.rank), "ps-incarnation": str(max(least, time.time_ns()))}
-            reply = self.servers.call("POST", "/v1/join", me)
-            least = int(reply.headers.get("ps-least-incarnation", 0))
-            if not least:
+            # Repeated with the same number if the answer is lost.
+            reply = self.servers.call("POST", "/v1/join", rank | {"ps-request": str(secrets.randbits(64))})
+            if "ps-join-again" not in reply.headers:  # Else the answer came too late: the lease was over.
                 break
         if reply.status != 200:
             raise Refused(f"the servers say {reply.status}: {reply.body.decode().strip()}")
-        self.me, self.clock = me, int(reply.headers["ps-clock"])
+        self.me = rank | {"ps-incarnation": reply.headers["ps-incarnation"]}
+        self.clock = int(reply.headers["ps-clock"])
         self._keep(self.servers.ok("GET", "/v1/weights"))
 
     def _keep(self, reply):
@@ -165,7 +165,7 @@ class Worker:
         stamp = {"ps-clock": str(self.clock), "ps-version": str(self.version),
                  "ps-loss": str(loss), "ps-num-examples": str(num_examples)}
         reply = self.servers.call("POST", "/v1/push-pull", self.me | stamp, gradient)
-        if reply.status == 409:
+        if "ps-join-again" in reply.headers:
             self.join()
             return "rejoined"
         if reply.status != 200:

@@ -262,7 +262,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+    use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
     use crate::server::{ApplyGradients, GroupError, Join, Pushed, Reduction, ServerError, Stage};
     use crate::weights::{Gradient, Gradients, Layout, Weights};
     use crate::worker::{RunReport, WorkerError};
@@ -426,7 +426,7 @@ pub(crate) mod tests {
     fn too_much_and_too_little_are_refused() {
         let join = Join {
             worker: WorkerId(1),
-            incarnation: Incarnation(2),
+            request: JoinRequest(2),
         };
         let Encoded { mut header, .. } = encode(&join).unwrap();
         let extra = decode::<Join>(&header, vec![Buffer::from(vec![0.0])]).unwrap_err();

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::actor::{ActorRef, Spawn, SpawnError};
 use crate::cluster::{Cluster, Hosted, Placement, SpawnOn, SpawnOnError};
-use crate::ids::{Incarnation, WorkerId};
+use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::{
     ApplyGradients, ConfigError, Consistency, GetStatus, GroupError, Join, Leave, Membership,
@@ -263,23 +263,17 @@ impl ServerGroup {
         answer.map_err(|source| GroupError::Server { index, source })
     }
 
-    /// Makes a worker a member.
+    /// Makes a worker a member, in the life that the answer says: an earlier one of the same worker
+    /// is over. The same request again gets the same answer.
     ///
     /// # Errors
-    /// When a later life of the worker is known, or the server cannot be reached.
+    /// When the membership that this request began is over already, or the server cannot be reached.
     pub async fn join(
         &self,
         worker: WorkerId,
-        incarnation: Incarnation,
+        request: JoinRequest,
     ) -> Result<Membership, GroupError> {
-        self.ask(
-            0,
-            Join {
-                worker,
-                incarnation,
-            },
-        )
-        .await
+        self.ask(0, Join { worker, request }).await
     }
 
     /// Ends a worker's membership.
@@ -374,21 +368,20 @@ impl ServerGroup {
             return Ok(());
         }
         let Gradients { id, gradient, .. } = gradients;
+        let whole = 0..self.servers.last().map_or(0, |(range, _)| range.end);
+        if gradient.range() != whole {
+            let (id, got, expected) = (*id, gradient.range(), whole);
+            let source = ShardError::WrongRange { id, got, expected }.into();
+            return Err(GroupError::Server { index: 0, source });
+        }
         let staged = self
             .servers
             .iter()
             .enumerate()
             .skip(1)
             .map(|(index, (range, _))| {
-                let (id, got, expected) = (*id, gradient.range(), range.clone());
-                async move {
-                    if got.start > expected.start || got.end < expected.end {
-                        let source = ShardError::WrongRange { id, got, expected }.into();
-                        return Err(GroupError::Server { index, source });
-                    }
-                    let gradient = gradient.slice(expected);
-                    self.ask(index, Stage { id, gradient }).await
-                }
+                let (id, gradient) = (*id, gradient.slice(range.clone()));
+                self.ask(index, Stage { id, gradient })
             });
         try_join_all(staged).await?;
         Ok(())

@@ -37,8 +37,13 @@ id! {
     WorkerId(u32), "worker "
 }
 id! {
-    /// Tells one life of a worker from the next: a later life has a higher number.
+    /// Tells one life of a worker from the next: a later life has a higher number. The servers hand
+    /// out those of members; a worker that never joins has the time at which it was made.
     Incarnation(u64), "incarnation "
+}
+id! {
+    /// A random number that names one request to join: the same request again is no second life.
+    JoinRequest(u64), "join request "
 }
 id! {
     /// The index of a worker's step, from 0: its n-th gradient has clock n.

@@ -8,8 +8,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::group::ServerGroup;
-use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, WorkerId};
 use crate::server::{GroupError, Leave, Refusal, ServerError, ShardError};
+
+/// How often joining is tried.
+const MAX_JOINS: usize = 4;
 
 /// A membership, which ends when this is dropped, whatever the reason: so that others do not wait
 /// for a worker that has failed.
@@ -28,27 +31,19 @@ impl Session {
     /// # Errors
     /// When the servers refuse or cannot be reached.
     pub async fn join(servers: &ServerGroup, worker: WorkerId) -> Result<Self, GroupError> {
-        Self::join_as(servers, worker, Incarnation(0)).await
-    }
-
-    async fn join_as(
-        servers: &ServerGroup,
-        worker: WorkerId,
-        mut least: Incarnation,
-    ) -> Result<Self, GroupError> {
+        let mut tries = 1;
         loop {
-            let incarnation = Self::new_life(least);
-            let membership = match servers.join(worker, incarnation).await {
+            let request = getrandom::u64().expect("the system gives random numbers");
+            let membership = match servers.join(worker, JoinRequest(request)).await {
                 Ok(membership) => membership,
-                // Another process counts its lives by itself: go beyond its number.
-                Err(error) => match error.refusal() {
-                    Some(Refusal::Fenced { least: wanted, .. }) if *wanted > incarnation => {
-                        least = *wanted;
-                        continue;
-                    }
-                    _ => return Err(error),
-                },
+                // The answer was lost, and the membership was over when it was asked for again.
+                Err(error) if may_rejoin(&error) && tries < MAX_JOINS => {
+                    tries += 1;
+                    continue;
+                }
+                Err(error) => return Err(error),
             };
+            let incarnation = membership.incarnation;
             return Ok(Self {
                 servers: servers.clone(),
                 next_clock: membership.next_clock,
@@ -67,12 +62,12 @@ impl Session {
     /// # Errors
     /// The same error, if it says something else; or another one, of the new attempt.
     pub async fn rejoin(&mut self, error: GroupError) -> Result<(), GroupError> {
-        let Some(least) = may_rejoin(&error) else {
+        if !may_rejoin(&error) {
             return Err(error);
-        };
-        tracing::warn!(worker = %self.worker, %least, "no longer a member; joining again");
+        }
+        tracing::warn!(worker = %self.worker, %error, "no longer a member; joining again");
         self.leave = None;
-        *self = Self::join_as(&self.servers, self.worker, least).await?;
+        *self = Self::join(&self.servers, self.worker).await?;
         Ok(())
     }
 
@@ -109,16 +104,17 @@ impl Session {
 
     /// Returns a number that no life of any worker in this process had, and at least `least`.
     ///
-    /// The first one is the time at which the process first asks (in microseconds since 1970), so
-    /// that a worker that was lost with its process is followed by one with a higher number in
-    /// another. Where clocks are far apart, the server says what the number must be at least.
+    /// It names the gradients of a worker that is no member: those that a driver applies, or that belong
+    /// to a context. The first one is the time at which the process first asks (in microseconds since
+    /// 1970), so that a worker that was lost with its process is followed by one with a higher
+    /// number in another. A member's life is the servers' to number.
     #[must_use]
     pub fn new_life(least: Incarnation) -> Incarnation {
         static LATEST: LazyLock<AtomicU64> = LazyLock::new(|| {
             let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
             AtomicU64::new(since_1970.map_or(0, |time| time.as_micros() as u64))
         });
-        // A server may ask for the highest number there is: it must not wrap to the lowest.
+        // The highest number there is must not wrap to the lowest.
         let next = |latest: u64| latest.max(least.0.saturating_sub(1)).saturating_add(1);
         let before = LATEST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |latest| {
             Some(next(latest))
@@ -138,15 +134,14 @@ impl Drop for Session {
     }
 }
 
-/// Says with which incarnation a worker may come back that is no longer a member.
-fn may_rejoin(error: &GroupError) -> Option<Incarnation> {
+/// Says whether a worker that was told so may come back as another life.
+fn may_rejoin(error: &GroupError) -> bool {
     let GroupError::Server { source, .. } = error else {
-        return None;
+        return false;
     };
-    match source {
-        ServerError::Refused(Refusal::NotMember { least, .. })
-        | ServerError::Shard(ShardError::Fenced { least, .. }) => Some(*least),
-        ServerError::Refused(Refusal::Fenced { least, .. }) => Some(least.next()),
-        _ => None,
-    }
+    matches!(
+        source,
+        ServerError::Refused(Refusal::NotMember { .. } | Refusal::Fenced { .. })
+            | ServerError::Shard(ShardError::Fenced { .. } | ShardError::TooManyStrangers { .. })
+    )
 }

@@ -368,7 +368,8 @@ pub struct Gradients {
     pub computed_on: Version,
     /// The batch's mean loss before the update.
     pub loss: f32,
-    /// How many examples the batch had.
+    /// How many examples the batch had: the gradient's weight in a mean. 0 if that is not known; see
+    /// [`Reduction::Mean`](crate::server::Reduction::Mean).
     pub num_examples: usize,
     /// The numbers.
     pub gradient: Gradient,

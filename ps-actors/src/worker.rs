@@ -408,7 +408,11 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
                 return Err(WorkerError::Busy { worker });
             }
             let result = run(&state, &message.servers, message.num_steps).await;
-            state.borrow_mut().is_running = false;
+            let mut state = state.borrow_mut();
+            state.is_running = false;
+            // What comes now belongs to no membership. It is later than the one that has ended, and than
+            // any that other servers know.
+            state.incarnation = Session::new_life(state.incarnation.next());
             result
         };
         Box::pin(run.into_actor(self))

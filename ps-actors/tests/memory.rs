@@ -139,7 +139,7 @@ fn a_steady_run_of_http_workers_allocates_no_models() {
             .unwrap();
         let mut stream = BufReader::new(stream);
         let mut body = vec![0; NUM_BYTES];
-        let who = "ps-worker: 0\r\nps-incarnation: 0\r\n";
+        let who = "ps-worker: 0\r\nps-request: 0\r\nps-incarnation: 1\r\n";
         let mut exchange = |head: String, sent: usize, received: usize| {
             stream.get_mut().write_all(head.as_bytes()).unwrap();
             stream.get_mut().write_all(&body[..sent]).unwrap();

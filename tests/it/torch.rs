@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ps::actors::cluster::{Cluster, ClusterConfig, Hosts};
 use ps::actors::http;
-use ps::actors::ids::Incarnation;
+use ps::actors::ids::JoinRequest;
 use ps::actors::net::Token;
 use ps::model::{LocalModel, StepSeed};
 use ps::prelude::*;
@@ -287,8 +287,8 @@ with Worker(sys.argv[1], 0, heartbeat=0.05) as worker:
     let mut told = BufReader::new(slow.stdout.take().unwrap()).lines();
     assert_eq!(told.next().unwrap().unwrap(), "joined");
     let silent = WorkerId(1);
-    for life in 1..=3 {
-        run(servers.join(silent, Incarnation(life))).unwrap();
+    for request in 1..=3 {
+        run(servers.join(silent, JoinRequest(request))).unwrap();
         let is_member = || {
             let status = run(servers.status()).unwrap();
             let coordinator = status[0].coordinator.as_ref().unwrap();

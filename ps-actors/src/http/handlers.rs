@@ -8,7 +8,8 @@ use axum::response::{IntoResponse, Response};
 
 use super::body;
 use super::headers::{
-    CLOCK, Caller, EPOCH, NUM_WEIGHTS, OUTCOME, STALENESS, Stamp, VERSION, wanted_version,
+    CLOCK, Caller, EPOCH, INCARNATION, NUM_WEIGHTS, OUTCOME, STALENESS, Stamp, VERSION, newcomer,
+    wanted_version,
 };
 use super::model::Model;
 use super::problem::Problem;
@@ -20,16 +21,14 @@ type Answer = Result<Response, Problem>;
 
 pub(super) async fn join(State(api): State<Api>, headers: HeaderMap) -> Answer {
     let model = api.model()?;
-    let Caller {
-        worker,
-        incarnation,
-    } = Caller::read(&headers)?;
+    let (worker, request) = newcomer(&headers)?;
     let join = async {
         let num_weights = model.layout().await?.num_weights();
-        Ok((num_weights, model.group.join(worker, incarnation).await?))
+        Ok((num_weights, model.group.join(worker, request).await?))
     };
     let (num_weights, membership) = model.while_open(join).await?;
     let headers = [
+        (INCARNATION, membership.incarnation.0),
         (CLOCK, membership.next_clock.0),
         (VERSION, membership.version.0),
         (EPOCH, membership.epoch.0),
@@ -95,7 +94,7 @@ pub(super) async fn push(State(api): State<Api>, request: Request) -> Answer {
     let model = api.model()?;
     let push = async {
         let gradients = receive(&api, &model, request).await?;
-        model.group.push(gradients).await.map_err(Problem::of_push)
+        Ok(model.group.push(gradients).await?)
     };
     let outcome = model.while_open(push).await?;
     let mut response = with(Body::empty(), [(VERSION, outcome.version().0)]);
@@ -107,8 +106,7 @@ pub(super) async fn push_pull(State(api): State<Api>, request: Request) -> Answe
     let model = api.model()?;
     let push = async {
         let gradients = receive(&api, &model, request).await?;
-        let pushed = model.group.push_pull(gradients).await;
-        pushed.map_err(Problem::of_push)
+        Ok(model.group.push_pull(gradients).await?)
     };
     let (outcome, weights) = model.while_open(push).await?;
     let mut response = with_weights(&weights);

@@ -5,12 +5,13 @@ use std::str::FromStr;
 use axum::http::HeaderMap;
 
 use super::problem::Problem;
-use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::server::PullVersion;
 
 pub(super) const WORKER: &str = "ps-worker";
 pub(super) const INCARNATION: &str = "ps-incarnation";
-pub(super) const LEAST_INCARNATION: &str = "ps-least-incarnation";
+pub(super) const REQUEST: &str = "ps-request";
+pub(super) const JOIN_AGAIN: &str = "ps-join-again";
 pub(super) const CLOCK: &str = "ps-clock";
 pub(super) const VERSION: &str = "ps-version";
 pub(super) const EPOCH: &str = "ps-epoch";
@@ -19,6 +20,12 @@ pub(super) const NUM_EXAMPLES: &str = "ps-num-examples";
 pub(super) const NUM_WEIGHTS: &str = "ps-num-weights";
 pub(super) const OUTCOME: &str = "ps-outcome";
 pub(super) const STALENESS: &str = "ps-staleness";
+
+/// Reads who wants to join, by which request.
+pub(super) fn newcomer(headers: &HeaderMap) -> Result<(WorkerId, JoinRequest), Problem> {
+    let worker = WorkerId(number(headers, WORKER)?);
+    Ok((worker, JoinRequest(number(headers, REQUEST)?)))
+}
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]

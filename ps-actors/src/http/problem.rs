@@ -4,10 +4,10 @@ use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 
-use super::headers::{LEAST_INCARNATION, VERSION};
+use super::headers::{JOIN_AGAIN, VERSION};
 use crate::actor::error::error_chain;
 use crate::actor::{CallError, NotDelivered};
-use crate::ids::{Incarnation, Version};
+use crate::ids::Version;
 use crate::server::{GroupError, Refusal, ServerError, ShardError};
 
 /// A status code, a sentence for people, and what a program needs to go on.
@@ -15,7 +15,7 @@ use crate::server::{GroupError, Refusal, ServerError, ShardError};
 pub(super) struct Problem {
     status: StatusCode,
     text: String,
-    least_incarnation: Option<Incarnation>,
+    must_join_again: bool,
     version: Option<Version>,
     may_retry_soon: bool,
 }
@@ -25,7 +25,7 @@ impl Problem {
         Self {
             status,
             text: text.into(),
-            least_incarnation: None,
+            must_join_again: false,
             version: None,
             may_retry_soon: false,
         }
@@ -44,8 +44,8 @@ impl Problem {
         self
     }
 
-    fn least_incarnation(mut self, least: Incarnation) -> Self {
-        self.least_incarnation = Some(least);
+    fn join_again(mut self) -> Self {
+        self.must_join_again = true;
         self
     }
 
@@ -81,28 +81,17 @@ impl From<GroupError> for Problem {
 }
 
 impl Problem {
-    /// Explains why a push failed.
-    pub(super) fn of_push(error: GroupError) -> Self {
-        let problem = Self::from(&error);
-        match error.refusal() {
-            // Unlike that of a join, this `least` is the life that took over.
-            Some(Refusal::Fenced { least, .. }) => problem.least_incarnation(least.next()),
-            _ => problem,
-        }
-    }
-
     fn from_server(error: &ServerError, text: String) -> Self {
         match error {
             ServerError::Refused(refusal) => Self::from_refusal(refusal, text),
             ServerError::Shard(shard) => match shard {
                 ShardError::WrongRange { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
-                // `least` may be another life of the worker, which is not to be joined twice.
-                ShardError::Fenced { least, .. } => {
-                    Self::new(StatusCode::CONFLICT, text).least_incarnation(least.next())
-                }
-                ShardError::TooManyStaged { .. } => {
+                ShardError::Fenced { .. } => Self::new(StatusCode::CONFLICT, text).join_again(),
+                ShardError::TooManyStaged { .. } | ShardError::TooManyStrangers { .. } => {
                     Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
                 }
+                // Only a server of the group can be told so.
+                ShardError::OutOfOrder { .. } => Self::unavailable(text),
                 ShardError::VersionGone { oldest, .. } => {
                     Self::new(StatusCode::GONE, text).version(*oldest)
                 }
@@ -120,14 +109,16 @@ impl Problem {
     fn from_refusal(refusal: &Refusal, text: String) -> Self {
         let conflict = Self::new(StatusCode::CONFLICT, text.clone());
         match refusal {
-            Refusal::NotMember { least, .. } | Refusal::Fenced { least, .. } => {
-                conflict.least_incarnation(*least)
-            }
+            Refusal::NotMember { .. } | Refusal::Fenced { .. } => conflict.join_again(),
             Refusal::FromTheFuture { version, .. } => conflict.version(*version),
+            Refusal::TooManyExamples { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
             Refusal::TooManyPending { .. } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
             }
             Refusal::Forgotten { .. }
+            | Refusal::LifeAhead { .. }
+            | Refusal::ClockAhead { .. }
+            | Refusal::TwoLives { .. }
             | Refusal::AlreadyPushed { .. }
             | Refusal::TooManyWorkers { .. }
             | Refusal::Empty => conflict,
@@ -141,8 +132,8 @@ impl IntoResponse for Problem {
         let headers = response.headers_mut();
         let text = const { axum::http::HeaderValue::from_static("text/plain; charset=utf-8") };
         headers.insert(CONTENT_TYPE, text);
-        if let Some(least) = self.least_incarnation {
-            headers.insert(LEAST_INCARNATION, least.0.into());
+        if self.must_join_again {
+            headers.insert(JOIN_AGAIN, 1u64.into());
         }
         if let Some(version) = self.version {
             headers.insert(VERSION, version.0.into());

@@ -19,7 +19,7 @@ use super::outbox::Outbox;
 use super::stream::Stream;
 use crate::actor::{ActorRef, CallError, NotDelivered};
 use crate::codec::{Encoded, encode};
-use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::remote::callee::Server;
 use crate::remote::process::{NodeId, Process};
 use crate::rule::UpdateRule;
@@ -72,7 +72,7 @@ fn messages(rng: &mut TestRng) -> Vec<Encoded> {
         encode(&GetWeights), // `ApplyKept` has references in it, which only a cluster can write.
         encode(&Join {
             worker,
-            incarnation,
+            request: JoinRequest(u64::from(rng.next_u32() % 3)),
         }),
         encode(&Leave {
             worker,

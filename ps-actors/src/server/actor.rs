@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use actix::{Actor, ActorFutureExt, AsyncContext, Context};
 use tokio::sync::oneshot;
@@ -18,7 +18,7 @@ use super::messages::{ApplyGradients, Decision, Follow, ServerError};
 use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
 use super::shard::{PullAnswer, Shard, ShardError};
 use crate::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
-use crate::ids::{GradientId, WorkerId};
+use crate::ids::{GradientId, Incarnation, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradients, Weights};
 
@@ -219,7 +219,7 @@ impl ParameterServer {
             Decision::Update {
                 update,
                 learning_rate,
-            } => self.shard.update(update, learning_rate),
+            } => self.shard.update(update, learning_rate)?,
             Decision::Discard(id) => {
                 self.shard.discard(id);
                 Vec::new()
@@ -310,11 +310,15 @@ impl ParameterServer {
         event: impl FnOnce(Ticket) -> Event,
         ctx: &mut Context<Self>,
     ) -> Result<oneshot::Receiver<Result<Answer, Refusal>>, ServerError> {
-        self.coordinate()?.last_heard.insert(worker, Instant::now());
         let ticket = self.ticket();
         let (caller, answer) = oneshot::channel();
         self.callers.insert(ticket, Caller::Worker(worker, caller));
         self.step(event(ticket), ctx)?;
+        let first = self.coordinate()?;
+        // Only of members, whose number is bounded: anybody can make up a worker.
+        if first.coordinator.life(worker).is_some() {
+            first.last_heard.insert(worker, Instant::now());
+        }
         Ok(answer)
     }
 
@@ -325,6 +329,7 @@ impl ParameterServer {
         ctx: &mut Context<Self>,
     ) -> Result<oneshot::Receiver<Result<Answer, Refusal>>, ServerError> {
         self.check_followers()?;
+        self.check_range(&gradients)?;
         let stamp = stamp(&gradients);
         self.stage_own(&gradients)?;
         let worker = gradients.id.worker;
@@ -339,14 +344,24 @@ impl ParameterServer {
         )
     }
 
-    /// Stages a gradient here, unless its worker's life is over: then the coordinator says so.
+    /// Refuses a gradient that is not over exactly the weights of the model.
+    fn check_range(&self, gradients: &Gradients) -> Result<(), ShardError> {
+        let expected = 0..self.shard.weights().layout().num_weights();
+        let (id, got) = (gradients.id, gradients.gradient.range());
+        match got == expected {
+            true => Ok(()),
+            false => Err(ShardError::WrongRange { id, got, expected }),
+        }
+    }
+
+    /// Stages a gradient here, unless its worker is no member: then the coordinator says so.
     fn stage_own(&mut self, gradients: &Gradients) -> Result<(), ServerError> {
         if !self.is_pending(gradients.id)? {
             self.shard.discard(gradients.id);
         }
         match self.shard.stage(gradients.id, &gradients.gradient) {
             Ok(answers) => self.answer_pulls(answers),
-            Err(ShardError::Fenced { .. }) => {}
+            Err(ShardError::Fenced { .. } | ShardError::TooManyStrangers { .. }) => {}
             Err(other) => return Err(other.into()),
         }
         Ok(())
@@ -364,13 +379,9 @@ impl ParameterServer {
         ctx: &mut Context<Self>,
     ) -> Result<Weights, ServerError> {
         self.check_followers()?;
-        let expected = 0..self.shard.weights().layout().num_weights();
-        for Gradients { id, gradient, .. } in &message.gradients {
+        for gradients in &message.gradients {
             // Checked for all before anything is staged anywhere.
-            if gradient.range() != expected {
-                let (id, got) = (*id, gradient.range());
-                return Err(ShardError::WrongRange { id, got, expected }.into());
-            }
+            self.check_range(gradients)?;
         }
         for Gradients { id, gradient, .. } in &message.gradients {
             if !self.is_pending(*id)? {
@@ -391,6 +402,7 @@ impl ParameterServer {
                 ticket,
                 stamps,
                 reduction: message.reduction,
+                newest: newest_life(),
             },
             ctx,
         )?;
@@ -434,6 +446,7 @@ impl ParameterServer {
         for worker in waiting {
             last_heard.insert(worker, now);
         }
+        last_heard.retain(|&worker, _| coordinator.life(worker).is_some());
         let lost: Vec<WorkerId> = coordinator
             .members()
             .map(|(worker, _)| worker)
@@ -452,10 +465,20 @@ impl ParameterServer {
     }
 }
 
+/// The latest life that a worker which never joined can be in: it was made an hour ahead of this
+/// machine's clock at most.
+fn newest_life() -> Incarnation {
+    const TOLERANCE: Duration = Duration::from_secs(3600);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let micros = (now.unwrap_or_default() + TOLERANCE).as_micros();
+    Incarnation(u64::try_from(micros).unwrap_or(u64::MAX))
+}
+
 fn stamp(gradients: &Gradients) -> Stamp {
     let Gradients {
         id,
         computed_on,
+        num_examples,
         ref gradient,
         ..
     } = *gradients;
@@ -463,6 +486,7 @@ fn stamp(gradients: &Gradients) -> Stamp {
         id,
         computed_on,
         norm: gradient.norm(),
+        num_examples: u64::try_from(num_examples).unwrap_or(u64::MAX),
     }
 }
 

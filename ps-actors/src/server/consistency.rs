@@ -102,7 +102,10 @@ pub enum ConsistencyError {
 /// How the gradients of one update become one gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reduction {
-    /// Their arithmetic mean: the learning rate means the same for any number of workers.
+    /// Their mean, weighted with how many examples each batch had, as one worker computes on the joined
+    /// batch: the learning rate means the same for any number of workers. If it is not known how many
+    /// examples a batch had (0), all gradients of its update weigh the same. Batches of one size give the
+    /// bits of the plain mean. More than 2³² examples of a batch are refused.
     #[default]
     Mean,
     /// Their sum, as Ray's parameter-server example does: with n workers an n times longer step.

@@ -17,7 +17,7 @@ use super::consistency::{Consistency, Reduction};
 use super::ledger::{Ledger, Outcome};
 use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Ticket};
 use super::status::{CoordinatorStatus, WorkerStatus};
-use crate::ids::{Clock, Epoch, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, Epoch, Incarnation, JoinRequest, Version, WorkerId};
 
 mod admission;
 mod rounds;
@@ -57,7 +57,7 @@ struct PendingPush {
 struct HeldAnswer {
     ticket: Ticket,
     worker: WorkerId,
-    next_clock: Clock,
+    clock: Clock,
     outcome: Outcome,
 }
 
@@ -69,7 +69,7 @@ pub struct Coordinator {
     max_norm: f64,
     /// How many workers more must have come before the first round closes.
     num_awaited: usize,
-    /// Those that were counted down already.
+    /// Those that were counted down already: no more than were awaited.
     arrived: BTreeSet<WorkerId>,
     version: Version,
     epoch: Epoch,
@@ -117,9 +117,9 @@ impl Coordinator {
             Event::Join {
                 ticket,
                 worker,
-                incarnation,
+                request,
             } => {
-                let answer = self.join(worker, incarnation, &mut effects);
+                let answer = self.join(worker, request, &mut effects);
                 effects.push(Effect::Answer {
                     ticket,
                     answer: answer.map(Answer::Joined),
@@ -152,7 +152,11 @@ impl Coordinator {
                 then_start,
             } => {
                 if let Err(refusal) = self.push(ticket, stamp, then_start, &mut effects) {
-                    self.discard_unless_pending(stamp.id, &mut effects);
+                    // A push that is to come again needs what is staged for it: a follower that was
+                    // told to forget it only after it was staged again would wait for it for ever.
+                    if !matches!(refusal, Refusal::TooManyPending { .. }) {
+                        self.discard_unless_pending(stamp.id, &mut effects);
+                    }
                     effects.push(Effect::Answer {
                         ticket,
                         answer: Err(refusal),
@@ -163,8 +167,9 @@ impl Coordinator {
                 ticket,
                 stamps,
                 reduction,
+                newest,
             } => {
-                let answer = self.apply(&stamps, reduction, &mut effects);
+                let answer = self.apply(&stamps, reduction, newest, &mut effects);
                 for stamp in &stamps {
                     self.discard_unless_pending(stamp.id, &mut effects);
                 }
@@ -192,6 +197,26 @@ impl Coordinator {
             .map(|(&worker, member)| (worker, member.incarnation))
     }
 
+    /// Returns the life in which a worker takes part now.
+    #[must_use]
+    pub fn life(&self, worker: WorkerId) -> Option<Incarnation> {
+        self.members.get(&worker).map(|member| member.incarnation)
+    }
+
+    /// How many entries the largest book about workers has.
+    #[cfg(test)]
+    pub(in crate::server) fn largest_book(&self) -> usize {
+        let Self {
+            arrived,
+            members,
+            ledgers,
+            stats,
+            ..
+        } = self;
+        let books = [arrived.len(), members.len(), ledgers.len(), stats.len()];
+        books.into_iter().fold(0, usize::max)
+    }
+
     /// Describes the state for people and metrics.
     #[must_use]
     pub fn status(&self) -> CoordinatorStatus {
@@ -214,60 +239,53 @@ impl Coordinator {
     fn join(
         &mut self,
         worker: WorkerId,
-        incarnation: Incarnation,
+        request: JoinRequest,
         effects: &mut Vec<Effect>,
     ) -> Result<Membership, Refusal> {
-        if let Some(member) = self
-            .members
-            .get(&worker)
-            .filter(|m| m.incarnation == incarnation)
-        {
+        let ledger = self.ledgers.get(&worker);
+        if let Some(got) = ledger.and_then(|ledger| ledger.life_of(request)) {
             // The same request once more: the same answer, and nothing changes.
-            let next_clock = member.first_clock;
-            return Ok(Membership {
-                epoch: self.epoch,
-                next_clock,
-                version: self.version,
-            });
-        }
-        if let Some(ledger) = self
-            .ledgers
-            .get(&worker)
-            .filter(|l| incarnation <= l.incarnation)
-        {
-            let least = ledger.incarnation.next();
-            return Err(Refusal::Fenced {
-                worker,
-                got: incarnation,
-                least,
-            });
+            let member = self.members.get(&worker);
+            return match member.filter(|member| member.incarnation == got) {
+                Some(member) => Ok(self.membership(member)),
+                None => {
+                    let least = got.next();
+                    Err(Refusal::Fenced { worker, got, least })
+                }
+            };
         }
         self.check_room(worker)?;
         self.no_longer_await(worker);
         self.remove(worker, effects);
         let ledger = self.ledgers.entry(worker).or_default();
-        ledger.incarnation = incarnation;
-        let next_clock = ledger.next_clock();
+        ledger.join(request);
+        let (incarnation, first_clock) = (ledger.incarnation, ledger.first_clock());
         // A newcomer counts as being where the slowest is: it holds nobody back for steps
         // that others took before it came.
         let first_progress = self.slowest_progress().unwrap_or(0);
         let member = Member {
             incarnation,
-            first_clock: next_clock,
+            first_clock,
             first_progress,
-            next_clock,
+            next_clock: first_clock,
         };
-        self.members.insert(worker, member);
         self.epoch = self.epoch.next();
         effects.push(Effect::Fence {
             worker,
             below: incarnation,
         });
-        Ok(Membership {
+        let membership = self.membership(&member);
+        self.members.insert(worker, member);
+        Ok(membership)
+    }
+
+    fn membership(&self, member: &Member) -> Membership {
+        Membership {
+            incarnation: member.incarnation,
             epoch: self.epoch,
-            next_clock,
+            next_clock: member.first_clock,
             version: self.version,
-        })
+        }
     }
 
     /// Counts a worker down that has come, or never will, the first time that it is heard of.
@@ -290,7 +308,7 @@ impl Coordinator {
             .extract_if(.., |push| push.stamp.id.worker == worker)
         {
             for waiter in push.waiters {
-                let refusal = Refusal::NotMember { worker, least };
+                let refusal = Refusal::NotMember { worker };
                 effects.push(Effect::Answer {
                     ticket: waiter.ticket,
                     answer: Err(refusal),

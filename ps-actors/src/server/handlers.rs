@@ -109,14 +109,11 @@ impl Handler<Join> for ParameterServer {
     type Result = Result<Membership, ServerError>;
 
     fn handle(&mut self, message: Join, ctx: &mut Self::Context) -> Self::Result {
-        let Join {
-            worker,
-            incarnation,
-        } = message;
+        let Join { worker, request } = message;
         let event = |ticket| Event::Join {
             ticket,
             worker,
-            incarnation,
+            request,
         };
         let mut answer = self.step_for(worker, event, ctx)?;
         match answer.try_recv().map_err(|_| ServerError::Stopping)?? {
@@ -171,12 +168,9 @@ impl Handler<Heartbeat> for ParameterServer {
             incarnation,
         } = message;
         let first = self.coordinate()?;
-        let mut members = first.coordinator.members();
-        if !members.any(|member| member == (worker, incarnation)) {
-            let least = incarnation.next();
-            return Err(Refusal::NotMember { worker, least }.into());
+        if first.coordinator.life(worker) != Some(incarnation) {
+            return Err(Refusal::NotMember { worker }.into());
         }
-        drop(members);
         first.last_heard.insert(worker, Instant::now());
         Ok(())
     }

@@ -2,13 +2,14 @@
 //!
 //! Per worker it keeps the outcome of the latest [`WINDOW`] clocks, so that a push that
 //! arrives again gets the answer that the first one got. Below the window it only knows
-//! that the clock is over. Clocks may arrive in any order and with gaps.
+//! that the clock is over. Clocks may arrive in any order and with gaps. What waits to be settled is
+//! the coordinator's to know: it may be settled here also when the window has passed it meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{Clock, Incarnation, Version};
+use crate::ids::{Clock, Incarnation, JoinRequest, Version};
 
 /// How many outcomes are remembered per worker: far more than a worker has in flight.
 pub const WINDOW: usize = 1024;
@@ -58,10 +59,17 @@ impl Outcome {
 pub(crate) struct Ledger {
     /// The latest life of the worker that is known.
     pub(crate) incarnation: Incarnation,
-    /// All clocks below are over, and their outcomes forgotten.
+    /// The clock with which that life began: those below were over before it.
+    first_clock: Clock,
+    /// All clocks below are over or pending; the outcomes of most of them are forgotten.
     floor: Clock,
     settled: BTreeMap<Clock, Outcome>,
+    /// Which request began which of the latest lives.
+    joins: VecDeque<(JoinRequest, Incarnation)>,
 }
+
+/// How many requests to join are remembered per worker: one that was delayed is no new one.
+const MAX_JOINS: usize = 8;
 
 /// What the ledger knows of a clock.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,45 +78,68 @@ pub(crate) enum Entry {
     New,
     /// Settled like this.
     Settled(Outcome),
-    /// So long ago that only this is known: it must not be applied now.
+    /// So long ago, or in an earlier life, that only this is known: it must not be applied now.
     Forgotten,
 }
 
 impl Ledger {
-    /// Starts the record of a life that counts its clocks from the beginning.
-    pub(crate) fn new(incarnation: Incarnation) -> Self {
-        Self {
+    /// Begins a life that counts its clocks from the beginning.
+    pub(crate) fn begin(&mut self, incarnation: Incarnation) {
+        *self = Self {
             incarnation,
+            joins: std::mem::take(&mut self.joins),
             ..Self::default()
+        };
+    }
+
+    /// Begins the life that a request asks for: the one after the latest. It goes on at the clock after
+    /// the latest settled one, and none of its gradients can be a step that an earlier life took.
+    pub(crate) fn join(&mut self, request: JoinRequest) {
+        self.incarnation = self.incarnation.next();
+        self.first_clock = self.next_clock();
+        self.joins.push_back((request, self.incarnation));
+        if self.joins.len() > MAX_JOINS {
+            self.joins.pop_front();
         }
+    }
+
+    /// Returns the life that a request began, if it is one of the latest.
+    pub(crate) fn life_of(&self, request: JoinRequest) -> Option<Incarnation> {
+        let known = self.joins.iter().find(|(known, _)| *known == request);
+        known.map(|&(_, incarnation)| incarnation)
+    }
+
+    pub(crate) fn first_clock(&self) -> Clock {
+        self.first_clock
     }
 
     pub(crate) fn entry(&self, clock: Clock) -> Entry {
         match self.settled.get(&clock) {
+            _ if clock < self.first_clock => Entry::Forgotten,
             Some(&outcome) => Entry::Settled(outcome),
             None if clock < self.floor => Entry::Forgotten,
             None => Entry::New,
         }
     }
 
-    /// Records an outcome; the oldest one is forgotten when there are too many.
+    /// Records the outcome of a clock that is new or was new when it began to wait. When there are too
+    /// many, the lowest clock's is forgotten; never the one that comes now, since whoever sent it may
+    /// have to ask once more.
     pub(crate) fn settle(&mut self, clock: Clock, outcome: Outcome) {
         let before = self.settled.insert(clock, outcome);
-        assert!(
-            before.is_none() && clock >= self.floor,
-            "a gradient is settled once (PS-2)"
-        );
+        assert!(before.is_none(), "a gradient is settled once (PS-2)");
         if self.settled.len() > WINDOW {
-            let (oldest, _) = self.settled.pop_first().expect("it is not empty");
-            self.floor = oldest.next();
+            let mut lowest = self.settled.keys().filter(|&&settled| settled != clock);
+            let lowest = *lowest.next().expect("the window is more than one");
+            self.settled.remove(&lowest);
+            self.floor = self.floor.max(lowest.next());
         }
     }
 
     /// The clock after the latest settled one: where the worker's next life goes on.
     pub(crate) fn next_clock(&self) -> Clock {
-        self.settled
-            .last_key_value()
-            .map_or(self.floor, |(&clock, _)| clock.next())
+        let after_latest = self.settled.last_key_value().map(|(clock, _)| clock.next());
+        after_latest.unwrap_or_default().max(self.floor)
     }
 }
 
@@ -147,6 +178,20 @@ mod tests {
             let latest = clocks.iter().max().expect("not empty");
             prop_assert_eq!(ledger.next_clock(), Clock(latest + 1));
         }
+    }
+
+    #[test]
+    fn a_clock_that_the_window_passed_while_it_waited_is_settled_and_answered() {
+        let mut ledger = Ledger::default();
+        (1..=2 * WINDOW as u64).for_each(|clock| ledger.settle(Clock(clock), applied(clock)));
+        ledger.settle(Clock(0), applied(9));
+        assert_eq!(ledger.entry(Clock(0)), Entry::Settled(applied(9)));
+        assert_eq!(ledger.settled.len(), WINDOW);
+        let next = 2 * WINDOW as u64 + 1;
+        assert_eq!(ledger.next_clock(), Clock(next));
+        ledger.settle(Clock(next), applied(next));
+        assert_eq!(ledger.entry(Clock(0)), Entry::Forgotten);
+        assert_eq!(ledger.entry(Clock(1)), Entry::Forgotten);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
 use crate::actor::CallError;
-use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::remote::Kept;
 use crate::weights::{Gradient, Gradients, Weights};
 use crate::worker::WorkerError;
@@ -93,15 +93,16 @@ impl ApplyKept {
     }
 }
 
-/// Makes a worker a member. Sent to the first server of a group.
+/// Makes a worker a member, in the life that the answer says: an earlier one of the same worker is over.
+/// Sent to the first server of a group.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Membership, ServerError>")]
 pub struct Join {
     /// Who.
     pub worker: WorkerId,
-    /// Which life of the worker: higher than in any earlier `Join`. The same `Join` again gets
-    /// the same answer.
-    pub incarnation: Incarnation,
+    /// A random number. The same `Join` again gets the same answer, one with another number
+    /// begins another life.
+    pub request: JoinRequest,
 }
 
 /// Ends a worker's membership; what it has pending is not applied. Sent to the first server.
@@ -140,11 +141,12 @@ pub struct Heartbeat {
 pub struct Stage {
     /// Which gradient.
     pub id: GradientId,
-    /// The numbers, over the server's range at least.
+    /// The numbers, over exactly the server's range or exactly the whole model's.
     pub gradient: Gradient,
 }
 
-/// Pushes a gradient, to be applied as the consistency mode says. Sent to the first server.
+/// Pushes a gradient over exactly the weights of the model, to be applied as the consistency mode says.
+/// Sent to the first server.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Outcome, ServerError>")]
 pub struct Push(pub Gradients);
@@ -323,8 +325,26 @@ mod tests {
             clock: Clock(7),
         };
         let refusals = [
-            Refusal::NotMember { worker, least },
+            Refusal::NotMember { worker },
             Refusal::Fenced { worker, got, least },
+            Refusal::LifeAhead {
+                worker,
+                got: LEAST,
+                newest: got,
+            },
+            Refusal::ClockAhead {
+                id,
+                most: Clock(u64::MAX),
+            },
+            Refusal::TooManyExamples {
+                id,
+                claimed: u64::MAX,
+            },
+            Refusal::TwoLives {
+                worker,
+                one: got,
+                other: LEAST,
+            },
             Refusal::Forgotten { id },
             Refusal::AlreadyPushed { id },
             Refusal::FromTheFuture {
@@ -343,8 +363,14 @@ mod tests {
                 got: 0..usize::MAX,
                 expected: 4..7,
             },
+            ShardError::OutOfOrder {
+                got: Version(u64::MAX),
+                num_gradients: 0,
+                last: version,
+            },
             ShardError::Fenced { id, least },
             ShardError::TooManyStaged { worker },
+            ShardError::TooManyStrangers { id },
             ShardError::VersionGone {
                 asked: Version(1),
                 oldest: version,

@@ -4,13 +4,21 @@ use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
 use super::ledger::Outcome;
-use crate::ids::{Clock, Epoch, GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, Epoch, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 
 /// How many pushes of one worker may be pending, and how many callers may wait for each.
 pub(crate) const MAX_PENDING: usize = 16;
 
 /// How many different workers a server keeps books of.
 pub(crate) const MAX_WORKERS: usize = 1 << 16;
+
+/// How far a gradient's clock may be ahead of the next one of its worker. A trainer of several models
+/// counts for all of them, and a driver may drop what it does not apply, so there are gaps; but no
+/// number of a peer brings a worker's clock near its end.
+pub(crate) const MAX_CLOCKS_AHEAD: u64 = 1 << 32;
+
+/// How many examples a batch may have: more than any has, and few enough for exact sums of them.
+pub(crate) const MAX_EXAMPLES: u64 = 1 << 32;
 
 /// Whom an answer is for. Chosen by the caller of [`Coordinator::step`](super::coordinator::Coordinator::step); answers may come much later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -25,19 +33,33 @@ pub struct Stamp {
     pub computed_on: Version,
     /// Its Euclidean norm.
     pub norm: f64,
+    /// How many examples its batch had; 0 if that is not known.
+    pub num_examples: u64,
+}
+
+impl Stamp {
+    pub(crate) fn summand(&self) -> Summand {
+        let (id, num_examples) = (self.id, self.num_examples);
+        Summand { id, num_examples }
+    }
+
+    /// How many updates there were between the weights that it was computed on and `version`.
+    pub(crate) fn staleness(&self, version: Version) -> u64 {
+        version.0.saturating_sub(self.computed_on.0)
+    }
 }
 
 /// What happened outside.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// A worker wants to take part, in a life that it did not take part in before.
+    /// A worker wants to take part, in a new life.
     Join {
         /// Whom to answer.
         ticket: Ticket,
         /// Who.
         worker: WorkerId,
-        /// Which life; higher than any before.
-        incarnation: Incarnation,
+        /// Which request this is.
+        request: JoinRequest,
     },
     /// A worker takes no further part.
     Leave {
@@ -70,6 +92,8 @@ pub enum Event {
         stamps: Vec<Stamp>,
         /// How they become one.
         reduction: Reduction,
+        /// The latest life that a worker which never joined can be in by now.
+        newest: Incarnation,
     },
     /// Another mode is to be used from now on.
     SetConsistency(Consistency),
@@ -104,9 +128,18 @@ pub struct Update {
     /// The version that it makes: one more than the last.
     pub version: Version,
     /// Its gradients, ordered by worker, so that their sum does not depend on arrival.
-    pub gradients: Vec<GradientId>,
+    pub gradients: Vec<Summand>,
     /// How they become one.
     pub reduction: Reduction,
+}
+
+/// A gradient's part in an update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Summand {
+    /// Which gradient.
+    pub id: GradientId,
+    /// How many examples its batch had, which is its weight in a mean; see [`Reduction::Mean`].
+    pub num_examples: u64,
 }
 
 /// What a caller gets.
@@ -123,6 +156,8 @@ pub enum Answer {
 /// What a worker needs to know to take part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
+    /// The worker's life, which is part of the name of each of its gradients.
+    pub incarnation: Incarnation,
     /// The epoch that began with the worker's coming.
     pub epoch: Epoch,
     /// The clock of the first step to take: the one after the last settled in earlier lives.
@@ -135,17 +170,15 @@ pub struct Membership {
 #[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
 pub enum Refusal {
     /// The worker has not joined, or has left or been lost.
-    #[error(
-        "{worker} is not a member: it must join (again) with an incarnation of at least {least}"
-    )]
+    #[error("{worker} is not a member: it must join (again)")]
     NotMember {
         /// Who.
         worker: WorkerId,
-        /// The lowest incarnation that may join.
-        least: Incarnation,
     },
     /// A later life of the worker is known: this one is over.
-    #[error("{worker} is fenced off: {got} is over, the valid one is at least {least}")]
+    #[error(
+        "{worker} is fenced off: {got} is over, the valid one is at least {least}; it must join again"
+    )]
     Fenced {
         /// Who.
         worker: WorkerId,
@@ -154,8 +187,51 @@ pub enum Refusal {
         /// The lowest incarnation that is still valid.
         least: Incarnation,
     },
-    /// The gradient is older than what is remembered; it may or may not have been applied.
-    #[error("the outcome of {id} is forgotten; it is not applied again")]
+    /// The life claims to have begun in the future.
+    #[error(
+        "{worker} claims {got}, but no life has a number above {newest} yet: it is the time at which the \
+         worker was made, in microseconds since 1970; compare the clocks of the machines"
+    )]
+    LifeAhead {
+        /// Who.
+        worker: WorkerId,
+        /// What it claims.
+        got: Incarnation,
+        /// The highest that is accepted now.
+        newest: Incarnation,
+    },
+    /// The gradient's step is too far ahead of its worker's.
+    #[error("{id} is too far ahead: its worker's clocks may go up to {most} now")]
+    ClockAhead {
+        /// Which.
+        id: GradientId,
+        /// The highest clock that is accepted now.
+        most: Clock,
+    },
+    /// The batch claims to have more examples than any batch has.
+    #[error("{id} claims a batch of {claimed} examples, more than {MAX_EXAMPLES}")]
+    TooManyExamples {
+        /// Which.
+        id: GradientId,
+        /// What it claims.
+        claimed: u64,
+    },
+    /// Gradients of two lives of a worker would count at once.
+    #[error(
+        "{worker} has gradients of {one} and of {other}: only one life can count; drop the gradients \
+         of the other one, or, if {one} is a member, let it leave first"
+    )]
+    TwoLives {
+        /// Who.
+        worker: WorkerId,
+        /// The earlier life.
+        one: Incarnation,
+        /// The later life.
+        other: Incarnation,
+    },
+    /// The gradient is older than what is remembered, or than its worker's life; what had that
+    /// clock may or may not have been applied.
+    #[error("{id} is over, and its outcome is forgotten; it is not applied")]
     Forgotten {
         /// Which.
         id: GradientId,

@@ -8,7 +8,7 @@
 //! into a recycled buffer. With several shards the latest few versions are kept, so that a
 //! pull of all shards can get one version although they are not updated at the same instant.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,13 +17,17 @@ use serde::{Deserialize, Serialize};
 use super::consistency::Reduction;
 use super::protocol::{Ticket, Update};
 use crate::buffer::{Buffer, BufferPool};
-use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::spread::{PART_LEN, spread, vectorized};
 use crate::weights::{Gradient, Segment, Weights};
 
 /// How many gradients of one worker may be staged and not yet decided upon.
 pub const MAX_STAGED: usize = 32;
+
+/// How many gradients may be staged of all lives that the coordinator has not said are valid. Its word may
+/// come a little later than a new member's first gradient; but anybody can make up a life.
+pub const MAX_STAGED_OF_STRANGERS: usize = 32;
 
 /// Which version a pull wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,8 +43,10 @@ pub enum PullVersion {
 /// Why a shard did not do what it was asked to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum ShardError {
-    /// The gradient does not belong to this shard's weights.
-    #[error("{id} is over weights {got:?}, but this server holds {expected:?}")]
+    /// The gradient is of a model with more or fewer weights.
+    #[error(
+        "{id} is over weights {got:?}, but must be over {expected:?}: its model is another one"
+    )]
     WrongRange {
         /// Which gradient.
         id: GradientId,
@@ -48,6 +54,16 @@ pub enum ShardError {
         got: Range<usize>,
         /// What it must cover.
         expected: Range<usize>,
+    },
+    /// A decision that cannot follow the ones before.
+    #[error("an update to {got} with {num_gradients} gradients cannot follow {last}")]
+    OutOfOrder {
+        /// The version that it makes.
+        got: Version,
+        /// How many gradients it names, each once or not.
+        num_gradients: usize,
+        /// The version before.
+        last: Version,
     },
     /// The worker's life is over.
     #[error("{id} is fenced off: valid is {least} or later")]
@@ -62,6 +78,15 @@ pub enum ShardError {
     TooManyStaged {
         /// Who.
         worker: WorkerId,
+    },
+    /// The worker's life is not known here, and too many gradients of such lives are staged.
+    #[error(
+        "{id} is of a life that is not known here (yet), and {MAX_STAGED_OF_STRANGERS} such gradients are \
+         staged already; join, or try again"
+    )]
+    TooManyStrangers {
+        /// Which gradient.
+        id: GradientId,
     },
     /// The version is no longer kept.
     #[error("version {asked:?} is gone: the oldest that is kept is {oldest:?}; pull a later one")]
@@ -164,19 +189,26 @@ impl Shard {
         self.learning_rate = learning_rate;
     }
 
+    /// How many workers something is remembered of.
+    #[cfg(test)]
+    pub(in crate::server) fn num_fences(&self) -> usize {
+        self.fences.len()
+    }
+
     /// Returns how many gradients wait here for the coordinator's decision.
     #[must_use]
     pub fn num_staged(&self) -> usize {
         self.staged.len()
     }
 
-    /// Keeps a gradient until the coordinator decides what becomes of it. Staging it again
+    /// Keeps a gradient until the coordinator decides what becomes of it. It is over all weights of the
+    /// model, or over those of this shard. Staging it again
     /// changes nothing. One with a number that is not finite is not kept: no coordinator takes it
     /// (PS-6). May make updates possible that waited for it: answer what is returned.
     ///
     /// # Errors
-    /// When the gradient is over other weights, its worker's life is over, or the worker has
-    /// too many staged already.
+    /// When the gradient is over other weights, its worker's life is over, or the worker, or all
+    /// whose life is not known here, have too many staged already.
     pub fn stage(
         &mut self,
         id: GradientId,
@@ -189,12 +221,23 @@ impl Shard {
         if let Some(&least) = fence.filter(|_| !self.is_awaited(id)) {
             return Err(ShardError::Fenced { id, least });
         }
-        let of_worker = self
-            .staged
-            .keys()
-            .filter(|staged| staged.worker == id.worker);
-        if !self.staged.contains_key(&id) && of_worker.count() >= MAX_STAGED {
-            return Err(ShardError::TooManyStaged { worker: id.worker });
+        let is_known = |id: &GradientId| self.fences.get(&id.worker) == Some(&id.incarnation);
+        if !self.staged.contains_key(&id) && !self.is_awaited(id) {
+            let worker = id.worker;
+            let first = GradientId {
+                worker,
+                incarnation: Incarnation(0),
+                clock: Clock(0),
+            };
+            let of_worker = self.staged.range(first..);
+            let of_worker = of_worker.take_while(|(staged, _)| staged.worker == worker);
+            if of_worker.count() >= MAX_STAGED {
+                return Err(ShardError::TooManyStaged { worker });
+            }
+            let strangers = || self.staged.keys().filter(|staged| !is_known(staged));
+            if !is_known(&id) && strangers().count() >= MAX_STAGED_OF_STRANGERS {
+                return Err(ShardError::TooManyStrangers { id });
+            }
         }
         self.stage_decided(id, gradient)
     }
@@ -209,7 +252,7 @@ impl Shard {
         gradient: &Gradient,
     ) -> Result<Vec<PullAnswer>, ShardError> {
         let (got, expected) = (gradient.range(), self.range());
-        if got.start > expected.start || got.end < expected.end {
+        if got != expected && got != (0..self.current.layout().num_weights()) {
             return Err(ShardError::WrongRange { id, got, expected });
         }
         if gradient.norm().is_finite() {
@@ -238,9 +281,29 @@ impl Shard {
 
     /// Applies an update, with this learning rate. If a gradient of it is not staged here yet,
     /// it and all later updates wait. Returns the pulls that can be answered now.
-    pub fn update(&mut self, update: Update, learning_rate: f64) -> Vec<PullAnswer> {
+    ///
+    /// # Errors
+    /// When it is not the next one, or names no gradient, or one twice.
+    pub fn update(
+        &mut self,
+        update: Update,
+        learning_rate: f64,
+    ) -> Result<Vec<PullAnswer>, ShardError> {
+        let waiting = self.undone_updates.back();
+        let last = waiting.map_or(self.current.version(), |(last, _)| last.version);
+        let distinct: BTreeSet<GradientId> = update.gradients.iter().map(|one| one.id).collect();
+        let num_gradients = update.gradients.len();
+        let is_next = update.version.0.checked_sub(last.0) == Some(1);
+        if !is_next || distinct.is_empty() || distinct.len() < num_gradients {
+            let got = update.version;
+            return Err(ShardError::OutOfOrder {
+                got,
+                num_gradients,
+                last,
+            });
+        }
         self.undone_updates.push_back((update, learning_rate));
-        self.do_updates()
+        Ok(self.do_updates())
     }
 
     /// Answers a pull at once, or, if its version does not exist yet, later under `ticket`.
@@ -278,7 +341,7 @@ impl Shard {
     fn is_awaited(&self, id: GradientId) -> bool {
         self.undone_updates
             .iter()
-            .any(|(update, _)| update.gradients.contains(&id))
+            .any(|(update, _)| update.gradients.iter().any(|one| one.id == id))
     }
 
     fn do_updates(&mut self) -> Vec<PullAnswer> {
@@ -287,7 +350,7 @@ impl Shard {
             if !update
                 .gradients
                 .iter()
-                .all(|id| self.staged.contains_key(id))
+                .all(|one| self.staged.contains_key(&one.id))
             {
                 break;
             }
@@ -311,21 +374,20 @@ impl Shard {
     }
 
     fn apply(&mut self, update: &Update, learning_rate: f64) {
-        assert_eq!(
-            update.version,
-            self.current.version().next(),
-            "updates come in order (PS-5)"
-        );
         let gradients: Vec<Gradient> = update
             .gradients
             .iter()
-            .map(|id| self.staged.remove(id).expect("checked by the caller"))
+            .map(|one| {
+                let staged = self.staged.remove(&one.id);
+                staged.expect("checked by the caller, each named once")
+            })
             .collect();
         let sum;
         let gradient = match &gradients[..] {
             [single] => single.values(),
             several => {
-                sum = reduce(several, update.reduction, &self.pool);
+                let shares = shares(update);
+                sum = reduce(several, shares.as_deref(), update.reduction, &self.pool);
                 &sum
             }
         };
@@ -364,8 +426,26 @@ impl Shard {
     }
 }
 
-/// Adds gradients up in their order, element by element, and divides by their number for a mean.
-fn reduce(gradients: &[Gradient], reduction: Reduction, pool: &BufferPool) -> Buffer {
+/// Returns the share of each gradient in a mean of batches of different size; none if all weigh the same.
+fn shares(update: &Update) -> Option<Vec<f32>> {
+    let sizes = update.gradients.iter().map(|one| one.num_examples);
+    let smallest = sizes.clone().min().unwrap_or(0);
+    if update.reduction == Reduction::Sum || smallest == 0 || sizes.clone().all(|n| n == smallest) {
+        return None;
+    }
+    // Exact: each is checked to be small (`MAX_EXAMPLES`).
+    let all: f64 = sizes.clone().map(|n| n as f64).sum();
+    Some(sizes.map(|n| (n as f64 / all) as f32).collect())
+}
+
+/// Adds gradients up in their order, element by element: each times its weight, if they have any, else
+/// divided by their number for a mean.
+fn reduce(
+    gradients: &[Gradient],
+    weights: Option<&[f32]>,
+    reduction: Reduction,
+    pool: &BufferPool,
+) -> Buffer {
     let (first, rest) = gradients.split_first().expect("an update has gradients");
     let scale = match reduction {
         Reduction::Mean => 1.0 / gradients.len() as f32,
@@ -379,7 +459,19 @@ fn reduce(gradients: &[Gradient], reduction: Reduction, pool: &BufferPool) -> Bu
         vectorized(
             #[inline(always)]
             || {
-                sum.copy_from_slice(&first.values()[part.clone()]);
+                let first = &first.values()[part.clone()];
+                if let Some(weights) = weights {
+                    for (sum, value) in sum.iter_mut().zip(first) {
+                        *sum = value * weights[0];
+                    }
+                    for (gradient, weight) in rest.iter().zip(&weights[1..]) {
+                        for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
+                            *sum += value * weight;
+                        }
+                    }
+                    return;
+                }
+                sum.copy_from_slice(first);
                 for gradient in rest {
                     for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
                         *sum += value;
@@ -410,10 +502,20 @@ mod tests {
             })
             .collect();
         for (reduction, scale) in [(Reduction::Sum, 1.0), (Reduction::Mean, 1.0f32 / 3.0)] {
-            let got = reduce(&gradients, reduction, &BufferPool::new(0));
+            let got = reduce(&gradients, None, reduction, &BufferPool::new(0));
             let [a, b, c] = [0, 1, 2].map(|k| gradients[k].values());
             let is_right = |i: usize| got[i] == (a[i] + b[i] + c[i]) * scale;
             assert!((0..got.len()).all(is_right), "{reduction}");
         }
+        let weights = [0.5, 0.125, 0.375];
+        let got = reduce(
+            &gradients,
+            Some(&weights),
+            Reduction::Mean,
+            &BufferPool::new(0),
+        );
+        let [a, b, c] = [0, 1, 2].map(|k| gradients[k].values());
+        let is_right = |i: usize| got[i] == a[i] * 0.5 + b[i] * 0.125 + c[i] * 0.375;
+        assert!((0..got.len()).all(is_right));
     }
 }

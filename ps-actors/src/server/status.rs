@@ -92,7 +92,7 @@ impl Histogram {
             self.counts.resize(other.counts.len(), 0);
         }
         for (mine, theirs) in self.counts.iter_mut().zip(&other.counts) {
-            *mine += theirs;
+            *mine = mine.saturating_add(*theirs);
         }
         self.sum = self.sum.saturating_add(other.sum);
         self.max = self.max.max(other.max);
@@ -107,7 +107,9 @@ impl Histogram {
     /// Returns how many values were counted.
     #[must_use]
     pub fn num_values(&self) -> u64 {
-        self.counts.iter().sum()
+        // They may be a peer's.
+        let add = |sum: u64, count: &u64| sum.saturating_add(*count);
+        self.counts.iter().fold(0, add)
     }
 
     /// Returns the mean, or 0 if nothing was counted.

@@ -1,10 +1,14 @@
 //! What comes in: which gradients are new, who may push them, and which are refused.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::super::consistency::Reduction;
 use super::super::ledger::{Entry, Ledger, Outcome};
-use super::super::protocol::{Effect, MAX_PENDING, MAX_WORKERS, Refusal, Stamp, Ticket};
+use super::super::protocol::{
+    Effect, MAX_CLOCKS_AHEAD, MAX_EXAMPLES, MAX_PENDING, MAX_WORKERS, Refusal, Stamp, Ticket,
+};
 use super::{Coordinator, PendingPush, Waiter};
-use crate::ids::{GradientId, Incarnation, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 
 impl Coordinator {
     pub(super) fn push(
@@ -17,10 +21,6 @@ impl Coordinator {
         let id = stamp.id;
         let worker = id.worker;
         let waiter = Waiter { ticket, then_start };
-        let latest = self
-            .ledgers
-            .get(&worker)
-            .map_or(Incarnation(0), |l| l.incarnation);
         match self.members.get(&worker) {
             Some(member) if member.incarnation == id.incarnation => {}
             Some(member) if member.incarnation > id.incarnation => {
@@ -32,22 +32,10 @@ impl Coordinator {
                 });
             }
             _ => {
-                return Err(Refusal::NotMember {
-                    worker,
-                    least: latest.next(),
-                });
+                return Err(Refusal::NotMember { worker });
             }
         }
-        match self.entry(id) {
-            Entry::Settled(outcome) => {
-                self.stat(worker).num_duplicates += 1;
-                effects.push(Effect::Discard(id));
-                self.answer(waiter, id, outcome, effects);
-                return Ok(());
-            }
-            Entry::Forgotten => return Err(Refusal::Forgotten { id }),
-            Entry::New => {}
-        }
+        // Before the ledger is asked: its window may have passed what waits.
         if let Some(pending) = self.pending.iter_mut().find(|push| push.stamp.id == id) {
             if pending.waiters.len() >= MAX_PENDING {
                 return Err(Refusal::TooManyPending { worker });
@@ -56,7 +44,24 @@ impl Coordinator {
             self.stat(worker).num_duplicates += 1;
             return Ok(());
         }
+        match self.entry(id) {
+            Entry::Settled(outcome) => {
+                let held = self.held_answers.iter();
+                let held = held.filter(|held| held.worker == worker && held.clock == id.clock);
+                if then_start && held.count() >= MAX_PENDING {
+                    return Err(Refusal::TooManyPending { worker });
+                }
+                self.stat(worker).num_duplicates += 1;
+                effects.push(Effect::Discard(id));
+                self.answer(waiter, id, outcome, effects);
+                return Ok(());
+            }
+            Entry::Forgotten => return Err(Refusal::Forgotten { id }),
+            Entry::New => {}
+        }
         self.check_version(&stamp)?;
+        self.check_clock(id)?;
+        check_examples(&stamp)?;
         if self
             .pending
             .iter()
@@ -84,22 +89,10 @@ impl Coordinator {
         &mut self,
         stamps: &[Stamp],
         reduction: Reduction,
+        newest: Incarnation,
         effects: &mut Vec<Effect>,
     ) -> Result<Outcome, Refusal> {
-        let mut settled = Vec::new();
-        for (i, stamp) in stamps.iter().enumerate() {
-            let id = stamp.id;
-            self.admit(id)?;
-            self.check_version(stamp)?;
-            match self.entry(id) {
-                Entry::Settled(outcome) => settled.push((id, outcome)),
-                Entry::Forgotten => return Err(Refusal::Forgotten { id }),
-                Entry::New => {}
-            }
-            if self.is_pending(id) || stamps[..i].iter().any(|earlier| earlier.id == id) {
-                return Err(Refusal::AlreadyPushed { id });
-            }
-        }
+        let settled = self.check_all(stamps, newest)?;
         if settled.len() == stamps.len() {
             // The same call once more gets the same answer.
             for (id, _) in &settled {
@@ -113,6 +106,9 @@ impl Coordinator {
         }
         if let Some(&(id, _)) = settled.first() {
             return Err(Refusal::AlreadyPushed { id });
+        }
+        for stamp in stamps {
+            self.begin_life(stamp.id, effects);
         }
         for stamp in stamps {
             // One bad gradient spoils the call; the others may be applied again without it.
@@ -135,33 +131,74 @@ impl Coordinator {
         Ok(self.update(pushes, reduction, effects))
     }
 
-    /// Lets a gradient in that needs no membership, and fences earlier lives of its worker.
-    fn admit(&mut self, id: GradientId) -> Result<(), Refusal> {
+    /// Checks gradients that need no membership, all of them before anything changes. Returns what
+    /// became of those that are over.
+    fn check_all(
+        &self,
+        stamps: &[Stamp],
+        newest: Incarnation,
+    ) -> Result<Vec<(GradientId, Outcome)>, Refusal> {
+        let mut lives: BTreeMap<WorkerId, Incarnation> = BTreeMap::new();
+        let mut seen = BTreeSet::new();
+        let mut num_new_workers = 0;
+        let mut settled = Vec::new();
+        for stamp in stamps {
+            let id = stamp.id;
+            let (worker, got) = (id.worker, id.incarnation);
+            let known = self.ledgers.get(&worker).map(|ledger| ledger.incarnation);
+            if let Some(least) = known.filter(|&known| got < known) {
+                return Err(Refusal::Fenced { worker, got, least });
+            }
+            // The servers themselves may have handed out what is known.
+            if got > newest.max(known.unwrap_or_default()) {
+                return Err(Refusal::LifeAhead {
+                    worker,
+                    got,
+                    newest,
+                });
+            }
+            // A member counts in the life in which it joined, until that is over.
+            let member = self.members.get(&worker).map(|member| member.incarnation);
+            let is_new = known.is_none() && !lives.contains_key(&worker);
+            num_new_workers += usize::from(is_new);
+            if is_new && self.ledgers.len() + num_new_workers > MAX_WORKERS {
+                return Err(Refusal::TooManyWorkers { worker });
+            }
+            let life = *lives.entry(worker).or_insert(member.unwrap_or(got));
+            if life != got {
+                let (one, other) = (life.min(got), life.max(got));
+                return Err(Refusal::TwoLives { worker, one, other });
+            }
+            if !seen.insert(id) || self.is_pending(id) {
+                return Err(Refusal::AlreadyPushed { id });
+            }
+            self.check_version(stamp)?;
+            self.check_clock(id)?;
+            check_examples(stamp)?;
+            match self.entry(id) {
+                Entry::Settled(outcome) => settled.push((id, outcome)),
+                Entry::Forgotten => return Err(Refusal::Forgotten { id }),
+                Entry::New => {}
+            }
+        }
+        Ok(settled)
+    }
+
+    /// Begins the record of a life that was checked, and fences earlier lives of its worker.
+    fn begin_life(&mut self, id: GradientId, effects: &mut Vec<Effect>) {
         let GradientId {
             worker,
             incarnation,
             ..
         } = id;
-        self.check_room(worker)?;
-        let ledger = self
-            .ledgers
-            .entry(worker)
-            .or_insert_with(|| Ledger::new(incarnation));
-        if incarnation < ledger.incarnation
-            || (incarnation > ledger.incarnation && self.members.contains_key(&worker))
-        {
-            let least = ledger.incarnation;
-            return Err(Refusal::Fenced {
-                worker,
-                got: incarnation,
-                least,
-            });
-        }
-        if incarnation > ledger.incarnation {
+        let is_new = !self.ledgers.contains_key(&worker);
+        let ledger = self.ledgers.entry(worker).or_default();
+        if is_new || ledger.incarnation < incarnation {
             // A worker that never joins counts its clocks from 0 in every life.
-            *ledger = Ledger::new(incarnation);
+            ledger.begin(incarnation);
+            let below = incarnation;
+            effects.push(Effect::Fence { worker, below });
         }
-        Ok(())
     }
 
     /// Bounds the memory that made-up worker numbers could take.
@@ -184,10 +221,11 @@ impl Coordinator {
         }
     }
 
+    /// What is known of a gradient; of one of a later life than any before, nothing.
     fn entry(&self, id: GradientId) -> Entry {
-        self.ledgers
-            .get(&id.worker)
-            .map_or(Entry::New, |ledger| ledger.entry(id.clock))
+        let ledger = self.ledgers.get(&id.worker);
+        let ledger = ledger.filter(|ledger| ledger.incarnation == id.incarnation);
+        ledger.map_or(Entry::New, |ledger| ledger.entry(id.clock))
     }
 
     fn check_version(&self, stamp: &Stamp) -> Result<(), Refusal> {
@@ -202,6 +240,17 @@ impl Coordinator {
         Ok(())
     }
 
+    fn check_clock(&self, id: GradientId) -> Result<(), Refusal> {
+        let ledger = self.ledgers.get(&id.worker);
+        let ledger = ledger.filter(|ledger| ledger.incarnation == id.incarnation);
+        let next = ledger.map_or(Clock(0), Ledger::next_clock);
+        let most = Clock(next.0.saturating_add(MAX_CLOCKS_AHEAD));
+        match id.clock <= most {
+            true => Ok(()),
+            false => Err(Refusal::ClockAhead { id, most }),
+        }
+    }
+
     fn norm_outcome(&self, stamp: &Stamp) -> Option<Outcome> {
         let (norm, limit, version) = (stamp.norm, self.max_norm, self.version);
         (!norm.is_finite() || norm > limit).then_some(Outcome::RefusedNorm {
@@ -209,5 +258,13 @@ impl Coordinator {
             norm,
             limit,
         })
+    }
+}
+
+fn check_examples(stamp: &Stamp) -> Result<(), Refusal> {
+    let (id, claimed) = (stamp.id, stamp.num_examples);
+    match claimed <= MAX_EXAMPLES {
+        true => Ok(()),
+        false => Err(Refusal::TooManyExamples { id, claimed }),
     }
 }

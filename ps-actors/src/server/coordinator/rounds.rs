@@ -76,7 +76,7 @@ impl Coordinator {
             .extract_if(.., |push| push.stamp.computed_on < version)
             .collect();
         for push in late {
-            let staleness = version.0 - push.stamp.computed_on.0;
+            let staleness = push.stamp.staleness(version);
             effects.push(Effect::Discard(push.stamp.id));
             self.settle(push, Outcome::DroppedLate { version, staleness }, effects);
         }
@@ -92,7 +92,7 @@ impl Coordinator {
         pushes.sort_by_key(|push| push.stamp.id);
         let before = self.version;
         self.version = before.next();
-        let gradients = pushes.iter().map(|push| push.stamp.id).collect();
+        let gradients = pushes.iter().map(|push| push.stamp.summand()).collect();
         effects.push(Effect::Update(Update {
             version: self.version,
             gradients,
@@ -103,7 +103,7 @@ impl Coordinator {
             staleness: 0,
         };
         for push in pushes {
-            let staleness = before.0 - push.stamp.computed_on.0;
+            let staleness = push.stamp.staleness(before);
             latest = Outcome::Applied {
                 version: self.version,
                 staleness,
@@ -143,11 +143,11 @@ impl Coordinator {
         let Waiter { ticket, then_start } = waiter;
         if then_start {
             // `release_answers` decides, at the end of this very step.
-            let (worker, next_clock) = (id.worker, id.clock.next());
+            let (worker, clock) = (id.worker, id.clock);
             self.held_answers.push(HeldAnswer {
                 ticket,
                 worker,
-                next_clock,
+                clock,
                 outcome,
             });
         } else {
@@ -164,7 +164,7 @@ impl Coordinator {
         for answer in held {
             let may_start = match self.consistency {
                 Consistency::Ssp { bound } => {
-                    self.may_start(answer.worker, answer.next_clock, bound)
+                    self.may_start(answer.worker, answer.clock.next(), bound)
                 }
                 Consistency::Bsp | Consistency::Asp | Consistency::KofN { .. } => true,
             };

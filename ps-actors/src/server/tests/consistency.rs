@@ -19,7 +19,7 @@ proptest! {
         }
         let everybody: Vec<_> = (0..num_workers).map(WorkerId).collect();
         for update in &world.updates {
-            let workers: Vec<_> = update.gradients.iter().map(|id| id.worker).collect();
+            let workers: Vec<_> = update.gradients.iter().map(|one| one.id.worker).collect();
             prop_assert_eq!(&workers, &everybody);
         }
         prop_assert!(world.coordinator.version().0 > 0);
@@ -209,6 +209,7 @@ fn the_first_round_waits_for_the_workers_that_are_expected() {
             ticket,
             stamps,
             reduction,
+            newest: NEWEST,
         });
         world.join(0, 1).unwrap();
         let first = world.push(id(0, 1, 10), 1, vec![1.0; LEN]);

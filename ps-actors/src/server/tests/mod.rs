@@ -5,17 +5,21 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::consistency::{Consistency, Reduction};
 use super::coordinator::Coordinator;
-use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Ticket, Update};
+use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Summand, Ticket, Update};
 use super::shard::{PullVersion, Shard, ShardError};
-use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::Sgd;
 use crate::weights::{Gradient, Layout, Weights};
 
+mod bounds;
 mod consistency;
 mod exactly_once;
 mod sharding;
 
 const LEN: usize = 40;
+
+/// The latest life that a worker can be in that never joined.
+const NEWEST: Incarnation = Incarnation(1_000);
 
 /// A coordinator with its shards. What the coordinator decides reaches shard 0 at once, and
 /// the others when [`World::deliver`] says so.
@@ -27,6 +31,8 @@ struct World {
     updates: Vec<Update>,
     learning_rate: f64,
     next_ticket: u64,
+    /// How many examples the batches of what is pushed from now on have.
+    num_examples: u64,
 }
 
 impl World {
@@ -55,6 +61,7 @@ impl World {
             updates: Vec::new(),
             learning_rate,
             next_ticket: 0,
+            num_examples: 32,
         }
     }
 
@@ -89,7 +96,8 @@ impl World {
             let shard = &mut self.shards[shard];
             match effect {
                 Effect::Update(update) => {
-                    shard.update(update, self.learning_rate);
+                    let followed = shard.update(update, self.learning_rate);
+                    followed.expect("decisions come in order");
                 }
                 Effect::Discard(id) => shard.discard(id),
                 Effect::Fence { worker, below } => shard.fence(worker, below),
@@ -102,13 +110,15 @@ impl World {
         (0..self.shards.len()).for_each(|shard| self.deliver(shard));
     }
 
-    fn join(&mut self, worker: u32, incarnation: u64) -> Result<Membership, Refusal> {
+    /// Joins by the request of this number. Lives are numbered from 1, so a test that numbers its
+    /// requests so, too, knows which life each begins.
+    fn join(&mut self, worker: u32, request: u64) -> Result<Membership, Refusal> {
         let ticket = self.ticket();
-        let (worker, incarnation) = (WorkerId(worker), Incarnation(incarnation));
+        let (worker, request) = (WorkerId(worker), JoinRequest(request));
         self.event(Event::Join {
             ticket,
             worker,
-            incarnation,
+            request,
         });
         match self.answers[&ticket].clone()? {
             Answer::Joined(membership) => Ok(membership),
@@ -121,15 +131,21 @@ impl World {
             id,
             computed_on,
             norm: gradient.norm(),
+            num_examples: self.num_examples,
         }
     }
 
     /// Stages a gradient everywhere and pushes it, as a client does. Returns the ticket.
     fn push(&mut self, id: GradientId, computed_on: u64, values: Vec<f32>) -> Ticket {
         let gradient = Gradient::new(values);
-        for shard in &mut self.shards {
+        for shard in 0..self.shards.len() {
             // A fenced or overfull worker still tries its push at the coordinator.
-            let _ = shard.stage(id, &gradient);
+            let staged = self.shards[shard].stage(id, &gradient);
+            if let Err(ShardError::TooManyStrangers { .. }) = staged {
+                // Its client tries again, when the shard knows of the worker.
+                self.deliver(shard);
+                let _ = self.shards[shard].stage(id, &gradient);
+            }
         }
         let ticket = self.ticket();
         let stamp = self.stamp(id, Version(computed_on), &gradient);
@@ -137,6 +153,34 @@ impl World {
             ticket,
             stamp,
             then_start: true,
+        });
+        ticket
+    }
+
+    /// Applies gradients as one update, as a driver does; each is made of one number.
+    fn apply(
+        &mut self,
+        ids: &[GradientId],
+        computed_on: u64,
+        number: impl Fn(GradientId) -> f32,
+    ) -> Ticket {
+        let mut stamps = Vec::new();
+        for &id in ids {
+            let gradient = Gradient::new(vec![number(id); LEN]);
+            stamps.push(self.stamp(id, Version(computed_on), &gradient));
+            for shard in 0..self.shards.len() {
+                // Decisions come in order: each shard has followed all that were before.
+                self.deliver(shard);
+                self.shards[shard].stage_decided(id, &gradient).unwrap();
+            }
+        }
+        let (ticket, reduction) = (self.ticket(), Reduction::Sum);
+        let newest = NEWEST;
+        self.event(Event::Apply {
+            ticket,
+            stamps,
+            reduction,
+            newest,
         });
         ticket
     }

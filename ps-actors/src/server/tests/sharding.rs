@@ -90,6 +90,89 @@ proptest! {
     }
 }
 
+fn one(id: GradientId) -> Summand {
+    let num_examples = 32;
+    Summand { id, num_examples }
+}
+
+/// Gradients whose mean over two batches is known: the gradient of a batch is the mean of its examples'.
+fn batch(examples: &[Vec<f32>]) -> Vec<f32> {
+    let mean = |i| examples.iter().map(|e| e[i]).sum::<f32>() / examples.len() as f32;
+    (0..LEN).map(mean).collect()
+}
+
+proptest! {
+    /// PS-3, for batches of different size, in a round and in a driver's call; and the same bits over
+    /// any number of servers.
+    #[test]
+    fn batches_of_different_size_count_by_their_examples(
+        seed: u64, sizes in proptest::collection::vec(1usize..6, 2..5), num_shards in 2usize..5,
+    ) {
+        let mut dice = Dice(seed);
+        let examples: Vec<Vec<Vec<f32>>> = sizes
+            .iter()
+            .map(|&size| (0..size).map(|_| dice.values()).collect())
+            .collect();
+        let mean = || World::new(1, Consistency::Bsp, Reduction::Mean);
+        let several = World::new(num_shards, Consistency::Bsp, Reduction::Mean);
+        let mut weights = Vec::new();
+        for mut world in [mean(), several] {
+            (0..sizes.len()).for_each(|worker| { world.join(worker as u32, 1).unwrap(); });
+            for (worker, examples) in examples.iter().enumerate() {
+                world.num_examples = examples.len() as u64;
+                world.push(id(worker as u32, 1, 0), 0, batch(examples));
+            }
+            weights.push(world.weights());
+        }
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        prop_assert_eq!(bits(&weights[0]), bits(&weights[1]));
+        let mut single = mean();
+        single.join(0, 1).unwrap();
+        single.push(id(0, 1, 0), 0, batch(&examples.concat()));
+        for (a, b) in weights[0].iter().zip(single.weights()) {
+            prop_assert!((a - b).abs() <= 1e-5, "{} and {}", a, b);
+        }
+    }
+}
+
+#[test]
+fn a_batch_of_three_examples_weighs_three_times_one_of_one() {
+    // What 1 and 3 examples give, whose gradients are 8 and 4; then known sizes, and unknown ones.
+    for (sizes, expected) in [
+        ([1, 3], 5.0),
+        ([3, 1], 7.0),
+        ([32, 32], 6.0),
+        ([0, 0], 6.0),
+        ([0, 3], 6.0),
+        ([1 << 32, 1 << 32], 6.0),
+    ] {
+        let mut world = World::new(2, Consistency::Bsp, Reduction::Mean);
+        (0..2).for_each(|worker| {
+            world.join(worker, 1).unwrap();
+        });
+        world.num_examples = sizes[0];
+        world.push(id(0, 1, 0), 0, vec![8.0; LEN]);
+        world.num_examples = sizes[1];
+        world.push(id(1, 1, 0), 0, vec![4.0; LEN]);
+        assert_eq!(world.weights(), vec![expected; LEN], "{sizes:?}");
+    }
+    let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
+    world.join(0, 1).unwrap();
+    for claimed in [(1 << 32) + 1, u64::MAX] {
+        world.num_examples = claimed;
+        let id = id(0, 1, 0);
+        let pushed = world.push(id, 0, vec![1.0; LEN]);
+        let applied = world.apply(&[id], 0, |_| 1.0);
+        for ticket in [pushed, applied] {
+            let refused = Err(Refusal::TooManyExamples { id, claimed });
+            assert_eq!(world.answers[&ticket], refused);
+        }
+    }
+    world.num_examples = 0;
+    world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
+    assert_eq!(world.weights(), vec![1.0; LEN]);
+}
+
 #[test]
 fn a_snapshot_does_not_change_and_unshared_weights_are_updated_in_place() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
@@ -133,7 +216,7 @@ fn a_pull_of_one_version_waits_for_it_and_says_when_it_is_gone() {
     let Some(Effect::Update(first)) = world.undelivered[1].pop_front() else {
         panic!("update")
     };
-    let answers = world.shards[1].update(first, -1.0);
+    let answers = world.shards[1].update(first, -1.0).unwrap();
     assert_eq!(answers.len(), 1);
     assert_eq!(answers[0].weights.as_ref().unwrap().version(), Version(1));
     assert_eq!(answers[0].weights.as_ref().unwrap().to_vec(), vec![1.0; 8]);
@@ -155,12 +238,12 @@ fn an_update_waits_for_the_gradients_that_it_names() {
     let gradient = Gradient::new(vec![1.0; LEN]);
     let update = |version, clock| Update {
         version: Version(version),
-        gradients: vec![id(0, 1, clock)],
+        gradients: vec![one(id(0, 1, clock))],
         reduction: Reduction::Sum,
     };
     shard.stage(id(0, 1, 1), &gradient).unwrap();
-    assert!(shard.update(update(1, 0), -1.0).is_empty());
-    shard.update(update(2, 1), -1.0);
+    assert!(shard.update(update(1, 0), -1.0).unwrap().is_empty());
+    shard.update(update(2, 1), -1.0).unwrap();
     shard.discard(id(0, 1, 1));
     shard.fence(WorkerId(0), Incarnation(2));
     assert_eq!(shard.weights().version(), Version(0));
@@ -174,10 +257,61 @@ fn an_update_waits_for_the_gradients_that_it_names() {
     assert_eq!(shard.weights().version(), Version(2));
 }
 
+/// PS-6: longer is as wrong as shorter, and so is another part of the model.
 #[test]
 fn a_gradient_over_other_weights_is_refused() {
     let mut world = World::new(2, Consistency::Asp, Reduction::Mean);
-    let short = Gradient::new(vec![1.0; LEN - 1]);
-    let error = world.shards[1].stage(id(0, 1, 0), &short).unwrap_err();
-    assert!(error.to_string().contains("holds 32..40"), "{error}");
+    let whole = Gradient::new(vec![1.0; LEN]);
+    for (len, cut) in [
+        (LEN - 1, 0..LEN - 1),
+        (LEN + 2, 0..LEN + 2),
+        (LEN + 2, 32..LEN + 2),
+        (LEN, 1..LEN),
+        (LEN, 32..LEN - 1),
+        (LEN, 0..32),
+    ] {
+        let other = Gradient::new(vec![1.0; len]).slice(cut.clone());
+        let error = world.shards[1].stage(id(0, 1, 0), &other).unwrap_err();
+        assert!(
+            error.to_string().contains("over 32..40"),
+            "{cut:?}: {error}"
+        );
+    }
+    for (clock, right) in [(0, whole.clone()), (1, whole.slice(32..LEN))] {
+        world.shards[1].stage(id(0, 1, clock), &right).unwrap();
+    }
+}
+
+#[test]
+fn an_update_that_cannot_be_the_next_one_is_refused_and_changes_nothing() {
+    let mut world = World::new(1, Consistency::Asp, Reduction::Sum);
+    let shard = &mut world.shards[0];
+    let gradient = Gradient::new(vec![1.0; LEN]);
+    let (first, second) = (id(0, 1, 0), id(0, 1, 1));
+    for id in [first, second] {
+        shard.stage(id, &gradient).unwrap();
+    }
+    let update = |version, gradients: &[GradientId]| Update {
+        version: Version(version),
+        gradients: gradients.iter().copied().map(one).collect(),
+        reduction: Reduction::Sum,
+    };
+    for bad in [
+        update(0, &[first]),
+        update(2, &[first]),
+        update(u64::MAX, &[first]),
+        update(1, &[]),
+        update(1, &[first, first]),
+    ] {
+        let refused = shard.update(bad.clone(), -1.0);
+        assert!(
+            matches!(refused, Err(ShardError::OutOfOrder { .. })),
+            "{bad:?}"
+        );
+    }
+    shard.update(update(1, &[first, second]), -1.0).unwrap();
+    // One that waits for its gradient is the last one, too.
+    shard.update(update(2, &[id(0, 1, 2)]), -1.0).unwrap();
+    assert!(shard.update(update(2, &[first]), -1.0).is_err());
+    assert_eq!(shard.weights().to_vec(), vec![2.0; LEN]);
 }

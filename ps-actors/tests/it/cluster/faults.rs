@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use ps_actors::cluster::{Cluster, ClusterConfig, Hosts, Node, Transport};
-use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+use ps_actors::ids::{Clock, GradientId, JoinRequest, Version, WorkerId};
 use ps_actors::net::NetConfig;
 use ps_actors::net::memory::{Faults, MemoryNetwork};
 use ps_actors::rule::Sgd;
@@ -44,16 +44,9 @@ fn insist<R>(call: impl Fn() -> Reply<R>) -> (R, u64) {
 }
 
 fn work(server: &ActorRef<ParameterServer>, worker: u32, num_steps: u64) -> u64 {
-    let incarnation = Incarnation(1);
-    let worker = WorkerId(worker);
-    let join = || {
-        server.ask(Join {
-            worker,
-            incarnation,
-        })
-    };
-    let (joined, mut num_calls) = insist(join);
-    joined.unwrap();
+    let (worker, request) = (WorkerId(worker), JoinRequest(1));
+    let (joined, mut num_calls) = insist(|| server.ask(Join { worker, request }));
+    let incarnation = joined.unwrap().incarnation;
     for clock in 0..num_steps {
         let gradients = || Gradients {
             id: GradientId {

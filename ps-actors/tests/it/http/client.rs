@@ -228,8 +228,10 @@ impl Client {
         self.receive()
     }
 
-    pub(crate) fn join(&mut self, worker: u32, incarnation: u64) -> Response {
-        self.post("/v1/join", &caller(worker, incarnation), &[])
+    /// Joins by the request of this number. Lives are numbered from 1.
+    pub(crate) fn join(&mut self, worker: u32, request: u64) -> Response {
+        let headers = format!("ps-worker: {worker}\r\nps-request: {request}\r\n");
+        self.post("/v1/join", &headers, &[])
     }
 
     /// Whether the other side has closed the connection.

@@ -44,6 +44,7 @@ fn a_worker_joins_pulls_pushes_and_leaves() {
         );
         let client = &mut world.client();
         let joined = client.join(7, 2).expect(200);
+        assert_eq!(joined.header("ps-incarnation"), "1");
         assert_eq!(joined.header("ps-clock"), "0");
         assert_eq!(joined.header("ps-version"), "0");
         assert_eq!(joined.header("ps-num-weights"), "10");
@@ -59,7 +60,7 @@ fn a_worker_joins_pulls_pushes_and_leaves() {
         assert_eq!(bits(&pulled.numbers()), bits(&initial()));
 
         let gradient: Vec<f32> = initial().iter().map(|w| -w).rev().collect();
-        let pushed = client.post("/v1/push", &stamp(7, 2, 0, 0), &bytes(&gradient));
+        let pushed = client.post("/v1/push", &stamp(7, 1, 0, 0), &bytes(&gradient));
         let pushed = pushed.expect(200);
         assert_eq!(pushed.header("ps-outcome"), "applied");
         assert_eq!(pushed.header("ps-version"), "1");
@@ -68,13 +69,13 @@ fn a_worker_joins_pulls_pushes_and_leaves() {
         assert_eq!(bits(&pulled.numbers()), bits(&gradient));
 
         let small = vec![f32::MIN_POSITIVE / 2.0; LEN];
-        let pushed = client.post("/v1/push-pull", &stamp(7, 2, 1, 1), &bytes(&small));
+        let pushed = client.post("/v1/push-pull", &stamp(7, 1, 1, 1), &bytes(&small));
         let pushed = pushed.expect(200);
         assert_eq!(pushed.header("ps-outcome"), "applied");
         assert_eq!(pushed.header("ps-version"), "2");
         assert_eq!(bits(&pushed.numbers()), bits(&small));
 
-        client.post("/v1/heartbeat", &caller(7, 2), &[]).expect(200);
+        client.post("/v1/heartbeat", &caller(7, 1), &[]).expect(200);
         let status = client.get("/v1/status").expect(200).text();
         for part in [
             r#""version":2"#,
@@ -85,7 +86,7 @@ fn a_worker_joins_pulls_pushes_and_leaves() {
         ] {
             assert!(status.contains(part), "{part} in {status}");
         }
-        client.post("/v1/leave", &caller(7, 2), &[]).expect(200);
+        client.post("/v1/leave", &caller(7, 1), &[]).expect(200);
         assert!(world.status().contains(r#""is_member":false"#));
     }
 }
@@ -101,7 +102,7 @@ fn a_push_that_is_repeated_is_applied_once() {
     let body = bytes(&[1.0; LEN]);
     for _ in 0..3 {
         // On a connection of its own, as after one was lost.
-        let pushed = world.client().post("/v1/push", &stamp(0, 0, 0, 0), &body);
+        let pushed = world.client().post("/v1/push", &stamp(0, 1, 0, 0), &body);
         assert_eq!(pushed.expect(200).header("ps-version"), "1");
     }
     let status = world.status();
@@ -118,7 +119,7 @@ fn a_push_whose_sender_hung_up_is_in_its_round_once() {
     first.join(0, 0).expect(200);
     second.join(1, 0).expect(200);
     let body = bytes(&[1.0; LEN]);
-    first.send("POST", "/v1/push", &stamp(0, 0, 0, 0), &body);
+    first.send("POST", "/v1/push", &stamp(0, 1, 0, 0), &body);
     let is_pending = || world.status().contains(r#""num_pending":1"#);
     let started = std::time::Instant::now();
     while !is_pending() {
@@ -127,8 +128,8 @@ fn a_push_whose_sender_hung_up_is_in_its_round_once() {
     }
     drop(first);
     let mut again = world.client();
-    again.send("POST", "/v1/push-pull", &stamp(0, 0, 0, 0), &body);
-    let other = second.post("/v1/push", &stamp(1, 0, 0, 0), &bytes(&[3.0; LEN]));
+    again.send("POST", "/v1/push-pull", &stamp(0, 1, 0, 0), &body);
+    let other = second.post("/v1/push", &stamp(1, 1, 0, 0), &bytes(&[3.0; LEN]));
     assert_eq!(other.expect(200).header("ps-version"), "1");
     let pushed = again.receive().expect(200);
     assert_eq!(pushed.header("ps-outcome"), "applied");
@@ -201,7 +202,7 @@ fn a_rust_worker_and_an_http_worker_train_together() {
         for clock in 0..STEPS {
             let version: u64 = current.header("ps-version").parse().unwrap();
             let body = bytes(&gradient(1, clock, &current.numbers()));
-            current = client.post("/v1/push-pull", &stamp(1, 0, clock, version), &body);
+            current = client.post("/v1/push-pull", &stamp(1, 1, clock, version), &body);
             assert_eq!(current.header("ps-outcome"), "applied");
             assert_eq!(current.header("ps-staleness"), "0");
         }

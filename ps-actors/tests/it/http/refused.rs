@@ -34,7 +34,7 @@ fn what_is_wrong_with_a_request_is_said() {
         assert!(kind.starts_with("text/plain"), "{kind}");
         got
     };
-    let stamped = stamp(0, 5, 0, 0);
+    let stamped = stamp(0, 1, 0, 0);
     for missing in [
         "worker",
         "incarnation",
@@ -52,8 +52,10 @@ fn what_is_wrong_with_a_request_is_said() {
         let text = format!("{rest}{missing}: many\r\n");
         check("/v1/push", &text, &good(), 400, "many");
     }
-    let negative = "ps-worker: -1\r\nps-incarnation: 0\r\n";
-    check("/v1/join", negative, &[], 400, "ps-worker");
+    let join = "ps-worker: 0\r\nps-request: 5\r\n";
+    let negative = join.replace('0', "-1");
+    check("/v1/join", &negative, &[], 400, "ps-worker");
+    check("/v1/join", &caller(0, 1), &[], 400, "ps-request");
 
     let short = &good()[..36];
     check("/v1/push", &stamped, short, 422, "40 bytes, not 36");
@@ -67,15 +69,21 @@ fn what_is_wrong_with_a_request_is_said() {
         assert!(text.contains("content-length"), "{text}");
     }
 
-    let earlier = check("/v1/push", &stamp(0, 4, 0, 0), &good(), 409, "fenced off");
-    assert_eq!(earlier.header("ps-least-incarnation"), "6");
-    let earlier = check("/v1/join", &caller(0, 4), &[], 409, "fenced off");
-    assert_eq!(earlier.header("ps-least-incarnation"), "6");
-    let stranger = check("/v1/push", &stamp(9, 0, 0, 0), &good(), 409, "not a member");
-    assert_eq!(stranger.header("ps-least-incarnation"), "1");
-    let stranger = check("/v1/heartbeat", &caller(9, 0), &[], 409, "not a member");
-    assert_eq!(stranger.header("ps-least-incarnation"), "1");
-    let future = check("/v1/push", &stamp(0, 5, 0, 7), &good(), 409, "computed on");
+    world.client().join(0, 6).expect(200);
+    for (path, headers, body, says) in [
+        ("/v1/push", stamp(0, 1, 0, 0), &good()[..], "fenced off"),
+        ("/v1/join", join.to_owned(), &[], "fenced off"),
+        ("/v1/push", stamp(9, 1, 0, 0), &good(), "not a member"),
+        ("/v1/heartbeat", caller(9, 1), &[], "not a member"),
+        ("/v1/heartbeat", caller(0, 1), &[], "not a member"),
+    ] {
+        let over = check(path, &headers, body, 409, says);
+        assert_eq!(over.header("ps-join-again"), "1");
+    }
+    let far = stamp(0, 2, u64::MAX, 0);
+    let far = check("/v1/push", &far, &good(), 409, "too far ahead");
+    assert_eq!(far.find("ps-join-again"), None);
+    let future = check("/v1/push", &stamp(0, 2, 0, 7), &good(), 409, "computed on");
     assert_eq!(future.header("ps-version"), "0");
 
     let mut client = world.client();
@@ -88,13 +96,13 @@ fn what_is_wrong_with_a_request_is_said() {
     for (clock, bad) in [(0, f32::NAN), (1, f32::INFINITY), (2, 1000.0)] {
         let body = bytes(&[bad; LEN]);
         let refused = client
-            .post("/v1/push", &stamp(0, 5, clock, 0), &body)
+            .post("/v1/push", &stamp(0, 2, clock, 0), &body)
             .expect(200);
         assert_eq!(refused.header("ps-outcome"), "refused-norm");
         assert_eq!(refused.header("ps-version"), "0");
     }
     client
-        .post("/v1/push", &stamp(0, 5, 3, 0), &good())
+        .post("/v1/push", &stamp(0, 2, 3, 0), &good())
         .expect(200);
     let gone = client.get("/v1/weights?version=exactly:0").expect(410);
     assert_eq!(gone.header("ps-version"), "1");
@@ -120,13 +128,13 @@ fn without_the_token_nothing_is_served() {
     }
     world
         .client()
-        .post("/v1/join", &caller(0, 0), &[])
+        .post("/v1/join", &caller(0, 1), &[])
         .expect(401);
 }
 
 /// The start of a push whose body is to follow.
 fn head() -> String {
-    let stamp = stamp(0, 0, 0, 0);
+    let stamp = stamp(0, 1, 0, 0);
     format!("POST /v1/push HTTP/1.1\r\nhost: x\r\ncontent-length: 40\r\n{stamp}\r\n")
 }
 
@@ -150,7 +158,7 @@ fn a_gradient_that_is_cut_off_changes_nothing() {
     );
     let status = world.status();
     assert!(status.contains(r#""next_clock":0"#), "{status}");
-    let whole = world.client().post("/v1/push", &stamp(0, 0, 0, 0), &good());
+    let whole = world.client().post("/v1/push", &stamp(0, 1, 0, 0), &good());
     assert_eq!(whole.expect(200).header("ps-version"), "1");
 }
 
@@ -197,7 +205,7 @@ fn only_so_many_gradients_are_received_at_once() {
     assert_eq!(&go_on, b"HTTP/1.1 100 Continue\r\n\r\n");
 
     let mut other = world.client();
-    other.send("POST", "/v1/push", &stamp(1, 0, 0, 0), &good());
+    other.send("POST", "/v1/push", &stamp(1, 1, 0, 0), &good());
     let mut bytes = good().into_iter();
     let a_while = Some(Duration::from_millis(200));
     other.stream.get_ref().set_read_timeout(a_while).unwrap();
@@ -218,6 +226,6 @@ fn only_so_many_gradients_are_received_at_once() {
     assert!(refused.text().contains("on their way"));
     slow.write(&bytes.collect::<Vec<_>>());
     assert_eq!(slow.receive().expect(200).header("ps-version"), "1");
-    let again = world.client().post("/v1/push", &stamp(1, 0, 0, 0), &good());
+    let again = world.client().post("/v1/push", &stamp(1, 1, 0, 0), &good());
     assert_eq!(again.expect(200).header("ps-version"), "2");
 }

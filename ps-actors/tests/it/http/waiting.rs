@@ -27,7 +27,7 @@ fn a_pull_waits_for_the_version_that_it_asks_for() {
     });
     for clock in 0..3 {
         worker
-            .post("/v1/push", &stamp(0, 0, clock, clock), &good())
+            .post("/v1/push", &stamp(0, 1, clock, clock), &good())
             .expect(200);
     }
     for (mut client, wanted) in waiting {
@@ -60,7 +60,7 @@ fn clients_that_hang_up_while_they_wait_leave_nothing_behind() {
     }
     let mut worker = world.client();
     worker.join(0, 0).expect(200);
-    let pushed = worker.post("/v1/push-pull", &stamp(0, 0, 0, 0), &good());
+    let pushed = worker.post("/v1/push-pull", &stamp(0, 1, 0, 0), &good());
     assert_eq!(pushed.expect(200).header("ps-version"), "1");
 }
 
@@ -79,16 +79,19 @@ fn a_worker_that_dies_holds_up_its_round_no_longer_than_the_lease() {
     lives.join(1, 0).expect(200);
     drop(dies);
     let pushed = lives
-        .post("/v1/push", &stamp(1, 0, 0, 0), &good())
+        .post("/v1/push", &stamp(1, 1, 0, 0), &good())
         .expect(200);
     assert_eq!(pushed.header("ps-version"), "1");
-    // Who was lost comes back with a higher incarnation, which it is told.
+    // Who was lost is told to join again, and that it is another life now.
     let mut again = world.client();
     let fenced = again
-        .post("/v1/push", &stamp(0, 0, 0, 0), &good())
+        .post("/v1/push", &stamp(0, 1, 0, 0), &good())
         .expect(409);
-    let least: u64 = fenced.header("ps-least-incarnation").parse().unwrap();
-    let joined = again.join(0, least).expect(200);
+    assert_eq!(fenced.header("ps-join-again"), "1");
+    let late = again.join(0, 0).expect(409);
+    assert_eq!(late.header("ps-join-again"), "1");
+    let joined = again.join(0, 1).expect(200);
+    assert_eq!(joined.header("ps-incarnation"), "2");
     assert_eq!(joined.header("ps-version"), "1");
 }
 
@@ -98,8 +101,8 @@ fn a_worker_that_leaves_lets_the_others_go_on() {
     let (mut leaves, mut stays) = (world.client(), world.client());
     leaves.join(0, 0).expect(200);
     stays.join(1, 0).expect(200);
-    stays.send("POST", "/v1/push-pull", &stamp(1, 0, 0, 0), &good());
-    leaves.post("/v1/leave", &caller(0, 0), &[]).expect(200);
+    stays.send("POST", "/v1/push-pull", &stamp(1, 1, 0, 0), &good());
+    leaves.post("/v1/leave", &caller(0, 1), &[]).expect(200);
     assert_eq!(stays.receive().expect(200).header("ps-version"), "1");
 }
 
@@ -116,10 +119,10 @@ fn a_fast_worker_waits_for_a_slow_one() {
     let (mut fast, mut slow) = (world.client(), world.client());
     fast.join(0, 0).expect(200);
     slow.join(1, 0).expect(200);
-    fast.post("/v1/push-pull", &stamp(0, 0, 0, 0), &good())
+    fast.post("/v1/push-pull", &stamp(0, 1, 0, 0), &good())
         .expect(200);
-    fast.send("POST", "/v1/push-pull", &stamp(0, 0, 1, 1), &good());
-    slow.post("/v1/push-pull", &stamp(1, 0, 0, 0), &good())
+    fast.send("POST", "/v1/push-pull", &stamp(0, 1, 1, 1), &good());
+    slow.post("/v1/push-pull", &stamp(1, 1, 0, 0), &good())
         .expect(200);
     // Applied third at the latest, answered after the slow one's.
     let version: u64 = fast
@@ -137,7 +140,7 @@ fn requests_end_with_the_training_that_they_are_for() {
     let (mut waits, mut other) = (world.client(), world.client());
     waits.join(0, 0).expect(200);
     other.join(1, 0).expect(200);
-    waits.send("POST", "/v1/push", &stamp(0, 0, 0, 0), &good());
+    waits.send("POST", "/v1/push", &stamp(0, 1, 0, 0), &good());
     let mut pulls = world.client();
     pulls.send("GET", "/v1/weights?version=at-least:1", "", &[]);
     world.api.close();

@@ -76,7 +76,7 @@ fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
             },
         );
         let joined = servers.clone();
-        actor::run(async move { joined.join(WorkerId(1), Incarnation(1)).await.unwrap() });
+        actor::run(async move { joined.join(WorkerId(1), JoinRequest(1)).await.unwrap() });
         // Without the lease this would wait for worker 1 for ever.
         let report = run_all(&servers, 1, 20).remove(0);
         assert_eq!(report.num_applied, 20);
@@ -165,28 +165,57 @@ fn a_gradient_with_nan_is_refused_and_the_weights_stay() {
     assert_eq!(final_weights(&servers).to_vec(), weights.to_vec());
 }
 
+/// PS-6, whichever way it comes: shorter or longer, nothing of it is applied.
 #[test]
 fn a_gradient_of_another_model_is_refused() {
-    let servers = group(2, config(Consistency::Bsp));
-    let other_model = actor::spawn(|| {
-        let source = |_: Clock, _: &Weights| -> Result<_, SourceError> {
-            let gradient = Gradient::new(vec![1.0; LEN - 1]);
-            Ok(LocalGradient {
-                gradient,
-                loss: 0.0,
-                num_examples: 1,
-            })
+    for (num_servers, len) in [(1, LEN - 1), (1, LEN + 2), (2, LEN - 1), (2, LEN + 2)] {
+        let servers = group(num_servers, config(Consistency::Asp));
+        let other_model = actor::spawn(move || {
+            let source = move |_: Clock, _: &Weights| -> Result<_, SourceError> {
+                let gradient = Gradient::new(vec![1.0; len]);
+                Ok(LocalGradient {
+                    gradient,
+                    loss: 0.0,
+                    num_examples: 1,
+                })
+            };
+            DataWorker::new(WorkerId(0), source)
+        });
+        let run = RunSteps {
+            servers: servers.clone(),
+            num_steps: 1,
         };
-        DataWorker::new(WorkerId(0), source)
-    });
-    let run = RunSteps {
-        servers: servers.clone(),
-        num_steps: 1,
-    };
-    let error = other_model.ask(run).wait().unwrap().unwrap_err();
-    let chain = format!("{:?}", error);
-    assert!(chain.contains("WrongRange"), "{chain}");
-    assert_eq!(final_weights(&servers).version(), Version(0));
+        let error = other_model.ask(run).wait().unwrap().unwrap_err();
+        let chain = format!("{error:?}");
+        assert!(chain.contains("WrongRange"), "{chain}");
+
+        let gradients = other_model.ask(ComputeGradients(initial())).wait();
+        let gradients = gradients.unwrap().unwrap();
+        let (id, gradient) = (gradients.id, gradients.gradient.clone());
+        let first = servers.servers().next().unwrap();
+        let refused = [
+            first.ask(Push(gradients.clone())).wait().unwrap().err(),
+            first.ask(PushPull(gradients.clone())).wait().unwrap().err(),
+            first
+                .ask(ApplyGradients::sum([gradients]))
+                .wait()
+                .unwrap()
+                .err(),
+        ];
+        let staged = servers.servers().map(|server| {
+            let (id, gradient) = (id, gradient.clone());
+            server.ask(Stage { id, gradient }).wait().unwrap().err()
+        });
+        for error in staged.chain(refused) {
+            let error = error.expect("it does not fit");
+            let wrong = matches!(error, ServerError::Shard(ShardError::WrongRange { .. }));
+            assert!(wrong, "{error}");
+        }
+        assert_eq!(final_weights(&servers).version(), Version(0));
+        for server in servers.servers() {
+            assert_eq!(server.ask(GetStatus).wait().unwrap().num_staged, 0);
+        }
+    }
 }
 
 #[test]

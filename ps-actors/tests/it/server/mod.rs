@@ -6,12 +6,12 @@ use std::time::Duration;
 use futures_util::future::join3;
 use ps_actors::actor::{self, ActorRef, CallError};
 use ps_actors::group::ServerGroup;
-use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+use ps_actors::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
     ApplyGradients, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights, Join,
-    Outcome, ParameterServer, PullVersion, Push, Reduction, Refusal, ServerConfig, ServerError,
-    SetLearningRate, Stage,
+    Outcome, ParameterServer, PullVersion, Push, PushPull, Reduction, Refusal, ServerConfig,
+    ServerError, SetLearningRate, ShardError, Stage,
 };
 use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
 use ps_actors::worker::{
@@ -363,12 +363,9 @@ fn what_is_pushed_is_applied_and_not_what_was_staged_before() {
         };
         let server = ParameterServer::new(&initial(), Sgd::new(), config).unwrap();
         let server = server.spawn().unwrap();
-        let (worker, incarnation) = (WorkerId(0), Incarnation(1));
-        let join = Join {
-            worker,
-            incarnation,
-        };
-        server.ask(join).wait().unwrap().unwrap();
+        let (worker, request) = (WorkerId(0), JoinRequest(5));
+        let joined = server.ask(Join { worker, request }).wait();
+        let incarnation = joined.unwrap().unwrap().incarnation;
         let id = GradientId {
             worker,
             incarnation,
@@ -393,6 +390,55 @@ fn what_is_pushed_is_applied_and_not_what_was_staged_before() {
         let weights = server.ask(GetWeights).wait().unwrap();
         assert_eq!(weights.to_vec(), expected);
     }
+}
+
+/// A driver's own loop, with a worker whose number was made up to be later than any other.
+#[test]
+fn nobody_takes_a_workers_place_for_ever() {
+    let servers = group(1, config(Consistency::Asp));
+    let first = servers.servers().next().unwrap();
+    let worker = worker(0);
+    let compute = || {
+        worker
+            .ask(ComputeGradients(initial()))
+            .wait()
+            .unwrap()
+            .unwrap()
+    };
+    let mut made_up = compute();
+    let hour = 3_600_000_000;
+    for ahead in [2 * hour, u64::MAX / 2] {
+        made_up.id.incarnation = Incarnation(compute().id.incarnation.0 + ahead);
+        let refused = first.ask(ApplyGradients::sum([made_up.clone()])).wait();
+        let refused = refused.unwrap().unwrap_err();
+        let ahead = matches!(refused, ServerError::Refused(Refusal::LifeAhead { .. }));
+        assert!(ahead, "{refused}");
+    }
+    for request in [JoinRequest(u64::MAX), JoinRequest(0)] {
+        let (servers, worker) = (servers.clone(), WorkerId(0));
+        actor::run(async move { servers.join(worker, request).await.unwrap() });
+    }
+    // Who joins next has the place, by its own number or by the servers'.
+    let run = |servers: &ServerGroup| {
+        let (servers, num_steps) = (servers.clone(), 3);
+        let run = worker.ask(RunSteps { servers, num_steps });
+        assert_eq!(run.wait().unwrap().unwrap().num_applied, 3);
+    };
+    run(&servers);
+    let applied = |server: &ActorRef<ParameterServer>| {
+        let apply = ApplyGradients::sum([compute()]);
+        server.ask(apply).wait().unwrap().unwrap().version()
+    };
+    assert_eq!(applied(first), Version(4));
+    // On other servers its lives have other numbers, which is nothing to it.
+    let others = group(1, config(Consistency::Asp));
+    let other = others.servers().next().unwrap();
+    assert_eq!(applied(other), Version(1));
+    run(&others);
+    run(&servers);
+    assert_eq!(applied(first), Version(8));
+    assert_eq!(applied(other), Version(5));
+    run(&others);
 }
 
 #[test]
@@ -421,8 +467,8 @@ fn a_push_that_is_sent_again_gets_the_same_answer_also_while_the_first_one_waits
     actor::run(async move {
         let mut gradients = Vec::new();
         for (id, worker) in [(0, a), (1, b)] {
-            let incarnation = Incarnation(1_000_000);
-            group.join(WorkerId(id), incarnation).await.unwrap();
+            let joined = group.join(WorkerId(id), JoinRequest(1_000_000)).await;
+            let incarnation = joined.unwrap().incarnation;
             let weights = group.pull(PullVersion::Latest).await.unwrap();
             let mut computed = worker
                 .ask(ComputeGradients(weights))
