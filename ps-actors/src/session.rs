@@ -144,7 +144,7 @@ fn may_rejoin(error: &GroupError) -> Option<Incarnation> {
         return None;
     };
     match source {
-        ServerError::Refused(Refusal::NotMember { least, .. })
+        ServerError::Refused(Refusal::NotMember { least, .. } | Refusal::Silent { least, .. })
         | ServerError::Shard(ShardError::Fenced { least, .. }) => Some(*least),
         ServerError::Refused(Refusal::Fenced { least, .. }) => Some(least.next()),
         _ => None,

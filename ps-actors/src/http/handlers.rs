@@ -13,7 +13,7 @@ use super::headers::{
 use super::model::Model;
 use super::problem::Problem;
 use super::{Api, views};
-use crate::server::{GroupError, Heartbeat, Outcome};
+use crate::server::Outcome;
 use crate::weights::{Gradient, Gradients, Weights};
 
 type Answer = Result<Response, Problem>;
@@ -55,19 +55,7 @@ pub(super) async fn heartbeat(State(api): State<Api>, headers: HeaderMap) -> Ans
         worker,
         incarnation,
     } = Caller::read(&headers)?;
-    let beat = async {
-        let Some(first) = model.group.servers().next() else {
-            return Ok(());
-        };
-        let beat = Heartbeat {
-            worker,
-            incarnation,
-        };
-        let index = 0;
-        let answer = first.ask(beat).await;
-        let answer = answer.map_err(|source| GroupError::Call { index, source })?;
-        Ok(answer.map_err(|source| GroupError::Server { index, source })?)
-    };
+    let beat = async { Ok(model.group.heartbeat(worker, incarnation).await?) };
     model.while_open(beat).await?;
     Ok(Response::default())
 }

@@ -106,13 +106,19 @@ impl Problem {
                 ShardError::VersionGone { oldest, .. } => {
                     Self::new(StatusCode::GONE, text).version(*oldest)
                 }
+                ShardError::WrongUpdate { .. } | ShardError::BadUpdate { .. } => {
+                    Self::unavailable(text)
+                }
             },
             ServerError::BadNorm { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
-            ServerError::FollowerBehind { .. } => Self::unavailable(text).retry_soon(),
+            ServerError::FollowerBehind { .. } | ServerError::TooManyWaiting { .. } => {
+                Self::unavailable(text).retry_soon()
+            }
             ServerError::NotFirst
             | ServerError::Config(_)
             | ServerError::GroupBroken { .. }
             | ServerError::NotFetched { .. }
+            | ServerError::NotFollowed { .. }
             | ServerError::Stopping => Self::unavailable(text),
         }
     }
@@ -120,9 +126,9 @@ impl Problem {
     fn from_refusal(refusal: &Refusal, text: String) -> Self {
         let conflict = Self::new(StatusCode::CONFLICT, text.clone());
         match refusal {
-            Refusal::NotMember { least, .. } | Refusal::Fenced { least, .. } => {
-                conflict.least_incarnation(*least)
-            }
+            Refusal::NotMember { least, .. }
+            | Refusal::Silent { least, .. }
+            | Refusal::Fenced { least, .. } => conflict.least_incarnation(*least),
             Refusal::FromTheFuture { version, .. } => conflict.version(*version),
             Refusal::TooManyPending { .. } => {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()

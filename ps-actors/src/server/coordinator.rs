@@ -20,6 +20,7 @@ use super::status::{CoordinatorStatus, WorkerStatus};
 use crate::ids::{Clock, Epoch, Incarnation, Version, WorkerId};
 
 mod admission;
+mod callers;
 mod rounds;
 
 #[derive(Clone, Debug)]
@@ -207,6 +208,7 @@ impl Coordinator {
             version: self.version,
             epoch: self.epoch,
             num_pending: self.pending.len(),
+            awaited: self.awaited(),
             workers,
         }
     }
@@ -258,6 +260,8 @@ impl Coordinator {
             next_clock,
         };
         self.members.insert(worker, member);
+        // It is seen from now on, though it may never push.
+        self.stat(worker);
         self.epoch = self.epoch.next();
         effects.push(Effect::Fence {
             worker,

@@ -144,6 +144,20 @@ pub enum Refusal {
         /// The lowest incarnation that may join.
         least: Incarnation,
     },
+    /// The worker was a member and silent for too long.
+    #[error(
+        "{worker} is no longer a member: it was silent for longer than the lease of {lease:?}; it must \
+         join again with an incarnation of at least {least}, and send heartbeats while it computes, or the \
+         server needs a longer `ServerConfig::lease`"
+    )]
+    Silent {
+        /// Who.
+        worker: WorkerId,
+        /// The lowest incarnation that may join.
+        least: Incarnation,
+        /// The server's lease.
+        lease: std::time::Duration,
+    },
     /// A later life of the worker is known: this one is over.
     #[error("{worker} is fenced off: {got} is over, the valid one is at least {least}")]
     Fenced {

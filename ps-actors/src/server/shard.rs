@@ -8,7 +8,7 @@
 //! into a recycled buffer. With several shards the latest few versions are kept, so that a
 //! pull of all shards can get one version although they are not updated at the same instant.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -71,6 +71,20 @@ pub enum ShardError {
         /// What could be had.
         oldest: Version,
     },
+    /// An update does not follow the one before it.
+    #[error("an update would make version {got:?}, but the next one is {expected:?}")]
+    WrongUpdate {
+        /// What it makes.
+        got: Version,
+        /// What is next.
+        expected: Version,
+    },
+    /// An update cannot be made of its gradients.
+    #[error("the update that makes version {version:?} names no gradient, or one of them twice")]
+    BadUpdate {
+        /// What it would make.
+        version: Version,
+    },
 }
 
 /// The answer to a pull that could not be given at once.
@@ -96,7 +110,7 @@ pub struct Shard {
     fences: BTreeMap<WorkerId, Incarnation>,
     /// Updates whose gradients are not all here yet, in order.
     undone_updates: VecDeque<(Update, f64)>,
-    waiting_pulls: Vec<(Ticket, PullVersion)>,
+    waiting_pulls: BTreeMap<Ticket, PullVersion>,
 }
 
 impl Shard {
@@ -131,7 +145,7 @@ impl Shard {
             staged: BTreeMap::new(),
             fences: BTreeMap::new(),
             undone_updates: VecDeque::new(),
-            waiting_pulls: Vec::new(),
+            waiting_pulls: BTreeMap::new(),
         }
     }
 
@@ -238,9 +252,28 @@ impl Shard {
 
     /// Applies an update, with this learning rate. If a gradient of it is not staged here yet,
     /// it and all later updates wait. Returns the pulls that can be answered now.
-    pub fn update(&mut self, update: Update, learning_rate: f64) -> Vec<PullAnswer> {
+    ///
+    /// # Errors
+    /// When it is not the next one (PS-5), or names no gradient or one twice.
+    pub fn update(
+        &mut self,
+        update: Update,
+        learning_rate: f64,
+    ) -> Result<Vec<PullAnswer>, ShardError> {
+        let version = update.version;
+        let latest = self.undone_updates.back();
+        let latest = latest.map_or(self.current.version(), |(update, _)| update.version);
+        let expected = latest.next();
+        if version != expected {
+            let got = version;
+            return Err(ShardError::WrongUpdate { got, expected });
+        }
+        let distinct: BTreeSet<&GradientId> = update.gradients.iter().collect();
+        if distinct.is_empty() || distinct.len() < update.gradients.len() {
+            return Err(ShardError::BadUpdate { version });
+        }
         self.undone_updates.push_back((update, learning_rate));
-        self.do_updates()
+        Ok(self.do_updates())
     }
 
     /// Answers a pull at once, or, if its version does not exist yet, later under `ticket`.
@@ -248,7 +281,7 @@ impl Shard {
         match self.look_up(wanted) {
             Some(weights) => Some(PullAnswer { ticket, weights }),
             None => {
-                self.waiting_pulls.push((ticket, wanted));
+                self.waiting_pulls.insert(ticket, wanted);
                 None
             }
         }
@@ -256,7 +289,7 @@ impl Shard {
 
     /// Forgets a waiting pull whose caller has gone.
     pub fn cancel_pull(&mut self, ticket: Ticket) {
-        self.waiting_pulls.retain(|(waiting, _)| *waiting != ticket);
+        self.waiting_pulls.remove(&ticket);
     }
 
     fn look_up(&self, wanted: PullVersion) -> Option<Result<Weights, ShardError>> {
@@ -305,7 +338,7 @@ impl Shard {
         for (ticket, wanted) in waiting {
             match self.look_up(wanted) {
                 Some(weights) => answers.push(PullAnswer { ticket, weights }),
-                None => self.waiting_pulls.push((ticket, wanted)),
+                None => _ = self.waiting_pulls.insert(ticket, wanted),
             }
         }
     }

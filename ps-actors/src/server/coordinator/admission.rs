@@ -17,29 +17,12 @@ impl Coordinator {
         let id = stamp.id;
         let worker = id.worker;
         let waiter = Waiter { ticket, then_start };
-        let latest = self
-            .ledgers
-            .get(&worker)
-            .map_or(Incarnation(0), |l| l.incarnation);
-        match self.members.get(&worker) {
-            Some(member) if member.incarnation == id.incarnation => {}
-            Some(member) if member.incarnation > id.incarnation => {
-                let least = member.incarnation;
-                return Err(Refusal::Fenced {
-                    worker,
-                    got: id.incarnation,
-                    least,
-                });
-            }
-            _ => {
-                return Err(Refusal::NotMember {
-                    worker,
-                    least: latest.next(),
-                });
-            }
-        }
+        self.check_member(worker, id.incarnation)?;
         match self.entry(id) {
             Entry::Settled(outcome) => {
+                if then_start {
+                    self.check_room_to_hold(worker)?;
+                }
                 self.stat(worker).num_duplicates += 1;
                 effects.push(Effect::Discard(id));
                 self.answer(waiter, id, outcome, effects);
@@ -78,6 +61,27 @@ impl Coordinator {
             None => self.pending.push(push),
         }
         Ok(())
+    }
+
+    /// Whether a worker takes part in this life.
+    ///
+    /// # Errors
+    /// When it does not; says in which life it may.
+    pub fn check_member(&self, worker: WorkerId, incarnation: Incarnation) -> Result<(), Refusal> {
+        match self.incarnation(worker) {
+            Some(current) if current == incarnation => Ok(()),
+            Some(current) if current > incarnation => Err(Refusal::Fenced {
+                worker,
+                got: incarnation,
+                least: current,
+            }),
+            _ => {
+                let ledger = self.ledgers.get(&worker);
+                let latest = ledger.map_or(Incarnation(0), |ledger| ledger.incarnation);
+                let least = latest.next();
+                Err(Refusal::NotMember { worker, least })
+            }
+        }
     }
 
     pub(super) fn apply(

@@ -89,7 +89,7 @@ impl World {
             let shard = &mut self.shards[shard];
             match effect {
                 Effect::Update(update) => {
-                    shard.update(update, self.learning_rate);
+                    shard.update(update, self.learning_rate).unwrap();
                 }
                 Effect::Discard(id) => shard.discard(id),
                 Effect::Fence { worker, below } => shard.fence(worker, below),

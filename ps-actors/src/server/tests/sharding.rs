@@ -133,7 +133,7 @@ fn a_pull_of_one_version_waits_for_it_and_says_when_it_is_gone() {
     let Some(Effect::Update(first)) = world.undelivered[1].pop_front() else {
         panic!("update")
     };
-    let answers = world.shards[1].update(first, -1.0);
+    let answers = world.shards[1].update(first, -1.0).unwrap();
     assert_eq!(answers.len(), 1);
     assert_eq!(answers[0].weights.as_ref().unwrap().version(), Version(1));
     assert_eq!(answers[0].weights.as_ref().unwrap().to_vec(), vec![1.0; 8]);
@@ -159,8 +159,8 @@ fn an_update_waits_for_the_gradients_that_it_names() {
         reduction: Reduction::Sum,
     };
     shard.stage(id(0, 1, 1), &gradient).unwrap();
-    assert!(shard.update(update(1, 0), -1.0).is_empty());
-    shard.update(update(2, 1), -1.0);
+    assert!(shard.update(update(1, 0), -1.0).unwrap().is_empty());
+    shard.update(update(2, 1), -1.0).unwrap();
     shard.discard(id(0, 1, 1));
     shard.fence(WorkerId(0), Incarnation(2));
     assert_eq!(shard.weights().version(), Version(0));
