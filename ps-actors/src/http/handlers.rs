@@ -6,7 +6,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 
-use super::body;
+use super::body::{self, Upload};
 use super::headers::{
     CLOCK, Caller, EPOCH, NUM_WEIGHTS, OUTCOME, STALENESS, Stamp, VERSION, wanted_version,
 };
@@ -113,7 +113,11 @@ async fn receive(api: &Api, model: &Model, request: Request) -> Result<Gradients
         num_examples,
     } = Stamp::read(request.headers())?;
     let len = model.layout().await?.num_weights();
-    let values = api.shared.uploads.receive(request, len).await?;
+    let upload = Upload::new(request, len)?;
+    // Only members take a place, and memory, for what they send.
+    let member = model.group.heartbeat(id.worker, id.incarnation).await;
+    member.map_err(Problem::of_push)?;
+    let values = api.shared.uploads.receive(upload).await?;
     Ok(Gradients {
         id,
         computed_on,
