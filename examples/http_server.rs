@@ -8,11 +8,12 @@
 //! ```
 //!
 //! The workers compute gradients of `ConvNet`, here with PyTorch. Prints the accuracy on the test set
-//! about every 50 updates, and ends when all workers have left.
+//! about every 50 updates, says every five seconds for whom it waits if it does, and ends when all
+//! workers have come and left.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -75,20 +76,25 @@ fn main() -> Result<()> {
     println!("Waiting for workers: http://{address}/v1/status");
 
     let mut next_update = 0;
+    let mut waits = Waits::default();
     loop {
         // The workers need no driver: looking at them now and then is all there is to do here.
         std::thread::sleep(Duration::from_millis(100));
         let group = servers.clone();
-        let (status, weights) = run(async move {
+        let looked = run(async move {
             let status = group.status().await?;
             Ok::<_, GroupError>((status, group.pull(PullVersion::Latest).await?))
-        })?;
-        let workers = &status[0]
-            .coordinator
-            .as_ref()
-            .context("it decides")?
-            .workers;
-        let have_all_left = !workers.is_empty() && workers.values().all(|w| !w.is_member);
+        });
+        let (status, weights) = match looked {
+            Ok(looked) => looked,
+            // The servers have too much to do to be looked at.
+            Err(error) if error.is_for_now() => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let status = status[0].coordinator.as_ref().context("it decides")?;
+        let workers = &status.workers;
+        let have_all_left =
+            workers.len() >= args.num_workers.max(1) && workers.values().all(|w| !w.is_member);
         let update = weights.version().0;
         if update >= next_update || have_all_left {
             let accuracy = evaluator.accuracy_percent(&weights)?;
@@ -98,5 +104,44 @@ fn main() -> Result<()> {
         if have_all_left {
             return Ok(());
         }
+        if waits.are_to_be_named(update) {
+            let num_members = workers.values().filter(|w| w.is_member).count();
+            let (num_seen, num_workers) = (workers.len(), args.num_workers);
+            println!(
+                "Update {update}: \twaiting for {}; {num_seen} of {num_workers} workers have come, \
+                 {num_members} are here (a silent one is lost after {} s)",
+                status.awaited, args.lease
+            );
+        }
+    }
+}
+
+/// Notices that nothing goes on.
+struct Waits {
+    update: u64,
+    since: Instant,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self {
+            update: 0,
+            since: Instant::now(),
+        }
+    }
+}
+
+impl Waits {
+    /// Whether there was no update for five seconds, every five seconds.
+    fn are_to_be_named(&mut self, update: u64) -> bool {
+        if self.update == update && self.since.elapsed() < Duration::from_secs(5) {
+            return false;
+        }
+        let is_stuck = self.update == update;
+        *self = Self {
+            update,
+            since: Instant::now(),
+        };
+        is_stuck
     }
 }

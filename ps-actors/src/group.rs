@@ -7,28 +7,33 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use actix::{Handler, Message};
 use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
 
-use crate::actor::{ActorRef, Spawn, SpawnError};
+use crate::actor::{ActorRef, Spawn, SpawnError, background};
 use crate::cluster::{Cluster, Hosted, Placement, SpawnOn, SpawnOnError};
 use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::{
-    ApplyGradients, ConfigError, Consistency, GetStatus, GroupError, Join, Leave, Membership,
-    Outcome, ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost,
-    ServerConfig, ServerError, ServerStatus, SetConsistency, SetLearningRate, ShardError, Stage,
-    partition,
+    ApplyGradients, ConfigError, Consistency, GetStatus, GroupError, GroupSecret, Heartbeat, Join,
+    Leave, Membership, Outcome, ParameterServer, Pull, PullVersion, Push, PushPull, Reduction,
+    ReportLost, ServerConfig, ServerError, ServerStatus, SetConsistency, SetLearningRate,
+    ShardError, Stage, partition,
 };
 use crate::weights::{Gradients, Weights};
 
 /// How often a pull of one version starts again because the servers moved on meanwhile.
 const MAX_PULL_TRIES: usize = 100;
 
-/// How often a server is asked that cannot be reached; each try takes up to the lease.
-const MAX_TRIES: usize = 4;
+/// How long a server is asked again that cannot be reached, from the first failure on. One that is
+/// known to have ended is not.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The first pause before it is asked again, and the longest; each is twice the one before.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// How many versions each server of a group of several keeps at least.
 const MIN_KEPT_VERSIONS: usize = 4;
@@ -109,6 +114,8 @@ pub struct ServerArgs {
     /// The initial weights of its range.
     weights: Weights,
     config: ServerConfig,
+    /// What only the servers of this group know.
+    secret: GroupSecret,
     /// The other servers, if it is the first one.
     followers: Option<Vec<ActorRef<ParameterServer>>>,
 }
@@ -128,18 +135,27 @@ impl ServerArgs {
         let Self {
             weights,
             config,
+            secret,
             followers,
         } = self;
         let range = weights.range();
         match followers {
-            Some(followers) => ParameterServer::first(&weights, range, rule, config, followers),
-            None => Ok(ParameterServer::follower(&weights, range, rule, config)),
+            Some(followers) => {
+                ParameterServer::first(&weights, range, rule, config, secret, followers)
+            }
+            None => Ok(ParameterServer::follower(
+                &weights, range, rule, config, secret,
+            )),
         }
     }
 }
 
 impl Hosted for ParameterServer {
     type Args = ServerArgs;
+
+    fn options(options: Spawn) -> Spawn {
+        Self::options(options)
+    }
 }
 
 impl ServerGroup {
@@ -162,6 +178,7 @@ impl ServerGroup {
         if num_servers > 1 {
             config.num_kept_versions = config.num_kept_versions.max(MIN_KEPT_VERSIONS);
         }
+        let secret = GroupSecret::random();
         let ranges = partition(initial.len(), num_servers);
         let start = |index: usize, server: ParameterServer| {
             let options = Spawn::new().thread_name(format!("server-{index}"));
@@ -172,12 +189,14 @@ impl ServerGroup {
         let mut followers = Vec::new();
         for (index, range) in ranges.iter().enumerate().skip(1) {
             let rule = rule(range.clone());
-            let server = ParameterServer::follower(initial, range.clone(), rule, config);
+            let server =
+                ParameterServer::follower(initial, range.clone(), rule, config, secret.clone());
             followers.push(start(index, server)?);
         }
         let range = ranges[0].clone();
         let rule = rule(range.clone());
-        let first = ParameterServer::first(initial, range, rule, config, followers.clone())?;
+        let first =
+            ParameterServer::first(initial, range, rule, config, secret, followers.clone())?;
         let servers = [start(0, first)?].into_iter().chain(followers);
         Ok(Self {
             servers: ranges.into_iter().zip(servers).collect(),
@@ -203,11 +222,13 @@ impl ServerGroup {
         if places.len() > 1 {
             config.num_kept_versions = config.num_kept_versions.max(MIN_KEPT_VERSIONS);
         }
+        let secret = GroupSecret::random();
         let ranges = partition(initial.len(), places.len());
         let start = |index: usize, followers| {
             let args = ServerArgs {
                 weights: initial.part(ranges[index].clone()),
                 config,
+                secret: secret.clone(),
                 followers,
             };
             let options = SpawnOn::new().place(places[index].clone());
@@ -247,14 +268,18 @@ impl ServerGroup {
         T: Send + 'static,
     {
         let server = &self.servers[index].1;
-        let mut tries = 1;
+        let mut lost_since: Option<Instant> = None;
+        let (mut pause, longest) = PAUSES;
         let answer = loop {
-            let again = (!server.is_local() && tries < MAX_TRIES).then(|| message.clone());
+            let may_ask_again = lost_since.is_none_or(|since| since.elapsed() < PATIENCE);
+            let again = (!server.is_local() && may_ask_again).then(|| message.clone());
             match (server.ask(message).await, again) {
                 (Err(lost), Some(again)) if lost.is_connection_lost() => {
                     tracing::warn!(server = server.name(), %lost, "asking again");
                     message = again;
-                    tries += 1;
+                    lost_since.get_or_insert_with(Instant::now);
+                    background::sleep(pause).await;
+                    pause = (2 * pause).min(longest);
                 }
                 (answer, _) => break answer,
             }
@@ -293,6 +318,22 @@ impl ServerGroup {
             },
         )
         .await
+    }
+
+    /// Says that a member is alive, and returns the server's lease, if it has one.
+    ///
+    /// # Errors
+    /// When the worker is no member in this life, or the server cannot be reached.
+    pub async fn heartbeat(
+        &self,
+        worker: WorkerId,
+        incarnation: Incarnation,
+    ) -> Result<Option<Duration>, GroupError> {
+        let beat = Heartbeat {
+            worker,
+            incarnation,
+        };
+        self.ask(0, beat).await
     }
 
     /// Declares a worker dead, so that nobody waits for it.

@@ -28,6 +28,7 @@ pub mod buffer;
 pub mod cluster;
 pub mod codec;
 pub mod group;
+mod heartbeat;
 pub mod http;
 pub mod ids;
 pub mod launch;

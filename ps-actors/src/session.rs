@@ -141,7 +141,8 @@ fn may_rejoin(error: &GroupError) -> bool {
     };
     matches!(
         source,
-        ServerError::Refused(Refusal::NotMember { .. } | Refusal::Fenced { .. })
-            | ServerError::Shard(ShardError::Fenced { .. } | ShardError::TooManyStrangers { .. })
+        ServerError::Refused(
+            Refusal::NotMember { .. } | Refusal::Silent { .. } | Refusal::Fenced { .. }
+        ) | ServerError::Shard(ShardError::Fenced { .. } | ShardError::TooManyStrangers { .. })
     )
 }

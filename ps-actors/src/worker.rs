@@ -15,10 +15,12 @@ use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::actor::ActorRef;
+use crate::actor::error::error_chain;
+use crate::actor::{ActorRef, background};
 use crate::cluster::Hosted;
 use crate::codec::Bulk;
 use crate::group::ServerGroup;
+use crate::heartbeat::Heartbeats;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 use crate::remote::{Messages, Remote};
 use crate::server::{GroupError, Outcome, PullVersion};
@@ -27,6 +29,12 @@ use crate::weights::{Gradient, Gradients, Weights};
 
 /// How often in a row a worker joins again without getting a gradient settled in between.
 const MAX_REJOINS: usize = 10;
+
+/// How long a push is repeated that the servers cannot take for now.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The pause before it is.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// The error of a [`GradientSource`].
 pub type SourceError = Box<dyn Error + Send + Sync>;
@@ -299,6 +307,37 @@ async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weight
     session.servers().pull(PullVersion::Latest).await
 }
 
+/// Pushes, and again a little later where the servers say that this may help.
+async fn push_patiently(
+    servers: &ServerGroup,
+    gradients: Gradients,
+) -> Result<(Outcome, Weights), GroupError> {
+    let mut refused_since: Option<Instant> = None;
+    loop {
+        match servers.push_pull(gradients.clone()).await {
+            Err(error) if error.is_for_now() => {
+                let since = *refused_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > PATIENCE {
+                    return Err(error);
+                }
+                tracing::debug!(%error, "pushing again");
+                background::sleep(PAUSE).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+/// The heartbeats of a membership.
+fn heartbeats(session: &Session) -> Heartbeats {
+    let GradientId {
+        worker,
+        incarnation,
+        ..
+    } = session.gradient_id(session.next_clock());
+    Heartbeats::of(session.servers(), worker, incarnation)
+}
+
 async fn run<S: GradientSource>(
     state: &RefCell<State<S>>,
     servers: &ServerGroup,
@@ -309,6 +348,7 @@ async fn run<S: GradientSource>(
     let mut report = RunReport::default();
     let started = Instant::now();
     let mut session = Session::join(servers, worker).await.map_err(failed)?;
+    let mut _beating = heartbeats(&session);
     let mut weights = begin(state, &session).await.map_err(failed)?;
     report.wait_time += started.elapsed();
     let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
@@ -320,7 +360,7 @@ async fn run<S: GradientSource>(
         report.compute_time += started.elapsed();
         let (loss, num_examples) = (gradients.loss, gradients.num_examples as u64);
         let started = Instant::now();
-        let pushed = servers.push_pull(gradients).await;
+        let pushed = push_patiently(servers, gradients).await;
         weights = match pushed {
             Ok((outcome, next)) => {
                 num_rejoins = 0;
@@ -342,13 +382,18 @@ async fn run<S: GradientSource>(
                 }
                 num_rejoins += 1;
                 session.rejoin(error).await.map_err(failed)?;
+                _beating = heartbeats(&session);
                 begin(state, &session).await.map_err(failed)?
             }
         };
         report.wait_time += started.elapsed();
     }
     report.was_stopped = state.borrow().next_clock.0 < last_clock;
-    session.leave().await.map_err(failed)?;
+    // The steps are taken: what became of them is worth more than an orderly end.
+    if let Err(error) = session.leave().await {
+        let error = error_chain(&error);
+        tracing::warn!(%worker, error, "could not leave after the last step");
+    }
     Ok(report)
 }
 

@@ -122,7 +122,8 @@ impl<T> Contexts<T> {
 
     /// How often to look for contexts to forget.
     pub(super) fn sweep_every(&self) -> Duration {
-        (self.config.context_lease / 4).max(Duration::from_millis(1))
+        let (shortest, longest) = (Duration::from_millis(1), Duration::from_secs(3600));
+        (self.config.context_lease / 4).clamp(shortest, longest)
     }
 }
 

@@ -12,10 +12,11 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use actix::System;
 use tokio::runtime::{Handle, Runtime};
+use tokio::task::AbortHandle;
 use tokio::time::Sleep;
 
 use super::linger::Lingering;
@@ -105,6 +106,29 @@ pub(crate) fn sleep_until(deadline: Instant) -> Sleep {
     let (_, runtime) = background().expect("the background loop runs since the first spawn");
     let _inside = runtime.enter();
     tokio::time::sleep_until(deadline.into())
+}
+
+/// A timer on the background event loop.
+pub(crate) fn sleep(time: Duration) -> Sleep {
+    let (_, runtime) = background().expect("the background loop runs since the first spawn");
+    let _inside = runtime.enter();
+    tokio::time::sleep(time)
+}
+
+/// Something that runs on the background event loop until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Task(AbortHandle);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Starts something on the background event loop, which must never be blocked.
+pub(crate) fn start(task: impl Future<Output = ()> + Send + 'static) -> Task {
+    let (_, runtime) = background().expect("the background loop runs since the first spawn");
+    Task(runtime.spawn(task).abort_handle())
 }
 
 /// The background system and its event loop, started at first use; they live as long as the process.

@@ -18,6 +18,7 @@ use actix::{Actor, Context, Handler, Message};
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
+use super::caller_gone::{CallerGone, Entered, Watched, Watchers};
 use super::deadline::Deadline;
 use super::error::{CallError, NotDelivered, UnknownOutcome};
 use super::mailbox::{ActorId, Mailbox};
@@ -85,6 +86,8 @@ struct State<M: Message> {
     stage: Stage<M>,
     waker: Option<Waker>,
     held: Option<Held>,
+    /// Of a running call.
+    watchers: Watchers,
 }
 
 enum Stage<M: Message> {
@@ -108,6 +111,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
                 stage: Stage::Queued(message),
                 waker: None,
                 held: None,
+                watchers: Watchers::default(),
             }),
         }
     }
@@ -181,6 +185,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
             return;
         };
         self.mailbox.release_slot();
+        let watchers = mem::take(&mut state.watchers);
         if wanted {
             state.stage = Stage::Done(result);
             let waker = state.waker.take();
@@ -195,6 +200,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
                 self.mailbox.count_dead_letter(type_name::<M>(), error);
             }
         }
+        drop(watchers);
     }
 
     /// Ends a queued call with an error that holds its message; false if it was not queued.
@@ -235,7 +241,10 @@ where
         // What is held goes at the end of this function, or with the handler's panic.
         let (message, mut held) = self.begin()?;
         let (reply, mut response) = oneshot::channel();
-        actor.handle(message, ctx).handle(ctx, Some(reply));
+        {
+            let _current = Entered::call(Arc::clone(&self) as _);
+            actor.handle(message, ctx).handle(ctx, Some(reply));
+        }
         match response.try_recv() {
             Ok(result) => self.end(Ok(result)),
             Err(TryRecvError::Closed) => self.fail(&Loss::NoReply),
@@ -344,9 +353,10 @@ where
             Stage::Running { .. } => state.stage = Stage::Running { wanted: false },
             Stage::Queued(_) | Stage::Over => {}
         }
-        let waker = state.waker.take();
+        let (waker, watchers) = (state.waker.take(), mem::take(&mut state.watchers));
         drop(state);
         drop(waker);
+        watchers.tell();
         Err(CallError::Unknown {
             actor: Arc::clone(self.mailbox.name()),
             reason: match why {
@@ -370,9 +380,22 @@ where
             }
             stage => Some(mem::replace(stage, Stage::Over)),
         };
-        let waker = state.waker.take();
+        let (waker, watchers) = (state.waker.take(), mem::take(&mut state.watchers));
         drop(state);
         drop((unread, waker));
+        watchers.tell();
+    }
+}
+
+impl<A: Actor, M: Message + Send + 'static> Watched for Call<A, M> {
+    fn watch_caller(&self) -> CallerGone {
+        let mut state = self.lock();
+        match state.stage {
+            Stage::Running { wanted: true } => state.watchers.add(),
+            Stage::Running { wanted: false } if !self.told => CallerGone::already(),
+            // Told, or failed from outside.
+            _ => CallerGone::never(),
+        }
     }
 }
 

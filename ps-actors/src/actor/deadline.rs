@@ -30,3 +30,22 @@ impl Deadline {
         self.at.saturating_duration_since(Instant::now())
     }
 }
+
+/// When a time is over; of the longest times, decades from now: there is no later instant than some.
+pub(crate) fn latest(from: Instant, after: Duration) -> Instant {
+    const DECADES: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+    from.checked_add(after).unwrap_or(from + DECADES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_time_is_over_much_later() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        assert_eq!(latest(now, second), now + second);
+        assert!(latest(now, Duration::MAX) > now + 1_000_000 * second);
+    }
+}

@@ -17,6 +17,7 @@
 //! |---|---|
 //! | `actor_ref` | what callers hold |
 //! | `call`, `deadline` | the life of one call: queued, running, done; its time limit |
+//! | `caller_gone` | how a handler that waits learns that its caller does not |
 //! | `reply`, `pending` | the caller's side of one call, of many calls |
 //! | `mailbox` | the queue, the bound on it, and the actor's phase |
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
@@ -58,6 +59,7 @@
 pub(crate) mod actor_ref;
 pub(crate) mod background;
 pub(crate) mod call;
+mod caller_gone;
 pub(crate) mod deadline;
 pub(crate) mod error;
 pub(crate) mod linger;
@@ -72,6 +74,7 @@ mod supervisor;
 
 pub use actor_ref::ActorRef;
 pub use background::run;
+pub use caller_gone::{CallerGone, caller_gone};
 pub use error::{
     CallError, LookupError, NotDelivered, SpawnError, StillRunning, Undelivered, UnknownOutcome,
 };

@@ -24,6 +24,11 @@ pub trait Hosted: Remote {
     /// What an actor is made of; it is sent to the process that makes it.
     type Args: Serialize + DeserializeOwned + Send + 'static;
 
+    /// Adds to the options that [`Hosts`] has for actors of this type what each of them needs.
+    fn options(options: Spawn) -> Spawn {
+        options
+    }
+
     /// Tells an actor to finish what it does, because its node is to leave.
     ///
     /// Returns whether it does: then it is stopped, and its node waits for that, no longer than
@@ -86,7 +91,7 @@ impl Hosts {
         make: impl Fn(A::Args) -> Result<A, MakeError> + Send + Sync + 'static,
     ) -> Self {
         let host = Make::<A> {
-            options,
+            options: A::options(options),
             make: Arc::new(make),
         };
         self.types.insert(type_name::<A>(), Arc::new(host));

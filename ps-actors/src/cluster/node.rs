@@ -18,6 +18,7 @@ use super::config::{ClusterConfig, ClusterError, Transport};
 use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
 use super::task::Task;
+use crate::actor::deadline::latest;
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::Address;
 use crate::net::dial::DialError;
@@ -154,7 +155,7 @@ impl Node {
     }
 
     async fn join(&self) -> Result<Life, ClusterError> {
-        let deadline = Instant::now() + self.config.join_timeout;
+        let deadline = latest(Instant::now().into_std(), self.config.join_timeout).into();
         let mut pause = Duration::from_millis(20);
         loop {
             let reason = match self.try_to_join().await {

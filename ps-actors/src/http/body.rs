@@ -3,8 +3,10 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
@@ -12,8 +14,8 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_LENGTH;
 use http_body_util::BodyExt;
 use hyper::body::{Frame, SizeHint};
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::time::{Instant, timeout};
 
 use super::HttpConfig;
 use super::problem::Problem;
@@ -23,12 +25,67 @@ use crate::weights::Weights;
 /// Idle receive buffers that are kept: those of one round of a few workers.
 const NUM_IDLE_BUFFERS: usize = 16;
 
+/// How long a body is watched before it can be called too slow.
+const TRIAL: Duration = Duration::from_secs(1);
+
+/// A gradient that a client is about to send, of the right length.
+#[derive(Debug)]
+pub(super) struct Upload {
+    body: Body,
+    /// In numbers.
+    len: usize,
+}
+
+impl Upload {
+    /// Nothing is taken, neither room nor memory, before the declared length is right.
+    pub(super) fn new(request: Request, len: usize) -> Result<Self, Problem> {
+        check_length(&request, len)?;
+        let body = request.into_body();
+        Ok(Self { body, len })
+    }
+}
+
 /// Takes gradients in.
 #[derive(Debug)]
 pub(super) struct Uploads {
     config: HttpConfig,
     room: Semaphore,
     buffers: BufferPool,
+    /// Those that have a place.
+    under_way: Mutex<Vec<Arc<Progress>>>,
+}
+
+/// How far an upload has come.
+#[derive(Debug)]
+struct Progress {
+    since: Instant,
+    num_bytes: usize,
+    filled: AtomicUsize,
+    /// Its place is wanted by another one.
+    must_go: Notify,
+}
+
+impl Progress {
+    /// How long it will have taken at its end if it goes on as it does; unknown at the beginning.
+    fn expected(&self, now: Instant) -> Option<f64> {
+        let took = now.saturating_duration_since(self.since);
+        let filled = self.filled.load(Ordering::Relaxed) as f64;
+        (took >= TRIAL).then(|| took.as_secs_f64() * self.num_bytes as f64 / filled)
+    }
+}
+
+/// A place for an upload; free again at its drop.
+struct Place<'a> {
+    uploads: &'a Uploads,
+    progress: Arc<Progress>,
+    _room: SemaphorePermit<'a>,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut under_way = self.uploads.under_way();
+        under_way.retain(|other| !Arc::ptr_eq(other, &self.progress));
+    }
 }
 
 impl Uploads {
@@ -37,33 +94,87 @@ impl Uploads {
             config,
             room: Semaphore::new(config.max_uploads),
             buffers: BufferPool::new(NUM_IDLE_BUFFERS),
+            under_way: Mutex::default(),
         }
     }
 
-    /// Receives exactly `len` numbers.
-    ///
-    /// Nothing is taken, neither room nor memory, before the declared length is right.
-    pub(super) async fn receive(&self, request: Request, len: usize) -> Result<Buffer, Problem> {
-        let num_bytes = check_length(&request, len)?;
-        let mut body = request.into_body();
+    fn under_way(&self) -> MutexGuard<'_, Vec<Arc<Progress>>> {
+        // Each operation on the list is whole.
+        let under_way = self.under_way.lock();
+        under_way.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for a place. The slowest of those that have one loses it, if at its speed it could not be
+    /// done in time anyway.
+    async fn place(&self, num_bytes: usize) -> Result<Place<'_>, Problem> {
         let HttpConfig {
             silence,
-            max_upload_time,
             max_uploads,
+            ..
         } = self.config;
-        let _room = timeout(silence, self.room.acquire()).await.map_err(|_| {
+        let room = async {
+            loop {
+                let room = timeout(TRIAL / 2, self.room.acquire()).await;
+                match room {
+                    Ok(room) => break room.expect("the semaphore is never closed"),
+                    Err(_elapsed) => self.evict(Instant::now()),
+                }
+            }
+        };
+        let room = timeout(silence, room).await.map_err(|_| {
             let why = format!("{max_uploads} gradients are on their way in already");
             Problem::unavailable(why).retry_soon()
         })?;
+        let progress = Arc::new(Progress {
+            since: Instant::now(),
+            num_bytes,
+            filled: AtomicUsize::new(0),
+            must_go: Notify::new(),
+        });
+        self.under_way().push(Arc::clone(&progress));
+        Ok(Place {
+            uploads: self,
+            progress,
+            _room: room,
+        })
+    }
+
+    fn evict(&self, now: Instant) {
+        let under_way = self.under_way();
+        let expected = under_way
+            .iter()
+            .filter_map(|upload| Some((upload.expected(now)?, upload)));
+        let slowest = expected.max_by(|(a, _), (b, _)| a.total_cmp(b));
+        if let Some((expected, slowest)) = slowest
+            && expected > self.config.max_upload_time.as_secs_f64()
+        {
+            slowest.must_go.notify_one();
+        }
+    }
+
+    /// Receives exactly as many numbers as were announced.
+    pub(super) async fn receive(&self, upload: Upload) -> Result<Buffer, Problem> {
+        let Upload { mut body, len } = upload;
+        let num_bytes = 4 * len;
+        let HttpConfig {
+            silence,
+            max_upload_time,
+            ..
+        } = self.config;
+        let place = self.place(num_bytes).await?;
+        let progress = &place.progress;
         let mut buffer = self.buffers.take(len);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut buffer);
-        let latest = Instant::now() + max_upload_time;
         let mut filled = 0;
         loop {
-            let deadline = latest.min(Instant::now() + silence);
-            let frame = timeout_at(deadline, body.frame()).await;
-            let frame = frame.map_err(|_| {
-                let why = format!("gave up after {filled} of {num_bytes} bytes: too slow");
+            let left = max_upload_time.saturating_sub(progress.since.elapsed());
+            let frame = tokio::select! {
+                biased;
+                () = progress.must_go.notified() => Err("too slow, and others wait"),
+                frame = timeout(left.min(silence), body.frame()) => frame.map_err(|_| "too slow"),
+            };
+            let frame = frame.map_err(|why| {
+                let why = format!("gave up after {filled} of {num_bytes} bytes: {why}");
                 Problem::new(StatusCode::REQUEST_TIMEOUT, why)
             })?;
             let cut = |why: &str| {
@@ -82,6 +193,7 @@ impl Uploads {
             };
             place.copy_from_slice(&data);
             filled += data.len();
+            progress.filled.store(filled, Ordering::Relaxed);
         }
         to_native(&mut buffer);
         Ok(buffer)
@@ -89,14 +201,14 @@ impl Uploads {
 }
 
 /// Checks what the client says about its body against what it has to be.
-fn check_length(request: &Request, len: usize) -> Result<u64, Problem> {
+fn check_length(request: &Request, len: usize) -> Result<(), Problem> {
     let expected = 4 * len as u64;
     let what = format!("a gradient of the {len} weights has {expected} bytes");
     // Without a length and without chunks, HTTP/1.1 takes a body to be empty.
     let is_declared = request.headers().contains_key(CONTENT_LENGTH);
     let given = request.body().size_hint().exact();
     match given.filter(|_| is_declared) {
-        Some(given) if given == expected => Ok(expected),
+        Some(given) if given == expected => Ok(()),
         Some(given) => {
             let status = match given > expected {
                 true => StatusCode::PAYLOAD_TOO_LARGE,

@@ -6,7 +6,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use axum::response::{IntoResponse, Response};
 
-use super::body;
+use super::body::{self, Upload};
 use super::headers::{
     CLOCK, Caller, EPOCH, INCARNATION, NUM_WEIGHTS, OUTCOME, STALENESS, Stamp, VERSION, newcomer,
     wanted_version,
@@ -14,7 +14,7 @@ use super::headers::{
 use super::model::Model;
 use super::problem::Problem;
 use super::{Api, views};
-use crate::server::{GroupError, Heartbeat, Outcome};
+use crate::server::Outcome;
 use crate::weights::{Gradient, Gradients, Weights};
 
 type Answer = Result<Response, Problem>;
@@ -54,19 +54,7 @@ pub(super) async fn heartbeat(State(api): State<Api>, headers: HeaderMap) -> Ans
         worker,
         incarnation,
     } = Caller::read(&headers)?;
-    let beat = async {
-        let Some(first) = model.group.servers().next() else {
-            return Ok(());
-        };
-        let beat = Heartbeat {
-            worker,
-            incarnation,
-        };
-        let index = 0;
-        let answer = first.ask(beat).await;
-        let answer = answer.map_err(|source| GroupError::Call { index, source })?;
-        Ok(answer.map_err(|source| GroupError::Server { index, source })?)
-    };
+    let beat = async { Ok(model.group.heartbeat(worker, incarnation).await?) };
     model.while_open(beat).await?;
     Ok(Response::default())
 }
@@ -123,7 +111,10 @@ async fn receive(api: &Api, model: &Model, request: Request) -> Result<Gradients
         num_examples,
     } = Stamp::read(request.headers())?;
     let len = model.layout().await?.num_weights();
-    let values = api.shared.uploads.receive(request, len).await?;
+    let upload = Upload::new(request, len)?;
+    // Only members take a place, and memory, for what they send.
+    model.group.heartbeat(id.worker, id.incarnation).await?;
+    let values = api.shared.uploads.receive(upload).await?;
     Ok(Gradients {
         id,
         computed_on,

@@ -90,18 +90,23 @@ impl Problem {
                 ShardError::TooManyStaged { .. } | ShardError::TooManyStrangers { .. } => {
                     Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
                 }
-                // Only a server of the group can be told so.
-                ShardError::OutOfOrder { .. } => Self::unavailable(text),
                 ShardError::VersionGone { oldest, .. } => {
                     Self::new(StatusCode::GONE, text).version(*oldest)
                 }
+                // Only a server of the group can be told so.
+                ShardError::WrongUpdate { .. } | ShardError::BadUpdate { .. } => {
+                    Self::unavailable(text)
+                }
             },
             ServerError::BadNorm { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
-            ServerError::FollowerBehind { .. } => Self::unavailable(text).retry_soon(),
+            ServerError::FollowerBehind { .. } | ServerError::TooManyWaiting { .. } => {
+                Self::unavailable(text).retry_soon()
+            }
             ServerError::NotFirst
             | ServerError::Config(_)
             | ServerError::GroupBroken { .. }
             | ServerError::NotFetched { .. }
+            | ServerError::NotFollowed { .. }
             | ServerError::Stopping => Self::unavailable(text),
         }
     }
@@ -109,7 +114,9 @@ impl Problem {
     fn from_refusal(refusal: &Refusal, text: String) -> Self {
         let conflict = Self::new(StatusCode::CONFLICT, text.clone());
         match refusal {
-            Refusal::NotMember { .. } | Refusal::Fenced { .. } => conflict.join_again(),
+            Refusal::NotMember { .. } | Refusal::Silent { .. } | Refusal::Fenced { .. } => {
+                conflict.join_again()
+            }
             Refusal::FromTheFuture { version, .. } => conflict.version(*version),
             Refusal::TooManyExamples { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
             Refusal::TooManyPending { .. } => {

@@ -31,6 +31,10 @@ struct Status {
     reduction: Option<String>,
     epoch: u64,
     num_pending: usize,
+    /// How many workers have to join before the first round closes.
+    num_to_join: usize,
+    /// The members whose gradients the others wait for.
+    awaited: Vec<u32>,
     workers: Vec<Worker>,
 }
 
@@ -73,6 +77,10 @@ pub(super) fn status(servers: &[ServerStatus]) -> String {
         reduction: run.map(|run| run.reduction.to_string()),
         epoch: run.map_or(0, |run| run.epoch.0),
         num_pending: run.map_or(0, |run| run.num_pending),
+        num_to_join: run.map_or(0, |run| run.awaited.num_to_join),
+        awaited: run.map_or_else(Vec::new, |run| {
+            run.awaited.workers.iter().map(|worker| worker.0).collect()
+        }),
         workers: run.map_or_else(Vec::new, workers),
     })
 }

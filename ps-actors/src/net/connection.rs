@@ -17,7 +17,7 @@ use super::outbox::{Outbox, TaskWriter};
 use super::peer_memory::PeerMemory;
 use super::stream::{ReadHalf, Stream};
 use super::turns::{Turn, Turns};
-use crate::actor::deadline::Deadline;
+use crate::actor::deadline::{Deadline, latest};
 use crate::actor::linger::Lingering;
 use crate::buffer::{Buffer, BufferPool};
 
@@ -219,7 +219,7 @@ impl AsyncRead for Watched {
         }
         // The timer is moved on only when it fires, not with every piece that arrives.
         while this.timer.as_mut().poll(cx).is_ready() {
-            let until = this.last_heard + this.lease;
+            let until = latest(this.last_heard, this.lease);
             if Instant::now() >= until {
                 let silence = format!("nothing was heard for {:?}", this.lease);
                 return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, silence)));

@@ -24,9 +24,10 @@ use crate::remote::callee::Server;
 use crate::remote::process::{NodeId, Process};
 use crate::rule::UpdateRule;
 use crate::server::{
-    ApplyGradients, Consistency, GetStatus, GetWeights, Heartbeat, Join, Leave, ParameterServer,
-    Pull, PullVersion, Push, PushPull, ReportLost, ServerConfig, SetConsistency, SetLearningRate,
-    Stage,
+    ApplyGradients, Consistency, Decision, Follow, GetStatus, GetWeights, GroupSecret, Heartbeat,
+    Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost,
+    ServerConfig, SetConsistency, SetLearningRate, Stage,
+    protocol::{Summand, Update},
 };
 use crate::weights::{Gradient, Gradients, Layout, Weights};
 
@@ -47,8 +48,45 @@ fn below(rng: &mut TestRng, end: usize) -> usize {
     (rng.next_u64() % end.max(1) as u64) as usize
 }
 
+/// What a follower is told, in all that may be wrong with it.
+fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gradient) -> Follow {
+    // Mostly of its own group, as if the first server had lost its wits.
+    let secret = match rng.next_u32().is_multiple_of(4) {
+        true => GroupSecret::random(),
+        false => secret.clone(),
+    };
+    let num_named = below(rng, 3);
+    let update = Update {
+        version: Version(rng.next_u64() % 3),
+        gradients: vec![
+            Summand {
+                id,
+                num_examples: rng.next_u64() % 3,
+            };
+            num_named
+        ],
+        reduction: Reduction::Mean,
+    };
+    let (worker, below) = (id.worker, id.incarnation);
+    let decisions = vec![
+        Decision::Stage(id, gradient),
+        Decision::Discard(id),
+        Decision::Fence { worker, below },
+        Decision::Update {
+            update,
+            learning_rate: 0.1,
+        },
+    ];
+    let kept = |_: &Decision| !rng.next_u32().is_multiple_of(4);
+    Follow {
+        secret,
+        decisions: decisions.into_iter().filter(kept).collect(),
+        number: rng.next_u64() % 3,
+    }
+}
+
 /// One of each message that a server takes, in the order of its codes.
-fn messages(rng: &mut TestRng) -> Vec<Encoded> {
+fn messages(rng: &mut TestRng, secret: &GroupSecret) -> Vec<Encoded> {
     let worker = WorkerId(rng.next_u32() % 3);
     let incarnation = Incarnation(u64::from(rng.next_u32() % 3));
     let clock = Clock(u64::from(rng.next_u32() % 4));
@@ -65,6 +103,7 @@ fn messages(rng: &mut TestRng) -> Vec<Encoded> {
         num_examples: 4,
         gradient: gradient.clone(),
     };
+    let follow = follow(rng, secret, id, gradient.clone());
     let all = [
         encode(&GetWeights),
         encode(&Pull(PullVersion::AtLeast(Version(rng.next_u64() % 4)))),
@@ -89,6 +128,7 @@ fn messages(rng: &mut TestRng) -> Vec<Encoded> {
         encode(&SetConsistency(Consistency::Ssp { bound: 1 })),
         encode(&SetLearningRate(0.1)),
         encode(&GetStatus),
+        encode(&follow),
     ];
     all.map(|message| message.expect("each can be written"))
         .into()
@@ -106,10 +146,10 @@ const KINDS: [Kind; 8] = [
 ];
 
 /// A stream of frames as a caller sends them, damaged here and there.
-fn input(rng: &mut TestRng) -> Vec<u8> {
+fn input(rng: &mut TestRng, secret: &GroupSecret) -> Vec<u8> {
     let mut bytes = Vec::new();
     for call in 0..1 + below(rng, 6) as u64 {
-        let mut messages = messages(rng);
+        let mut messages = messages(rng, secret);
         // Now and then a message under another one's code.
         let (code, sent) = (below(rng, messages.len()), below(rng, messages.len()));
         let sent = if rng.next_u32().is_multiple_of(4) {
@@ -209,27 +249,36 @@ fn nothing_that_a_peer_sends_harms_a_server() {
         .enable_all()
         .build();
     let runtime = runtime.expect("the system gives an event loop");
-    let fresh = || {
+    let secret = GroupSecret::random();
+    // The first server of a group, and another one.
+    let fresh = |is_first| {
         let initial = Weights::initial(Layout::flat(NUM_WEIGHTS), vec![1.0; NUM_WEIGHTS]);
         let config = ServerConfig {
             consistency: Consistency::Asp,
             ..ServerConfig::default()
         };
-        let fresh = ParameterServer::new(&initial, Checked, config);
-        fresh
-            .expect("the settings work")
-            .spawn()
-            .expect("there is a thread")
+        let fresh = match is_first {
+            true => ParameterServer::new(&initial, Checked, config).expect("the settings work"),
+            false => {
+                let (range, rule) = (0..NUM_WEIGHTS, Box::new(Checked));
+                ParameterServer::follower(&initial, range, rule, config, secret.clone())
+            }
+        };
+        fresh.spawn().expect("there is a thread")
     };
-    let mut server = fresh();
-    let mut num_trained = 0;
+    let mut servers = [true, false].map(fresh);
+    let mut num_trained = [0, 0];
     for index in 0..num_inputs {
-        // Some messages end all that could come after.
-        if index % 500 == 499 {
-            server = fresh();
+        // Every fourth goes to the follower.
+        let which = usize::from(index % 4 == 3);
+        let is_first = which == 0;
+        // Some messages end all that could come after; a follower takes nothing after an error.
+        if index % 500 == 498 || (!is_first && index % 32 == 31) {
+            servers[which] = fresh(is_first);
         }
+        let server = servers[which].clone();
         let seed = seed.wrapping_add(index);
-        let bytes = input(&mut rng(seed));
+        let bytes = input(&mut rng(seed), &secret);
         let socket = runtime.block_on(async {
             // A process can read its own memory, so this one's can be lent.
             if index.is_multiple_of(2) {
@@ -249,7 +298,7 @@ fn nothing_that_a_peer_sends_harms_a_server() {
                 reason: NotDelivered::Stopped { panic: None },
                 ..
             }) => {
-                server = fresh();
+                servers[which] = fresh(is_first);
                 continue;
             }
             Err(error) => panic!("PS_FUZZ_SEED={seed}: {error}"),
@@ -257,11 +306,16 @@ fn nothing_that_a_peer_sends_harms_a_server() {
         // The server has read all of it by now. A call that still waits must not keep a socket open.
         let is_closed = socket.strong_count() == 0;
         assert!(is_closed, "PS_FUZZ_SEED={seed}: the connection lives on");
-        num_trained += u64::from(weights.version() > Version(0));
+        num_trained[which] += u64::from(weights.version() > Version(0));
     }
     // Not everything is damaged: what is intact has to work.
-    assert!(
-        num_trained > num_inputs / 10,
-        "trained after {num_trained} inputs only"
-    );
+    for (num_trained, least) in num_trained
+        .into_iter()
+        .zip([num_inputs / 10, num_inputs / 500])
+    {
+        assert!(
+            num_trained > least,
+            "trained after {num_trained} inputs only"
+        );
+    }
 }

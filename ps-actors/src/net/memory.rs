@@ -26,13 +26,23 @@ const BACKLOG: usize = 128;
 #[derive(Clone, Default)]
 pub struct MemoryNetwork {
     inner: Arc<Inner>,
+    /// The host that this is the network of, if it is one of several.
+    host: Option<u32>,
 }
 
 #[derive(Default)]
 struct Inner {
     next_place: AtomicU64,
-    listeners: Mutex<HashMap<u64, mpsc::Sender<DuplexStream>>>,
+    listeners: Mutex<HashMap<u64, Listener>>,
     trouble: Option<Arc<Trouble>>,
+    /// What is wrong between two hosts only.
+    between: Mutex<HashMap<(u32, u32), Arc<Trouble>>>,
+}
+
+#[derive(Clone)]
+struct Listener {
+    host: Option<u32>,
+    backlog: mpsc::Sender<DuplexStream>,
 }
 
 impl MemoryNetwork {
@@ -51,7 +61,38 @@ impl MemoryNetwork {
         };
         Self {
             inner: Arc::new(inner),
+            host: None,
         }
+    }
+
+    /// The network as a host of this number sees it, for outages between two hosts.
+    #[must_use]
+    pub fn of_host(&self, host: u32) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            host: Some(host),
+        }
+    }
+
+    /// Begins or ends an outage between two hosts, while both reach all others. Its connections are those
+    /// that are made after the first call for these two.
+    pub fn set_outage_between(&self, one: u32, other: u32, outage: Option<Outage>) {
+        let pair = (one.min(other), one.max(other));
+        // Each operation on the map is whole.
+        let between = self.inner.between.lock();
+        let mut between = between.unwrap_or_else(PoisonError::into_inner);
+        let sound = || Arc::new(Trouble::new(0, Faults::default()));
+        between.entry(pair).or_insert_with(sound).set_outage(outage);
+    }
+
+    /// What may go wrong on a connection to there.
+    fn trouble_to(&self, listener: &Listener) -> Option<Arc<Trouble>> {
+        let between = self.inner.between.lock();
+        let between = between.unwrap_or_else(PoisonError::into_inner);
+        let pair = self.host.zip(listener.host);
+        let pair = pair.map(|(one, other)| (one.min(other), one.max(other)));
+        let trouble = pair.and_then(|pair| between.get(&pair));
+        trouble.or(self.inner.trouble.as_ref()).cloned()
     }
 
     /// How often something went wrong so far.
@@ -72,7 +113,7 @@ impl MemoryNetwork {
             .set_outage(outage);
     }
 
-    fn listeners(&self) -> MutexGuard<'_, HashMap<u64, mpsc::Sender<DuplexStream>>> {
+    fn listeners(&self) -> MutexGuard<'_, HashMap<u64, Listener>> {
         // Each operation on the map is whole.
         let listeners = self.inner.listeners.lock();
         listeners.unwrap_or_else(PoisonError::into_inner)
@@ -81,8 +122,9 @@ impl MemoryNetwork {
     /// Takes a place to listen at; the first place is 0.
     pub(crate) fn listen(&self) -> (u64, mpsc::Receiver<DuplexStream>) {
         let place = self.inner.next_place.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = mpsc::channel(BACKLOG);
-        self.listeners().insert(place, sender);
+        let (backlog, receiver) = mpsc::channel(BACKLOG);
+        let host = self.host;
+        self.listeners().insert(place, Listener { host, backlog });
         (place, receiver)
     }
 
@@ -91,7 +133,8 @@ impl MemoryNetwork {
         let (ours, theirs) = tokio::io::duplex(PIPE);
         let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
         let listener = listener.ok_or_else(refused)?;
-        let Some(trouble) = &self.inner.trouble else {
+        let Some(trouble) = self.trouble_to(&listener) else {
+            let listener = listener.backlog;
             listener.try_send(theirs).map_err(|_| refused())?;
             return Ok(ours);
         };
@@ -99,8 +142,8 @@ impl MemoryNetwork {
             return Err(refused());
         }
         let (relay, accepted) = tokio::io::duplex(PIPE);
+        let listener = listener.backlog;
         listener.try_send(accepted).map_err(|_| refused())?;
-        let trouble = Arc::clone(trouble);
         threads::next().spawn(async move { trouble.relay(theirs, relay).await });
         Ok(ours)
     }

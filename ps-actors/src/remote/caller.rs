@@ -20,7 +20,7 @@ use super::kept::Kept;
 use super::process::Process;
 use super::reference::{Wire, on_behalf_of};
 use super::table::{Codec, Decode, Table, keeping};
-use crate::actor::deadline::Deadline;
+use crate::actor::deadline::{Deadline, latest};
 use crate::actor::error::error_chain;
 use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
 use crate::actor::registry::AnyMailbox;
@@ -489,7 +489,8 @@ impl AnyMailbox for RemoteActor {
 async fn connect(actor: Arc<RemoteActor>) {
     let process = Arc::clone(&actor.process);
     let config = process.config();
-    let deadline = tokio::time::Instant::now() + config.lease;
+    let now = tokio::time::Instant::now().into_std();
+    let deadline = latest(now, config.lease).into();
     let mut pause = std::time::Duration::from_millis(10);
     let dialled = loop {
         let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {

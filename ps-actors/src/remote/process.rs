@@ -227,7 +227,8 @@ impl Process {
 
     /// Lets go of actors that nobody elsewhere wants any more.
     pub(crate) fn sweep(&self) {
-        let grace = 2 * (self.config.lease + self.config.handshake);
+        let both = self.config.lease.saturating_add(self.config.handshake);
+        let grace = both.saturating_mul(2);
         let mut unwanted = Vec::new();
         let mut exports = self.exports();
         exports.retain(|_, export| {

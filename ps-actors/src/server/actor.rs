@@ -1,67 +1,54 @@
 //! The actor around the pure core: takes a message, steps the core, performs the effects.
 //!
 //! The first server of a group holds the coordinator besides its shard. Its decisions go to
-//! the other servers in order, one [`Follow`] at a time per server. A caller whose answer
-//! has to wait is kept under its ticket; a caller that goes away is noticed by the lease.
+//! the other servers in order (`followers`). A caller whose answer has to wait is kept under its
+//! ticket (`waiting`), until it has gone away; members that are silent are lost (`leases`).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use actix::{Actor, ActorFutureExt, AsyncContext, Context};
+use actix::{Actor, AsyncContext, Context, StreamHandler};
 use tokio::sync::oneshot;
 
 use super::config::{ConfigError, ServerConfig};
 use super::coordinator::Coordinator;
+use super::followers::{Follower, Following, GroupSecret};
+use super::leases::Leases;
 use super::ledger::Outcome;
-use super::messages::{ApplyGradients, Decision, Follow, ServerError};
+use super::messages::{ApplyGradients, Decision, Pushed, ServerError};
 use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
 use super::shard::{PullAnswer, Shard, ShardError};
+use super::waiting::{Caller, MAX_CALLS, Waiting};
 use crate::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
-use crate::ids::{GradientId, Incarnation, WorkerId};
+use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradients, Weights};
-
-/// How many decisions another server may be behind before gradients are refused.
-const MAX_BEHIND: usize = 4096;
 
 /// Holds weights, or a contiguous range of them, and applies gradients to them.
 #[derive(Debug)]
 pub struct ParameterServer {
     pub(super) shard: Shard,
     pub(super) role: Role,
-    pub(super) callers: BTreeMap<Ticket, Caller>,
-    next_ticket: u64,
+    pub(super) waiting: Waiting,
+    /// How many messages fetch their gradients from elsewhere.
+    pub(super) num_fetching: usize,
+    stall: Stall,
 }
 
 #[derive(Debug)]
 pub(super) enum Role {
     First(Box<First>),
-    Follower,
+    Follower(Following),
 }
 
 #[derive(Debug)]
 pub(super) struct First {
     pub(super) coordinator: Coordinator,
-    followers: Vec<Follower>,
-    lease: Option<Duration>,
-    pub(super) last_heard: BTreeMap<WorkerId, Instant>,
-}
-
-/// Another server of the group, as the first one sees it.
-#[derive(Debug)]
-struct Follower {
-    server: ActorRef<ParameterServer>,
-    /// Decisions that it was not told yet.
-    undelivered: VecDeque<Decision>,
-    is_telling: bool,
-    gone: Option<String>,
-}
-
-#[derive(Debug)]
-pub(super) enum Caller {
-    Pull(oneshot::Sender<Result<Weights, ServerError>>),
-    Worker(WorkerId, oneshot::Sender<Result<Answer, Refusal>>),
+    pub(super) followers: Vec<Follower>,
+    /// What shows the followers that it is the first.
+    pub(super) secret: GroupSecret,
+    pub(super) leases: Leases,
 }
 
 impl ParameterServer {
@@ -74,7 +61,8 @@ impl ParameterServer {
         rule: impl UpdateRule,
         config: ServerConfig,
     ) -> Result<Self, ConfigError> {
-        Self::first(initial, initial.range(), Box::new(rule), config, Vec::new())
+        let (rule, secret) = (Box::new(rule), GroupSecret::random());
+        Self::first(initial, initial.range(), rule, config, secret, Vec::new())
     }
 
     /// Makes the first server of a group: it decides, and `followers` hold the other ranges.
@@ -83,25 +71,17 @@ impl ParameterServer {
         range: Range<usize>,
         rule: Box<dyn UpdateRule>,
         config: ServerConfig,
+        secret: GroupSecret,
         followers: Vec<ActorRef<Self>>,
     ) -> Result<Self, ConfigError> {
         config.check()?;
         let coordinator = Coordinator::new(config.consistency, config.reduction, config.max_norm)
             .wait_for_workers(config.wait_for_workers);
-        let followers = followers
-            .into_iter()
-            .map(|server| Follower {
-                server,
-                undelivered: VecDeque::new(),
-                is_telling: false,
-                gone: None,
-            })
-            .collect();
         let first = First {
             coordinator,
-            followers,
-            lease: config.lease,
-            last_heard: BTreeMap::new(),
+            followers: followers.into_iter().map(Follower::new).collect(),
+            secret,
+            leases: Leases::new(config.lease),
         };
         Ok(Self::with_role(
             initial,
@@ -118,8 +98,10 @@ impl ParameterServer {
         range: Range<usize>,
         rule: Box<dyn UpdateRule>,
         config: ServerConfig,
+        secret: GroupSecret,
     ) -> Self {
-        Self::with_role(initial, range, rule, config, Role::Follower)
+        let role = Role::Follower(Following::new(secret));
+        Self::with_role(initial, range, rule, config, role)
     }
 
     fn with_role(
@@ -134,8 +116,9 @@ impl ParameterServer {
         Self {
             shard,
             role,
-            callers: BTreeMap::new(),
-            next_ticket: 0,
+            waiting: Waiting::new(),
+            num_fetching: 0,
+            stall: Stall::default(),
         }
     }
 
@@ -150,8 +133,8 @@ impl ParameterServer {
         self.spawn_with(Spawn::new())
     }
 
-    /// Starts the server with a name or other options of the actor; its restart policy is
-    /// replaced, see [`ParameterServer::spawn`].
+    /// Starts the server with a name or other options of the actor; its restart policy and its bound
+    /// on pending calls are replaced, see [`ParameterServer::options`].
     ///
     /// # Errors
     /// When the name is taken, or the thread cannot be started.
@@ -161,21 +144,21 @@ impl ParameterServer {
     )]
     pub fn spawn_with(self, options: Spawn) -> Result<ActorRef<Self>, SpawnError> {
         let mut server = Some(self);
-        options
-            .restart(RestartPolicy::NEVER)
-            .start(move || server.take().expect("a server is never restarted"))
+        Self::options(options).start(move || server.take().expect("a server is never restarted"))
+    }
+
+    /// Adds to the options of an actor what a server needs, wherever it is hosted: no restart, because
+    /// that would silently go back to the initial weights, and slots for as many calls as may wait and
+    /// more, so that status, heartbeats, joining and leaving never queue behind calls that wait.
+    pub fn options(options: Spawn) -> Spawn {
+        options.restart(RestartPolicy::NEVER).max_pending(MAX_CALLS)
     }
 
     pub(super) fn coordinate(&mut self) -> Result<&mut First, ServerError> {
         match &mut self.role {
             Role::First(first) => Ok(first),
-            Role::Follower => Err(ServerError::NotFirst),
+            Role::Follower(_) => Err(ServerError::NotFirst),
         }
-    }
-
-    pub(super) fn ticket(&mut self) -> Ticket {
-        self.next_ticket += 1;
-        Ticket(self.next_ticket)
     }
 
     /// Steps the coordinator and performs what it decides.
@@ -208,7 +191,7 @@ impl ParameterServer {
     /// Follows a decision of its own and queues it for the others.
     fn decide(&mut self, decision: Decision) -> Result<(), ServerError> {
         for follower in &mut self.coordinate()?.followers {
-            follower.undelivered.push_back(decision.clone());
+            follower.queue(decision.clone());
         }
         self.follow(decision)
     }
@@ -233,70 +216,29 @@ impl ParameterServer {
         Ok(())
     }
 
-    /// Sends each follower what it was not told yet, one message at a time, so that decisions
-    /// arrive in order and pile up here, where their number is bounded, rather than there.
-    fn tell_followers(&mut self, ctx: &mut Context<Self>) {
-        let Role::First(first) = &mut self.role else {
+    fn answer_worker(&mut self, ticket: Ticket, answer: Result<Answer, Refusal>) {
+        let Role::First(first) = &self.role else {
             return;
         };
-        for (index, follower) in first.followers.iter_mut().enumerate() {
-            if follower.is_telling || follower.undelivered.is_empty() || follower.gone.is_some() {
-                continue;
-            }
-            follower.is_telling = true;
-            let told = follower
-                .server
-                .ask(Follow(follower.undelivered.drain(..).collect()));
-            let told = async move {
-                match told.await {
-                    Ok(Ok(())) => None,
-                    Ok(Err(refused)) => Some(refused.to_string()),
-                    Err(lost) => Some(lost.to_string()),
-                }
-            };
-            let told = actix::fut::wrap_future::<_, Self>(told);
-            ctx.spawn(told.map(move |gone, server: &mut Self, ctx| {
-                if let Role::First(first) = &mut server.role {
-                    let follower = &mut first.followers[index];
-                    follower.is_telling = false;
-                    if let Some(reason) = gone {
-                        tracing::error!(server = index + 1, %reason, "a server of the group is gone");
-                        follower.gone = Some(reason);
-                    }
-                }
-                server.tell_followers(ctx);
-            }));
-        }
-    }
-
-    /// Refuses work that the group as a whole could not do.
-    fn check_followers(&mut self) -> Result<(), ServerError> {
-        for (index, follower) in self.coordinate()?.followers.iter().enumerate() {
-            let index = index + 1;
-            if let Some(reason) = &follower.gone {
-                return Err(ServerError::GroupBroken {
-                    index,
-                    reason: reason.clone(),
+        let answer = answer.map_err(|refusal| first.leases.explain(refusal));
+        // A caller that has gone away will ask again, and get the same answer.
+        match self.waiting.remove(ticket) {
+            Some(Caller::Worker(_, caller)) => _ = caller.send(answer),
+            Some(Caller::PushPull(_, caller)) => {
+                let weights = || self.shard.weights().clone();
+                let pushed = answer.map_err(ServerError::from).map(|answer| Pushed {
+                    outcome: outcome(answer),
+                    weights: weights(),
                 });
+                _ = caller.send(pushed);
             }
-            let num_behind = follower.undelivered.len();
-            if num_behind > MAX_BEHIND {
-                return Err(ServerError::FollowerBehind { index, num_behind });
-            }
-        }
-        Ok(())
-    }
-
-    fn answer_worker(&mut self, ticket: Ticket, answer: Result<Answer, Refusal>) {
-        if let Some(Caller::Worker(_, caller)) = self.callers.remove(&ticket) {
-            // A caller that has gone away will ask again, and get the same answer.
-            let _ = caller.send(answer);
+            Some(Caller::Pull(_)) | None => {}
         }
     }
 
     pub(super) fn answer_pulls(&mut self, answers: Vec<PullAnswer>) {
         for PullAnswer { ticket, weights } in answers {
-            if let Some(Caller::Pull(caller)) = self.callers.remove(&ticket) {
+            if let Some(Caller::Pull(caller)) = self.waiting.remove(ticket) {
                 let _ = caller.send(weights.map_err(ServerError::from));
             }
         }
@@ -310,38 +252,57 @@ impl ParameterServer {
         event: impl FnOnce(Ticket) -> Event,
         ctx: &mut Context<Self>,
     ) -> Result<oneshot::Receiver<Result<Answer, Refusal>>, ServerError> {
-        let ticket = self.ticket();
         let (caller, answer) = oneshot::channel();
-        self.callers.insert(ticket, Caller::Worker(worker, caller));
-        self.step(event(ticket), ctx)?;
-        let first = self.coordinate()?;
-        // Only of members, whose number is bounded: anybody can make up a worker.
-        if first.coordinator.life(worker).is_some() {
-            first.last_heard.insert(worker, Instant::now());
-        }
+        self.step_with(Caller::Worker(worker, caller), worker, event, ctx)?;
         Ok(answer)
     }
 
+    fn step_with(
+        &mut self,
+        caller: Caller,
+        worker: WorkerId,
+        event: impl FnOnce(Ticket) -> Event,
+        ctx: &mut Context<Self>,
+    ) -> Result<Ticket, ServerError> {
+        self.coordinate()?;
+        let ticket = self.waiting.ticket();
+        self.waiting.insert(ticket, caller);
+        if let Err(error) = self.step(event(ticket), ctx) {
+            self.waiting.remove(ticket);
+            return Err(error);
+        }
+        let First {
+            coordinator,
+            leases,
+            ..
+        } = self.coordinate()?;
+        // Of others no books are kept: there may be any number of them (PS-7).
+        if coordinator.incarnation(worker).is_some() {
+            leases.heard(worker, Instant::now());
+        }
+        Ok(ticket)
+    }
+
+    /// Takes a push in; its answer goes to `caller`, now or later.
     pub(super) fn push(
         &mut self,
         gradients: Gradients,
-        then_start: bool,
+        caller: Caller,
         ctx: &mut Context<Self>,
-    ) -> Result<oneshot::Receiver<Result<Answer, Refusal>>, ServerError> {
+    ) -> Result<Ticket, ServerError> {
         self.check_followers()?;
         self.check_range(&gradients)?;
+        let worker = gradients.id.worker;
+        self.waiting.check_room_for_push(worker)?;
         let stamp = stamp(&gradients);
         self.stage_own(&gradients)?;
-        let worker = gradients.id.worker;
-        self.step_for(
-            worker,
-            |ticket| Event::Push {
-                ticket,
-                stamp,
-                then_start,
-            },
-            ctx,
-        )
+        let then_start = matches!(caller, Caller::PushPull(..));
+        let event = |ticket| Event::Push {
+            ticket,
+            stamp,
+            then_start,
+        };
+        self.step_with(caller, worker, event, ctx)
     }
 
     /// Refuses a gradient that is not over exactly the weights of the model.
@@ -389,13 +350,13 @@ impl ParameterServer {
             }
             self.decide(Decision::Stage(*id, gradient.clone()))?;
         }
-        let ticket = self.ticket();
+        let ticket = self.waiting.ticket();
         let (caller, mut answer) = oneshot::channel();
         let worker = message
             .gradients
             .first()
             .map_or(WorkerId(0), |g| g.id.worker);
-        self.callers.insert(ticket, Caller::Worker(worker, caller));
+        self.waiting.insert(ticket, Caller::Worker(worker, caller));
         let stamps = message.gradients.iter().map(stamp).collect();
         self.step(
             Event::Apply {
@@ -414,52 +375,53 @@ impl ParameterServer {
         }
     }
 
-    /// Declares members lost that were silent for longer than the lease. A member that waits
-    /// for us is not silent.
+    /// Forgets calls whose callers have gone. What they pushed stays: it may be pushed again.
+    fn forget_callers(&mut self, tickets: Vec<Ticket>) {
+        let mut pushes = BTreeSet::new();
+        for ticket in tickets {
+            match self.waiting.remove(ticket) {
+                Some(Caller::Pull(_)) => self.shard.cancel_pull(ticket),
+                Some(Caller::Worker(..) | Caller::PushPull(..)) => _ = pushes.insert(ticket),
+                // Answered meanwhile.
+                None => {}
+            }
+        }
+        if let (Role::First(first), false) = (&mut self.role, pushes.is_empty()) {
+            first.coordinator.forget_callers(&pushes);
+        }
+    }
+
+    /// Declares members lost that were silent for longer than the lease.
     fn check_leases(&mut self, ctx: &mut Context<Self>) {
-        self.callers.retain(|_, caller| match caller {
-            Caller::Pull(caller) => !caller.is_closed(),
-            Caller::Worker(_, caller) => !caller.is_closed(),
-        });
-        let waiting: Vec<WorkerId> = self
-            .callers
-            .values()
-            .filter_map(|caller| match caller {
-                Caller::Worker(worker, _) => Some(*worker),
-                Caller::Pull(_) => None,
-            })
-            .collect();
+        let waiting = self.waiting.workers();
         let Role::First(first) = &mut self.role else {
             return;
         };
         let First {
             coordinator,
-            last_heard,
-            lease: Some(lease),
+            leases,
             ..
-        } = &mut **first
-        else {
-            return;
-        };
-        let lease = *lease;
-        let now = Instant::now();
-        for worker in waiting {
-            last_heard.insert(worker, now);
-        }
-        last_heard.retain(|&worker, _| coordinator.life(worker).is_some());
-        let lost: Vec<WorkerId> = coordinator
-            .members()
-            .map(|(worker, _)| worker)
-            .filter(|worker| {
-                last_heard
-                    .get(worker)
-                    .is_none_or(|&heard| now - heard > lease)
-            })
-            .collect();
+        } = &mut **first;
+        let members = coordinator.members().map(|(worker, _)| worker);
+        let lost = leases.lost(members, &waiting, Instant::now());
+        let lease = leases.lease();
         for worker in lost {
             tracing::warn!(%worker, ?lease, "lost: not heard of within its lease");
             if let Err(error) = self.step(Event::Lost { worker }, ctx) {
                 tracing::error!(%error, "could not declare a worker lost");
+            }
+        }
+    }
+
+    /// Says for whom a round waits that does not close.
+    fn look_for_stall(&mut self, _: &mut Context<Self>) {
+        if let Role::First(first) = &self.role {
+            let coordinator = &first.coordinator;
+            let (version, num_held_up) = (coordinator.version(), coordinator.num_held_up());
+            if self.stall.goes_on(num_held_up, version) {
+                let awaited = coordinator.awaited();
+                let lease = first.leases.lease();
+                tracing::warn!(%version, num_held_up, %awaited, ?lease, "no update for {STALL:?}");
             }
         }
     }
@@ -490,14 +452,56 @@ fn stamp(gradients: &Gradients) -> Stamp {
     }
 }
 
+pub(super) fn outcome(answer: Answer) -> Outcome {
+    match answer {
+        Answer::Settled(outcome) => outcome,
+        other => unreachable!("the coordinator answers a push with its outcome, not {other:?}"),
+    }
+}
+
+/// How long no update is made, although somebody waits for one, before the server says so, and how
+/// often it does.
+const STALL: Duration = Duration::from_secs(5);
+
+/// Notices that somebody waits for an update and none is made.
+#[derive(Debug, Default)]
+struct Stall {
+    waited_at: Option<Version>,
+}
+
+impl Stall {
+    /// Whether pushes are held up at the version at which some were at the last look.
+    fn goes_on(&mut self, num_held_up: usize, version: Version) -> bool {
+        let waited_at = (num_held_up > 0).then_some(version);
+        let goes_on = waited_at.is_some() && waited_at == self.waited_at;
+        self.waited_at = waited_at;
+        goes_on
+    }
+}
+
+impl StreamHandler<Vec<Ticket>> for ParameterServer {
+    fn handle(&mut self, left: Vec<Ticket>, _: &mut Self::Context) {
+        self.forget_callers(left);
+    }
+
+    /// Never, for the server has the sending end. It would stop the actor.
+    fn finished(&mut self, _: &mut Self::Context) {}
+}
+
 impl Actor for ParameterServer {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        if let Role::First(first) = &self.role
-            && let Some(lease) = first.lease
-        {
-            ctx.run_interval(lease / 4, Self::check_leases);
+        if let Some(leaving) = self.waiting.leaving() {
+            ctx.add_stream(Box::pin(leaving));
+        }
+        if let Role::First(first) = &self.role {
+            if let Some(lease) = first.leases.lease() {
+                // A timer's time has to have an end.
+                let every = (lease / 4).min(Duration::from_secs(3600));
+                ctx.run_interval(every, Self::check_leases);
+            }
+            ctx.run_interval(STALL, Self::look_for_stall);
         }
     }
 }

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
 
+/// The shortest lease: it is looked after four times as often, and timers have milliseconds.
+const MIN_LEASE: Duration = Duration::from_millis(10);
+
 /// What a parameter server does with gradients.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServerConfig {
@@ -18,8 +21,9 @@ pub struct ServerConfig {
     /// The largest norm that a gradient may have. Default: infinity, which still refuses
     /// gradients that contain NaN or infinity.
     pub max_norm: f64,
-    /// How long a member may be silent before it counts as lost. Too short: workers with slow
-    /// steps must join again and again. Too long: a dead worker holds up synchronous rounds.
+    /// How long a member may be silent before it counts as lost; at least 10 ms. Workers send heartbeats
+    /// while they compute. Too short: a worker on a busy machine or a slow network must join again and
+    /// again. Too long: a dead worker holds up synchronous rounds.
     /// Default: `None`, for ever; then a driver must send [`ReportLost`](super::ReportLost).
     pub lease: Option<Duration>,
     /// How many different workers must have joined before the first round of
@@ -56,8 +60,8 @@ pub enum ConfigError {
     #[error("the largest gradient norm must be a positive number or infinity, but is {0}")]
     MaxNorm(f64),
     /// A lease that is over at once.
-    #[error("the lease must be longer than zero")]
-    Lease,
+    #[error("the lease must be at least {MIN_LEASE:?}, but is {0:?}")]
+    Lease(Duration),
     /// No round could close.
     #[error("k-of-n needs k of at least 1")]
     NoQuorum,
@@ -75,7 +79,7 @@ impl ServerConfig {
             return Err(ConfigError::MaxNorm(self.max_norm));
         }
         match self.lease {
-            Some(lease) if lease.is_zero() => Err(ConfigError::Lease),
+            Some(lease) if lease < MIN_LEASE => Err(ConfigError::Lease(lease)),
             _ => Ok(()),
         }
     }

@@ -20,6 +20,7 @@ use super::status::{CoordinatorStatus, WorkerStatus};
 use crate::ids::{Clock, Epoch, Incarnation, JoinRequest, Version, WorkerId};
 
 mod admission;
+mod callers;
 mod rounds;
 
 #[derive(Clone, Debug)]
@@ -197,12 +198,6 @@ impl Coordinator {
             .map(|(&worker, member)| (worker, member.incarnation))
     }
 
-    /// Returns the life in which a worker takes part now.
-    #[must_use]
-    pub fn life(&self, worker: WorkerId) -> Option<Incarnation> {
-        self.members.get(&worker).map(|member| member.incarnation)
-    }
-
     /// How many entries the largest book about workers has.
     #[cfg(test)]
     pub(in crate::server) fn largest_book(&self) -> usize {
@@ -232,6 +227,7 @@ impl Coordinator {
             version: self.version,
             epoch: self.epoch,
             num_pending: self.pending.len(),
+            awaited: self.awaited(),
             workers,
         }
     }
@@ -269,6 +265,8 @@ impl Coordinator {
             first_progress,
             next_clock: first_clock,
         };
+        // It is seen from now on, though it may never push.
+        self.stat(worker);
         self.epoch = self.epoch.next();
         effects.push(Effect::Fence {
             worker,

@@ -1,12 +1,12 @@
 //! The server's side of each message.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use actix::{ActorFutureExt, Handler, MessageResult, Response, ResponseActFuture, WrapFuture};
 use futures_util::future::try_join_all;
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::{self, error::TryRecvError};
 
-use super::actor::{Caller, ParameterServer, Role};
+use super::actor::{First, ParameterServer, Role, outcome};
 use super::config::{check_consistency, check_learning_rate};
 use super::ledger::Outcome;
 use super::messages::{
@@ -14,16 +14,27 @@ use super::messages::{
     PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate,
     Stage,
 };
-use super::protocol::{Answer, Event, Membership, Refusal};
+use super::protocol::{Answer, Event, Membership, Ticket};
+use super::waiting::{Caller, MAX_FETCHING, check_room};
 use crate::actor::error::error_chain;
 use crate::remote::{Messages, Remote};
 use crate::weights::Weights;
 
-/// Waits for a coordinator's answer.
-async fn settled(
-    answer: oneshot::Receiver<Result<Answer, Refusal>>,
-) -> Result<Answer, ServerError> {
-    Ok(answer.await.map_err(|_| ServerError::Stopping)??)
+/// Answers at once if the answer is there, else when it comes, for as long as the caller waits.
+fn now_or_later<T: 'static, R: 'static>(
+    server: &ParameterServer,
+    ticket: Ticket,
+    mut answer: oneshot::Receiver<T>,
+    result: impl Fn(T) -> Result<R, ServerError> + 'static,
+) -> Response<Result<R, ServerError>> {
+    match answer.try_recv() {
+        Ok(answer) => Response::reply(result(answer)),
+        Err(TryRecvError::Closed) => Response::reply(Err(ServerError::Stopping)),
+        Err(TryRecvError::Empty) => {
+            let answer = server.waiting.answer(ticket, answer);
+            Response::fut(async move { answer.await.and_then(result) })
+        }
+    }
 }
 
 impl Remote for ParameterServer {
@@ -59,13 +70,17 @@ impl Handler<Pull> for ParameterServer {
     type Result = Response<Result<Weights, ServerError>>;
 
     fn handle(&mut self, Pull(wanted): Pull, _: &mut Self::Context) -> Self::Result {
-        let ticket = self.ticket();
+        let ticket = self.waiting.ticket();
         if let Some(answer) = self.shard.pull(ticket, wanted) {
             return Response::reply(answer.weights.map_err(ServerError::from));
         }
+        if let Err(full) = self.waiting.check_room_for_pull() {
+            self.shard.cancel_pull(ticket);
+            return Response::reply(Err(full));
+        }
         let (caller, weights) = oneshot::channel();
-        self.callers.insert(ticket, Caller::Pull(caller));
-        Response::fut(async move { weights.await.unwrap_or(Err(ServerError::Stopping)) })
+        self.waiting.insert(ticket, Caller::Pull(caller));
+        now_or_later(self, ticket, weights, |weights| weights)
     }
 }
 
@@ -81,6 +96,10 @@ impl Handler<ApplyKept> for ParameterServer {
     type Result = ResponseActFuture<Self, Result<Weights, ServerError>>;
 
     fn handle(&mut self, message: ApplyKept, _: &mut Self::Context) -> Self::Result {
+        if let Err(full) = check_room(self.num_fetching < MAX_FETCHING, MAX_FETCHING) {
+            return Box::pin(actix::fut::ready(Err(full)));
+        }
+        self.num_fetching += 1;
         let ApplyKept {
             gradients,
             reduction,
@@ -94,6 +113,7 @@ impl Handler<ApplyKept> for ParameterServer {
             }
         }));
         let applied = fetched.into_actor(self).map(move |fetched, server, ctx| {
+            server.num_fetching -= 1;
             let gradients = fetched.map_err(|reason| ServerError::NotFetched { reason })?;
             let message = ApplyGradients {
                 gradients,
@@ -160,19 +180,22 @@ impl Handler<ReportLost> for ParameterServer {
 }
 
 impl Handler<Heartbeat> for ParameterServer {
-    type Result = Result<(), ServerError>;
+    type Result = Result<Option<Duration>, ServerError>;
 
     fn handle(&mut self, message: Heartbeat, _: &mut Self::Context) -> Self::Result {
         let Heartbeat {
             worker,
             incarnation,
         } = message;
-        let first = self.coordinate()?;
-        if first.coordinator.life(worker) != Some(incarnation) {
-            return Err(Refusal::NotMember { worker }.into());
-        }
-        first.last_heard.insert(worker, Instant::now());
-        Ok(())
+        let First {
+            coordinator,
+            leases,
+            ..
+        } = self.coordinate()?;
+        let is_member = coordinator.check_member(worker, incarnation);
+        is_member.map_err(|refusal| leases.explain(refusal))?;
+        leases.heard(worker, Instant::now());
+        Ok(leases.lease())
     }
 }
 
@@ -190,32 +213,25 @@ impl Handler<Push> for ParameterServer {
     type Result = Response<Result<Outcome, ServerError>>;
 
     fn handle(&mut self, Push(gradients): Push, ctx: &mut Self::Context) -> Self::Result {
-        match self.push(gradients, false, ctx) {
+        let (caller, answer) = oneshot::channel();
+        let caller = Caller::Worker(gradients.id.worker, caller);
+        match self.push(gradients, caller, ctx) {
             Err(error) => Response::reply(Err(error)),
-            Ok(answer) => Response::fut(async move { outcome(settled(answer).await?) }),
+            Ok(ticket) => now_or_later(self, ticket, answer, |answer| Ok(outcome(answer?))),
         }
     }
 }
 
 impl Handler<PushPull> for ParameterServer {
-    type Result = actix::ResponseActFuture<Self, Result<Pushed, ServerError>>;
+    type Result = Response<Result<Pushed, ServerError>>;
 
     fn handle(&mut self, PushPull(gradients): PushPull, ctx: &mut Self::Context) -> Self::Result {
-        let answer = self.push(gradients, true, ctx);
-        let outcome = async move { outcome(settled(answer?).await?) };
-        Box::pin(outcome.into_actor(self).map(|outcome, server, _| {
-            Ok(Pushed {
-                outcome: outcome?,
-                weights: server.shard.weights().clone(),
-            })
-        }))
-    }
-}
-
-fn outcome(answer: Answer) -> Result<Outcome, ServerError> {
-    match answer {
-        Answer::Settled(outcome) => Ok(outcome),
-        other => unreachable!("the coordinator answers a push with its outcome, not {other:?}"),
+        let (caller, answer) = oneshot::channel();
+        let caller = Caller::PushPull(gradients.id.worker, caller);
+        match self.push(gradients, caller, ctx) {
+            Err(error) => Response::reply(Err(error)),
+            Ok(ticket) => now_or_later(self, ticket, answer, |pushed| pushed),
+        }
     }
 }
 
@@ -247,10 +263,11 @@ impl Handler<GetStatus> for ParameterServer {
             version: self.shard.weights().version(),
             range: self.shard.range(),
             num_staged: self.shard.num_staged(),
+            num_waiting: self.waiting.len(),
             learning_rate: self.shard.learning_rate(),
             coordinator: match &self.role {
                 Role::First(first) => Some(first.coordinator.status()),
-                Role::Follower => None,
+                Role::Follower(_) => None,
             },
         })
     }
@@ -259,10 +276,7 @@ impl Handler<GetStatus> for ParameterServer {
 impl Handler<Follow> for ParameterServer {
     type Result = Result<(), ServerError>;
 
-    fn handle(&mut self, Follow(decisions): Follow, _: &mut Self::Context) -> Self::Result {
-        for decision in decisions {
-            self.follow(decision)?;
-        }
-        Ok(())
+    fn handle(&mut self, follow: Follow, _: &mut Self::Context) -> Self::Result {
+        self.take(follow)
     }
 }

@@ -9,11 +9,12 @@ use actix::Message;
 use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
+use super::followers::GroupSecret;
 use super::ledger::Outcome;
 use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
-use crate::actor::CallError;
+use crate::actor::{CallError, NotDelivered};
 use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::remote::Kept;
 use crate::weights::{Gradient, Gradients, Weights};
@@ -123,10 +124,12 @@ pub struct ReportLost {
     pub worker: WorkerId,
 }
 
-/// Tells the first server that a member is alive; needed only if a step takes longer than the
-/// server's lease.
+/// Tells the first server that a member is alive, and returns the server's lease: the next heartbeat,
+/// or another message of the worker, has to come within it. Needed only if a step takes longer.
+///
+/// A [`DataWorker`](crate::worker::DataWorker) that runs steps sends them by itself.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
-#[rtype(result = "Result<(), ServerError>")]
+#[rtype(result = "Result<Option<std::time::Duration>, ServerError>")]
 pub struct Heartbeat {
     /// Who.
     pub worker: WorkerId,
@@ -190,6 +193,8 @@ pub struct ServerStatus {
     pub range: std::ops::Range<usize>,
     /// How many gradients wait here for a decision.
     pub num_staged: usize,
+    /// How many calls wait here for their answers.
+    pub num_waiting: usize,
     /// The learning rate of the next update.
     pub learning_rate: f64,
     /// The run as a whole, if this is the first server of its group.
@@ -199,7 +204,13 @@ pub struct ServerStatus {
 /// What the first server of a group decided, for the others to follow, in order.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
-pub struct Follow(pub(crate) Vec<Decision>);
+pub struct Follow {
+    /// Shows that it comes from the first server.
+    pub(crate) secret: GroupSecret,
+    /// One more than that of the `Follow` before; one that comes again has the same.
+    pub(crate) number: u64,
+    pub(crate) decisions: Vec<Decision>,
+}
 
 /// One decision of the first server.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -257,6 +268,18 @@ pub enum ServerError {
         /// How far.
         num_behind: usize,
     },
+    /// Too many calls wait for their answers.
+    #[error("{limit} calls wait for this server already; try again later")]
+    TooManyWaiting {
+        /// How many may.
+        limit: usize,
+    },
+    /// A decision that is not the first server's, or cannot be followed.
+    #[error("not followed: {reason}")]
+    NotFollowed {
+        /// Why.
+        reason: String,
+    },
     /// A gradient that was to be fetched did not come, or was not computed.
     #[error("a gradient could not be fetched: {reason}")]
     NotFetched {
@@ -291,7 +314,37 @@ pub enum GroupError {
     },
 }
 
+impl ServerError {
+    /// Whether the same message may be taken if it is sent again a little later.
+    #[must_use]
+    pub fn is_for_now(&self) -> bool {
+        matches!(
+            self,
+            Self::FollowerBehind { .. }
+                | Self::TooManyWaiting { .. }
+                | Self::Refused(Refusal::TooManyPending { .. })
+                | Self::Shard(ShardError::TooManyStaged { .. })
+        )
+    }
+}
+
 impl GroupError {
+    /// Whether the same call may succeed if it is made again a little later. Of a server that cannot be
+    /// reached the calls were made again already.
+    #[must_use]
+    pub fn is_for_now(&self) -> bool {
+        match self {
+            Self::Call { source, .. } => matches!(
+                source,
+                CallError::NotDelivered {
+                    reason: NotDelivered::QueueFull { .. },
+                    ..
+                }
+            ),
+            Self::Server { source, .. } => source.is_for_now(),
+        }
+    }
+
     /// Returns the refusal, if the first server refused the worker or its gradient.
     #[must_use]
     pub fn refusal(&self) -> Option<&Refusal> {
@@ -309,7 +362,7 @@ impl GroupError {
 mod tests {
     use super::super::config::ConfigError;
     use super::*;
-    use crate::actor::{NotDelivered, Undelivered, UnknownOutcome};
+    use crate::actor::{Undelivered, UnknownOutcome};
     use crate::codec::tests::check_error_crosses;
     use crate::ids::Clock;
 
@@ -326,6 +379,10 @@ mod tests {
         };
         let refusals = [
             Refusal::NotMember { worker },
+            Refusal::Silent {
+                worker,
+                lease: std::time::Duration::MAX,
+            },
             Refusal::Fenced { worker, got, least },
             Refusal::LifeAhead {
                 worker,
@@ -363,11 +420,6 @@ mod tests {
                 got: 0..usize::MAX,
                 expected: 4..7,
             },
-            ShardError::OutOfOrder {
-                got: Version(u64::MAX),
-                num_gradients: 0,
-                last: version,
-            },
             ShardError::Fenced { id, least },
             ShardError::TooManyStaged { worker },
             ShardError::TooManyStrangers { id },
@@ -375,12 +427,17 @@ mod tests {
                 asked: Version(1),
                 oldest: version,
             },
+            ShardError::WrongUpdate {
+                got: version,
+                expected: Version(1),
+            },
+            ShardError::BadUpdate { version },
         ]
         .map(ServerError::from);
         let config = [
             ConfigError::LearningRate(f64::NAN),
             ConfigError::MaxNorm(-0.5),
-            ConfigError::Lease,
+            ConfigError::Lease(std::time::Duration::from_nanos(1)),
             ConfigError::NoQuorum,
         ]
         .map(ServerError::from);
@@ -397,6 +454,10 @@ mod tests {
             ServerError::FollowerBehind {
                 index: 1,
                 num_behind: 1000,
+            },
+            ServerError::TooManyWaiting { limit: 65536 },
+            ServerError::NotFollowed {
+                reason: "only the first server decides".to_owned(),
             },
             ServerError::Stopping,
         ];

@@ -18,7 +18,9 @@ mod actor;
 mod config;
 mod consistency;
 pub mod coordinator;
+mod followers;
 mod handlers;
+mod leases;
 pub mod ledger;
 mod messages;
 mod partition;
@@ -28,10 +30,15 @@ mod status;
 #[cfg(test)]
 mod tests;
 
+mod waiting;
+
 pub use actor::ParameterServer;
 pub use config::{ConfigError, ServerConfig};
 pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};
+pub(crate) use followers::GroupSecret;
 pub use ledger::Outcome;
+#[cfg(test)]
+pub(crate) use messages::Decision;
 pub use messages::{
     ApplyGradients, ApplyKept, Follow, GetStatus, GetWeights, GroupError, Heartbeat, Join,
     KeptGradients, Leave, Pull, Push, PushPull, Pushed, ReportLost, ServerError, ServerStatus,
@@ -40,4 +47,4 @@ pub use messages::{
 pub use partition::partition;
 pub use protocol::{Membership, Refusal};
 pub use shard::{PullVersion, ShardError};
-pub use status::{CoordinatorStatus, Histogram, WorkerStatus};
+pub use status::{Awaited, CoordinatorStatus, Histogram, WorkerStatus};

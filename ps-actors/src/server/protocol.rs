@@ -175,6 +175,18 @@ pub enum Refusal {
         /// Who.
         worker: WorkerId,
     },
+    /// The worker was a member and silent for too long.
+    #[error(
+        "{worker} is no longer a member: it was silent for longer than the lease of {lease:?}; it must \
+         join again, and send heartbeats while it computes, or the server needs a longer \
+         `ServerConfig::lease`"
+    )]
+    Silent {
+        /// Who.
+        worker: WorkerId,
+        /// The server's lease.
+        lease: std::time::Duration,
+    },
     /// A later life of the worker is known: this one is over.
     #[error(
         "{worker} is fenced off: {got} is over, the valid one is at least {least}; it must join again"

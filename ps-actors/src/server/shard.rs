@@ -55,16 +55,6 @@ pub enum ShardError {
         /// What it must cover.
         expected: Range<usize>,
     },
-    /// A decision that cannot follow the ones before.
-    #[error("an update to {got} with {num_gradients} gradients cannot follow {last}")]
-    OutOfOrder {
-        /// The version that it makes.
-        got: Version,
-        /// How many gradients it names, each once or not.
-        num_gradients: usize,
-        /// The version before.
-        last: Version,
-    },
     /// The worker's life is over.
     #[error("{id} is fenced off: valid is {least} or later")]
     Fenced {
@@ -96,6 +86,20 @@ pub enum ShardError {
         /// What could be had.
         oldest: Version,
     },
+    /// An update does not follow the one before it.
+    #[error("an update would make version {got:?}, but the next one is {expected:?}")]
+    WrongUpdate {
+        /// What it makes.
+        got: Version,
+        /// What is next.
+        expected: Version,
+    },
+    /// An update cannot be made of its gradients.
+    #[error("the update that makes version {version:?} names no gradient, or one of them twice")]
+    BadUpdate {
+        /// What it would make.
+        version: Version,
+    },
 }
 
 /// The answer to a pull that could not be given at once.
@@ -121,7 +125,7 @@ pub struct Shard {
     fences: BTreeMap<WorkerId, Incarnation>,
     /// Updates whose gradients are not all here yet, in order.
     undone_updates: VecDeque<(Update, f64)>,
-    waiting_pulls: Vec<(Ticket, PullVersion)>,
+    waiting_pulls: BTreeMap<Ticket, PullVersion>,
 }
 
 impl Shard {
@@ -156,7 +160,7 @@ impl Shard {
             staged: BTreeMap::new(),
             fences: BTreeMap::new(),
             undone_updates: VecDeque::new(),
-            waiting_pulls: Vec::new(),
+            waiting_pulls: BTreeMap::new(),
         }
     }
 
@@ -283,24 +287,24 @@ impl Shard {
     /// it and all later updates wait. Returns the pulls that can be answered now.
     ///
     /// # Errors
-    /// When it is not the next one, or names no gradient, or one twice.
+    /// When it is not the next one (PS-5), or names no gradient or one twice.
     pub fn update(
         &mut self,
         update: Update,
         learning_rate: f64,
     ) -> Result<Vec<PullAnswer>, ShardError> {
-        let waiting = self.undone_updates.back();
-        let last = waiting.map_or(self.current.version(), |(last, _)| last.version);
+        let version = update.version;
+        let latest = self.undone_updates.back();
+        let latest = latest.map_or(self.current.version(), |(update, _)| update.version);
+        // The last version follows itself: nothing follows it.
+        let expected = latest.next();
+        if version != expected || version == latest {
+            let got = version;
+            return Err(ShardError::WrongUpdate { got, expected });
+        }
         let distinct: BTreeSet<GradientId> = update.gradients.iter().map(|one| one.id).collect();
-        let num_gradients = update.gradients.len();
-        let is_next = update.version.0.checked_sub(last.0) == Some(1);
-        if !is_next || distinct.is_empty() || distinct.len() < num_gradients {
-            let got = update.version;
-            return Err(ShardError::OutOfOrder {
-                got,
-                num_gradients,
-                last,
-            });
+        if distinct.is_empty() || distinct.len() < update.gradients.len() {
+            return Err(ShardError::BadUpdate { version });
         }
         self.undone_updates.push_back((update, learning_rate));
         Ok(self.do_updates())
@@ -311,7 +315,7 @@ impl Shard {
         match self.look_up(wanted) {
             Some(weights) => Some(PullAnswer { ticket, weights }),
             None => {
-                self.waiting_pulls.push((ticket, wanted));
+                self.waiting_pulls.insert(ticket, wanted);
                 None
             }
         }
@@ -319,7 +323,7 @@ impl Shard {
 
     /// Forgets a waiting pull whose caller has gone.
     pub fn cancel_pull(&mut self, ticket: Ticket) {
-        self.waiting_pulls.retain(|(waiting, _)| *waiting != ticket);
+        self.waiting_pulls.remove(&ticket);
     }
 
     fn look_up(&self, wanted: PullVersion) -> Option<Result<Weights, ShardError>> {
@@ -368,7 +372,7 @@ impl Shard {
         for (ticket, wanted) in waiting {
             match self.look_up(wanted) {
                 Some(weights) => answers.push(PullAnswer { ticket, weights }),
-                None => self.waiting_pulls.push((ticket, wanted)),
+                None => _ = self.waiting_pulls.insert(ticket, wanted),
             }
         }
     }

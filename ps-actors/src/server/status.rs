@@ -1,6 +1,7 @@
 //! What a server tells people and metrics about itself: plain data.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,8 +22,48 @@ pub struct CoordinatorStatus {
     pub epoch: Epoch,
     /// How many pushes wait for their round or for slower workers.
     pub num_pending: usize,
+    /// For whom pushes wait that are held up.
+    pub awaited: Awaited,
     /// Every worker that was ever seen.
     pub workers: BTreeMap<WorkerId, WorkerStatus>,
+}
+
+/// For whom the others wait.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Awaited {
+    /// How many workers have to join before the first round closes.
+    pub num_to_join: usize,
+    /// The members whose gradients are waited for, if any others are.
+    pub workers: Vec<WorkerId>,
+}
+
+impl Awaited {
+    /// Whether nobody is waited for.
+    #[must_use]
+    pub fn is_nobody(&self) -> bool {
+        self.num_to_join == 0 && self.workers.is_empty()
+    }
+}
+
+/// Names a few, and how many more there are.
+impl fmt::Display for Awaited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const NUM_NAMED: usize = 8;
+        if self.is_nobody() {
+            return f.write_str("nobody");
+        }
+        let mut parts = Vec::new();
+        if self.num_to_join > 0 {
+            parts.push(format!("{} more to join", self.num_to_join));
+        }
+        let named = self.workers.iter().take(NUM_NAMED);
+        parts.extend(named.map(WorkerId::to_string));
+        let num_more = self.workers.len().saturating_sub(NUM_NAMED);
+        if num_more > 0 {
+            parts.push(format!("{num_more} more members"));
+        }
+        f.write_str(&parts.join(", "))
+    }
 }
 
 /// What became of one worker's gradients.

@@ -21,20 +21,7 @@ impl Coordinator {
         let id = stamp.id;
         let worker = id.worker;
         let waiter = Waiter { ticket, then_start };
-        match self.members.get(&worker) {
-            Some(member) if member.incarnation == id.incarnation => {}
-            Some(member) if member.incarnation > id.incarnation => {
-                let least = member.incarnation;
-                return Err(Refusal::Fenced {
-                    worker,
-                    got: id.incarnation,
-                    least,
-                });
-            }
-            _ => {
-                return Err(Refusal::NotMember { worker });
-            }
-        }
+        self.check_member(worker, id.incarnation)?;
         // Before the ledger is asked: its window may have passed what waits.
         if let Some(pending) = self.pending.iter_mut().find(|push| push.stamp.id == id) {
             if pending.waiters.len() >= MAX_PENDING {
@@ -46,10 +33,8 @@ impl Coordinator {
         }
         match self.entry(id) {
             Entry::Settled(outcome) => {
-                let held = self.held_answers.iter();
-                let held = held.filter(|held| held.worker == worker && held.clock == id.clock);
-                if then_start && held.count() >= MAX_PENDING {
-                    return Err(Refusal::TooManyPending { worker });
+                if then_start {
+                    self.check_room_to_hold(worker)?;
                 }
                 self.stat(worker).num_duplicates += 1;
                 effects.push(Effect::Discard(id));
@@ -83,6 +68,22 @@ impl Coordinator {
             None => self.pending.push(push),
         }
         Ok(())
+    }
+
+    /// Whether a worker takes part in this life.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn check_member(&self, worker: WorkerId, incarnation: Incarnation) -> Result<(), Refusal> {
+        match self.incarnation(worker) {
+            Some(current) if current == incarnation => Ok(()),
+            Some(current) if current > incarnation => Err(Refusal::Fenced {
+                worker,
+                got: incarnation,
+                least: current,
+            }),
+            _ => Err(Refusal::NotMember { worker }),
+        }
     }
 
     pub(super) fn apply(

@@ -131,9 +131,9 @@ impl Handler<GetLargestBook> for ParameterServer {
             return MessageResult(0);
         };
         let books = [
-            first.last_heard.len(),
+            first.leases.len(),
             first.coordinator.largest_book(),
-            self.callers.len(),
+            self.waiting.len(),
             self.shard.num_staged(),
             self.shard.num_fences(),
         ];

@@ -2,8 +2,9 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::task::Poll;
+use std::time::Duration;
 
 use ps_actors::actor::NotDelivered;
 use ps_actors::{ActorRef, CallError, Spawn};
@@ -11,8 +12,10 @@ use tokio::sync::oneshot;
 
 use super::ON;
 use crate::actor::probe::{
-    Count, Gate, InContext, Probe, SOON, act, eventually, response, wait_until_arrived,
+    Count, Gate, InContext, Probe, SOON, UntilCallerGone, act, eventually, response,
+    wait_until_arrived,
 };
+use crate::actor::transport::Parked;
 
 fn bounded(max_pending: usize) -> ActorRef<Probe> {
     let options = Spawn::new().max_pending(max_pending);
@@ -165,4 +168,44 @@ async fn a_wait_for_room_that_is_dropped_leaves_no_trace() {
     drop(gate);
     let reply = actor.ask_when_ready(Count(5)).await;
     assert_eq!(reply.timeout(SOON).await.unwrap(), 1);
+}
+
+/// the slot is free.
+#[test]
+fn a_handler_that_waits_hears_that_its_caller_has_gone() {
+    let actor = bounded(2);
+    let (says, heard) = mpsc::channel();
+    let wait = || actor.ask(UntilCallerGone(Parked::new(says.clone())));
+    // The call behind it gets through, so there is a slot, and what came before has begun.
+    let has_begun = || {
+        let next = || actor.ask(act(|_, _| ())).wait_timeout(SOON);
+        eventually("there is a slot", || next().is_ok());
+    };
+    // Dropped.
+    let reply = wait();
+    has_begun();
+    assert!(heard.try_recv().is_err());
+    drop(reply);
+    heard.recv_timeout(SOON).unwrap();
+    has_begun();
+    // Timed out.
+    let reply = wait().timeout(Duration::from_millis(300));
+    has_begun();
+    let timed_out = reply.wait().unwrap_err();
+    assert!(timed_out.may_have_run(), "{timed_out}");
+    heard.recv_timeout(SOON).unwrap();
+    has_begun();
+}
+
+/// of a told message nobody ever waited for a result.
+#[test]
+fn a_told_message_has_no_caller_that_could_go() {
+    let actor = bounded(2);
+    let (says, heard) = mpsc::channel();
+    actor.tell(UntilCallerGone(Parked::new(says))).unwrap();
+    actor.ask(act(|_, _| ())).wait_timeout(SOON).unwrap();
+    assert_eq!(actor.pending(), 1);
+    actor.kill();
+    // Its end is that of the actor.
+    assert!(heard.recv_timeout(SOON).is_err());
 }

@@ -11,7 +11,7 @@ use actix::{
     ResponseActFuture, ResponseFuture, WrapFuture,
 };
 use futures_util::FutureExt;
-use ps_actors::actor::{NotDelivered, UnknownOutcome};
+use ps_actors::actor::{NotDelivered, UnknownOutcome, caller_gone};
 use ps_actors::remote::{Messages, Remote};
 use ps_actors::{ActorRef, CallError};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -114,6 +114,7 @@ impl Remote for Probe {
             .add::<OnTask>()
             .add::<InContext>()
             .add::<Atomic>()
+            .add::<UntilCallerGone>()
             .add::<Unreadable>();
     }
 }
@@ -232,6 +233,23 @@ impl Handler<Atomic> for Probe {
                 value
             },
         )))
+    }
+}
+
+/// Waits until nobody waits for it, and then says so.
+#[derive(Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct UntilCallerGone(pub(crate) Parked<mpsc::Sender<()>>);
+
+impl Handler<UntilCallerGone> for Probe {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, message: UntilCallerGone, _: &mut Context<Self>) -> Self::Result {
+        let (gone, says) = (caller_gone(), message.0.take());
+        Box::pin(async move {
+            gone.await;
+            says.send(()).expect("the test listens");
+        })
     }
 }
 

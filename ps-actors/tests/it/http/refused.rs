@@ -229,3 +229,68 @@ fn only_so_many_gradients_are_received_at_once() {
     let again = world.client().post("/v1/push", &stamp(1, 1, 0, 0), &good());
     assert_eq!(again.expect(200).header("ps-version"), "2");
 }
+
+/// Who is no member takes no place: it is refused before its body is read.
+#[test]
+fn strangers_do_not_keep_members_from_sending() {
+    let world = World::new(Settings {
+        server: asp(),
+        http: HttpConfig {
+            max_uploads: 1,
+            ..HttpConfig::default()
+        },
+        ..Settings::default()
+    });
+    world.client().join(1, 0).expect(200);
+    let strangers: Vec<_> = (0..4)
+        .map(|_| {
+            let mut client = world.client();
+            client.write(head().as_bytes());
+            client.write(&good()[..1]);
+            client
+        })
+        .collect();
+    let pushed = world.client().post("/v1/push", &stamp(1, 0, 0, 0), &good());
+    pushed.expect(200);
+    for mut client in strangers {
+        let text = client.receive().expect(409).text();
+        assert!(text.contains("not a member"), "{text}");
+    }
+}
+
+/// A body that would take longer than it may loses its place to the next one, long before its time.
+#[test]
+fn the_slowest_body_loses_its_place_when_others_wait() {
+    let world = World::new(Settings {
+        server: asp(),
+        http: HttpConfig {
+            max_uploads: 2,
+            silence: super::client::SOON,
+            max_upload_time: super::client::SOON,
+        },
+        ..Settings::default()
+    });
+    for worker in 0..3 {
+        world.client().join(worker, 0).expect(200);
+    }
+    let begin = |worker: u32, num_bytes: usize| {
+        let mut client = world.client();
+        let head = head()
+            .replace("host: x", "host: x\r\nexpect: 100-continue")
+            .replace("ps-worker: 0", &format!("ps-worker: {worker}"));
+        client.write(head.as_bytes());
+        let mut go_on = [0; 25];
+        client.stream.read_exact(&mut go_on).unwrap();
+        client.write(&good()[..num_bytes]);
+        client
+    };
+    // At its speed the first will be done within seconds, the other one never.
+    let mut fast = begin(0, 39);
+    let mut slowest = begin(1, 0);
+    let pushed = world.client().post("/v1/push", &stamp(2, 0, 0, 0), &good());
+    pushed.expect(200);
+    let text = slowest.receive().expect(408).text();
+    assert!(text.contains("others wait"), "{text}");
+    fast.write(&good()[39..]);
+    fast.receive().expect(200);
+}

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use ps_actors::server::{Consistency, ServerConfig};
+use ps_actors::ids::WorkerId;
+use ps_actors::server::{Consistency, GetStatus, ServerConfig};
 
 use super::asp;
 use super::client::{LEN, Settings, World, bytes, caller, stamp};
+use crate::actor::probe::eventually;
 
 fn good() -> Vec<u8> {
     bytes(&[1.0; LEN])
@@ -154,4 +156,64 @@ fn requests_end_with_the_training_that_they_are_for() {
     }
     let text = other.get("/v1/weights").expect(503).text();
     assert!(text.contains("server 0"), "{text}");
+}
+
+/// PS-7, PS-9: one client that repeats itself shuts nobody out.
+#[test]
+fn repeats_of_a_push_that_is_held_are_told_so_and_everybody_else_is_served() {
+    let world = World::new(Settings {
+        server: ServerConfig {
+            consistency: Consistency::Ssp { bound: 0 },
+            ..ServerConfig::default()
+        },
+        ..Settings::default()
+    });
+    let (mut fast, mut slow) = (world.client(), world.client());
+    fast.join(0, 0).expect(200);
+    slow.join(1, 0).expect(200);
+    let send = || {
+        let mut client = world.client();
+        client.send("POST", "/v1/push-pull", &stamp(0, 0, 0, 0), &good());
+        client
+    };
+    let held: Vec<_> = (0..16).map(|_| send()).collect();
+    // They arrive in any order: wait until all of them wait.
+    let first = world.group.servers().next().unwrap();
+    eventually("all wait", || {
+        first.ask(GetStatus).wait().unwrap().num_waiting == 16
+    });
+    let refused = send().receive().expect(429);
+    assert_eq!(refused.header("retry-after"), "1");
+    fast.post("/v1/heartbeat", &caller(0, 0), &[]).expect(200);
+    let status = world.status();
+    assert!(status.contains(r#""awaited":[1]"#), "{status}");
+    slow.post("/v1/push", &stamp(1, 0, 0, 0), &good())
+        .expect(200);
+    for mut client in held {
+        client.receive().expect(200);
+    }
+}
+
+/// S-4: who hung up does not wait, so its lease goes on.
+#[test]
+fn a_worker_that_dies_while_it_waits_is_lost_after_its_lease() {
+    let world = World::new(Settings {
+        server: ServerConfig {
+            lease: Some(Duration::from_millis(300)),
+            wait_for_workers: 2,
+            ..ServerConfig::default()
+        },
+        ..Settings::default()
+    });
+    let mut dies = world.client();
+    dies.join(0, 0).expect(200);
+    dies.send("POST", "/v1/push", &stamp(0, 0, 0, 0), &good());
+    let first = world.group.servers().next().unwrap();
+    let status = || first.ask(GetStatus).wait().unwrap();
+    eventually("it waits", || status().num_waiting == 1);
+    assert!(world.status().contains(r#""num_to_join":1"#));
+    drop(dies);
+    eventually("it is lost", || {
+        !status().coordinator.unwrap().workers[&WorkerId(0)].is_member
+    });
 }

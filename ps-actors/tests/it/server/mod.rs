@@ -19,7 +19,9 @@ use ps_actors::worker::{
     SourceError, StopSteps, WorkerError,
 };
 
+mod callers;
 mod faults;
+mod links;
 
 const LEN: usize = 100;
 
@@ -317,10 +319,10 @@ fn settings_that_cannot_work_are_refused_with_the_reason() {
         ),
         (
             ServerConfig {
-                lease: Some(Duration::ZERO),
+                lease: Some(Duration::from_nanos(1)),
                 ..good
             },
-            "lease",
+            "at least 10ms, but is 1ns",
         ),
         (
             ServerConfig {

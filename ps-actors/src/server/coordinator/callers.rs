@@ -1,0 +1,77 @@
+//! Who waits: callers for their answers, and the run for its workers.
+
+use std::collections::BTreeSet;
+
+use super::super::consistency::Consistency;
+use super::super::protocol::{MAX_PENDING, Refusal, Ticket};
+use super::super::status::Awaited;
+use super::Coordinator;
+use crate::ids::{Incarnation, WorkerId};
+
+impl Coordinator {
+    /// Returns the life in which a worker is a member.
+    #[must_use]
+    pub fn incarnation(&self, worker: WorkerId) -> Option<Incarnation> {
+        self.members.get(&worker).map(|member| member.incarnation)
+    }
+
+    /// Answers nobody under these tickets any more, because those who waited have gone. What they pushed
+    /// stays pending.
+    pub fn forget_callers(&mut self, tickets: &BTreeSet<Ticket>) {
+        for push in &mut self.pending {
+            push.waiters
+                .retain(|waiter| !tickets.contains(&waiter.ticket));
+        }
+        self.held_answers
+            .retain(|held| !tickets.contains(&held.ticket));
+    }
+
+    /// Returns how many pushes wait to be applied, or for their worker's next step.
+    #[must_use]
+    pub fn num_held_up(&self) -> usize {
+        self.pending.len() + self.held_answers.len()
+    }
+
+    /// Returns for whom the pushes wait that are held up.
+    #[must_use]
+    pub fn awaited(&self) -> Awaited {
+        let waits_for_rounds = matches!(
+            self.consistency,
+            Consistency::Bsp | Consistency::KofN { .. }
+        );
+        let workers = match self.consistency {
+            _ if self.num_held_up() == 0 => Vec::new(),
+            Consistency::Asp => Vec::new(),
+            Consistency::Bsp | Consistency::KofN { .. } => {
+                let pushed: BTreeSet<_> = self.pending.iter().map(|p| p.stamp.id.worker).collect();
+                let members = self.members.keys().copied();
+                members.filter(|worker| !pushed.contains(worker)).collect()
+            }
+            Consistency::Ssp { .. } => {
+                let slowest = self.slowest_progress();
+                let members = self.members.iter();
+                members
+                    .filter(|(_, member)| Some(member.progress(member.next_clock)) == slowest)
+                    .map(|(&worker, _)| worker)
+                    .collect()
+            }
+        };
+        Awaited {
+            num_to_join: if waits_for_rounds {
+                self.num_awaited
+            } else {
+                0
+            },
+            workers,
+        }
+    }
+
+    /// Bounds the callers that wait until their worker may start its next step.
+    pub(super) fn check_room_to_hold(&self, worker: WorkerId) -> Result<(), Refusal> {
+        let held = self.held_answers.iter();
+        match held.filter(|held| held.worker == worker).count() {
+            MAX_PENDING.. => Err(Refusal::TooManyPending { worker }),
+            _ => Ok(()),
+        }
+    }
+}
