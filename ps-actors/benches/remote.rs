@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use actix::{Actor, Context, Handler, Message};
 use ps_actors::cluster::{Cluster, ClusterConfig, Hosted, Hosts, Placement, SpawnOn, Transport};
 use ps_actors::group::{ServerArgs, ServerGroup};
-use ps_actors::ids::{Clock, GradientId, Incarnation, WorkerId};
+use ps_actors::ids::{Clock, GradientId, Incarnation, JoinRequest, WorkerId};
 use ps_actors::launch::LaunchOptions;
 use ps_actors::remote::{Messages, Remote};
 use ps_actors::rule::Sgd;
@@ -249,7 +249,8 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
         let server = server(cluster, len, 1)?;
         let mut clock = 0;
         let mut push_pull = || {
-            let (worker, incarnation) = (WorkerId(0), Incarnation(u64::MAX / 2));
+            // The first life of a worker.
+            let (worker, incarnation) = (WorkerId(0), Incarnation(1));
             let gradients = Gradients {
                 id: GradientId {
                     worker,
@@ -265,7 +266,7 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
             assert_eq!(pushed.expect("the server applies it").1.len(), len);
             clock += 1;
         };
-        ps_actors::actor::run(server.join(WorkerId(0), Incarnation(u64::MAX / 2)))?;
+        ps_actors::actor::run(server.join(WorkerId(0), JoinRequest(1)))?;
         let times = compare(
             num_rounds,
             &mut [
@@ -302,9 +303,10 @@ fn memory(cluster: &Cluster) -> Result<(), Box<dyn Error>> {
         for worker in 0..4 {
             let server = server.clone();
             scope.spawn(move || {
-                let (worker, incarnation) = (WorkerId(worker), Incarnation(1 << 63));
+                let worker = WorkerId(worker);
                 let push = async {
-                    server.join(worker, incarnation).await?;
+                    let joined = server.join(worker, JoinRequest(1)).await?;
+                    let incarnation = joined.incarnation;
                     for clock in 0..5 {
                         let id = GradientId {
                             worker,

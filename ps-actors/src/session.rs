@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::actor::error::error_chain;
 use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, WorkerId};
 use crate::server::{GroupError, Leave, Refusal, ServerError, ShardError};
@@ -30,6 +31,9 @@ impl Session {
     ///
     /// # Errors
     /// When the servers refuse or cannot be reached.
+    ///
+    /// # Panics
+    /// When the system gives no random numbers.
     pub async fn join(servers: &ServerGroup, worker: WorkerId) -> Result<Self, GroupError> {
         let mut tries = 1;
         loop {
@@ -61,11 +65,15 @@ impl Session {
     ///
     /// # Errors
     /// The same error, if it says something else; or another one, of the new attempt.
+    ///
+    /// # Panics
+    /// As [`Session::join`].
     pub async fn rejoin(&mut self, error: GroupError) -> Result<(), GroupError> {
         if !may_rejoin(&error) {
             return Err(error);
         }
-        tracing::warn!(worker = %self.worker, %error, "no longer a member; joining again");
+        let reason = error_chain(&error);
+        tracing::warn!(worker = %self.worker, %reason, "joining again");
         self.leave = None;
         *self = Self::join(&self.servers, self.worker).await?;
         Ok(())

@@ -45,7 +45,7 @@ pub struct ApplyGradients {
 }
 
 impl ApplyGradients {
-    /// Applies the mean of the gradients.
+    /// Applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
     pub fn mean(gradients: impl IntoIterator<Item = Gradients>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
@@ -77,7 +77,7 @@ pub struct ApplyKept {
 pub type KeptGradients = Kept<Result<Gradients, WorkerError>>;
 
 impl ApplyKept {
-    /// Applies the mean of the gradients.
+    /// Applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
     pub fn mean(gradients: impl IntoIterator<Item = KeptGradients>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),

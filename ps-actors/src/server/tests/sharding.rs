@@ -102,8 +102,7 @@ fn batch(examples: &[Vec<f32>]) -> Vec<f32> {
 }
 
 proptest! {
-    /// PS-3, for batches of different size, in a round and in a driver's call; and the same bits over
-    /// any number of servers.
+    /// PS-3, for batches of different size; and the same bits over any number of servers.
     #[test]
     fn batches_of_different_size_count_by_their_examples(
         seed: u64, sizes in proptest::collection::vec(1usize..6, 2..5), num_shards in 2usize..5,
@@ -155,6 +154,25 @@ fn a_batch_of_three_examples_weighs_three_times_one_of_one() {
         world.num_examples = sizes[1];
         world.push(id(1, 1, 0), 0, vec![4.0; LEN]);
         assert_eq!(world.weights(), vec![expected; LEN], "{sizes:?}");
+
+        let mut driver = World::new(2, Consistency::Asp, Reduction::Sum);
+        let mut stamps = Vec::new();
+        for (worker, (size, number)) in (0..).zip(sizes.into_iter().zip([8.0, 4.0])) {
+            let (id, gradient) = (id(worker, 1, 0), Gradient::new(vec![number; LEN]));
+            driver.num_examples = size;
+            stamps.push(driver.stamp(id, Version(0), &gradient));
+            for shard in &mut driver.shards {
+                shard.stage(id, &gradient).unwrap();
+            }
+        }
+        let ticket = driver.ticket();
+        driver.event(Event::Apply {
+            ticket,
+            stamps,
+            reduction: Reduction::Mean,
+            newest: NEWEST,
+        });
+        assert_eq!(driver.weights(), vec![expected; LEN], "{sizes:?}");
     }
     let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
     world.join(0, 1).unwrap();
