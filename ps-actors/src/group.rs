@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix::{Handler, Message};
 use futures_util::future::try_join_all;
@@ -28,11 +28,12 @@ use crate::weights::{Gradients, Weights};
 /// How often a pull of one version starts again because the servers moved on meanwhile.
 const MAX_PULL_TRIES: usize = 100;
 
-/// How long a server is asked again that cannot be reached, from the first failure on. One that is
-/// known to have ended is not.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How often a server is asked that cannot be reached; each try takes up to the lease. One that is known
+/// to have ended is not asked again.
+const MAX_TRIES: usize = 10;
 
-/// The first pause before it is asked again, and the longest; each is twice the one before.
+/// The first pause before it is asked again, and the longest; each is twice the one before. With them, a
+/// message that breaks every connection is given up after 4 s.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
 /// How many versions each server of a group of several keeps at least.
@@ -268,16 +269,15 @@ impl ServerGroup {
         T: Send + 'static,
     {
         let server = &self.servers[index].1;
-        let mut lost_since: Option<Instant> = None;
+        let mut tries = 1;
         let (mut pause, longest) = PAUSES;
         let answer = loop {
-            let may_ask_again = lost_since.is_none_or(|since| since.elapsed() < PATIENCE);
-            let again = (!server.is_local() && may_ask_again).then(|| message.clone());
+            let again = (!server.is_local() && tries < MAX_TRIES).then(|| message.clone());
             match (server.ask(message).await, again) {
                 (Err(lost), Some(again)) if lost.is_connection_lost() => {
                     tracing::warn!(server = server.name(), %lost, "asking again");
                     message = again;
-                    lost_since.get_or_insert_with(Instant::now);
+                    tries += 1;
                     background::sleep(pause).await;
                     pause = (2 * pause).min(longest);
                 }

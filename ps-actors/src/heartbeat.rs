@@ -1,10 +1,13 @@
 //! Heartbeats of a member whose own thread computes.
+//!
+//! A [`DataWorker`](crate::worker::DataWorker) has them during each run; whoever has a [`Session`] for
+//! another reason makes them, too, or is lost when a step takes longer than the server's lease.
 
 use std::time::Duration;
 
 use crate::actor::background::{self, Task};
-use crate::group::ServerGroup;
-use crate::ids::{Incarnation, WorkerId};
+use crate::ids::GradientId;
+use crate::session::Session;
 
 /// How soon a heartbeat that was lost is sent again, before the lease is known.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -12,14 +15,23 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Sends heartbeats until it is dropped, from another thread: a step may take as long as it likes,
 /// whatever the lease of the server is (S-4).
 #[derive(Debug)]
-pub(crate) struct Heartbeats {
+#[must_use = "the heartbeats end when this is dropped"]
+pub struct Heartbeats {
     _task: Task,
 }
 
 impl Heartbeats {
-    /// Of a worker in one life; the server says how often.
-    pub(crate) fn of(servers: &ServerGroup, worker: WorkerId, incarnation: Incarnation) -> Self {
-        let servers = servers.clone();
+    /// Those of one membership, which is over when the worker joins again. The server says how often.
+    ///
+    /// # Panics
+    /// When the system gives no thread for timers, in a process that never started an actor.
+    pub fn of(session: &Session) -> Self {
+        let GradientId {
+            worker,
+            incarnation,
+            ..
+        } = session.gradient_id(session.next_clock());
+        let servers = session.servers().clone();
         let beats = async move {
             let mut pause = PAUSE;
             loop {

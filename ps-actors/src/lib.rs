@@ -10,7 +10,7 @@
 //! | [`actor`] | the runtime: [`spawn`], [`ActorRef`], [`Reply`], [`Pending`] |
 //! | [`server`] | the parameter server: consistency, exactly-once ledger, shards |
 //! | [`worker`] | the worker and its loop |
-//! | [`session`] | a worker's membership in a group of servers |
+//! | [`session`], [`heartbeat`] | a worker's membership in a group of servers; how it lasts |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`], [`buffer`] | snapshots, gradients, recycled buffers |
 //! | [`cluster`] | several processes as one place to spawn actors in |
@@ -28,7 +28,7 @@ pub mod buffer;
 pub mod cluster;
 pub mod codec;
 pub mod group;
-mod heartbeat;
+pub mod heartbeat;
 pub mod http;
 pub mod ids;
 pub mod launch;

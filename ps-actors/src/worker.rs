@@ -328,16 +328,6 @@ async fn push_patiently(
     }
 }
 
-/// The heartbeats of a membership.
-fn heartbeats(session: &Session) -> Heartbeats {
-    let GradientId {
-        worker,
-        incarnation,
-        ..
-    } = session.gradient_id(session.next_clock());
-    Heartbeats::of(session.servers(), worker, incarnation)
-}
-
 async fn run<S: GradientSource>(
     state: &RefCell<State<S>>,
     servers: &ServerGroup,
@@ -348,7 +338,7 @@ async fn run<S: GradientSource>(
     let mut report = RunReport::default();
     let started = Instant::now();
     let mut session = Session::join(servers, worker).await.map_err(failed)?;
-    let mut _beating = heartbeats(&session);
+    let mut _beating = Heartbeats::of(&session);
     let mut weights = begin(state, &session).await.map_err(failed)?;
     report.wait_time += started.elapsed();
     let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
@@ -382,7 +372,7 @@ async fn run<S: GradientSource>(
                 }
                 num_rejoins += 1;
                 session.rejoin(error).await.map_err(failed)?;
-                _beating = heartbeats(&session);
+                _beating = Heartbeats::of(&session);
                 begin(state, &session).await.map_err(failed)?
             }
         };

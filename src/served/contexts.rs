@@ -153,6 +153,16 @@ mod tests {
         Ok(())
     }
 
+    #[test]
+    fn the_longest_lease_leaves_a_time_that_a_timer_can_have() {
+        let longest = PartConfig {
+            context_lease: Duration::MAX,
+            ..PartConfig::default()
+        };
+        let contexts = Contexts::<()>::new(longest);
+        assert_eq!(contexts.sweep_every(), Duration::from_secs(3600));
+    }
+
     /// PT-3
     #[test]
     fn a_context_lives_for_a_lease_after_its_last_use() {

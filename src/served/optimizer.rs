@@ -2,6 +2,7 @@
 
 use futures_util::future::try_join_all;
 use ps_actors::actor::{ActorId, ActorRef, CallError};
+use ps_actors::heartbeat::Heartbeats;
 use ps_actors::ids::{Clock, Incarnation, WorkerId};
 use ps_actors::server::{GroupError, Outcome};
 use ps_actors::session::Session;
@@ -76,6 +77,7 @@ struct Trained {
     id: ActorId,
     name: String,
     session: Session,
+    _heartbeats: Heartbeats,
     /// So that its id stays.
     _part: Box<dyn UsedPart>,
 }
@@ -127,6 +129,7 @@ impl DistributedOptimizer {
         self.parts.push(Trained {
             id: part.id(),
             name,
+            _heartbeats: Heartbeats::of(&session),
             session,
             _part: Box::new(part.clone()),
         });
@@ -218,6 +221,7 @@ impl Trained {
                 Ok(Err(ServedError::Servers(error))) if tries < MAX_TRIES => {
                     let rejoined = self.session.rejoin(error).await;
                     rejoined.map_err(|source| OptimizerError::Servers { part: name, source })?;
+                    self._heartbeats = Heartbeats::of(&self.session);
                 }
                 Ok(Err(source)) => return Err(OptimizerError::Served { part: name, source }),
                 Err(source) => return Err(OptimizerError::Call { part: name, source }),

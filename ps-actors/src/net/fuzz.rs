@@ -55,23 +55,24 @@ fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gra
         true => GroupSecret::random(),
         false => secret.clone(),
     };
-    let num_named = below(rng, 3);
+    let num_named = [0, 1, 1, 1, 2][below(rng, 5)];
+    let summand = Summand {
+        id,
+        num_examples: rng.next_u64() % 3,
+    };
     let update = Update {
-        version: Version(rng.next_u64() % 3),
-        gradients: vec![
-            Summand {
-                id,
-                num_examples: rng.next_u64() % 3,
-            };
-            num_named
-        ],
+        version: Version([0, 1, 1, 2][below(rng, 4)]),
+        gradients: vec![summand; num_named],
         reduction: Reduction::Mean,
     };
-    let (worker, below) = (id.worker, id.incarnation);
+    let fence = Decision::Fence {
+        worker: id.worker,
+        below: id.incarnation,
+    };
     let decisions = vec![
-        Decision::Stage(id, gradient),
+        fence,
         Decision::Discard(id),
-        Decision::Fence { worker, below },
+        Decision::Stage(id, gradient),
         Decision::Update {
             update,
             learning_rate: 0.1,
@@ -81,7 +82,7 @@ fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gra
     Follow {
         secret,
         decisions: decisions.into_iter().filter(kept).collect(),
-        number: rng.next_u64() % 3,
+        number: [0, 0, 1][below(rng, 3)],
     }
 }
 
@@ -311,7 +312,7 @@ fn nothing_that_a_peer_sends_harms_a_server() {
     // Not everything is damaged: what is intact has to work.
     for (num_trained, least) in num_trained
         .into_iter()
-        .zip([num_inputs / 10, num_inputs / 500])
+        .zip([num_inputs / 10, num_inputs / 1000])
     {
         assert!(
             num_trained > least,

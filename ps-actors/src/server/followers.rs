@@ -25,8 +25,8 @@ const MAX_BEHIND: usize = 4096;
 /// the server is known to have ended.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The time between two tries to tell it.
-const PAUSE: Duration = Duration::from_millis(50);
+/// The shortest and the longest time between two tries to tell it.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// What the servers of one group know, and nobody else.
 #[derive(Clone, Serialize, Deserialize)]
@@ -174,12 +174,14 @@ impl ParameterServer {
             }
             Told::Again(reason) => {
                 let since = *follower.out_of_reach_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > PATIENCE {
+                let elapsed = since.elapsed();
+                if elapsed > PATIENCE {
                     let reason = format!("out of reach for {PATIENCE:?}: {reason}");
                     return follower.lose(index + 1, reason);
                 }
                 tracing::warn!(server = index + 1, %reason, "out of reach; telling it again");
-                ctx.run_later(PAUSE, move |server, ctx| server.tell(index, ctx));
+                let pause = (elapsed / 4).clamp(PAUSES.0, PAUSES.1);
+                ctx.run_later(pause, move |server, ctx| server.tell(index, ctx));
             }
             Told::Gone(reason) => follower.lose(index + 1, reason),
         }

@@ -175,6 +175,16 @@ fn a_worker_that_left_without_a_push_is_in_the_status() {
     assert!(!coordinator(&servers).workers[&WorkerId(0)].is_member);
 }
 
+/// It panicked when the server started.
+#[test]
+fn the_longest_lease_is_as_good_as_none() {
+    let config = ServerConfig {
+        lease: Some(Duration::MAX),
+        ..config(Consistency::Bsp)
+    };
+    assert_eq!(run_all(&group(1, config), 1, 3)[0].num_applied, 3);
+}
+
 /// S-4: a member sends heartbeats while it computes, so a step may take many leases.
 #[test]
 fn a_step_of_ten_leases_is_no_loss() {

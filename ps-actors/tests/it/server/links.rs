@@ -54,6 +54,8 @@ impl World {
         network.set_outage_between(pair.0, pair.1, None);
         let config = |host| ClusterConfig {
             transport: Transport::Memory(network.of_host(host)),
+            // As long as can be said.
+            join_timeout: Duration::MAX,
             net: NetConfig {
                 handshake: LEASE,
                 ..NetConfig::default().with_lease(LEASE)
