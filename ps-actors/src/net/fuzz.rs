@@ -147,12 +147,17 @@ const KINDS: [Kind; 8] = [
 ];
 
 /// A stream of frames as a caller sends them, damaged here and there.
-fn input(rng: &mut TestRng, secret: &GroupSecret) -> Vec<u8> {
+///
+/// One for a follower mostly has what only followers take.
+fn input(rng: &mut TestRng, secret: &GroupSecret, is_first: bool) -> Vec<u8> {
     let mut bytes = Vec::new();
     for call in 0..1 + below(rng, 6) as u64 {
         let mut messages = messages(rng, secret);
         // Now and then a message under another one's code.
-        let (code, sent) = (below(rng, messages.len()), below(rng, messages.len()));
+        let (mut code, sent) = (below(rng, messages.len()), below(rng, messages.len()));
+        if !is_first && !rng.next_u32().is_multiple_of(4) {
+            code = messages.len() - 1;
+        }
         let sent = if rng.next_u32().is_multiple_of(4) {
             sent
         } else {
@@ -279,7 +284,7 @@ fn nothing_that_a_peer_sends_harms_a_server() {
         }
         let server = servers[which].clone();
         let seed = seed.wrapping_add(index);
-        let bytes = input(&mut rng(seed), &secret);
+        let bytes = input(&mut rng(seed), &secret, is_first);
         let socket = runtime.block_on(async {
             // A process can read its own memory, so this one's can be lent.
             if index.is_multiple_of(2) {

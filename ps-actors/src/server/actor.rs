@@ -418,10 +418,11 @@ impl ParameterServer {
         if let Role::First(first) = &self.role {
             let coordinator = &first.coordinator;
             let (version, num_held_up) = (coordinator.version(), coordinator.num_held_up());
-            if self.stall.goes_on(num_held_up, version) {
+            if let Some(num_looks) = self.stall.look(num_held_up, version) {
                 let awaited = coordinator.awaited();
                 let lease = first.leases.lease();
-                tracing::warn!(%version, num_held_up, %awaited, ?lease, "no update for {STALL:?}");
+                let since = STALL * num_looks;
+                tracing::warn!(%version, num_held_up, %awaited, ?lease, "no update for {since:?}");
             }
         }
     }
@@ -459,23 +460,29 @@ pub(super) fn outcome(answer: Answer) -> Outcome {
     }
 }
 
-/// How long no update is made, although somebody waits for one, before the server says so, and how
-/// often it does.
+/// How long no update is made, although pushes wait for one, before the server says so.
 const STALL: Duration = Duration::from_secs(5);
 
-/// Notices that somebody waits for an update and none is made.
+/// Notices that pushes are held up and no update is made.
 #[derive(Debug, Default)]
 struct Stall {
-    waited_at: Option<Version>,
+    held_up_at: Option<Version>,
+    /// How many looks in a row nothing has moved.
+    num_looks: u32,
 }
 
 impl Stall {
-    /// Whether pushes are held up at the version at which some were at the last look.
-    fn goes_on(&mut self, num_held_up: usize, version: Version) -> bool {
-        let waited_at = (num_held_up > 0).then_some(version);
-        let goes_on = waited_at.is_some() && waited_at == self.waited_at;
-        self.waited_at = waited_at;
-        goes_on
+    /// Returns how many looks in a row nothing has moved, the first time, and each time that this is
+    /// twice as many: steps may be long, and a log is not to be filled.
+    fn look(&mut self, num_held_up: usize, version: Version) -> Option<u32> {
+        let held_up_at = (num_held_up > 0).then_some(version);
+        let is_same = held_up_at.is_some() && held_up_at == self.held_up_at;
+        self.held_up_at = held_up_at;
+        self.num_looks = match is_same {
+            true => self.num_looks.saturating_add(1),
+            false => 0,
+        };
+        self.num_looks.is_power_of_two().then_some(self.num_looks)
     }
 }
 
@@ -503,5 +510,27 @@ impl Actor for ParameterServer {
             }
             ctx.run_interval(STALL, Self::look_for_stall);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// PS-9.
+    #[test]
+    fn a_stall_is_named_at_once_and_then_ever_more_rarely() {
+        let mut stall = Stall::default();
+        let mut looks = |num_held_up, version, num_looks: usize| -> Vec<_> {
+            let looks = (0..num_looks).map(|_| stall.look(num_held_up, Version(version)));
+            looks.collect()
+        };
+        // Nobody waits, or updates are made.
+        assert_eq!(looks(0, 1, 3), [None; 3]);
+        assert_eq!(looks(1, 2, 1), [None]);
+        assert_eq!(looks(1, 3, 1), [None]);
+        let named = [Some(1), Some(2), None, Some(4), None];
+        assert_eq!(looks(2, 3, 5), named);
+        assert_eq!(looks(2, 4, 2), [None, Some(1)]);
     }
 }
