@@ -17,27 +17,42 @@ const MAX_THREADS: usize = 4;
 
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 
+/// Starts the threads if they do not run yet.
+///
+/// # Errors
+/// When the system gives not even one.
+pub(crate) fn ready() -> io::Result<()> {
+    match all() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
+    }
+}
+
 /// The event loop whose turn it is to take a connection.
+///
+/// # Panics
+/// When there is none; whoever can return an error asks whether they are [`ready`] first.
 pub(crate) fn next() -> Handle {
-    let threads = all();
+    let threads = all().unwrap_or_else(|error| {
+        panic!(
+            "the system gives no thread for the network ({error}): raise the limits on open files \
+             (ulimit -n) and threads (ulimit -u)"
+        )
+    });
     let turn = NEXT.fetch_add(1, Ordering::Relaxed);
     threads[turn % threads.len()].clone()
 }
 
 /// All event loops; at least one.
-fn all() -> &'static [Handle] {
-    static THREADS: LazyLock<Vec<Handle>> = LazyLock::new(|| {
+fn all() -> Result<&'static [Handle], &'static io::Error> {
+    static THREADS: LazyLock<io::Result<Vec<Handle>>> = LazyLock::new(|| {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let started = (0..cores.min(MAX_THREADS)).map(start);
         // Where threads are short, fewer do; without any, no process could do anything at all.
-        let started: Vec<_> = started.filter_map(Result::ok).collect();
-        assert!(
-            !started.is_empty(),
-            "the system gives no thread for the network"
-        );
-        started
+        let mut started = vec![start(0)?];
+        started.extend((1..cores.min(MAX_THREADS)).filter_map(|index| start(index).ok()));
+        Ok(started)
     });
-    &THREADS
+    THREADS.as_ref().map(Vec::as_slice)
 }
 
 fn start(index: usize) -> io::Result<Handle> {

@@ -315,8 +315,16 @@ impl Handler<Discard> for Shelf {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Some actor that can be exported.
+    pub(crate) fn shelf() -> ActorRef<Shelf> {
+        let start = Spawn::new().start(|| Shelf {
+            values: Arc::default(),
+        });
+        start.expect("the system gives a thread")
+    }
     use crate::actor::run;
     use crate::net::NetConfig;
     use crate::remote::NodeId;
