@@ -314,7 +314,10 @@ pub enum SpawnError {
     #[error("the restart window must be longer than zero")]
     NoRestartWindow,
     /// The system gave no thread, or no event loop for it.
-    #[error("could not start a thread for actor {actor}")]
+    #[error(
+        "could not start a thread for actor {actor}: raise the limits on open files (ulimit -n) and \
+         threads (ulimit -u), or use fewer actors (Spawn::without_io saves files)"
+    )]
     Thread {
         /// Name of the actor.
         actor: Arc<str>,

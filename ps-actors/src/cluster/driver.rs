@@ -240,6 +240,7 @@ impl Cluster {
             let members = Arc::clone(&members);
             Spawn::new()
                 .thread_name("ps-driver")
+                .without_io()
                 // Each node always has one call under way, which waits for news.
                 .max_pending(1 << 16)
                 .start(move || DriverAgent {

@@ -228,7 +228,9 @@ impl Node {
         let watched = released.subscribe();
         let agent = {
             let nursery = Arc::clone(&nursery);
-            let spawn = Spawn::new().thread_name(format!("ps-node-{}", self.rank));
+            let spawn = Spawn::new()
+                .thread_name(format!("ps-node-{}", self.rank))
+                .without_io();
             spawn.start(move || NodeAgent {
                 nursery: Arc::clone(&nursery),
                 released: released.clone(),

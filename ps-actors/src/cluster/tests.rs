@@ -334,6 +334,57 @@ fn what_was_being_made_for_a_lost_driver_ends_and_nothing_of_that_life_stays() {
     });
 }
 
+/// Answers whatever comes with this, and returns where.
+fn answer_with(answer: &'static [u8]) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    thread::spawn(move || {
+        use std::io::{Read, Write};
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            // The first connection only looks at the way, and says nothing.
+            if stream.read(&mut [0; 4096]).is_ok_and(|len| len > 0) {
+                let _ = stream.write_all(answer);
+            }
+        }
+    });
+    address
+}
+
+#[test]
+fn who_is_not_a_driver_is_named_at_once() {
+    let not_found = b"HTTP/1.1 404 Not Found\r\ncontent-length: 11\r\n\r\nwrong house";
+    let cases: [(&[u8], &str); 3] = [
+        (not_found, "HTTP/1.1 404 Not Found wrong house"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "does not answer in HTTP"),
+        (
+            b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: ps/1\r\n\r\n",
+            "upgrades to something else",
+        ),
+    ];
+    for (answer, said) in cases {
+        let address = answer_with(answer);
+        let config = ClusterConfig {
+            transport: Transport::Tcp,
+            // Nobody waits for that.
+            join_timeout: SOON * 60,
+            ..ClusterConfig::default()
+        };
+        let ended = Node::new(config, 1, 0, &address, Hosts::new())
+            .serve()
+            .wait();
+        let Err(error @ ClusterError::Refused { .. }) = ended else {
+            panic!("{ended:?}");
+        };
+        let text = error.to_string();
+        assert!(
+            text.contains(said) && text.contains("is not a process of ps"),
+            "{text}"
+        );
+        assert!(error.is_permanent());
+    }
+}
+
 /// The answer to the first one may have been lost with its connection.
 #[test]
 fn an_order_that_comes_again_gets_the_actor_that_was_made() {

@@ -7,7 +7,7 @@
 use std::future::pending;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{LazyLock, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 
 use tokio::runtime::{Builder, Handle};
@@ -22,10 +22,7 @@ static NEXT: AtomicUsize = AtomicUsize::new(0);
 /// # Errors
 /// When the system gives not even one.
 pub(crate) fn ready() -> io::Result<()> {
-    match all() {
-        Ok(_) => Ok(()),
-        Err(error) => Err(io::Error::new(error.kind(), error.to_string())),
-    }
+    all().map(drop)
 }
 
 /// The event loop whose turn it is to take a connection.
@@ -44,15 +41,22 @@ pub(crate) fn next() -> Handle {
 }
 
 /// All event loops; at least one.
-fn all() -> Result<&'static [Handle], &'static io::Error> {
-    static THREADS: LazyLock<io::Result<Vec<Handle>>> = LazyLock::new(|| {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        // Where threads are short, fewer do; without any, no process could do anything at all.
-        let mut started = vec![start(0)?];
-        started.extend((1..cores.min(MAX_THREADS)).filter_map(|index| start(index).ok()));
-        Ok(started)
-    });
-    THREADS.as_ref().map(Vec::as_slice)
+fn all() -> io::Result<&'static [Handle]> {
+    static THREADS: OnceLock<Vec<Handle>> = OnceLock::new();
+    static STARTING: Mutex<()> = Mutex::new(());
+
+    if let Some(started) = THREADS.get() {
+        return Ok(started);
+    }
+    let _turn = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(started) = THREADS.get() {
+        return Ok(started);
+    }
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    // Where threads are short, fewer do; without any, no process could do anything at all.
+    let mut started = vec![start(0)?];
+    started.extend((1..cores.min(MAX_THREADS)).filter_map(|index| start(index).ok()));
+    Ok(THREADS.get_or_init(|| started))
 }
 
 fn start(index: usize) -> io::Result<Handle> {

@@ -238,7 +238,7 @@ impl Shelves {
             None => {
                 let values = Arc::new(Values::default());
                 let shared = Arc::clone(&values);
-                let spawn = Spawn::new().thread_name("ps-shelf");
+                let spawn = Spawn::new().thread_name("ps-shelf").without_io();
                 let shelf = spawn.start(move || Shelf {
                     values: Arc::clone(&shared),
                 });
