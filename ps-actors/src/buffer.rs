@@ -9,6 +9,7 @@
 //! `transparent_hugepage` at `madvise` or `always`): every pass over 100 MB looks up 50 pages
 //! then, and not 25,000.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -23,6 +24,18 @@ const SMALL: usize = 4096;
 /// Numbers in a buffer that gets pages of its own: two huge ones, so that one is whole wherever
 /// the system puts them.
 const LARGE: usize = (4 << 20) / size_of::<f32>();
+
+/// The system gives no memory for a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "there is no memory for {len} numbers ({} MiB): let this process have more, or lower \
+     NetConfig::max_numbers",
+    len.saturating_mul(size_of::<f32>()) >> 20
+)]
+pub struct OutOfMemory {
+    /// How many numbers were to be kept.
+    pub len: usize,
+}
 
 /// Hands out buffers and takes them back. Cloning gives another handle on the same pool.
 #[derive(Clone)]
@@ -50,17 +63,33 @@ impl BufferPool {
 
     /// Takes a buffer of exactly `len` numbers whose contents are unspecified: a recycled
     /// buffer still holds what its last user left there.
+    ///
+    /// Without memory for it the process aborts, as it does everywhere in Rust.
     #[must_use]
     pub fn take(&self, len: usize) -> Buffer {
+        self.try_take(len).unwrap_or_else(|_| {
+            let layout = Layout::array::<f32>(len).unwrap_or(Layout::new::<f32>());
+            handle_alloc_error(layout)
+        })
+    }
+
+    /// As [`take`](Self::take), for a length that somebody else has named.
+    ///
+    /// # Errors
+    /// When there is no memory for it, also without the buffers that wait for reuse.
+    pub fn try_take(&self, len: usize) -> Result<Buffer, OutOfMemory> {
         let numbers = match self.idle.take(len) {
-            Some(recycled) => recycled.resized(len),
-            None => Numbers::fresh(len),
+            Some(recycled) => Some(recycled.resized(len)),
+            None => Numbers::fresh(len).or_else(|| {
+                self.idle.clear();
+                Numbers::fresh(len)
+            }),
         };
-        Buffer {
-            numbers,
+        Ok(Buffer {
+            numbers: numbers.ok_or(OutOfMemory { len })?,
             norm_squared: None,
             home: Arc::downgrade(&self.idle),
-        }
+        })
     }
 
     /// Returns how many buffers wait for reuse.
@@ -105,6 +134,12 @@ impl Idle {
             None => None,
         }
     }
+
+    /// Lets go of all idle buffers.
+    fn clear(&self) {
+        let unused = std::mem::take(&mut *self.lock());
+        drop(unused);
+    }
 }
 
 /// Where the numbers of a buffer are.
@@ -114,8 +149,8 @@ enum Numbers {
 }
 
 impl Numbers {
-    /// Zeros, which take no memory before something is written to them.
-    fn fresh(len: usize) -> Self {
+    /// Zeros; large ones take no memory before something is written to them. `None` if there is none.
+    fn fresh(len: usize) -> Option<Self> {
         if len >= LARGE
             && let Some(num_bytes) = len.checked_mul(size_of::<f32>())
             && let Ok(pages) = MmapMut::map_anon(num_bytes)
@@ -123,9 +158,12 @@ impl Numbers {
             // Refused by systems without huge pages, which do with small ones.
             #[cfg(target_os = "linux")]
             let _ = pages.advise(memmap2::Advice::HugePage);
-            return Self::Pages { pages, len };
+            return Some(Self::Pages { pages, len });
         }
-        Self::Heap(vec![0.0; len])
+        let mut numbers = Vec::new();
+        numbers.try_reserve_exact(len).ok()?;
+        numbers.resize(len, 0.0);
+        Some(Self::Heap(numbers))
     }
 
     /// The same memory, which has to have room, as so many numbers.
@@ -159,6 +197,11 @@ impl Buffer {
     /// Notes the sum of the squares of the numbers as they are.
     pub(crate) fn set_norm_squared(&mut self, norm_squared: f64) {
         self.norm_squared = Some(norm_squared);
+    }
+
+    /// Frees the memory at the end instead of keeping it for reuse.
+    pub(crate) fn leave_pool(&mut self) {
+        self.home = Weak::new();
     }
 
     /// Returns the sum of the squares of all numbers.
@@ -242,6 +285,28 @@ mod tests {
             let again = pool.take(len - 10);
             assert_eq!((again.as_ptr(), again.len()), (address, len - 10));
         }
+    }
+
+    #[test]
+    fn a_length_that_there_is_no_memory_for_is_an_error() {
+        let pool = BufferPool::new(2);
+        for len in [usize::MAX, usize::MAX / 4, 1 << 48] {
+            assert_eq!(pool.try_take(len).unwrap_err(), OutOfMemory { len });
+        }
+        let text = OutOfMemory { len: 1 << 30 }.to_string();
+        assert!(
+            text.contains("4096 MiB") && text.contains("max_numbers"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_buffer_that_left_its_pool_is_freed() {
+        let pool = BufferPool::new(2);
+        let mut buffer = pool.take(8);
+        buffer.leave_pool();
+        drop(buffer);
+        assert_eq!(pool.num_idle(), 0);
     }
 
     #[test]

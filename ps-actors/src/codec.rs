@@ -10,6 +10,7 @@
 use std::cell::RefCell;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
+use std::thread::LocalKey;
 
 use serde::de::{DeserializeOwned, Error as _};
 use serde::ser::Error as _;
@@ -22,11 +23,15 @@ use crate::spread::norm_squared;
 /// The longest header, in bytes. Far more than a message needs: its bulk is not in it.
 pub const MAX_HEADER: usize = 1 << 20;
 
+/// How much a header may claim when it is read. bincode counts numbers as they are in memory, up to
+/// sixteen bytes for each one that was written: with less, headers could be written but not read.
+const MAX_CLAIM: usize = 16 * MAX_HEADER;
+
 const CONFIG: bincode::config::Configuration<
     bincode::config::LittleEndian,
     bincode::config::Varint,
-    bincode::config::Limit<MAX_HEADER>,
-> = bincode::config::standard().with_limit::<MAX_HEADER>();
+    bincode::config::Limit<MAX_CLAIM>,
+> = bincode::config::standard().with_limit::<MAX_CLAIM>();
 
 /// Why a message could not be turned into bytes or back.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +69,9 @@ pub enum CodecError {
         num_buffers: usize,
     },
     /// The header is longer than allowed.
-    #[error("a header of {len} bytes is longer than {MAX_HEADER}")]
+    #[error(
+        "everything but its bulk numbers takes {len} bytes, and {MAX_HEADER} is the most: split the message"
+    )]
     TooLong {
         /// The header's length.
         len: usize,
@@ -170,6 +177,32 @@ thread_local! {
     static INCOMING: RefCell<Option<Vec<Buffer>>> = const { RefCell::new(None) };
 }
 
+/// Lends a message's runs of numbers to this thread, and puts back what was there before, also when
+/// the message panics.
+struct Lent<T: 'static> {
+    place: &'static LocalKey<RefCell<Option<Vec<T>>>>,
+    outer: Option<Vec<T>>,
+}
+
+impl<T> Lent<T> {
+    fn new(place: &'static LocalKey<RefCell<Option<Vec<T>>>>, runs: Vec<T>) -> Self {
+        let outer = place.replace(Some(runs));
+        Self { place, outer }
+    }
+
+    /// What is there now.
+    fn take(self) -> Vec<T> {
+        self.place.take().unwrap_or_default()
+    }
+}
+
+impl<T> Drop for Lent<T> {
+    fn drop(&mut self) {
+        let unused = self.place.replace(self.outer.take());
+        drop(unused);
+    }
+}
+
 /// Turns a message into bytes without copying its bulk.
 ///
 /// # Errors
@@ -177,9 +210,9 @@ thread_local! {
 pub fn encode<T: Serialize>(message: &T) -> Result<Encoded, CodecError> {
     let name = std::any::type_name::<T>();
     // A value may encode another one on its way, so the outer one's runs are put aside.
-    let outer = OUTGOING.replace(Some(Vec::new()));
+    let lent = Lent::new(&OUTGOING, Vec::new());
     let header = bincode::serde::encode_to_vec(message, CONFIG);
-    let bulk = OUTGOING.replace(outer).unwrap_or_default();
+    let bulk = lent.take();
     let header = header.map_err(|source| CodecError::Encode {
         message: name,
         source,
@@ -199,9 +232,9 @@ pub fn decode<T: DeserializeOwned>(header: &[u8], bulk: Vec<Buffer>) -> Result<T
     if len > MAX_HEADER {
         return Err(CodecError::TooLong { len });
     }
-    let outer = INCOMING.replace(Some(bulk.into_iter().rev().collect()));
+    let lent = Lent::new(&INCOMING, bulk.into_iter().rev().collect());
     let decoded = bincode::serde::decode_from_slice(header, CONFIG);
-    let left = INCOMING.replace(outer).unwrap_or_default();
+    let left = lent.take();
     let (value, used) = decoded.map_err(|source| CodecError::Decode {
         message,
         len,
@@ -372,6 +405,43 @@ pub(crate) mod tests {
         };
         let refused = bincode::error::DecodeError::LimitExceeded;
         assert_eq!(source.to_string(), refused.to_string());
+    }
+
+    /// Whatever can be written can be read, however its bytes are counted.
+    #[test]
+    fn a_header_of_the_greatest_length_comes_back() {
+        let small = vec![1u64; MAX_HEADER - 5];
+        assert_eq!(transport(&small).unwrap(), small);
+        let long = vec![1u64; MAX_HEADER];
+        let Err(CodecError::TooLong { len }) = encode(&long) else {
+            panic!("it is too long");
+        };
+        assert_eq!(len, MAX_HEADER + 5);
+    }
+
+    /// Its user may catch the panic and go on.
+    #[test]
+    fn a_panic_while_a_message_is_written_or_read_leaves_nothing_behind() {
+        struct Panics;
+        impl Serialize for Panics {
+            fn serialize<S: Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
+                panic!("a test");
+            }
+        }
+        impl<'de> Deserialize<'de> for Panics {
+            fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+                panic!("a test");
+            }
+        }
+        let bulk = Bulk::from(vec![1.0; 3]);
+        let caught = std::panic::catch_unwind(|| encode(&(bulk.clone(), Panics)).map(drop));
+        assert!(caught.is_err());
+        assert!(OUTGOING.with_borrow(Option::is_none));
+        assert_eq!(Arc::strong_count(&bulk.data), 1);
+        let buffers = || vec![Buffer::from(vec![1.0; 3])];
+        let caught = std::panic::catch_unwind(|| decode::<Panics>(&[3], buffers()).map(drop));
+        assert!(caught.is_err());
+        assert!(INCOMING.with_borrow(Option::is_none));
     }
 
     #[test]

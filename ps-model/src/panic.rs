@@ -4,9 +4,9 @@
 //! usable. Callers that run it for somebody else (an actor for its users) need an error instead.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::Once;
 
 /// Runs `work`, returning the message of its panic if it panics.
 ///
@@ -16,25 +16,28 @@ pub(crate) fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     panic::catch_unwind(AssertUnwindSafe(work)).map_err(message)
 }
 
+thread_local! {
+    /// How many calls of [`catch_quietly`] this thread is in.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
 /// Like [`catch`], without the panic hook's output for this thread.
 ///
-/// Other threads keep the hook that is installed. The hook is process-wide, so calls take turns.
+/// The hook that is there at the first call goes on for all other threads. It is wrapped once: a hook
+/// that somebody sets later is the only one, and is not kept quiet.
 pub(crate) fn catch_quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-
-    let this_thread = thread::current().id();
-    let installed: Arc<dyn Fn(&panic::PanicHookInfo<'_>) + Send + Sync> =
-        Arc::from(panic::take_hook());
-    let hook = Arc::clone(&installed);
-    panic::set_hook(Box::new(move |info| {
-        if thread::current().id() != this_thread {
-            hook(info);
-        }
-    }));
+    static WRAPPED: Once = Once::new();
+    WRAPPED.call_once(|| {
+        let hook = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if DEPTH.get() == 0 {
+                hook(info);
+            }
+        }));
+    });
+    DEPTH.set(DEPTH.get() + 1);
     let result = catch(work);
-    drop(panic::take_hook());
-    panic::set_hook(Box::new(move |info| installed(info)));
+    DEPTH.set(DEPTH.get() - 1);
     result
 }
 
@@ -51,6 +54,38 @@ fn message(payload: Box<dyn Any + Send>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// One hook for any number of calls, at the same time, too.
+    #[test]
+    fn a_quiet_panic_does_not_reach_the_hook_and_others_do() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        static NUM_HEARD: AtomicUsize = AtomicUsize::new(0);
+        static NUM_DROPPED: AtomicUsize = AtomicUsize::new(0);
+        struct Counted;
+        impl Drop for Counted {
+            fn drop(&mut self) {
+                NUM_DROPPED.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        // In whatever order the tests run, the hook is wrapped now; this is what it does per call.
+        assert_eq!(catch_quietly(|| 1), Ok(1));
+        let (hook, counted) = (panic::take_hook(), Counted);
+        panic::set_hook(Box::new(move |info| {
+            let _ = &counted;
+            let is_ours = info.payload().downcast_ref::<&str>() == Some(&"loud in this test");
+            NUM_HEARD.fetch_add(usize::from(is_ours), Ordering::SeqCst);
+            hook(info);
+        }));
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| catch_quietly(|| panic!("quiet")).map_err(drop));
+            }
+            scope.spawn(|| catch(|| panic!("loud in this test")).map_err(drop));
+        });
+        assert_eq!(NUM_HEARD.load(Ordering::SeqCst), 1);
+        let kept = NUM_DROPPED.load(Ordering::SeqCst);
+        assert_eq!(kept, 0, "the hook that is there is left alone");
+    }
 
     #[test]
     fn a_panic_becomes_its_message() {

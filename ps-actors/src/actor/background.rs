@@ -88,11 +88,14 @@ pub(crate) fn block_on<F: Future>(future: F, deadline: Option<Instant>) -> Optio
     }
 }
 
-/// An event loop of one thread, with timers and sockets.
-pub(crate) fn event_loop() -> io::Result<Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
+/// An event loop of one thread, with timers, and with sockets if asked for, which take four file
+/// descriptors.
+pub(crate) fn event_loop(with_io: bool) -> io::Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    if with_io {
+        builder.enable_io();
+    }
+    builder.enable_time().build()
 }
 
 /// The actix system that is current here, else the background one, which is started in any case.
@@ -139,7 +142,7 @@ fn background() -> io::Result<(System, Handle)> {
     if let Some(running) = &*background {
         return Ok(running.clone());
     }
-    let runtime = event_loop()?;
+    let runtime = event_loop(true)?;
     let (started, start) = mpsc::channel();
     thread::Builder::new()
         .name("ps-background".to_owned())

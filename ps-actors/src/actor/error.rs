@@ -92,7 +92,13 @@ pub enum NotDelivered {
         /// The actor's type.
         actor_type: String,
     },
-    /// The message cannot be written as bytes, or has too many.
+    /// The message is larger than the actor's process takes.
+    #[error("the message is too large to be sent: {reason}")]
+    TooLarge {
+        /// What there is too much of, how much is allowed, and by which setting.
+        reason: String,
+    },
+    /// The message cannot be written as bytes.
     #[error("the message cannot be sent as bytes: {reason}")]
     Encode {
         /// What is wrong with it.
@@ -308,7 +314,10 @@ pub enum SpawnError {
     #[error("the restart window must be longer than zero")]
     NoRestartWindow,
     /// The system gave no thread, or no event loop for it.
-    #[error("could not start a thread for actor {actor}")]
+    #[error(
+        "could not start a thread for actor {actor}: raise the limits on open files (ulimit -n) and \
+         threads (ulimit -u), or use fewer actors (Spawn::without_io saves files)"
+    )]
     Thread {
         /// Name of the actor.
         actor: Arc<str>,
@@ -397,6 +406,7 @@ mod tests {
                 message: "app::GetLoss".to_owned(),
                 actor_type: "app::Trainer".to_owned(),
             },
+            NotDelivered::TooLarge { reason: reason() },
             NotDelivered::Encode { reason: reason() },
             NotDelivered::Refused { reason: reason() },
         ]

@@ -87,6 +87,7 @@ pub struct Spawn {
     thread_name: Option<String>,
     max_pending: usize,
     restart: RestartPolicy,
+    with_io: bool,
 }
 
 impl Default for Spawn {
@@ -103,6 +104,7 @@ impl Spawn {
             thread_name: None,
             max_pending: 1024,
             restart: RestartPolicy::default(),
+            with_io: true,
         }
     }
 
@@ -136,6 +138,17 @@ impl Spawn {
     /// Sets how often the actor may be restarted after a panic.
     pub fn restart(mut self, policy: RestartPolicy) -> Self {
         self.restart = policy;
+        self
+    }
+
+    /// Leaves out what the actor needs to use sockets, child processes and signals on its own event loop,
+    /// which takes four file descriptors for each actor. Timers and calls work as ever.
+    ///
+    /// For many small actors: with the usual limit of 1,024 open files a process can have some 250
+    /// with it, and as many without it as it may have threads. Code of the actor that uses tokio's sockets
+    /// panics without it.
+    pub fn without_io(mut self) -> Self {
+        self.with_io = false;
         self
     }
 
@@ -242,6 +255,7 @@ impl Spawn {
             mailbox: Arc::clone(&mailbox),
             handle: weak,
             restart: self.restart,
+            with_io: self.with_io,
             factory,
         };
         let thread_name = self.thread_name.unwrap_or_else(|| name.to_string());
@@ -270,6 +284,7 @@ struct ThreadBody<A: Actor, F> {
     mailbox: Arc<Mailbox<A>>,
     handle: Weak<Handle<A>>,
     restart: RestartPolicy,
+    with_io: bool,
     factory: F,
 }
 
@@ -280,7 +295,7 @@ where
 {
     fn start(self, thread_name: String) -> std::io::Result<()> {
         let system = background::system_or_background()?;
-        let runtime = background::event_loop()?;
+        let runtime = background::event_loop(self.with_io)?;
         thread::Builder::new()
             .name(thread_name)
             .spawn(move || self.run(system, runtime))?;
@@ -321,5 +336,77 @@ impl<A: Actor> Drop for FinishOnDrop<A> {
     fn drop(&mut self) {
         registry::remove(self.0.id());
         self.0.finish();
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    use super::*;
+    use crate::cluster::{Cluster, ClusterConfig, ClusterError, Hosts, Node};
+
+    struct Idle;
+
+    impl Actor for Idle {
+        type Context = Context<Self>;
+    }
+
+    fn idle(options: Spawn) -> Result<ActorRef<Idle>, SpawnError> {
+        options.start(|| Idle)
+    }
+
+    /// Allows so many more open files than there are.
+    fn allow_files(more: u64) {
+        let open = std::fs::read_dir("/proc/self/fd").expect("Linux has it");
+        let limit = Rlimit {
+            // One of them was for the look at the folder.
+            current: Some(open.count() as u64 - 1 + more),
+            maximum: getrlimit(Resource::Nofile).maximum,
+        };
+        setrlimit(Resource::Nofile, limit).expect("the greatest limit stays");
+    }
+
+    /// In a process of its own, with few descriptors.
+    #[test]
+    fn without_descriptors_there_are_errors_and_actors_that_need_none() {
+        const CHILD: &str = "PS_TEST_FEW_FILES";
+        const NAME: &str =
+            "actor::spawn::tests::without_descriptors_there_are_errors_and_actors_that_need_none";
+        if std::env::var_os(CHILD).is_none() {
+            let program = std::env::current_exe().expect("this test has a program");
+            let mut child = std::process::Command::new(program);
+            let child = child.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1");
+            let output = child.output().expect("the program runs");
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        // The background loop runs from the first actor on.
+        let first = idle(Spawn::new()).expect("there is room");
+        allow_files(2);
+        let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let cluster = Cluster::listen(ClusterConfig::default(), local, Hosts::new());
+        assert!(
+            matches!(cluster, Err(ClusterError::Threads(_))),
+            "{cluster:?}"
+        );
+        let node = Node::new(ClusterConfig::default(), 1, 0, "127.0.0.1:1", Hosts::new());
+        let node = node.serve().wait();
+        assert!(matches!(node, Err(ClusterError::Threads(_))), "{node:?}");
+        allow_files(20);
+        let mut actors = Vec::new();
+        let error = loop {
+            match idle(Spawn::new()) {
+                Ok(actor) => actors.push(actor),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, SpawnError::Thread { .. }), "{error}");
+        assert!(error.to_string().contains("ulimit -n"), "{error}");
+        assert!(actors.len() <= 10, "{} actors", actors.len());
+        for _ in 0..100 {
+            actors.push(idle(Spawn::new().without_io()).expect("it needs no descriptor"));
+        }
+        assert!(actors.iter().all(ActorRef::is_alive) && first.is_alive());
     }
 }

@@ -4,15 +4,18 @@
 //! actors, so joining and spawning are ordinary calls.
 
 use std::any::type_name;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use actix::{Actor, Context, Handler, Message, ResponseFuture};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use super::host::{Args, Hosts, Made};
+use super::lives::KnownLives;
 use super::members::{Member, Members};
 use super::resources::Resources;
 use crate::actor::ActorRef;
@@ -85,6 +88,13 @@ pub(crate) struct Leave(pub(crate) NodeId);
 #[rtype(result = "Option<Vec<Address>>")]
 pub(crate) struct Resolve(pub(crate) NodeId);
 
+/// Asks which nodes take part, as soon as that is not what the asking node has heard already.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "KnownLives")]
+pub(crate) struct GetLives {
+    pub(crate) newer_than: Option<u64>,
+}
+
 /// Looks for an actor by its type and name: in one process, or, asked of the driver, in all.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Option<Wire>")]
@@ -97,6 +107,8 @@ pub(crate) struct Find {
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Wire, SpawnRefused>")]
 pub(crate) struct Make {
+    /// Who asks again, because a connection was lost, gets the actor that was made the first time.
+    pub(crate) order: u64,
     pub(crate) type_name: String,
     pub(crate) args: Args,
     pub(crate) name: Option<String>,
@@ -140,8 +152,15 @@ pub(crate) struct Nursery {
     hosts: Hosts,
     free: Mutex<Resources>,
     made: Mutex<BTreeMap<u64, Arc<Made>>>,
+    /// By the number of the order; those whose actor has ended are forgotten.
+    orders: Mutex<HashMap<u64, Making>>,
     is_leaving: AtomicBool,
+    /// This life is over; changes under the lock of `made` only.
+    is_over: AtomicBool,
 }
+
+/// An actor that is being made, or was.
+type Making = Shared<BoxFuture<'static, Result<Wire, SpawnRefused>>>;
 
 impl Nursery {
     pub(crate) fn new(process: Arc<Process>, hosts: Hosts, resources: Resources) -> Arc<Self> {
@@ -150,6 +169,8 @@ impl Nursery {
             hosts,
             free: Mutex::new(resources),
             made: Mutex::default(),
+            orders: Mutex::default(),
+            is_over: AtomicBool::new(false),
             is_leaving: AtomicBool::new(false),
         })
     }
@@ -176,8 +197,34 @@ impl Nursery {
         self.made.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn orders(&self) -> MutexGuard<'_, HashMap<u64, Making>> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes an actor, once for each order.
     pub(crate) async fn make(self: Arc<Self>, order: Make) -> Result<Wire, SpawnRefused> {
+        let number = order.order;
+        let making = {
+            let nursery = Arc::clone(&self);
+            let mut orders = self.orders();
+            if self.is_over.load(Ordering::Acquire) {
+                return Err(SpawnRefused::Leaving);
+            }
+            let making = orders.entry(number);
+            let making = making.or_insert_with(|| nursery.make_once(order).boxed().shared());
+            making.clone()
+        };
+        let made = making.await;
+        if made.is_err() || self.is_over.load(Ordering::Acquire) {
+            let forgotten = self.orders().remove(&number);
+            drop(forgotten);
+        }
+        made
+    }
+
+    async fn make_once(self: Arc<Self>, order: Make) -> Result<Wire, SpawnRefused> {
         let Make {
+            order,
             type_name,
             args,
             name,
@@ -203,16 +250,21 @@ impl Nursery {
         };
         let wire = made.wire.clone();
         let mut ended = made.ended.clone();
-        self.made().insert(wire.actor, Arc::clone(&made));
+        let is_over = {
+            let mut all = self.made();
+            all.insert(wire.actor, Arc::clone(&made));
+            self.is_over.load(Ordering::Acquire)
+        };
         let (nursery, actor) = (Arc::clone(&self), wire.actor);
         threads::next().spawn(async move {
             // An error means that the actor's mailbox is gone, and the actor with it.
             let _ = ended.wait_for(|ended| *ended).await;
             nursery.made().remove(&actor);
+            nursery.orders().remove(&order);
             nursery.free().give_back(&needs);
         });
-        // It was not there yet when the others were told.
-        if self.is_leaving.load(Ordering::Acquire) {
+        // It was not there yet when the others were told, or ended.
+        if is_over || self.is_leaving.load(Ordering::Acquire) {
             (made.kill)();
             return Err(SpawnRefused::Leaving);
         }
@@ -244,9 +296,16 @@ impl Nursery {
         }
     }
 
-    /// Ends all actors that were made for others.
+    /// Ends all actors that were made for others, and those that are being made.
     pub(crate) fn kill_all(&self) {
-        let made = std::mem::take(&mut *self.made());
+        let made = {
+            let mut made = self.made();
+            self.is_over.store(true, Ordering::Release);
+            std::mem::take(&mut *made)
+        };
+        // Each has a hold on this nursery.
+        let unfinished = std::mem::take(&mut *self.orders());
+        drop(unfinished);
         for actor in made.values() {
             (actor.kill)();
         }
@@ -314,7 +373,8 @@ impl Remote for DriverAgent {
             .add::<PrepareToLeave>()
             .add::<Leave>()
             .add::<Resolve>()
-            .add::<Find>();
+            .add::<Find>()
+            .add::<GetLives>();
     }
 }
 
@@ -345,6 +405,11 @@ impl Handler<Join> for DriverAgent {
         }
         self.nursery.check_facts(&join.facts)?;
         let node = self.members.admit(&join)?;
+        // Nothing of an earlier life counts any more.
+        let rank = node.rank;
+        if let Some(life) = node.life.checked_sub(1) {
+            self.process.sever(NodeId { rank, life });
+        }
         let agent = agent_of::<NodeAgent>(&self.process, node);
         let member = Member {
             node,
@@ -357,9 +422,14 @@ impl Handler<Join> for DriverAgent {
         tracing::info!(%node, host = member.host, pid = member.pid, "a node has joined");
         self.members.insert(member);
         let members = Arc::clone(&self.members);
+        let process = Arc::downgrade(&self.process);
         threads::next().spawn(async move {
             agent.stopped().await;
-            if members.remove(node) {
+            drop(agent);
+            if members.remove(node, false) {
+                if let Some(process) = process.upgrade() {
+                    process.sever(node);
+                }
                 tracing::warn!(%node, "a node is lost: nothing was heard of it for the lease");
             }
         });
@@ -381,7 +451,7 @@ impl Handler<Leave> for DriverAgent {
     type Result = ();
 
     fn handle(&mut self, Leave(node): Leave, _: &mut Self::Context) {
-        if self.members.remove(node) {
+        if self.members.remove(node, true) {
             tracing::info!(%node, "a node has left");
         }
     }
@@ -392,6 +462,15 @@ impl Handler<Resolve> for DriverAgent {
 
     fn handle(&mut self, Resolve(node): Resolve, _: &mut Self::Context) -> Self::Result {
         self.members.addresses(node)
+    }
+}
+
+impl Handler<GetLives> for DriverAgent {
+    type Result = ResponseFuture<KnownLives>;
+
+    fn handle(&mut self, GetLives { newer_than }: GetLives, _: &mut Self::Context) -> Self::Result {
+        let members = Arc::clone(&self.members);
+        Box::pin(async move { members.lives(newer_than).await })
     }
 }
 

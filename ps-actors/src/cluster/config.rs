@@ -124,6 +124,12 @@ pub enum ClusterError {
         /// Why.
         reason: String,
     },
+    /// There is nobody to look after connections.
+    #[error(
+        "the system gives no thread for the network: raise the limits on open files (ulimit -n) and \
+         threads (ulimit -u)"
+    )]
+    Threads(#[source] std::io::Error),
     /// An agent or its thread could not be started.
     #[error("could not start an actor")]
     Spawn(#[from] crate::actor::SpawnError),

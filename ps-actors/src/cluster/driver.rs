@@ -24,10 +24,11 @@ use super::task::Task;
 use crate::actor::error::error_chain;
 use crate::actor::{ActorRef, CallError, Spawn};
 use crate::net::dial::DialError;
+use crate::net::listen::Lives;
 use crate::net::{Address, threads};
 use crate::remote::Remote;
 use crate::remote::process::{NodeId, Process};
-use crate::remote::reference::reference;
+use crate::remote::reference::{Wire, reference};
 
 /// How often all nodes are asked in turn to start an actor.
 const MAX_ROUNDS: usize = 3;
@@ -37,7 +38,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The processes that work together, seen from the driver. Cloning gives another handle.
 ///
-/// When the last handle is dropped, all nodes are released.
+/// When the last handle is dropped, all nodes are released. The drop waits until each of them has heard
+/// it, and no longer than 2 s if one does not answer, unless it happens on a thread of the network.
 #[derive(Clone)]
 pub struct Cluster {
     inner: Arc<Inner>,
@@ -184,6 +186,7 @@ impl Cluster {
         hosts: Hosts,
         routes: Router,
     ) -> Result<Self, ClusterError> {
+        threads::ready().map_err(ClusterError::Threads)?;
         Task::start(Self::start(config, address, hosts, routes)).wait()
     }
 
@@ -237,6 +240,9 @@ impl Cluster {
             let members = Arc::clone(&members);
             Spawn::new()
                 .thread_name("ps-driver")
+                .without_io()
+                // Each node always has one call under way, which waits for news.
+                .max_pending(1 << 16)
                 .start(move || DriverAgent {
                     process: Arc::clone(&process),
                     nursery: Arc::clone(&nursery),
@@ -245,8 +251,8 @@ impl Cluster {
                 })?
         };
         process.export_agent(&agent);
-        let known = Arc::clone(&members);
-        let endpoint = bound.serve(&process, move |node| known.is_live(node), &routes);
+        let lives: Arc<dyn Lives> = Arc::clone(&members) as _;
+        let endpoint = bound.serve(&process, &lives, &routes);
         Ok(Self {
             inner: Arc::new(Inner {
                 process,
@@ -258,6 +264,14 @@ impl Cluster {
                 companions: None,
             }),
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn inside(&self) -> (Arc<Process>, Arc<Members>) {
+        (
+            Arc::clone(&self.inner.process),
+            Arc::clone(&self.inner.members),
+        )
     }
 
     /// Where the nodes find this driver: host and port of its TCP socket.
@@ -364,6 +378,7 @@ impl Cluster {
             _ => Resources::none(),
         };
         let order = Make {
+            order: random(),
             type_name: hosted_name::<A>(),
             args,
             name,
@@ -377,7 +392,7 @@ impl Cluster {
                     .as_ref()
                     .map_or(NodeId::DRIVER, |member| member.node);
                 let made = match candidate {
-                    Some(member) => member.agent.ask(order.clone()).await,
+                    Some(member) => ask_to_make(&member, &order).await,
                     None => Ok(Arc::clone(nursery).make(order.clone()).await),
                 };
                 match made {
@@ -484,6 +499,22 @@ impl Cluster {
     pub fn release(&self) -> Task<()> {
         let inner = Arc::clone(&self.inner);
         Task::start(async move { inner.release().await })
+    }
+}
+
+/// Asks a node to make an actor. If the answer was lost on the way, the same node is asked again first: it
+/// may have made the actor, and another node would make a second one of the same name.
+async fn ask_to_make(
+    member: &Member,
+    order: &Make,
+) -> Result<Result<Wire, SpawnRefused>, CallError> {
+    loop {
+        match member.agent.ask(order.clone()).await {
+            Err(error) if error.is_connection_lost() && error.may_have_run() => {
+                tracing::debug!(node = %member.node, %error, "asking again for an actor");
+            }
+            answer => return answer,
+        }
     }
 }
 

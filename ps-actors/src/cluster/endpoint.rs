@@ -10,9 +10,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinHandle;
 
 use super::config::{ClusterConfig, ClusterError, Transport};
-use crate::net::listen::{Front, Listener};
+use crate::net::listen::{Front, Listener, Lives};
 use crate::net::{Address, threads};
-use crate::remote::process::{NodeId, Process};
+use crate::remote::process::Process;
 
 /// Sockets that are bound, not served yet: their addresses are known before anybody can connect.
 pub(crate) struct Bound {
@@ -79,14 +79,14 @@ impl Bound {
     pub(crate) fn serve(
         self,
         process: &Arc<Process>,
-        is_live: impl Fn(NodeId) -> bool + Clone + Send + Sync + 'static,
+        lives: &Arc<dyn Lives>,
         routes: &Router,
     ) -> Endpoint {
         let mut tasks = Vec::new();
         for listener in self.listeners {
             let front = Front {
                 process: Arc::clone(process),
-                is_live: Box::new(is_live.clone()),
+                lives: Arc::clone(lives),
                 routes: routes.clone(),
             };
             tasks.push(tokio::spawn(listener.serve(front)));

@@ -247,14 +247,13 @@ impl<A: Hosted> Host for Make<A> {
             let actor = options
                 .start(factory)
                 .map_err(|error| error_chain(&error))?;
+            let unclaimed = Unclaimed(Some(actor));
             match first.await {
                 Ok(Ok(())) => {}
-                Ok(Err(why)) => {
-                    actor.kill();
-                    return Err(why);
-                }
+                Ok(Err(why)) => return Err(why),
                 Err(_) => return Err("it panicked when it was made".to_owned()),
             }
+            let actor = unclaimed.claim();
             let wire = process.export(&actor);
             let mailbox = Arc::clone(actor.mailbox_here());
             let (name, ended) = (Arc::clone(mailbox.name()), mailbox.ended());
@@ -279,6 +278,23 @@ impl<A: Hosted> Host for Make<A> {
     fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire> {
         let actor = actor::lookup::<A>(name).ok()?;
         Some(process.export(&actor))
+    }
+}
+
+/// An actor that is being made; it ends if nobody waits for it any more.
+struct Unclaimed<A: Hosted>(Option<ActorRef<A>>);
+
+impl<A: Hosted> Unclaimed<A> {
+    fn claim(mut self) -> ActorRef<A> {
+        self.0.take().expect("it is claimed once")
+    }
+}
+
+impl<A: Hosted> Drop for Unclaimed<A> {
+    fn drop(&mut self) {
+        if let Some(actor) = self.0.take() {
+            actor.kill();
+        }
     }
 }
 

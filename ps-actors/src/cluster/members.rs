@@ -3,12 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::agent::{Join, JoinRefused, NodeAgent};
+use super::lives::{KnownLives, Standing};
 use super::resources::Resources;
 use crate::actor::ActorRef;
 use crate::net::Address;
+use crate::net::listen::Lives;
 use crate::remote::process::NodeId;
 
 /// A node that takes part.
@@ -21,6 +25,17 @@ pub(crate) struct Member {
     pub(crate) pid: u32,
     /// Takes part for a moment more; nothing is to be started there.
     pub(crate) is_leaving: bool,
+}
+
+/// The driver knows all lives.
+impl Lives for Members {
+    fn may_speak(&self, node: NodeId) -> Option<bool> {
+        Some(self.is_live(node))
+    }
+
+    fn ask(&self, node: NodeId) -> BoxFuture<'static, Option<bool>> {
+        std::future::ready(Some(self.is_live(node))).boxed()
+    }
 }
 
 pub(crate) struct Members {
@@ -42,6 +57,7 @@ struct Rank {
     attempt: u64,
     addresses: Vec<Address>,
     is_live: bool,
+    has_left: bool,
     member: Option<Member>,
 }
 
@@ -84,18 +100,23 @@ impl Members {
             attempt,
             addresses: join.addresses.clone(),
             is_live: true,
+            has_left: false,
             member: None,
         };
         let replaced = state.ranks.insert(rank, entry);
         drop(state);
         // Outside the lock: it holds a reference.
         drop(replaced);
+        self.changed.send_modify(|version| *version += 1);
         Ok(NodeId { rank, life })
     }
 
     pub(crate) fn insert(&self, member: Member) {
         let mut state = self.lock();
+        // The member has a reference, which nobody would drop any more.
+        let is_over = state.is_over;
         if let Some(rank) = state.ranks.get_mut(&member.node.rank)
+            && !is_over
             && rank.life == member.node.life
             && rank.is_live
         {
@@ -115,8 +136,8 @@ impl Members {
         }
     }
 
-    /// Removes a node that is lost or has left; false if it was not there.
-    pub(crate) fn remove(&self, node: NodeId) -> bool {
+    /// Removes a node that is lost or `has_left`; false if it was not there.
+    pub(crate) fn remove(&self, node: NodeId, has_left: bool) -> bool {
         let mut state = self.lock();
         let Some(rank) = state.ranks.get_mut(&node.rank) else {
             return false;
@@ -125,6 +146,7 @@ impl Members {
             return false;
         }
         rank.is_live = false;
+        rank.has_left = has_left;
         let removed = rank.member.take();
         drop(state);
         drop(removed);
@@ -162,11 +184,41 @@ impl Members {
     pub(crate) fn close(&self) -> Vec<Member> {
         let mut state = self.lock();
         state.is_over = true;
-        state
-            .ranks
-            .values_mut()
-            .filter_map(|rank| rank.member.take())
-            .collect()
+        let members = state.ranks.values_mut();
+        let members = members.filter_map(|rank| rank.member.take()).collect();
+        drop(state);
+        self.changed.send_modify(|version| *version += 1);
+        members
+    }
+
+    /// Which lives there are, as soon as that is not what somebody has heard already.
+    pub(crate) async fn lives(&self, heard: Option<u64>) -> KnownLives {
+        let mut changed = self.changed.subscribe();
+        let is_news = |version: &u64| heard != Some(*version) || self.lock().is_over;
+        // The sender lives as long as `self`. Before the list: that may be newer, not older.
+        let version = changed
+            .wait_for(is_news)
+            .await
+            .map_or(0, |version| *version);
+        let state = self.lock();
+        let by_rank = state.ranks.iter().map(|(number, rank)| {
+            let standing = match (rank.is_live, rank.has_left) {
+                (true, _) => Standing::Live,
+                (false, true) => Standing::Left,
+                (false, false) => Standing::Lost,
+            };
+            (*number, (rank.life, standing))
+        });
+        KnownLives {
+            version,
+            by_rank: by_rank.collect(),
+            is_over: state.is_over,
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_member(&self, node: NodeId) -> bool {
+        self.list().iter().any(|member| member.node == node)
     }
 
     pub(crate) fn changed(&self) -> watch::Receiver<u64> {

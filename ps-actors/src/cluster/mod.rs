@@ -22,11 +22,14 @@ mod driver;
 mod endpoint;
 mod host;
 mod launched;
+mod lives;
 mod lookup;
 mod members;
 mod node;
 mod resources;
 mod task;
+#[cfg(test)]
+mod tests;
 
 pub use agent::SpawnRefused;
 pub use config::{ClusterConfig, ClusterError, Transport};

@@ -8,6 +8,7 @@ use axum::Router;
 use futures_util::FutureExt;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::agent::{
@@ -17,11 +18,13 @@ use super::agent::{
 use super::config::{ClusterConfig, ClusterError, Transport};
 use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
+use super::lives::{AsNode, NodeLives};
 use super::task::Task;
 use crate::actor::deadline::latest;
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
-use crate::net::Address;
-use crate::net::dial::DialError;
+use crate::net::dial::{DialError, is_refusal};
+use crate::net::listen::Lives;
+use crate::net::{Address, threads};
 use crate::remote::process::{NodeId, Process};
 
 /// The longest pause between two tries to reach the driver.
@@ -53,6 +56,8 @@ struct Life {
     id: NodeId,
     _agent: ActorRef<NodeAgent>,
     _endpoint: Endpoint,
+    /// Hears which other nodes are over; ends with this life.
+    _following: JoinSet<()>,
 }
 
 impl Node {
@@ -99,6 +104,9 @@ impl Node {
         stop: impl Future<Output = ()> + Send + 'static,
         at_once: impl Future<Output = ()> + Send + 'static,
     ) -> Task<Result<NodeExit, ClusterError>> {
+        if let Err(error) = threads::ready() {
+            return Task::ready(Err(ClusterError::Threads(error)));
+        }
         Task::start(async move {
             let mut stop = std::pin::pin!(stop.fuse());
             let mut at_once = std::pin::pin!(at_once.fuse());
@@ -178,8 +186,7 @@ impl Node {
 
     async fn try_to_join(&self) -> Result<Life, JoinError> {
         let process = self.config.process();
-        let driver_address = self.driver_address().await?;
-        let local = local_ip(&process, &driver_address).await?;
+        let (driver_address, local) = self.way_to_driver(&process).await?;
         let bound = Bound::bind(&self.config, SocketAddr::new(local, 0)).await;
         let bound = bound.map_err(JoinError::Permanent)?;
         let driver_addresses = vec![driver_address];
@@ -222,7 +229,9 @@ impl Node {
         let watched = released.subscribe();
         let agent = {
             let nursery = Arc::clone(&nursery);
-            let spawn = Spawn::new().thread_name(format!("ps-node-{}", self.rank));
+            let spawn = Spawn::new()
+                .thread_name(format!("ps-node-{}", self.rank))
+                .without_io();
             spawn.start(move || NodeAgent {
                 nursery: Arc::clone(&nursery),
                 released: released.clone(),
@@ -237,7 +246,7 @@ impl Node {
             Err(CallError::NotDelivered {
                 reason: NotDelivered::Unreachable { reason },
                 ..
-            }) if reason.starts_with("refused") => {
+            }) if is_refusal(&reason) => {
                 return Err(JoinError::Permanent(ClusterError::Refused {
                     address: self.driver.clone(),
                     reason,
@@ -249,7 +258,11 @@ impl Node {
         // Connects again, as this node: what was said so far, nobody in particular has said.
         drop(driver);
         let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
-        let endpoint = bound.serve(&process, |_| true, &Router::new());
+        let lives = NodeLives::new(&process);
+        let as_node: Arc<dyn Lives> = Arc::new(AsNode(Arc::clone(&lives)));
+        let endpoint = bound.serve(&process, &as_node, &Router::new());
+        let mut following = JoinSet::new();
+        following.spawn(lives.follow(driver.clone()));
         Ok(Life {
             nursery,
             driver,
@@ -257,6 +270,7 @@ impl Node {
             id: node,
             _agent: agent,
             _endpoint: endpoint,
+            _following: following,
         })
     }
 
@@ -267,13 +281,29 @@ impl Node {
         })
     }
 
-    async fn driver_address(&self) -> Result<Address, JoinError> {
+    /// The first of the driver's addresses that answers, and this host's own on the way there.
+    async fn way_to_driver(&self, process: &Process) -> Result<(Address, IpAddr), JoinError> {
+        let mut last = JoinError::Temporary(format!("{} has no address", self.driver));
+        for address in self.driver_addresses().await? {
+            match local_ip(process, &address).await {
+                Ok(local) => return Ok((address, local)),
+                Err(JoinError::Temporary(why)) => {
+                    last = JoinError::Temporary(format!("{address}: {why}"));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(last)
+    }
+
+    async fn driver_addresses(&self) -> Result<Vec<Address>, JoinError> {
         if let Transport::Memory(_) = self.config.transport {
             let place = self
                 .driver
                 .strip_prefix("memory:")
                 .and_then(|place| place.parse().ok());
-            return place.map(Address::Memory).ok_or_else(|| {
+            let place = place.map(|place| vec![Address::Memory(place)]);
+            return place.ok_or_else(|| {
                 JoinError::Permanent(ClusterError::Address {
                     address: self.driver.clone(),
                     source: std::io::ErrorKind::InvalidInput.into(),
@@ -283,10 +313,7 @@ impl Node {
         // A name may not be known yet while a cluster starts.
         let found = tokio::net::lookup_host(&self.driver).await;
         let found = found.map_err(|error| JoinError::Temporary(error.to_string()))?;
-        let first = found.into_iter().next();
-        first
-            .map(Address::Tcp)
-            .ok_or_else(|| JoinError::Temporary(format!("{} has no address", self.driver)))
+        Ok(found.map(Address::Tcp).collect())
     }
 }
 

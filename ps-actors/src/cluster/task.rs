@@ -26,6 +26,14 @@ impl<T: Send + 'static> Task<T> {
         Self { result }
     }
 
+    /// Something that is over already.
+    pub(crate) fn ready(output: T) -> Self {
+        let (sender, result) = oneshot::channel();
+        // The receiver is here.
+        let _ = sender.send(output);
+        Self { result }
+    }
+
     /// Blocks this thread until the result is there.
     ///
     /// # Panics

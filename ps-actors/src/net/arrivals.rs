@@ -5,6 +5,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
@@ -28,6 +29,9 @@ pub(super) struct Arrivals<'a> {
     pub(super) outbox: &'a Outbox,
     /// Where lent numbers are copied from.
     pub(super) memory: Option<PeerMemory>,
+    /// Nothing more is read while too much waits to be written, and the peer is lost when it takes
+    /// nothing for this long. `None` where what is written is not caused by what is read.
+    pub(super) patience: Option<Duration>,
 }
 
 /// A frame, but for what is lent with it.
@@ -47,18 +51,24 @@ impl Arrivals<'_> {
     pub(super) async fn read_all(
         &self,
         read: &mut (impl AsyncBufRead + Unpin),
-        receive: impl FnMut(Frame) -> Result<(), String>,
+        receive: impl FnMut(Frame) -> Result<(), Ended>,
     ) -> Result<(), Ended> {
         let receive = Mutex::new(receive);
         let hand_on = |frame| {
             let mut receive = receive.lock().unwrap_or_else(PoisonError::into_inner);
-            receive(frame).map_err(Ended::Peer)
+            receive(frame)
         };
         let (sender, mut waiting) = mpsc::channel(MAX_WAITING);
         let num_waiting = AtomicUsize::new(0);
         let reading = async {
             let sender = sender;
-            while let Some(arrival) = self.next(read).await? {
+            loop {
+                if let Some(patience) = self.patience {
+                    self.outbox.room(patience).await?;
+                }
+                let Some(arrival) = self.next(read).await? else {
+                    break;
+                };
                 let may_have_successor = arrival.may_have_successor();
                 if let Some(arrival) = self.look_after(arrival)? {
                     if arrival.lent.is_none() && num_waiting.load(Ordering::Relaxed) == 0 {
@@ -127,13 +137,13 @@ impl Arrivals<'_> {
             return Err(Ended::Peer(why.to_owned()));
         };
         let addresses = parse_addresses(&lent.addresses);
-        let mut bulk = Vec::with_capacity(lent.lengths.len());
+        let mut bulk = Filling::default();
         for (len, address) in lent.lengths.into_iter().zip(addresses) {
-            let mut buffer = self.buffers.take(len);
-            let norm_squared = memory.read(address, &mut buffer).await?;
+            let buffer = bulk.begin(self.buffers.try_take(len)?);
+            let norm_squared = memory.read(address, buffer).await?;
             buffer.set_norm_squared(norm_squared);
-            bulk.push(buffer);
         }
+        let bulk = bulk.done();
         // Refused when no more is to be written, and the owner learns of that.
         let _ = self.outbox.send(OutFrame::signal(Kind::Taken, call));
         Ok(bulk)
@@ -174,15 +184,37 @@ impl Arrivals<'_> {
         if !self.outbox.has_lent() {
             frame.turn = self.turn(head.kind, &lengths).await;
         }
+        let mut bulk = Filling::default();
         for len in lengths {
             // Fresh memory costs nothing before something is written to it, so an
             // announcement that nothing follows takes none.
-            let mut buffer = self.buffers.take(len);
-            let bytes = bytemuck::cast_slice_mut(&mut buffer);
-            read.read_exact(bytes).await?;
-            frame.bulk.push(buffer);
+            let buffer = bulk.begin(self.buffers.try_take(len)?);
+            read.read_exact(bytemuck::cast_slice_mut(buffer)).await?;
         }
+        frame.bulk = bulk.done();
         Ok(Some(Arrival { frame, lent: None }))
+    }
+}
+
+/// Buffers that are being filled. If they never are, their memory is given back: what was
+/// announced and did not come says nothing about what comes next.
+#[derive(Default)]
+struct Filling(Vec<Buffer>);
+
+impl Filling {
+    fn begin(&mut self, buffer: Buffer) -> &mut Buffer {
+        self.0.push(buffer);
+        self.0.last_mut().expect("it was just pushed")
+    }
+
+    fn done(mut self) -> Vec<Buffer> {
+        std::mem::take(&mut self.0)
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        self.0.iter_mut().for_each(Buffer::leave_pool);
     }
 }
 

@@ -15,11 +15,12 @@ use super::config::NetConfig;
 use super::frame::{FrameError, Kind};
 use super::outbox::{Outbox, TaskWriter};
 use super::peer_memory::PeerMemory;
+use super::quiet::Quiet;
 use super::stream::{ReadHalf, Stream};
 use super::turns::{Turn, Turns};
 use crate::actor::deadline::{Deadline, latest};
 use crate::actor::linger::Lingering;
-use crate::buffer::{Buffer, BufferPool};
+use crate::buffer::{Buffer, BufferPool, OutOfMemory};
 
 /// Bytes read at once; larger pieces go straight to their buffer.
 const READ_BUFFER: usize = 16 << 10;
@@ -51,8 +52,11 @@ impl Frame {
 
 /// What a connection does with the frames that arrive, and at its end.
 pub(crate) trait Peer: Send + 'static {
+    /// The name of the actor that the connection leads to.
+    fn actor(&self) -> Arc<str>;
+
     /// Handles a frame, pings included; an error ends the connection.
-    fn receive(&mut self, frame: Frame) -> Result<(), String>;
+    fn receive(&mut self, frame: Frame) -> Result<(), Ended>;
 
     /// What senders of large calls wait for.
     fn turns(&self) -> Option<Arc<Turns>> {
@@ -65,13 +69,34 @@ pub(crate) trait Peer: Send + 'static {
 
 /// Why a connection ended.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Ended {
+pub(crate) enum Ended {
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error("the peer does not keep to the protocol: {0}")]
     Frame(#[from] FrameError),
     #[error("{0}")]
+    NoMemory(#[from] OutOfMemory),
+    #[error("{0}")]
     Peer(String),
+    /// As it should.
+    #[error("{0}")]
+    Done(&'static str),
+}
+
+impl Ended {
+    /// Says so, if somebody has to do something about it: the other side learns only that the connection
+    /// is lost.
+    fn log(&self, actor: &str) {
+        static QUIET: Quiet = Quiet::new();
+
+        let is_fault = match self {
+            Self::Io(_) | Self::Done(_) => false,
+            Self::Frame(_) | Self::NoMemory(_) | Self::Peer(_) => true,
+        };
+        if is_fault && let Some(num_suppressed) = QUIET.may_speak() {
+            tracing::warn!(actor, why = %self, num_suppressed, "ended a connection");
+        }
+    }
 }
 
 /// A connection whose reading side is not running yet.
@@ -104,6 +129,7 @@ impl Connection {
         peer: impl Peer,
     ) {
         let turns = peer.turns();
+        let is_called = turns.is_some();
         let mut peer = Farewell {
             peer,
             is_said: false,
@@ -120,6 +146,7 @@ impl Connection {
             turns,
             outbox: &outbox,
             memory,
+            patience: is_called.then_some(config.lease),
         };
         let read = already_read.chain(Watched::new(read, config.lease));
         let mut read = BufReader::with_capacity(READ_BUFFER, read);
@@ -127,7 +154,10 @@ impl Connection {
         let result = both_ways(reading, &outbox, write, config).await;
         let why: Arc<str> = match result {
             Ok(()) => "the connection was closed".into(),
-            Err(error) => error.to_string().into(),
+            Err(ended) => {
+                ended.log(&peer.peer.actor());
+                ended.to_string().into()
+            }
         };
         peer.say(&why);
     }
@@ -232,11 +262,14 @@ impl AsyncRead for Watched {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use tokio::io::{AsyncWriteExt, DuplexStream};
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::net::frame::HEAD_LEN;
+    use crate::codec::Encoded;
+    use crate::net::frame::{HEAD_LEN, OutFrame};
 
     /// Numbers in a large message.
     const LARGE: usize = 1 << 20;
@@ -247,8 +280,13 @@ mod tests {
     }
 
     impl Peer for Receiver {
-        fn receive(&mut self, frame: Frame) -> Result<(), String> {
-            self.arrived.send(frame).map_err(|error| error.to_string())
+        fn actor(&self) -> Arc<str> {
+            "a receiver".into()
+        }
+
+        fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
+            let sent = self.arrived.send(frame);
+            sent.map_err(|error| Ended::Peer(error.to_string()))
         }
 
         fn turns(&self) -> Option<Arc<Turns>> {
@@ -284,6 +322,68 @@ mod tests {
         bytes.resize(HEAD_LEN, 0);
         bytes.extend((num_numbers as u64).to_le_bytes());
         bytes
+    }
+
+    /// Answers each call.
+    struct Replier {
+        outbox: Arc<Outbox>,
+        turns: Arc<Turns>,
+        num_calls: Arc<AtomicUsize>,
+        ended: mpsc::UnboundedSender<Arc<str>>,
+    }
+
+    impl Peer for Replier {
+        fn actor(&self) -> Arc<str> {
+            "a replier".into()
+        }
+
+        fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
+            self.num_calls.fetch_add(1, Ordering::SeqCst);
+            let contents = Encoded {
+                header: vec![0; 1000],
+                bulk: Vec::new(),
+            };
+            let reply = OutFrame::new(Kind::Reply, frame.call, 0, contents);
+            self.outbox.send(reply).map_err(|_| Ended::Done("closed"))
+        }
+
+        fn turns(&self) -> Option<Arc<Turns>> {
+            Some(Arc::clone(&self.turns))
+        }
+
+        fn disconnected(&mut self, why: &Arc<str>) {
+            let _ = self.ended.send(Arc::clone(why));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_peer_that_asks_and_does_not_read_binds_little_and_is_cut_off() {
+        let (mut ours, theirs) = tokio::io::duplex(1 << 16);
+        let config = NetConfig::default().with_lease(Duration::from_millis(300));
+        let connection = Connection::new(Stream::Memory(theirs), &config);
+        let (sender, mut ended) = mpsc::unbounded_channel();
+        let num_calls = Arc::new(AtomicUsize::new(0));
+        let replier = Replier {
+            outbox: Arc::clone(&connection.outbox),
+            turns: Turns::new(Duration::MAX),
+            num_calls: Arc::clone(&num_calls),
+            ended: sender,
+        };
+        tokio::spawn(async move {
+            let buffers = BufferPool::new(0);
+            connection.run(&[], &config, &buffers, replier).await;
+        });
+        let ask = OutFrame::signal(Kind::Ask, 1);
+        let ask: Vec<u8> = ask.rest().flatten().copied().collect();
+        while ours.write_all(&ask).await.is_ok() {}
+        let why = ended.recv().await.expect("it says why");
+        assert!(why.contains("has read no replies for 300ms"), "{why}");
+        let num_calls = num_calls.load(Ordering::SeqCst);
+        assert!(
+            num_calls > 1_024,
+            "a good caller may have {num_calls} under way"
+        );
+        assert!(num_calls < 4_096, "{num_calls}");
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::Bytes;
-use hyper::header::{AUTHORIZATION, CONNECTION, HOST, UPGRADE};
+use hyper::header::{AUTHORIZATION, CONNECTION, HOST, HeaderValue, UPGRADE};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
@@ -18,10 +18,13 @@ use crate::remote::reference::Wire;
 /// The protocol's name in the upgrade, and its version.
 pub(crate) const PROTOCOL: &str = "ps/1";
 
-/// Headers of the handshake.
+/// Headers of the handshake. All that a process of ours answers has the first one.
+pub(crate) const VERSION: &str = "ps-protocol";
 pub(crate) const SCHEMA: &str = "ps-schema";
 pub(crate) const SESSION: &str = "ps-session";
 pub(crate) const NODE: &str = "ps-node";
+/// How many numbers a message may have that is sent to whoever says so.
+pub(crate) const MAX_NUMBERS: &str = "ps-max-numbers";
 
 /// How much of a refusal's text is read.
 const MAX_REFUSAL: usize = 4096;
@@ -31,6 +34,8 @@ pub(crate) struct Dialled {
     pub(crate) stream: Stream,
     /// What came right behind the handshake.
     pub(crate) already_read: Vec<u8>,
+    /// How many numbers the other side takes at once.
+    pub(crate) max_numbers: Option<u64>,
 }
 
 /// Why there is no connection.
@@ -55,8 +60,21 @@ impl From<io::Error> for DialError {
 
 impl From<hyper::Error> for DialError {
     fn from(error: hyper::Error) -> Self {
-        Self::Unreachable(format!("the handshake failed: {error}"))
+        match error.is_parse() {
+            true => Self::Refused(format!(
+                "{NOT_OURS}: it does not answer in HTTP ({error}); does it use TLS?"
+            )),
+            false => Self::Unreachable(format!("the handshake failed: {error}")),
+        }
     }
+}
+
+/// How the reason begins why something that answers is not what is looked for.
+const NOT_OURS: &str = "what listens there is not a process of ps";
+
+/// Whether it is of no use to try again after this [`DialError::Refused`].
+pub(crate) fn is_refusal(reason: &str) -> bool {
+    reason.starts_with("refused") || reason.contains(NOT_OURS)
 }
 
 /// Connects to an actor at the first address that answers.
@@ -76,6 +94,9 @@ pub(crate) async fn dial(
             Ok(Ok(dialled)) => return Ok(dialled),
             Ok(Err(DialError::Unreachable(why))) => {
                 last = DialError::Unreachable(format!("{address}: {why}"));
+            }
+            Ok(Err(DialError::Refused(why))) if why.starts_with(NOT_OURS) => {
+                return Err(DialError::Refused(format!("{address}: {why}")));
             }
             Ok(Err(error)) => return Err(error),
             Err(_elapsed) => {
@@ -119,7 +140,8 @@ async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<D
         .header(UPGRADE, PROTOCOL)
         .header(SCHEMA, format!("{:016x}", wire.schema))
         .header(SESSION, format!("{:016x}", process.session()))
-        .header(NODE, format!("{}.{}", me.rank, me.life));
+        .header(NODE, format!("{}.{}", me.rank, me.life))
+        .header(MAX_NUMBERS, process.config().max_numbers);
     if let Some(token) = process.token() {
         request = request.header(AUTHORIZATION, format!("Bearer {}", token.reveal()));
     }
@@ -128,17 +150,34 @@ async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<D
         .map_err(|error| DialError::Refused(error.to_string()))?;
     let response = requests.send_request(request).await?;
     let status = response.status();
+    let version = response.version();
+    let is_ours = response.headers().contains_key(VERSION);
+    let max_numbers = response.headers().get(MAX_NUMBERS).and_then(number);
     if status != StatusCode::SWITCHING_PROTOCOLS {
         let body = Limited::new(response.into_body(), MAX_REFUSAL)
             .collect()
             .await;
         let text = body.map(|body| body.to_bytes()).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).trim().to_owned();
+        if !is_ours {
+            let line = text.lines().next().unwrap_or_default();
+            let line: String = line.chars().take(80).collect();
+            let why = format!("{NOT_OURS}: it answered {version:?} {status} {line}");
+            // A proxy in between says so while nobody is behind it.
+            return Err(match status.is_server_error() {
+                true => DialError::Unreachable(why),
+                false => DialError::Refused(why.trim_end().to_owned()),
+            });
+        }
         return Err(match status {
             StatusCode::NOT_FOUND | StatusCode::GONE => DialError::Ended(text),
             StatusCode::SERVICE_UNAVAILABLE => DialError::Unreachable(text),
             _ => DialError::Refused(format!("refused ({status}): {text}")),
         });
+    }
+    if !is_ours {
+        let why = format!("{NOT_OURS}: it upgrades to something else");
+        return Err(DialError::Refused(why));
     }
     let upgraded = hyper::upgrade::on(response).await?;
     let parts = upgraded
@@ -147,5 +186,11 @@ async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<D
     Ok(Dialled {
         stream: parts.io.into_inner(),
         already_read: parts.read_buf.to_vec(),
+        max_numbers,
     })
+}
+
+/// Reads a header's number.
+pub(crate) fn number(value: &HeaderValue) -> Option<u64> {
+    value.to_str().ok()?.parse().ok()
 }

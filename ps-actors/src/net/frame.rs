@@ -117,13 +117,16 @@ pub enum FrameError {
     #[error("no frame begins with {0:02x?}")]
     NotAFrame([u8; 4]),
     /// The header is longer than any message needs.
-    #[error("a header of {0} bytes is longer than {MAX_HEADER}")]
+    #[error("a header of {0} bytes is longer than {MAX_HEADER}: split the message")]
     HeaderTooLong(usize),
     /// There are more buffers than allowed.
-    #[error("{0} buffers are more than {MAX_BUFFERS}")]
+    #[error("{0} buffers are more than the {MAX_BUFFERS} that a message may have: split it")]
     TooManyBuffers(usize),
     /// The numbers take more room than allowed.
-    #[error("{len} numbers are more than the {max} that a message may have")]
+    #[error(
+        "{len} numbers are more than the {max} that a message may have: split it, or raise \
+         NetConfig::max_numbers where it arrives"
+    )]
     TooLong {
         /// How many numbers the buffers hold together.
         len: u64,
@@ -205,6 +208,28 @@ fn limit_bytes(limit: Option<Duration>) -> [u8; 4] {
     u32::try_from(limit_ms).unwrap_or(u32::MAX).to_le_bytes()
 }
 
+/// Whether a message can be sent to a peer that takes so many numbers at once.
+///
+/// # Errors
+/// With what its receiver would end the connection.
+pub(crate) fn check(contents: &Encoded, max_numbers: u64) -> Result<(), FrameError> {
+    let Encoded { header, bulk } = contents;
+    if bulk.len() > MAX_BUFFERS {
+        return Err(FrameError::TooManyBuffers(bulk.len()));
+    }
+    if header.len() > MAX_HEADER {
+        return Err(FrameError::HeaderTooLong(header.len()));
+    }
+    let len = bulk.iter().map(|bulk| bulk.len() as u64).sum();
+    match len > max_numbers {
+        true => Err(FrameError::TooLong {
+            len,
+            max: max_numbers,
+        }),
+        false => Ok(()),
+    }
+}
+
 /// Reads the lengths of a frame's buffers, each in numbers.
 ///
 /// # Errors
@@ -252,7 +277,7 @@ impl OutFrame {
         Self::new(kind, call, 0, Encoded::default())
     }
 
-    /// Makes a frame around an encoded message, result or error.
+    /// Makes a frame around an encoded message, result or error that passes [`check`].
     pub(crate) fn new(kind: Kind, call: u64, code: u32, contents: Encoded) -> Self {
         let Encoded { header, bulk } = contents;
         let fixed = Head {
@@ -290,6 +315,11 @@ impl OutFrame {
             bulk: Vec::new(),
         };
         Self::new(Kind::Probe, 0, 0, contents)
+    }
+
+    /// How many numbers it has; all of its message, lent or not.
+    pub(crate) fn num_numbers(&self) -> u64 {
+        self.bulk.iter().map(|bulk| bulk.len() as u64).sum()
     }
 
     fn num_bytes(&self) -> usize {

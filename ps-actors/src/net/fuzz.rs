@@ -227,7 +227,14 @@ async fn feed(
     let connection = Connection::new(theirs, process.config());
     let outbox = Arc::clone(&connection.outbox);
     let socket = Arc::downgrade(&outbox);
-    let peer = Server::new(process, callee, outbox, hold, Box::new(|| true));
+    let peer = Server::new(
+        process,
+        callee,
+        outbox,
+        hold,
+        Box::new(|| true),
+        process.config().max_numbers,
+    );
     let serving = connection.run(&[], process.config(), process.buffers(), peer);
     let (mut read, mut write) = tokio::io::split(ours);
     let calling = async {

@@ -9,7 +9,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::NetConfig;
-use super::connection::{Connection, Frame, Peer};
+use super::connection::{Connection, Ended, Frame, Peer};
 use super::frame::{HEAD_LEN, Head, Kind, OutFrame, parse_lengths};
 use super::outbox::{MAX_LENT, MIN_LENT, Outbox};
 use super::stream::Stream;
@@ -27,7 +27,11 @@ struct Receiver {
 }
 
 impl Peer for Receiver {
-    fn receive(&mut self, frame: Frame) -> Result<(), String> {
+    fn actor(&self) -> Arc<str> {
+        "a receiver".into()
+    }
+
+    fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
         // Signs of life come when they like.
         if frame.kind != Kind::Ping {
             let _ = self.arrived.send(frame);
@@ -293,6 +297,58 @@ async fn memory_that_is_not_there_ends_the_connection() {
         );
         assert!(end.arrived.recv().await.is_none());
     }
+}
+
+/// PS-6, in a process of its own, which may have little memory. Nothing may abort it.
+#[test]
+fn numbers_that_there_is_no_memory_for_end_their_connection_only() {
+    const CHILD: &str = "PS_TEST_LITTLE_MEMORY";
+    const NAME: &str =
+        "net::lending::numbers_that_there_is_no_memory_for_end_their_connection_only";
+    if std::env::var_os(CHILD).is_none() {
+        let program = std::env::current_exe().expect("this test has a program");
+        let mut child = std::process::Command::new(program);
+        let child = child.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1");
+        let output = child.output().expect("the program runs");
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux has it");
+    let line = status.lines().find(|line| line.starts_with("VmSize:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    let kib: u64 = kib
+        .and_then(|kib| kib.parse().ok())
+        .expect("a number of kB");
+    let limit = Some((kib << 10) + (1 << 30));
+    let limit = Rlimit {
+        current: limit,
+        maximum: limit,
+    };
+    setrlimit(Resource::As, limit).expect("less is always allowed");
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = { runtime }
+        .enable_all()
+        .build()
+        .expect("there is room for that");
+    runtime.block_on(async {
+        for lent in [0, 0x80] {
+            let (ours, mut peer) = UnixStream::pair().expect("the system gives sockets");
+            let mut end = End::run(Stream::Unix(ours));
+            let mut bytes = vec![Kind::Ask as u8 | lent, 0xa7, 1, 0];
+            bytes.resize(HEAD_LEN, 0);
+            bytes.extend((1u64 << 30).to_le_bytes());
+            bytes.extend(8u64.to_le_bytes());
+            peer.write_all(&bytes).await.unwrap();
+            let why = end.ended.await.expect("it says why");
+            assert!(why.contains("no memory for 1073741824 numbers"), "{why}");
+            assert!(end.arrived.recv().await.is_none());
+        }
+        let (ours, mut peer) = UnixStream::pair().expect("the system gives sockets");
+        let mut end = End::run(Stream::Unix(ours));
+        write_signal(&mut peer, Kind::Ask, 1).await;
+        assert_eq!(end.next().await.kind, Kind::Ask, "others are served");
+    });
 }
 
 /// What was never written can go by any other connection.

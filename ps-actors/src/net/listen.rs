@@ -11,6 +11,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use futures_util::future::BoxFuture;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, UnixListener};
@@ -19,7 +20,8 @@ use tokio::task::JoinSet;
 
 use super::access::may_pass;
 use super::connection::Connection;
-use super::dial::{NODE, PROTOCOL, SCHEMA, SESSION};
+use super::dial::{MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
+use super::quiet::Quiet;
 use super::stream::{Detached, Stream, tune};
 use super::threads;
 use crate::remote::callee::Server;
@@ -32,11 +34,19 @@ pub(crate) enum Listener {
     Memory(mpsc::Receiver<tokio::io::DuplexStream>),
 }
 
+/// Which nodes may speak; not those that were declared lost.
+pub(crate) trait Lives: Send + Sync {
+    /// Whether a node may speak; `None` if that is not known here.
+    fn may_speak(&self, node: NodeId) -> Option<bool>;
+
+    /// Asks whoever knows; `None` if nobody answers.
+    fn ask(&self, node: NodeId) -> BoxFuture<'static, Option<bool>>;
+}
+
 /// What a listener needs to know.
 pub(crate) struct Front {
     pub(crate) process: Arc<Process>,
-    /// Whether a node may still speak; false for one that was declared lost.
-    pub(crate) is_live: Box<dyn Fn(NodeId) -> bool + Send + Sync>,
+    pub(crate) lives: Arc<dyn Lives>,
     /// More that is served on the same port, behind the same token.
     pub(crate) routes: Router,
 }
@@ -57,13 +67,13 @@ impl Listener {
     pub(crate) async fn serve(mut self, front: Front) {
         let Front {
             process,
-            is_live,
+            lives,
             routes,
         } = front;
         let config = *process.config();
         let shared = Arc::new(Shared {
             process: Arc::clone(&process),
-            is_live,
+            lives,
         });
         let routes = Router::new()
             .route("/ps/v1/actors/{number}", get(upgrade))
@@ -71,7 +81,8 @@ impl Listener {
             .merge(routes)
             .layer(middleware::from_fn_with_state(shared, check_token))
             // Probes of an orchestrator have no token.
-            .route("/healthz", get(|| async { "ok\n" }));
+            .route("/healthz", get(|| async { "ok\n" }))
+            .layer(middleware::map_response(introduce));
         let room = Arc::new(Semaphore::new(config.max_connections));
         let mut connections = JoinSet::new();
         loop {
@@ -79,14 +90,23 @@ impl Listener {
                 Ok(stream) => stream,
                 Err(error) => {
                     // Mostly out of file descriptors: it goes on when some are free again.
-                    tracing::warn!(%error, "could not take a connection");
+                    if let Some(num_suppressed) = NOT_TAKEN.may_speak() {
+                        tracing::warn!(%error, num_suppressed, "could not take a connection");
+                    }
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
             };
             while connections.try_join_next().is_some() {}
             let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
-                tracing::warn!(limit = config.max_connections, "too many connections");
+                if let Some(num_suppressed) = TOO_MANY.may_speak() {
+                    let limit = config.max_connections;
+                    tracing::warn!(
+                        limit,
+                        num_suppressed,
+                        "refused a connection: NetConfig::max_connections are open"
+                    );
+                }
                 continue;
             };
             let Ok(stream) = stream.detach() else {
@@ -110,9 +130,19 @@ impl Listener {
     }
 }
 
+static NOT_TAKEN: Quiet = Quiet::new();
+static TOO_MANY: Quiet = Quiet::new();
+
+/// Says that it is one of us who answers.
+async fn introduce(mut response: Response) -> Response {
+    let protocol = HeaderValue::from_static(PROTOCOL);
+    response.headers_mut().insert(VERSION, protocol);
+    response
+}
+
 struct Shared {
     process: Arc<Process>,
-    is_live: Box<dyn Fn(NodeId) -> bool + Send + Sync>,
+    lives: Arc<dyn Lives>,
 }
 
 /// What a request that asks for an upgrade hands to the connection's task.
@@ -196,7 +226,7 @@ async fn upgrade(
     mut request: Request,
 ) -> Response {
     let on = hyper::upgrade::on(&mut request);
-    match admit(&shared, number, request.headers()) {
+    match admit(&shared, number, request.headers()).await {
         Ok(server) => {
             let process = Arc::clone(&shared.process);
             let upgrade = Upgrade {
@@ -208,7 +238,8 @@ async fn upgrade(
                 return StatusCode::BAD_REQUEST.into_response();
             }
             let headers = [("connection", "upgrade"), ("upgrade", PROTOCOL)];
-            (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+            let limit = [(MAX_NUMBERS, shared.process.config().max_numbers.to_string())];
+            (StatusCode::SWITCHING_PROTOCOLS, headers, limit).into_response()
         }
         Err((status, why)) => (status, why + "\n").into_response(),
     }
@@ -217,7 +248,7 @@ async fn upgrade(
 type MakeServer = Box<dyn FnOnce(Arc<super::outbox::Outbox>) -> Server + Send>;
 
 /// Checks everything that can be checked about a caller.
-fn admit(
+async fn admit(
     shared: &Arc<Shared>,
     number: u64,
     headers: &HeaderMap,
@@ -235,18 +266,31 @@ fn admit(
         return Err((StatusCode::UPGRADE_REQUIRED, why));
     }
     let session = hex(SESSION).unwrap_or(0);
-    let is_joining = session == 0 && number == crate::remote::process::AGENT;
+    // Only the driver is spoken to by those who have no place in the cluster yet.
+    let is_driver = process.id() == NodeId::DRIVER;
+    let is_joining = session == 0 && number == crate::remote::process::AGENT && is_driver;
     if session != process.session() && !is_joining {
         let why = "the caller belongs to another run of the program";
         return Err((StatusCode::GONE, why.to_owned()));
     }
     let node = header(NODE).and_then(parse_node);
     let node = node.filter(|_| !is_joining);
-    if let Some(node) = node
-        && !(shared.is_live)(node)
-    {
-        let why = format!("{node} was declared lost; it must join again");
-        return Err((StatusCode::GONE, why));
+    if let Some(node) = node {
+        let may_speak = match shared.lives.may_speak(node) {
+            None => shared.lives.ask(node).await,
+            known => known,
+        };
+        match may_speak {
+            Some(true) => {}
+            Some(false) => {
+                let why = format!("{node} was declared lost; it must join again");
+                return Err((StatusCode::GONE, why));
+            }
+            None => {
+                let why = format!("the driver does not say whether {node} is lost");
+                return Err((StatusCode::SERVICE_UNAVAILABLE, why));
+            }
+        }
     }
     let Some((callee, hold)) = process.open(number) else {
         let why = format!("actor {number} has ended");
@@ -259,11 +303,14 @@ fn admit(
         );
         return Err((StatusCode::CONFLICT, why));
     }
+    let max_numbers = headers.get(MAX_NUMBERS).and_then(super::dial::number);
+    let max_numbers = max_numbers.unwrap_or(process.config().max_numbers);
     let (process, shared) = (Arc::clone(process), Arc::clone(shared));
     // Asked again with each frame: a node may be declared lost while it is connected.
-    let may_speak = Box::new(move || node.is_none_or(|node| (shared.is_live)(node)));
+    let may_speak =
+        Box::new(move || node.is_none_or(|node| shared.lives.may_speak(node) != Some(false)));
     Ok(Box::new(move |outbox| {
-        Server::new(&process, callee, outbox, hold, may_speak)
+        Server::new(&process, callee, outbox, hold, may_speak, max_numbers)
     }))
 }
 

@@ -14,6 +14,7 @@
 //! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
 //! | `address`, `dial`, `listen` | finding a process, both sides of the handshake |
 //! | `access`, [`tls`] | the token; certificates |
+//! | `quiet` | lines that a peer can cause are few |
 //! | `memory` | a network inside one process, with faults |
 
 pub(crate) mod access;
@@ -31,6 +32,7 @@ pub(crate) mod listen;
 pub mod memory;
 pub(crate) mod outbox;
 pub(crate) mod peer_memory;
+pub(crate) mod quiet;
 pub(crate) mod stream;
 pub(crate) mod threads;
 pub mod tls;

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
 
+use super::connection::Ended;
 use super::frame::{Kind, OutFrame};
 use super::peer_memory::Probe;
 use super::stream::{Socket, WriteHalf};
@@ -31,6 +32,12 @@ pub(super) const MIN_LENT: usize = 128 << 10;
 /// kept until their replies come in any case.
 pub(super) const MAX_LENT: usize = 4;
 
+/// So many frames, or a few with so many bytes, are all that may wait for a peer before nothing more is
+/// read from it: more calls than a caller has under way by default, and some large snapshots.
+const MAX_WAITING: usize = 2048;
+const MAX_FEW: usize = 8;
+const MAX_WAITING_BYTES: usize = 64 << 20;
+
 /// How many pieces of memory, and how many bytes, go into one call of the system.
 const MAX_PIECES: usize = 32;
 const MAX_BYTES: usize = 1 << 20;
@@ -40,6 +47,8 @@ pub(crate) struct Outbox {
     socket: Option<Socket>,
     state: Mutex<State>,
     more: Notify,
+    /// Something was written.
+    less: Notify,
 }
 
 struct State {
@@ -90,6 +99,7 @@ impl Outbox {
                 closed: None,
             }),
             more: Notify::new(),
+            less: Notify::new(),
         };
         (outbox, task)
     }
@@ -110,16 +120,42 @@ impl Outbox {
         }
         let may_write = state.queue.is_empty() && frame.len() <= MAX_DIRECT;
         state.queue.push_back(frame);
-        let is_written = match &self.socket {
+        let mut done = Vec::new();
+        let progress = match &self.socket {
             // An error is met again, and reported, by the task.
-            Some(socket) if may_write => state.write_some(socket).unwrap_or(false),
-            _ => false,
+            Some(socket) if may_write => state.write_step(socket, &mut done).ok(),
+            _ => None,
         };
         drop(state);
-        if !is_written {
+        drop(done);
+        if progress != Some(Progress::Empty) {
             self.more.notify_one();
         }
         Ok(())
+    }
+
+    /// Waits until not too much waits to be written.
+    ///
+    /// # Errors
+    /// When the peer has taken nothing for so long.
+    pub(super) async fn room(&self, patience: Duration) -> Result<(), Ended> {
+        let begin = Instant::now();
+        loop {
+            let silent_for = {
+                let state = self.lock();
+                if !state.is_full() {
+                    return Ok(());
+                }
+                state.last_write.max(begin).elapsed()
+            };
+            let Some(left) = patience.checked_sub(silent_for) else {
+                let why = format!("the peer has read no replies for {patience:?}");
+                return Err(Ended::Peer(why));
+            };
+            // A sign that came before is kept. Late or not, the state is looked at again.
+            let left = left.max(Duration::from_millis(1));
+            let _ = tokio::time::timeout(left, self.less.notified()).await;
+        }
     }
 
     /// The peer can read this process's memory.
@@ -181,6 +217,7 @@ impl Outbox {
         let lent = std::mem::take(&mut state.lent);
         drop(state);
         self.more.notify_one();
+        self.less.notify_one();
         if let Some(socket) = &self.socket {
             // What is lent may be used for something else from now on, and the peer has to see that.
             socket.hang_up();
@@ -203,15 +240,21 @@ impl Outbox {
 
     async fn write_to_socket(&self, socket: &Socket) -> io::Result<()> {
         loop {
-            let (is_written, is_over) = {
+            let mut done = Vec::new();
+            let (progress, is_over) = {
                 let mut state = self.lock();
-                let is_written = state.write_some(socket)?;
-                (is_written, state.is_over())
+                let progress = state.write_step(socket, &mut done)?;
+                (progress, state.is_over())
             };
-            match (is_written, is_over) {
+            // Not under the lock, which callers wait for: it may free 100 MB.
+            drop(done);
+            self.less.notify_one();
+            match (progress, is_over) {
                 (_, true) => return Ok(()),
-                (true, false) => self.more.notified().await,
-                (false, false) => socket.writable().await?,
+                (Progress::Empty, false) => self.more.notified().await,
+                (Progress::Full, false) => socket.writable().await?,
+                // Callers and other connections have their turn within a long frame, too.
+                (Progress::Some, false) => tokio::task::yield_now().await,
             }
         }
     }
@@ -223,11 +266,14 @@ impl Outbox {
             match chunk {
                 Some(bytes) => {
                     writer.write_all(&bytes).await?;
-                    let mut state = self.lock();
-                    state.last_write = Instant::now();
-                    if state.queue.front().is_some_and(OutFrame::is_done) {
-                        state.queue.pop_front();
-                    }
+                    let done = {
+                        let mut state = self.lock();
+                        state.last_write = Instant::now();
+                        let is_done = state.queue.front().is_some_and(OutFrame::is_done);
+                        is_done.then(|| state.queue.pop_front())
+                    };
+                    drop(done);
+                    self.less.notify_one();
                 }
                 None => {
                     writer.flush().await?;
@@ -265,6 +311,13 @@ impl State {
         self.closed.is_some() || (self.is_finished && is_done)
     }
 
+    /// Whether so much waits that the peer must read first.
+    fn is_full(&self) -> bool {
+        let num_waiting = self.queue.len();
+        let num_bytes = || self.queue.iter().map(OutFrame::len).sum::<usize>();
+        num_waiting >= MAX_WAITING || (num_waiting >= MAX_FEW && num_bytes() >= MAX_WAITING_BYTES)
+    }
+
     /// Lends the numbers of a large frame, or begins to find out whether the peer can read them.
     fn try_to_lend(&mut self, frame: &mut OutFrame) {
         match &self.peer {
@@ -287,44 +340,65 @@ impl State {
         }
     }
 
-    /// Writes until nothing is left (true) or the socket takes no more.
-    fn write_some(&mut self, socket: &Socket) -> io::Result<bool> {
-        while !self.queue.is_empty() {
-            self.queue
-                .iter_mut()
-                .take(MAX_PIECES)
-                .for_each(OutFrame::stamp);
-            let mut pieces = Vec::with_capacity(MAX_PIECES);
-            let mut room = MAX_BYTES;
-            for piece in self.queue.iter().flat_map(OutFrame::rest) {
-                let piece = &piece[..piece.len().min(room)];
-                room -= piece.len();
-                pieces.push(IoSlice::new(piece));
-                if room == 0 || pieces.len() == MAX_PIECES {
-                    break;
-                }
+    /// Writes as much as goes into one call of the system; puts what is finished into `finished`.
+    fn write_step(
+        &mut self,
+        socket: &Socket,
+        finished: &mut Vec<OutFrame>,
+    ) -> io::Result<Progress> {
+        if self.queue.is_empty() {
+            return Ok(Progress::Empty);
+        }
+        self.queue
+            .iter_mut()
+            .take(MAX_PIECES)
+            .for_each(OutFrame::stamp);
+        let mut pieces = Vec::with_capacity(MAX_PIECES);
+        let mut room = MAX_BYTES;
+        for piece in self.queue.iter().flat_map(OutFrame::rest) {
+            let piece = &piece[..piece.len().min(room)];
+            room -= piece.len();
+            pieces.push(IoSlice::new(piece));
+            if room == 0 || pieces.len() == MAX_PIECES {
+                break;
             }
-            let mut num_written = match socket.try_write(&pieces) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(num_written) => num_written,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
+        }
+        let mut num_written = match socket.try_write(&pieces) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(num_written) => num_written,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Progress::Full),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Progress::Some),
+            Err(error) => return Err(error),
+        };
+        self.last_write = Instant::now();
+        while num_written > 0 {
+            let Some(front) = self.queue.front_mut() else {
+                break;
             };
-            self.last_write = Instant::now();
-            while num_written > 0 {
-                let Some(front) = self.queue.front_mut() else {
-                    break;
-                };
-                num_written = front.advance(num_written);
-                if front.is_done()
-                    && let Some(done) = self.queue.pop_front()
-                    && done.is_lent()
-                {
-                    self.lent.push_back(done);
+            num_written = front.advance(num_written);
+            if front.is_done()
+                && let Some(done) = self.queue.pop_front()
+            {
+                match done.is_lent() {
+                    true => self.lent.push_back(done),
+                    false => finished.push(done),
                 }
             }
         }
-        Ok(true)
+        Ok(match self.queue.is_empty() {
+            true => Progress::Empty,
+            false => Progress::Some,
+        })
     }
+}
+
+/// How far the writing to a socket got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    /// Nothing is left.
+    Empty,
+    /// There is more, and the socket may take it.
+    Some,
+    /// The socket takes no more now.
+    Full,
 }

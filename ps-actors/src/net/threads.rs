@@ -7,7 +7,7 @@
 use std::future::pending;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{LazyLock, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 
 use tokio::runtime::{Builder, Handle};
@@ -17,27 +17,46 @@ const MAX_THREADS: usize = 4;
 
 static NEXT: AtomicUsize = AtomicUsize::new(0);
 
+/// Starts the threads if they do not run yet.
+///
+/// # Errors
+/// When the system gives not even one.
+pub(crate) fn ready() -> io::Result<()> {
+    all().map(drop)
+}
+
 /// The event loop whose turn it is to take a connection.
+///
+/// # Panics
+/// When there is none; whoever can return an error asks whether they are [`ready`] first.
 pub(crate) fn next() -> Handle {
-    let threads = all();
+    let threads = all().unwrap_or_else(|error| {
+        panic!(
+            "the system gives no thread for the network ({error}): raise the limits on open files \
+             (ulimit -n) and threads (ulimit -u)"
+        )
+    });
     let turn = NEXT.fetch_add(1, Ordering::Relaxed);
     threads[turn % threads.len()].clone()
 }
 
 /// All event loops; at least one.
-fn all() -> &'static [Handle] {
-    static THREADS: LazyLock<Vec<Handle>> = LazyLock::new(|| {
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let started = (0..cores.min(MAX_THREADS)).map(start);
-        // Where threads are short, fewer do; without any, no process could do anything at all.
-        let started: Vec<_> = started.filter_map(Result::ok).collect();
-        assert!(
-            !started.is_empty(),
-            "the system gives no thread for the network"
-        );
-        started
-    });
-    &THREADS
+fn all() -> io::Result<&'static [Handle]> {
+    static THREADS: OnceLock<Vec<Handle>> = OnceLock::new();
+    static STARTING: Mutex<()> = Mutex::new(());
+
+    if let Some(started) = THREADS.get() {
+        return Ok(started);
+    }
+    let _turn = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(started) = THREADS.get() {
+        return Ok(started);
+    }
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    // Where threads are short, fewer do; without any, no process could do anything at all.
+    let mut started = vec![start(0)?];
+    started.extend((1..cores.min(MAX_THREADS)).filter_map(|index| start(index).ok()));
+    Ok(THREADS.get_or_init(|| started))
 }
 
 fn start(index: usize) -> io::Result<Handle> {

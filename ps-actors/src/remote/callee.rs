@@ -25,8 +25,8 @@ use crate::actor::error::error_chain;
 use crate::actor::mailbox::Mailbox;
 use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
 use crate::codec::{self, Encoded};
-use crate::net::connection::{Frame, Peer};
-use crate::net::frame::{Kind, OutFrame};
+use crate::net::connection::{Ended, Frame, Peer};
+use crate::net::frame::{self, Kind, OutFrame};
 use crate::net::outbox::Outbox;
 use crate::net::turns::Turns;
 
@@ -40,13 +40,19 @@ pub(crate) trait Callee: Send + Sync {
     fn kill(&self);
     fn ended(&self) -> watch::Receiver<bool>;
     fn turns(&self) -> &Arc<Turns>;
-    /// The `Arc<Handle<A>>`, as one of any type.
-    fn handle(&self) -> Arc<dyn std::any::Any + Send + Sync>;
+    /// The `Arc<Handle<A>>`, as one of any type, while there is one.
+    fn handle(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>>;
 }
 
-/// A [`Callee`] that keeps its actor alive.
+/// Whether an exported actor is kept alive.
+pub(crate) enum Keep<A: Actor> {
+    Strong(Arc<Handle<A>>),
+    Weak(Weak<Handle<A>>),
+}
+
+/// A [`Callee`] that may keep its actor alive.
 pub(crate) struct Exported<A: Actor> {
-    pub(crate) handle: Arc<Handle<A>>,
+    pub(crate) handle: Keep<A>,
     pub(crate) mailbox: Arc<Mailbox<A>>,
     pub(crate) table: Arc<Table<A>>,
     pub(crate) turns: Arc<Turns>,
@@ -85,8 +91,11 @@ impl<A: Remote> Callee for Exported<A> {
         &self.turns
     }
 
-    fn handle(&self) -> Arc<dyn std::any::Any + Send + Sync> {
-        Arc::clone(&self.handle) as _
+    fn handle(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
+        match &self.handle {
+            Keep::Strong(handle) => Some(Arc::clone(handle) as _),
+            Keep::Weak(handle) => handle.upgrade().map(|handle| handle as _),
+        }
     }
 }
 
@@ -178,6 +187,8 @@ pub(crate) struct Calls {
     outbox: Arc<Outbox>,
     actor_name: Arc<str>,
     turns: Arc<Turns>,
+    /// How many numbers the caller takes at once.
+    max_numbers: u64,
     running: Mutex<HashMap<u64, Arc<dyn Cancel>>>,
     /// The number of the last call that was queued; they come in increasing order.
     last_taken: AtomicU64,
@@ -243,9 +254,15 @@ impl<R: Serialize + Send + 'static> Answer<R> {
         };
         let process = &self.connection.process;
         let text = |error: codec::CodecError| error_chain(&error);
+        let max_numbers = self.connection.max_numbers;
         let encoded = on_behalf_of(process, || match self.then {
             Then::Forget => Ok(Encoded::default()),
-            Then::Send => codec::encode(&result).map_err(text),
+            Then::Send => {
+                let encoded = codec::encode(&result).map_err(text)?;
+                let checked = frame::check(&encoded, max_numbers);
+                checked.map_err(|error| format!("it cannot be sent: {error}"))?;
+                Ok(encoded)
+            }
             Then::Keep => {
                 let ticket = process.shelve(codec::encode(&result).map_err(text)?)?;
                 codec::encode(&ticket).map_err(text)
@@ -297,12 +314,14 @@ impl Server {
         outbox: Arc<Outbox>,
         hold: super::process::Hold,
         may_speak: MaySpeak,
+        max_numbers: u64,
     ) -> Self {
         let calls = Arc::new(Calls {
             process: Arc::clone(process),
             outbox,
             actor_name: Arc::clone(callee.name()),
             turns: Arc::clone(callee.turns()),
+            max_numbers,
             running: Mutex::default(),
             last_taken: AtomicU64::new(0),
         });
@@ -333,15 +352,21 @@ impl Server {
 }
 
 impl Peer for Server {
-    fn receive(&mut self, frame: Frame) -> Result<(), String> {
+    fn actor(&self) -> Arc<str> {
+        Arc::clone(&self.calls.actor_name)
+    }
+
+    fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
         if !(self.may_speak)() {
-            return Err("the caller's node was declared lost".to_owned());
+            let why = "the caller's node was declared lost";
+            return Err(Ended::Peer(why.to_owned()));
         }
         match frame.kind {
             Kind::Ask | Kind::Tell => {
                 // Two calls of one number would be one to whoever cancels it.
                 if let Some(last) = self.last_call.filter(|last| frame.call <= *last) {
-                    return Err(format!("call {} came after call {last}", frame.call));
+                    let why = format!("call {} came after call {last}", frame.call);
+                    return Err(Ended::Peer(why));
                 }
                 self.last_call = Some(frame.call);
                 let code = frame.code;
@@ -356,10 +381,11 @@ impl Peer for Server {
             }
             Kind::Stop => self.callee.stop(),
             Kind::Kill => self.callee.kill(),
-            Kind::Release => return Err("the caller has released the actor".to_owned()),
+            Kind::Release => return Err(Ended::Done("the caller has released the actor")),
             Kind::Ping => {}
             Kind::Reply | Kind::Ended | Kind::Probe | Kind::Readable | Kind::Taken => {
-                return Err(format!("a caller does not send {:?}", frame.kind));
+                let why = format!("a caller does not send {:?}", frame.kind);
+                return Err(Ended::Peer(why));
             }
         }
         Ok(())

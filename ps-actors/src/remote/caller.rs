@@ -10,7 +10,8 @@ use std::any::type_name;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use actix::{Actor, Message};
 use tokio::sync::{Semaphore, TryAcquireError, watch};
@@ -25,9 +26,10 @@ use crate::actor::error::error_chain;
 use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
 use crate::actor::registry::AnyMailbox;
 use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
-use crate::net::connection::{Connection, Frame, Peer};
+use crate::codec::CodecError;
+use crate::net::connection::{Connection, Ended, Frame, Peer};
 use crate::net::dial::DialError;
-use crate::net::frame::{Kind, OutFrame};
+use crate::net::frame::{self, FrameError, Kind, OutFrame};
 use crate::net::outbox::Outbox;
 use crate::net::threads;
 
@@ -42,6 +44,8 @@ pub(crate) struct RemoteActor {
     /// Whether it has ended, or could not be reached for the length of the lease.
     gone: watch::Sender<bool>,
     dead_letters: AtomicU64,
+    /// How many numbers its process takes at once: what it said last, or, before that, as many as this one.
+    max_numbers: AtomicU64,
 }
 
 struct State {
@@ -53,6 +57,8 @@ struct State {
     num_handles: usize,
     /// No reference is left; the connection ends when the last call is over.
     is_released: bool,
+    /// Somebody waits for the time to connect again.
+    is_sought: bool,
 }
 
 enum Link {
@@ -66,8 +72,10 @@ enum Link {
 impl RemoteActor {
     pub(crate) fn new(process: Arc<Process>, wire: Wire) -> Arc<Self> {
         let max_pending = (wire.max_pending as usize).clamp(1, Semaphore::MAX_PERMITS);
+        let max_numbers = process.config().max_numbers.into();
         Arc::new(Self {
             id: ActorId::next(),
+            max_numbers,
             wire,
             process,
             slots: Semaphore::new(max_pending),
@@ -78,6 +86,7 @@ impl RemoteActor {
                 unsent: VecDeque::new(),
                 num_handles: 0,
                 is_released: false,
+                is_sought: false,
             }),
             gone: watch::Sender::new(false),
             dead_letters: AtomicU64::new(0),
@@ -223,11 +232,20 @@ impl RemoteActor {
         let encoded = on_behalf_of(&self.process, || (codec.encode)(&message));
         let encoded = match encoded {
             Ok(encoded) => encoded,
+            Err(error @ CodecError::TooLong { .. }) => {
+                let reason = error.to_string();
+                return refuse(message, NotDelivered::TooLarge { reason });
+            }
             Err(error) => {
                 let reason = error_chain(&error);
                 return refuse(message, NotDelivered::Encode { reason });
             }
         };
+        let max_numbers = self.max_numbers.load(Ordering::Relaxed);
+        if let Err(error) = frame::check(&encoded, max_numbers) {
+            let reason = error.to_string();
+            return refuse(message, NotDelivered::TooLarge { reason });
+        }
         let (kind, code, decode) = how(code, codec);
         let mut frame = OutFrame::new(kind, 0, code, encoded).due(deadline);
         let mut state = self.lock();
@@ -347,11 +365,16 @@ impl RemoteActor {
         }
     }
 
-    /// Nobody can be reached, and there will be no more tries until the next call.
-    fn give_up(&self, why: Arc<str>) {
+    /// Nobody can be reached. The next call tries again; and so does this process by itself
+    /// now and then, if that `may_help`, for the actor is to know that it is still wanted.
+    fn give_up(self: &Arc<Self>, why: Arc<str>, may_help: bool) {
         let (calls, unsent) = {
             let mut state = self.lock();
             state.link = Link::Down;
+            if may_help && !mem::replace(&mut state.is_sought, true) {
+                let pause = self.process.config().lease / 2;
+                threads::next().spawn(seek(Arc::downgrade(self), pause));
+            }
             (mem::take(&mut state.calls), mem::take(&mut state.unsent))
         };
         drop(unsent);
@@ -360,6 +383,15 @@ impl RemoteActor {
             let reason = why.to_string();
             Lost::NotDelivered(NotDelivered::Unreachable { reason })
         });
+    }
+
+    /// Ends the connection to a process that was declared lost.
+    pub(super) fn sever(self: &Arc<Self>, why: &Arc<str>) {
+        let outbox = match &self.lock().link {
+            Link::Up(outbox) => Arc::clone(outbox),
+            Link::Down | Link::Connecting | Link::Ended => return,
+        };
+        self.disconnected(&outbox, why);
     }
 
     /// The actor is gone for good; of what was sent, it took the calls up to `last_taken`.
@@ -485,6 +517,19 @@ impl AnyMailbox for RemoteActor {
     }
 }
 
+/// Connects again after a while, if somebody still has a reference.
+async fn seek(actor: Weak<RemoteActor>, pause: Duration) {
+    tokio::time::sleep(pause).await;
+    let Some(actor) = actor.upgrade() else {
+        return;
+    };
+    let mut state = actor.lock();
+    state.is_sought = false;
+    if state.num_handles > 0 && !actor.process.is_closed() {
+        actor.connect(&mut state);
+    }
+}
+
 /// Connects, for as long as the lease allows; the connection then runs on the same thread.
 async fn connect(actor: Arc<RemoteActor>) {
     let process = Arc::clone(&actor.process);
@@ -496,24 +541,34 @@ async fn connect(actor: Arc<RemoteActor>) {
         let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {
             Ok(Ok(dialled)) => break dialled,
             Ok(Err(DialError::Ended(why))) => return actor.end(why.into(), 0),
-            Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into()),
+            Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into(), false),
             Ok(Err(DialError::Unreachable(why))) => why,
             Err(_elapsed) => format!("it did not answer within {:?}", config.lease),
         };
         if tokio::time::Instant::now() + pause > deadline {
-            return actor.give_up(error.into());
+            return actor.give_up(error.into(), true);
         }
         tokio::time::sleep(pause).await;
         pause = (2 * pause).min(config.heartbeat);
     };
     let connection = Connection::new(dialled.stream, config);
     let outbox = Arc::clone(&connection.outbox);
+    let max = dialled.max_numbers.unwrap_or(config.max_numbers);
+    actor.max_numbers.store(max, Ordering::Relaxed);
+    let mut too_large = Vec::new();
     {
         let mut state = actor.lock();
         if let Link::Ended = state.link {
             return;
         }
         for frame in mem::take(&mut state.unsent) {
+            // They were made before the other side said how much it takes.
+            let len = frame.num_numbers();
+            if len > max {
+                let call = state.calls.remove(&frame.call());
+                too_large.extend(call.map(|call| (call, FrameError::TooLong { len, max })));
+                continue;
+            }
             // A fresh connection takes everything.
             let _ = outbox.send(frame);
         }
@@ -521,6 +576,10 @@ async fn connect(actor: Arc<RemoteActor>) {
         actor.finish_if_released(&state);
     }
     actor.gone.send_replace(false);
+    for (call, error) in too_large {
+        let reason = error.to_string();
+        call.lost(Lost::NotDelivered(NotDelivered::TooLarge { reason }));
+    }
     let client = Client { actor, outbox };
     let already_read = &dialled.already_read;
     connection
@@ -536,7 +595,11 @@ struct Client {
 }
 
 impl Peer for Client {
-    fn receive(&mut self, frame: Frame) -> Result<(), String> {
+    fn actor(&self) -> Arc<str> {
+        Arc::clone(self.actor.name())
+    }
+
+    fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
         match frame.kind {
             Kind::Reply => {
                 // A reply that nobody waits for any more is dropped.
@@ -548,10 +611,13 @@ impl Peer for Client {
             Kind::Ended => {
                 self.actor.end("the actor has ended".into(), frame.call);
                 // The other side waits for this one to close.
-                Err("the actor has ended".to_owned())
+                Err(Ended::Done("the actor has ended"))
             }
             Kind::Ping => Ok(()),
-            other => Err(format!("a called actor does not send {other:?}")),
+            other => {
+                let why = format!("a called actor does not send {other:?}");
+                Err(Ended::Peer(why))
+            }
         }
     }
 

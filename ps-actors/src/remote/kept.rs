@@ -238,7 +238,7 @@ impl Shelves {
             None => {
                 let values = Arc::new(Values::default());
                 let shared = Arc::clone(&values);
-                let spawn = Spawn::new().thread_name("ps-shelf");
+                let spawn = Spawn::new().thread_name("ps-shelf").without_io();
                 let shelf = spawn.start(move || Shelf {
                     values: Arc::clone(&shared),
                 });
@@ -315,8 +315,16 @@ impl Handler<Discard> for Shelf {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Some actor that can be exported.
+    pub(crate) fn shelf() -> ActorRef<Shelf> {
+        let start = Spawn::new().start(|| Shelf {
+            values: Arc::default(),
+        });
+        start.expect("the system gives a thread")
+    }
     use crate::actor::run;
     use crate::net::NetConfig;
     use crate::remote::NodeId;

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
 
@@ -13,7 +14,7 @@ use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
 use super::Remote;
-use super::callee::{Callee, Exported};
+use super::callee::{Callee, Exported, Keep};
 use super::caller::RemoteActor;
 use super::kept::{Shelves, Ticket};
 use super::reference::Wire;
@@ -76,12 +77,16 @@ pub(crate) struct Process {
     memory: Option<MemoryNetwork>,
     resolve: OnceLock<Resolve>,
     shelves: Shelves,
+    is_closed: AtomicBool,
+    num_exported: AtomicU64,
     exports: Mutex<HashMap<u64, Export>>,
     remotes: Mutex<HashMap<(NodeId, u64), Weak<RemoteActor>>>,
 }
 
 struct Export {
     callee: Arc<dyn Callee>,
+    /// Tells it from an earlier export of the same number.
+    born: u64,
     num_connections: usize,
     /// When it was last named to somebody, or its last connection ended.
     last_wanted: Instant,
@@ -95,7 +100,7 @@ impl Process {
         tls: Option<Tls>,
         memory: Option<MemoryNetwork>,
     ) -> Arc<Self> {
-        Arc::new(Self {
+        let process = Arc::new(Self {
             id: OnceLock::new(),
             session: OnceLock::new(),
             config,
@@ -105,9 +110,14 @@ impl Process {
             memory,
             resolve: OnceLock::new(),
             shelves: Shelves::default(),
+            is_closed: AtomicBool::new(false),
+            num_exported: AtomicU64::new(0),
             exports: Mutex::default(),
             remotes: Mutex::default(),
-        })
+        });
+        #[cfg(test)]
+        tests::note(&process);
+        process
     }
 
     /// Takes the place in the cluster that the driver has assigned. Once only.
@@ -169,7 +179,8 @@ impl Process {
         self.export_as(number, actor, false)
     }
 
-    /// Exports the actor that speaks for this process.
+    /// Exports the actor that speaks for this process. It is kept by whoever has a reference to it, not by
+    /// the export: it has a hold on the process itself.
     pub(crate) fn export_agent<A: Remote>(&self, actor: &ActorRef<A>) {
         self.export_as(AGENT, actor, true);
     }
@@ -185,14 +196,22 @@ impl Process {
             schema: table.schema(),
         };
         let mut exports = self.exports();
+        if self.is_closed() {
+            // Nobody can come for it, and it would stay for ever.
+            return wire;
+        }
         let export = exports.entry(number).or_insert_with(|| Export {
             callee: Arc::new(Exported {
-                handle: Arc::clone(actor.handle()),
+                handle: match is_permanent {
+                    true => Keep::Weak(Arc::downgrade(actor.handle())),
+                    false => Keep::Strong(Arc::clone(actor.handle())),
+                },
                 mailbox: Arc::clone(mailbox),
                 table,
                 // TCP gives up a peer that takes nothing for a lease.
                 turns: Turns::new(self.config.lease / 2),
             }),
+            born: self.num_exported.fetch_add(1, Ordering::Relaxed),
             num_connections: 0,
             last_wanted: Instant::now(),
             is_permanent,
@@ -203,7 +222,7 @@ impl Process {
 
     /// An exported actor as its own process sees it.
     pub(crate) fn exported<A: Actor>(&self, number: u64) -> Option<ActorRef<A>> {
-        let handle = self.exports().get(&number)?.callee.handle();
+        let handle = self.exports().get(&number)?.callee.handle()?;
         let handle: Arc<Handle<A>> = handle.downcast().ok()?;
         Some(ActorRef::new(handle))
     }
@@ -216,6 +235,7 @@ impl Process {
         let hold = Hold {
             process: Arc::downgrade(self),
             number,
+            born: export.born,
         };
         Some((Arc::clone(&export.callee), hold))
     }
@@ -248,9 +268,26 @@ impl Process {
         remotes.retain(|_, remote| remote.strong_count() > 0);
     }
 
-    /// Lets go of all actors but the agent.
+    /// Whether this life is over.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::Acquire)
+    }
+
+    /// Ends the connections to the actors of a node that is lost, so that they count as ended.
+    pub(crate) fn sever(&self, node: NodeId) {
+        let remotes = self.remotes();
+        let of_node = remotes.iter().filter(|((other, _), _)| *other == node);
+        let of_node: Vec<_> = of_node.filter_map(|(_, remote)| remote.upgrade()).collect();
+        drop(remotes);
+        for remote in of_node {
+            remote.sever(&format!("{node} was declared lost").into());
+        }
+    }
+
+    /// Lets go of all actors but the agent, and exports no more: this life is over.
     pub(crate) fn withdraw_all(&self) {
         let mut withdrawn = Vec::new();
+        self.is_closed.store(true, Ordering::Release);
         self.exports().retain(|_, export| {
             if !export.is_permanent {
                 withdrawn.push(Arc::clone(&export.callee));
@@ -299,15 +336,64 @@ impl Process {
 pub(crate) struct Hold {
     process: Weak<Process>,
     number: u64,
+    born: u64,
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
         if let Some(process) = self.process.upgrade()
             && let Some(export) = process.exports().get_mut(&self.number)
+            // It may have been withdrawn, and exported again.
+            && export.born == self.born
         {
             export.num_connections -= 1;
             export.last_wanted = Instant::now();
         }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    static ALL: Mutex<Vec<Weak<Process>>> = Mutex::new(Vec::new());
+
+    pub(super) fn note(process: &Arc<Process>) {
+        let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|process| process.strong_count() > 0);
+        all.push(Arc::downgrade(process));
+    }
+
+    /// How many lives of processes with this lease something is left of.
+    pub(crate) fn num_living(lease: std::time::Duration) -> usize {
+        let all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+        let living = all.iter().filter_map(Weak::upgrade);
+        let living = living.filter(|process| process.config().lease == lease);
+        living.count()
+    }
+
+    impl Process {
+        /// How many connections lead to an exported actor.
+        pub(crate) fn num_connections(&self, number: u64) -> Option<usize> {
+            Some(self.exports().get(&number)?.num_connections)
+        }
+    }
+
+    #[test]
+    fn a_connection_to_what_was_withdrawn_does_not_count_for_what_is_exported_later() {
+        use crate::remote::kept::tests::shelf;
+
+        let process = Process::new(NetConfig::default(), None, None, None);
+        process.enter(NodeId::DRIVER, 1);
+        let actor = shelf();
+        let number = process.export(&actor).actor;
+        let (_, before) = process.open(number).expect("it is exported");
+        process.exports().clear();
+        process.export(&actor);
+        let (_, now) = process.open(number).expect("it is exported again");
+        drop(before);
+        assert_eq!(process.num_connections(number), Some(1));
+        drop(now);
+        assert_eq!(process.num_connections(number), Some(0));
     }
 }
