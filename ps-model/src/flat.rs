@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Gradients, Int, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +145,58 @@ pub fn read_gradients<M: Module>(module: &M, gradients: Gradients, out: &mut [f3
         gradients,
         rest: out,
     });
+}
+
+/// Hands on what training does not change: the values of all parameters that are not trainable, of
+/// running statistics and of flags such as the `training` of a dropout layer, each with its path, its
+/// dimensions and its bytes in row-major order, in the order of the module's fields.
+///
+/// Processes that train one model must agree on these. Tensors that are no parameters (fields of type
+/// `Tensor` rather than `Param`) are not among them: burn shows them to nobody.
+pub(crate) fn fixed_tensors<M: Module>(module: &M, visit: impl FnMut(&str, &[usize], &[u8])) {
+    module.visit(&mut FixedTensors {
+        path: Vec::new(),
+        visit,
+    });
+}
+
+struct FixedTensors<F> {
+    path: Vec<String>,
+    visit: F,
+}
+
+impl<F: FnMut(&str, &[usize], &[u8])> FixedTensors<F> {
+    fn data(&mut self, data: &TensorData) {
+        (self.visit)(&self.path.join("."), data.shape(), data.as_bytes());
+    }
+}
+
+impl<F: FnMut(&str, &[usize], &[u8])> ModuleVisitor for FixedTensors<F> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.base().is_require_grad() {
+            self.data(&param.base().inner().into_data());
+        }
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.data(&param.base().inner().into_data());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.data(&param.base().inner().into_data());
+    }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        (self.visit)(&self.path.join("."), &[], &[flag.is_enabled().into()]);
+    }
 }
 
 /// Hands on the numbers of a tensor in row-major order.

@@ -111,6 +111,24 @@ impl<M: Module> LocalModel<M> {
         panic::catch(|| flat::read_weights(&self.model)).map_err(ModelError::Panicked)
     }
 
+    /// Hands on what training does not change: the values of all parameters that are not trainable, of
+    /// running statistics and of flags such as the `training` of a dropout layer, each with its path, its
+    /// dimensions and its bytes in row-major order, always in the same order.
+    ///
+    /// They do not travel, so processes that train one model together must agree on them. Tensors that
+    /// are no parameters (fields of type `Tensor` rather than `Param`) are not among them: burn shows
+    /// them to nobody.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    pub fn fixed_tensors(
+        &self,
+        visit: impl FnMut(&str, &[usize], &[u8]),
+    ) -> Result<(), ModelError> {
+        panic::catch(|| flat::fixed_tensors(&self.model, visit)).map_err(ModelError::Panicked)
+    }
+
     /// Replaces the weights by those of a slice.
     ///
     /// # Errors
