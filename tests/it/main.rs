@@ -3,6 +3,7 @@
 mod bad_input;
 mod cluster;
 mod equivalence;
+mod frozen;
 mod nodes;
 mod served;
 mod torch;
