@@ -78,6 +78,7 @@ mod rule_state;
 mod seams;
 pub mod seeded;
 mod step;
+mod stream;
 mod survey;
 
 /// The version of burn that the types of this crate come from.

@@ -8,7 +8,7 @@ use burn::tensor::Device;
 use crate::flat::{FlatError, FlatView, ParameterSpec};
 use crate::model::{Evaluation, Model};
 use crate::step::{Step, StepSeed};
-use crate::{panic, rest, survey};
+use crate::{panic, rest, stream, survey};
 
 /// Why a model did not compute.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,6 +90,7 @@ pub struct LocalModel<M: Module> {
     /// With autodiff.
     pub(crate) device: Device,
     pub(crate) view: FlatView,
+    pub(crate) random_layers: Vec<String>,
 }
 
 impl<M: Module> LocalModel<M> {
@@ -109,6 +110,7 @@ impl<M: Module> LocalModel<M> {
             model,
             device,
             view: survey.view,
+            random_layers: survey.random_layers,
         })
     }
 
@@ -220,7 +222,9 @@ impl<M: Model> LocalModel<M> {
         let result = panic::catch(|| {
             let model = self.view.with_leaves(self.model.clone());
             let mut step = Step::training(&self.device, seed);
-            let loss = model.loss(batch, &mut step);
+            let loss = stream::seeded(&self.random_layers, &self.device, seed, || {
+                model.loss(batch, &mut step)
+            });
             let got = loss.dims().to_vec();
             if got != [1] {
                 return Err(ModelError::LossShape { got });

@@ -14,7 +14,7 @@ use crate::flat::FlatView;
 use crate::local::LocalModel;
 use crate::rng::Rng;
 use crate::step::{Step, StepSeed};
-use crate::panic;
+use crate::{panic, stream};
 
 /// A burn module that turns one tensor into another: a whole model without its loss, or a part.
 ///
@@ -140,6 +140,7 @@ impl<P: Part> LocalModel<P> {
             part: part.map_err(PartError::Panicked)?,
             device: self.device.clone(),
             view: self.view.clone(),
+            random_layers: self.random_layers.clone(),
             seed,
             calls: Vec::new(),
             gradient: None,
@@ -178,6 +179,7 @@ pub struct Pass<P: Part> {
     /// With autodiff.
     device: Device,
     view: FlatView,
+    random_layers: Vec<String>,
     seed: StepSeed,
     calls: Vec<(u32, Call<P>)>,
     gradient: Option<Vec<f32>>,
@@ -224,7 +226,9 @@ impl<P: Part> Pass<P> {
                 false => input,
             };
             let mut step = Step::training(&self.device, seed);
-            let output = self.part.forward(input.clone(), &mut step);
+            let output = stream::seeded(&self.random_layers, &self.device, seed, || {
+                self.part.forward(input.clone(), &mut step)
+            });
             let array = output.to_array();
             (wants_input_gradient.then_some(input), output, array)
         })

@@ -1,5 +1,5 @@
 //! Looks at the fields of a module: what is trainable, what is fixed, what cannot be trained by
-//! gradients from elsewhere.
+//! gradients from elsewhere, and which layers draw random numbers from the device.
 
 use std::collections::{HashMap, HashSet};
 
@@ -14,7 +14,12 @@ pub(crate) struct Survey {
     pub(crate) view: FlatView,
     /// The flags that are on, such as the `training` of a dropout layer.
     pub(crate) enabled_flags: HashSet<ParamId>,
+    /// The paths and types of burn's layers that draw from the device's stream of random numbers.
+    pub(crate) random_layers: Vec<String>,
 }
+
+/// burn's layers that draw random numbers from the device while they train.
+const RANDOM_LAYERS: [&str; 3] = ["Struct:Dropout", "Struct:GaussianNoise", "Struct:RRelu"];
 
 /// The field by which burn's layers, and any that follow them, are told to leave their statistics and
 /// their input alone. `Module::freeze` switches it off.
@@ -73,6 +78,7 @@ struct Surveyor {
     /// The layers that are told not to train.
     frozen_layers: HashSet<String>,
     enabled_flags: HashSet<ParamId>,
+    random_layers: Vec<String>,
     error: Option<FlatError>,
 }
 
@@ -114,6 +120,7 @@ impl Surveyor {
         Ok(Survey {
             view,
             enabled_flags: self.enabled_flags,
+            random_layers: self.random_layers,
         })
     }
 }
@@ -185,11 +192,15 @@ impl ModuleVisitor for Surveyor {
 
     fn visit_flag(&mut self, flag: &Param<Flag>) {
         let layer = self.layer();
-        let Some((field, _)) = self.path.last() else {
+        let Some((field, layer_type)) = self.path.last() else {
             return;
         };
         if flag.is_enabled() {
             self.enabled_flags.insert(flag.id);
+            if RANDOM_LAYERS.contains(&layer_type.as_str()) {
+                let layer_type = layer_type.trim_start_matches("Struct:");
+                self.random_layers.push(format!("{layer} ({layer_type})"));
+            }
         } else if field == TRAINING_FLAG {
             self.frozen_layers.insert(layer);
         }
