@@ -1,6 +1,7 @@
 //! Training as users do it, on the bundled sample of MNIST.
 
 mod bad_input;
+mod batches;
 mod cluster;
 mod equivalence;
 mod frozen;
