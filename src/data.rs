@@ -7,7 +7,9 @@ use std::sync::Arc;
 use ps_actors::ids::Clock;
 use ps_data::{BatchError, Batches, Cursor, ImageDataset, SamplerConfig, SamplerError};
 use ps_model::ImageBatch;
+use ps_model::burn::data::dataloader::batcher::Batcher;
 use ps_model::burn::data::dataset::Dataset;
+use ps_model::burn::tensor::Device;
 
 use crate::source::WorkerConfig;
 
@@ -52,6 +54,9 @@ pub struct Collated<I, D, F> {
 
 /// Makes [`Examples`] of a burn data set and a function that joins its items to a batch.
 ///
+/// If a batch holds tensors, make them on a device with autodiff, as that of
+/// [`select_device`](ps_model::select_device): see [`batched`].
+///
 /// ```
 /// use ps::data::{Examples, collated};
 /// use ps::model::burn::data::dataset::InMemDataset;
@@ -71,6 +76,46 @@ where
         collate,
         items: PhantomData,
     }
+}
+
+/// Makes [`Examples`] of a burn data set and a burn [`Batcher`], which makes its tensors on `device`.
+///
+/// Autodiff is on for the tensors, so that burn's layers know an input of training from one of an
+/// inference. The device must be the one to train on, with gradient checkpointing if it is on there.
+///
+/// ```
+/// use ps::data::{Examples, batched};
+/// use ps::model::burn::data::dataloader::batcher::Batcher;
+/// use ps::model::burn::data::dataset::InMemDataset;
+/// use ps::model::burn::tensor::{Device, Tensor};
+/// use ps::prelude::*;
+///
+/// #[derive(Clone)]
+/// struct Rows;
+///
+/// impl Batcher<[f32; 2], Tensor<2>> for Rows {
+///     fn batch(&self, items: Vec<[f32; 2]>, device: &Device) -> Tensor<2> {
+///         let rows = items.into_iter().map(|row| Tensor::<1>::from_floats(row, device).unsqueeze());
+///         Tensor::cat(rows.collect(), 0)
+///     }
+/// }
+///
+/// let device = select_device(default_device_name())?;
+/// let data = batched(InMemDataset::new(vec![[1.5, 2.5], [3.5, 4.5]]), Rows, &device);
+/// assert_eq!(data.batch(&[1, 0]).dims(), [2, 2]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn batched<I, B, D, T>(
+    dataset: D,
+    batcher: T,
+    device: &Device,
+) -> Collated<I, D, impl Fn(Vec<I>) -> B + Clone + Send + use<I, B, D, T>>
+where
+    D: Dataset<I> + 'static,
+    T: Batcher<I, B> + Clone + 'static,
+{
+    let device = device.clone().autodiff();
+    collated(dataset, move |items| batcher.batch(items, &device))
 }
 
 impl<I, B, D, F> Examples for Collated<I, D, F>

@@ -95,7 +95,7 @@ pub mod prelude {
         default_device_name, nll_loss, select_device,
     };
 
-    pub use crate::data::{Examples, WorkerBatches, collated};
+    pub use crate::data::{Examples, WorkerBatches, batched, collated};
     pub use crate::report::Report;
     pub use crate::rule::OptimizerRule;
     pub use crate::source::{

@@ -1,7 +1,7 @@
 //! Joins a burn model with its data: the [`GradientSource`] of a worker, and an [`Evaluator`].
 
 use std::fmt;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use ps_actors::actor::{self, ActorRef};
 use ps_actors::buffer::BufferPool;
@@ -37,7 +37,7 @@ pub enum SetupError {
     NoTestData,
 }
 
-/// Returns a model's weights as the first version for a server.
+/// Returns a model's trainable weights as the first version for a server.
 ///
 /// # Errors
 /// When the model has no flat weights, or the device fails.
@@ -55,20 +55,63 @@ pub(crate) fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
     Layout::new(parameters.collect())
 }
 
-/// Loads a snapshot into a model without copying it to one place first.
-pub(crate) fn load<M: Module>(
-    model: &mut LocalModel<M>,
-    weights: &Weights,
-) -> Result<(), ModelError> {
-    let (expected, got) = (model.num_weights(), weights.len());
-    if expected != got {
-        return Err(ModelError::WeightCount { expected, got });
+/// A model that takes its weights from a server's snapshots.
+pub(crate) struct Loadable<M: Module> {
+    pub(crate) model: LocalModel<M>,
+    /// That of the snapshot loaded last, or the model's own, which is equal.
+    layout: Arc<Layout>,
+}
+
+impl<M: Module> Loadable<M> {
+    pub(crate) fn new(model: &M, device: &Device) -> Result<Self, ModelError> {
+        let model = LocalModel::new(model.clone(), device)?;
+        let layout = layout(model.layout()).expect("the places in a flat view follow one another");
+        let layout = Arc::new(layout);
+        Ok(Self { model, layout })
     }
-    model.load_with(|range, out| out.extend_from_slice(&weights.read(range)))
+
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Loads a snapshot without copying it to one place first.
+    pub(crate) fn load(&mut self, weights: &Weights) -> Result<(), ModelError> {
+        // Most snapshots share one layout, and then this costs nothing.
+        if !Arc::ptr_eq(&self.layout, weights.layout()) {
+            check_layout(&self.layout, weights.layout())?;
+            self.layout = Arc::clone(weights.layout());
+        }
+        let (expected, got) = (self.model.num_weights(), weights.len());
+        if expected != got {
+            return Err(ModelError::WeightCount { expected, got });
+        }
+        let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights.read(range));
+        self.model.load_with(read)
+    }
+}
+
+/// Compares names and shapes.
+fn check_layout(expected: &Layout, got: &Layout) -> Result<(), ModelError> {
+    if expected == got {
+        return Ok(());
+    }
+    let (expected, got) = (expected.parameters(), got.parameters());
+    let index = (0..).find(|&index| expected.get(index) != got.get(index));
+    let index = index.expect("the layouts differ, and so do their parameters");
+    let show = |parameter: Option<&Parameter>| match parameter {
+        Some(Parameter { name, shape, .. }) => format!("`{name}` {shape:?}"),
+        None => "missing".to_owned(),
+    };
+    Err(ModelError::OtherModel {
+        index,
+        expected: show(expected.get(index)),
+        got: show(got.get(index)),
+    })
 }
 
 /// Returns `model` with these weights, on `device` and ready for inference: the way back from a
-/// server to an ordinary burn module, which burn can save, run or export.
+/// server to an ordinary burn module, which burn can save, run or export. What is not trainable is as in
+/// `model`.
 ///
 /// # Errors
 /// When the weights are of another model, or the device fails.
@@ -77,9 +120,9 @@ pub fn model_with_weights<M: Module>(
     device: &Device,
     weights: &Weights,
 ) -> Result<M, ModelError> {
-    let mut model = LocalModel::new(model.clone(), device)?;
-    load(&mut model, weights)?;
-    Ok(model.model().valid())
+    let mut loadable = Loadable::new(model, device)?;
+    loadable.load(weights)?;
+    Ok(loadable.model.model().valid())
 }
 
 /// Which batches a worker computes.
@@ -100,7 +143,7 @@ pub struct WorkerConfig {
 /// Which batch belongs to a step depends on seed, worker and clock only. So does dropout in models
 /// that take their random numbers from [`Step`](ps_model::Step).
 pub struct ModelSource<M: Model> {
-    model: LocalModel<M>,
+    loadable: Loadable<M>,
     batches: WorkerBatches<M::Batch>,
     config: WorkerConfig,
     gradients: BufferPool,
@@ -121,7 +164,7 @@ impl<M: Model> ModelSource<M> {
         E: Examples<Batch = M::Batch>,
     {
         Ok(Self {
-            model: LocalModel::new(model.clone(), device)?,
+            loadable: Loadable::new(model, device)?,
             batches: WorkerBatches::new(data, config)?,
             config,
             // One that is pushed, one that is computed, one spare.
@@ -139,15 +182,16 @@ impl<M: Model> ModelSource<M> {
 impl<M: Model> GradientSource for ModelSource<M> {
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
         let batch = self.batches.batch(clock)?;
-        load(&mut self.model, weights)?;
+        self.loadable.load(weights)?;
+        let model = &self.loadable.model;
         let WorkerConfig { worker, seed, .. } = self.config;
         let step = StepSeed {
             seed,
             worker: worker.0.into(),
             clock: clock.0,
         };
-        let mut gradient = self.gradients.take(self.model.num_weights());
-        let loss = self.model.gradient(&batch, step, &mut gradient)?;
+        let mut gradient = self.gradients.take(model.num_weights());
+        let loss = model.gradient(&batch, step, &mut gradient)?;
         let num_examples = M::num_examples(&batch);
         Ok(LocalGradient {
             gradient: Gradient::new(gradient),
@@ -229,7 +273,7 @@ where
 
 /// A model and a test set, to see how good some weights are.
 pub struct Evaluator<M: Model> {
-    model: LocalModel<M>,
+    loadable: Loadable<M>,
     batches: Vec<M::Batch>,
 }
 
@@ -248,7 +292,7 @@ impl<M: Model> Evaluator<M> {
         }
         let batches = all.chunks(EVALUATION_BATCH).map(|chunk| data.batch(chunk));
         Ok(Self {
-            model: LocalModel::new(model.clone(), device)?,
+            loadable: Loadable::new(model, device)?,
             batches: batches.collect(),
         })
     }
@@ -258,11 +302,9 @@ impl<M: Model> Evaluator<M> {
     /// # Errors
     /// When the weights are of another model, or the model panics.
     pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
-        load(&mut self.model, weights)?;
-        self.batches
-            .iter()
-            .map(|batch| self.model.evaluate(batch))
-            .sum()
+        self.loadable.load(weights)?;
+        let model = &self.loadable.model;
+        self.batches.iter().map(|batch| model.evaluate(batch)).sum()
     }
 
     /// Returns the percentage of right answers, 0 to 100; NaN for a model that does not classify.

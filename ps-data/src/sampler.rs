@@ -132,7 +132,8 @@ pub enum SamplerError {
     /// `drop_last` would leave out everything.
     #[error(
         "{num_examples} examples do not give each of {num_shards} shards one full batch of \
-         {batch_size}; lower batch_size or switch drop_last off"
+         {batch_size}; lower batch_size, use fewer shards (a shard is a worker's share), or get more \
+         examples"
     )]
     NoFullBatch {
         /// Batch size asked for.

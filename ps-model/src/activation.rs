@@ -4,6 +4,7 @@ use std::fmt::Debug;
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
+use crate::flat::new_leaf;
 use crate::part::PartError;
 
 /// A tensor in host memory, row-major.
@@ -49,6 +50,10 @@ pub trait Activation: Clone + Debug + Send + sealed::Sealed + 'static {
 
     /// Returns the device, without autodiff.
     fn plain_device(&self) -> Device;
+
+    /// Returns the device, with autodiff, and with gradient checkpointing if that is on.
+    #[doc(hidden)]
+    fn training_device(&self) -> Device;
 
     /// Makes it a leaf of a new graph, with a gradient.
     #[doc(hidden)]
@@ -102,8 +107,12 @@ impl<const D: usize> Activation for Tensor<D> {
         self.device().inner()
     }
 
+    fn training_device(&self) -> Device {
+        self.device().autodiff()
+    }
+
     fn into_leaf(self) -> Self {
-        self.inner().autodiff().require_grad()
+        new_leaf(self)
     }
 
     fn is_recorded(&self) -> bool {

@@ -78,8 +78,10 @@ pub enum DeviceError {
 
 /// Opens the device called `name`, and checks that it can compute.
 ///
-/// The [module](self) lists the names. The device is without autodiff;
-/// [`LocalModel`](crate::LocalModel) switches it on where it is needed.
+/// The [module](self) lists the names. The device has autodiff on: burn's layers take a tensor of a
+/// device without for one of an inference, and a `Dropout` does nothing to it, so batches made on this
+/// device can be trained on. Where nothing requires a gradient, nothing is recorded. `inner()` is the
+/// device without, and `gradient_checkpointing()` the one that saves memory.
 ///
 /// # Errors
 ///
@@ -100,7 +102,7 @@ pub fn select_device(name: &str) -> Result<Device, DeviceError> {
         reason,
     };
     match probe {
-        Ok(Some((device, Ok(3.0)))) => Ok(device),
+        Ok(Some((device, Ok(3.0)))) => Ok(device.autodiff()),
         Ok(Some((_, Ok(sum)))) => Err(unavailable(format!("it says that 1 + 2 is {sum}"))),
         Ok(Some((_, Err(error)))) => Err(unavailable(error.to_string())),
         Ok(None) => Err(DeviceError::NotCompiledIn {

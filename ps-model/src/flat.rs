@@ -1,20 +1,26 @@
-//! Flat views: the parameters of any burn module as one sequence of `f32`.
+//! Flat views: the trainable parameters of any burn module as one sequence of `f32`.
 //!
 //! The order is that of the module's fields, depth first, each parameter in row-major order of its
 //! shape. It depends on the module's type and configuration only, so every process that builds the
 //! same model agrees on it. A server can cut the sequence anywhere.
 //!
+//! What is not trainable has no place in it: parameters that are frozen, integers, booleans, quantized
+//! weights under a LoRA adapter. No update rule ever sees them, so none changes them, weight decay
+//! included. Each process keeps its own copy.
+//!
 //! Weights go in and out of the tensors as they are, without the transformations that burn applies
 //! to saved records (a `Linear` of layout `Col` is seen as `[inputs, outputs]` too).
 
-use std::collections::HashMap;
 use std::ops::Range;
+use std::slice;
 
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Bool, DType, Gradients, Int, Tensor, TensorData};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Gradients, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
-/// One parameter's place in the flat sequence.
+use crate::survey;
+
+/// One trainable parameter's place in the flat sequence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParameterSpec {
     /// The path of field names, such as `conv1.weight`.
@@ -23,24 +29,16 @@ pub struct ParameterSpec {
     pub shape: Vec<usize>,
     /// Where its numbers are; the ranges of a layout follow each other without gaps, from 0.
     pub range: Range<usize>,
-    /// Whether it requires a gradient. The flat gradient of a frozen parameter is zero, so it
-    /// stays as it is under any update rule that leaves a zero gradient alone; one with weight
-    /// decay shrinks it nevertheless.
-    pub trainable: bool,
 }
 
 /// Why a module has no flat view, or numbers do not fit it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FlatError {
-    /// Integer and boolean parameters have no gradient.
-    #[error("parameter `{name}` is not a float tensor")]
-    NotFloat {
-        /// The path of the parameter.
-        name: String,
-    },
     /// Only 32-bit floats travel.
-    #[error("parameter `{name}` is of type {dtype}, only f32 is supported")]
+    #[error(
+        "parameter `{name}` is of type {dtype}, only f32 can be trained: cast it to f32, or freeze it"
+    )]
     NotF32 {
         /// The path of the parameter.
         name: String,
@@ -55,19 +53,31 @@ pub enum FlatError {
         /// The path of the second.
         second: String,
     },
-    /// Batch normalization changes running statistics outside of any gradient, so a server would
-    /// never learn of them and every pull would reset them.
+    /// A layer changes statistics of its own outside of any gradient, so a server would never learn of
+    /// them, and each worker would have others.
     #[error(
-        "`{name}` is a batch normalization, whose running statistics are not trained by gradients: \
-         use a normalization without them, such as GroupNorm or LayerNorm"
+        "`{name}` is a running statistic, which no gradient trains, so what one worker learns of it \
+         would be lost: use a normalization without it, such as GroupNorm or LayerNorm, or freeze the \
+         layer (`training` off), which then computes with its statistics as they are"
     )]
     RunningStatistics {
-        /// The path of the layer.
+        /// The path of the field.
         name: String,
     },
     /// The module has no parameters.
     #[error("the module has no parameters")]
     Empty,
+    /// All parameters are frozen, or not made of floats.
+    #[error(
+        "none of the module's parameters is trainable (`{first}` is the first of {count}): unfreeze \
+         some, or make them by `Param::from_tensor` or `Param::from_data`"
+    )]
+    NothingTrainable {
+        /// The path of the first parameter.
+        first: String,
+        /// How many there are.
+        count: usize,
+    },
     /// The source of the weights gave too many or too few numbers for a range.
     #[error("weights {range:?} have {expected} numbers, got {got}", expected = range.len())]
     WrongCount {
@@ -78,172 +88,193 @@ pub enum FlatError {
     },
 }
 
-/// Lists the parameters of a module in the order of their flat view.
+/// Where the trainable parameters of a module are in their flat sequence.
 ///
-/// # Errors
+/// ```
+/// use ps_model::burn::module::Module;
+/// use ps_model::{ConvNet, FlatView, default_device_name, select_device};
 ///
-/// If the module has no parameters, a parameter is not an `f32` tensor or occurs twice, or a layer
-/// keeps statistics of its own.
-pub fn layout<M: Module>(module: &M) -> Result<Vec<ParameterSpec>, FlatError> {
-    let mut visitor = Layout::default();
-    module.visit(&mut visitor);
-    match visitor.error {
-        Some(error) => Err(error),
-        None if visitor.specs.is_empty() => Err(FlatError::Empty),
-        None => Ok(visitor.specs),
+/// let model = ConvNet::init(0, &select_device(default_device_name())?);
+/// let view = FlatView::new(&model)?;
+/// assert_eq!(view.num_weights(), model.num_params());
+/// let weights = view.read_weights(&model);
+/// let model = view.write_weights(model, |range, out| out.extend_from_slice(&weights[range]))?;
+/// assert_eq!(view.read_weights(&model), weights);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlatView {
+    pub(crate) specs: Vec<ParameterSpec>,
+    /// Says of each float tensor that a visit of the module shows, in order, whether it is in the
+    /// view. The tensors do not say it themselves: without autodiff, none requires a gradient.
+    pub(crate) trainable: Vec<bool>,
+}
+
+impl FlatView {
+    /// Looks at a module's parameters. Trainable are those that the user has not frozen, whether or
+    /// not the module is in training mode or on a device with autodiff now.
+    ///
+    /// # Errors
+    ///
+    /// If there is nothing to train, a trainable parameter is not an `f32` tensor or occurs twice, or a
+    /// layer keeps statistics of its own.
+    pub fn new<M: Module>(module: &M) -> Result<Self, FlatError> {
+        Ok(survey::survey(&module.clone().train())?.view)
+    }
+
+    /// Returns the names, shapes and places of the parameters.
+    #[must_use]
+    pub fn parameters(&self) -> &[ParameterSpec] {
+        &self.specs
+    }
+
+    /// Returns the length of the sequence.
+    #[must_use]
+    pub fn num_weights(&self) -> usize {
+        self.specs.last().map_or(0, |spec| spec.range.end)
+    }
+
+    /// Copies the weights of a module.
+    ///
+    /// # Panics
+    ///
+    /// If the view is of a module with other fields.
+    #[must_use]
+    pub fn read_weights<M: Module>(&self, module: &M) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.num_weights());
+        let trainable = self.trainable.iter();
+        module.visit(&mut ReadWeights {
+            trainable,
+            out: &mut out,
+        });
+        assert_eq!(out.len(), self.num_weights(), "a module of this view");
+        out
+    }
+
+    /// Replaces the weights of a module.
+    ///
+    /// Calls `read` for each parameter in order; it appends the numbers of the range
+    /// to the (empty) vector, which becomes the tensor's memory on the CPU: one copy in all. The
+    /// source may be in pieces, say one for each server. Ids, devices and gradient settings of the
+    /// parameters stay, and so does everything that is not trainable.
+    ///
+    /// # Errors
+    ///
+    /// If `read` gave another number of weights than asked for.
+    pub fn write_weights<M: Module>(
+        &self,
+        module: M,
+        read: impl FnMut(Range<usize>, &mut Vec<f32>),
+    ) -> Result<M, FlatError> {
+        let mut mapper = WriteWeights {
+            trainable: self.trainable.iter(),
+            read,
+            offset: 0,
+            error: None,
+        };
+        let module = module.map(&mut mapper);
+        match mapper.error {
+            Some(error) => Err(error),
+            None => Ok(module),
+        }
+    }
+
+    /// Writes the gradients of a module's parameters to `out`. Parameters that had no part in the loss
+    /// give zeros. Returns whether any had one.
+    ///
+    /// # Panics
+    ///
+    /// If `out` is not [`num_weights`](Self::num_weights) long, or the view is of a module with other
+    /// fields.
+    pub fn read_gradients<M: Module>(
+        &self,
+        module: &M,
+        gradients: Gradients,
+        out: &mut [f32],
+    ) -> bool {
+        assert_eq!(out.len(), self.num_weights(), "a number for each weight");
+        let mut visitor = ReadGradients {
+            trainable: self.trainable.iter(),
+            gradients,
+            rest: out,
+            found_any: false,
+        };
+        module.visit(&mut visitor);
+        visitor.found_any
+    }
+
+    /// Makes the trainable parameters leaves of a new graph, on the same numbers.
+    pub(crate) fn with_leaves<M: Module>(&self, module: M) -> M {
+        module.map(&mut Leaves {
+            trainable: self.trainable.iter(),
+        })
     }
 }
 
-/// Copies the weights of a module, in the order of [`layout`].
-///
-/// # Panics
-///
-/// If [`layout`] refuses the module.
-#[must_use]
-pub fn read_weights<M: Module>(module: &M) -> Vec<f32> {
-    let mut weights = Vec::with_capacity(module.num_params());
-    module.visit(&mut ReadWeights { out: &mut weights });
-    weights
-}
-
-/// Replaces the weights of a module.
-///
-/// Calls `read` for each parameter in the order of [`layout`]; it appends the numbers of the range
-/// to the (empty) vector, which becomes the tensor's memory on the CPU: one copy in all. The
-/// source may be in pieces, say one for each server. Ids, devices and gradient settings of the
-/// parameters stay.
-///
-/// # Errors
-///
-/// If `read` gave another number of weights than asked for.
-pub fn write_weights<M: Module>(
-    module: M,
-    read: impl FnMut(Range<usize>, &mut Vec<f32>),
-) -> Result<M, FlatError> {
-    let mut mapper = WriteWeights {
-        read,
-        offset: 0,
-        error: None,
-    };
-    let module = module.map(&mut mapper);
-    match mapper.error {
-        Some(error) => Err(error),
-        None => Ok(module),
-    }
-}
-
-/// Writes the gradients of a module's parameters to `out`, in the order of [`layout`].
-///
-/// Parameters that got no gradient (frozen, or without part in the loss) give zeros.
-///
-/// # Panics
-///
-/// If [`layout`] refuses the module, or `out` is not as long as the module has weights.
-pub fn read_gradients<M: Module>(module: &M, gradients: Gradients, out: &mut [f32]) {
-    assert_eq!(out.len(), module.num_params(), "a number for each weight");
-    module.visit(&mut ReadGradients {
-        gradients,
-        rest: out,
-    });
+/// Whether the next float tensor of a visit is in the view.
+fn next(trainable: &mut slice::Iter<'_, bool>) -> bool {
+    *trainable
+        .next()
+        .expect("the module has the fields that the view was made of")
 }
 
 /// Hands on the numbers of a tensor in row-major order.
 fn with_values<const D: usize>(tensor: Tensor<D>, take: impl FnOnce(&[f32])) {
     let data = tensor.into_data();
     let values = data.as_slice::<f32>();
-    take(values.expect("the layout admits f32 parameters only"));
+    take(values.expect("a view has f32 parameters only"));
 }
 
-#[derive(Default)]
-struct Layout {
-    path: Vec<String>,
-    specs: Vec<ParameterSpec>,
-    names: HashMap<ParamId, String>,
-    error: Option<FlatError>,
+/// Makes a tensor a leaf of a new graph, which has nothing in common with that of any other tensor on
+/// the same numbers.
+pub(crate) fn new_leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    let strategy = tensor.gradient_checkpointing_strategy();
+    let leaf = tensor.inner().autodiff();
+    let leaf = match strategy {
+        Some(strategy) => leaf.with_gradient_checkpointing_strategy(strategy),
+        None => leaf,
+    };
+    leaf.require_grad()
 }
 
-impl Layout {
-    fn name(&self) -> String {
-        self.path.join(".")
-    }
-
-    /// Keeps the first error, which says most about the cause.
-    fn fail(&mut self, error: FlatError) {
-        self.error.get_or_insert(error);
-    }
+struct Leaves<'a> {
+    trainable: slice::Iter<'a, bool>,
 }
 
-impl ModuleVisitor for Layout {
-    fn enter_module(&mut self, name: &str, container_type: &str) {
-        self.path.push(name.to_owned());
-        if container_type == "Struct:BatchNorm" {
-            let [layer @ .., _field] = self.path.as_slice() else {
-                unreachable!("a name has just been pushed");
-            };
-            let name = layer.join(".");
-            self.fail(FlatError::RunningStatistics { name });
+impl ModuleMapper for Leaves<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        match next(&mut self.trainable) {
+            true => param.map(new_leaf),
+            false => param,
         }
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let name = self.name();
-        let tensor = param.base();
-        if tensor.dtype() != DType::F32 {
-            let dtype = tensor.dtype().name().to_owned();
-            return self.fail(FlatError::NotF32 { name, dtype });
-        }
-        if let Some(first) = self.names.insert(param.id, name.clone()) {
-            return self.fail(FlatError::Tied {
-                first,
-                second: name,
-            });
-        }
-        let start = self.specs.last().map_or(0, |spec| spec.range.end);
-        let shape = tensor.dims();
-        self.specs.push(ParameterSpec {
-            name,
-            shape: shape.to_vec(),
-            range: start..start + shape.iter().product::<usize>(),
-            trainable: param.is_require_grad(),
-        });
-    }
-
-    fn visit_int<const D: usize>(&mut self, _param: &Param<Tensor<D, Int>>) {
-        let name = self.name();
-        self.fail(FlatError::NotFloat { name });
-    }
-
-    fn visit_bool<const D: usize>(&mut self, _param: &Param<Tensor<D, Bool>>) {
-        let name = self.name();
-        self.fail(FlatError::NotFloat { name });
     }
 }
 
 struct ReadWeights<'a> {
+    trainable: slice::Iter<'a, bool>,
     out: &'a mut Vec<f32>,
 }
 
 impl ModuleVisitor for ReadWeights<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        with_values(param.base().inner(), |values| {
-            self.out.extend_from_slice(values);
-        });
+        if next(&mut self.trainable) {
+            with_values(param.base().inner(), |values| {
+                self.out.extend_from_slice(values);
+            });
+        }
     }
 }
 
-struct WriteWeights<F> {
+struct WriteWeights<'a, F> {
+    trainable: slice::Iter<'a, bool>,
     read: F,
     offset: usize,
     error: Option<FlatError>,
 }
 
-impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<F> {
+impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if self.error.is_some() {
+        if !next(&mut self.trainable) || self.error.is_some() {
             return param;
         }
         let (id, old, mapper) = param.consume();
@@ -257,8 +288,7 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<F> {
             return Param::from_mapped_value(id, old, mapper);
         }
         self.offset = range.end;
-        // `device()` carries autodiff and its settings along, so the new tensor is a leaf like the
-        // old one.
+        // `device()` carries autodiff and its settings along.
         let new = Tensor::<D>::from_data(TensorData::new(values, shape), &old.device());
         let new = if old.is_require_grad() {
             new.require_grad()
@@ -270,19 +300,27 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<F> {
 }
 
 struct ReadGradients<'a> {
+    trainable: slice::Iter<'a, bool>,
     gradients: Gradients,
     /// What is still to be written.
     rest: &'a mut [f32],
+    found_any: bool,
 }
 
 impl ModuleVisitor for ReadGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !next(&mut self.trainable) {
+            return;
+        }
         let tensor = param.base();
         let (own, rest) =
             std::mem::take(&mut self.rest).split_at_mut(tensor.shape().num_elements());
         self.rest = rest;
         match tensor.grad_remove(&mut self.gradients) {
-            Some(gradient) => with_values(gradient, |values| own.copy_from_slice(values)),
+            Some(gradient) => {
+                with_values(gradient, |values| own.copy_from_slice(values));
+                self.found_any = true;
+            }
             None => own.fill(0.0),
         }
     }

@@ -9,7 +9,7 @@
 //! - [`conv2d`]: a burn convolution, computed faster on the default device.
 //! - [`Part`], [`Pass`]: a part of a model that others compute through; [`Seams`]: the other side.
 //! - [`conv2d`], [`max_pool2d`]: burn's, and on the backend `flex` faster ones.
-//! - [`flat`]: the flat view itself, for any burn module.
+//! - [`FlatView`]: the flat view itself, for any burn module.
 //! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
 //! - [`select_device`]: the device to compute on, by name, among the backends compiled in
 //!   ([`device`] lists them).
@@ -71,12 +71,15 @@ mod net;
 mod panic;
 mod part;
 mod pool;
+mod rest;
 mod rng;
 mod rule;
 mod rule_state;
 mod seams;
 pub mod seeded;
 mod step;
+mod stream;
+mod survey;
 
 /// The version of burn that the types of this crate come from.
 pub use burn;
@@ -86,7 +89,7 @@ pub use batch::{BatchError, ImageBatch};
 pub use conv::conv2d;
 pub use convnet::ConvNet;
 pub use device::{DeviceError, compiled_devices, default_device_name, select_device};
-pub use flat::{FlatError, ParameterSpec};
+pub use flat::{FlatError, FlatView, ParameterSpec};
 pub use local::{LocalModel, ModelError};
 pub use loss::{nll_loss, num_correct};
 pub use model::{Evaluation, Model};

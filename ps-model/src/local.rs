@@ -5,10 +5,10 @@ use std::ops::Range;
 use burn::module::Module;
 use burn::tensor::Device;
 
-use crate::flat::{self, FlatError, ParameterSpec};
+use crate::flat::{FlatError, FlatView, ParameterSpec};
 use crate::model::{Evaluation, Model};
-use crate::panic;
 use crate::step::{Step, StepSeed};
+use crate::{panic, rest, stream, survey};
 
 /// Why a model did not compute.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -25,6 +25,34 @@ pub enum ModelError {
         /// The number given.
         got: usize,
     },
+    /// The loss of a batch is not one number.
+    #[error(
+        "the loss must be one number, a tensor of shape [1], but has shape {got:?}: return the mean \
+         over the examples, `.mean()`"
+    )]
+    LossShape {
+        /// The dimensions of what the model returned.
+        got: Vec<usize>,
+    },
+    /// The loss has no gradient.
+    #[error(
+        "the loss depends on no trainable parameter, so there is nothing to learn from it: compute it \
+         from the model's parameters, on tensors that were not detached"
+    )]
+    LossWithoutGradient,
+    /// The weights belong to a model with other parameters.
+    #[error(
+        "the weights are of another model: parameter number {index} is {expected} in this one, \
+         {got} in theirs"
+    )]
+    OtherModel {
+        /// The position of the first difference, from 0.
+        index: usize,
+        /// Name and shape in this model, or that there is none.
+        expected: String,
+        /// Name and shape in the weights, or that there is none.
+        got: String,
+    },
     /// burn or the model panicked, say about a wrong shape. The weights are as before, and the
     /// next call works.
     #[error("the model panicked: {0}")]
@@ -32,6 +60,8 @@ pub enum ModelError {
 }
 
 /// A model on a device, with flat weights and gradients.
+///
+/// Flat are the trainable parameters ([`FlatView`]). All others stay as they were in the model given.
 ///
 /// ```
 /// use ps_model::{ConvNet, ImageBatch, LocalModel, StepSeed, default_device_name, select_device};
@@ -55,48 +85,49 @@ pub enum ModelError {
 /// ```
 #[derive(Debug)]
 pub struct LocalModel<M: Module> {
+    /// In training mode, but without leaves of a graph: see [`rest`].
     pub(crate) model: M,
     /// With autodiff.
     pub(crate) device: Device,
-    layout: Vec<ParameterSpec>,
+    pub(crate) view: FlatView,
+    pub(crate) random_layers: Vec<String>,
 }
 
 impl<M: Module> LocalModel<M> {
     /// Puts a model on a device and in training mode.
     ///
-    /// Parameters that were frozen before stay frozen.
+    /// Parameters that were frozen before stay frozen. If gradient checkpointing is on for `device`, it
+    /// is on for the model, too.
     ///
     /// # Errors
     ///
-    /// If the model has no flat view ([`flat::layout`]) or cannot be moved to the device.
+    /// If the model has no flat view ([`FlatView::new`]) or cannot be moved to the device.
     pub fn new(model: M, device: &Device) -> Result<Self, ModelError> {
         let device = device.clone().autodiff();
-        let (model, layout) = panic::catch(|| {
-            let model = model.train().fork(&device);
-            let layout = flat::layout(&model);
-            (model, layout)
-        })
-        .map_err(ModelError::Panicked)?;
+        let at_rest = panic::catch(|| rest::to_rest(&model, &device));
+        let (model, survey) = at_rest.map_err(ModelError::Panicked)??;
         Ok(Self {
             model,
             device,
-            layout: layout?,
+            view: survey.view,
+            random_layers: survey.random_layers,
         })
     }
 
-    /// Returns the names, shapes and places of the parameters.
+    /// Returns the names, shapes and places of the trainable parameters.
     #[must_use]
     pub fn layout(&self) -> &[ParameterSpec] {
-        &self.layout
+        self.view.parameters()
     }
 
     /// Returns the number of weights, at least 1.
     #[must_use]
     pub fn num_weights(&self) -> usize {
-        self.layout.last().map_or(0, |spec| spec.range.end)
+        self.view.num_weights()
     }
 
-    /// Returns the model with the weights loaded last.
+    /// Returns the model with the weights loaded last, in training mode. Its parameters do not record
+    /// for gradients before `model().clone().train()`.
     #[must_use]
     pub const fn model(&self) -> &M {
         &self.model
@@ -108,7 +139,26 @@ impl<M: Module> LocalModel<M> {
     ///
     /// If the device fails.
     pub fn weights(&self) -> Result<Vec<f32>, ModelError> {
-        panic::catch(|| flat::read_weights(&self.model)).map_err(ModelError::Panicked)
+        panic::catch(|| self.view.read_weights(&self.model)).map_err(ModelError::Panicked)
+    }
+
+    /// Hands on what training does not change: the values of all parameters that are not trainable, of
+    /// running statistics and of flags such as the `training` of a dropout layer, each with its path, its
+    /// dimensions and its bytes in row-major order, always in the same order.
+    ///
+    /// They do not travel, so processes that train one model together must agree on them. Tensors that
+    /// are no parameters (fields of type `Tensor` rather than `Param`) are not among them: burn shows
+    /// them to nobody.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    pub fn fixed_tensors(
+        &self,
+        visit: impl FnMut(&str, &[usize], &[u8]),
+    ) -> Result<(), ModelError> {
+        panic::catch(|| survey::fixed_tensors(&self.model, &self.view, visit))
+            .map_err(ModelError::Panicked)
     }
 
     /// Replaces the weights by those of a slice.
@@ -129,7 +179,7 @@ impl<M: Module> LocalModel<M> {
 
     /// Replaces the weights by what `read` appends for the range of each parameter, in order.
     ///
-    /// For weights that come in pieces, see [`flat::write_weights`].
+    /// For weights that come in pieces, see [`FlatView::write_weights`].
     ///
     /// # Errors
     ///
@@ -141,8 +191,8 @@ impl<M: Module> LocalModel<M> {
     ) -> Result<(), ModelError> {
         // The clone shares the tensors; it keeps the old weights in case this fails.
         let model = self.model.clone();
-        self.model =
-            panic::catch(|| flat::write_weights(model, read)).map_err(ModelError::Panicked)??;
+        let written = panic::catch(|| self.view.write_weights(model, read));
+        self.model = written.map_err(ModelError::Panicked)??;
         Ok(())
     }
 }
@@ -154,8 +204,9 @@ impl<M: Model> LocalModel<M> {
     ///
     /// # Errors
     ///
-    /// If `out` is not as long as [`num_weights`](Self::num_weights), or the model panics, for
-    /// example about a batch of a wrong shape. What `out` holds is unspecified then.
+    /// If `out` is not as long as [`num_weights`](Self::num_weights), the loss is not one number or
+    /// does not depend on the weights, or the model panics, for example about a batch of a wrong
+    /// shape. What `out` holds is unspecified then.
     pub fn gradient(
         &self,
         batch: &M::Batch,
@@ -169,14 +220,25 @@ impl<M: Model> LocalModel<M> {
             });
         }
         let result = panic::catch(|| {
-            let loss = self
-                .model
-                .loss(batch, &mut Step::training(&self.device, seed));
+            let model = self.view.with_leaves(self.model.clone());
+            let mut step = Step::training(&self.device, seed);
+            let loss = stream::seeded(&self.random_layers, &self.device, seed, || {
+                model.loss(batch, &mut step)
+            });
+            let got = loss.dims().to_vec();
+            if got != [1] {
+                return Err(ModelError::LossShape { got });
+            }
+            if !loss.is_tracked() {
+                return Err(ModelError::LossWithoutGradient);
+            }
             let gradients = loss.backward();
-            flat::read_gradients(&self.model, gradients, out);
-            loss.into_scalar::<f32>()
+            if !self.view.read_gradients(&model, gradients, out) {
+                return Err(ModelError::LossWithoutGradient);
+            }
+            Ok(loss.into_scalar::<f32>())
         });
-        result.map_err(ModelError::Panicked)
+        result.map_err(ModelError::Panicked)?
     }
 
     /// Evaluates the model on a batch: without dropout, without recording for gradients.

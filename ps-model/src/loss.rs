@@ -2,6 +2,8 @@
 
 use burn::tensor::{Int, Tensor};
 
+use crate::panic;
+
 /// Returns the mean negative log likelihood of the targets, a tensor of one number.
 ///
 /// `log_probabilities: [batch, classes]`, as from log-softmax; `targets: [batch]`, each in
@@ -10,17 +12,29 @@ use burn::tensor::{Int, Tensor};
 ///
 /// # Panics
 ///
-/// If the batch sizes differ. A target out of range may panic or give a wrong number, depending
-/// on the backend; [`ImageBatch`](crate::ImageBatch) checks its labels.
+/// If the batch sizes differ. A target out of range panics on the CPU and gives a wrong number on most
+/// GPUs; [`ImageBatch`](crate::ImageBatch) checks its labels.
 #[must_use]
 pub fn nll_loss(log_probabilities: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
-    let [batch, _classes] = log_probabilities.dims();
+    let [batch, classes] = log_probabilities.dims();
     let [num_targets] = targets.dims();
     assert_eq!(batch, num_targets, "one target for each row");
-    log_probabilities
-        .gather(1, targets.unsqueeze_dim::<2>(1))
-        .mean()
-        .neg()
+    let indices = targets.clone().unsqueeze_dim::<2>(1);
+    // Looked at only when burn has failed: a GPU would have to wait for the copy in each step.
+    match panic::catch(|| log_probabilities.gather(1, indices)) {
+        Ok(of_targets) => of_targets.mean().neg(),
+        Err(message) => panic!("{}", wrong_target(targets, classes).unwrap_or(message)),
+    }
+}
+
+/// Says which target is none of the classes.
+fn wrong_target(targets: Tensor<1, Int>, classes: usize) -> Option<String> {
+    let targets = targets.into_data();
+    let wrong = |(_, label): &(usize, i64)| !(0..classes as i64).contains(label);
+    let (example, label) = targets.iter::<i64>().enumerate().find(wrong)?;
+    Some(format!(
+        "label {label} of example {example} is not in 0..{classes}"
+    ))
 }
 
 /// Counts the rows whose largest log probability is that of the target.

@@ -7,6 +7,7 @@ use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::local::ModelError;
 use crate::loss::{nll_loss, num_correct};
 use crate::step::Step;
 
@@ -47,7 +48,8 @@ pub trait Model: Module + 'static {
     /// Returns the mean loss over the examples of the batch, a tensor of one number.
     ///
     /// Random choices such as dropout come from `step`, which also names the device for the
-    /// tensors of the batch. Called for training, and by the default [`evaluate`](Self::evaluate)
+    /// tensors of the batch. (Tensors of a device without autodiff are inputs of an inference to burn's
+    /// layers: a `Dropout` does nothing to them, in training either.) Called for training, and by the default [`evaluate`](Self::evaluate)
     /// with a step that is not [training](Step::is_training).
     fn loss(&self, batch: &Self::Batch, step: &mut Step) -> Tensor<1>;
 
@@ -58,11 +60,15 @@ pub trait Model: Module + 'static {
     ///
     /// The default takes the mean from [`loss`](Self::loss) and counts no right answers. Called on
     /// the module in validation mode ([`Module::valid`]), on a device without autodiff.
+    ///
+    /// # Panics
+    ///
+    /// If the loss is not one number.
     fn evaluate(&self, batch: &Self::Batch, device: &Device) -> Evaluation {
-        let mean = self
-            .loss(batch, &mut Step::evaluation(device))
-            .into_scalar::<f32>();
-        Evaluation::from_mean_loss(mean, Self::num_examples(batch))
+        let loss = self.loss(batch, &mut Step::evaluation(device));
+        let got = loss.dims().to_vec();
+        assert!(got == [1], "{}", ModelError::LossShape { got });
+        Evaluation::from_mean_loss(loss.into_scalar(), Self::num_examples(batch))
     }
 }
 

@@ -10,11 +10,11 @@ use burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::activation::{Activation, Array};
-use crate::flat;
+use crate::flat::FlatView;
 use crate::local::LocalModel;
-use crate::panic;
 use crate::rng::Rng;
 use crate::step::{Step, StepSeed};
+use crate::{panic, stream};
 
 /// A burn module that turns one tensor into another: a whole model without its loss, or a part.
 ///
@@ -134,12 +134,13 @@ impl<P: Part> LocalModel<P> {
     ///
     /// If the device fails.
     pub fn begin(&self, seed: StepSeed) -> Result<Pass<P>, PartError> {
-        // New leaves on the same numbers: graphs of different passes have nothing in common.
-        let part = panic::catch(|| self.model.valid().train()).map_err(PartError::Panicked)?;
+        // Graphs of different passes have nothing in common.
+        let part = panic::catch(|| self.view.with_leaves(self.model.clone()));
         Ok(Pass {
-            part,
+            part: part.map_err(PartError::Panicked)?,
             device: self.device.clone(),
-            num_weights: self.num_weights(),
+            view: self.view.clone(),
+            random_layers: self.random_layers.clone(),
             seed,
             calls: Vec::new(),
             gradient: None,
@@ -177,7 +178,8 @@ pub struct Pass<P: Part> {
     part: P,
     /// With autodiff.
     device: Device,
-    num_weights: usize,
+    view: FlatView,
+    random_layers: Vec<String>,
     seed: StepSeed,
     calls: Vec<(u32, Call<P>)>,
     gradient: Option<Vec<f32>>,
@@ -224,7 +226,9 @@ impl<P: Part> Pass<P> {
                 false => input,
             };
             let mut step = Step::training(&self.device, seed);
-            let output = self.part.forward(input.clone(), &mut step);
+            let output = stream::seeded(&self.random_layers, &self.device, seed, || {
+                self.part.forward(input.clone(), &mut step)
+            });
             let array = output.to_array();
             (wants_input_gradient.then_some(input), output, array)
         })
@@ -265,7 +269,7 @@ impl<P: Part> Pass<P> {
         let Call::Forward { input, output } = std::mem::replace(state, Call::Backward) else {
             unreachable!("it was just looked at");
         };
-        let mut gradient = vec![0.0; self.num_weights];
+        let mut gradient = vec![0.0; self.view.num_weights()];
         let input_gradient = panic::catch(|| {
             // Where nothing can be trained there is no graph.
             if !output.is_recorded() {
@@ -273,7 +277,8 @@ impl<P: Part> Pass<P> {
             }
             let mut gradients = output.dot(output_gradient).backward();
             let input_gradient = input.and_then(|input| input.take_gradient(&mut gradients));
-            flat::read_gradients(&self.part, gradients, &mut gradient);
+            self.view
+                .read_gradients(&self.part, gradients, &mut gradient);
             input_gradient
         })
         .map_err(PartError::Panicked)?;

@@ -111,7 +111,7 @@ impl Seams {
         input: I,
         output: Array,
     ) -> Result<(usize, O), PartError> {
-        let output = O::from_array(output, &input.plain_device())?.into_leaf();
+        let output = O::from_array(output, &input.training_device())?.into_leaf();
         let number = self.seams.len();
         self.seams.push(Box::new(Between {
             input: input.is_recorded().then_some(input),

@@ -75,7 +75,8 @@ impl Step {
     /// al., "Dropout", JMLR 15, 2014; scaled in training as in
     /// <https://docs.pytorch.org/docs/stable/generated/torch.nn.Dropout.html>.)
     ///
-    /// burn's own `Dropout` layer works too, but draws from a stream that all threads share.
+    /// burn's own `Dropout` layer works too, but draws from a stream that all threads share: the same
+    /// seed gives the same bits only where one worker at a time computes in the process.
     ///
     /// # Panics
     ///

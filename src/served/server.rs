@@ -13,16 +13,16 @@ use ps_actors::group::ServerGroup;
 use ps_actors::ids::Version;
 use ps_actors::remote::{Messages, Remote};
 use ps_actors::server::{Outcome, PullVersion};
-use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+use ps_actors::weights::{Gradient, Gradients, Weights};
 use ps_model::burn::tensor::Device;
-use ps_model::{Array, LocalModel, Part, Pass};
+use ps_model::{Array, Part, Pass};
 
 use super::contexts::Contexts;
 use super::messages::{
     ApplyContext, ArrayMessage, Backward, Forward, GetGradient, GetLayout, GetParameter,
     GetPartStatus, GetServers, Infer, PartStatus, ReleaseContext, ServedError,
 };
-use crate::source::{SetupError, layout, load};
+use crate::source::{Loadable, SetupError};
 
 /// How much a part server remembers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +52,7 @@ impl Default for PartConfig {
 /// parameter servers.
 pub struct PartServer<P: Part> {
     /// In a box, as the passes, for actors can be moved and parts need not be.
-    model: Box<LocalModel<P>>,
-    layout: Layout,
+    loadable: Box<Loadable<P>>,
     /// The weights that the model has now.
     version: Option<Version>,
     servers: ServerGroup,
@@ -117,10 +116,8 @@ impl<P: Part> PartServer<P> {
         servers: &ServerGroup,
         config: PartConfig,
     ) -> Result<Self, SetupError> {
-        let model = Box::new(LocalModel::new(part.clone(), device)?);
         Ok(Self {
-            layout: layout(model.layout())?,
-            model,
+            loadable: Box::new(Loadable::new(part, device)?),
             version: None,
             servers: servers.clone(),
             contexts: Contexts::new(config),
@@ -133,7 +130,8 @@ impl<P: Part> PartServer<P> {
         if self.version >= Some(weights.version()) {
             return Ok(());
         }
-        load(&mut self.model, weights).map_err(|error| ServedError::Weights {
+        let loaded = self.loadable.load(weights);
+        loaded.map_err(|error| ServedError::Weights {
             reason: error.to_string(),
         })?;
         self.version = Some(weights.version());
@@ -164,7 +162,7 @@ impl<P: Part> PartServer<P> {
         }
         self.load(weights)?;
         self.contexts.admit(forward.context)?;
-        let pass = Box::new(self.model.begin(forward.seed)?);
+        let pass = Box::new(self.loadable.model.begin(forward.seed)?);
         let computed_on = self.version.expect("weights have just been loaded");
         let state = State::Computing { pass, computed_on };
         self.contexts.insert(forward.context, state, Instant::now());
@@ -284,7 +282,7 @@ impl<P: Part> Handler<Infer> for PartServer<P> {
         let weights = latest(self.servers.clone());
         Box::pin(weights.into_actor(self).map(|weights, server, _| {
             server.load(&weights?)?;
-            let output: Array = server.model.infer(input.into())?;
+            let output: Array = server.loadable.model.infer(input.into())?;
             Ok(output.into())
         }))
     }
@@ -340,7 +338,7 @@ impl<P: Part> Handler<GetLayout> for PartServer<P> {
     type Result = MessageResult<GetLayout>;
 
     fn handle(&mut self, _: GetLayout, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.layout.clone())
+        MessageResult(self.loadable.layout().clone())
     }
 }
 

@@ -1,8 +1,10 @@
 //! Training as users do it, on the bundled sample of MNIST.
 
 mod bad_input;
+mod batches;
 mod cluster;
 mod equivalence;
+mod frozen;
 mod nodes;
 mod served;
 mod torch;

@@ -1,21 +1,27 @@
 //! Layout, reading and writing of flat weights and gradients.
 
 use ps_model::burn;
-use ps_model::burn::module::{Module, Param, ParamId};
-use ps_model::burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig, LinearLayout};
-use ps_model::burn::tensor::{FloatDType, Int, Tensor};
-use ps_model::flat::{layout, read_gradients, read_weights, write_weights};
-use ps_model::{ConvNet, FlatError, Net, Rng, seeded};
+use ps_model::burn::module::{Module, Param};
+use ps_model::burn::nn::{Linear, LinearConfig, LinearLayout};
+use ps_model::burn::tensor::{FloatDType, Tensor};
+use ps_model::{ConvNet, FlatError, FlatView, Net, Rng, seeded};
 
 use crate::support::{default_device, on_each_device};
 
+fn view<M: Module>(model: &M) -> FlatView {
+    FlatView::new(model).expect("a model with a flat view")
+}
+
+fn read_weights<M: Module>(model: &M) -> Vec<f32> {
+    view(model).read_weights(model)
+}
+
 fn names_and_shapes<M: Module>(model: &M) -> Vec<(String, Vec<usize>)> {
-    let specs = layout(model).expect("a model with a flat view");
+    let specs = view(model).parameters().to_vec();
     let mut end = 0;
     for spec in &specs {
         assert_eq!(spec.range.start, end, "ranges follow each other");
         assert_eq!(spec.range.len(), spec.shape.iter().product::<usize>());
-        assert!(spec.trainable);
         end = spec.range.end;
     }
     assert_eq!(end, model.num_params());
@@ -90,31 +96,27 @@ fn weights_that_were_written_are_read_back_in_their_places() {
         let weights: Vec<f32> = (0..1_960).map(|i| i as f32).collect();
         // In two pieces, cut inside a parameter, as from two servers.
         let (first, second) = weights.split_at(1_000);
-        let model = write_weights(model, |range, out| {
+        let view = view(&model);
+        let written = view.write_weights(model, |range, out| {
             out.extend_from_slice(&first[range.start.min(1_000)..range.end.min(1_000)]);
             out.extend_from_slice(
                 &second[range.start.max(1_000) - 1_000..range.end.max(1_000) - 1_000],
             );
-        })
-        .expect("the right number of weights");
-        assert!(read_weights(&model) == weights, "{name}");
+        });
+        let model = written.expect("the right number of weights");
+        assert!(view.read_weights(&model) == weights, "{name}");
 
         let now = burn::module::ParamGroup::ids_from_module(model.clone());
         assert_eq!(format!("{ids:?}"), format!("{now:?}"), "{name}: ids stay");
-        assert!(
-            layout(&model)
-                .expect("a flat view")
-                .iter()
-                .all(|s| s.trainable),
-            "{name}: gradients are still required"
-        );
+        assert_eq!(FlatView::new(&model), Ok(view), "{name}: still trainable");
     });
 }
 
 #[test]
 fn a_wrong_number_of_weights_is_refused() {
     let write = |extra: fn(&mut Vec<f32>)| {
-        write_weights(ConvNet::init(0, &default_device()), |range, out| {
+        let model = ConvNet::init(0, &default_device());
+        view(&model).write_weights(model, |range, out| {
             out.resize(range.len(), 1.0);
             if range.start == 27 {
                 extra(out);
@@ -143,11 +145,13 @@ fn a_linear_layer_in_column_layout_computes_the_same_after_a_round_trip() {
         let linear = LinearConfig::new(3, 2)
             .with_layout(LinearLayout::Col)
             .init(device);
-        assert_eq!(layout(&linear).expect("a flat view")[0].shape, [3, 2]);
+        let view = view(&linear);
+        assert_eq!(view.parameters()[0].shape, [3, 2]);
         let x = Tensor::<2>::from_floats([[1.0, -2.0, 3.0]], device);
         let before = linear.forward(x.clone()).into_data();
         let weights = read_weights(&linear);
-        let linear = write_weights(linear, |range, out| out.extend_from_slice(&weights[range]))
+        let linear = view
+            .write_weights(linear, |range, out| out.extend_from_slice(&weights[range]))
             .expect("the right number of weights");
         let after = linear.forward(x).into_data();
         after.assert_approx_eq::<f32>(&before, burn::tensor::Tolerance::absolute(1e-6));
@@ -163,7 +167,7 @@ struct Three {
 }
 
 #[test]
-fn parameters_without_a_gradient_read_as_zeros() {
+fn the_gradient_is_of_what_is_trainable_and_zero_where_it_had_no_part() {
     on_each_device(|name, device| {
         let device = device.clone().autodiff();
         let rng = &mut Rng::new(4);
@@ -172,52 +176,31 @@ fn parameters_without_a_gradient_read_as_zeros() {
             frozen: seeded::linear(rng, [1, 1], &device).no_grad(),
             unused: seeded::linear(rng, [2, 2], &device),
         };
-        let trainable: Vec<bool> = layout(&model)
-            .expect("a flat view")
-            .iter()
-            .map(|s| s.trainable)
-            .collect();
-        assert_eq!(trainable, [true, true, false, false, true, true]);
+        let view = view(&model);
+        let names: Vec<&str> = view.parameters().iter().map(|s| s.name.as_str()).collect();
+        let expected = ["used.weight", "used.bias", "unused.weight", "unused.bias"];
+        assert_eq!(names, expected);
 
         let x = Tensor::<2>::from_floats([[2.0, 3.0]], &device);
         let loss = model.frozen.forward(model.used.forward(x)).sum();
-        let mut gradient = vec![9.0; read_weights(&model).len()];
-        read_gradients(&model, loss.backward(), &mut gradient);
+        let mut gradient = vec![9.0; view.num_weights()];
+        view.read_gradients(&model, loss.backward(), &mut gradient);
 
-        let slope = read_weights(&model.frozen)[0];
-        let expected = [
-            &[2.0 * slope, 3.0 * slope, slope] as &[f32],
-            &[0.0; 2],
-            &[0.0; 6],
-        ];
+        let slope = model.frozen.weight.val().into_scalar::<f32>();
+        let expected = [&[2.0 * slope, 3.0 * slope, slope] as &[f32], &[0.0; 6]];
         // Each number is one product, or two where a backend folds differently.
         let expected = expected.concat();
         assert_eq!(gradient.len(), expected.len());
         for (got, expected) in gradient.iter().zip(expected) {
             assert!((got - expected).abs() < 1e-6, "{name}: {gradient:?}");
         }
-
-        // Frozen stays frozen when weights are written.
-        let model = write_weights(model, |range, out| out.resize(range.len(), 0.5))
-            .expect("the right number of weights");
-        assert!(!layout(&model).expect("a flat view")[2].trainable);
     });
 }
 
 #[derive(Module, Debug)]
-struct Counter {
-    count: Param<Tensor<1, Int>>,
-}
-
-#[derive(Module, Debug)]
-struct Half {
+struct Pair {
     first: Param<Tensor<1>>,
     second: Param<Tensor<1>>,
-}
-
-#[derive(Module, Debug)]
-struct Normalized {
-    norm: BatchNorm,
 }
 
 #[derive(Module, Debug)]
@@ -230,36 +213,34 @@ fn modules_that_have_no_flat_view_are_refused_by_name() {
     let device = default_device();
     let numbers = || Tensor::<1>::from_floats([1.0, 2.0], &device);
 
-    let count = Tensor::<1, Int>::from_ints([1], &device);
-    let counter = Counter {
-        count: Param::initialized(ParamId::new(), count),
-    };
-    let name = "count".to_owned();
-    assert_eq!(layout(&counter), Err(FlatError::NotFloat { name }));
-
-    let half = Half {
+    let double = Pair {
         first: Param::from_tensor(numbers()),
         second: Param::from_tensor(numbers().cast(FloatDType::F64)),
     };
     let (name, dtype) = ("second".to_owned(), "f64".to_owned());
-    assert_eq!(layout(&half), Err(FlatError::NotF32 { name, dtype }));
-
-    let first = Param::from_tensor(numbers());
-    let tied = Half {
-        second: first.clone(),
-        first,
-    };
-    let (first, second) = ("first".to_owned(), "second".to_owned());
-    assert_eq!(layout(&tied), Err(FlatError::Tied { first, second }));
-
-    let normalized = Normalized {
-        norm: BatchNormConfig::new(2).init(&device),
-    };
-    let name = "norm".to_owned();
     assert_eq!(
-        layout(&normalized),
-        Err(FlatError::RunningStatistics { name })
+        FlatView::new(&double),
+        Err(FlatError::NotF32 { name, dtype })
     );
 
-    assert_eq!(layout(&Nothing { size: 3 }), Err(FlatError::Empty));
+    let first = Param::from_tensor(numbers());
+    for second in [first.clone(), first.clone().set_require_grad(false)] {
+        let tied = Pair {
+            first: first.clone(),
+            second,
+        };
+        let (first, second) = ("first".to_owned(), "second".to_owned());
+        assert_eq!(FlatView::new(&tied), Err(FlatError::Tied { first, second }));
+    }
+
+    assert_eq!(FlatView::new(&Nothing { size: 3 }), Err(FlatError::Empty));
+    let frozen = ConvNet::init(1, &device).freeze();
+    let (first, count) = ("conv1.weight".to_owned(), 4);
+    for frozen in [frozen.valid(), frozen] {
+        let (first, count) = (first.clone(), count);
+        assert_eq!(
+            FlatView::new(&frozen),
+            Err(FlatError::NothingTrainable { first, count })
+        );
+    }
 }

@@ -1,7 +1,12 @@
 //! A worker's model: reuse, evaluation mode, and errors instead of panics.
 
-use ps_model::burn::module::Module;
-use ps_model::{ConvNet, Evaluation, FlatError, ImageBatch, LocalModel, ModelError, Net, StepSeed};
+use ps_model::burn;
+use ps_model::burn::module::{Module, ModuleVisitor, Param};
+use ps_model::burn::tensor::{Device, GradientCheckpointingStrategy, Tensor};
+use ps_model::{
+    ConvNet, Evaluation, FlatError, ImageBatch, LocalModel, Model, ModelError, Net, Step, StepSeed,
+    nll_loss,
+};
 
 use crate::support::{default_device, norm, on_each_device, on_each_device_except, random_images};
 
@@ -162,5 +167,127 @@ fn a_batch_that_does_not_fit_is_an_error_and_the_next_one_works() {
                 .expect_err("a batch for another model");
         }
         assert!(gradient(&model, &good) == expected, "{name}");
+    });
+}
+
+/// A model whose loss may be none.
+#[derive(Module, Debug)]
+struct Odd {
+    weight: Param<Tensor<1>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Loss {
+    Good,
+    WithoutMean,
+    Detached,
+    Plain,
+    LabelOutOfRange,
+}
+
+impl Odd {
+    fn init(device: &Device) -> LocalModel<Self> {
+        let weight = Param::from_tensor(Tensor::from_floats([1.0, 2.0, 3.0], device));
+        LocalModel::new(Self { weight }, device).expect("a flat view")
+    }
+}
+
+impl Model for Odd {
+    type Batch = Loss;
+
+    fn loss(&self, loss: &Loss, step: &mut Step) -> Tensor<1> {
+        let weight = self.weight.val();
+        match loss {
+            Loss::Good => weight.mean(),
+            Loss::WithoutMean => weight,
+            Loss::Detached => weight.detach().mean(),
+            Loss::Plain => weight.inner().mean(),
+            Loss::LabelOutOfRange => {
+                let labels = Tensor::from_ints([1, 7], step.device());
+                nll_loss(weight.unsqueeze::<2>().repeat(&[2, 1]), labels)
+            }
+        }
+    }
+
+    fn num_examples(_: &Loss) -> usize {
+        3
+    }
+}
+
+#[test]
+fn a_loss_that_cannot_be_learned_from_is_an_error_that_says_what_to_do() {
+    on_each_device(|name, device| {
+        let model = Odd::init(device);
+        let gradient = |loss: Loss| {
+            let mut gradient = [0.0; 3];
+            let loss = model.gradient(&loss, StepSeed::default(), &mut gradient);
+            loss.map(|_| gradient)
+        };
+        assert!(gradient(Loss::Good).is_ok(), "{name}");
+        let got = vec![3];
+        let error = gradient(Loss::WithoutMean).expect_err("no number");
+        assert_eq!(error, ModelError::LossShape { got }, "{name}");
+        assert!(error.to_string().contains(".mean()"), "{error}");
+        for loss in [Loss::Detached, Loss::Plain] {
+            let error = gradient(loss).expect_err("no gradient");
+            assert_eq!(error, ModelError::LossWithoutGradient, "{name}");
+        }
+        let error = model.evaluate(&Loss::WithoutMean).expect_err("no number");
+        assert!(error.to_string().contains(".mean()"), "{name}: {error}");
+        assert_eq!(gradient(Loss::Good), Ok([1.0 / 3.0; 3]), "{name}");
+    });
+    let error = Odd::init(&default_device())
+        .gradient(&Loss::LabelOutOfRange, StepSeed::default(), &mut [0.0; 3])
+        .expect_err("class 7 of 3");
+    let expected = "label 7 of example 1 is not in 0..3";
+    assert!(error.to_string().contains(expected), "{error}");
+}
+
+/// The strategy of the parameters, which must all have the same.
+fn strategy<M: Module>(model: &M) -> Option<GradientCheckpointingStrategy> {
+    #[derive(Default)]
+    struct Strategies(Vec<Option<GradientCheckpointingStrategy>>);
+    impl ModuleVisitor for Strategies {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.0.push(param.val().gradient_checkpointing_strategy());
+        }
+    }
+    let mut found = Strategies::default();
+    model.visit(&mut found);
+    assert!(found.0.iter().all(|strategy| *strategy == found.0[0]));
+    found.0[0]
+}
+
+/// Asked for on the device, as in `device.autodiff().gradient_checkpointing()`, wherever the model was
+/// made.
+#[test]
+fn gradient_checkpointing_is_on_if_the_device_says_so() {
+    on_each_device(|name, device| {
+        let checkpointing = device.clone().autodiff().gradient_checkpointing();
+        let batch = random_images(2, 8);
+        let plain = LocalModel::new(ConvNet::init(1, device), device).expect("a flat view");
+        let (_, expected) = gradient(&plain, &batch);
+        for made_on in [device, &device.clone().autodiff(), &checkpointing] {
+            let strategy_of = |trained_on| {
+                let model = LocalModel::new(ConvNet::init(1, made_on), trained_on);
+                let mut model = model.expect("a flat view");
+                model
+                    .load(&plain.weights().expect("weights"))
+                    .expect("as many weights");
+                let (_, gradient) = gradient(&model, &batch);
+                let difference: Vec<f32> =
+                    gradient.iter().zip(&expected).map(|(a, b)| a - b).collect();
+                assert!(norm(&difference) < 1e-6 * norm(&gradient), "{name}");
+                assert_eq!(
+                    model.evaluate(&batch).expect("a good batch").num_correct,
+                    plain.evaluate(&batch).expect("a good batch").num_correct
+                );
+                strategy(model.model())
+            };
+            let on = Some(GradientCheckpointingStrategy::Balanced);
+            assert_eq!(strategy_of(&checkpointing), on, "{name}");
+            let off = Some(GradientCheckpointingStrategy::Disabled);
+            assert_eq!(strategy_of(device), off, "{name}");
+        }
     });
 }

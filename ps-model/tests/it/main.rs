@@ -4,6 +4,7 @@ mod convolution;
 mod custom_model;
 mod devices;
 mod dropout;
+mod fixed;
 mod flat_views;
 mod gradients;
 mod local_model;

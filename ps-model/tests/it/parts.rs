@@ -8,8 +8,8 @@ use ps_model::burn::tensor::module::max_pool2d;
 use ps_model::burn::tensor::ops::MaxPoolOptions;
 use ps_model::burn::tensor::{Device, Tensor, TensorData};
 use ps_model::{
-    Activation, Array, ConvNet, ImageBatch, LocalGradients, LocalModel, MAX_CALLS, Model, Net,
-    Part, PartError, Pass, Rng, SeamError, Seams, Step, StepSeed, flat, nll_loss, seeded,
+    Activation, Array, ConvNet, FlatView, ImageBatch, LocalGradients, LocalModel, MAX_CALLS, Model,
+    Net, Part, PartError, Pass, Rng, SeamError, Seams, Step, StepSeed, nll_loss, seeded,
 };
 
 use crate::support::{default_device, on_each_device_except, random_images};
@@ -277,7 +277,8 @@ fn layers_before_behind_and_around_a_part_get_their_gradients() {
         around: around.clone(),
     };
     let mut expected = vec![0.0; both.num_params()];
-    flat::read_gradients(&both, whole, &mut expected);
+    let view = FlatView::new(&both).unwrap();
+    view.read_gradients(&both, whole, &mut expected);
 
     let mut pass = part.begin(StepSeed::default()).unwrap();
     let seams = std::cell::RefCell::new(Seams::new());

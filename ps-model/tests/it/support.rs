@@ -3,7 +3,8 @@
 use ps_model::burn::tensor::Device;
 use ps_model::{ImageBatch, Rng, compiled_devices, select_device};
 
-/// Runs a test on each backend that is compiled in and available on this machine.
+/// Runs a test on each backend that is compiled in and available on this machine, on its device without
+/// autodiff.
 pub(crate) fn on_each_device(mut test: impl FnMut(&str, &Device)) {
     on_each_device_except(&[], |name, device| test(name, device));
 }
@@ -16,7 +17,7 @@ pub(crate) fn on_each_device_except(skipped: &[&str], mut test: impl FnMut(&str,
             continue;
         }
         match select_device(name) {
-            Ok(device) => test(name, &device),
+            Ok(device) => test(name, &device.inner()),
             // The CPU backends work everywhere; a GPU may be missing.
             Err(error) if ["cuda", "wgpu"].contains(&name) => eprintln!("skipped: {error}"),
             Err(error) => panic!("{error}"),
@@ -24,9 +25,10 @@ pub(crate) fn on_each_device_except(skipped: &[&str], mut test: impl FnMut(&str,
     }
 }
 
-/// The device for tests of which one is enough.
+/// The device for tests of which one is enough, without autodiff.
 pub(crate) fn default_device() -> Device {
-    select_device(ps_model::default_device_name()).expect("the default device works")
+    let device = select_device(ps_model::default_device_name());
+    device.expect("the default device works").inner()
 }
 
 /// Random images in -2..2, labels 0, 7, 4, 1, ...; the batch of `expected/gradients.py`.

@@ -10,8 +10,7 @@ use ps_model::burn::optim::{
     ModuleOptimizer, RmsPropConfig, SgdConfig,
 };
 use ps_model::burn::tensor::{Device, Tensor, TensorData};
-use ps_model::flat::read_weights;
-use ps_model::{BurnRule, ElementwiseConfig, Rng, RuleError, RuleState, StateValue};
+use ps_model::{BurnRule, ElementwiseConfig, FlatView, Rng, RuleError, RuleState, StateValue};
 
 use crate::support::{default_device, on_each_device};
 
@@ -68,7 +67,8 @@ fn check<C: ElementwiseConfig>(what: &str, config: &C, mut module_optimizer: Mod
             let gradient = module.gradients(gradient, device);
             module = module_optimizer.step(rate, module, gradient);
         }
-        let expected = read_weights(&module);
+        let view = FlatView::new(&module).expect("a flat view");
+        let expected = view.read_weights(&module);
         assert!(expected.iter().zip(&initial).all(|(a, b)| a != b));
 
         for cuts in [vec![0, 38], vec![0, 1, 38], vec![0, 13, 25, 35, 38]] {

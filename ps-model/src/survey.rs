@@ -1,0 +1,266 @@
+//! Looks at the fields of a module: what is trainable, what is fixed, what cannot be trained by
+//! gradients from elsewhere, and which layers draw random numbers from the device.
+
+use std::collections::{HashMap, HashSet};
+
+use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
+use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
+
+use crate::flat::{FlatError, FlatView, ParameterSpec};
+
+/// What the fields of a module say.
+#[derive(Debug)]
+pub(crate) struct Survey {
+    pub(crate) view: FlatView,
+    /// The flags that are on, such as the `training` of a dropout layer.
+    pub(crate) enabled_flags: HashSet<ParamId>,
+    /// The paths and types of burn's layers that draw from the device's stream of random numbers.
+    pub(crate) random_layers: Vec<String>,
+}
+
+/// burn's layers that draw random numbers from the device while they train.
+const RANDOM_LAYERS: [&str; 3] = ["Struct:Dropout", "Struct:GaussianNoise", "Struct:RRelu"];
+
+/// The field by which burn's layers, and any that follow them, are told to leave their statistics and
+/// their input alone. `Module::freeze` switches it off.
+const TRAINING_FLAG: &str = "training";
+
+/// Looks at a module in training mode.
+pub(crate) fn survey<M: Module>(module: &M) -> Result<Survey, FlatError> {
+    let mut probed = Probed::default();
+    module.clone().map(&mut Probe).visit(&mut probed);
+    let mut visitor = Surveyor {
+        is_parameter: probed.is_parameter.into_iter(),
+        ..Surveyor::default()
+    };
+    module.visit(&mut visitor);
+    visitor.finish()
+}
+
+/// Asks of everything to become trainable. What is a parameter does; a running statistic, which burn
+/// shows as if it were a frozen parameter, does not.
+struct Probe;
+
+impl ModuleMapper for Probe {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.set_require_grad(true)
+    }
+}
+
+#[derive(Default)]
+struct Probed {
+    is_parameter: Vec<bool>,
+}
+
+impl ModuleVisitor for Probed {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let tensor = param.base();
+        let is_quantized = matches!(tensor.dtype(), DType::QFloat(_));
+        // Quantized ones never require a gradient. Statistics are not quantized: a layer adds to them.
+        self.is_parameter
+            .push(tensor.is_require_grad() || is_quantized);
+    }
+}
+
+#[derive(Default)]
+struct Surveyor {
+    is_parameter: std::vec::IntoIter<bool>,
+    /// Names of fields, and the types of what they are in.
+    path: Vec<(String, String)>,
+    specs: Vec<ParameterSpec>,
+    trainable: Vec<bool>,
+    /// The names of all parameters, fixed ones too.
+    names: Vec<String>,
+    /// Where a parameter was first seen, and whether it is trainable there.
+    seen: HashMap<ParamId, (String, bool)>,
+    /// The layers and fields of running statistics.
+    statistics: Vec<(String, String)>,
+    /// The layers that are told not to train.
+    frozen_layers: HashSet<String>,
+    enabled_flags: HashSet<ParamId>,
+    random_layers: Vec<String>,
+    error: Option<FlatError>,
+}
+
+impl Surveyor {
+    fn name(&self) -> String {
+        join(&self.path)
+    }
+
+    /// The path of what the present field is in.
+    fn layer(&self) -> String {
+        join(self.path.split_last().map_or(&[], |(_, layer)| layer))
+    }
+
+    /// Keeps the first error, which says most about the cause.
+    fn fail(&mut self, error: FlatError) {
+        self.error.get_or_insert(error);
+    }
+
+    fn finish(mut self) -> Result<Survey, FlatError> {
+        let mut learned = self.statistics.into_iter();
+        if let Some((_, name)) = learned.find(|(layer, _)| !self.frozen_layers.contains(layer)) {
+            self.error
+                .get_or_insert(FlatError::RunningStatistics { name });
+        }
+        if let Some(error) = self.error {
+            return Err(error);
+        }
+        let view = FlatView {
+            specs: self.specs,
+            trainable: self.trainable,
+        };
+        if view.num_weights() == 0 {
+            let count = self.names.len();
+            return Err(match self.names.into_iter().next() {
+                Some(first) => FlatError::NothingTrainable { first, count },
+                None => FlatError::Empty,
+            });
+        }
+        Ok(Survey {
+            view,
+            enabled_flags: self.enabled_flags,
+            random_layers: self.random_layers,
+        })
+    }
+}
+
+fn join(path: &[(String, String)]) -> String {
+    let names: Vec<&str> = path.iter().map(|(name, _)| name.as_str()).collect();
+    names.join(".")
+}
+
+/// Whether the user wants a parameter trained, whatever its tensor can do.
+fn is_active<const D: usize>(param: &Param<Tensor<D>>) -> bool {
+    // The setting stays with the parameter and comes to light with a tensor that can be trained.
+    let other = |tensor: Tensor<D>| Tensor::zeros([1; D], &tensor.device().inner());
+    param.clone().map(other).train().base().is_require_grad()
+}
+
+impl ModuleVisitor for Surveyor {
+    fn enter_module(&mut self, name: &str, container_type: &str) {
+        self.path.push((name.to_owned(), container_type.to_owned()));
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let name = self.name();
+        let tensor = param.base();
+        if !self.is_parameter.next().unwrap_or(true) {
+            self.trainable.push(false);
+            self.statistics.push((self.layer(), name));
+            return;
+        }
+        self.names.push(name.clone());
+        let is_trainable = is_active(param);
+        self.trainable.push(is_trainable);
+        if let Some((first, was_trainable)) =
+            self.seen.insert(param.id, (name.clone(), is_trainable))
+            && (is_trainable || was_trainable)
+        {
+            return self.fail(FlatError::Tied {
+                first,
+                second: name,
+            });
+        }
+        if !is_trainable {
+            return;
+        }
+        if tensor.dtype() != DType::F32 {
+            let dtype = tensor.dtype().name().to_owned();
+            return self.fail(FlatError::NotF32 { name, dtype });
+        }
+        let start = self.specs.last().map_or(0, |spec| spec.range.end);
+        let shape = tensor.dims();
+        self.specs.push(ParameterSpec {
+            name,
+            shape: shape.to_vec(),
+            range: start..start + shape.iter().product::<usize>(),
+        });
+    }
+
+    fn visit_int<const D: usize>(&mut self, _param: &Param<Tensor<D, Int>>) {
+        self.names.push(self.name());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, _param: &Param<Tensor<D, Bool>>) {
+        self.names.push(self.name());
+    }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        let layer = self.layer();
+        let Some((field, layer_type)) = self.path.last() else {
+            return;
+        };
+        if flag.is_enabled() {
+            self.enabled_flags.insert(flag.id);
+            if RANDOM_LAYERS.contains(&layer_type.as_str()) {
+                let layer_type = layer_type.trim_start_matches("Struct:");
+                self.random_layers.push(format!("{layer} ({layer_type})"));
+            }
+        } else if field == TRAINING_FLAG {
+            self.frozen_layers.insert(layer);
+        }
+    }
+}
+
+/// Hands on what training does not change: the values of all parameters that are not trainable, of
+/// running statistics and of flags such as the `training` of a dropout layer, each with its path, its
+/// dimensions and its bytes in row-major order, in the order of the module's fields.
+///
+/// Processes that train one model must agree on these. Tensors that are no parameters (fields of type
+/// `Tensor` rather than `Param`) are not among them: burn shows them to nobody.
+pub(crate) fn fixed_tensors<M: Module>(
+    module: &M,
+    view: &FlatView,
+    visit: impl FnMut(&str, &[usize], &[u8]),
+) {
+    module.visit(&mut FixedTensors {
+        trainable: view.trainable.iter(),
+        path: Vec::new(),
+        visit,
+    });
+}
+
+struct FixedTensors<'a, F> {
+    trainable: std::slice::Iter<'a, bool>,
+    path: Vec<String>,
+    visit: F,
+}
+
+impl<F: FnMut(&str, &[usize], &[u8])> FixedTensors<'_, F> {
+    fn data(&mut self, data: &TensorData) {
+        (self.visit)(&self.path.join("."), data.shape(), data.as_bytes());
+    }
+}
+
+impl<F: FnMut(&str, &[usize], &[u8])> ModuleVisitor for FixedTensors<'_, F> {
+    fn enter_module(&mut self, name: &str, _container_type: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _container_type: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if self.trainable.next() == Some(&false) {
+            self.data(&param.base().inner().into_data());
+        }
+    }
+
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
+        self.data(&param.base().inner().into_data());
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
+        self.data(&param.base().inner().into_data());
+    }
+
+    fn visit_flag(&mut self, flag: &Param<Flag>) {
+        (self.visit)(&self.path.join("."), &[], &[flag.is_enabled().into()]);
+    }
+}
