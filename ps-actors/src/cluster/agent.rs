@@ -12,7 +12,7 @@ use actix::{Actor, Context, Handler, Message, ResponseFuture};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::host::{Args, Hosts, Made};
+use super::host::{Args, Host, Hosts, Made};
 use super::members::{Member, Members};
 use super::resources::Resources;
 use crate::actor::ActorRef;
@@ -98,6 +98,7 @@ pub(crate) struct Find {
 #[rtype(result = "Result<Wire, SpawnRefused>")]
 pub(crate) struct Make {
     pub(crate) type_name: String,
+    pub(crate) variant: Option<String>,
     pub(crate) args: Args,
     pub(crate) name: Option<String>,
     pub(crate) needs: Resources,
@@ -113,6 +114,27 @@ pub enum SpawnRefused {
         /// The type asked for.
         type_name: String,
         /// What is.
+        hosted: String,
+    },
+    /// The type is hosted, but not in this variant.
+    #[error(
+        "{type_name} is hosted there for {hosted}, not for {variant}: all processes must add what \
+         they host before the launch, such as each trainer's `hosts(..)`, with the same settings and data"
+    )]
+    OtherVariants {
+        /// The type asked for.
+        type_name: String,
+        /// The variant asked for.
+        variant: String,
+        /// The variants that are hosted.
+        hosted: String,
+    },
+    /// No variant was asked for where there are several.
+    #[error("{type_name} is hosted there for {hosted}: say which one with SpawnOn::variant")]
+    Ambiguous {
+        /// The type asked for.
+        type_name: String,
+        /// The variants that are hosted.
         hosted: String,
     },
     /// Other actors have what it needs.
@@ -156,7 +178,7 @@ impl Nursery {
 
     /// Compares what a node states with what this process does.
     fn check_facts(&self, theirs: &BTreeMap<String, String>) -> Result<(), JoinRefused> {
-        let ours = self.hosts.facts();
+        let ours = &self.hosts.facts();
         for name in ours.keys().chain(theirs.keys()) {
             let (driver, here) = (ours.get(name).cloned(), theirs.get(name).cloned());
             if driver != here {
@@ -177,16 +199,19 @@ impl Nursery {
     }
 
     pub(crate) async fn make(self: Arc<Self>, order: Make) -> Result<Wire, SpawnRefused> {
+        let host = self.hosts.get(&order.type_name, order.variant.as_deref())?;
+        self.make_by(host, order).await
+    }
+
+    /// Makes an actor in another way than this process's own hosts would.
+    pub(crate) async fn make_by(
+        self: Arc<Self>,
+        host: Arc<dyn Host>,
+        order: Make,
+    ) -> Result<Wire, SpawnRefused> {
         let Make {
-            type_name,
-            args,
-            name,
-            needs,
+            args, name, needs, ..
         } = order;
-        let Some(host) = self.hosts.get(&type_name).cloned() else {
-            let hosted = self.hosts.names().join(", ");
-            return Err(SpawnRefused::NotHosted { type_name, hosted });
-        };
         if self.is_leaving.load(Ordering::Acquire) {
             return Err(SpawnRefused::Leaving);
         }
@@ -221,8 +246,7 @@ impl Nursery {
 
     pub(crate) fn find(&self, find: &Find) -> Option<Wire> {
         self.hosts
-            .get(&find.type_name)?
-            .find(&self.process, &find.name)
+            .find_actor(&self.process, &find.type_name, &find.name)
     }
 
     /// Makes no more actors, and lets those that can be continued elsewhere finish what they do;
