@@ -2,8 +2,10 @@
 
 mod bad_input;
 mod cluster;
+mod ending;
 mod equivalence;
 mod nodes;
 mod served;
 mod torch;
 mod training;
+mod trainings;
