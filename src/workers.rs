@@ -65,7 +65,7 @@ impl<M: Model> Worker<M> {
     ) -> Result<WorkerRun, TrainError> {
         let worker = self.config.worker;
         let mut told = WorkerRun::default();
-        let mut num_losses = 0;
+        let (mut num_losses, mut settled_at_loss) = (0, 0);
         let mut num_settled = 0;
         loop {
             let num_steps = num_steps.saturating_sub(num_settled);
@@ -99,15 +99,13 @@ impl<M: Model> Worker<M> {
                 servers.report_lost(worker).await?;
             }
             told.num_restarts += 1;
-            let before = num_settled;
             num_settled = settled(servers, worker).await?;
             if let Some(source) = lost.filter(|_| !is_panic) {
                 // Whoever gets on may be lost any number of times.
-                num_losses = if num_settled > before {
-                    1
-                } else {
-                    num_losses + 1
-                };
+                if num_settled > settled_at_loss {
+                    (num_losses, settled_at_loss) = (0, num_settled);
+                }
+                num_losses += 1;
                 if actor.is_local() || num_losses > MAX_LOSSES {
                     return Err(TrainError::WorkerLost { worker, source });
                 }
