@@ -63,15 +63,13 @@ fn main() -> Result<()> {
         let (rank, ready) = gradients
             .wait_next()
             .context("every worker has a call pending")?;
-        let gradient = workers[rank].settle(ready)?;
-        let is_lost = gradient.is_none();
-        if let Some(gradient) = gradient {
-            weights = server.ask(ApplyGradients::sum([gradient])).wait()??;
-        }
-        gradients.insert(rank, workers[rank].compute(&weights));
-        if is_lost {
+        let Some(gradient) = workers[rank].settle(ready)? else {
+            // It was lost, and has been started again for the same batch.
+            gradients.insert(rank, workers[rank].compute(&weights));
             continue;
-        }
+        };
+        weights = server.ask(ApplyGradients::sum([gradient])).wait()??;
+        gradients.insert(rank, workers[rank].compute(&weights));
 
         if i % 10 == 0 {
             println!(

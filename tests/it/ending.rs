@@ -158,15 +158,42 @@ fn faults(period: u64, evaluations: u64) -> Faults {
 }
 
 fn fragile(period: u64, evaluations: u64) -> Trainer<Fragile, ChargedData> {
-    let faults = faults(period, evaluations);
+    let (model, data) = model_and_data(faults(period, evaluations));
+    Trainer::new(model, data).device(&device()).batch_size(4)
+}
+
+fn model_and_data(faults: Faults) -> (Fragile, ChargedData) {
     let model = Fragile {
         net: ConvNet::init(1, &device()),
         faults: faults.clone(),
     };
     let images = Mnist::bundled_sample().train;
-    Trainer::new(model, ChargedData { images, faults })
-        .device(&device())
-        .batch_size(4)
+    (model, ChargedData { images, faults })
+}
+
+#[test]
+fn a_lasting_worker_goes_on_with_the_batch_that_it_was_lost_with() {
+    let losses = |period| {
+        let (model, data) = model_and_data(faults(period, 0));
+        let hosts = host_workers(Hosts::new(), &model, &device(), &data);
+        let config = WorkerConfig {
+            worker: WorkerId(0),
+            num_workers: 1,
+            batch_size: 4,
+            seed: 0,
+        };
+        let cluster = Cluster::alone(hosts);
+        let mut worker = LastingWorker::<Fragile>::spawn(&cluster, config).unwrap();
+        let weights = initial_weights(&model, &device()).unwrap();
+        let mut gradient = || {
+            let reply = worker.compute(&weights);
+            worker.finish(reply, &weights).unwrap()
+        };
+        let losses: Vec<f32> = (0..6).map(|_| gradient().loss).collect();
+        assert_eq!(worker.clock(), Clock(6));
+        losses
+    };
+    assert_eq!(losses(2), losses(u64::MAX));
 }
 
 #[test]
