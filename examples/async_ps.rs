@@ -46,12 +46,9 @@ fn main() -> Result<()> {
     };
     let initial = initial_weights(&model, &device)?;
     let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
-    let workers = (0..args.num_workers)
-        .map(|rank| {
-            cluster
-                .spawn::<ModelWorker<ConvNet>>(args.worker(rank))
-                .wait()
-        })
+    // A worker whose process is lost is started again, on another one if need be.
+    let mut workers = (0..args.num_workers)
+        .map(|rank| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(rank)))
         .collect::<Result<Vec<_>, _>>()?;
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
@@ -59,14 +56,20 @@ fn main() -> Result<()> {
     let mut weights = server.ask(GetWeights).wait()?;
     let mut gradients = Pending::new();
     for (rank, worker) in workers.iter().enumerate() {
-        gradients.insert(rank, worker.ask(ComputeGradients(weights.clone())));
+        gradients.insert(rank, worker.compute(&weights));
     }
-    for i in 0..args.iterations * args.num_workers as u64 {
+    let mut i = 0;
+    while i < args.iterations * args.num_workers as u64 {
         let (rank, ready) = gradients
             .wait_next()
             .context("every worker has a call pending")?;
-        weights = server.ask(ApplyGradients::sum([ready??])).wait()??;
-        gradients.insert(rank, workers[rank].ask(ComputeGradients(weights.clone())));
+        let Some(gradient) = workers[rank].settle(ready)? else {
+            // It was lost, and has been started again for the same batch.
+            gradients.insert(rank, workers[rank].compute(&weights));
+            continue;
+        };
+        weights = server.ask(ApplyGradients::sum([gradient])).wait()??;
+        gradients.insert(rank, workers[rank].compute(&weights));
 
         if i % 10 == 0 {
             println!(
@@ -74,6 +77,7 @@ fn main() -> Result<()> {
                 evaluator.accuracy_percent(&weights)?
             );
         }
+        i += 1;
     }
     println!(
         "Final accuracy is {:.1}.",

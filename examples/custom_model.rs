@@ -45,7 +45,9 @@ fn main() -> Result<()> {
     let as_batch = |points: Vec<Point>| points;
     let test = collated(landscape(1_000, 0.5), as_batch);
 
-    let trainer = Trainer::new(model, collated(landscape(4_000, 0.0), as_batch))
+    // Processes compare their data, too.
+    let train = collated(landscape(4_000, 0.0), as_batch).compared_by(|point| format!("{point:?}"));
+    let trainer = Trainer::new(model, train)
         .test_data(test)
         .device(&device)
         .workers(args.num_workers)

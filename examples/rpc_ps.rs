@@ -19,9 +19,11 @@
 //! model on the server has then on the test set: about 93 % after 200 batches of two trainers.
 
 use actix::{Actor, Context, Handler, Message, ResponseFuture};
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use futures_util::future::try_join_all;
+use ps::actors::server::Outcome;
+use ps::actors::worker::MAX_REFUSED;
 use ps::prelude::*;
 use ps::served::{DistributedOptimizer, PartConfig, PartServer, infer, serve_part};
 use serde::{Deserialize, Serialize};
@@ -51,9 +53,21 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let mnist = args.data.mnist()?;
     let device = select_device(&args.data.device)?;
+    let net = Net::init(args.seed, &device);
     let hosts = {
+        // A process with other data, another model or other flags is not let in.
+        let hosts = agree_on_model(Hosts::new(), &net, &device);
+        let hosts = agree_on_data(hosts, &mnist.train)
+            .must_agree(
+                "the test data",
+                mnist.test.fingerprint().unwrap_or_default(),
+            )
+            .must_agree("--iterations", args.iterations)
+            .must_agree("--batch-size", args.batch_size)
+            .must_agree("--learning-rate", args.learning_rate)
+            .must_agree("--seed", args.seed);
         let (args, mnist) = (args.clone(), mnist);
-        Hosts::new().host(move |place: Place| {
+        hosts.host(move |place: Place| {
             let (args, mnist) = (args.clone(), mnist.clone());
             Ok(Trainer { args, mnist, place })
         })
@@ -69,7 +83,6 @@ fn main() -> Result<()> {
         learning_rate: args.learning_rate,
         ..ServerConfig::default()
     };
-    let net = Net::init(args.seed, &device);
     let server = ParameterServer::new(&initial_weights(&net, &device)?, Sgd::new(), config)?;
     let servers = ServerGroup::from(server.spawn()?);
     // One for each trainer, so that they need not wait for each other; the weights are the same.
@@ -169,6 +182,7 @@ async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
     )?;
     let mut optimizer = DistributedOptimizer::new(worker, args.seed);
     optimizer.add(&part).await?;
+    let mut num_refused = 0;
     while optimizer.clock().0 < args.iterations {
         let clock = optimizer.clock();
         let batch = batches.batch(clock)?;
@@ -177,7 +191,18 @@ async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
         let labels = batch.labels_on(&output.device());
         let loss = nll_loss(output, labels);
         context.backward(&loss).await?;
-        optimizer.step(context).await?;
+        let outcomes = optimizer.step(context).await?;
+        let is_refused = |outcome: &Outcome| matches!(outcome, Outcome::RefusedNorm { .. });
+        num_refused = if outcomes.iter().all(is_refused) {
+            num_refused + 1
+        } else {
+            0
+        };
+        ensure!(
+            num_refused < MAX_REFUSED,
+            "training has diverged: {num_refused} gradients in a row were refused, being NaN or \
+             infinite; try a lower --learning-rate"
+        );
         if clock.0.is_multiple_of(5) {
             let (rank, loss) = (index + 1, loss.into_scalar::<f32>());
             println!("Rank {rank} training batch {} loss {loss:.4}", clock.0);

@@ -45,12 +45,9 @@ fn main() -> Result<()> {
     };
     let initial = initial_weights(&model, &device)?;
     let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
-    let workers = (0..args.num_workers)
-        .map(|rank| {
-            cluster
-                .spawn::<ModelWorker<ConvNet>>(args.worker(rank))
-                .wait()
-        })
+    // A worker whose process is lost is started again, on another one if need be.
+    let mut workers = (0..args.num_workers)
+        .map(|rank| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(rank)))
         .collect::<Result<Vec<_>, _>>()?;
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
@@ -60,11 +57,11 @@ fn main() -> Result<()> {
         // Every call starts at once, so the workers compute side by side.
         let replies: Vec<_> = workers
             .iter()
-            .map(|worker| worker.ask(ComputeGradients(weights.clone())))
+            .map(|worker| worker.compute(&weights))
             .collect();
         let mut gradients = Vec::new();
-        for reply in replies {
-            gradients.push(reply.wait()??);
+        for (worker, reply) in workers.iter_mut().zip(replies) {
+            gradients.push(worker.finish(reply, &weights)?);
         }
         weights = server.ask(ApplyGradients::sum(gradients)).wait()??;
 

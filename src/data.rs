@@ -10,6 +10,7 @@ use ps_model::ImageBatch;
 use ps_model::burn::data::dataloader::batcher::Batcher;
 use ps_model::burn::data::dataset::Dataset;
 use ps_model::burn::tensor::Device;
+use sha2::{Digest as _, Sha256};
 
 use crate::source::WorkerConfig;
 
@@ -24,6 +25,16 @@ pub trait Examples: Clone + Send + 'static {
     /// Makes a batch of the examples with these indexes, each below
     /// [`num_examples`](Self::num_examples).
     fn batch(&self, indices: &[usize]) -> Self::Batch;
+
+    /// Returns a text that is the same for the same content and another one for other content, such as a
+    /// digest; `None` if there is none, which is the default.
+    ///
+    /// The processes of a training compare it, and one with other data is not let in. Without it only
+    /// the number of examples is compared. It must not depend on the process, such as a time or an
+    /// address in memory does.
+    fn fingerprint(&self) -> Option<String> {
+        None
+    }
 }
 
 impl Examples for ImageDataset {
@@ -43,14 +54,31 @@ impl Examples for ImageDataset {
         ImageBatch::new(images, labels, dims, self.num_classes())
             .expect("the data set checked its images and labels when it was made")
     }
+
+    /// Of the whole content.
+    fn fingerprint(&self) -> Option<String> {
+        Some(hex(&self.digest()))
+    }
+}
+
+/// The first 16 hexadecimal digits of a digest, which is enough to tell mistakes apart.
+pub(crate) fn hex(digest: &[u8]) -> String {
+    digest[..8]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 /// Any burn [`Dataset`] with a function that joins items to a batch. See [`collated`].
 pub struct Collated<I, D, F> {
     dataset: Arc<D>,
     collate: F,
+    fingerprint: Option<String>,
     items: PhantomData<fn() -> I>,
 }
+
+/// How many items of a data set [`Collated::compared_by`] looks at.
+const NUM_COMPARED: usize = 1_000;
 
 /// Makes [`Examples`] of a burn data set and a function that joins its items to a batch.
 ///
@@ -74,7 +102,43 @@ where
     Collated {
         dataset: Arc::new(dataset),
         collate,
+        fingerprint: None,
         items: PhantomData,
+    }
+}
+
+impl<I, D: Dataset<I>, F> Collated<I, D, F> {
+    /// Lets the processes of a training compare their data: by the bytes that `bytes` makes of an item,
+    /// for at most 1,000 items, spread evenly over the data set. They are read here.
+    ///
+    /// ```
+    /// use ps::data::{Examples, collated};
+    /// use ps::model::burn::data::dataset::InMemDataset;
+    ///
+    /// let data = |last| {
+    ///     let numbers = InMemDataset::new(vec![1.5f32, 2.5, last]);
+    ///     collated(numbers, |items: Vec<f32>| items).compared_by(|item| item.to_le_bytes())
+    /// };
+    /// assert_eq!(data(3.5).fingerprint(), data(3.5).fingerprint());
+    /// assert_ne!(data(3.5).fingerprint(), data(4.5).fingerprint());
+    /// ```
+    ///
+    /// # Panics
+    /// When the data set cannot give an item.
+    #[must_use]
+    pub fn compared_by<T: AsRef<[u8]>>(mut self, bytes: impl Fn(&I) -> T) -> Self {
+        let len = self.dataset.len();
+        let mut hash = Sha256::new();
+        for sample in 0..len.min(NUM_COMPARED) {
+            let index = sample as u128 * len as u128 / len.min(NUM_COMPARED) as u128;
+            let item = self.dataset.get(index as usize);
+            let item = item.unwrap_or_else(|error| panic!("the data set failed: {error}"));
+            let bytes = bytes(&item);
+            hash.update((bytes.as_ref().len() as u64).to_le_bytes());
+            hash.update(bytes);
+        }
+        self.fingerprint = Some(hex(&hash.finalize()));
+        self
     }
 }
 
@@ -137,6 +201,10 @@ where
         let items = self.dataset.get_many(indices.to_vec());
         (self.collate)(items.unwrap_or_else(|error| panic!("the data set failed: {error}")))
     }
+
+    fn fingerprint(&self) -> Option<String> {
+        self.fingerprint.clone()
+    }
 }
 
 impl<I, D, F: Clone> Clone for Collated<I, D, F> {
@@ -145,6 +213,7 @@ impl<I, D, F: Clone> Clone for Collated<I, D, F> {
         Self {
             dataset,
             collate,
+            fingerprint: self.fingerprint.clone(),
             items: PhantomData,
         }
     }

@@ -44,13 +44,17 @@
 //! | [`trainer`], [`report`] | training in one call, and what comes out |
 //! | [`source`] | a burn model with data as a worker's source of gradients; evaluation |
 //! | [`served`] | models that live with a server: remote forward and backward |
+//! | [`lasting`] | workers that a driver's own loop keeps when processes are lost |
 //! | [`rule`] | a burn optimizer as a server's update rule |
 //! | [`data`] | data sets that can be cut into batches |
+//! | [`agreement`] | what the processes of a training must have alike |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 
 #![warn(clippy::print_stdout)]
 
+pub mod agreement;
 pub mod data;
+pub mod lasting;
 pub mod report;
 pub mod rule;
 pub mod served;
@@ -95,12 +99,14 @@ pub mod prelude {
         default_device_name, nll_loss, select_device,
     };
 
+    pub use crate::agreement::{agree_on_data, agree_on_model};
     pub use crate::data::{Examples, WorkerBatches, batched, collated};
+    pub use crate::lasting::LastingWorker;
     pub use crate::report::Report;
     pub use crate::rule::OptimizerRule;
     pub use crate::source::{
         Evaluator, ModelWorker, WorkerConfig, host_workers, initial_weights, model_with_weights,
-        spawn_worker,
+        spawn_worker, worker_variant,
     };
     pub use crate::trainer::{TrainError, Trainer};
 }

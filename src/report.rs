@@ -8,6 +8,8 @@ use ps_actors::server::{Consistency, Histogram, Reduction};
 use ps_actors::weights::Weights;
 use ps_model::Evaluation;
 
+use crate::trainer::TrainError;
+
 /// The weights' quality at one moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CurvePoint {
@@ -37,7 +39,8 @@ pub struct Report {
     pub final_evaluation: Option<Evaluation>,
     /// The evaluations on the way, oldest first. The final one is not among them.
     pub curve: Vec<CurvePoint>,
-    /// The mean loss of each worker's batches, by worker and step.
+    /// The mean loss of each worker's batches, by worker and step. NaN where a worker was lost before
+    /// it could tell; if the run failed, the last ones are missing.
     pub losses: Vec<Vec<f32>>,
     /// How many updates the weights went through.
     pub num_updates: u64,
@@ -49,16 +52,20 @@ pub struct Report {
     pub num_refused: u64,
     /// How many examples were used in gradients.
     pub num_examples: u64,
+    /// Of how many gradients only the servers know, because their workers were lost before they could
+    /// tell about them.
+    pub num_untold: u64,
     /// How many updates lay between the weights of a gradient and its own update.
     pub staleness: Histogram,
     /// How often a worker had to be started again.
     pub num_worker_restarts: u32,
     /// From the workers' start to their end, evaluations on the way included.
     pub elapsed: Duration,
-    /// Time that all workers together spent computing gradients.
-    pub compute_time: Duration,
-    /// Time that all workers together waited for servers and for each other.
-    pub wait_time: Duration,
+    /// Time that all workers together spent computing gradients; `None` if a worker was lost before it
+    /// could tell.
+    pub compute_time: Option<Duration>,
+    /// Time that all workers together waited for servers and for each other; `None` as above.
+    pub wait_time: Option<Duration>,
 }
 
 impl Report {
@@ -80,13 +87,49 @@ impl Report {
         self.num_examples as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Returns the fraction of the workers' time that went into computing gradients, 0 to 1.
+    /// Returns the fraction of the workers' time that went into computing gradients, 0 to 1; `None` if
+    /// it is not known.
     #[must_use]
-    pub fn compute_fraction(&self) -> f64 {
-        let total = self.compute_time + self.wait_time;
-        match total.is_zero() {
-            true => 0.0,
-            false => self.compute_time.as_secs_f64() / total.as_secs_f64(),
+    pub fn compute_fraction(&self) -> Option<f64> {
+        let (compute, wait) = (self.compute_time?, self.wait_time?);
+        let total = compute + wait;
+        (!total.is_zero()).then(|| compute.as_secs_f64() / total.as_secs_f64())
+    }
+
+    /// Says how the result shows that it is of no use.
+    pub(crate) fn find_divergence(&self) -> Option<String> {
+        let losses = self.losses.iter();
+        // NaN may also stand for a loss that was not told.
+        let mut last = losses.filter_map(|losses| losses.last()).peekable();
+        let loss = self
+            .final_evaluation
+            .map(|evaluation| evaluation.mean_loss());
+        if self
+            .weights
+            .to_vec()
+            .iter()
+            .any(|weight| !weight.is_finite())
+        {
+            Some("the weights are not finite".to_owned())
+        } else if let Some(loss) = loss.filter(|loss| !loss.is_finite()) {
+            Some(format!("the loss on the test data is {loss}"))
+        } else if self.num_untold == 0
+            && last.peek().is_some()
+            && last.all(|loss| !loss.is_finite())
+        {
+            Some("the loss of every worker's last batch is not finite".to_owned())
+        } else if self.num_applied == 0 && self.num_refused > 0 {
+            let num_refused = self.num_refused;
+            Some(format!("all {num_refused} gradients were refused"))
+        } else {
+            None
+        }
+    }
+
+    pub(crate) fn incomplete(self, error: TrainError) -> TrainError {
+        TrainError::Incomplete {
+            report: Box::new(self),
+            source: Box::new(error),
         }
     }
 }
@@ -117,12 +160,20 @@ impl fmt::Display for Report {
             self.num_refused,
             counted(self.num_worker_restarts as usize, "worker restart"),
         )?;
-        write!(
-            f,
-            "Workers computed for {:.0} % of their time and waited for {:.0} %",
-            100.0 * self.compute_fraction(),
-            100.0 * (1.0 - self.compute_fraction()),
-        )
+        match self.compute_fraction() {
+            Some(fraction) => write!(
+                f,
+                "Workers computed for {:.0} % of their time and waited for {:.0} %",
+                100.0 * fraction,
+                100.0 * (1.0 - fraction),
+            ),
+            None => write!(
+                f,
+                "How long workers computed and waited is not known: they were lost before they could \
+                 tell it of {} gradients",
+                self.num_untold,
+            ),
+        }
     }
 }
 

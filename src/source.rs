@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use ps_actors::actor::{self, ActorRef};
+use ps_actors::actor::{self, ActorRef, Spawn};
 use ps_actors::buffer::BufferPool;
 use ps_actors::cluster::Hosts;
 use ps_actors::ids::{Clock, WorkerId};
@@ -15,6 +15,7 @@ use ps_model::burn::tensor::Device;
 use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
 use serde::{Deserialize, Serialize};
 
+use crate::agreement::Facts;
 use crate::data::{Examples, WorkerBatches};
 
 /// How many examples an [`Evaluator`] looks at together.
@@ -249,19 +250,50 @@ impl<M: Model> HostedSource for ModelSource<M> {
 
 /// Lets every process of a cluster make workers that compute gradients of `model` on their share of
 /// `data`: `cluster.spawn::<ModelWorker<_>>(config)`. Each process has its own copy of both; one with
-/// another number of examples is not let in.
+/// another model or other data is not let in, as far as [`Examples::fingerprint`] tells.
+///
+/// Several models or data sets can be hosted for one type of model: a spawn then says which one, by
+/// [`SpawnOn::variant`](ps_actors::cluster::SpawnOn::variant) and [`worker_variant`].
 #[must_use]
 pub fn host_workers<M, E>(hosts: Hosts, model: &M, device: &Device, data: &E) -> Hosts
 where
     M: Model,
     E: Examples<Batch = M::Batch>,
 {
-    let hosts = hosts
-        .must_agree("the number of training examples", data.num_examples())
-        .must_agree("the model's type", std::any::type_name::<M>());
+    let facts = Facts::default().model(model, device).data(data);
+    let hosts = facts.must_agree(hosts);
+    host_variant(hosts, facts.variant(WORKERS), model, device, data)
+}
+
+/// The variant of the workers that [`host_workers`] hosts for this model and data.
+#[must_use]
+pub fn worker_variant<M, E>(model: &M, device: &Device, data: &E) -> String
+where
+    M: Model,
+    E: Examples<Batch = M::Batch>,
+{
+    let facts = Facts::default().model(model, device).data(data);
+    facts.variant(WORKERS)
+}
+
+/// What the variants of workers are called.
+pub(crate) const WORKERS: &str = "model and data";
+
+/// Hosts workers, without a word about what must agree.
+pub(crate) fn host_variant<M, E>(
+    hosts: Hosts,
+    variant: String,
+    model: &M,
+    device: &Device,
+    data: &E,
+) -> Hosts
+where
+    M: Model,
+    E: Examples<Batch = M::Batch>,
+{
     // Shared by all threads that make workers, whether or not a model can be.
     let originals = Mutex::new((model.clone(), device.clone(), data.clone()));
-    hosts.host(move |config: WorkerConfig| {
+    hosts.host_variant(variant, Spawn::new(), move |config: WorkerConfig| {
         let (model, device, data) = match originals.lock() {
             Ok(originals) => originals.clone(),
             Err(poisoned) => poisoned.into_inner().clone(),
@@ -305,6 +337,13 @@ impl<M: Model> Evaluator<M> {
         self.loadable.load(weights)?;
         let model = &self.loadable.model;
         self.batches.iter().map(|batch| model.evaluate(batch)).sum()
+    }
+
+    /// Evaluates the first batch only, to see whether the model takes this data at all.
+    pub(crate) fn try_out(&mut self, weights: &Weights) -> Result<(), ModelError> {
+        self.loadable.load(weights)?;
+        let first = self.batches.first().expect("there is data");
+        self.loadable.model.evaluate(first).map(drop)
     }
 
     /// Returns the percentage of right answers, 0 to 100; NaN for a model that does not classify.

@@ -1,34 +1,39 @@
 //! Trains a model in one call: servers, workers, evaluation, report.
 
+use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select, try_join_all};
 use ps_actors::actor::{self, CallError, RestartPolicy, Spawn};
-use ps_actors::cluster::{Cluster, ClusterConfig, Hosts, Placement, SpawnOnError, StartError};
+use ps_actors::cluster::{
+    Cluster, ClusterConfig, Hosts, Placement, SpawnOn, SpawnOnError, StartError,
+};
 use ps_actors::group::{GroupSpawnError, ServerArgs, ServerGroup};
 use ps_actors::ids::{Version, WorkerId};
 use ps_actors::launch::LaunchOptions;
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
-    Consistency, ConsistencyError, CoordinatorStatus, GroupError, Histogram, PullVersion,
-    Reduction, ServerConfig, WorkerStatus,
+    Consistency, ConsistencyError, GroupError, Histogram, PullVersion, Reduction, ServerConfig,
+    WorkerStatus,
 };
 use ps_actors::weights::Weights;
 use ps_actors::worker::WorkerError;
 use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
 use ps_model::{
-    DeviceError, ElementwiseConfig, Evaluation, Model, ModelError, RuleError, default_device_name,
+    DeviceError, ElementwiseConfig, Model, ModelError, RuleError, default_device_name,
     select_device,
 };
 
+use crate::agreement::Facts;
 use crate::data::Examples;
 use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
 use crate::source::{
-    Evaluator, ModelSource, ModelWorker, SetupError, WorkerConfig, host_workers, initial_weights,
+    Evaluator, ModelSource, ModelWorker, SetupError, WORKERS, WorkerConfig, host_variant,
+    initial_weights,
 };
 use crate::workers::{Worker, WorkerRun};
 
@@ -61,6 +66,9 @@ pub struct Trainer<M: Model, E> {
     num_servers: usize,
     server: ServerConfig,
     make_rule: MakeRule,
+    /// The optimizer with its settings, in words.
+    describe_rule: Arc<dyn Fn() -> String + Send + Sync>,
+    name: Option<String>,
     servers_on_nodes: bool,
     batch_size: usize,
     length: Length,
@@ -120,9 +128,42 @@ pub enum TrainError {
         #[source]
         source: CallError,
     },
+    /// The model does not take the test data. Found before the first step.
+    #[error("the model cannot evaluate the test data")]
+    TestData(#[source] ModelError),
+    /// What came out is of no use.
+    #[error(
+        "training has diverged: {what}; a lower learning rate helps most often, then a smaller \
+         initialization or clipping in the model; data that contain NaN do the same. Where \
+         `max_gradient_norm` is set, it may be too low"
+    )]
+    Diverged {
+        /// What shows it.
+        what: String,
+    },
+    /// The run did not end well, but there are weights: what was trained until then.
+    #[error("the training ended without success after {} updates", .report.num_updates)]
+    Incomplete {
+        /// What was reached, the weights above all. Figures that only workers know can be missing.
+        report: Box<Report>,
+        /// Why it ended.
+        #[source]
+        source: Box<TrainError>,
+    },
     /// The weights could not be evaluated.
     #[error("the weights could not be evaluated")]
     Evaluate(#[from] ModelError),
+}
+
+impl TrainError {
+    /// Returns what was reached before the error, if anything was.
+    #[must_use]
+    pub fn report(&self) -> Option<&Report> {
+        match self {
+            Self::Incomplete { report, .. } => Some(report),
+            _ => None,
+        }
+    }
 }
 
 impl<M, E> Trainer<M, E>
@@ -144,6 +185,8 @@ where
             num_servers: 1,
             server: ServerConfig::default(),
             make_rule: Arc::new(|_| Ok(Box::new(Sgd::new()))),
+            describe_rule: Arc::new(|| format!("{:?}", Sgd::new())),
+            name: None,
             servers_on_nodes: false,
             batch_size: 32,
             length: Length::Epochs(1),
@@ -228,21 +271,40 @@ where
     #[must_use]
     pub fn optimizer<C, O>(mut self, config: C) -> Self
     where
-        C: ElementwiseConfig<Optimizer = O> + Send + Sync + 'static,
+        C: ElementwiseConfig<Optimizer = O> + Debug + Send + Sync + 'static,
         O: Optimizer + Send + 'static,
         O::State<1>: Send,
     {
-        self.make_rule = Arc::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
+        let config = Arc::new(config);
+        let described = Arc::clone(&config);
+        self.make_rule =
+            Arc::new(move |device| Ok(Box::new(OptimizerRule::new(&*config, device)?)));
+        self.describe_rule = Arc::new(move || format!("{described:?}"));
         self
     }
 
-    /// Uses an update rule of your own, or [`Sgd::with_momentum`]; called once per server.
+    /// Uses an update rule of your own, or [`Sgd::with_momentum`]; called once per server. What the
+    /// rule's `Debug` shows tells it from others, so that should be its settings.
     #[must_use]
     pub fn update_rule<R: UpdateRule>(
         mut self,
         rule: impl Fn() -> R + Send + Sync + 'static,
     ) -> Self {
+        let rule = Arc::new(rule);
+        let described = Arc::clone(&rule);
         self.make_rule = Arc::new(move |_| Ok(Box::new(rule())));
+        self.describe_rule = Arc::new(move || format!("{:?}", described()));
+        self
+    }
+
+    /// Gives the training a name of its own, which all its processes must agree on.
+    ///
+    /// A program with several trainings on one cluster needs it for those that differ in nothing but
+    /// what cannot be seen from outside: the rate of a dropout layer, the loss function, the content
+    /// of a data set without a [fingerprint](Examples::fingerprint).
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
         self
     }
 
@@ -294,14 +356,16 @@ where
     /// Trains, on this thread and those of the workers and servers, until all steps are taken.
     ///
     /// # Errors
-    /// When a setting cannot work (before anything is started), or a worker or server fails
-    /// beyond repair.
+    /// When a setting cannot work or the model does not take the test data (before anything is
+    /// started), a worker or server fails beyond repair, or training diverges: that is, a worker's
+    /// gradients are refused [100 times](ps_actors::worker::MAX_REFUSED) in a row while nobody's is
+    /// applied, or what comes out is not finite. Weights that were trained until then are in the
+    /// error: see [`TrainError::report`].
     ///
     /// # Panics
     /// When called from asynchronous code; or when the system gives no threads.
     pub fn run(self) -> Result<Report, TrainError> {
-        let cluster = Cluster::alone(self.hosts(Hosts::new())?);
-        self.run_on(&cluster)
+        self.run_on(&Cluster::alone(Hosts::new()))
     }
 
     /// Trains with all processes that the command line and the environment speak of.
@@ -344,19 +408,56 @@ where
         Ok(())
     }
 
-    /// Adds what the processes of a cluster must host to take part in this training.
+    /// Adds what the processes of a cluster must host to take part in this training, and what they
+    /// must agree on: model, data, optimizer, batch size, seed, learning rate and number of workers.
+    ///
+    /// Several trainings can be hosted at once, each by its trainer:
+    /// `second.hosts(first.hosts(Hosts::new())?)?`. A process that is alone needs none.
     ///
     /// # Errors
     /// When the default device cannot be used.
     pub fn hosts(&self, hosts: Hosts) -> Result<Hosts, TrainError> {
         let device = self.chosen_device()?;
+        let (workers, servers) = (self.worker_facts(&device), self.server_facts());
+        let hosts = servers.must_agree(workers.must_agree(hosts));
+        let hosts = Facts::default()
+            .state("the batch size", self.batch_size)
+            .state("the seed", self.seed)
+            .state("the learning rate", self.server.learning_rate)
+            .state("the number of workers", self.num_workers)
+            .must_agree(hosts);
+        let variants = Variants::of(&workers, &servers);
+        Ok(self.host(hosts, &device, &variants))
+    }
+
+    /// What decides which worker is made, besides its [`WorkerConfig`].
+    fn worker_facts(&self, device: &Device) -> Facts {
+        let facts = Facts::default().model(&self.model, device);
+        self.named(facts.data(&self.train))
+    }
+
+    /// What decides which server is made, besides its [`ServerArgs`].
+    fn server_facts(&self) -> Facts {
+        self.named(Facts::default().state("the optimizer", (self.describe_rule)()))
+    }
+
+    fn named(&self, facts: Facts) -> Facts {
+        match &self.name {
+            Some(name) => facts.state("the name of the training", name),
+            None => facts,
+        }
+    }
+
+    fn host(&self, hosts: Hosts, device: &Device, variants: &Variants) -> Hosts {
         let (make_rule, on) = (Arc::clone(&self.make_rule), device.clone());
-        let hosts = hosts.host_with(
+        let hosts = hosts.host_variant(
+            &variants.servers,
             // A restart would silently go back to the initial weights.
             Spawn::new().restart(RestartPolicy::NEVER),
             move |args: ServerArgs| Ok(args.into_server(make_rule(&on)?)?),
         );
-        Ok(host_workers(hosts, &self.model, &device, &self.train))
+        let variant = variants.workers.clone();
+        host_variant(hosts, variant, &self.model, device, &self.train)
     }
 
     fn chosen_device(&self) -> Result<Device, DeviceError> {
@@ -366,8 +467,11 @@ where
         }
     }
 
-    /// Trains on a cluster whose processes host what [`hosts`](Self::hosts) adds. Workers go to the
-    /// nodes in turn, or stay in this process if it is alone.
+    /// Trains on a cluster whose nodes host what [`hosts`](Self::hosts) of this training adds; a node
+    /// that hosts other trainings only is an error. Workers go to the nodes in turn, or stay in this
+    /// process if there are none, which then needs nothing from `hosts`.
+    ///
+    /// Any number of trainings can be run on one cluster, at the same time, too.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -378,7 +482,7 @@ where
         self.check()?;
         self.server.wait_for_workers = self.num_workers;
         let device = self.chosen_device()?;
-        let evaluator = match &self.test {
+        let mut evaluator = match &self.test {
             Some(test) => Some(Evaluator::new(&self.model, &device, test)?),
             None => None,
         };
@@ -390,14 +494,28 @@ where
         };
         drop(one);
         let initial = initial_weights(&self.model, &device)?;
-        let servers = self.spawn_servers(cluster, &initial, &device)?;
+        if let Some(evaluator) = &mut evaluator {
+            // Not after hours of training.
+            evaluator.try_out(&initial).map_err(TrainError::TestData)?;
+        }
+        let variants = match cluster.is_alone() {
+            // Nobody else could be asked, so there is nothing to compare.
+            true => Variants::here(),
+            false => Variants::of(&self.worker_facts(&device), &self.server_facts()),
+        };
+        let here = self.host(Hosts::new(), &device, &variants);
+        let servers = self.spawn_servers(cluster, &initial, &device, &variants, &here)?;
+        let spawn = SpawnOn::new().variant(&variants.workers).here(here);
         let configs = (0..self.num_workers).map(|rank| self.worker_config(rank));
         let started: Vec<_> = configs
-            .map(|config| (config, cluster.spawn::<ModelWorker<M>>(config)))
+            .map(|config| {
+                let actor = cluster.spawn_with::<ModelWorker<M>>(spawn.clone(), config);
+                (config, actor)
+            })
             .collect();
         let workers = started
             .into_iter()
-            .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster)));
+            .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster, &spawn)));
         let workers = workers.collect::<Result<Vec<_>, SpawnOnError>>()?;
         actor::run(self.drive(servers, workers, evaluator, num_steps))
     }
@@ -416,9 +534,12 @@ where
         cluster: &Cluster,
         initial: &Weights,
         device: &Device,
+        variants: &Variants,
+        here: &Hosts,
     ) -> Result<ServerGroup, TrainError> {
         if self.servers_on_nodes {
-            let places = vec![Placement::RoundRobin; self.num_servers];
+            let place = SpawnOn::from(Placement::RoundRobin).variant(&variants.servers);
+            let places = vec![place.here(here.clone()); self.num_servers];
             let spawn = ServerGroup::spawn_on(cluster, places, initial, self.server);
             return Ok(actor::run(spawn)?);
         }
@@ -464,56 +585,115 @@ where
                 Either::Right((error, _)) => Err(error),
             }
         };
-        if outcome.is_err() {
-            // The others must not go on in the background, or wait for the one that failed.
-            workers.iter().for_each(Worker::kill);
-        }
-        let runs = outcome?;
         let elapsed = started.elapsed();
-        let weights = servers.pull(PullVersion::Latest).await?;
-        let final_evaluation = match &mut evaluator {
-            Some(evaluator) => Some(evaluator.evaluate(&weights)?),
-            None => None,
+        let runs = match outcome {
+            Ok(runs) => runs,
+            Err(error) => {
+                // The others must not go on in the background, or wait for the one that failed.
+                workers.iter().for_each(Worker::kill);
+                return Err(self.incomplete(error, &servers, curve, elapsed).await);
+            }
         };
+        let mut report = self.report(&servers, runs, curve, elapsed).await?;
+        if let Some(evaluator) = &mut evaluator {
+            match evaluator.evaluate(&report.weights) {
+                Ok(evaluation) => report.final_evaluation = Some(evaluation),
+                Err(error) => return Err(report.incomplete(error.into())),
+            }
+        }
+        match report.find_divergence() {
+            Some(what) => Err(report.incomplete(TrainError::Diverged { what })),
+            None => Ok(report),
+        }
+    }
+
+    /// Adds to an error what was reached until then, as far as the servers can still say it.
+    async fn incomplete(
+        &self,
+        error: TrainError,
+        servers: &ServerGroup,
+        curve: Vec<CurvePoint>,
+        elapsed: Duration,
+    ) -> TrainError {
+        let runs = (0..self.num_workers)
+            .map(|_| WorkerRun::default())
+            .collect();
+        match self.report(servers, runs, curve, elapsed).await {
+            Ok(report) if report.num_updates > 0 => report.incomplete(error),
+            // Nothing was trained, or it is lost with its servers.
+            _ => error,
+        }
+    }
+
+    async fn report(
+        &self,
+        servers: &ServerGroup,
+        runs: Vec<WorkerRun>,
+        curve: Vec<CurvePoint>,
+        elapsed: Duration,
+    ) -> Result<Report, GroupError> {
+        let weights = servers.pull(PullVersion::Latest).await?;
         let status = servers.status().await?;
         let status = status.into_iter().find_map(|status| status.coordinator);
         let status = status.expect("the first server of a group coordinates");
-        Ok(self.report(&status, runs, curve, (weights, final_evaluation), elapsed))
-    }
-
-    fn report(
-        &self,
-        status: &CoordinatorStatus,
-        runs: Vec<WorkerRun>,
-        curve: Vec<CurvePoint>,
-        (weights, final_evaluation): (Weights, Option<Evaluation>),
-        elapsed: Duration,
-    ) -> Report {
         let mut staleness = Histogram::default();
         for worker in status.workers.values() {
             staleness.merge(&worker.staleness);
         }
         let total = |count: fn(&WorkerStatus) -> u64| status.workers.values().map(count).sum();
-        let reports = || runs.iter().map(|run| &run.report);
-        Report {
+        let num_settled: u64 = total(WorkerStatus::num_settled);
+        let sum = |number: fn(&WorkerRun) -> u64| runs.iter().map(number).sum::<u64>();
+        let (num_told, told_examples) =
+            (sum(|run| run.num_told), sum(|run| run.report.num_examples));
+        // Every batch is full, so those of which nothing was heard had as many examples.
+        let per_gradient = told_examples.checked_div(num_told);
+        let per_gradient = per_gradient.unwrap_or(self.batch_size as u64);
+        let num_untold = num_settled.saturating_sub(num_told);
+        let time = |time: fn(&WorkerRun) -> Duration| {
+            (num_untold == 0).then(|| runs.iter().map(time).sum::<Duration>())
+        };
+        Ok(Report {
             consistency: status.consistency,
             reduction: status.reduction,
             num_workers: self.num_workers,
             num_servers: self.num_servers,
             weights,
-            final_evaluation,
+            final_evaluation: None,
             curve,
             num_updates: status.version.0,
             num_applied: total(|worker| worker.num_applied),
             num_dropped_late: total(|worker| worker.num_dropped_late),
             num_refused: total(|worker| worker.num_refused),
-            num_examples: reports().map(|report| report.num_examples).sum(),
+            num_examples: told_examples + num_untold * per_gradient,
+            num_untold,
             staleness,
             num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
             elapsed,
-            compute_time: reports().map(|report| report.compute_time).sum(),
-            wait_time: reports().map(|report| report.wait_time).sum(),
+            compute_time: time(|run| run.report.compute_time),
+            wait_time: time(|run| run.report.wait_time),
             losses: runs.into_iter().map(|run| run.report.losses).collect(),
+        })
+    }
+}
+
+/// Which of the workers and servers that a process can make are those of one training.
+struct Variants {
+    workers: String,
+    servers: String,
+}
+
+impl Variants {
+    fn of(workers: &Facts, servers: &Facts) -> Self {
+        Self {
+            workers: workers.variant(WORKERS),
+            servers: servers.variant("optimizer"),
+        }
+    }
+
+    fn here() -> Self {
+        Self {
+            workers: WORKERS.to_owned(),
+            servers: "optimizer".to_owned(),
         }
     }
 }

@@ -3,8 +3,9 @@
 use std::cell::RefCell;
 
 use ps_actors::actor::{ActorRef, CallError};
-use ps_actors::cluster::{Cluster, SpawnOnError};
+use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
+use ps_actors::ids::WorkerId;
 use ps_actors::server::{GroupError, WorkerStatus};
 use ps_actors::worker::{RunReport, RunSteps, WorkerError};
 use ps_model::Model;
@@ -12,8 +13,9 @@ use ps_model::Model;
 use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 
-/// How often each worker is started anew after its process was lost.
-const MAX_RESPAWNS: u32 = 20;
+/// How often in a row a worker is started anew after its process was lost, without a gradient of it
+/// settled in between.
+pub(crate) const MAX_LOSSES: u32 = 20;
 
 /// A worker of a run, and how to get another one in its place.
 pub(crate) struct Worker<M: Model> {
@@ -21,11 +23,16 @@ pub(crate) struct Worker<M: Model> {
     /// Another one after its process was lost or left.
     actor: RefCell<ActorRef<ModelWorker<M>>>,
     cluster: Cluster,
+    spawn: SpawnOn,
 }
 
 /// What a worker has done, in all its lives.
+#[derive(Default)]
 pub(crate) struct WorkerRun {
+    /// Of the lives that could tell it; losses of others are NaN.
     pub(crate) report: RunReport,
+    /// How many gradients they told about.
+    pub(crate) num_told: u64,
     pub(crate) num_restarts: u32,
 }
 
@@ -34,11 +41,13 @@ impl<M: Model> Worker<M> {
         config: WorkerConfig,
         actor: ActorRef<ModelWorker<M>>,
         cluster: &Cluster,
+        spawn: &SpawnOn,
     ) -> Self {
         Self {
             config,
             actor: RefCell::new(actor),
             cluster: cluster.clone(),
+            spawn: spawn.clone(),
         }
     }
 
@@ -55,8 +64,8 @@ impl<M: Model> Worker<M> {
         num_steps: u64,
     ) -> Result<WorkerRun, TrainError> {
         let worker = self.config.worker;
-        let mut report = RunReport::default();
-        let mut num_restarts = 0;
+        let mut told = WorkerRun::default();
+        let (mut num_losses, mut settled_at_loss) = (0, 0);
         let mut num_settled = 0;
         loop {
             let num_steps = num_steps.saturating_sub(num_settled);
@@ -69,12 +78,10 @@ impl<M: Model> Worker<M> {
             let is_panic = matches!(answer, Err(CallError::Failed { .. }));
             let lost = match answer {
                 Ok(Ok(part)) => {
-                    report.append(part);
-                    if !report.was_stopped {
-                        return Ok(WorkerRun {
-                            report,
-                            num_restarts,
-                        });
+                    told.num_told += part.losses.len() as u64;
+                    told.report.append(part);
+                    if !told.report.was_stopped {
+                        return Ok(told);
                     }
                     tracing::info!(%worker, "a worker's node leaves; it goes on elsewhere");
                     None
@@ -87,27 +94,28 @@ impl<M: Model> Worker<M> {
                 Ok(Err(error)) => return Err(error.into()),
                 Err(lost) => Some(lost),
             };
-            if let Some(lost) = lost {
-                if !is_panic && (actor.is_local() || num_restarts >= MAX_RESPAWNS) {
-                    return Err(TrainError::WorkerLost {
-                        worker,
-                        source: lost,
-                    });
-                }
+            if let Some(lost) = &lost {
                 tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
                 servers.report_lost(worker).await?;
             }
-            num_restarts += 1;
+            told.num_restarts += 1;
+            num_settled = settled(servers, worker).await?;
+            if let Some(source) = lost.filter(|_| !is_panic) {
+                // Whoever gets on may be lost any number of times.
+                if num_settled > settled_at_loss {
+                    (num_losses, settled_at_loss) = (0, num_settled);
+                }
+                num_losses += 1;
+                if actor.is_local() || num_losses > MAX_LOSSES {
+                    return Err(TrainError::WorkerLost { worker, source });
+                }
+            }
+            // Of what was not told the losses are not known.
+            let num_losses_known = told.report.losses.len().max(num_settled as usize);
+            told.report.losses.resize(num_losses_known, f32::NAN);
             if !is_panic {
                 self.respawn(&actor).await?;
             }
-            let status = servers.status().await?;
-            let status = status.into_iter().find_map(|status| status.coordinator);
-            let status = status.expect("the first server of a group coordinates");
-            num_settled = status
-                .workers
-                .get(&worker)
-                .map_or(0, WorkerStatus::num_settled);
         }
     }
 
@@ -115,8 +123,18 @@ impl<M: Model> Worker<M> {
     async fn respawn(&self, lost: &ActorRef<ModelWorker<M>>) -> Result<(), SpawnOnError> {
         // If it lives after all, it must not go on beside the new one.
         lost.kill();
-        let actor = self.cluster.spawn(self.config).await?;
+        let spawn = self.spawn.clone();
+        let actor = self.cluster.spawn_with(spawn, self.config).await?;
         self.actor.replace(actor);
         Ok(())
     }
+}
+
+/// How many steps of a worker are over.
+async fn settled(servers: &ServerGroup, worker: WorkerId) -> Result<u64, GroupError> {
+    let status = servers.status().await?;
+    let status = status.into_iter().find_map(|status| status.coordinator);
+    let status = status.expect("the first server of a group coordinates");
+    let worker = status.workers.get(&worker);
+    Ok(worker.map_or(0, WorkerStatus::num_settled))
 }

@@ -195,6 +195,59 @@ fn training_goes_on_when_a_worker_is_killed() {
     assert!(!output.contains(" 0 worker restarts"), "{output}");
 }
 
+/// The driver's own loops, too; the synchronous one with the same result as if nothing had happened.
+#[test]
+fn the_drivers_own_loops_go_on_when_a_worker_is_killed() {
+    let arguments = ["--iterations", "1500"];
+    for name in ["sync_ps", "async_ps"] {
+        let mut run = Run::start(name, &[&arguments[..], &["--processes", "3"]].concat());
+        let node = run.wait_for_node("node=node 2");
+        run.wait_for(&["Iter ", "accuracy is"]);
+        signal("KILL", node);
+        run.wait_for(&["a worker is lost; it goes on"]);
+        let (status, output) = run.finish();
+        assert!(status.success(), "{name}: {output}");
+        let last = |output: &str| results(output).last().map(|line| line.to_string());
+        assert!(
+            last(&output).is_some_and(|line| line.starts_with("Final accuracy")),
+            "{output}"
+        );
+        if name == "sync_ps" {
+            let (status, alone) = Run::start(name, &arguments).finish();
+            assert!(status.success(), "{alone}");
+            assert_eq!(last(&output), last(&alone));
+        }
+    }
+}
+
+#[test]
+fn a_training_that_diverges_ends_with_a_failure() {
+    for name in ["sharded_ps", "sync_ps", "async_ps", "rpc_ps"] {
+        let arguments = ["--iterations", "300", "--learning-rate", "1e30"];
+        let (status, output) = Run::start(name, &arguments).finish();
+        assert_eq!(status.code(), Some(1), "{name}: {output}");
+    }
+}
+
+/// A trainer's own flags do not win over the driver's.
+#[test]
+fn a_trainer_with_other_flags_is_refused_by_name() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = free.local_addr().unwrap().port().to_string();
+    drop(free);
+    let place = ["--world-size", "2", "--master-port", &port];
+    let driver = [&place[..], &["--rank", "0", "--iterations", "3"]].concat();
+    let mut driver = Run::start("rpc_ps", &driver);
+    driver.wait_for(&["MNIST"]);
+    let node = [&place[..], &["--rank", "1", "--iterations", "4"]].concat();
+    let (status, output) = Run::start("rpc_ps", &node).finish();
+    assert_eq!(status.code(), Some(64), "{output}");
+    assert!(
+        output.contains("--iterations is 4 here, but 3 in the driver"),
+        "{output}"
+    );
+}
+
 #[test]
 fn training_goes_on_when_a_worker_stops_answering_and_comes_back() {
     let arguments = ["--iterations", "3000", "--processes", "3", "--lease", "1"];

@@ -14,7 +14,7 @@ use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
 
 use crate::actor::{ActorRef, Spawn, SpawnError, background};
-use crate::cluster::{Cluster, Hosted, Placement, SpawnOn, SpawnOnError};
+use crate::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::{
@@ -204,18 +204,18 @@ impl ServerGroup {
         })
     }
 
-    /// Splits `initial` over servers at these places of a cluster, whose processes all host
-    /// [`ParameterServer`] and say with which update rule.
+    /// Splits `initial` over servers at these places of a cluster ([`Placement`](crate::cluster::Placement)s,
+    /// or [`SpawnOn`] options), whose processes all host [`ParameterServer`] and say with which update rule.
     ///
     /// # Errors
     /// When there are no places, a setting cannot work, or a server cannot be started.
     pub async fn spawn_on(
         cluster: &Cluster,
-        places: impl IntoIterator<Item = Placement>,
+        places: impl IntoIterator<Item = impl Into<SpawnOn>>,
         initial: &Weights,
         mut config: ServerConfig,
     ) -> Result<Self, GroupSpawnError> {
-        let places: Vec<Placement> = places.into_iter().collect();
+        let places: Vec<SpawnOn> = places.into_iter().map(Into::into).collect();
         if places.is_empty() {
             return Err(GroupSpawnError::NoServers);
         }
@@ -232,8 +232,7 @@ impl ServerGroup {
                 secret: secret.clone(),
                 followers,
             };
-            let options = SpawnOn::new().place(places[index].clone());
-            let started = cluster.spawn_with(options, args);
+            let started = cluster.spawn_with(places[index].clone(), args);
             async move {
                 let started = started.await;
                 started.map_err(|source| GroupSpawnError::SpawnOn { index, source })

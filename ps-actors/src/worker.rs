@@ -36,6 +36,11 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// The pause before it is.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How many gradients in a row a worker may have refused while nobody's is applied, in a [`RunSteps`];
+/// with one more the run ends as [`WorkerError::Diverged`]. The weights do not change meanwhile, so what
+/// is refused on 100 batches is refused on any.
+pub const MAX_REFUSED: u64 = 100;
+
 /// The error of a [`GradientSource`].
 pub type SourceError = Box<dyn Error + Send + Sync>;
 
@@ -162,6 +167,12 @@ pub struct RunSteps {
     pub num_steps: u64,
 }
 
+/// Lets the next [`ComputeGradients`] be that of this step: for a worker that goes on in the place of one
+/// that was lost.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct GoOnAt(pub Clock);
+
 /// Ends a [`RunSteps`] after the step under way.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
@@ -269,6 +280,22 @@ pub enum WorkerError {
         #[source]
         source: GroupError,
     },
+    /// No gradient is accepted any more: see [`MAX_REFUSED`].
+    #[error(
+        "training has diverged: {num_refused} gradients of {worker} in a row were refused, and nobody's \
+         was applied; the last one's norm was {norm} (the limit is {limit}). A lower learning rate helps \
+         most often; check the data for NaN; a limit below infinity may be too low"
+    )]
+    Diverged {
+        /// Which worker.
+        worker: WorkerId,
+        /// How many.
+        num_refused: u64,
+        /// The norm of the last one.
+        norm: f64,
+        /// The largest norm allowed.
+        limit: f64,
+    },
     /// It runs steps already.
     #[error("{worker} runs steps already; stop them first")]
     Busy {
@@ -343,6 +370,8 @@ async fn run<S: GradientSource>(
     report.wait_time += started.elapsed();
     let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
     let mut num_rejoins = 0;
+    // Refused gradients in a row, and the version at which they began.
+    let mut refused_in_a_row = (0, weights.version());
     while state.borrow().next_clock.0 < last_clock && !state.borrow().stop_requested {
         let started = Instant::now();
         // The snapshot ends with the computation: the server can then update in place.
@@ -359,9 +388,22 @@ async fn run<S: GradientSource>(
                 match outcome {
                     Outcome::Applied { .. } => report.num_applied += 1,
                     Outcome::DroppedLate { .. } => report.num_dropped_late += 1,
-                    Outcome::RefusedNorm { norm, .. } => {
+                    Outcome::RefusedNorm { norm, limit, .. } => {
                         report.num_refused += 1;
                         tracing::warn!(%worker, norm, "gradient refused: NaN, infinite or too large");
+                        let (num_refused, since) = &mut refused_in_a_row;
+                        if *since != next.version() {
+                            (*num_refused, *since) = (0, next.version());
+                        }
+                        *num_refused += 1;
+                        if *num_refused > MAX_REFUSED {
+                            return Err(WorkerError::Diverged {
+                                worker,
+                                num_refused: *num_refused,
+                                norm,
+                                limit,
+                            });
+                        }
                     }
                 }
                 next
@@ -396,6 +438,7 @@ impl<S: GradientSource> Remote for DataWorker<S> {
         messages
             .add::<ComputeGradients>()
             .add::<RunSteps>()
+            .add::<GoOnAt>()
             .add::<StopSteps>()
             .add::<GetProgress>();
     }
@@ -454,6 +497,18 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
     }
 }
 
+impl<S: GradientSource> Handler<GoOnAt> for DataWorker<S> {
+    type Result = ();
+
+    fn handle(&mut self, GoOnAt(clock): GoOnAt, _: &mut Self::Context) {
+        let mut state = self.state.borrow_mut();
+        // A run has its clocks from the servers.
+        if !state.is_running {
+            state.next_clock = clock;
+        }
+    }
+}
+
 impl<S: GradientSource> Handler<StopSteps> for DataWorker<S> {
     type Result = ();
 
@@ -503,6 +558,12 @@ mod tests {
             failed("the file is gone"),
             WorkerError::Servers { worker, source },
             WorkerError::Busy { worker },
+            WorkerError::Diverged {
+                worker,
+                num_refused: 101,
+                norm: f64::INFINITY,
+                limit: 1e3,
+            },
         ] {
             check_error_crosses(&sent);
         }

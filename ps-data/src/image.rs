@@ -4,10 +4,11 @@
 //! A clone shares the pixels, so every worker of a process can own a data set.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use burn_dataset::{Dataset, DatasetError};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use crate::DataError;
 
@@ -99,6 +100,8 @@ pub struct ImageDataset {
     num_classes: usize,
     normalization: Normalization,
     table: Arc<[f32; 256]>,
+    /// Of all the above, once somebody has asked for it.
+    digest: Arc<OnceLock<[u8; 32]>>,
 }
 
 impl ImageDataset {
@@ -136,6 +139,7 @@ impl ImageDataset {
             num_classes,
             normalization: Normalization::UNIT,
             table: Arc::new(Normalization::UNIT.table()),
+            digest: Arc::default(),
         }
         .with_normalization(normalization)
     }
@@ -155,6 +159,7 @@ impl ImageDataset {
         }
         self.normalization = normalization;
         self.table = Arc::new(table);
+        self.digest = Arc::default();
         Ok(self)
     }
 
@@ -181,6 +186,26 @@ impl ImageDataset {
     /// How pixels become floats.
     pub fn normalization(&self) -> Normalization {
         self.normalization
+    }
+
+    /// SHA-256 of everything that decides what a batch holds: pixels, labels, dimensions, number of
+    /// classes and normalization. Two data sets with the same digest give the same batches.
+    ///
+    /// Reads all pixels the first time; clones share the result.
+    pub fn digest(&self) -> [u8; 32] {
+        *self.digest.get_or_init(|| {
+            let Normalization { mean, std } = self.normalization;
+            let [channels, height, width] = self.dims;
+            let mut hash = Sha256::new();
+            for number in [self.len(), channels, height, width, self.num_classes] {
+                hash.update((number as u64).to_le_bytes());
+            }
+            hash.update(mean.to_le_bytes());
+            hash.update(std.to_le_bytes());
+            hash.update(&self.labels);
+            hash.update(&self.pixels);
+            hash.finalize().into()
+        })
     }
 
     /// Raw pixels of one image, row-major `[channels, height, width]`.
@@ -300,6 +325,33 @@ mod tests {
         let table = Normalization::MNIST.table();
         let raw = [252, 253, 254, 255, 0, 1, 2, 3, 252, 253, 254, 255];
         assert_eq!(batch.images, raw.map(|pixel: usize| table[pixel]));
+    }
+
+    #[test]
+    fn the_digest_tells_data_sets_apart_that_give_other_batches() {
+        let data = three();
+        assert_eq!(data.digest(), three().digest());
+        assert_eq!(data.digest(), data.clone().digest());
+        let other = |pixels: Vec<u8>, labels: Vec<u8>, dims, num_classes| {
+            ImageDataset::new(pixels, labels, dims, num_classes, Normalization::MNIST).unwrap()
+        };
+        let pixels = vec![0, 1, 2, 3, 128, 129, 130, 131, 252, 253, 254, 255];
+        let mut changed = pixels.clone();
+        changed[11] = 254;
+        let labels = vec![0, 1, 2];
+        let others = [
+            other(pixels.clone(), vec![1, 2, 0], [1, 2, 2], 3),
+            other(changed, labels.clone(), [1, 2, 2], 3),
+            other(pixels.clone(), labels.clone(), [2, 1, 2], 3),
+            other(pixels.clone(), labels, [1, 2, 2], 4),
+            other(pixels, vec![0, 1], [1, 2, 3], 3),
+            data.clone()
+                .with_normalization(Normalization::UNIT)
+                .unwrap(),
+        ];
+        for other in others {
+            assert_ne!(other.digest(), data.digest(), "{other:?}");
+        }
     }
 
     #[test]

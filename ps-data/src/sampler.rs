@@ -131,9 +131,9 @@ pub enum SamplerError {
     },
     /// `drop_last` would leave out everything.
     #[error(
-        "{num_examples} examples do not give each of {num_shards} shards one full batch of \
-         {batch_size}; lower batch_size, use fewer shards (a shard is a worker's share), or get more \
-         examples"
+        "{num_examples} examples do not give each of {num_shards} workers one full batch of \
+         {batch_size}: at least {} are needed, so use a batch size of {} or less, fewer workers, or more data",
+        .batch_size.saturating_mul(*num_shards), .num_examples / .num_shards
     )]
     NoFullBatch {
         /// Batch size asked for.

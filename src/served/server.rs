@@ -22,6 +22,7 @@ use super::messages::{
     ApplyContext, ArrayMessage, Backward, Forward, GetGradient, GetLayout, GetParameter,
     GetPartStatus, GetServers, Infer, PartStatus, ReleaseContext, ServedError,
 };
+use crate::agreement::agree_on_model;
 use crate::source::{Loadable, SetupError};
 
 /// How much a part server remembers.
@@ -95,9 +96,10 @@ pub fn serve_part<P: Part>(
 }
 
 /// Lets every process of a cluster serve copies of `part`:
-/// `cluster.spawn::<PartServer<_>>(servers)`.
+/// `cluster.spawn::<PartServer<_>>(servers)`. One with another part is not let in.
 #[must_use]
 pub fn host_parts<P: Part>(hosts: Hosts, part: &P, device: &Device, config: PartConfig) -> Hosts {
+    let hosts = agree_on_model(hosts, part, device);
     // Shared by all threads that make part servers, whether or not a model can be.
     let originals = Mutex::new((part.clone(), device.clone()));
     hosts.host(move |servers: ServerGroup| {

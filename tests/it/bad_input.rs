@@ -37,7 +37,7 @@ fn settings_that_cannot_work_are_refused_with_the_reason() {
     check(|t| t.workers(1 << 20), "too many");
     check(|t| t.servers(0), "at least one server");
     check(|t| t.batch_size(0), "batch");
-    check(|t| t.batch_size(5_000), "5000");
+    check(|t| t.batch_size(5_000), "use a batch size of 4000 or less");
     check(|t| t.workers(2).batch_size(2_001), "2001");
     check(
         |t| t.workers(2).consistency(Consistency::KofN { k: 3 }),
@@ -119,7 +119,10 @@ fn a_model_that_panics_ends_the_run_with_its_message() {
 
 #[test]
 fn gradients_that_are_not_numbers_are_counted_and_change_nothing() {
-    let report = broken(Fault::NotANumber).run().unwrap();
+    let error = broken(Fault::NotANumber).run().unwrap_err();
+    let Some(report) = error.report() else {
+        panic!("the report is missing: {error:?}")
+    };
     assert_eq!(
         (report.num_refused, report.num_applied, report.num_updates),
         (6, 0, 0)

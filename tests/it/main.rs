@@ -3,9 +3,11 @@
 mod bad_input;
 mod batches;
 mod cluster;
+mod ending;
 mod equivalence;
 mod frozen;
 mod nodes;
 mod served;
 mod torch;
 mod training;
+mod trainings;

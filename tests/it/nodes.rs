@@ -18,13 +18,8 @@ pub(crate) fn transports() -> [Transport; 3] {
     ]
 }
 
-/// Does something in a cluster of a driver and two nodes.
-pub(crate) fn with_two_nodes<T>(
-    transport: Transport,
-    hosts: Hosts,
-    work: impl FnOnce(&Cluster) -> T,
-) -> T {
-    let config = ClusterConfig {
+fn config(transport: Transport) -> ClusterConfig {
+    ClusterConfig {
         transport,
         net: NetConfig {
             // The machine that tests run on may be busy.
@@ -33,7 +28,27 @@ pub(crate) fn with_two_nodes<T>(
             ..NetConfig::default()
         },
         ..ClusterConfig::default()
-    };
+    }
+}
+
+/// Why a driver with one `Hosts` does not let a node with another one in.
+pub(crate) fn refusal(driver: Hosts, node: Hosts) -> String {
+    let config = config(Transport::Memory(MemoryNetwork::new()));
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let cluster = Cluster::listen(config.clone(), address, driver).unwrap();
+    let joined = cluster.wait_for_nodes(1, SOON);
+    let node = Node::new(config, 1, 0, cluster.addresses()[0].to_string(), node);
+    let served = node.serve_until(async { drop(joined.await) }).wait();
+    served.expect_err("it was let in").to_string()
+}
+
+/// Does something in a cluster of a driver and two nodes.
+pub(crate) fn with_two_nodes<T>(
+    transport: Transport,
+    hosts: Hosts,
+    work: impl FnOnce(&Cluster) -> T,
+) -> T {
+    let config = config(transport);
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let cluster = Cluster::listen(config.clone(), address, hosts.clone()).unwrap();
     let addresses = cluster.addresses().iter();

@@ -70,7 +70,7 @@ pub(crate) mod registry;
 mod reply;
 mod shutdown;
 mod spawn;
-mod supervisor;
+pub(crate) mod supervisor;
 
 pub use actor_ref::ActorRef;
 pub use background::run;

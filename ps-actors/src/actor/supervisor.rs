@@ -78,10 +78,17 @@ where
 
     /// Cleans up after a panic; returns whether the actor may start again.
     fn recover(&mut self, cx: &mut TaskContext<'_>, panic: Box<dyn Any + Send>) -> bool {
-        let panic: Arc<str> = panic_text(panic).into();
-        let may_restart = self.budget.allows(Instant::now());
         let actor = self.mailbox.name();
-        tracing::error!(%actor, %panic, may_restart, "actor panicked");
+        let (panic, may_restart): (Arc<str>, bool) = match panic.downcast::<NotMade>() {
+            // Whoever wanted it is told.
+            Ok(why) => (why.0.into(), false),
+            Err(panic) => {
+                let panic = panic_text(panic);
+                let may_restart = self.budget.allows(Instant::now());
+                tracing::error!(%actor, %panic, may_restart, "actor panicked");
+                (panic.into(), may_restart)
+            }
+        };
         self.discard();
         // The caller's view of the actor changes before its call fails.
         if may_restart {
@@ -146,6 +153,9 @@ impl<A: Actor<Context = Context<A>>, F> Drop for Supervisor<A, F> {
         }
     }
 }
+
+/// What a factory unwinds with that cannot make the actor at all: no panic, and not tried again.
+pub(crate) struct NotMade(pub(crate) String);
 
 /// Counts restarts within the policy's window.
 struct RestartBudget {

@@ -14,7 +14,7 @@ use futures_util::future::{BoxFuture, Shared};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::host::{Args, Hosts, Made};
+use super::host::{Args, Host, Hosts, Made};
 use super::lives::KnownLives;
 use super::members::{Member, Members};
 use super::resources::Resources;
@@ -110,6 +110,7 @@ pub(crate) struct Make {
     /// Who asks again, because a connection was lost, gets the actor that was made the first time.
     pub(crate) order: u64,
     pub(crate) type_name: String,
+    pub(crate) variant: Option<String>,
     pub(crate) args: Args,
     pub(crate) name: Option<String>,
     pub(crate) needs: Resources,
@@ -125,6 +126,27 @@ pub enum SpawnRefused {
         /// The type asked for.
         type_name: String,
         /// What is.
+        hosted: String,
+    },
+    /// The type is hosted, but not in this variant.
+    #[error(
+        "{type_name} is hosted there for {hosted}, not for {variant}: all processes must add what \
+         they host before the launch, such as each trainer's `hosts(..)`, with the same settings and data"
+    )]
+    OtherVariants {
+        /// The type asked for.
+        type_name: String,
+        /// The variant asked for.
+        variant: String,
+        /// The variants that are hosted.
+        hosted: String,
+    },
+    /// No variant was asked for where there are several.
+    #[error("{type_name} is hosted there for {hosted}: say which one with SpawnOn::variant")]
+    Ambiguous {
+        /// The type asked for.
+        type_name: String,
+        /// The variants that are hosted.
         hosted: String,
     },
     /// Other actors have what it needs.
@@ -177,7 +199,7 @@ impl Nursery {
 
     /// Compares what a node states with what this process does.
     fn check_facts(&self, theirs: &BTreeMap<String, String>) -> Result<(), JoinRefused> {
-        let ours = self.hosts.facts();
+        let ours = &self.hosts.facts();
         for name in ours.keys().chain(theirs.keys()) {
             let (driver, here) = (ours.get(name).cloned(), theirs.get(name).cloned());
             if driver != here {
@@ -203,6 +225,16 @@ impl Nursery {
 
     /// Makes an actor, once for each order.
     pub(crate) async fn make(self: Arc<Self>, order: Make) -> Result<Wire, SpawnRefused> {
+        let host = self.hosts.get(&order.type_name, order.variant.as_deref())?;
+        self.make_by(host, order).await
+    }
+
+    /// Makes an actor, once for each order, in another way than this process's own hosts would.
+    pub(crate) async fn make_by(
+        self: Arc<Self>,
+        host: Arc<dyn Host>,
+        order: Make,
+    ) -> Result<Wire, SpawnRefused> {
         let number = order.order;
         let making = {
             let nursery = Arc::clone(&self);
@@ -211,7 +243,7 @@ impl Nursery {
                 return Err(SpawnRefused::Leaving);
             }
             let making = orders.entry(number);
-            let making = making.or_insert_with(|| nursery.make_once(order).boxed().shared());
+            let making = making.or_insert_with(|| nursery.make_once(host, order).boxed().shared());
             making.clone()
         };
         let made = making.await;
@@ -222,18 +254,18 @@ impl Nursery {
         made
     }
 
-    async fn make_once(self: Arc<Self>, order: Make) -> Result<Wire, SpawnRefused> {
+    async fn make_once(
+        self: Arc<Self>,
+        host: Arc<dyn Host>,
+        order: Make,
+    ) -> Result<Wire, SpawnRefused> {
         let Make {
             order,
-            type_name,
             args,
             name,
             needs,
+            ..
         } = order;
-        let Some(host) = self.hosts.get(&type_name).cloned() else {
-            let hosted = self.hosts.names().join(", ");
-            return Err(SpawnRefused::NotHosted { type_name, hosted });
-        };
         if self.is_leaving.load(Ordering::Acquire) {
             return Err(SpawnRefused::Leaving);
         }
@@ -273,8 +305,7 @@ impl Nursery {
 
     pub(crate) fn find(&self, find: &Find) -> Option<Wire> {
         self.hosts
-            .get(&find.type_name)?
-            .find(&self.process, &find.name)
+            .find_actor(&self.process, &find.type_name, &find.name)
     }
 
     /// Makes no more actors, and lets those that can be continued elsewhere finish what they do;

@@ -102,7 +102,7 @@ pub enum SpawnOnError {
         nodes: String,
     },
     /// The arguments cannot be sent.
-    #[error("the arguments of {actor_type} cannot be sent: {reason}")]
+    #[error("the arguments of {} cannot be sent: {reason}", short(.actor_type))]
     Args {
         /// The actor's type.
         actor_type: &'static str,
@@ -110,7 +110,7 @@ pub enum SpawnOnError {
         reason: String,
     },
     /// The node did not do it.
-    #[error("{node} did not start {actor_type}")]
+    #[error("{node} did not start {}", short(.actor_type))]
     Refused {
         /// Which node.
         node: NodeId,
@@ -121,7 +121,7 @@ pub enum SpawnOnError {
         source: SpawnRefused,
     },
     /// The node did not answer.
-    #[error("{node} did not answer when asked to start {actor_type}")]
+    #[error("{node} did not answer when asked to start {}", short(.actor_type))]
     Call {
         /// Which node.
         node: NodeId,
@@ -136,12 +136,27 @@ pub enum SpawnOnError {
     Ended(String),
 }
 
+/// The name of a type without the paths in it.
+fn short(type_name: &str) -> String {
+    let parts = type_name.split_inclusive(|c: char| !(c.is_alphanumeric() || "_:".contains(c)));
+    let last = |part: &str| part.rsplit("::").next().unwrap_or_default().to_owned();
+    parts.map(last).collect()
+}
+
 /// Options of an actor that is started somewhere in the cluster.
 #[derive(Clone, Debug, Default)]
 #[must_use = "nothing is spawned before `start`"]
 pub struct SpawnOn {
     placement: Placement,
     name: Option<String>,
+    variant: Option<String>,
+    here: Option<Hosts>,
+}
+
+impl From<Placement> for SpawnOn {
+    fn from(placement: Placement) -> Self {
+        Self::new().place(placement)
+    }
 }
 
 impl SpawnOn {
@@ -159,6 +174,19 @@ impl SpawnOn {
     /// Gives the actor a name, by which all processes can look it up.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
+        self
+    }
+
+    /// Asks for this [variant](Hosts::host_variant).
+    pub fn variant(mut self, variant: impl Into<String>) -> Self {
+        self.variant = Some(variant.into());
+        self
+    }
+
+    /// Where this process makes the actor itself, these hosts do it, in place of those that the
+    /// cluster was made with.
+    pub fn here(mut self, hosts: Hosts) -> Self {
+        self.here = Some(hosts);
         self
     }
 }
@@ -362,12 +390,14 @@ impl Cluster {
         args: A::Args,
     ) -> Result<ActorRef<A>, SpawnOnError> {
         let actor_type = type_name::<A>();
-        let SpawnOn { placement, name } = options;
+        let SpawnOn {
+            placement,
+            name,
+            variant,
+            here,
+        } = options;
         let Inner {
-            process,
-            nursery,
-            members,
-            ..
+            process, members, ..
         } = &*self.inner;
         let args = Args::write(process, &args).map_err(|error| SpawnOnError::Args {
             actor_type,
@@ -380,6 +410,7 @@ impl Cluster {
         let order = Make {
             order: random(),
             type_name: hosted_name::<A>(),
+            variant,
             args,
             name,
             needs: needs.clone(),
@@ -393,7 +424,7 @@ impl Cluster {
                     .map_or(NodeId::DRIVER, |member| member.node);
                 let made = match candidate {
                     Some(member) => ask_to_make(&member, &order).await,
-                    None => Ok(Arc::clone(nursery).make(order.clone()).await),
+                    None => Ok(self.make_here(here.as_ref(), order.clone()).await),
                 };
                 match made {
                     Ok(Ok(wire)) => return reference(process, wire).map_err(SpawnOnError::Ended),
@@ -434,6 +465,23 @@ impl Cluster {
             let nodes = nodes.collect::<Vec<_>>().join("; ");
             SpawnOnError::NoRoom { needs, nodes }
         }))
+    }
+
+    async fn make_here(&self, hosts: Option<&Hosts>, order: Make) -> Result<Wire, SpawnRefused> {
+        let nursery = Arc::clone(&self.inner.nursery);
+        match hosts {
+            Some(hosts) => {
+                let host = hosts.get(&order.type_name, order.variant.as_deref())?;
+                nursery.make_by(host, order).await
+            }
+            None => nursery.make(order).await,
+        }
+    }
+
+    /// Whether this process is the whole cluster, and nobody can join.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        self.inner.listening.is_none()
     }
 
     /// The nodes to ask, in order; `None` is this process.
@@ -567,5 +615,16 @@ impl fmt::Debug for Cluster {
             .field("addresses", &self.inner.addresses)
             .field("nodes", &self.nodes())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn type_names_are_shown_without_paths() {
+        assert_eq!(
+            super::short("a::b::Worker<c::Source<[u8; 4], d::Net>>"),
+            "Worker<Source<[u8; 4], Net>>"
+        );
     }
 }

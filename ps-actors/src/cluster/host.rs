@@ -11,8 +11,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{oneshot, watch};
 
+use super::agent::SpawnRefused;
 use super::lookup;
 use crate::actor::error::error_chain;
+use crate::actor::supervisor::NotMade;
 use crate::actor::{self, ActorRef, Spawn};
 use crate::codec::{self, Blob, CodecError};
 use crate::remote::process::Process;
@@ -57,12 +59,20 @@ pub trait Hosted: Remote {
 ///
 /// let hosts = Hosts::new().host(|start: u64| Ok(Counter(start)));
 /// ```
+///
+/// One type can be hosted in several *variants*, say for each training of a sweep: see
+/// [`host_variant`](Self::host_variant).
 #[derive(Clone, Default)]
 pub struct Hosts {
-    types: BTreeMap<&'static str, Arc<dyn Host>>,
+    /// By type, then by variant; the one without a name is that of [`host`](Self::host).
+    types: BTreeMap<&'static str, BTreeMap<String, Arc<dyn Host>>>,
+    finders: BTreeMap<&'static str, FindHere>,
     /// What must be the same in all processes, by name.
-    facts: BTreeMap<String, String>,
+    facts: BTreeMap<String, Vec<String>>,
 }
+
+/// Looks for a living actor of one type.
+type FindHere = fn(&Arc<Process>, &str) -> Option<Wire>;
 
 /// The error of a function that makes an actor.
 pub type MakeError = Box<dyn std::error::Error + Send + Sync>;
@@ -86,7 +96,20 @@ impl Hosts {
     /// Hosts actors with these options; a name is given to each by whoever spawns it.
     #[must_use]
     pub fn host_with<A: Hosted>(
+        self,
+        options: Spawn,
+        make: impl Fn(A::Args) -> Result<A, MakeError> + Send + Sync + 'static,
+    ) -> Self {
+        self.host_variant("", options, make)
+    }
+
+    /// Hosts actors of type `A` that are to be made in a way of their own, besides other variants:
+    /// with other data, for instance. [`SpawnOn::variant`](super::SpawnOn::variant) asks for one. Who
+    /// asks for none gets the only one there is.
+    #[must_use]
+    pub fn host_variant<A: Hosted>(
         mut self,
+        variant: impl Into<String>,
         options: Spawn,
         make: impl Fn(A::Args) -> Result<A, MakeError> + Send + Sync + 'static,
     ) -> Self {
@@ -94,8 +117,9 @@ impl Hosts {
             options: A::options(options),
             make: Arc::new(make),
         };
-        self.types.insert(type_name::<A>(), Arc::new(host));
-        self
+        let variants = self.types.entry(type_name::<A>()).or_default();
+        variants.insert(variant.into(), Arc::new(host));
+        self.find::<A>()
     }
 
     /// Looks after values of type `T` that other processes send here; see
@@ -108,25 +132,77 @@ impl Hosts {
     /// Lets other processes find actors of type `A` by name that this one has started itself.
     #[must_use]
     pub fn find<A: Remote>(mut self) -> Self {
-        let find: Arc<dyn Host> = Arc::new(Find::<A>(std::marker::PhantomData));
-        self.types.entry(type_name::<A>()).or_insert(find);
+        self.finders.insert(type_name::<A>(), find_here::<A>);
         self
     }
 
     /// States something that must be the same in all processes, such as the size of the data set each
-    /// has loaded by itself. A node that says otherwise than the driver is not let in.
+    /// has loaded by itself. A node that says otherwise than the driver is not let in. A name that is
+    /// stated several times stands for all its values, in their order.
     #[must_use]
     pub fn must_agree(mut self, name: impl Into<String>, value: impl ToString) -> Self {
-        self.facts.insert(name.into(), value.to_string());
+        let values = self.facts.entry(name.into()).or_default();
+        let value = value.to_string();
+        if !values.contains(&value) {
+            values.push(value);
+        }
         self
     }
 
-    pub(crate) fn facts(&self) -> &BTreeMap<String, String> {
-        &self.facts
+    pub(crate) fn facts(&self) -> BTreeMap<String, String> {
+        let facts = self.facts.iter();
+        facts
+            .map(|(name, values)| (name.clone(), values.join(", then ")))
+            .collect()
     }
 
-    pub(crate) fn get(&self, type_name: &str) -> Option<&Arc<dyn Host>> {
-        self.types.get(type_name)
+    /// The actor type that is asked for; without a variant, the only one there is.
+    pub(crate) fn get(
+        &self,
+        type_name: &str,
+        variant: Option<&str>,
+    ) -> Result<Arc<dyn Host>, SpawnRefused> {
+        let Some(variants) = self.types.get(type_name) else {
+            return Err(SpawnRefused::NotHosted {
+                type_name: type_name.to_owned(),
+                hosted: self.names().join(", "),
+            });
+        };
+        let names = || {
+            let names = variants.keys().map(String::as_str);
+            let names = names.map(|name| {
+                if name.is_empty() {
+                    "one without a name"
+                } else {
+                    name
+                }
+            });
+            names.collect::<Vec<_>>().join(", ")
+        };
+        match (variant, variants.len()) {
+            (Some(variant), _) => {
+                let found = variants.get(variant).cloned();
+                found.ok_or_else(|| SpawnRefused::OtherVariants {
+                    type_name: type_name.to_owned(),
+                    variant: variant.to_owned(),
+                    hosted: names(),
+                })
+            }
+            (None, 1) => Ok(variants.values().next().cloned().expect("there is one")),
+            (None, _) => Err(SpawnRefused::Ambiguous {
+                type_name: type_name.to_owned(),
+                hosted: names(),
+            }),
+        }
+    }
+
+    pub(crate) fn find_actor(
+        &self,
+        process: &Arc<Process>,
+        type_name: &str,
+        name: &str,
+    ) -> Option<Wire> {
+        self.finders.get(type_name)?(process, name)
     }
 
     pub(crate) fn names(&self) -> Vec<&'static str> {
@@ -176,9 +252,6 @@ pub(crate) trait Host: Send + Sync {
         args: Args,
         name: Option<String>,
     ) -> BoxFuture<'static, Result<Made, String>>;
-
-    /// Looks for a living actor of this type.
-    fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire>;
 }
 
 struct Make<A: Hosted> {
@@ -209,15 +282,10 @@ impl<A: Hosted> Host for Make<A> {
             };
             let factory = {
                 let process = Arc::clone(&process);
-                // A first start that failed is not tried again.
-                let mut failed = None;
                 let may_restart = options.may_restart();
                 let mut args = Some(args);
                 move || {
                     lookup::enter(&process);
-                    if let Some(why) = failed.take() {
-                        resume_unwind(Box::<String>::new(why));
-                    }
                     // Of a server they are its first weights: who is made once does not keep them.
                     let given = if may_restart {
                         args.clone()
@@ -235,11 +303,12 @@ impl<A: Hosted> Host for Make<A> {
                             actor
                         }
                         Err(why) => {
-                            if report(Err(why.clone())) {
-                                failed = Some(why.clone());
+                            // Ends this start as a panic does, without its noise. A first start that
+                            // failed is not tried again.
+                            match report(Err(why.clone())) {
+                                true => resume_unwind(Box::new(NotMade(why))),
+                                false => resume_unwind(Box::new(why)),
                             }
-                            // Ends this start as a panic does, without its noise.
-                            resume_unwind(Box::new(why))
                         }
                     }
                 }
@@ -274,11 +343,6 @@ impl<A: Hosted> Host for Make<A> {
             })
         })
     }
-
-    fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire> {
-        let actor = actor::lookup::<A>(name).ok()?;
-        Some(process.export(&actor))
-    }
 }
 
 /// An actor that is being made; it ends if nobody waits for it any more.
@@ -298,24 +362,7 @@ impl<A: Hosted> Drop for Unclaimed<A> {
     }
 }
 
-struct Find<A>(std::marker::PhantomData<fn() -> A>);
-
-impl<A: Remote> Host for Find<A> {
-    fn make(
-        &self,
-        _: &Arc<Process>,
-        _: Args,
-        _: Option<String>,
-    ) -> BoxFuture<'static, Result<Made, String>> {
-        let why = format!(
-            "{} is not hosted: add it with Hosts::host",
-            type_name::<A>()
-        );
-        Box::pin(async move { Err(why) })
-    }
-
-    fn find(&self, process: &Arc<Process>, name: &str) -> Option<Wire> {
-        let actor = actor::lookup::<A>(name).ok()?;
-        Some(process.export(&actor))
-    }
+fn find_here<A: Remote>(process: &Arc<Process>, name: &str) -> Option<Wire> {
+    let actor = actor::lookup::<A>(name).ok()?;
+    Some(process.export(&actor))
 }

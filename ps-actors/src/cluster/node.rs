@@ -218,7 +218,7 @@ impl Node {
             resources: self.config.resources.clone(),
             host: host_name(),
             pid: std::process::id(),
-            facts: self.hosts.facts().clone(),
+            facts: self.hosts.facts(),
         };
         let nursery = Nursery::new(
             Arc::clone(&process),

@@ -394,6 +394,7 @@ fn an_order_that_comes_again_gets_the_actor_that_was_made() {
     let nursery = Nursery::new(Arc::clone(&process), hosts(&alive), Resources::none());
     let order = |order| Make {
         order,
+        variant: None,
         type_name: hosted_name::<Porter>(),
         args: Args::write(&process, &()).unwrap(),
         name: Some(format!("order {order}")),

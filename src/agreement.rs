@@ -1,0 +1,130 @@
+//! What the processes of a training must have alike, in words that an error can show.
+//!
+//! Every process has its own copy of model and data. What of them changes the result is stated here, in
+//! one place, by name; a node that states anything else than the driver is not let in, and the error
+//! names what differs. The same facts tell the trainings of one program apart (their *variants*).
+
+use std::collections::BTreeMap;
+use std::sync::Once;
+
+use ps_actors::cluster::Hosts;
+use ps_model::burn::module::Module;
+use ps_model::burn::tensor::Device;
+use ps_model::{LocalModel, ModelError, ParameterSpec};
+use sha2::{Digest as _, Sha256};
+
+use crate::data::{Examples, hex};
+
+/// How many parameters a fact lists by name and shape, beside the digest of all.
+const NUM_LISTED: usize = 8;
+
+/// Statements by name.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Facts(BTreeMap<&'static str, String>);
+
+impl Facts {
+    pub(crate) fn state(mut self, name: &'static str, value: impl ToString) -> Self {
+        self.0.insert(name, value.to_string());
+        self
+    }
+
+    /// A model's type, the names and shapes of its weights, and the values of what training does not
+    /// change. The weights themselves come from the servers.
+    pub(crate) fn model<M: Module>(self, model: &M, device: &Device) -> Self {
+        let described = LocalModel::new(model.clone(), device)
+            .and_then(|model| Ok((describe(model.layout()), fixed_values(&model)?)));
+        let facts = self.state("the model's type", std::any::type_name::<M>());
+        match described {
+            Ok((layout, fixed)) => {
+                let facts = facts.state("the model's layout", layout);
+                match fixed {
+                    Some(fixed) => facts.state("what is not trained in the model", fixed),
+                    None => facts,
+                }
+            }
+            // Who makes a worker of it gets the error.
+            Err(error) => facts.state("the model's layout", error),
+        }
+    }
+
+    /// The number of examples, and their content as far as it can be compared.
+    pub(crate) fn data<E: Examples>(self, data: &E) -> Self {
+        let facts = self.state("the number of training examples", data.num_examples());
+        let Some(fingerprint) = data.fingerprint() else {
+            static SAID: Once = Once::new();
+            SAID.call_once(|| {
+                tracing::info!(
+                    "of the training data only the number of examples is compared between processes: \
+                     `Examples::fingerprint` or `Collated::compared_by` can say more"
+                );
+            });
+            return facts;
+        };
+        facts.state("the content of the training data", fingerprint)
+    }
+
+    /// Lets in only nodes that state the same.
+    pub(crate) fn must_agree(&self, hosts: Hosts) -> Hosts {
+        let facts = self.0.iter();
+        facts.fold(hosts, |hosts, (name, value)| hosts.must_agree(*name, value))
+    }
+
+    /// A name for who hosts actors by these facts.
+    pub(crate) fn variant(&self, of: &str) -> String {
+        let mut hash = Sha256::new();
+        for text in self.0.iter().flat_map(|(name, value)| [*name, value]) {
+            hash.update((text.len() as u64).to_le_bytes());
+            hash.update(text);
+        }
+        format!("{of} {}", hex(&hash.finalize()))
+    }
+}
+
+/// Lets in only nodes whose `model` is the same: its type, the names and shapes of its weights, and the
+/// values of what training does not change.
+#[must_use]
+pub fn agree_on_model<M: Module>(hosts: Hosts, model: &M, device: &Device) -> Hosts {
+    Facts::default().model(model, device).must_agree(hosts)
+}
+
+/// Lets in only nodes with the same training data: as many examples, with the same
+/// [fingerprint](Examples::fingerprint).
+#[must_use]
+pub fn agree_on_data<E: Examples>(hosts: Hosts, data: &E) -> Hosts {
+    Facts::default().data(data).must_agree(hosts)
+}
+
+fn describe(layout: &[ParameterSpec]) -> String {
+    let mut hash = Sha256::new();
+    let mut listed = Vec::new();
+    for ParameterSpec { name, shape, .. } in layout {
+        let one = format!("{name} {shape:?}");
+        hash.update(&one);
+        hash.update("\n");
+        if listed.len() < NUM_LISTED {
+            listed.push(one);
+        }
+    }
+    if layout.len() > NUM_LISTED {
+        let rest = layout.len() - NUM_LISTED;
+        listed.push(format!(
+            "and {rest} more (digest {})",
+            hex(&hash.finalize())
+        ));
+    }
+    listed.join(", ")
+}
+
+/// A digest of all values that training does not change; `None` if there are none.
+fn fixed_values<M: Module>(model: &LocalModel<M>) -> Result<Option<String>, ModelError> {
+    let (mut hash, mut num) = (Sha256::new(), 0);
+    model.fixed_tensors(|name, shape, bytes| {
+        hash.update(format!("{name} {shape:?} {}\n", bytes.len()));
+        hash.update(bytes);
+        num += shape.iter().product::<usize>();
+    })?;
+    Ok((num > 0).then(|| {
+        let noun = if num == 1 { "value" } else { "values" };
+        format!("{num} {noun} (digest {})", hex(&hash.finalize()))
+    }))
+}

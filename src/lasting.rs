@@ -1,0 +1,150 @@
+//! A worker for loops in a driver that goes on when its process is lost.
+
+use std::fmt;
+
+use ps_actors::actor::{ActorRef, CallError, Reply};
+use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
+use ps_actors::ids::Clock;
+use ps_actors::weights::{Gradients, Weights};
+use ps_actors::worker::{ComputeGradients, GoOnAt, WorkerError};
+use ps_model::Model;
+
+use crate::source::{ModelWorker, WorkerConfig};
+use crate::trainer::TrainError;
+use crate::workers::MAX_LOSSES;
+
+/// A [`ModelWorker`] of a cluster that is started again, on another node if need be, when its process
+/// is lost, and goes on with the batch that it was lost with.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let train = Mnist::bundled_sample().train;
+/// let model = ConvNet::init(1, &device);
+/// let cluster = Cluster::alone(host_workers(Hosts::new(), &model, &device, &train));
+/// let config = WorkerConfig { worker: WorkerId(0), num_workers: 1, batch_size: 64, seed: 1 };
+///
+/// let mut worker = LastingWorker::<ConvNet>::spawn(&cluster, config)?;
+/// let weights = initial_weights(&model, &device)?;
+/// let reply = worker.compute(&weights); // begins at once
+/// let gradients = worker.finish(reply, &weights)?;
+/// assert_eq!((gradients.num_examples, worker.clock()), (64, Clock(1)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct LastingWorker<M: Model> {
+    cluster: Cluster,
+    spawn: SpawnOn,
+    config: WorkerConfig,
+    actor: ActorRef<ModelWorker<M>>,
+    clock: Clock,
+    /// Since the last gradient.
+    num_losses: u32,
+}
+
+/// What a worker answers, or why it does not.
+type Answer = Result<Result<Gradients, WorkerError>, CallError>;
+
+impl<M: Model> LastingWorker<M> {
+    /// Starts a worker on the next node, or in this process if it is alone.
+    ///
+    /// # Errors
+    /// When no process can make it.
+    pub fn spawn(cluster: &Cluster, config: WorkerConfig) -> Result<Self, SpawnOnError> {
+        Self::spawn_with(cluster, SpawnOn::new(), config)
+    }
+
+    /// Starts a worker where the options say, each time.
+    ///
+    /// # Errors
+    /// When no process can make it.
+    pub fn spawn_with(
+        cluster: &Cluster,
+        spawn: SpawnOn,
+        config: WorkerConfig,
+    ) -> Result<Self, SpawnOnError> {
+        let actor = cluster.spawn_with(spawn.clone(), config).wait()?;
+        Ok(Self {
+            cluster: cluster.clone(),
+            spawn,
+            config,
+            actor,
+            clock: Clock(0),
+            num_losses: 0,
+        })
+    }
+
+    /// The step whose gradient comes next.
+    #[must_use]
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// Computes the gradient of the next batch at these weights. [`settle`](Self::settle) or
+    /// [`finish`](Self::finish) takes the answer; until then the worker is asked for nothing else.
+    pub fn compute(&self, weights: &Weights) -> Reply<Result<Gradients, WorkerError>> {
+        self.actor.ask(ComputeGradients(weights.clone()))
+    }
+
+    /// Takes what became of a [`compute`](Self::compute): the gradient, or `None` if the worker was lost.
+    /// It has then been started again, and can be asked for the same gradient.
+    ///
+    /// # Errors
+    /// When its model or data fail, it cannot be started again, or it was lost 21 times without a
+    /// gradient in between.
+    pub fn settle(&mut self, answer: Answer) -> Result<Option<Gradients>, TrainError> {
+        let worker = self.config.worker;
+        let lost = match answer {
+            Ok(gradients) => {
+                self.num_losses = 0;
+                self.clock = self.clock.next();
+                return Ok(Some(gradients?));
+            }
+            Err(lost) => lost,
+        };
+        self.num_losses += 1;
+        if self.num_losses > MAX_LOSSES {
+            let source = lost;
+            return Err(TrainError::WorkerLost { worker, source });
+        }
+        tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
+        // If it lives after all, it must not go on beside the new one.
+        self.actor.kill();
+        self.actor = self
+            .cluster
+            .spawn_with(self.spawn.clone(), self.config)
+            .wait()?;
+        // Comes before any call: messages of one sender keep their order.
+        if let Err(error) = self.actor.tell(GoOnAt(self.clock)) {
+            tracing::warn!(%worker, %error, "it is lost again");
+        }
+        Ok(None)
+    }
+
+    /// Waits for the gradient, which is computed again each time that the worker is lost.
+    ///
+    /// # Errors
+    /// As [`settle`](Self::settle).
+    pub fn finish(
+        &mut self,
+        reply: Reply<Result<Gradients, WorkerError>>,
+        weights: &Weights,
+    ) -> Result<Gradients, TrainError> {
+        let mut answer = reply.wait();
+        loop {
+            match self.settle(answer)? {
+                Some(gradients) => return Ok(gradients),
+                None => answer = self.compute(weights).wait(),
+            }
+        }
+    }
+}
+
+impl<M: Model> fmt::Debug for LastingWorker<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LastingWorker")
+            .field("config", &self.config)
+            .field("clock", &self.clock)
+            .finish_non_exhaustive()
+    }
+}
