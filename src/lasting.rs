@@ -4,7 +4,7 @@ use std::fmt;
 
 use ps_actors::actor::{ActorRef, CallError, Reply};
 use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
-use ps_actors::ids::Clock;
+use ps_actors::ids::{Clock, Incarnation};
 use ps_actors::weights::{Gradients, Weights};
 use ps_actors::worker::{ComputeGradients, GoOnAt, WorkerError};
 use ps_model::Model;
@@ -38,6 +38,8 @@ pub struct LastingWorker<M: Model> {
     config: WorkerConfig,
     actor: ActorRef<ModelWorker<M>>,
     clock: Clock,
+    /// The life that computed the latest gradient.
+    life: Incarnation,
     /// Since the last gradient.
     num_losses: u32,
 }
@@ -70,6 +72,7 @@ impl<M: Model> LastingWorker<M> {
             config,
             actor,
             clock: Clock(0),
+            life: Incarnation(0),
             num_losses: 0,
         })
     }
@@ -98,7 +101,9 @@ impl<M: Model> LastingWorker<M> {
             Ok(gradients) => {
                 self.num_losses = 0;
                 self.clock = self.clock.next();
-                return Ok(Some(gradients?));
+                let gradients = gradients?;
+                self.life = gradients.id.incarnation;
+                return Ok(Some(gradients));
             }
             Err(lost) => lost,
         };
@@ -115,7 +120,8 @@ impl<M: Model> LastingWorker<M> {
             .spawn_with(self.spawn.clone(), self.config)
             .wait()?;
         // Comes before any call: messages of one sender keep their order.
-        if let Err(error) = self.actor.tell(GoOnAt(self.clock)) {
+        let (clock, after) = (self.clock, self.life);
+        if let Err(error) = self.actor.tell(GoOnAt { clock, after }) {
             tracing::warn!(%worker, %error, "it is lost again");
         }
         Ok(None)

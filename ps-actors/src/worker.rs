@@ -171,7 +171,12 @@ pub struct RunSteps {
 /// that was lost.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
-pub struct GoOnAt(pub Clock);
+pub struct GoOnAt {
+    /// The step.
+    pub clock: Clock,
+    /// The life of the lost one: what this worker computes belongs to a later one.
+    pub after: Incarnation,
+}
 
 /// Ends a [`RunSteps`] after the step under way.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
@@ -500,11 +505,12 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
 impl<S: GradientSource> Handler<GoOnAt> for DataWorker<S> {
     type Result = ();
 
-    fn handle(&mut self, GoOnAt(clock): GoOnAt, _: &mut Self::Context) {
+    fn handle(&mut self, GoOnAt { clock, after }: GoOnAt, _: &mut Self::Context) {
         let mut state = self.state.borrow_mut();
         // A run has its clocks from the servers.
         if !state.is_running {
             state.next_clock = clock;
+            state.incarnation = Session::new_life(after.next());
         }
     }
 }
