@@ -210,8 +210,8 @@ impl<A: Hosted> Host for Make<A> {
                 let mut args = Some(args);
                 move || {
                     lookup::enter(&process);
-                    if let Some(why) = failed.take() {
-                        resume_unwind(Box::<String>::new(why));
+                    if let Some(why) = &failed {
+                        resume_unwind(Box::<String>::new(String::clone(why)));
                     }
                     // Of a server they are its first weights: who is made once does not keep them.
                     let given = if may_restart {
