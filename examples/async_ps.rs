@@ -21,6 +21,8 @@ use ps::prelude::*;
 
 mod common;
 
+use common::output::say;
+
 /// Asynchronous parameter-server training on MNIST, driven by this program.
 #[derive(Parser)]
 struct Args {
@@ -52,7 +54,7 @@ fn main() -> Result<()> {
         .collect::<Result<Vec<_>, _>>()?;
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
-    println!("Running asynchronous parameter server training.");
+    say!("Running asynchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;
     let mut gradients = Pending::new();
     for (rank, worker) in workers.iter().enumerate() {
@@ -72,14 +74,14 @@ fn main() -> Result<()> {
         gradients.insert(rank, workers[rank].compute(&weights));
 
         if i % 10 == 0 {
-            println!(
+            say!(
                 "Iter {i}: \taccuracy is {:.1}",
                 evaluator.accuracy_percent(&weights)?
             );
         }
         i += 1;
     }
-    println!(
+    say!(
         "Final accuracy is {:.1}.",
         evaluator.accuracy_percent(&weights)?
     );

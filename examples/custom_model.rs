@@ -22,6 +22,10 @@ use ps::prelude::*;
 
 #[path = "common/cluster.rs"]
 mod cluster;
+#[path = "common/output.rs"]
+mod output;
+
+use output::say;
 
 /// Training a model and data of your own.
 #[derive(Parser)]
@@ -62,8 +66,8 @@ fn main() -> Result<()> {
     let error = report
         .final_evaluation
         .map_or(f64::NAN, |result| result.mean_loss());
-    println!("{report}");
-    println!("Final mean squared error is {error:.4}.");
+    say!("{report}");
+    say!("Final mean squared error is {error:.4}.");
     Ok(())
 }
 

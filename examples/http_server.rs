@@ -23,6 +23,11 @@ use ps::actors::net::Token;
 use ps::actors::server::GroupError;
 use ps::prelude::*;
 
+#[path = "common/output.rs"]
+mod output;
+
+use output::say;
+
 /// A parameter server for workers that speak HTTP.
 #[derive(Parser)]
 struct Args {
@@ -73,7 +78,7 @@ fn main() -> Result<()> {
     let routes = http::routes(servers.clone());
     let cluster = Cluster::listen_with(cluster, args.listen, Hosts::new(), routes)?;
     let address = cluster.address().context("it listens on TCP")?;
-    println!("Waiting for workers: http://{address}/v1/status");
+    say!("Waiting for workers: http://{address}/v1/status");
 
     let mut next_update = 0;
     let mut waits = Waits::default();
@@ -98,7 +103,7 @@ fn main() -> Result<()> {
         let update = weights.version().0;
         if update >= next_update || have_all_left {
             let accuracy = evaluator.accuracy_percent(&weights)?;
-            println!("Update {update}: \taccuracy is {accuracy:.1}");
+            say!("Update {update}: \taccuracy is {accuracy:.1}");
             next_update = update / 50 * 50 + 50;
         }
         if have_all_left {

@@ -30,6 +30,8 @@ use serde::{Deserialize, Serialize};
 
 mod common;
 
+use common::output::say;
+
 /// Training a model that lives on the parameter server.
 #[derive(Clone, Parser)]
 struct Args {
@@ -99,7 +101,7 @@ fn main() -> Result<()> {
     let trainers = trainers.collect::<Result<Vec<_>>>()?;
     run(try_join_all(trainers))?;
     let version = run(servers.pull(PullVersion::Latest))?.version();
-    println!("{} updates by {num_trainers} trainers.", version.0);
+    say!("{} updates by {num_trainers} trainers.", version.0);
     Ok(())
 }
 
@@ -205,11 +207,11 @@ async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
         );
         if clock.0.is_multiple_of(5) {
             let (rank, loss) = (index + 1, loss.into_scalar::<f32>());
-            println!("Rank {rank} training batch {} loss {loss:.4}", clock.0);
+            say!("Rank {rank} training batch {} loss {loss:.4}", clock.0);
         }
     }
     optimizer.leave().await?;
-    println!("Training complete!\nGetting accuracy....");
+    say!("Training complete!\nGetting accuracy....");
     let mut evaluation = Evaluation::default();
     let indices: Vec<usize> = (0..mnist.test.len()).collect();
     for indices in indices.chunks(256) {
@@ -218,6 +220,6 @@ async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
         evaluation += Evaluation::of_classifier(output, batch.labels_on(&device));
     }
     let accuracy = evaluation.accuracy().context("there is no test data")?;
-    println!("Rank {} accuracy {:.1} %", index + 1, 100.0 * accuracy);
+    say!("Rank {} accuracy {:.1} %", index + 1, 100.0 * accuracy);
     Ok(())
 }

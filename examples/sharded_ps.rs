@@ -16,6 +16,8 @@ use ps::prelude::*;
 
 mod common;
 
+use common::output::say;
+
 /// Training on MNIST with the weights split over several servers, in any consistency mode.
 #[derive(Parser)]
 struct Args {
@@ -65,7 +67,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .evaluate_every(10)
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
-            println!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
+            say!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
         });
     // `None`: this process was the home of a worker or server, and the training is over.
     let Some(cluster) = args
@@ -78,6 +80,6 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
     };
     let report = trainer.run_on(&cluster)?;
     let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
-    println!("Final accuracy is {accuracy:.1}.\n{report}");
+    say!("Final accuracy is {accuracy:.1}.\n{report}");
     Ok(())
 }

@@ -20,6 +20,8 @@ use ps::prelude::*;
 
 mod common;
 
+use common::output::say;
+
 /// Synchronous parameter-server training on MNIST, driven by this program.
 #[derive(Parser)]
 struct Args {
@@ -51,7 +53,7 @@ fn main() -> Result<()> {
         .collect::<Result<Vec<_>, _>>()?;
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
-    println!("Running synchronous parameter server training.");
+    say!("Running synchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;
     for i in 0..args.iterations {
         // Every call starts at once, so the workers compute side by side.
@@ -66,13 +68,13 @@ fn main() -> Result<()> {
         weights = server.ask(ApplyGradients::sum(gradients)).wait()??;
 
         if i % 10 == 0 {
-            println!(
+            say!(
                 "Iter {i}: \taccuracy is {:.1}",
                 evaluator.accuracy_percent(&weights)?
             );
         }
     }
-    println!(
+    say!(
         "Final accuracy is {:.1}.",
         evaluator.accuracy_percent(&weights)?
     );

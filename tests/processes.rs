@@ -433,3 +433,29 @@ fn a_wrong_launch_ends_with_the_code_for_do_not_retry() {
         assert!(output.contains(text), "{arguments:?}: {output}");
     }
 }
+
+/// A full disk, or a reader that has gone, is no reason to lose a training.
+#[cfg(target_os = "linux")]
+#[test]
+fn output_that_cannot_be_written_ends_no_training() {
+    let full = || {
+        let device = std::fs::OpenOptions::new().write(true).open("/dev/full");
+        Stdio::from(device.unwrap())
+    };
+    let closed = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        Stdio::from(writer)
+    };
+    for (out, err) in [(full(), full()), (closed(), closed())] {
+        let status = Command::new(example("sync_ps"))
+            .args(["--offline", "--batch-size", "16"])
+            .args(["--iterations", "20", "--processes", "3"])
+            .env_remove("PS_MNIST_DIR")
+            .stdout(out)
+            .stderr(err)
+            .status();
+        let status = status.unwrap();
+        assert!(status.success(), "{status}");
+    }
+}

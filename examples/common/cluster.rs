@@ -1,6 +1,7 @@
 //! What the examples share about running as several processes.
 
 use std::fmt;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::exit;
 use std::time::Duration;
@@ -32,6 +33,9 @@ pub(crate) struct ClusterArgs {
     /// The port of the driver [default: 29500].
     #[arg(long)]
     master_port: Option<u16>,
+    /// Which run this is, so that the driver refuses nodes of another one [default: $PS_RUN_ID].
+    #[arg(long)]
+    run_id: Option<String>,
     /// What this process offers to actors that need it, such as cpus=4,gpus=1,big.
     #[arg(long)]
     resources: Option<Resources>,
@@ -62,6 +66,7 @@ impl ClusterArgs {
             world_size: self.world_size,
             master_addr: self.master_addr.clone(),
             master_port: self.master_port,
+            run_id: self.run_id.clone(),
             processes: self.processes,
         }
     }
@@ -91,6 +96,8 @@ impl ClusterArgs {
         };
         tracing_subscriber::fmt()
             .with_writer(std::io::stderr)
+            // It would print to the very output that cannot be written, and panic.
+            .log_internal_errors(false)
             .event_format(WithRole {
                 role: log_prefix(rank),
                 format: Format::default(),
@@ -128,7 +135,8 @@ impl ClusterArgs {
 }
 
 fn end(code: u8, error: Error) -> ! {
-    eprintln!("Error: {error:#}");
+    // Nobody may be left to read it; the exit code says the same.
+    let _ = writeln!(std::io::stderr(), "Error: {error:#}");
     exit(code.into())
 }
 

@@ -6,6 +6,7 @@ use anyhow::Result;
 use ps::prelude::*;
 
 pub(crate) mod cluster;
+pub(crate) mod output;
 
 // Options of every MNIST example. No doc comment: `--help` would take it for the program's.
 #[derive(Clone, clap::Args)]
@@ -60,7 +61,7 @@ impl DataArgs {
         // Every process loads it; one says so.
         if rank == 0 {
             let (train, test) = (mnist.train.len(), mnist.test.len());
-            println!(
+            output::say!(
                 "MNIST, {train} training and {test} test images: {}",
                 mnist.source
             );

@@ -156,6 +156,7 @@ fn start_group() -> ProcessGroup {
         world_size: 3,
         rendezvous: "127.0.0.1:4000".parse().unwrap(),
         token: Some("hush".to_owned()),
+        run_id: None,
     })
     .unwrap()
 }

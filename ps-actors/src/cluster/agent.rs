@@ -14,9 +14,10 @@ use futures_util::future::{BoxFuture, Shared};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use super::door::Door;
 use super::host::{Args, Host, Hosts, Made};
 use super::lives::KnownLives;
-use super::members::{Member, Members};
+use super::members::Members;
 use super::resources::Resources;
 use crate::actor::ActorRef;
 use crate::net::{Address, threads};
@@ -32,6 +33,10 @@ pub(crate) struct Join {
     pub(crate) rank: u32,
     /// How often the launcher has started this rank before.
     pub(crate) attempt: u64,
+    /// A random number that is the process's own: it may join again, another must not take its place.
+    pub(crate) process: u64,
+    /// Which run it means, if it was told.
+    pub(crate) run_id: Option<String>,
     pub(crate) addresses: Vec<Address>,
     pub(crate) resources: Resources,
     pub(crate) host: String,
@@ -57,6 +62,19 @@ pub(crate) enum JoinRefused {
         attempt: u64,
         current: u64,
     },
+    #[error(
+        "process {pid} on {host} has rank {rank} since {since_secs} s, as attempt {attempt}: give each \
+         process its own --rank, and each run its own --master-port (a --run-id keeps runs apart)"
+    )]
+    Taken {
+        rank: u32,
+        attempt: u64,
+        host: String,
+        pid: u32,
+        since_secs: u64,
+    },
+    #[error("it was started for run {wanted:?}, and this is the driver of run {here:?}")]
+    OtherRun { wanted: String, here: String },
     #[error("a cluster without a token takes nodes of its own host only, not {0}")]
     NotLocal(Address),
     #[error(
@@ -72,6 +90,11 @@ pub(crate) enum JoinRefused {
     #[error("the run is over")]
     Over,
 }
+
+/// Asks a node whether it is still there; an answer says so.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(crate) struct AreYouThere;
 
 /// Says that a node is about to leave: nothing more is to be started there.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
@@ -198,7 +221,7 @@ impl Nursery {
     }
 
     /// Compares what a node states with what this process does.
-    fn check_facts(&self, theirs: &BTreeMap<String, String>) -> Result<(), JoinRefused> {
+    pub(crate) fn check_facts(&self, theirs: &BTreeMap<String, String>) -> Result<(), JoinRefused> {
         let ours = &self.hosts.facts();
         for name in ours.keys().chain(theirs.keys()) {
             let (driver, here) = (ours.get(name).cloned(), theirs.get(name).cloned());
@@ -356,8 +379,18 @@ impl Actor for NodeAgent {
 
 impl Remote for NodeAgent {
     fn messages(messages: &mut Messages<Self>) {
-        messages.add::<Make>().add::<Find>().add::<Release>();
+        messages
+            .add::<Make>()
+            .add::<Find>()
+            .add::<Release>()
+            .add::<AreYouThere>();
     }
+}
+
+impl Handler<AreYouThere> for NodeAgent {
+    type Result = ();
+
+    fn handle(&mut self, _: AreYouThere, _: &mut Self::Context) {}
 }
 
 impl Handler<Make> for NodeAgent {
@@ -426,46 +459,16 @@ pub(crate) fn agent_of<A: Remote>(process: &Arc<Process>, node: NodeId) -> Actor
 }
 
 impl Handler<Join> for DriverAgent {
-    type Result = Result<Joined, JoinRefused>;
+    type Result = ResponseFuture<Result<Joined, JoinRefused>>;
 
     fn handle(&mut self, join: Join, _: &mut Self::Context) -> Self::Result {
-        if !self.takes_far_nodes
-            && let Some(far) = join.addresses.iter().find(|address| !address.is_local())
-        {
-            return Err(JoinRefused::NotLocal(far.clone()));
-        }
-        self.nursery.check_facts(&join.facts)?;
-        let node = self.members.admit(&join)?;
-        // Nothing of an earlier life counts any more.
-        let rank = node.rank;
-        if let Some(life) = node.life.checked_sub(1) {
-            self.process.sever(NodeId { rank, life });
-        }
-        let agent = agent_of::<NodeAgent>(&self.process, node);
-        let member = Member {
-            node,
-            agent: agent.clone(),
-            resources: join.resources,
-            host: join.host,
-            pid: join.pid,
-            is_leaving: false,
+        let door = Door {
+            process: Arc::clone(&self.process),
+            nursery: Arc::clone(&self.nursery),
+            members: Arc::clone(&self.members),
+            takes_far_nodes: self.takes_far_nodes,
         };
-        tracing::info!(%node, host = member.host, pid = member.pid, "a node has joined");
-        self.members.insert(member);
-        let members = Arc::clone(&self.members);
-        let process = Arc::downgrade(&self.process);
-        threads::next().spawn(async move {
-            agent.stopped().await;
-            drop(agent);
-            if members.remove(node, false) {
-                if let Some(process) = process.upgrade() {
-                    process.sever(node);
-                }
-                tracing::warn!(%node, "a node is lost: nothing was heard of it for the lease");
-            }
-        });
-        let session = self.process.session();
-        Ok(Joined { node, session })
+        Box::pin(async move { door.let_in(join).await })
     }
 }
 

@@ -16,6 +16,9 @@ pub struct ClusterConfig {
     pub token: Option<Token>,
     /// Certificates for connections between hosts.
     pub tls: Option<Tls>,
+    /// Which run of the program this process takes part in. A driver does not let in a node that was
+    /// started for another one; where either side does not say, nothing is compared. Default: `None`.
+    pub run_id: Option<String>,
     /// Lets anybody in who can reach this process, from any host. For networks that nobody else is on.
     pub insecure: bool,
     /// Times and limits of connections.
@@ -51,6 +54,7 @@ impl Default for ClusterConfig {
         Self {
             token: None,
             tls: None,
+            run_id: None,
             insecure: false,
             net: NetConfig::default(),
             transport: Transport::default(),

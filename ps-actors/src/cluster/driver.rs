@@ -228,7 +228,7 @@ impl Cluster {
             inner: Arc::new(Inner {
                 nursery: Nursery::new(Arc::clone(&process), hosts, config.resources),
                 process,
-                members: Arc::new(Members::new(Vec::new())),
+                members: Arc::new(Members::new(Vec::new(), None)),
                 next: AtomicUsize::new(0),
                 addresses: Vec::new(),
                 listening: None,
@@ -254,7 +254,7 @@ impl Cluster {
         process.enter(NodeId::DRIVER, random());
         let bound = Bound::bind(&config, address).await?;
         let addresses = bound.addresses.clone();
-        let members = Arc::new(Members::new(addresses.clone()));
+        let members = Arc::new(Members::new(addresses.clone(), config.run_id.clone()));
         let takes_far_nodes = config.is_guarded() || config.insecure;
         let nursery = Nursery::new(Arc::clone(&process), hosts, config.resources);
         let known = Arc::clone(&members);
@@ -567,7 +567,7 @@ async fn ask_to_make(
 }
 
 /// A number that no other run has; 0 means none.
-fn random() -> u64 {
+pub(crate) fn random() -> u64 {
     getrandom::u64().unwrap_or_default().max(1)
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -110,7 +111,11 @@ impl Bound {
 
 /// A socket in a directory that only this user can enter.
 fn unix() -> io::Result<(tempfile::TempDir, std::path::PathBuf, UnixListener)> {
-    let directory = tempfile::Builder::new().prefix("ps-").tempdir()?;
+    // Not as the umask says: another user could connect, and would be taken for this one.
+    let directory = tempfile::Builder::new()
+        .prefix("ps-")
+        .permissions(PermissionsExt::from_mode(0o700))
+        .tempdir()?;
     let path = directory.path().join("socket");
     let listener = UnixListener::bind(&path)?;
     Ok((directory, path, listener))

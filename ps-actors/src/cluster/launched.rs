@@ -7,7 +7,7 @@ use axum::Router;
 use tokio::sync::{oneshot, watch};
 
 use super::config::{ClusterConfig, ClusterError};
-use super::driver::Cluster;
+use super::driver::{Cluster, random};
 use super::host::Hosts;
 use super::node::{Node, NodeExit};
 use super::task::Task;
@@ -93,12 +93,18 @@ impl Cluster {
         {
             config.token = Some(Token::new(token)?);
         }
+        let stated = options.run_id.clone().or_else(|| env::read(env::RUN_ID));
+        config.run_id = config.run_id.or(stated).filter(|id| !id.is_empty());
         match launch::resolve(options, env::read)? {
             Launch::Alone => Ok(Some(Self::alone(hosts))),
             Launch::StartProcesses { world_size } => {
                 let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
                 // Nobody else on this machine may join.
                 let token = config.token.get_or_insert_with(Token::random).clone();
+                let run_id = config
+                    .run_id
+                    .get_or_insert_with(|| format!("{:016x}", random()));
+                let run_id = run_id.clone();
                 let within = config.join_timeout;
                 let mut cluster = Self::listen_with(config, local, hosts, routes)?;
                 let Some(address) = cluster.address() else {
@@ -108,6 +114,7 @@ impl Cluster {
                     world_size,
                     rendezvous: address.into(),
                     token: Some(token.reveal().to_owned()),
+                    run_id: Some(run_id),
                 })?;
                 let companions = Companions::watch(group);
                 let num_gone = companions.num_gone.clone();

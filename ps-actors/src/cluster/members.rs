@@ -1,7 +1,8 @@
 //! The driver's list of nodes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -38,8 +39,23 @@ impl Lives for Members {
     }
 }
 
+/// What became of the wish to have a rank.
+pub(crate) enum Claim {
+    Admitted(NodeId),
+    /// Another process has it; it is refused so if that one lives.
+    Held {
+        by: Box<Member>,
+        refusal: JoinRefused,
+    },
+}
+
+/// How many refused processes are remembered, so that each is logged once.
+const MAX_REFUSALS: usize = 1024;
+
 pub(crate) struct Members {
     driver: Vec<Address>,
+    /// Which run this is, if it was told.
+    run_id: Option<String>,
     state: Mutex<State>,
     /// Changes whenever the list does.
     changed: watch::Sender<u64>,
@@ -50,11 +66,15 @@ struct State {
     /// By rank. An admitted node becomes a member a moment later.
     ranks: BTreeMap<u32, Rank>,
     is_over: bool,
+    /// Processes that were not let in, and are known to the log.
+    refused: BTreeSet<u64>,
 }
 
 struct Rank {
     life: u64,
     attempt: u64,
+    process: u64,
+    since: Instant,
     addresses: Vec<Address>,
     is_live: bool,
     has_left: bool,
@@ -62,9 +82,10 @@ struct Rank {
 }
 
 impl Members {
-    pub(crate) fn new(driver: Vec<Address>) -> Self {
+    pub(crate) fn new(driver: Vec<Address>, run_id: Option<String>) -> Self {
         Self {
             driver,
+            run_id,
             state: Mutex::default(),
             changed: watch::Sender::new(0),
         }
@@ -75,8 +96,26 @@ impl Members {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a joining process its place: a new life of its rank, which ends the one before.
-    pub(crate) fn admit(&self, join: &Join) -> Result<NodeId, JoinRefused> {
+    /// Refuses a process that was started for another run; one that was not told goes anywhere.
+    pub(crate) fn check_run(&self, wanted: Option<&str>) -> Result<(), JoinRefused> {
+        match (wanted, &self.run_id) {
+            (Some(wanted), Some(here)) if wanted != here => Err(JoinRefused::OtherRun {
+                wanted: wanted.to_owned(),
+                here: here.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Notes that a process was not let in; false if the log has it already.
+    pub(crate) fn note_refusal(&self, process: u64) -> bool {
+        let mut state = self.lock();
+        state.refused.len() < MAX_REFUSALS && state.refused.insert(process)
+    }
+
+    /// Gives a joining process its place: a new life of its rank, which ends the one before. A rank
+    /// that another process has with the same attempt stays with that one.
+    pub(crate) fn admit(&self, join: &Join) -> Result<Claim, JoinRefused> {
         let &Join { rank, attempt, .. } = join;
         if rank == NodeId::DRIVER.rank {
             return Err(JoinRefused::Driver(rank));
@@ -94,10 +133,28 @@ impl Members {
                 current,
             });
         }
+        if let Some(before) = before
+            && before.is_live
+            && before.attempt == attempt
+            && before.process != join.process
+            && let Some(member) = &before.member
+        {
+            let refusal = JoinRefused::Taken {
+                rank,
+                attempt,
+                host: member.host.clone(),
+                pid: member.pid,
+                since_secs: before.since.elapsed().as_secs(),
+            };
+            let by = Box::new(member.clone());
+            return Ok(Claim::Held { by, refusal });
+        }
         let life = before.map_or(0, |before| before.life) + 1;
         let entry = Rank {
             life,
             attempt,
+            process: join.process,
+            since: Instant::now(),
             addresses: join.addresses.clone(),
             is_live: true,
             has_left: false,
@@ -108,7 +165,7 @@ impl Members {
         // Outside the lock: it holds a reference.
         drop(replaced);
         self.changed.send_modify(|version| *version += 1);
-        Ok(NodeId { rank, life })
+        Ok(Claim::Admitted(NodeId { rank, life }))
     }
 
     pub(crate) fn insert(&self, member: Member) {
@@ -136,7 +193,7 @@ impl Members {
         }
     }
 
-    /// Removes a node that is lost or `has_left`; false if it was not there.
+    /// Removes a node that is lost or `has_left`; false if it was not there, or the run is over.
     pub(crate) fn remove(&self, node: NodeId, has_left: bool) -> bool {
         let mut state = self.lock();
         let Some(rank) = state.ranks.get_mut(&node.rank) else {
@@ -148,10 +205,11 @@ impl Members {
         rank.is_live = false;
         rank.has_left = has_left;
         let removed = rank.member.take();
+        let is_over = state.is_over;
         drop(state);
         drop(removed);
         self.changed.send_modify(|version| *version += 1);
-        true
+        !is_over
     }
 
     /// Whether a node may speak.

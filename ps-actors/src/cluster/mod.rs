@@ -11,6 +11,7 @@
 //! | `host` | the actor types that a process can make |
 //! | `driver`, `node` | the two roles |
 //! | `agent`, `members` | how they speak to each other, and the driver's list |
+//! | `door` | who is let in |
 //! | `launched` | from the command line to a cluster |
 //! | `endpoint`, `config` | sockets; settings and errors |
 //! | `lookup` | names, from inside an actor |
@@ -18,6 +19,7 @@
 
 pub(crate) mod agent;
 mod config;
+mod door;
 mod driver;
 mod endpoint;
 mod host;

@@ -16,11 +16,11 @@ use super::agent::{
     agent_of,
 };
 use super::config::{ClusterConfig, ClusterError, Transport};
+use super::driver::random;
 use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
 use super::lives::{AsNode, NodeLives};
 use super::task::Task;
-use crate::actor::deadline::latest;
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::dial::{DialError, is_refusal};
 use crate::net::listen::Lives;
@@ -37,6 +37,8 @@ pub struct Node {
     attempt: u64,
     driver: String,
     hosts: Hosts,
+    /// Tells this process from others that want the same rank.
+    process: u64,
 }
 
 /// Why a node's work is over.
@@ -78,6 +80,7 @@ impl Node {
             attempt,
             driver: driver.into(),
             hosts,
+            process: random(),
         }
     }
 
@@ -163,7 +166,8 @@ impl Node {
     }
 
     async fn join(&self) -> Result<Life, ClusterError> {
-        let deadline = latest(Instant::now().into_std(), self.config.join_timeout).into();
+        // `None` is beyond the end of time.
+        let deadline = Instant::now().checked_add(self.config.join_timeout);
         let mut pause = Duration::from_millis(20);
         loop {
             let reason = match self.try_to_join().await {
@@ -171,7 +175,7 @@ impl Node {
                 Err(JoinError::Permanent(error)) => return Err(error),
                 Err(JoinError::Temporary(reason)) => reason,
             };
-            if Instant::now() + pause > deadline {
+            if deadline.is_some_and(|deadline| Instant::now() + pause > deadline) {
                 return Err(ClusterError::NoDriver {
                     address: self.driver.clone(),
                     after: self.config.join_timeout,
@@ -214,6 +218,8 @@ impl Node {
         let join = Join {
             rank: self.rank,
             attempt: self.attempt,
+            process: self.process,
+            run_id: self.config.run_id.clone(),
             addresses: bound.addresses.clone(),
             resources: self.config.resources.clone(),
             host: host_name(),
@@ -239,7 +245,10 @@ impl Node {
         };
         let agent = agent.map_err(|error| JoinError::Permanent(error.into()))?;
         process.export_agent(&agent);
-        let joined = driver.ask_within(join, self.config.net.lease).await;
+        // The driver may first have to find out that another process of this rank is dead, which takes two
+        // leases at most.
+        let limit = self.config.net.lease.saturating_mul(3);
+        let joined = driver.ask_within(join, limit).await;
         let Joined { node, session } = match joined {
             Ok(Ok(joined)) => joined,
             Ok(Err(refused)) => return Err(self.refused(&refused)),

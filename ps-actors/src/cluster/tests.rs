@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::agent::{Find, Join, Make, NodeAgent, Nursery, agent_of, hosted_name};
 use super::host::Args;
+use super::members::Claim;
 use super::*;
 use crate::actor::{ActorRef, CallError, NotDelivered, UnknownOutcome};
 use crate::codec::Bulk;
@@ -199,13 +200,17 @@ fn a_reference_that_was_given_up_connects_again() {
     let join = Join {
         rank: 1,
         attempt: 0,
+        process: 1,
+        run_id: None,
         addresses: Vec::new(),
         resources: Resources::none(),
         host: String::new(),
         pid: 0,
         facts: Default::default(),
     };
-    let node = members.admit(&join).unwrap();
+    let Claim::Admitted(node) = members.admit(&join).unwrap() else {
+        panic!("nobody else has the rank");
+    };
     let here = cluster.spawn::<Porter>(()).wait().unwrap();
     let wire = process.export(&here);
     let number = wire.actor;

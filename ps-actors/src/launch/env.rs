@@ -10,6 +10,8 @@ pub const ATTEMPT: &str = "PS_ATTEMPT";
 pub const RENDEZVOUS: &str = "PS_RENDEZVOUS";
 /// The secret that copies show each other; a variable because anyone can read a command line.
 pub const TOKEN: &str = "PS_TOKEN";
+/// Which run of the program this is; nodes of another run are not let in.
+pub const RUN_ID: &str = "PS_RUN_ID";
 /// The driver that started this copy, and with which it must end; only
 /// [`ProcessGroup`](super::ProcessGroup) sets it.
 pub const PARENT_PID: &str = "PS_PARENT_PID";

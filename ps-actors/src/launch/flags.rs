@@ -7,7 +7,7 @@ use super::rank::Place;
 use super::rendezvous::{DEFAULT_PORT, Rendezvous, parse_port};
 
 /// Flags about the launch, named as a program is expected to name them on its command line:
-/// `--rank`, `--world-size`, `--master-addr`, `--master-port`, `--processes`.
+/// `--rank`, `--world-size`, `--master-addr`, `--master-port`, `--run-id`, `--processes`.
 ///
 /// Nothing is set by default: then variables decide, and without any the process is alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub struct LaunchOptions {
     pub master_addr: Option<String>,
     /// The port that rank 0 listens on, 1 to 65535; by default [`DEFAULT_PORT`].
     pub master_port: Option<u16>,
+    /// Which run this is, so that the nodes of another one are refused; by default `PS_RUN_ID`.
+    pub run_id: Option<String>,
     /// Start this many processes on this machine, this one among them; at least 1.
     pub processes: Option<u32>,
 }
@@ -191,6 +193,7 @@ mod tests {
             world_size: number("world-size"),
             master_addr: value(flags, "master-addr"),
             master_port: number("master-port").map(|port| u16::try_from(port).unwrap()),
+            run_id: None,
             processes: number("processes"),
         };
         let found = match resolve(&options, |name| value(variables, name)) {

@@ -38,6 +38,8 @@ pub struct ProcessConfig {
     /// The secret that copies show when they connect. It travels in the environment, which, other
     /// than the command line, only this user can read. `None` leaves [`env::TOKEN`](names::TOKEN) as it is.
     pub token: Option<String>,
+    /// Which run they take part in. `None` leaves [`env::RUN_ID`](names::RUN_ID) as it is.
+    pub run_id: Option<String>,
 }
 
 impl fmt::Debug for ProcessConfig {
@@ -225,6 +227,9 @@ fn set_variables(command: &mut Command, config: &ProcessConfig, rank: u32, attem
     if let Some(token) = &config.token {
         command.env(names::TOKEN, token);
     }
+    if let Some(run_id) = &config.run_id {
+        command.env(names::RUN_ID, run_id);
+    }
 }
 
 /// Makes this process end with the [`ProcessGroup`] that started it; does nothing in any other.
@@ -251,7 +256,9 @@ pub fn die_with_parent() -> io::Result<()> {
     // It may have died before the line above; then the kernel has given this process to another.
     #[cfg(unix)]
     if std::os::unix::process::parent_id() != parent {
-        eprintln!("process {parent}, which started this one, is gone: leaving");
+        // Whoever read it may be gone, too.
+        let message = format!("process {parent}, which started this one, is gone: leaving\n");
+        let _ = io::Write::write_all(&mut io::stderr(), message.as_bytes());
         process::exit(1);
     }
     #[cfg(not(unix))]
@@ -269,6 +276,7 @@ mod tests {
             world_size: 3,
             rendezvous: "127.0.0.1:4000".parse().unwrap(),
             token: Some("hush".to_owned()),
+            run_id: Some("first".to_owned()),
         }
     }
 
@@ -285,6 +293,7 @@ mod tests {
         assert_eq!(set["JOB_COMPLETION_INDEX"], None);
         assert_eq!(set["MASTER_ADDR"], None);
         assert_eq!(set["PS_TOKEN"], Some("hush"));
+        assert_eq!(set["PS_RUN_ID"], Some("first"));
         let get = |name: &str| set.get(name).copied().flatten().map(str::to_owned);
         let place = super::super::from_env(get).unwrap().unwrap();
         assert_eq!((place.rank, place.world_size, place.attempt), (2, 3, 5));

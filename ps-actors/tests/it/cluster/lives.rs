@@ -232,3 +232,64 @@ fn connections_of_an_earlier_life_are_refused() {
     assert_eq!(replay(), "410");
     assert!(matches!(first.wait(), Err(ClusterError::Refused { .. })));
 }
+
+/// two processes that were both told to be rank 1.
+#[test]
+fn a_rank_that_lives_is_not_given_to_another_process() {
+    for transport in world::transports() {
+        let world = World::new(config(transport), 1);
+        let census = Census::default();
+        let mortal = Mortal::on_node(&world, 1, &census);
+        let error = world.node(1, 0).serve().wait().unwrap_err();
+        assert!(error.is_permanent(), "{error}");
+        let text = error.to_string();
+        let holder = format!("process {} on", std::process::id());
+        assert!(
+            text.contains(&holder) && text.contains("has rank 1 since"),
+            "{text}"
+        );
+        assert_eq!(life_of(&world, 1), Some(1));
+        mortal.ask(Greet).wait_timeout(SOON).unwrap();
+    }
+}
+
+/// who is killed is not there to say so; the next process gets its place within the lease.
+#[test]
+fn a_rank_whose_process_is_dead_is_given_to_the_next_one() {
+    let network = MemoryNetwork::with_faults(0, Faults::default());
+    let transport = Transport::Memory(network.clone());
+    let world = World::new(config(transport), 0);
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let mut first = world.config.clone();
+    first.leave_grace = Duration::ZERO;
+    let first = Node::new(first, 1, 0, world.driver(), hosts()).serve_until(async move {
+        let _ = ended.await;
+    });
+    world.cluster.wait_for_nodes(1, SOON).wait().unwrap();
+    // It is told to leave while nothing of it reaches the driver, as if it had been killed.
+    network.set_outage(Some(Outage::Silent));
+    end.send(()).unwrap();
+    assert_eq!(first.wait().unwrap(), NodeExit::Left);
+    network.set_outage(None);
+    let _second = world.node(1, 0).serve();
+    eventually("the second has joined", || life_of(&world, 1) == Some(2));
+}
+
+#[test]
+fn a_node_of_another_run_is_not_let_in() {
+    let mut world = World::new(config(Transport::Memory(MemoryNetwork::new())), 0);
+    world.config.run_id = Some("first".to_owned());
+    let cluster = ps_actors::cluster::Cluster::listen(world.config.clone(), world::LOCAL, hosts());
+    let cluster = cluster.unwrap();
+    let node = |run_id: Option<&str>| {
+        let mut config = world.config.clone();
+        config.run_id = run_id.map(str::to_owned);
+        let driver = world::driver_address(&cluster);
+        Node::new(config, 1, 0, driver, hosts()).serve()
+    };
+    let error = node(Some("second")).wait().unwrap_err();
+    assert!(error.is_permanent(), "{error}");
+    assert!(error.to_string().contains("\"second\""), "{error}");
+    let _not_told = node(None);
+    cluster.wait_for_nodes(1, SOON).wait().unwrap();
+}
