@@ -82,6 +82,16 @@ impl ClusterConfig {
 }
 
 /// Why a process could not take part.
+/// What to do when another run has the port.
+fn busy_port(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            ": another run may have it; give each run on a machine a port of its own (--master-port)"
+        }
+        _ => "",
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClusterError {
@@ -93,7 +103,7 @@ pub enum ClusterError {
     )]
     NoToken(SocketAddr),
     /// The address cannot be listened on.
-    #[error("could not listen on {address}")]
+    #[error("could not listen on {address}{}", busy_port(source))]
     Listen {
         /// Where.
         address: String,

@@ -1,24 +1,24 @@
 //! From the command line to a cluster: what each copy of a program does at its start.
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::time::Duration;
 
 use axum::Router;
 use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep_until};
 
 use super::config::{ClusterConfig, ClusterError};
 use super::driver::{Cluster, random};
 use super::host::Hosts;
 use super::node::{Node, NodeExit};
 use super::task::Task;
+use crate::launch::restarts::Restarts;
 use crate::launch::{
     self, Launch, LaunchError, LaunchOptions, Place, ProcessConfig, ProcessError, ProcessGroup,
     env, terminated,
 };
 use crate::net::{Token, TokenError};
-
-/// How often the copies of a program on this machine are started again before it is given up.
-const MAX_RESTARTS: usize = 10;
 
 /// How long copies are given to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
@@ -198,7 +198,23 @@ fn listen_address(place: &Place) -> Result<SocketAddr, StartError> {
     };
     let target = (rendezvous.host(), rendezvous.port());
     let found = target.to_socket_addrs().map_err(failed)?.next();
-    found.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()).into())
+    let found = found.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
+    if place.world_size > 1 && is_loopback_in_disguise(rendezvous.host(), found) {
+        // As Debian's `/etc/hosts` says of a machine's own name.
+        tracing::warn!(
+            name = rendezvous.host(),
+            address = %found.ip(),
+            "this name is an address of this machine alone here: processes of other machines cannot join; \
+             for them, pass `--master-addr` with an address that they can reach"
+        );
+    }
+    Ok(found)
+}
+
+/// Whether a name that others may use for this machine means nothing to them as it is resolved here.
+fn is_loopback_in_disguise(name: &str, resolved: SocketAddr) -> bool {
+    let says_so = name == "localhost" || name.parse::<std::net::IpAddr>().is_ok();
+    resolved.ip().is_loopback() && !says_so
 }
 
 fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit, StartError> {
@@ -245,15 +261,30 @@ impl Companions {
         let (stop, mut stopped) = oneshot::channel();
         let (gone, num_gone) = watch::channel(0);
         let ended = Task::start(async move {
-            let mut num_restarts = 0;
+            let began = Instant::now();
+            let mut restarts = Restarts::default();
+            // When to start which rank again.
+            let mut due: BTreeSet<(Instant, u32)> = BTreeSet::new();
             loop {
+                let next = due.first().copied();
+                let wait = async {
+                    match next {
+                        Some((at, _)) => sleep_until(at).await,
+                        None => std::future::pending().await,
+                    }
+                };
                 let exited = tokio::select! {
                     _ = &mut stopped => break,
-                    exited = group.exited() => exited,
+                    () = wait => None,
+                    Some(exited) = group.exited() => Some(exited),
                 };
                 let Some(exited) = exited else {
-                    let _ = stopped.await;
-                    break;
+                    let (_, rank) = due.pop_first().expect("one was waited for");
+                    if let Err(error) = group.restart(rank) {
+                        tracing::error!(rank, %error, "it could not be started again");
+                        gone.send_modify(|gone| *gone += 1);
+                    }
+                    continue;
                 };
                 let rank = exited.rank;
                 let status = exited.status.map(|status| status.to_string());
@@ -262,7 +293,7 @@ impl Companions {
                     gone.send_modify(|gone| *gone += 1);
                     continue;
                 }
-                if num_restarts == MAX_RESTARTS {
+                let Some(pause) = restarts.after_failure(rank, began.elapsed()) else {
                     tracing::error!(
                         rank,
                         status,
@@ -270,12 +301,14 @@ impl Companions {
                     );
                     gone.send_modify(|gone| *gone += 1);
                     continue;
-                }
-                num_restarts += 1;
-                tracing::warn!(rank, status, "a process has failed: starting it again");
-                if let Err(error) = group.restart(rank) {
-                    tracing::error!(rank, %error, "it could not be started again");
-                }
+                };
+                tracing::warn!(
+                    rank,
+                    status,
+                    ?pause,
+                    "a process has failed: starting it again"
+                );
+                due.insert((Instant::now() + pause, rank));
             }
             group.shutdown(GRACE).await;
         });
@@ -294,6 +327,24 @@ impl Drop for Companions {
             && !crate::net::threads::is_current()
         {
             ended.wait();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machines_own_name_may_lead_nowhere_for_others() {
+        let at = |ip: [u8; 4]| SocketAddr::from((ip, 29500));
+        for (name, ip, expected) in [
+            ("node-7", [127, 0, 1, 1], true),
+            ("node-7", [10, 0, 0, 7], false),
+            ("localhost", [127, 0, 0, 1], false),
+            ("127.0.0.1", [127, 0, 0, 1], false),
+        ] {
+            assert_eq!(is_loopback_in_disguise(name, at(ip)), expected, "{name}");
         }
     }
 }

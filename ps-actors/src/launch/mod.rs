@@ -14,6 +14,7 @@
 //! | `flags` | [`LaunchOptions`]: flags win over variables |
 //! | `processes` | [`ProcessGroup`]: copies on this machine that end with their driver |
 //! | `supervisor` | the thread that starts, watches and ends them |
+//! | `restarts` | how often and how soon a copy that has failed is started again |
 //! | `signals` | being asked to leave, and exit codes |
 //! | [`env`](mod@env) | our own variables |
 //!
@@ -41,6 +42,7 @@ mod launchers;
 mod processes;
 mod rank;
 mod rendezvous;
+pub(crate) mod restarts;
 mod signals;
 mod supervisor;
 
