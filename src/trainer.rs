@@ -148,7 +148,7 @@ pub enum TrainError {
         report: Box<Report>,
         /// Why it ended.
         #[source]
-        source: Box<TrainError>,
+        source: Box<Self>,
     },
     /// The weights could not be evaluated.
     #[error("the weights could not be evaluated")]

@@ -149,7 +149,7 @@ fn weights_of_another_model_are_refused() {
         .unwrap_err();
     let error = format!("{error:?}");
     assert!(
-        error.contains("1960") && error.contains("1199882"),
+        error.contains("OtherModel") && error.contains("[32, 1, 3, 3]"),
         "{error}"
     );
     let mut evaluator = Evaluator::new(&model, &device, &test).unwrap();

@@ -81,7 +81,6 @@ impl ClusterConfig {
     }
 }
 
-/// Why a process could not take part.
 /// What to do when another run has the port.
 fn busy_port(error: &std::io::Error) -> &'static str {
     match error.kind() {
@@ -92,6 +91,7 @@ fn busy_port(error: &std::io::Error) -> &'static str {
     }
 }
 
+/// Why a process could not take part.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClusterError {

@@ -121,6 +121,8 @@ impl Node {
                 tracing::info!(node = %life.id, driver = self.driver, "joined");
                 let mut released = life.released.clone();
                 let exit = tokio::select! {
+                    // A driver that has let this node go is gone the next moment: what it said counts.
+                    biased;
                     // An error means that the agent is gone: nothing can be made here any more.
                     _ = released.wait_for(|released| *released) => Some(NodeExit::Released),
                     () = &mut stop => Some(NodeExit::Left),

@@ -75,7 +75,7 @@ fn what_is_wrong_with_a_request_is_said() {
         ("/v1/join", join.to_owned(), &[], "fenced off"),
         ("/v1/push", stamp(9, 1, 0, 0), &good(), "not a member"),
         ("/v1/heartbeat", caller(9, 1), &[], "not a member"),
-        ("/v1/heartbeat", caller(0, 1), &[], "not a member"),
+        ("/v1/heartbeat", caller(0, 1), &[], "fenced off"),
     ] {
         let over = check(path, &headers, body, 409, says);
         assert_eq!(over.header("ps-join-again"), "1");
@@ -250,7 +250,7 @@ fn strangers_do_not_keep_members_from_sending() {
             client
         })
         .collect();
-    let pushed = world.client().post("/v1/push", &stamp(1, 0, 0, 0), &good());
+    let pushed = world.client().post("/v1/push", &stamp(1, 1, 0, 0), &good());
     pushed.expect(200);
     for mut client in strangers {
         let text = client.receive().expect(409).text();
@@ -287,7 +287,7 @@ fn the_slowest_body_loses_its_place_when_others_wait() {
     // At its speed the first will be done within seconds, the other one never.
     let mut fast = begin(0, 39);
     let mut slowest = begin(1, 0);
-    let pushed = world.client().post("/v1/push", &stamp(2, 0, 0, 0), &good());
+    let pushed = world.client().post("/v1/push", &stamp(2, 1, 0, 0), &good());
     pushed.expect(200);
     let text = slowest.receive().expect(408).text();
     assert!(text.contains("others wait"), "{text}");

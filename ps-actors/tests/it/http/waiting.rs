@@ -173,7 +173,7 @@ fn repeats_of_a_push_that_is_held_are_told_so_and_everybody_else_is_served() {
     slow.join(1, 0).expect(200);
     let send = || {
         let mut client = world.client();
-        client.send("POST", "/v1/push-pull", &stamp(0, 0, 0, 0), &good());
+        client.send("POST", "/v1/push-pull", &stamp(0, 1, 0, 0), &good());
         client
     };
     let held: Vec<_> = (0..16).map(|_| send()).collect();
@@ -184,10 +184,10 @@ fn repeats_of_a_push_that_is_held_are_told_so_and_everybody_else_is_served() {
     });
     let refused = send().receive().expect(429);
     assert_eq!(refused.header("retry-after"), "1");
-    fast.post("/v1/heartbeat", &caller(0, 0), &[]).expect(200);
+    fast.post("/v1/heartbeat", &caller(0, 1), &[]).expect(200);
     let status = world.status();
     assert!(status.contains(r#""awaited":[1]"#), "{status}");
-    slow.post("/v1/push", &stamp(1, 0, 0, 0), &good())
+    slow.post("/v1/push", &stamp(1, 1, 0, 0), &good())
         .expect(200);
     for mut client in held {
         client.receive().expect(200);
@@ -207,7 +207,7 @@ fn a_worker_that_dies_while_it_waits_is_lost_after_its_lease() {
     });
     let mut dies = world.client();
     dies.join(0, 0).expect(200);
-    dies.send("POST", "/v1/push", &stamp(0, 0, 0, 0), &good());
+    dies.send("POST", "/v1/push", &stamp(0, 1, 0, 0), &good());
     let first = world.group.servers().next().unwrap();
     let status = || first.ask(GetStatus).wait().unwrap();
     eventually("it waits", || status().num_waiting == 1);
