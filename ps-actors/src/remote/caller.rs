@@ -44,7 +44,8 @@ pub(crate) struct RemoteActor {
     /// Whether it has ended, or could not be reached for the length of the lease.
     gone: watch::Sender<bool>,
     dead_letters: AtomicU64,
-    /// How many numbers its process takes at once: what it said last, or, before that, as many as this one.
+    /// How many numbers its process takes at once, as it said last. Until it has, all are queued, and looked
+    /// at again when the connection is there.
     max_numbers: AtomicU64,
 }
 
@@ -72,10 +73,9 @@ enum Link {
 impl RemoteActor {
     pub(crate) fn new(process: Arc<Process>, wire: Wire) -> Arc<Self> {
         let max_pending = (wire.max_pending as usize).clamp(1, Semaphore::MAX_PERMITS);
-        let max_numbers = process.config().max_numbers.into();
         Arc::new(Self {
             id: ActorId::next(),
-            max_numbers,
+            max_numbers: u64::MAX.into(),
             wire,
             process,
             slots: Semaphore::new(max_pending),
