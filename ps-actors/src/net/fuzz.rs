@@ -52,7 +52,7 @@ fn below(rng: &mut TestRng, end: usize) -> usize {
 fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gradient) -> Follow {
     // Mostly of its own group, as if the first server had lost its wits.
     let secret = match rng.next_u32().is_multiple_of(4) {
-        true => GroupSecret::random(),
+        true => GroupSecret::made_of(rng.next_u64()),
         false => secret.clone(),
     };
     let num_named = [0, 1, 1, 1, 2][below(rng, 5)];
@@ -262,7 +262,7 @@ fn nothing_that_a_peer_sends_harms_a_server() {
         .enable_all()
         .build();
     let runtime = runtime.expect("the system gives an event loop");
-    let secret = GroupSecret::random();
+    let secret = GroupSecret::made_of(seed);
     // The first server of a group, and another one.
     let fresh = |is_first| {
         let initial = Weights::initial(Layout::flat(NUM_WEIGHTS), vec![1.0; NUM_WEIGHTS]);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use actix::{Actor, AsyncContext, Context, StreamHandler};
 use tokio::sync::oneshot;
 
-use super::config::{ConfigError, ServerConfig};
+use super::config::{ConfigError, ServerConfig, check_learning_rate};
 use super::coordinator::Coordinator;
 use super::followers::{Follower, Following, GroupSecret};
 use super::leases::Leases;
@@ -202,7 +202,10 @@ impl ParameterServer {
             Decision::Update {
                 update,
                 learning_rate,
-            } => self.shard.update(update, learning_rate)?,
+            } => {
+                check_learning_rate(learning_rate)?;
+                self.shard.update(update, learning_rate)?
+            }
             Decision::Discard(id) => {
                 self.shard.discard(id);
                 Vec::new()

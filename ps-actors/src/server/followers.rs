@@ -40,6 +40,12 @@ impl GroupSecret {
         getrandom::fill(&mut bytes).expect("the system gives random numbers");
         Self(bytes)
     }
+
+    /// One that is the same every time.
+    #[cfg(test)]
+    pub(crate) fn made_of(number: u64) -> Self {
+        Self(u128::from(number).to_le_bytes())
+    }
 }
 
 impl fmt::Debug for GroupSecret {
@@ -290,7 +296,12 @@ mod tests {
     fn update(version: u64, gradients: Vec<GradientId>) -> Vec<Decision> {
         let stage = |id| Decision::Stage(id, Gradient::new(vec![1.0; 2]));
         let mut decisions: Vec<_> = gradients.iter().copied().map(stage).collect();
-        decisions.push(Decision::Update {
+        decisions.push(decide(version, gradients, 0.5));
+        decisions
+    }
+
+    fn decide(version: u64, gradients: Vec<GradientId>, learning_rate: f64) -> Decision {
+        Decision::Update {
             update: Update {
                 version: Version(version),
                 gradients: gradients
@@ -302,9 +313,8 @@ mod tests {
                     .collect(),
                 reduction: Reduction::Sum,
             },
-            learning_rate: 0.5,
-        });
-        decisions
+            learning_rate,
+        }
     }
 
     fn follow(secret: &GroupSecret, number: u64, decisions: Vec<Decision>) -> Follow {
@@ -355,6 +365,8 @@ mod tests {
             update(0, vec![id(0)]),
             update(1, Vec::new()),
             update(1, vec![id(0), id(0)]),
+            vec![decide(1, vec![id(0)], f64::NAN)],
+            vec![decide(1, vec![id(0)], -1.0)],
         ] {
             let mut server = follower(&secret);
             let bad = follow(&secret, 0, decisions);
