@@ -15,6 +15,8 @@
 //! percentage of right answers on the whole test set: about 88 after 200 iterations of 2 workers
 //! on all of MNIST.
 
+use std::process::ExitCode;
+
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use ps::prelude::*;
@@ -30,7 +32,7 @@ struct Args {
     common: common::Common,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse().common;
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
     let device = select_device(&args.data.device)?;
@@ -39,7 +41,7 @@ fn main() -> Result<()> {
     let hosts = host_workers(Hosts::new(), &model, &device, &mnist.train);
     // `None`: this process was a worker's home, and the training is over.
     let Some(cluster) = args.data.cluster.launch(hosts)? else {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     };
 
     let config = ServerConfig {
@@ -60,8 +62,14 @@ fn main() -> Result<()> {
     for (rank, worker) in workers.iter().enumerate() {
         gradients.insert(rank, worker.compute(&weights));
     }
+    // SIGTERM and Ctrl-C end the loop, not the process.
+    let stop = StopSignal::heed()?;
     let mut i = 0;
     while i < args.iterations * args.num_workers as u64 {
+        if let Some(signal) = stop.received() {
+            say!("Interrupted by {signal} after {i} updates.");
+            break;
+        }
         let (rank, ready) = gradients
             .wait_next()
             .context("every worker has a call pending")?;
@@ -85,5 +93,5 @@ fn main() -> Result<()> {
         "Final accuracy is {:.1}.",
         evaluator.accuracy_percent(&weights)?
     );
-    Ok(())
+    Ok(exit_code(stop.received()))
 }

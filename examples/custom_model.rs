@@ -10,6 +10,8 @@
 //! Ends with the mean squared error on 1,000 points that it was not trained on: below 0.01. (The
 //! heights themselves are between -1 and 1.)
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use burn::data::dataset::InMemDataset;
 use burn::module::Module;
@@ -40,7 +42,7 @@ struct Args {
     cluster: cluster::ClusterArgs,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
     args.cluster.begin();
     let device = select_device(default_device_name())?;
@@ -60,7 +62,7 @@ fn main() -> Result<()> {
         .batch_size(50)
         .epochs(args.epochs);
     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?)? else {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     };
     let report = trainer.run_on(&cluster)?;
     let error = report
@@ -68,7 +70,7 @@ fn main() -> Result<()> {
         .map_or(f64::NAN, |result| result.mean_loss());
     say!("{report}");
     say!("Final mean squared error is {error:.4}.");
-    Ok(())
+    Ok(report.exit_code())
 }
 
 /// A point (x, y) and its height.

@@ -13,6 +13,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -51,7 +52,7 @@ struct Args {
     data_dir: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
     let device = select_device(default_device_name())?;
     let model = ConvNet::init(0, &device);
@@ -82,7 +83,10 @@ fn main() -> Result<()> {
 
     let mut next_update = 0;
     let mut waits = Waits::default();
+    // SIGTERM and Ctrl-C end the loop, not the process.
+    let stop = StopSignal::heed()?;
     loop {
+        let interrupted = stop.received();
         // The workers need no driver: looking at them now and then is all there is to do here.
         std::thread::sleep(Duration::from_millis(100));
         let group = servers.clone();
@@ -101,13 +105,17 @@ fn main() -> Result<()> {
         let have_all_left =
             workers.len() >= args.num_workers.max(1) && workers.values().all(|w| !w.is_member);
         let update = weights.version().0;
-        if update >= next_update || have_all_left {
+        if update >= next_update || have_all_left || interrupted.is_some() {
             let accuracy = evaluator.accuracy_percent(&weights)?;
             say!("Update {update}: \taccuracy is {accuracy:.1}");
             next_update = update / 50 * 50 + 50;
         }
         if have_all_left {
-            return Ok(());
+            return Ok(ExitCode::SUCCESS);
+        }
+        if let Some(signal) = interrupted {
+            say!("Interrupted by {signal}.");
+            return Ok(exit_code(interrupted));
         }
         if waits.are_to_be_named(update) {
             let num_members = workers.values().filter(|w| w.is_member).count();

@@ -10,6 +10,8 @@
 //! Prints the accuracy on the way, `Final accuracy is …` on the whole test set, and how stale the
 //! gradients were.
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::Parser;
 use ps::prelude::*;
@@ -40,7 +42,7 @@ struct Args {
     net: bool,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse();
     let device = select_device(&args.common.data.device)?;
     let mnist = args.common.data.mnist()?;
@@ -51,7 +53,7 @@ fn main() -> Result<()> {
     }
 }
 
-fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> Result<()> {
+fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> Result<ExitCode> {
     let trainer = Trainer::new(model, mnist.train)
         .test_data(mnist.test)
         .device(&select_device(&args.common.data.device)?)
@@ -76,10 +78,10 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .cluster
         .launch(trainer.hosts(Hosts::new())?)?
     else {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     };
     let report = trainer.run_on(&cluster)?;
     let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
     say!("Final accuracy is {accuracy:.1}.\n{report}");
-    Ok(())
+    Ok(report.exit_code())
 }

@@ -14,6 +14,8 @@
 //! percentage of right answers on the whole test set: about 88 after 200 iterations on all of
 //! MNIST.
 
+use std::process::ExitCode;
+
 use anyhow::{Result, ensure};
 use clap::Parser;
 use ps::prelude::*;
@@ -29,7 +31,7 @@ struct Args {
     common: common::Common,
 }
 
-fn main() -> Result<()> {
+fn main() -> Result<ExitCode> {
     let args = Args::parse().common;
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
     let device = select_device(&args.data.device)?;
@@ -38,7 +40,7 @@ fn main() -> Result<()> {
     let hosts = host_workers(Hosts::new(), &model, &device, &mnist.train);
     // `None`: this process was a worker's home, and the training is over.
     let Some(cluster) = args.data.cluster.launch(hosts)? else {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     };
 
     let config = ServerConfig {
@@ -55,7 +57,13 @@ fn main() -> Result<()> {
 
     say!("Running synchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;
+    // SIGTERM and Ctrl-C end the loop, not the process.
+    let stop = StopSignal::heed()?;
     for i in 0..args.iterations {
+        if let Some(signal) = stop.received() {
+            say!("Interrupted by {signal} after {i} updates.");
+            break;
+        }
         // Every call starts at once, so the workers compute side by side.
         let replies: Vec<_> = workers
             .iter()
@@ -78,5 +86,5 @@ fn main() -> Result<()> {
         "Final accuracy is {:.1}.",
         evaluator.accuracy_percent(&weights)?
     );
-    Ok(())
+    Ok(exit_code(stop.received()))
 }

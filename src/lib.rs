@@ -82,7 +82,7 @@ pub mod prelude {
     };
     pub use ps_actors::group::ServerGroup;
     pub use ps_actors::ids::{Clock, Version, WorkerId};
-    pub use ps_actors::launch::LaunchOptions;
+    pub use ps_actors::launch::{LaunchOptions, Signal, StopSignal, exit_code};
     pub use ps_actors::remote::{Kept, Messages, Remote, RemoteRef};
     pub use ps_actors::rule::{Sgd, UpdateRule};
     pub use ps_actors::server::{

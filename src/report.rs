@@ -1,9 +1,11 @@
 //! What a training run tells its user: the result, the way there, and where the time went.
 
 use std::fmt;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use ps_actors::ids::Version;
+use ps_actors::launch::{Signal, exit_code};
 use ps_actors::server::{Consistency, Histogram, Reduction};
 use ps_actors::weights::Weights;
 use ps_model::Evaluation;
@@ -28,6 +30,8 @@ pub struct Report {
     pub consistency: Consistency,
     /// How gradients of one update became one.
     pub reduction: Reduction,
+    /// The signal that ended the training before all steps were taken, if one did.
+    pub interrupted: Option<Signal>,
     /// The number of workers.
     pub num_workers: usize,
     /// The number of servers.
@@ -40,7 +44,7 @@ pub struct Report {
     /// The evaluations on the way, oldest first. The final one is not among them.
     pub curve: Vec<CurvePoint>,
     /// The mean loss of each worker's batches, by worker and step. NaN where a worker was lost before
-    /// it could tell; if the run failed, the last ones are missing.
+    /// it could tell; if the run failed or was interrupted, the last ones may be missing.
     pub losses: Vec<Vec<f32>>,
     /// How many updates the weights went through.
     pub num_updates: u64,
@@ -73,6 +77,13 @@ impl Report {
     #[must_use]
     pub fn final_accuracy(&self) -> Option<f64> {
         self.final_evaluation?.accuracy()
+    }
+
+    /// Returns what a program ends with whose training this was: success, or, if it was interrupted,
+    /// [the signal's code](Signal::exit_code), so that a launcher does not take it for done.
+    #[must_use]
+    pub fn exit_code(&self) -> ExitCode {
+        exit_code(self.interrupted)
     }
 
     /// Returns gradients applied per second.
@@ -137,6 +148,13 @@ impl Report {
 /// A summary of a few lines.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(signal) = self.interrupted {
+            writeln!(
+                f,
+                "Interrupted by {signal} after {} updates",
+                self.num_updates
+            )?;
+        }
         writeln!(
             f,
             "{} updates of {} gradients in {:.1} s ({:.0} gradients/s, {:.0} examples/s): \

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use futures_util::future::{Either, select, try_join_all};
 use ps_actors::actor::{self, CallError, RestartPolicy, Spawn};
 use ps_actors::cluster::{
@@ -12,7 +13,7 @@ use ps_actors::cluster::{
 };
 use ps_actors::group::{GroupSpawnError, ServerArgs, ServerGroup};
 use ps_actors::ids::{Version, WorkerId};
-use ps_actors::launch::LaunchOptions;
+use ps_actors::launch::{LaunchOptions, StopSignal};
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
     Consistency, ConsistencyError, GroupError, Histogram, PullVersion, Reduction, ServerConfig,
@@ -36,6 +37,9 @@ use crate::source::{
     initial_weights,
 };
 use crate::workers::{Worker, WorkerRun};
+
+/// How long workers are given to finish the step under way when the training is interrupted.
+const LAST_STEP: Duration = Duration::from_secs(10);
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
 type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
@@ -75,6 +79,7 @@ pub struct Trainer<M: Model, E> {
     seed: u64,
     evaluate_every: u64,
     on_evaluation: OnEvaluation,
+    heeds_signals: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -153,6 +158,11 @@ pub enum TrainError {
     /// The weights could not be evaluated.
     #[error("the weights could not be evaluated")]
     Evaluate(#[from] ModelError),
+    /// The system does not let this process hear of signals.
+    #[error(
+        "could not prepare for signals that end the training; `heed_signals(false)` does without"
+    )]
+    Signals(#[source] std::io::Error),
 }
 
 impl TrainError {
@@ -193,6 +203,7 @@ where
             seed: 0,
             evaluate_every: 0,
             on_evaluation: Box::new(|_| {}),
+            heeds_signals: true,
         }
     }
 
@@ -353,7 +364,19 @@ where
         self
     }
 
+    /// Says whether SIGTERM and Ctrl-C end the training in order, which they do unless this is `false`:
+    /// see [`StopSignal`]. For programs with signal handlers of their own.
+    #[must_use]
+    pub fn heed_signals(mut self, heeds_signals: bool) -> Self {
+        self.heeds_signals = heeds_signals;
+        self
+    }
+
     /// Trains, on this thread and those of the workers and servers, until all steps are taken.
+    ///
+    /// SIGTERM and Ctrl-C end it before: the workers finish the step under way, for which they have
+    /// 10 s, the weights are evaluated, and the report says that it was
+    /// [interrupted](Report::interrupted). A second signal, or 30 s, end the process at once.
     ///
     /// # Errors
     /// When a setting cannot work or the model does not take the test data (before anything is
@@ -480,6 +503,10 @@ where
     /// As [`run`](Self::run).
     pub fn run_on(mut self, cluster: &Cluster) -> Result<Report, TrainError> {
         self.check()?;
+        let stop = match self.heeds_signals {
+            true => Some(StopSignal::heed().map_err(TrainError::Signals)?),
+            false => None,
+        };
         self.server.wait_for_workers = self.num_workers;
         let device = self.chosen_device()?;
         let mut evaluator = match &self.test {
@@ -517,7 +544,7 @@ where
             .into_iter()
             .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster, &spawn)));
         let workers = workers.collect::<Result<Vec<_>, SpawnOnError>>()?;
-        actor::run(self.drive(servers, workers, evaluator, num_steps))
+        actor::run(self.drive(servers, workers, evaluator, num_steps, stop.as_ref()))
     }
 
     fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -561,11 +588,15 @@ where
         workers: Vec<Worker<M>>,
         mut evaluator: Option<Evaluator<M>>,
         num_steps: u64,
+        stop: Option<&StopSignal>,
     ) -> Result<Report, TrainError> {
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
-            let runs = workers.iter().map(|worker| worker.run(&servers, num_steps));
+            let given_up = stop_workers(stop, &workers).shared();
+            let runs = workers
+                .iter()
+                .map(|worker| worker.run(&servers, num_steps, given_up.clone()));
             let runs = std::pin::pin!(try_join_all(runs));
             let every = self.evaluate_every;
             let watch = std::pin::pin!(async {
@@ -580,9 +611,13 @@ where
                     _ => std::future::pending().await,
                 }
             });
-            match select(runs, watch).await {
+            // Also while a worker waits for something else than its steps.
+            let stopping = std::pin::pin!(given_up.then(|()| std::future::pending()));
+            match select(runs, select(watch, stopping)).await {
                 Either::Left((outcome, _)) => outcome,
-                Either::Right((error, _)) => Err(error),
+                Either::Right((Either::Left((error, _)) | Either::Right((error, _)), _)) => {
+                    Err(error)
+                }
             }
         };
         let elapsed = started.elapsed();
@@ -594,7 +629,9 @@ where
                 return Err(self.incomplete(error, &servers, curve, elapsed).await);
             }
         };
+        let is_cut_short = runs.iter().any(|run| run.is_cut_short);
         let mut report = self.report(&servers, runs, curve, elapsed).await?;
+        report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
         if let Some(evaluator) = &mut evaluator {
             match evaluator.evaluate(&report.weights) {
                 Ok(evaluation) => report.final_evaluation = Some(evaluation),
@@ -655,6 +692,7 @@ where
         Ok(Report {
             consistency: status.consistency,
             reduction: status.reduction,
+            interrupted: None,
             num_workers: self.num_workers,
             num_servers: self.num_servers,
             weights,
@@ -696,6 +734,17 @@ impl Variants {
             servers: "optimizer".to_owned(),
         }
     }
+}
+
+/// Stops the workers after a signal, and is ready when they have had time enough for the step under way.
+async fn stop_workers<M: Model>(stop: Option<&StopSignal>, workers: &[Worker<M>]) {
+    let Some(stop) = stop else {
+        return std::future::pending().await;
+    };
+    stop.wait().await;
+    workers.iter().for_each(Worker::stop);
+    actix::clock::sleep(LAST_STEP).await;
+    tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
 }
 
 /// Evaluates every so many updates, for as long as it is polled. Returns only if that fails.

@@ -1,13 +1,15 @@
 //! Keeps the workers of a run going: through panics, and when their processes are lost or leave.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::pin::pin;
 
+use futures_util::future::{Either, select};
 use ps_actors::actor::{ActorRef, CallError};
 use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
 use ps_actors::server::{GroupError, WorkerStatus};
-use ps_actors::worker::{RunReport, RunSteps, WorkerError};
+use ps_actors::worker::{RunReport, RunSteps, StopSteps, WorkerError};
 use ps_model::Model;
 
 use crate::source::{ModelWorker, WorkerConfig};
@@ -24,6 +26,8 @@ pub(crate) struct Worker<M: Model> {
     actor: RefCell<ActorRef<ModelWorker<M>>>,
     cluster: Cluster,
     spawn: SpawnOn,
+    /// Whether it is to take no more steps.
+    is_stopped: Cell<bool>,
 }
 
 /// What a worker has done, in all its lives.
@@ -34,6 +38,8 @@ pub(crate) struct WorkerRun {
     /// How many gradients they told about.
     pub(crate) num_told: u64,
     pub(crate) num_restarts: u32,
+    /// Whether it was stopped before all steps were taken.
+    pub(crate) is_cut_short: bool,
 }
 
 impl<M: Model> Worker<M> {
@@ -48,7 +54,15 @@ impl<M: Model> Worker<M> {
             actor: RefCell::new(actor),
             cluster: cluster.clone(),
             spawn: spawn.clone(),
+            is_stopped: Cell::new(false),
         }
+    }
+
+    /// Lets the worker end after the step under way.
+    pub(crate) fn stop(&self) {
+        self.is_stopped.set(true);
+        // One that cannot be reached is lost, and not started again.
+        let _ = self.actor.borrow().tell(StopSteps);
     }
 
     /// Ends the worker, whatever it does.
@@ -58,23 +72,36 @@ impl<M: Model> Worker<M> {
 
     /// Takes all steps; a worker that panics, is lost with its process, or was stopped because that
     /// leaves, goes on with the first step that is not settled, for as long as its actor is restarted or another node makes one.
+    /// After [`stop`](Self::stop) it ends with what it has done until then, and when `given_up` is ready
+    /// after that without waiting for the step under way.
     pub(crate) async fn run(
         &self,
         servers: &ServerGroup,
         num_steps: u64,
+        given_up: impl Future<Output = ()> + Clone,
     ) -> Result<WorkerRun, TrainError> {
         let worker = self.config.worker;
         let mut told = WorkerRun::default();
         let (mut num_losses, mut settled_at_loss) = (0, 0);
         let mut num_settled = 0;
         loop {
+            if self.is_stopped.get() {
+                told.is_cut_short = true;
+                return Ok(told);
+            }
             let num_steps = num_steps.saturating_sub(num_settled);
             let run = RunSteps {
                 servers: servers.clone(),
                 num_steps,
             };
             let actor = self.actor.borrow().clone();
-            let answer = actor.ask(run).await;
+            let answer = match select(actor.ask(run), pin!(given_up.clone())).await {
+                Either::Left((answer, _)) => answer,
+                Either::Right(_) => {
+                    actor.kill();
+                    continue;
+                }
+            };
             let is_panic = matches!(answer, Err(CallError::Failed { .. }));
             let lost = match answer {
                 Ok(Ok(part)) => {
@@ -82,6 +109,9 @@ impl<M: Model> Worker<M> {
                     told.report.append(part);
                     if !told.report.was_stopped {
                         return Ok(told);
+                    }
+                    if self.is_stopped.get() {
+                        continue;
                     }
                     tracing::info!(%worker, "a worker's node leaves; it goes on elsewhere");
                     None
@@ -92,6 +122,8 @@ impl<M: Model> Worker<M> {
                     ..
                 })) if !actor.is_local() => Some(source),
                 Ok(Err(error)) => return Err(error.into()),
+                // Its process ends as this one does.
+                Err(_) if self.is_stopped.get() => continue,
                 Err(lost) => Some(lost),
             };
             if let Some(lost) = &lost {

@@ -309,16 +309,125 @@ fn a_node_that_is_terminated_twice_leaves_at_once() {
 /// However the driver ends, nobody is left: whoever lived would keep its output open.
 #[test]
 fn no_process_outlives_the_driver() {
-    for how in ["KILL", "TERM", "INT"] {
-        let mut run = Run::start(
-            "sharded_ps",
-            &["--iterations", "1000000", "--processes", "3"],
-        );
+    let arguments = ["--iterations", "1000000", "--processes", "3"];
+    let mut run = Run::start("sharded_ps", &arguments);
+    run.wait_for(&["Iter ", "accuracy is"]);
+    signal("KILL", run.driver.id());
+    let (status, _) = run.finish();
+    assert!(!status.success());
+}
+
+/// The exit code says that the work is not done, the output says how far it came.
+fn ended_in_order(run: Run, name: &str, signal: &str) -> String {
+    let code = if signal == "TERM" { 143 } else { 130 };
+    let (status, output) = run.finish();
+    assert_eq!(status.code(), Some(code), "{name}: {output}");
+    let interrupted = format!("Interrupted by SIG{signal}");
+    assert!(output.contains(&interrupted), "{name}: {output}");
+    // A node that leaves, or that the driver lets go, has not crashed.
+    for trouble in ["is lost", "has failed", "before all steps", "panicked"] {
+        assert!(!output.contains(trouble), "{name}: {trouble}: {output}");
+    }
+    output
+}
+
+/// Alone and with others, the driver's own loops and the trainer, servers here and on nodes.
+#[test]
+fn an_interrupted_driver_ends_in_order() {
+    let endless = ["--iterations", "1000000"];
+    let three = ["--iterations", "1000000", "--processes", "3"];
+    let on_nodes = [&three[..], &["--num-servers", "2", "--servers-on-nodes"]].concat();
+    for (name, arguments, how) in [
+        ("sync_ps", &endless[..], "INT"),
+        ("sync_ps", &three, "TERM"),
+        ("async_ps", &three, "INT"),
+        ("sharded_ps", &endless, "TERM"),
+        ("sharded_ps", &three, "INT"),
+        ("sharded_ps", &on_nodes, "TERM"),
+    ] {
+        let mut run = Run::start(name, arguments);
         run.wait_for(&["Iter ", "accuracy is"]);
         signal(how, run.driver.id());
-        let (status, _) = run.finish();
-        assert!(!status.success(), "{how}");
+        let output = ended_in_order(run, name, how);
+        assert!(output.contains("Final accuracy is"), "{name}: {output}");
     }
+    let mut run = Run::start("rpc_ps", &three);
+    run.wait_for(&["training batch 5 "]);
+    signal("TERM", run.driver.id());
+    let output = ended_in_order(run, "rpc_ps", "TERM");
+    assert!(output.contains("updates by 2 trainers."), "{output}");
+}
+
+/// As at a terminal, which sends Ctrl-C to all: the servers on nodes are still asked for the weights.
+#[test]
+fn an_interrupt_of_all_processes_is_the_drivers_matter() {
+    let arguments = ["--iterations", "1000000", "--processes", "3"];
+    let arguments = [
+        &arguments[..],
+        &["--num-servers", "2", "--servers-on-nodes"],
+    ]
+    .concat();
+    let mut run = Run::start("sharded_ps", &arguments);
+    // They join in any order.
+    let nodes = [(); 2].map(|()| run.wait_for_node("node=node"));
+    run.wait_for(&["Iter ", "accuracy is"]);
+    for process in [nodes[0], run.driver.id(), nodes[1]] {
+        signal("INT", process);
+    }
+    let output = ended_in_order(run, "sharded_ps", "INT");
+    assert!(output.contains("Final accuracy is"), "{output}");
+}
+
+/// A worker that does not come to the end of its step costs the driver some seconds, not the result.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
+    let arguments = ["--iterations", "1000000", "--consistency", "asp"];
+    let arguments = [&arguments[..], &["--processes", "3", "--lease", "60"]].concat();
+    let mut run = Run::start("sharded_ps", &arguments);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["Iter ", "accuracy is"]);
+    stop_all_threads(node);
+    signal("TERM", run.driver.id());
+    run.wait_for(&["ending before all steps are finished"]);
+    let (status, output) = run.finish();
+    assert_eq!(status.code(), Some(143), "{output}");
+    assert!(output.contains("Final accuracy is"), "{output}");
+}
+
+/// A second signal is for those who do not want to wait.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_driver_that_is_interrupted_twice_ends_at_once() {
+    let arguments = ["--iterations", "1000000", "--consistency", "asp"];
+    let arguments = [&arguments[..], &["--processes", "3", "--lease", "60"]].concat();
+    let mut run = Run::start("sharded_ps", &arguments);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["Iter ", "accuracy is"]);
+    stop_all_threads(node);
+    signal("INT", run.driver.id());
+    run.wait_for(&["ending in order; a second signal"]);
+    signal("TERM", run.driver.id());
+    let (status, output) = run.finish();
+    assert_eq!(status.code(), Some(130), "{output}");
+    assert!(output.contains("ending at once"), "{output}");
+    assert!(!output.contains("Final accuracy is"), "{output}");
+}
+
+/// A server for workers in other languages says how far it came, too.
+#[test]
+fn an_interrupted_http_server_ends_in_order() {
+    let server = Command::new(example("http_server"))
+        .args(["--listen", "127.0.0.1:0"])
+        .env_remove("PS_MNIST_DIR")
+        .env("PS_OFFLINE", "1")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn();
+    let mut run = Run::follow(server.unwrap());
+    run.wait_for(&["Update 0", "accuracy is"]);
+    signal("TERM", run.driver.id());
+    ended_in_order(run, "http_server", "TERM");
 }
 
 /// The guide's program as three processes, by one command and by hand.

@@ -227,18 +227,20 @@ fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit,
     // Signals are heard on an event loop, so the future is made on one.
     let serving = Task::start(async move {
         let stop = terminated().map_err(StartError::Signals)?;
+        let (second, listening) = oneshot::channel();
         let stop = async move {
             let signal = stop.await;
-            tracing::info!(signal, "leaving after the step under way");
+            // Listens before anybody is told that a second one would be heard.
+            let _ = second.send(terminated());
+            tracing::info!(%signal, "leaving after the step under way");
         };
-        // Begins to listen at its first poll, after the first signal: it hears of the next one.
         let at_once = async {
-            match terminated() {
-                Ok(again) => {
+            match listening.await {
+                Ok(Ok(again)) => {
                     let signal = again.await;
-                    tracing::info!(signal, "leaving at once");
+                    tracing::info!(%signal, "leaving at once");
                 }
-                Err(_) => std::future::pending().await,
+                _ => std::future::pending().await,
             }
         };
         Ok(node.serve_until_told(stop, at_once).await?)

@@ -16,6 +16,7 @@
 //! | `supervisor` | the thread that starts, watches and ends them |
 //! | `restarts` | how often and how soon a copy that has failed is started again |
 //! | `signals` | being asked to leave, and exit codes |
+//! | `stop_signal` | [`StopSignal`]: a driver that is asked to end |
 //! | [`env`](mod@env) | our own variables |
 //!
 //! What a program does with it:
@@ -44,6 +45,7 @@ mod rank;
 mod rendezvous;
 pub(crate) mod restarts;
 mod signals;
+mod stop_signal;
 mod supervisor;
 
 pub use error::{LaunchError, ProcessError};
@@ -51,4 +53,5 @@ pub use flags::{Launch, LaunchOptions, resolve};
 pub use processes::{Exited, ProcessConfig, ProcessGroup, die_with_parent};
 pub use rank::{Place, from_env, log_prefix};
 pub use rendezvous::{DEFAULT_PORT, Rendezvous};
-pub use signals::{EXIT_CONFIG, EXIT_OK, terminated};
+pub use signals::{EXIT_CONFIG, EXIT_OK, Signal, exit_code, terminated};
+pub use stop_signal::StopSignal;

@@ -232,7 +232,8 @@ fn set_variables(command: &mut Command, config: &ProcessConfig, rank: u32, attem
     }
 }
 
-/// Makes this process end with the [`ProcessGroup`] that started it; does nothing in any other.
+/// Makes this process end with the [`ProcessGroup`] that started it, and leave Ctrl-C, which a terminal
+/// sends to both, to that one; does nothing in any other.
 ///
 /// Call it first thing in `main`, on the main thread: the kernel's promise to kill this process
 /// ends with the thread that asked for it. If the parent is gone already, this process exits with
@@ -261,8 +262,23 @@ pub fn die_with_parent() -> io::Result<()> {
         let _ = io::Write::write_all(&mut io::stderr(), message.as_bytes());
         process::exit(1);
     }
+    #[cfg(unix)]
+    ignore_interrupts()?;
     #[cfg(not(unix))]
     let _ = parent;
+    Ok(())
+}
+
+/// With a handler, even one that nobody listens to any more, the signal does nothing by itself.
+#[cfg(unix)]
+fn ignore_interrupts() -> io::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+
+    let event_loop = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()?;
+    let _inside = event_loop.enter();
+    drop(signal(SignalKind::interrupt())?);
     Ok(())
 }
 
