@@ -144,7 +144,7 @@ fn driver(role: &str) {
             }
             "until-terminated" => {
                 let signal = runtime.block_on(terminated.take().unwrap());
-                say(signal);
+                say(&signal.to_string());
             }
             _ => panic!("no such command: {line}"),
         }
