@@ -13,8 +13,6 @@ use actix::{Handler, Message};
 use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
 
-use crate::actor::{ActorRef, Spawn, SpawnError, background};
-use crate::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::{
@@ -24,6 +22,8 @@ use crate::server::{
     ShardError, Stage, partition,
 };
 use crate::weights::{Gradients, Weights};
+use ps_runtime::actor::{ActorRef, Spawn, SpawnError, sleep};
+use ps_runtime::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 
 /// How often a pull of one version starts again because the servers moved on meanwhile.
 const MAX_PULL_TRIES: usize = 100;
@@ -204,7 +204,7 @@ impl ServerGroup {
         })
     }
 
-    /// Splits `initial` over servers at these places of a cluster ([`Placement`](crate::cluster::Placement)s,
+    /// Splits `initial` over servers at these places of a cluster ([`Placement`](ps_runtime::cluster::Placement)s,
     /// or [`SpawnOn`] options), whose processes all host [`ParameterServer`] and say with which update rule.
     ///
     /// # Errors
@@ -277,7 +277,7 @@ impl ServerGroup {
                     tracing::warn!(server = server.name(), %lost, "asking again");
                     message = again;
                     tries += 1;
-                    background::sleep(pause).await;
+                    sleep(pause).await;
                     pause = (2 * pause).min(longest);
                 }
                 (answer, _) => break answer,

@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
-use crate::actor::background::{self, Task};
 use crate::ids::GradientId;
 use crate::session::Session;
+use ps_runtime::actor::{Background, in_background, sleep};
 
 /// How soon a heartbeat that was lost is sent again, before the lease is known.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -17,7 +17,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 #[must_use = "the heartbeats end when this is dropped"]
 pub struct Heartbeats {
-    _task: Task,
+    _task: Background,
 }
 
 impl Heartbeats {
@@ -43,11 +43,11 @@ impl Heartbeats {
                     Err(error) if !error.is_for_now() => return,
                     Err(_) => {}
                 }
-                background::sleep(pause).await;
+                sleep(pause).await;
             }
         };
         Self {
-            _task: background::start(beats),
+            _task: in_background(beats),
         }
     }
 }

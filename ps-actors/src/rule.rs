@@ -9,7 +9,7 @@
 
 use std::fmt;
 
-use crate::spread::{PART_LEN, spread, vectorized};
+use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 
 /// Changes weights by a gradient. Implementations are deterministic.
 pub trait UpdateRule: Send + fmt::Debug + 'static {
@@ -123,7 +123,7 @@ impl UpdateRule for Sgd {
         let num_bytes = size_of_val(weights);
         let parts = weights.chunks_mut(PART_LEN).zip(gradient.chunks(PART_LEN));
         if momentum == 0.0 {
-            return spread(num_bytes, parts, |(weights, gradient)| {
+            return for_each(num_bytes, parts, |(weights, gradient)| {
                 vectorized(
                     #[inline(always)]
                     || {
@@ -136,7 +136,7 @@ impl UpdateRule for Sgd {
         }
         self.velocity.resize(gradient.len(), 0.0);
         let parts = parts.zip(self.velocity.chunks_mut(PART_LEN));
-        spread(num_bytes, parts, |((weights, gradient), velocity)| {
+        for_each(num_bytes, parts, |((weights, gradient), velocity)| {
             vectorized(
                 #[inline(always)]
                 || {
@@ -166,7 +166,7 @@ impl UpdateRule for Sgd {
         let num_bytes = size_of_val(next);
         let old = weights.chunks(PART_LEN).zip(gradient.chunks(PART_LEN));
         let parts = next.chunks_mut(PART_LEN).zip(old);
-        spread(num_bytes, parts, |(next, (weights, gradient))| {
+        for_each(num_bytes, parts, |(next, (weights, gradient))| {
             vectorized(
                 #[inline(always)]
                 || {

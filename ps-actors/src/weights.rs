@@ -10,10 +10,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::buffer::Buffer;
-use crate::codec::Bulk;
 use crate::ids::{GradientId, Version};
-use crate::spread::norm_squared;
+use ps_runtime::buffer::Buffer;
+use ps_runtime::codec::Bulk;
+use ps_runtime::parallel::norm_squared;
 
 /// One parameter's place in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -301,13 +301,9 @@ impl Gradient {
     /// Takes a gradient over weights `0..values.len()`.
     #[must_use]
     pub fn new(values: impl Into<Buffer>) -> Self {
-        let data = values.into();
-        let norm_squared = norm_squared(&data);
-        let range = 0..data.len();
-        let values = Bulk {
-            data: Arc::new(data),
-            range,
-        };
+        let values: Buffer = values.into();
+        let norm_squared = norm_squared(&values);
+        let values = Bulk::from(values);
         Self {
             start: 0,
             values,
@@ -327,15 +323,10 @@ impl Gradient {
             range.start >= own.start && range.end <= own.end,
             "gradient {range:?} is not within {own:?}"
         );
-        let first = self.values.range.start + (range.start - self.start);
-        let data = Arc::clone(&self.values.data);
-        let values = Bulk {
-            data,
-            range: first..first + range.len(),
-        };
+        let first = range.start - self.start;
         Self {
             start: range.start,
-            values,
+            values: self.values.slice(first..first + range.len()),
             norm_squared: self.norm_squared,
         }
     }
@@ -388,17 +379,13 @@ mod wire {
 
     impl From<super::Weights> for Weights {
         fn from(weights: super::Weights) -> Self {
-            let bulk = |segment: &Segment| Bulk {
-                data: Arc::clone(&segment.data),
-                range: 0..segment.data.len(),
-            };
             Self {
                 version: weights.version,
                 layout: Layout::clone(&weights.layout),
                 segments: weights
                     .segments
                     .iter()
-                    .map(|s| (s.start, bulk(s)))
+                    .map(|segment| (segment.start, Arc::clone(&segment.data).into()))
                     .collect(),
             }
         }
@@ -420,7 +407,7 @@ mod wire {
                     .ok_or("there are more weights than the layout has")?;
                 segments.push(Segment {
                     start,
-                    data: bulk.data,
+                    data: bulk.into_shared(),
                 });
             }
             Ok(Self::new(

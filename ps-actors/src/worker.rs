@@ -15,17 +15,17 @@ use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::actor::error::error_chain;
-use crate::actor::{ActorRef, background};
-use crate::cluster::Hosted;
-use crate::codec::Bulk;
 use crate::group::ServerGroup;
 use crate::heartbeat::Heartbeats;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
-use crate::remote::{Messages, Remote};
 use crate::server::{GroupError, Outcome, PullVersion};
 use crate::session::Session;
 use crate::weights::{Gradient, Gradients, Weights};
+use ps_runtime::actor::error_chain;
+use ps_runtime::actor::{ActorRef, sleep};
+use ps_runtime::cluster::Hosted;
+use ps_runtime::codec::Bulk;
+use ps_runtime::remote::{Messages, Remote};
 
 /// How often in a row a worker joins again without getting a gradient settled in between.
 const MAX_REJOINS: usize = 10;
@@ -312,7 +312,7 @@ pub enum WorkerError {
 /// Writes an error of any type as its text and those of its sources, and reads it as that text.
 mod source_text {
     use super::{Deserialize, Deserializer, Serializer, SourceError};
-    use crate::actor::error::error_chain;
+    use ps_runtime::actor::error_chain;
 
     pub(super) fn serialize<S: Serializer>(
         error: &SourceError,
@@ -353,7 +353,7 @@ async fn push_patiently(
                     return Err(error);
                 }
                 tracing::debug!(%error, "pushing again");
-                background::sleep(PAUSE).await;
+                sleep(PAUSE).await;
             }
             other => return other,
         }
@@ -534,9 +534,9 @@ impl<S: GradientSource> Handler<GetProgress> for DataWorker<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::MAX_HEADER;
-    use crate::codec::tests::{check_error_crosses, transport};
     use crate::server::Refusal;
+    use ps_runtime::codec::MAX_HEADER;
+    use ps_runtime::test_util::{check_error_crosses, transport};
 
     const WORKER: WorkerId = WorkerId(3);
 

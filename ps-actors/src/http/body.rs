@@ -19,8 +19,8 @@ use tokio::time::{Instant, timeout};
 
 use super::HttpConfig;
 use super::problem::Problem;
-use crate::buffer::{Buffer, BufferPool};
 use crate::weights::Weights;
+use ps_runtime::buffer::{Buffer, BufferPool};
 
 /// Idle receive buffers that are kept: those of one round of a few workers.
 const NUM_IDLE_BUFFERS: usize = 16;

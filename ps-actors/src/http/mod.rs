@@ -9,7 +9,7 @@
 //! read only if its length is that of the weights (PS-6), and only so many at a time (PS-7).
 //!
 //! There is no access control in here: serve the routes behind the token of
-//! [`Cluster::listen_with`](crate::cluster::Cluster::listen_with).
+//! [`Cluster::listen_with`](ps_runtime::cluster::Cluster::listen_with).
 //!
 //! ```
 //! use ps_actors::cluster::{Cluster, ClusterConfig, Hosts};

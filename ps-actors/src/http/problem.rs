@@ -5,10 +5,10 @@ use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
 
 use super::headers::{JOIN_AGAIN, VERSION};
-use crate::actor::error::error_chain;
-use crate::actor::{CallError, NotDelivered};
 use crate::ids::Version;
 use crate::server::{GroupError, Refusal, ServerError, ShardError};
+use ps_runtime::actor::error_chain;
+use ps_runtime::actor::{CallError, NotDelivered};
 
 /// A status code, a sentence for people, and what a program needs to go on.
 #[derive(Clone, Debug)]

@@ -20,10 +20,10 @@ use super::messages::{ApplyGradients, Decision, Pushed, ServerError};
 use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
 use super::shard::{PullAnswer, Shard, ShardError};
 use super::waiting::{Caller, MAX_CALLS, Waiting};
-use crate::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradients, Weights};
+use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 
 /// Holds weights, or a contiguous range of them, and applies gradients to them.
 #[derive(Debug)]

@@ -145,7 +145,7 @@ pub struct ReductionError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::tests::check_error_crosses;
+    use ps_runtime::test_util::check_error_crosses;
 
     #[test]
     fn every_mode_reads_back_what_it_prints() {

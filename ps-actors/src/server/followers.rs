@@ -16,7 +16,7 @@ use subtle::ConstantTimeEq;
 
 use super::actor::{ParameterServer, Role};
 use super::messages::{Decision, Follow, ServerError};
-use crate::actor::{ActorRef, CallError, NotDelivered};
+use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
 
 /// How many decisions another server may be behind before gradients are refused.
 const MAX_BEHIND: usize = 4096;

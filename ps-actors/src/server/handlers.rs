@@ -16,9 +16,9 @@ use super::messages::{
 };
 use super::protocol::{Answer, Event, Membership, Ticket};
 use super::waiting::{Caller, MAX_FETCHING, check_room};
-use crate::actor::error::error_chain;
-use crate::remote::{Messages, Remote};
 use crate::weights::Weights;
+use ps_runtime::actor::error_chain;
+use ps_runtime::remote::{Messages, Remote};
 
 /// Answers at once if the answer is there, else when it comes, for as long as the caller waits.
 fn now_or_later<T: 'static, R: 'static>(

@@ -1,7 +1,7 @@
 //! What a [`ParameterServer`](super::ParameterServer) can be asked.
 //!
 //! Data only: no channel in any message or answer, errors included, so each can cross a wire
-//! (see [`codec`](crate::codec)). A worker of a group of
+//! (see [`codec`](ps_runtime::codec)). A worker of a group of
 //! several servers speaks to them through a [`ServerGroup`](crate::group::ServerGroup), which
 //! knows what to send where.
 
@@ -14,11 +14,11 @@ use super::ledger::Outcome;
 use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
-use crate::actor::{CallError, NotDelivered};
 use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
-use crate::remote::Kept;
 use crate::weights::{Gradient, Gradients, Weights};
 use crate::worker::WorkerError;
+use ps_runtime::actor::{CallError, NotDelivered};
+use ps_runtime::remote::Kept;
 
 /// Returns the current weights of the server's range.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
@@ -63,7 +63,7 @@ impl ApplyGradients {
 }
 
 /// As [`ApplyGradients`], for gradients that are still where they were computed: the server fetches
-/// them, so they do not pass through the driver. See [`ActorRef::ask_kept`](crate::ActorRef::ask_kept).
+/// them, so they do not pass through the driver. See [`ActorRef::ask_kept`](ps_runtime::ActorRef::ask_kept).
 #[derive(Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct ApplyKept {
@@ -362,9 +362,9 @@ impl GroupError {
 mod tests {
     use super::super::config::ConfigError;
     use super::*;
-    use crate::actor::{Undelivered, UnknownOutcome};
-    use crate::codec::tests::check_error_crosses;
     use crate::ids::Clock;
+    use ps_runtime::actor::{Undelivered, UnknownOutcome};
+    use ps_runtime::test_util::check_error_crosses;
 
     const WORKER: WorkerId = WorkerId(3);
     const LEAST: Incarnation = Incarnation(u64::MAX);

@@ -19,6 +19,8 @@ mod config;
 mod consistency;
 pub mod coordinator;
 mod followers;
+#[cfg(test)]
+mod fuzz;
 mod handlers;
 mod leases;
 pub mod ledger;

@@ -16,11 +16,11 @@ use serde::{Deserialize, Serialize};
 
 use super::consistency::Reduction;
 use super::protocol::{Ticket, Update};
-use crate::buffer::{Buffer, BufferPool};
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
-use crate::spread::{PART_LEN, spread, vectorized};
 use crate::weights::{Gradient, Segment, Weights};
+use ps_runtime::buffer::{Buffer, BufferPool};
+use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 
 /// How many gradients of one worker may be staged and not yet decided upon.
 pub const MAX_STAGED: usize = 32;
@@ -458,7 +458,7 @@ fn reduce(
     let mut sum = pool.take(first.values().len());
     let num_bytes = size_of_val(&sum[..]);
     let parts = (0..).step_by(PART_LEN).zip(sum.chunks_mut(PART_LEN));
-    spread(num_bytes, parts, |(start, sum)| {
+    for_each(num_bytes, parts, |(start, sum)| {
         let part = start..start + sum.len();
         vectorized(
             #[inline(always)]

@@ -12,9 +12,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::messages::{Pushed, ServerError};
 use super::protocol::{Answer, MAX_WORKERS, Refusal, Ticket};
-use crate::actor::caller_gone;
 use crate::ids::WorkerId;
 use crate::weights::Weights;
+use ps_runtime::actor::caller_gone;
 
 /// How many pulls may wait, and how many pushes: one of each worker that there may be.
 pub(super) const MAX_WAITING: usize = MAX_WORKERS;

@@ -1,6 +1,6 @@
-//! The actor runtime, and servers and workers as actors.
+//! Servers and workers as actors.
 
-mod actor;
 mod cluster;
+mod codec;
 mod http;
 mod server;

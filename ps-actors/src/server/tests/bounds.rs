@@ -3,13 +3,13 @@
 use actix::{Handler, Message, MessageResult};
 
 use super::*;
-use crate::actor::ActorRef;
 use crate::server::actor::{ParameterServer, Role};
 use crate::server::coordinator::Coordinator;
 use crate::server::protocol::MAX_WORKERS;
 use crate::server::shard::MAX_STAGED_OF_STRANGERS;
 use crate::server::{ApplyGradients, Heartbeat, Leave, Push, ReportLost, ServerConfig, Stage};
 use crate::weights::Gradients;
+use ps_runtime::actor::ActorRef;
 
 /// More workers than a server keeps books of.
 const MANY: u32 = 70_000;

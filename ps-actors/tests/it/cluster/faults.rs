@@ -15,7 +15,7 @@ use ps_actors::server::{
 use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
 use ps_actors::{ActorRef, CallError, Reply, Spawn};
 
-use super::world::{LOCAL, SOON};
+use ps_runtime::test_util::{LOCAL, SOON};
 
 const LEN: usize = 32;
 

@@ -19,11 +19,8 @@ use ps_actors::worker::{
     WorkerError,
 };
 use ps_actors::{ActorRef, CallError, Reply};
+use ps_runtime::test_util::{LOCAL, Parked, SOON, config, driver_address, eventually, transports};
 use tokio::sync::oneshot;
-
-use super::world::{LOCAL, SOON, config, driver_address, transports};
-use crate::actor::probe::eventually;
-use crate::actor::transport::Parked;
 
 const WORKER: WorkerId = WorkerId(7);
 

@@ -1,13 +1,6 @@
-//! Actors in other processes. The nodes of these tests share one process and differ in nothing
-//! else from real ones: they reach each other through sockets or pipes only.
+//! Servers and workers in several processes. The nodes of these tests share one process and differ in
+//! nothing else from real ones: they reach each other through sockets or pipes only.
 
-mod calls;
 mod faults;
-mod hostile;
 mod kept;
 mod leaving;
-mod lives;
-mod nodes;
-mod tls;
-mod values;
-pub(crate) mod world;

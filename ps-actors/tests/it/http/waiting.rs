@@ -7,7 +7,7 @@ use ps_actors::server::{Consistency, GetStatus, ServerConfig};
 
 use super::asp;
 use super::client::{LEN, Settings, World, bytes, caller, stamp};
-use crate::actor::probe::eventually;
+use ps_runtime::test_util::eventually;
 
 fn good() -> Vec<u8> {
     bytes(&[1.0; LEN])

@@ -8,7 +8,7 @@ use ps_actors::server::Pull;
 use ps_actors::worker::HostedSource;
 
 use super::*;
-use crate::cluster::world::{LOCAL, SOON, driver_address};
+use ps_runtime::test_util::{LOCAL, SOON, driver_address};
 
 /// After it, a silent connection is lost.
 const LEASE: Duration = Duration::from_secs(2);

@@ -1,0 +1,166 @@
+//! Threads: whose thread this is, blocking waits, and the helper thread behind timers.
+//!
+//! Timeouts run on one background event loop, not on the caller's. They work where the caller has
+//! no event loop, when it blocks its own, and they measure real time while a test has paused
+//! tokio's clock: the actor that they wait for works in real time, too.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::future::pending;
+use std::io;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use actix::System;
+use tokio::runtime::{Handle, Runtime};
+use tokio::task::AbortHandle;
+use tokio::time::Sleep;
+
+use super::linger::Lingering;
+use super::mailbox::ActorId;
+
+thread_local! {
+    static ACTOR: RefCell<Option<(ActorId, Weak<dyn Any + Send + Sync>)>> =
+        const { RefCell::new(None) };
+}
+
+/// Notes that this thread belongs to an actor.
+pub(crate) fn enter_actor_thread(id: ActorId, handle: Weak<dyn Any + Send + Sync>) {
+    ACTOR.set(Some((id, handle)));
+}
+
+/// The actor whose thread this is.
+pub(crate) fn current_actor() -> Option<ActorId> {
+    ACTOR.with_borrow(|actor| actor.as_ref().map(|(id, _)| *id))
+}
+
+/// The reference data of the actor whose thread this is, while references to it exist.
+pub(crate) fn current_handle() -> Option<Arc<dyn Any + Send + Sync>> {
+    ACTOR.with_borrow(|actor| actor.as_ref().and_then(|(_, handle)| handle.upgrade()))
+}
+
+/// Runs a future to its end on this thread, with an actix system around it.
+///
+/// For drivers without `#[actix::main]`.
+///
+/// # Panics
+/// When called from asynchronous code, or when the system gives no event loop.
+pub fn run<F: Future>(future: F) -> F::Output {
+    System::new().block_on(future)
+}
+
+/// Polls a future on this thread until it is ready or the deadline has passed.
+///
+/// Never panics for want of, or inside of, an event loop.
+pub(crate) fn block_on<F: Future>(future: F, deadline: Option<Instant>) -> Option<F::Output> {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    let mut future = pin!(future);
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut cx = Context::from_waker(&waker);
+    let lingering = Lingering::begin();
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
+            return Some(output);
+        }
+        let left = match deadline {
+            None => None,
+            Some(deadline) => match deadline.checked_duration_since(Instant::now()) {
+                Some(left) if !left.is_zero() => Some(left),
+                _ => return None,
+            },
+        };
+        if lingering.goes_on() {
+            continue;
+        }
+        match left {
+            None => thread::park(),
+            Some(left) => thread::park_timeout(left),
+        }
+    }
+}
+
+/// An event loop of one thread, with timers, and with sockets if asked for, which take four file
+/// descriptors.
+pub(crate) fn event_loop(with_io: bool) -> io::Result<Runtime> {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    if with_io {
+        builder.enable_io();
+    }
+    builder.enable_time().build()
+}
+
+/// The actix system that is current here, else the background one, which is started in any case.
+pub(crate) fn system_or_background() -> io::Result<System> {
+    let (system, _) = background()?;
+    Ok(System::try_current().unwrap_or(system))
+}
+
+/// A timer on the background event loop.
+pub(crate) fn sleep_until(deadline: Instant) -> Sleep {
+    let (_, runtime) = background().expect("the background loop runs since the first spawn");
+    let _inside = runtime.enter();
+    tokio::time::sleep_until(deadline.into())
+}
+
+/// A timer that works on any thread, with or without an event loop, and measures real time.
+///
+/// It needs a process that has started an actor.
+pub fn sleep(time: Duration) -> impl Future<Output = ()> + Send + 'static {
+    let (_, runtime) = background().expect("the background loop runs since the first spawn");
+    let _inside = runtime.enter();
+    tokio::time::sleep(time)
+}
+
+/// Something that runs in the background until this is dropped.
+#[derive(Debug)]
+#[must_use = "it ends when this is dropped"]
+pub struct Background(AbortHandle);
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Starts something on the event loop behind all timers, which must never be blocked.
+///
+/// # Panics
+/// When the system gives no thread for it, in a process that never started an actor.
+pub fn in_background(task: impl Future<Output = ()> + Send + 'static) -> Background {
+    let (_, runtime) = background().expect("the background loop runs since the first spawn");
+    Background(runtime.spawn(task).abort_handle())
+}
+
+/// The background system and its event loop, started at first use; they live as long as the process.
+fn background() -> io::Result<(System, Handle)> {
+    static BACKGROUND: Mutex<Option<(System, Handle)>> = Mutex::new(None);
+
+    let mut background = BACKGROUND.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(running) = &*background {
+        return Ok(running.clone());
+    }
+    let runtime = event_loop(true)?;
+    let (started, start) = mpsc::channel();
+    thread::Builder::new()
+        .name("ps-background".to_owned())
+        .spawn(move || {
+            let handle = runtime.handle().clone();
+            let runner = System::with_tokio_rt(|| runtime);
+            // The receiver waits for this, so it is there.
+            let _ = started.send((System::current(), handle));
+            // Not `runner.run()`: an actor that stops "its" system must not stop all timers.
+            runner.block_on(pending::<()>());
+        })?;
+    let running = start.recv().map_err(io::Error::other)?;
+    *background = Some(running.clone());
+    Ok(running)
+}

@@ -1,0 +1,492 @@
+//! What can go wrong with a call, a spawn, a look-up and a shutdown.
+//!
+//! The variants of [`CallError`] answer the one question a caller must ask before it tries again:
+//! can the handler have run?
+//!
+//! A [`CallError`] can cross a wire, as part of an actor's answer, say; only the message that it
+//! hands back stays where it is.
+
+use std::any::{Any, type_name};
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use thiserror::Error;
+
+/// Why a call has no result.
+#[derive(Debug, Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum CallError {
+    /// The handler never began and never will; the message is handed back.
+    #[error("call was not delivered to actor {actor}: {reason}")]
+    NotDelivered {
+        /// Name of the actor that was called.
+        actor: Arc<str>,
+        /// What kept the call from its handler.
+        reason: NotDelivered,
+        /// The message; see [`CallError::into_message`].
+        message: Undelivered,
+    },
+    /// The handler began, or may have, and whether it finished is not known.
+    #[error("outcome of the call to actor {actor} is unknown: {reason}")]
+    Unknown {
+        /// Name of the actor that was called.
+        actor: Arc<str>,
+        /// What cut the caller off from the handler.
+        reason: UnknownOutcome,
+    },
+    /// The actor panicked while the handler (or its asynchronous response) was running.
+    ///
+    /// What the handler had changed in the actor is gone with the actor's state; what it had sent
+    /// or written elsewhere is not.
+    #[error("actor {actor} panicked during the call: {panic}")]
+    Failed {
+        /// Name of the actor that was called.
+        actor: Arc<str>,
+        /// The panic's message.
+        panic: Arc<str>,
+    },
+}
+
+/// Why a call never reached its handler.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum NotDelivered {
+    /// All of the actor's `max_pending` calls were taken.
+    #[error("all {limit} pending calls are taken (use ask_when_ready, or raise max_pending)")]
+    QueueFull {
+        /// The actor's `max_pending`.
+        limit: usize,
+    },
+    /// The actor has stopped, or is stopping.
+    #[error("it has stopped{}", after_panic(.panic.as_deref()))]
+    Stopped {
+        /// Message of the panic that used up the restart budget, if that is what ended the actor.
+        panic: Option<Arc<str>>,
+    },
+    /// The caller's timeout passed while the call was still queued.
+    #[error("timed out after {after:?} before its handler began")]
+    TimedOut {
+        /// The timeout.
+        after: Duration,
+    },
+    /// The caller would have blocked the very thread that the handler needs.
+    #[error("a blocking wait on the actor's own thread would never end (await the reply instead)")]
+    WouldDeadlock,
+    /// The actor's process cannot be reached; trying again later may help.
+    #[error("its process cannot be reached: {reason}")]
+    Unreachable {
+        /// What was tried, and what happened.
+        reason: String,
+    },
+    /// The actor takes the message inside its own process only.
+    #[error(
+        "{message} is not among the messages that {actor_type} takes from other processes (add it to the actor's `Remote::messages`)"
+    )]
+    NotRegistered {
+        /// The message's type.
+        message: String,
+        /// The actor's type.
+        actor_type: String,
+    },
+    /// The message is larger than the actor's process takes.
+    #[error("the message is too large to be sent: {reason}")]
+    TooLarge {
+        /// What there is too much of, how much is allowed, and by which setting.
+        reason: String,
+    },
+    /// The message cannot be written as bytes.
+    #[error("the message cannot be sent as bytes: {reason}")]
+    Encode {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The other process could not read the message, or does not know the actor.
+    #[error("its process refused the call: {reason}")]
+    Refused {
+        /// What the other process said.
+        reason: String,
+    },
+}
+
+/// Why the outcome of a call is not known: it began, or may have.
+#[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum UnknownOutcome {
+    /// The caller's timeout passed while the handler was running; the handler goes on.
+    #[error("timed out after {after:?} while its handler was running")]
+    TimedOut {
+        /// The timeout.
+        after: Duration,
+    },
+    /// The actor ended while the handler was running.
+    #[error("the actor ended while the handler was running")]
+    Stopped,
+    /// The handler let go of its reply channel.
+    #[error(
+        "the handler ended without a reply (its response future panicked, see stderr, or was cancelled)"
+    )]
+    NoReply,
+    /// The caller would have blocked the very thread that the handler needs to finish.
+    #[error("a blocking wait on the actor's own thread would never end (await the reply instead)")]
+    WouldDeadlock,
+    /// The connection was lost before the reply came. Whether the handler ran, or still runs, is
+    /// not known; trying again later may help, and may do the work twice.
+    #[error("the connection was lost while the call was under way: {reason}")]
+    ConnectionLost {
+        /// How it was noticed.
+        reason: String,
+    },
+    /// A reply came, so the handler ran, but it could not be read.
+    #[error("the reply cannot be read: {reason}")]
+    BadReply {
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+fn after_panic(panic: Option<&str>) -> String {
+    panic.map_or_else(String::new, |text| {
+        format!(" after too many panics, the last: {text}")
+    })
+}
+
+impl CallError {
+    /// Whether the handler can have run, in whole or in part.
+    ///
+    /// `false` means that trying again cannot do the work twice.
+    pub fn may_have_run(&self) -> bool {
+        !matches!(self, Self::NotDelivered { .. })
+    }
+
+    /// Whether the actor's process was out of reach, so that trying again later may help.
+    ///
+    /// If the call [may have run](Self::may_have_run), another try can do the work twice.
+    pub fn is_connection_lost(&self) -> bool {
+        matches!(
+            self,
+            Self::NotDelivered {
+                reason: NotDelivered::Unreachable { .. },
+                ..
+            } | Self::Unknown {
+                reason: UnknownOutcome::ConnectionLost { .. },
+                ..
+            }
+        )
+    }
+
+    /// The name of the actor that was called.
+    pub fn actor(&self) -> &str {
+        match self {
+            Self::NotDelivered { actor, .. }
+            | Self::Unknown { actor, .. }
+            | Self::Failed { actor, .. } => actor,
+        }
+    }
+
+    /// Takes the message out of an error that hands it back.
+    ///
+    /// # Errors
+    /// Returns the error itself when it holds no message (the handler may have run, or the error
+    /// came from another process), or when the message is not an `M`.
+    pub fn into_message<M: 'static>(self) -> Result<M, Self> {
+        match self {
+            Self::NotDelivered {
+                actor,
+                reason,
+                message,
+            } => message
+                .into_message()
+                .map_err(|message| Self::NotDelivered {
+                    actor,
+                    reason,
+                    message,
+                }),
+            other => Err(other),
+        }
+    }
+}
+
+/// A message that was not delivered, of any type.
+///
+/// Its `Debug` shows the type only, so that payloads stay out of logs. The message never crosses
+/// a wire: on the other side only the name of its type arrives, and there is nothing to take out.
+/// Who called has the message, and nobody else could call again with it.
+pub struct Undelivered {
+    // In a box, for every error of a call carries its room.
+    parts: Box<Parts>,
+}
+
+struct Parts {
+    type_name: Cow<'static, str>,
+    // Messages are `Send`, not `Sync`; the mutex makes the error both, which error reporters want.
+    // `None` in an error that came from another process.
+    message: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl Undelivered {
+    /// Takes a message, for whoever makes such errors in tests.
+    pub fn new<M: Send + 'static>(message: M) -> Self {
+        Self::with(Cow::Borrowed(type_name::<M>()), Some(Box::new(message)))
+    }
+
+    /// A message that stayed behind in another process.
+    pub(crate) fn elsewhere(type_name: &'static str) -> Self {
+        Self::with(Cow::Borrowed(type_name), None)
+    }
+
+    fn with(type_name: Cow<'static, str>, message: Option<Box<dyn Any + Send>>) -> Self {
+        let message = Mutex::new(message);
+        Self {
+            parts: Box::new(Parts { type_name, message }),
+        }
+    }
+
+    /// The name of the message's type.
+    pub fn type_name(&self) -> &str {
+        &self.parts.type_name
+    }
+
+    /// Takes the message out.
+    ///
+    /// # Errors
+    /// Returns itself when the message is not an `M`, or stayed behind in another process.
+    pub fn into_message<M: 'static>(self) -> Result<M, Self> {
+        let Parts { type_name, message } = *self.parts;
+        let message = message.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let kept = match message.map(<Box<dyn Any + Send>>::downcast) {
+            Some(Ok(message)) => return Ok(*message),
+            Some(Err(of_other_type)) => Some(of_other_type),
+            None => None,
+        };
+        Err(Self::with(type_name, kept))
+    }
+}
+
+impl Serialize for Undelivered {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.type_name())
+    }
+}
+
+/// Reads one that holds no message.
+impl<'de> Deserialize<'de> for Undelivered {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Self::with(String::deserialize(deserializer)?.into(), None))
+    }
+}
+
+impl fmt::Debug for Undelivered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Undelivered({})", self.type_name())
+    }
+}
+
+/// Why an actor could not be spawned.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SpawnError {
+    /// The name is empty, or has control characters in it.
+    #[error("{name:?} cannot name an actor or its thread: {problem}")]
+    InvalidName {
+        /// The name as given.
+        name: String,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// Another actor has the name. It is free again once that actor has ended.
+    #[error("an actor named {name:?} is {state}")]
+    NameTaken {
+        /// The name asked for.
+        name: String,
+        /// "running already", or "still stopping".
+        state: &'static str,
+    },
+    /// `get_or_spawn` found an actor of another type under the name.
+    #[error("the named actor cannot be used")]
+    Lookup(#[source] LookupError),
+    /// `max_pending` is zero, so that no call could ever be made.
+    #[error("max_pending must be at least 1")]
+    NoPendingCalls,
+    /// The restart window is zero, so that no restart would ever count.
+    #[error("the restart window must be longer than zero")]
+    NoRestartWindow,
+    /// The system gave no thread, or no event loop for it.
+    #[error(
+        "could not start a thread for actor {actor}: raise the limits on open files (ulimit -n) and \
+         threads (ulimit -u), or use fewer actors (Spawn::without_io saves files)"
+    )]
+    Thread {
+        /// Name of the actor.
+        actor: Arc<str>,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a name could not be looked up.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum LookupError {
+    /// No living actor has the name.
+    #[error("no actor is named {name:?}")]
+    UnknownName {
+        /// The name asked for.
+        name: String,
+    },
+    /// The actor with the name is of another type.
+    #[error("actor {name:?} is a {found}, not a {expected}")]
+    WrongType {
+        /// The name asked for.
+        name: String,
+        /// The type asked for.
+        expected: &'static str,
+        /// The actor's type.
+        found: &'static str,
+    },
+}
+
+/// Actors that had not ended when the time for their shutdown was over.
+///
+/// Their pending calls have failed and their names are free. Each ends as soon as its running
+/// handler returns; the thread of a handler that never returns is left behind.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("still running after {after:?}, left behind: {}", .actors.join(", "))]
+pub struct StillRunning {
+    /// Names of the actors left behind.
+    pub actors: Vec<String>,
+    /// The time that was allowed.
+    pub after: Duration,
+}
+
+/// An error with all its causes, in one line.
+#[must_use]
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_util::check_error_crosses;
+
+    const AFTER: Duration = Duration::from_millis(1500);
+
+    fn not_delivered(reason: NotDelivered) -> CallError {
+        CallError::NotDelivered {
+            actor: "server-0".into(),
+            reason,
+            message: Undelivered::new(7u64),
+        }
+    }
+
+    fn unknown(reason: UnknownOutcome) -> CallError {
+        CallError::Unknown {
+            actor: "server-0".into(),
+            reason,
+        }
+    }
+
+    fn every_error() -> Vec<CallError> {
+        let reason = || "connection refused".to_owned();
+        let panic = Some("größer".into());
+        let not_delivered = [
+            NotDelivered::QueueFull { limit: usize::MAX },
+            NotDelivered::Stopped { panic: None },
+            NotDelivered::Stopped { panic },
+            NotDelivered::TimedOut {
+                after: Duration::MAX,
+            },
+            NotDelivered::WouldDeadlock,
+            NotDelivered::Unreachable { reason: reason() },
+            NotDelivered::NotRegistered {
+                message: "app::GetLoss".to_owned(),
+                actor_type: "app::Trainer".to_owned(),
+            },
+            NotDelivered::TooLarge { reason: reason() },
+            NotDelivered::Encode { reason: reason() },
+            NotDelivered::Refused { reason: reason() },
+        ]
+        .map(not_delivered);
+        let unknown = [
+            UnknownOutcome::TimedOut { after: AFTER },
+            UnknownOutcome::Stopped,
+            UnknownOutcome::NoReply,
+            UnknownOutcome::WouldDeadlock,
+            UnknownOutcome::ConnectionLost { reason: reason() },
+            UnknownOutcome::BadReply { reason: reason() },
+        ]
+        .map(unknown);
+        let failed = CallError::Failed {
+            actor: "".into(),
+            panic: "index 3 is out of range".into(),
+        };
+        let every = not_delivered.into_iter().chain(unknown);
+        every.chain([failed]).collect()
+    }
+
+    #[test]
+    fn every_call_error_crosses_a_wire() {
+        for sent in every_error() {
+            let got = check_error_crosses(&sent);
+            assert_eq!(format!("{got:?}"), format!("{sent:?}"));
+            assert_eq!(got.may_have_run(), sent.may_have_run());
+            assert_eq!(got.is_connection_lost(), sent.is_connection_lost());
+        }
+    }
+
+    #[test]
+    fn the_message_of_an_error_that_crossed_stays_behind() {
+        let sent = not_delivered(NotDelivered::WouldDeadlock);
+        let got = check_error_crosses(&sent).into_message::<u64>();
+        let got = got.expect_err("the message does not cross");
+        let CallError::NotDelivered { message, .. } = check_error_crosses(&got) else {
+            panic!("{got:?}");
+        };
+        assert_eq!(message.type_name(), "u64");
+        assert!(message.into_message::<u64>().is_err());
+        assert_eq!(sent.into_message::<u64>().expect("it is still here"), 7);
+    }
+
+    #[test]
+    fn a_message_of_another_type_stays_in_the_error() {
+        let error = not_delivered(NotDelivered::WouldDeadlock);
+        let error = error.into_message::<String>().expect_err("it is a u64");
+        assert_eq!(error.into_message::<u64>().expect("it is a u64"), 7);
+    }
+
+    #[test]
+    fn a_lost_connection_is_told_from_all_other_ends() {
+        let lost = every_error()
+            .into_iter()
+            .filter(CallError::is_connection_lost);
+        let lost: Vec<_> = lost.map(|error| error.to_string()).collect();
+        assert_eq!(
+            lost,
+            [
+                "call was not delivered to actor server-0: \
+                 its process cannot be reached: connection refused",
+                "outcome of the call to actor server-0 is unknown: \
+                 the connection was lost while the call was under way: connection refused",
+            ]
+        );
+    }
+
+    #[test]
+    fn an_unregistered_message_says_where_to_add_it() {
+        let error = every_error()
+            .into_iter()
+            .map(|error| error.to_string())
+            .find(|text| text.contains("app::GetLoss"))
+            .expect("it names the message");
+        assert!(
+            error.contains("app::Trainer") && error.contains("Remote::messages"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,87 @@
+//! Spawns ordinary actix actors on threads of their own and calls them through typed references.
+//!
+//! [`spawn`] builds the actor on its thread and returns an [`ActorRef`]. [`ActorRef::ask`] starts a
+//! call at once and returns a [`Reply`], which can be awaited, waited for ([`Reply::wait`], Ray's
+//! `get`) or put into a [`Pending`] set (Ray's `wait`). What actix lacks and this module adds: a
+//! real bound on the calls in flight, errors that say whether the handler can have run and hand
+//! the message back when it cannot, restarts after a panic behind the same reference, names, and a
+//! shutdown that always ends.
+//!
+//! Messages do not pass through actix's mailbox. A reference puts a call into the actor's own
+//! queue, and a future inside the actor's context (the pump) takes it out and runs the actix
+//! [`Handler`](actix::Handler). Queue and running calls belong to the supervisor around that
+//! context, so they outlive an actor that panics. What is guaranteed, and what is not, is numbered
+//! in `docs/semantics.md`; tests quote the numbers.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `actor_ref` | what callers hold |
+//! | `call`, `deadline` | the life of one call: queued, running, done; its time limit |
+//! | `caller_gone` | how a handler that waits learns that its caller does not |
+//! | `reply`, `pending` | the caller's side of one call, of many calls |
+//! | `mailbox` | the queue, the bound on it, and the actor's phase |
+//! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
+//! | `spawn`, `registry` | options, names, all actors of the process |
+//! | `shutdown` | ends actors within a bound |
+//! | `background`, `linger` | the helper thread for timers, and blocking waits |
+//!
+//! ```
+//! use actix::{Actor, Context, Handler, Message};
+//! use ps_runtime::actor;
+//!
+//! struct Counter(u64);
+//!
+//! impl Actor for Counter {
+//!     type Context = Context<Self>;
+//! }
+//!
+//! #[derive(Message)]
+//! #[rtype(result = "u64")]
+//! struct Add(u64);
+//!
+//! impl Handler<Add> for Counter {
+//!     type Result = u64;
+//!
+//!     fn handle(&mut self, Add(amount): Add, _: &mut Context<Self>) -> u64 {
+//!         self.0 += amount;
+//!         self.0
+//!     }
+//! }
+//!
+//! let counter = actor::spawn(|| Counter(0));
+//! let first = counter.ask(Add(2));
+//! let second = counter.ask(Add(3));
+//! assert_eq!(first.wait()?, 2);
+//! assert_eq!(second.wait()?, 5);
+//! # Ok::<(), actor::CallError>(())
+//! ```
+
+pub(crate) mod actor_ref;
+pub(crate) mod background;
+pub(crate) mod call;
+mod caller_gone;
+pub(crate) mod deadline;
+pub(crate) mod error;
+pub(crate) mod linger;
+pub(crate) mod mailbox;
+mod pending;
+mod pump;
+pub(crate) mod registry;
+mod reply;
+mod shutdown;
+mod spawn;
+pub(crate) mod supervisor;
+
+pub use actor_ref::ActorRef;
+pub use background::{Background, in_background, run, sleep};
+pub use caller_gone::{CallerGone, caller_gone};
+pub use error::{
+    CallError, LookupError, NotDelivered, SpawnError, StillRunning, Undelivered, UnknownOutcome,
+    error_chain,
+};
+pub use mailbox::{ActorId, dead_letters};
+pub use pending::Pending;
+pub use registry::lookup;
+pub use reply::Reply;
+pub use shutdown::{Shutdown, shutdown_all};
+pub use spawn::{RestartPolicy, Spawn, get_or_spawn, spawn};

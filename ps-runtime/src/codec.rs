@@ -1,0 +1,360 @@
+//! Turns a message into bytes: a small header, and the bulk numbers beside it.
+//!
+//! Weights and gradients are not serialized number by number. [`encode`] writes a message into a
+//! header in which each run of numbers is only its length, and hands the numbers out beside it,
+//! shared and in order, for a transport to write as they are; [`decode`] puts them back. (The idea of
+//! pickle's protocol 5, PEP 574.) Inside one process nothing is encoded at all.
+//!
+//! Only this module knows bincode, so that replacing it touches one file.
+
+use std::cell::RefCell;
+use std::ops::{Deref, Range};
+use std::sync::Arc;
+use std::thread::LocalKey;
+
+use serde::de::{DeserializeOwned, Error as _};
+use serde::ser::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::buffer::Buffer;
+use crate::parallel::norm_squared;
+use crate::schema::is_tracing;
+
+/// The longest header, in bytes. Far more than a message needs: its bulk is not in it.
+pub const MAX_HEADER: usize = 1 << 20;
+
+/// How much a header may claim when it is read. bincode counts numbers as they are in memory, up to
+/// sixteen bytes for each one that was written: with less, headers could be written but not read.
+const MAX_CLAIM: usize = 16 * MAX_HEADER;
+
+const CONFIG: bincode::config::Configuration<
+    bincode::config::LittleEndian,
+    bincode::config::Varint,
+    bincode::config::Limit<MAX_CLAIM>,
+> = bincode::config::standard().with_limit::<MAX_CLAIM>();
+
+/// Why a message could not be turned into bytes or back.
+#[derive(Debug, thiserror::Error)]
+pub enum CodecError {
+    /// The message cannot be written.
+    #[error("cannot encode a {message}")]
+    Encode {
+        /// The message's type.
+        message: &'static str,
+        /// Why.
+        #[source]
+        source: bincode::error::EncodeError,
+    },
+    /// The bytes are no such message.
+    #[error("cannot decode a {message} of a header of {len} bytes")]
+    Decode {
+        /// The message's type.
+        message: &'static str,
+        /// The header's length.
+        len: usize,
+        /// Why.
+        #[source]
+        source: bincode::error::DecodeError,
+    },
+    /// There is more than the message.
+    #[error(
+        "{num_bytes} bytes of header and {num_buffers} buffers are left over after a {message}"
+    )]
+    LeftOver {
+        /// The message's type.
+        message: &'static str,
+        /// Bytes behind the message.
+        num_bytes: usize,
+        /// Buffers that it did not use.
+        num_buffers: usize,
+    },
+    /// The header is longer than allowed.
+    #[error(
+        "everything but its bulk numbers takes {len} bytes, and {MAX_HEADER} is the most: split the message"
+    )]
+    TooLong {
+        /// The header's length.
+        len: usize,
+    },
+}
+
+/// A run of numbers, shared.
+#[derive(Clone, Debug)]
+pub struct Bulk {
+    pub(crate) data: Arc<Buffer>,
+    range: Range<usize>,
+}
+
+impl Bulk {
+    /// Returns the sum of the squares of the numbers.
+    #[must_use]
+    pub fn norm_squared(&self) -> f64 {
+        match self.range == (0..self.data.len()) {
+            true => self.data.norm_squared(),
+            false => norm_squared(self),
+        }
+    }
+
+    /// Returns a part of it, which shares the numbers.
+    ///
+    /// # Panics
+    /// When the range is not within it.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        let len = self.len();
+        assert!(
+            range.start <= range.end && range.end <= len,
+            "{range:?} of {len} numbers"
+        );
+        let first = self.range.start;
+        Self {
+            data: Arc::clone(&self.data),
+            range: first + range.start..first + range.end,
+        }
+    }
+
+    /// Returns the shared numbers, copying them if this is only a part of what is shared.
+    #[must_use]
+    pub fn into_shared(self) -> Arc<Buffer> {
+        match self.range == (0..self.data.len()) {
+            true => self.data,
+            false => Arc::new(Buffer::from(self.to_vec())),
+        }
+    }
+
+    /// Takes the numbers out, copying them if somebody else has them, too.
+    #[must_use]
+    pub fn into_buffer(self) -> Buffer {
+        let Self { data, range } = self;
+        if range != (0..data.len()) {
+            return Buffer::from(data[range].to_vec());
+        }
+        Arc::try_unwrap(data).unwrap_or_else(|shared| Buffer::from(shared.to_vec()))
+    }
+}
+
+impl From<Bulk> for Vec<f32> {
+    /// Takes the numbers out, copying them if somebody else has them, too.
+    fn from(bulk: Bulk) -> Self {
+        bulk.into_buffer().into_vec()
+    }
+}
+
+impl Deref for Bulk {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.data[self.range.clone()]
+    }
+}
+
+impl From<Arc<Buffer>> for Bulk {
+    fn from(data: Arc<Buffer>) -> Self {
+        let range = 0..data.len();
+        Self { data, range }
+    }
+}
+
+impl From<Buffer> for Bulk {
+    fn from(numbers: Buffer) -> Self {
+        Self::from(Arc::new(numbers))
+    }
+}
+
+impl From<Vec<f32>> for Bulk {
+    fn from(numbers: Vec<f32>) -> Self {
+        Self::from(Buffer::from(numbers))
+    }
+}
+
+/// A message as bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Encoded {
+    /// Everything but the bulk numbers.
+    pub header: Vec<u8>,
+    /// The bulk numbers, in the order in which [`decode`] wants them.
+    pub bulk: Vec<Bulk>,
+}
+
+/// Something encoded inside a message; what it is, the two ends know.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Blob {
+    header: Vec<u8>,
+    bulk: Vec<Bulk>,
+}
+
+impl From<Encoded> for Blob {
+    fn from(encoded: Encoded) -> Self {
+        let Encoded { header, bulk } = encoded;
+        Self { header, bulk }
+    }
+}
+
+impl Blob {
+    /// Turns it back into what it was.
+    pub(crate) fn read<T: DeserializeOwned>(self) -> Result<T, CodecError> {
+        let bulk = self.bulk.into_iter().map(Bulk::into_buffer).collect();
+        decode(&self.header, bulk)
+    }
+}
+
+thread_local! {
+    /// The runs of numbers of the message that this thread encodes.
+    static OUTGOING: RefCell<Option<Vec<Bulk>>> = const { RefCell::new(None) };
+    /// Those of the message that it decodes, the next one last.
+    static INCOMING: RefCell<Option<Vec<Buffer>>> = const { RefCell::new(None) };
+}
+
+/// Lends a message's runs of numbers to this thread, and puts back what was there before, also when
+/// the message panics.
+struct Lent<T: 'static> {
+    place: &'static LocalKey<RefCell<Option<Vec<T>>>>,
+    outer: Option<Vec<T>>,
+}
+
+impl<T> Lent<T> {
+    fn new(place: &'static LocalKey<RefCell<Option<Vec<T>>>>, runs: Vec<T>) -> Self {
+        let outer = place.replace(Some(runs));
+        Self { place, outer }
+    }
+
+    /// What is there now.
+    fn take(self) -> Vec<T> {
+        self.place.take().unwrap_or_default()
+    }
+}
+
+impl<T> Drop for Lent<T> {
+    fn drop(&mut self) {
+        let unused = self.place.replace(self.outer.take());
+        drop(unused);
+    }
+}
+
+/// Turns a message into bytes without copying its bulk.
+///
+/// # Errors
+/// When the message has something that bincode cannot write, or its header gets too long.
+pub fn encode<T: Serialize>(message: &T) -> Result<Encoded, CodecError> {
+    let name = std::any::type_name::<T>();
+    // A value may encode another one on its way, so the outer one's runs are put aside.
+    let lent = Lent::new(&OUTGOING, Vec::new());
+    let header = bincode::serde::encode_to_vec(message, CONFIG);
+    let bulk = lent.take();
+    let header = header.map_err(|source| CodecError::Encode {
+        message: name,
+        source,
+    })?;
+    match header.len() {
+        0..=MAX_HEADER => Ok(Encoded { header, bulk }),
+        len => Err(CodecError::TooLong { len }),
+    }
+}
+
+/// Turns bytes back into a message, which takes over the buffers.
+///
+/// # Errors
+/// When the bytes are not such a message: from a peer they can be anything.
+pub fn decode<T: DeserializeOwned>(header: &[u8], bulk: Vec<Buffer>) -> Result<T, CodecError> {
+    let (message, len) = (std::any::type_name::<T>(), header.len());
+    if len > MAX_HEADER {
+        return Err(CodecError::TooLong { len });
+    }
+    let lent = Lent::new(&INCOMING, bulk.into_iter().rev().collect());
+    let decoded = bincode::serde::decode_from_slice(header, CONFIG);
+    let left = lent.take();
+    let (value, used) = decoded.map_err(|source| CodecError::Decode {
+        message,
+        len,
+        source,
+    })?;
+    let (num_bytes, num_buffers) = (len - used, left.len());
+    match (num_bytes, num_buffers) {
+        (0, 0) => Ok(value),
+        _ => Err(CodecError::LeftOver {
+            message,
+            num_bytes,
+            num_buffers,
+        }),
+    }
+}
+
+/// Writes the length into the header and hands the numbers out beside it.
+impl Serialize for Bulk {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        OUTGOING.with_borrow_mut(|outgoing| match outgoing {
+            Some(bulk) => {
+                bulk.push(self.clone());
+                Ok(())
+            }
+            None => Err(S::Error::custom(
+                "weights and gradients are encoded by `codec` only",
+            )),
+        })?;
+        self.len().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bulk {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let len = usize::deserialize(deserializer)?;
+        if is_tracing() {
+            return Ok(Self::from(Vec::new()));
+        }
+        let next = INCOMING.with_borrow_mut(|incoming| incoming.as_mut().and_then(Vec::pop));
+        let data = next.ok_or_else(|| D::Error::custom("a buffer is missing"))?;
+        if data.len() != len {
+            let got = data.len();
+            return Err(D::Error::custom(format!(
+                "a buffer has {got} numbers, not {len}"
+            )));
+        }
+        Ok(Self {
+            data: Arc::new(data),
+            range: 0..len,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_util::transport;
+
+    /// Whatever can be written can be read, however its bytes are counted.
+    #[test]
+    fn a_header_of_the_greatest_length_comes_back() {
+        let small = vec![1u64; MAX_HEADER - 5];
+        assert_eq!(transport(&small).unwrap(), small);
+        let long = vec![1u64; MAX_HEADER];
+        let Err(CodecError::TooLong { len }) = encode(&long) else {
+            panic!("it is too long");
+        };
+        assert_eq!(len, MAX_HEADER + 5);
+    }
+
+    /// Its user may catch the panic and go on.
+    #[test]
+    fn a_panic_while_a_message_is_written_or_read_leaves_nothing_behind() {
+        struct Panics;
+        impl Serialize for Panics {
+            fn serialize<S: Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
+                panic!("a test");
+            }
+        }
+        impl<'de> Deserialize<'de> for Panics {
+            fn deserialize<D: Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+                panic!("a test");
+            }
+        }
+        let bulk = Bulk::from(vec![1.0; 3]);
+        let caught = std::panic::catch_unwind(|| encode(&(bulk.clone(), Panics)).map(drop));
+        assert!(caught.is_err());
+        assert!(OUTGOING.with_borrow(Option::is_none));
+        assert_eq!(Arc::strong_count(&bulk.data), 1);
+        let buffers = || vec![Buffer::from(vec![1.0; 3])];
+        let caught = std::panic::catch_unwind(|| decode::<Panics>(&[3], buffers()).map(drop));
+        assert!(caught.is_err());
+        assert!(INCOMING.with_borrow(Option::is_none));
+    }
+}

@@ -1,0 +1,138 @@
+//! A driver that is asked to end: it finishes what it has begun, within bounds.
+
+use std::future::pending;
+use std::io;
+use std::process;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::signals::{Signal, terminated};
+
+/// How long a process may take to end in order. Engines that kill after SIGTERM wait for 30 s.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Whether this process was asked to end, by SIGTERM or Ctrl-C.
+///
+/// For as long as there is one of these, the first signal ends nothing by itself: the program is to
+/// look, to finish what it has begun, and to end with [`exit_code`](super::exit_code). A second signal
+/// ends it at once, and so do 30 s. Where there is none (any more), a signal ends the process at once
+/// with [`Signal::exit_code`].
+///
+/// It changes how this process takes signals for good. A program with signal handlers of its own is
+/// better off without.
+///
+/// ```
+/// use ps_runtime::launch::{StopSignal, exit_code};
+///
+/// let stop = StopSignal::heed()?;
+/// for _step in 0..3 {
+///     if let Some(signal) = stop.received() {
+///         println!("ended by {signal}");
+///         break;
+///     }
+/// }
+/// let _to_return_from_main = exit_code(stop.received());
+/// # std::io::Result::Ok(())
+/// ```
+#[derive(Debug)]
+#[must_use = "a signal ends the process at once where nobody heeds it"]
+pub struct StopSignal {
+    heard: watch::Receiver<Option<Signal>>,
+}
+
+/// How many heed the signals.
+static NUM_HEEDING: AtomicUsize = AtomicUsize::new(0);
+
+impl StopSignal {
+    /// Heeds the signals from now on. What came before, while others heeded them, counts, too.
+    ///
+    /// # Errors
+    /// When the system gives no thread for it or does not let this process handle the signals.
+    pub fn heed() -> io::Result<Self> {
+        let heard = heard()?.subscribe();
+        NUM_HEEDING.fetch_add(1, Ordering::SeqCst);
+        Ok(Self { heard })
+    }
+
+    /// The first signal that came, if one did.
+    #[must_use]
+    pub fn received(&self) -> Option<Signal> {
+        *self.heard.borrow()
+    }
+
+    /// Waits for a signal.
+    pub async fn wait(&self) -> Signal {
+        let mut heard = self.heard.clone();
+        // The sender lives as long as the process.
+        match heard.wait_for(Option::is_some).await {
+            Ok(signal) => signal.expect("it was waited for"),
+            Err(_) => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for StopSignal {
+    fn drop(&mut self) {
+        NUM_HEEDING.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// The signal that came first; a thread that listens is started with it.
+fn heard() -> io::Result<&'static watch::Sender<Option<Signal>>> {
+    static HEARD: OnceLock<watch::Sender<Option<Signal>>> = OnceLock::new();
+    static STARTING: Mutex<()> = Mutex::new(());
+
+    let _turn = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(heard) = HEARD.get() {
+        return Ok(heard);
+    }
+    let (started, start) = mpsc::channel();
+    let heard = watch::Sender::new(None);
+    let sender = heard.clone();
+    thread::Builder::new()
+        .name("ps-signals".to_owned())
+        .spawn(move || {
+            let event_loop = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build();
+            match event_loop {
+                Ok(event_loop) => event_loop.block_on(listen(&sender, &started)),
+                // The receiver waits for this.
+                Err(error) => drop(started.send(Err(error))),
+            }
+        })?;
+    start.recv().map_err(io::Error::other)??;
+    Ok(HEARD.get_or_init(|| heard))
+}
+
+async fn listen(heard: &watch::Sender<Option<Signal>>, started: &mpsc::Sender<io::Result<()>>) {
+    let first = match terminated() {
+        Ok(first) => first,
+        // The receiver waits for this, here and below.
+        Err(error) => return drop(started.send(Err(error))),
+    };
+    let _ = started.send(Ok(()));
+    let signal = first.await;
+    let again = terminated();
+    if NUM_HEEDING.load(Ordering::SeqCst) == 0 {
+        process::exit(signal.exit_code().into());
+    }
+    tracing::warn!(%signal, "ending in order; a second signal ends this process at once");
+    heard.send_replace(Some(signal));
+    let again = async {
+        match again {
+            Ok(again) => again.await,
+            Err(_) => pending().await,
+        }
+    };
+    match timeout(GRACE, again).await {
+        Ok(signal) => tracing::warn!(%signal, "ending at once"),
+        Err(_) => tracing::warn!("not over after {GRACE:?}: ending at once"),
+    }
+    process::exit(signal.exit_code().into());
+}

@@ -1,0 +1,34 @@
+//! Typed actors with replies, supervision and bounded queues on ordinary actix actors, in this process
+//! and in others.
+//!
+//! An [`ActorRef`] calls an actor in the same way wherever the actor is: in this process, in another
+//! one of this machine, or on another machine. Every call returns a [`Reply`], a future.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`actor`] | actors of this process: [`spawn`], [`ActorRef`], [`Reply`], [`Pending`] |
+//! | [`cluster`] | several processes as one place to spawn actors in |
+//! | [`remote`] | actors that other processes can call |
+//! | [`net`] | connections between processes |
+//! | [`launch`] | which of N copies of a program this process is; N copies on this machine |
+//! | [`codec`], [`buffer`] | messages as bytes: a header, and the bulk numbers beside it |
+//! | [`parallel`] | one loop over many numbers on several threads |
+
+#![warn(clippy::print_stdout)]
+
+pub mod actor;
+pub mod buffer;
+pub mod cluster;
+pub mod codec;
+pub mod launch;
+pub mod net;
+pub mod parallel;
+pub mod remote;
+mod schema;
+#[cfg(any(test, feature = "test-util"))]
+pub mod test_util;
+
+pub use actor::{
+    ActorId, ActorRef, CallError, Pending, Reply, RestartPolicy, Spawn, SpawnError, get_or_spawn,
+    lookup, shutdown_all, spawn,
+};

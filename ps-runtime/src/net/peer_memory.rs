@@ -1,0 +1,251 @@
+//! Large numbers between two processes of one host: the reader copies them out of the sender's memory.
+//!
+//! A socket copies everything twice, into the system and out of it, with both processes at work. Linux
+//! lets a process copy straight out of another one of the same user (`process_vm_readv(2)`), which MPI
+//! libraries and TensorPipe do, too. The frame says where the numbers are; the sender keeps them
+//! unchanged until it hears that they were taken.
+//!
+//! The system may forbid it (containers, `ptrace_scope`), and a peer may see other process numbers
+//! than ours. So each side shows the other one a secret in its memory first, and lends only to
+//! a peer that found it; to all others the numbers go through the socket.
+
+use std::io;
+
+use super::stream::Stream;
+use crate::parallel::{PART, PART_LEN, for_each, sum_of_squares};
+
+/// Bytes that say where to look for a secret: address, secret.
+const PROBE_LEN: usize = 8 + SECRET_LEN;
+
+const SECRET_LEN: usize = 16;
+
+/// Bytes copied before other connections have their turn: some milliseconds.
+const STEP: usize = 64 * PART;
+
+/// A secret at a place in this process's memory.
+#[derive(Debug)]
+pub(crate) struct Probe(Box<[u8; SECRET_LEN]>);
+
+impl Probe {
+    /// Makes a secret; an error when the system has no randomness.
+    pub(crate) fn new() -> io::Result<Self> {
+        let mut secret = Box::new([0; SECRET_LEN]);
+        getrandom::fill(&mut *secret).map_err(io::Error::other)?;
+        Ok(Self(secret))
+    }
+
+    /// What tells a peer where to look and what to find.
+    pub(crate) fn header(&self) -> Vec<u8> {
+        let mut header = address(&*self.0).to_le_bytes().to_vec();
+        header.extend(*self.0);
+        header
+    }
+}
+
+/// Returns where something is in this process's memory.
+pub(crate) fn address(bytes: &[u8]) -> u64 {
+    bytes.as_ptr() as u64
+}
+
+/// The memory of the process at the other end of a connection, as far as it lets us read there.
+pub(crate) struct PeerMemory(system::PeerMemory);
+
+impl PeerMemory {
+    /// Finds the process at the other end of a Unix socket; `None` for other streams and systems.
+    pub(crate) fn of(stream: &Stream) -> Option<Self> {
+        match stream {
+            Stream::Unix(stream) => system::PeerMemory::of(stream).map(Self),
+            Stream::Tcp(_) | Stream::Memory(_) | Stream::Tls(_) => None,
+        }
+    }
+
+    /// Whether the secret that a [`Probe`] speaks of is where it should be.
+    pub(crate) fn shows(&self, header: &[u8]) -> bool {
+        if header.len() != PROBE_LEN {
+            return false;
+        }
+        let (address, secret) = header.split_at(8);
+        let mut found = [0; SECRET_LEN];
+        let address = address.try_into().map_or(0, u64::from_le_bytes);
+        self.0.copy(address, &mut found).is_ok() && found == secret
+    }
+
+    /// Copies what the peer lends at an address; a peer that is gone by then lends nothing.
+    /// Returns the sum of the squares, which costs next to nothing while a part is in a core's cache.
+    ///
+    /// Gives way to the other connections of its thread now and then.
+    pub(crate) async fn read(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
+        let mut from = address;
+        let mut norm_squared = 0.0;
+        for step in into.chunks_mut(STEP / size_of::<f32>()) {
+            norm_squared += self.copy(from, step)?;
+            from = from.saturating_add(size_of_val(step) as u64);
+            tokio::task::yield_now().await;
+        }
+        // A sender lets go of its memory only after it has hung up.
+        match self.0.has_hung_up() {
+            false => Ok(norm_squared),
+            true => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+
+    fn copy(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
+        let num_bytes = size_of_val(into);
+        let parts = into.chunks_mut(PART_LEN);
+        let mut sums: Vec<io::Result<f64>> = parts.map(|_| Ok(0.0)).collect();
+        let parts = into.chunks_mut(PART_LEN).zip(&mut sums);
+        let parts = (0u64..).step_by(PART).zip(parts);
+        for_each(num_bytes, parts, |(offset, (part, sum))| {
+            let from = address.saturating_add(offset);
+            let copied = self.0.copy(from, bytemuck::cast_slice_mut(part));
+            *sum = copied.map(|()| sum_of_squares(part));
+        });
+        sums.into_iter().sum()
+    }
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::io::{self, IoSliceMut};
+    use std::os::fd::{AsFd, OwnedFd};
+
+    use nix::errno::Errno;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+    use nix::unistd::Pid;
+    use tokio::net::UnixStream;
+
+    pub(super) struct PeerMemory {
+        peer: Pid,
+        socket: OwnedFd,
+    }
+
+    impl PeerMemory {
+        pub(super) fn of(stream: &UnixStream) -> Option<Self> {
+            // The system's word, not the peer's. It has no number for processes that we cannot see.
+            let peer = stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0)?;
+            let socket = stream.as_fd().try_clone_to_owned().ok()?;
+            Some(Self {
+                peer: Pid::from_raw(peer),
+                socket,
+            })
+        }
+
+        pub(super) fn copy(&self, address: u64, into: &mut [u8]) -> io::Result<()> {
+            let mut done = 0;
+            while done < into.len() {
+                let from = RemoteIoVec {
+                    base: usize::try_from(address)
+                        .ok()
+                        .and_then(|base| base.checked_add(done))
+                        .ok_or(io::ErrorKind::InvalidData)?,
+                    len: into.len() - done,
+                };
+                match process_vm_readv(
+                    self.peer,
+                    &mut [IoSliceMut::new(&mut into[done..])],
+                    &[from],
+                ) {
+                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(num_bytes) => done += num_bytes,
+                    Err(Errno::EINTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(())
+        }
+
+        pub(super) fn has_hung_up(&self) -> bool {
+            let hung_up = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
+            let mut sockets = [PollFd::new(self.socket.as_fd(), hung_up)];
+            // Whatever else the system may have to say of the socket is its end, too.
+            !matches!(poll(&mut sockets, PollTimeout::ZERO), Ok(0))
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use std::io;
+
+    use tokio::net::UnixStream;
+
+    /// Nobody's.
+    pub(super) enum PeerMemory {}
+
+    impl PeerMemory {
+        pub(super) fn of(_: &UnixStream) -> Option<Self> {
+            None
+        }
+
+        pub(super) fn copy(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+            match *self {}
+        }
+
+        pub(super) fn has_hung_up(&self) -> bool {
+            match *self {}
+        }
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use tokio::net::UnixStream;
+
+    use super::*;
+    use crate::parallel::norm_squared;
+
+    /// The memory of this very process, seen through a socket.
+    fn own_memory() -> (PeerMemory, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().expect("the system gives sockets");
+        let memory = PeerMemory::of(&Stream::Unix(ours)).expect("a process knows itself");
+        (memory, theirs)
+    }
+
+    #[tokio::test]
+    async fn what_is_lent_is_read_and_the_secret_found() {
+        let (memory, _theirs) = own_memory();
+        let probe = Probe::new().expect("the system has randomness");
+        assert!(memory.shows(&probe.header()));
+        // More than a step, so that it is read in pieces and by two threads.
+        let len = STEP / size_of::<f32>() + 12_345;
+        let lent: Vec<f32> = (0..len).map(|i| (i % 251) as f32).collect();
+        let mut got = vec![0.0; len];
+        let place = address(bytemuck::cast_slice(&lent));
+        let sum = memory.read(place, &mut got).await.expect("it is lent");
+        assert_eq!(sum, norm_squared(&lent));
+        assert!(got == lent);
+    }
+
+    /// PS-6.
+    #[tokio::test]
+    async fn a_wrong_secret_or_address_is_noticed() {
+        let (memory, _theirs) = own_memory();
+        let probe = Probe::new().expect("the system has randomness");
+        let mut header = probe.header();
+        header[PROBE_LEN - 1] ^= 1;
+        assert!(!memory.shows(&header), "another secret");
+        assert!(!memory.shows(&header[1..]), "too short");
+        header[..8].copy_from_slice(&8u64.to_le_bytes());
+        assert!(!memory.shows(&header), "no memory there");
+        for nowhere in [0, 8, u64::MAX - 3] {
+            for len in [16, 4 << 20] {
+                let read = memory.read(nowhere, &mut vec![0.0; len]).await;
+                assert!(read.is_err(), "{nowhere}");
+            }
+        }
+    }
+
+    /// The sender may have used the memory for something else by then.
+    #[tokio::test]
+    async fn nothing_is_taken_from_a_peer_that_has_hung_up() {
+        let (memory, theirs) = own_memory();
+        let lent = [7.0; 100];
+        let place = address(bytemuck::cast_slice(&lent));
+        let mut got = [0.0; 100];
+        let taken = memory.read(place, &mut got).await;
+        taken.expect("nobody has hung up yet");
+        drop(theirs);
+        assert!(memory.read(place, &mut got).await.is_err());
+    }
+}

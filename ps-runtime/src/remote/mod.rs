@@ -1,0 +1,72 @@
+//! Actors that other processes can call.
+//!
+//! An actor type says once which of its messages may come from elsewhere, by implementing
+//! [`Remote`]; the list is also what is checked when two processes connect. From then on an
+//! [`ActorRef`](crate::ActorRef) to such an actor can travel inside messages, and whoever receives
+//! it calls the actor as if it were its own.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `table` | the messages of an actor type: how to write, read and run each |
+//! | `caller`, `call` | an actor elsewhere, with its connection; one call to it |
+//! | `callee` | an actor here that is called from elsewhere |
+//! | `kept` | results that stay where they were made |
+//! | `value` | values that stay where they are, and handles to them |
+//! | `reference` | how an `ActorRef` travels |
+//! | `process` | this process as others see it: what it exports, whom it knows |
+
+pub(crate) mod call;
+pub(crate) mod callee;
+pub(crate) mod caller;
+pub(crate) mod kept;
+pub(crate) mod process;
+pub(crate) mod reference;
+pub(crate) mod table;
+pub(crate) mod value;
+
+use actix::{Actor, Context};
+
+pub use kept::{KEPT_FOR, Kept, KeptError, MAX_KEPT};
+pub use process::NodeId;
+pub use table::{Messages, untraced};
+pub use value::{Method, Owned, RemoteRef, Value};
+
+/// An actor type whose actors can be called from other processes.
+///
+/// ```
+/// use actix::{Actor, Context, Handler, Message};
+/// use ps_runtime::remote::{Messages, Remote};
+/// use serde::{Deserialize, Serialize};
+///
+/// struct Counter(u64);
+///
+/// impl Actor for Counter {
+///     type Context = Context<Self>;
+/// }
+///
+/// #[derive(Message, Serialize, Deserialize)]
+/// #[rtype(result = "u64")]
+/// struct Add(u64);
+///
+/// impl Handler<Add> for Counter {
+///     type Result = u64;
+///
+///     fn handle(&mut self, Add(amount): Add, _: &mut Context<Self>) -> u64 {
+///         self.0 += amount;
+///         self.0
+///     }
+/// }
+///
+/// impl Remote for Counter {
+///     fn messages(messages: &mut Messages<Self>) {
+///         messages.add::<Add>();
+///     }
+/// }
+/// ```
+pub trait Remote: Actor<Context = Context<Self>> {
+    /// Adds each message that may come from another process. The order is part of the protocol.
+    ///
+    /// So are the fields of the messages and of their results. To see them, each type is read from
+    /// made-up values, at the first use of the actor type; see [`untraced`].
+    fn messages(messages: &mut Messages<Self>);
+}

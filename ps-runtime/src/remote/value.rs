@@ -1,0 +1,210 @@
+//! Values that live in one process and are used from all, through handles.
+//!
+//! What PyTorch calls an RRef. A value is looked after by a small actor of its own, so a handle
+//! promises what an [`ActorRef`] promises: methods run one after another where the value is, the
+//! value goes when the last handle goes, and a process that is lost holds no handles any more.
+//! Like every actor it has a thread, so values are for what lives for a while; a result that is to
+//! be fetched once is better [kept](super::Kept).
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use actix::{Actor, Context, Handler, Message, MessageResult};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::process::NodeId;
+use super::{Messages, Remote};
+use crate::actor::{ActorRef, Reply, RestartPolicy, Spawn, SpawnError};
+use crate::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError, Task};
+
+/// A type whose values other processes can use through a [`RemoteRef`].
+///
+/// ```
+/// use actix::Message;
+/// use ps_runtime::remote::{Messages, Method, Owned, RemoteRef, Value};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Serialize, Deserialize)]
+/// struct Mean {
+///     sum: f64,
+///     count: u32,
+/// }
+///
+/// #[derive(Message, Serialize, Deserialize)]
+/// #[rtype(result = "f64")]
+/// struct Add(f64);
+///
+/// impl Method<Mean> for Add {
+///     fn call(self, mean: &mut Mean) -> f64 {
+///         mean.sum += self.0;
+///         mean.count += 1;
+///         mean.sum / f64::from(mean.count)
+///     }
+/// }
+///
+/// impl Value for Mean {
+///     fn methods(methods: &mut Messages<Owned<Self>>) {
+///         methods.add::<Add>();
+///     }
+/// }
+///
+/// let mean = RemoteRef::new(Mean { sum: 0.0, count: 0 })?;
+/// mean.call(Add(1.0)).wait()?;
+/// assert_eq!(mean.call(Add(2.0)).wait()?, 1.5);
+/// assert_eq!(mean.fetch().wait()?.count, 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub trait Value: Clone + Serialize + DeserializeOwned + Send + 'static {
+    /// Adds each [`Method`] that may be called from another process. The order is part of the
+    /// protocol.
+    fn methods(methods: &mut Messages<Owned<Self>>) {
+        let _ = methods;
+    }
+}
+
+/// Something to be done with a value where it lives: a message whose handler is the value.
+pub trait Method<T>: Message {
+    /// Does it. Other calls to the same value wait meanwhile.
+    fn call(self, value: &mut T) -> Self::Result;
+}
+
+/// The actor that looks after a value.
+pub struct Owned<T> {
+    /// In a box, for actors can be moved and values need not be.
+    value: Box<T>,
+}
+
+impl<T> Owned<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self {
+            value: Box::new(value),
+        }
+    }
+
+    /// A second start would go back to the first value without anybody knowing.
+    pub(crate) fn options() -> Spawn {
+        Spawn::new()
+            .thread_name("value")
+            .restart(RestartPolicy::NEVER)
+    }
+}
+
+impl<T> fmt::Debug for Owned<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Owned<{}>", std::any::type_name::<T>())
+    }
+}
+
+impl<T: Value> Actor for Owned<T> {
+    type Context = Context<Self>;
+}
+
+impl<T: Value, M: Method<T> + 'static> Handler<M> for Owned<T> {
+    type Result = MessageResult<M>;
+
+    fn handle(&mut self, method: M, _: &mut Context<Self>) -> Self::Result {
+        MessageResult(method.call(&mut self.value))
+    }
+}
+
+impl<T: Value> Remote for Owned<T> {
+    fn messages(messages: &mut Messages<Self>) {
+        messages.add::<Fetch<T>>();
+        T::methods(messages);
+    }
+}
+
+impl<T: Value> Hosted for Owned<T> {
+    type Args = T;
+}
+
+/// Copies the value.
+#[derive(Serialize, Deserialize)]
+#[serde(bound = "")]
+pub(crate) struct Fetch<T>(PhantomData<fn() -> T>);
+
+impl<T: 'static> Message for Fetch<T> {
+    type Result = T;
+}
+
+impl<T: Clone + 'static> Method<T> for Fetch<T> {
+    fn call(self, value: &mut T) -> T {
+        value.clone()
+    }
+}
+
+/// A handle to a value that lives in one process of a cluster. Cheap to clone; can be sent inside
+/// messages and replies.
+///
+/// The value is dropped when the last handle to it is: at once if that one is in the value's own
+/// process, else after a grace period, as with an [`ActorRef`]. If a method panics, the value is
+/// gone, too: nobody knows in which state it is.
+#[derive(Serialize, Deserialize)]
+#[serde(bound = "")]
+pub struct RemoteRef<T: Value> {
+    actor: ActorRef<Owned<T>>,
+}
+
+impl<T: Value> RemoteRef<T> {
+    /// Puts a value into this process's care.
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    #[allow(clippy::missing_panics_doc, reason = "it is started once")]
+    pub fn new(value: T) -> Result<Self, SpawnError> {
+        let mut value = Some(value);
+        let actor = Owned::<T>::options().start(move || {
+            let value = value
+                .take()
+                .expect("an actor without restarts is started once");
+            Owned::new(value)
+        })?;
+        Ok(Self { actor })
+    }
+
+    /// Sends a value to another process of a cluster, which [hosts](crate::cluster::Hosts::values)
+    /// values of this type and looks after it from then on.
+    pub fn new_on(
+        cluster: &Cluster,
+        options: SpawnOn,
+        value: T,
+    ) -> Task<Result<Self, SpawnOnError>> {
+        let started = cluster.spawn_with(options, value);
+        Task::start(async move { started.await.map(|actor| Self { actor }) })
+    }
+
+    /// The process that has the value; `None` if it is this one.
+    #[must_use]
+    pub fn owner(&self) -> Option<NodeId> {
+        self.actor.node()
+    }
+
+    /// Copies the value to here.
+    pub fn fetch(&self) -> Reply<T> {
+        self.actor.ask(Fetch(PhantomData))
+    }
+
+    /// Calls a method where the value lives.
+    pub fn call<M>(&self, method: M) -> Reply<M::Result>
+    where
+        M: Method<T> + Send + 'static,
+        M::Result: Send,
+    {
+        self.actor.ask(method)
+    }
+}
+
+impl<T: Value> Clone for RemoteRef<T> {
+    fn clone(&self) -> Self {
+        let actor = self.actor.clone();
+        Self { actor }
+    }
+}
+
+impl<T: Value> fmt::Debug for RemoteRef<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, value) = (self.actor.name(), std::any::type_name::<T>());
+        write!(f, "RemoteRef<{value}>({name})")
+    }
+}

@@ -1,0 +1,280 @@
+//! What tests of this crate and of crates on top share. No part of the product.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::error::Error;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use crate::actor::ActorRef;
+use crate::buffer::Buffer;
+use crate::cluster::{Cluster, ClusterConfig, Transport};
+use crate::codec::{CodecError, Encoded, decode, encode};
+use crate::net::connection::Connection;
+use crate::net::frame::{Kind, OutFrame};
+use crate::net::memory::MemoryNetwork;
+use crate::net::outbox::Outbox;
+use crate::net::stream::Stream;
+use crate::net::{Address, NetConfig};
+use crate::remote::Remote;
+use crate::remote::callee::Server;
+use crate::remote::process::{NodeId, Process};
+
+/// What comes at all comes within this time.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Any port of this machine.
+pub const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+/// Polls until the condition holds.
+///
+/// # Panics
+/// When it never does.
+pub fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < SOON, "never happened: {what}");
+        // What does not come at once may take seconds, and others want to run meanwhile.
+        match start.elapsed() < Duration::from_millis(5) {
+            true => std::thread::yield_now(),
+            false => std::thread::park_timeout(Duration::from_millis(1)),
+        }
+    }
+}
+
+/// Everything that can be between two processes.
+#[must_use]
+pub fn transports() -> [Transport; 3] {
+    [
+        Transport::Memory(MemoryNetwork::new()),
+        Transport::Tcp,
+        Transport::Sockets,
+    ]
+}
+
+/// Settings that fit a busy machine.
+#[must_use]
+pub fn config(transport: Transport) -> ClusterConfig {
+    ClusterConfig {
+        transport,
+        net: NetConfig {
+            // The machine that tests run on may be busy.
+            lease: Duration::from_secs(20),
+            handshake: Duration::from_secs(20),
+            ..NetConfig::default()
+        },
+        ..ClusterConfig::default()
+    }
+}
+
+/// Where nodes find the driver.
+///
+/// # Panics
+/// When the driver listens nowhere.
+#[must_use]
+pub fn driver_address(cluster: &Cluster) -> String {
+    let mut addresses = cluster.addresses().iter();
+    let reachable = addresses.find(|address| !matches!(address, Address::Unix(_)));
+    reachable.expect("it listens at one").to_string()
+}
+
+/// Returns what arrives of a message.
+///
+/// # Errors
+/// When it cannot be written or read.
+pub fn transport<T: Serialize + DeserializeOwned>(message: &T) -> Result<T, CodecError> {
+    let Encoded { header, bulk } = encode(message)?;
+    let buffers = bulk.iter().map(|bulk| Buffer::from(bulk.to_vec()));
+    decode(&header, buffers.collect())
+}
+
+/// Returns what arrives of an error, having checked that it says what was sent, and so do all its
+/// sources.
+///
+/// # Panics
+/// When it does not.
+pub fn check_error_crosses<E>(sent: &E) -> E
+where
+    E: Error + Serialize + DeserializeOwned + 'static,
+{
+    let got = transport(sent).expect("an error can cross");
+    assert_eq!(chain(&got), chain(sent));
+    got
+}
+
+fn chain(error: &(dyn Error + 'static)) -> Vec<String> {
+    std::iter::successors(Some(error), |&error| error.source())
+        .map(ToString::to_string)
+        .collect()
+}
+
+/// What has no bytes, such as a closure. It is sent as the number of its place in a table of this
+/// process, for which the sender keeps it: a message that was taken back cannot be read any more.
+#[derive(Debug)]
+pub struct Parked<T>(Arc<Mutex<Option<T>>>);
+
+type Table = Mutex<HashMap<u64, Weak<dyn Any + Send + Sync>>>;
+
+static TABLE: LazyLock<Table> = LazyLock::new(Mutex::default);
+
+impl<T> Parked<T> {
+    /// Parks a value.
+    pub fn new(value: T) -> Self {
+        Self(Arc::new(Mutex::new(Some(value))))
+    }
+
+    /// Takes it out, for this process and, as it were, for the sender.
+    ///
+    /// # Panics
+    /// When it was taken before.
+    #[must_use]
+    pub fn take(self) -> T {
+        let value = self.0.lock().expect("no test panics with it").take();
+        value.expect("a message begins at most once")
+    }
+}
+
+impl<T: Send + 'static> Serialize for Parked<T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // Others are made up to see what a message looks like, which must not find anything.
+        static NEXT: AtomicU64 = AtomicU64::new(1000);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let parked: Arc<dyn Any + Send + Sync> = Arc::clone(&self.0) as _;
+        TABLE
+            .lock()
+            .expect("no test panics with it")
+            .insert(number, Arc::downgrade(&parked));
+        number.serialize(serializer)
+    }
+}
+
+impl<'de, T: Send + 'static> Deserialize<'de> for Parked<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = u64::deserialize(deserializer)?;
+        let parked = TABLE
+            .lock()
+            .expect("no test panics with it")
+            .remove(&number);
+        let parked = parked.and_then(|parked| parked.upgrade());
+        let parked = parked.and_then(|parked| parked.downcast().ok());
+        parked
+            .map(Self)
+            .ok_or_else(|| serde::de::Error::custom("its sender has taken it back"))
+    }
+}
+
+/// What a frame from a caller can be.
+pub const CALLER_FRAMES: usize = CALLER_KINDS.len();
+
+const CALLER_KINDS: [Kind; 8] = [
+    Kind::Ask,
+    Kind::Ask,
+    Kind::Ask,
+    Kind::Tell,
+    Kind::Tell,
+    Kind::Cancel,
+    Kind::Ping,
+    Kind::Probe,
+];
+
+/// The bytes of one frame of a caller, of the `kind`-th kind below [`CALLER_FRAMES`].
+///
+/// If it lends its numbers, they are gone before anyone looks: a peer can claim to lend anything.
+///
+/// # Panics
+/// When there is no such kind.
+#[must_use]
+pub fn frame(kind: usize, call: u64, code: u32, message: Encoded, lends: bool) -> Vec<u8> {
+    let mut frame = OutFrame::new(CALLER_KINDS[kind], call, code, message);
+    if lends {
+        frame.lend();
+    }
+    frame.rest().flatten().copied().collect()
+}
+
+/// A process whose actors can be fed bytes as if from a peer.
+pub struct Fed {
+    process: Arc<Process>,
+}
+
+impl fmt::Debug for Fed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Fed")
+    }
+}
+
+impl Fed {
+    /// A process with these settings.
+    #[must_use]
+    pub fn new(config: NetConfig) -> Self {
+        let process = Process::new(config, None, None, None);
+        process.enter(NodeId::DRIVER, 1);
+        Self { process }
+    }
+
+    /// Lets an actor read the bytes to their end, or to where it has had enough, through a socket or a
+    /// pipe in memory. What is returned says whether the connection is closed then.
+    ///
+    /// # Panics
+    /// When the system gives no sockets.
+    pub async fn feed<A: Remote>(
+        &self,
+        actor: &ActorRef<A>,
+        bytes: &[u8],
+        by_socket: bool,
+    ) -> impl Fn() -> bool + use<A> {
+        let socket = if by_socket {
+            let (ours, theirs) = UnixStream::pair().expect("the system gives sockets");
+            self.feed_through(actor, bytes, ours, Stream::Unix(theirs))
+                .await
+        } else {
+            let (ours, theirs) = tokio::io::duplex(1 << 16);
+            self.feed_through(actor, bytes, ours, Stream::Memory(theirs))
+                .await
+        };
+        move || socket.strong_count() == 0
+    }
+
+    async fn feed_through<A: Remote>(
+        &self,
+        actor: &ActorRef<A>,
+        bytes: &[u8],
+        ours: impl AsyncRead + AsyncWrite,
+        theirs: Stream,
+    ) -> Weak<Outbox> {
+        let process = &self.process;
+        let number = process.export(actor).actor;
+        let (callee, hold) = process.open(number).expect("it was just exported");
+        let connection = Connection::new(theirs, process.config());
+        let outbox = Arc::clone(&connection.outbox);
+        let socket = Arc::downgrade(&outbox);
+        let max_numbers = process.config().max_numbers;
+        let peer = Server::new(
+            process,
+            callee,
+            outbox,
+            hold,
+            Box::new(|| true),
+            max_numbers,
+        );
+        let serving = connection.run(&[], process.config(), process.buffers(), peer);
+        let (mut read, mut write) = tokio::io::split(ours);
+        let calling = async {
+            // The other side may have closed the connection already.
+            let _ = write.write_all(bytes).await;
+            let _ = write.shutdown().await;
+        };
+        let mut replies = Vec::new();
+        let listening = read.read_to_end(&mut replies);
+        let _ = tokio::join!(serving, calling, listening);
+        socket
+    }
+}

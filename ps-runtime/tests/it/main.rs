@@ -1,0 +1,4 @@
+//! The actor runtime, over all transports.
+
+mod actor;
+mod cluster;
