@@ -312,6 +312,17 @@ pub enum GroupError {
         #[source]
         source: ServerError,
     },
+    /// A server sent weights that are not its part of the model's.
+    #[error(
+        "server {index} of the group sent weights that are of no use: {reason}; all servers must be of one \
+         group, in the order of their ranges"
+    )]
+    BadWeights {
+        /// Which.
+        index: usize,
+        /// What is wrong with them.
+        reason: String,
+    },
 }
 
 impl ServerError {
@@ -342,6 +353,7 @@ impl GroupError {
                 }
             ),
             Self::Server { source, .. } => source.is_for_now(),
+            Self::BadWeights { .. } => false,
         }
     }
 
