@@ -9,8 +9,9 @@
 //!
 //! The workers compute gradients of `ConvNet`, here with PyTorch. Prints the accuracy on the test set
 //! about every 50 updates, says every five seconds for whom it waits if it does, and ends when all
-//! workers have come and left.
+//! workers have come and left, or with an error when nothing can be learned any more.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,7 +22,8 @@ use clap::Parser;
 use ps::actors::cluster::{Cluster, ClusterConfig, Hosts};
 use ps::actors::http;
 use ps::actors::net::Token;
-use ps::actors::server::GroupError;
+use ps::actors::server::{CoordinatorStatus, GroupError};
+use ps::actors::worker::MAX_REFUSED;
 use ps::prelude::*;
 
 #[path = "common/output.rs"]
@@ -85,6 +87,7 @@ fn main() -> Result<ExitCode> {
     let mut waits = Waits::default();
     // SIGTERM and Ctrl-C end the loop, not the process.
     let stop = StopSignal::heed()?;
+    let mut refused = Refused::default();
     loop {
         let interrupted = stop.received();
         // The workers need no driver: looking at them now and then is all there is to do here.
@@ -105,6 +108,10 @@ fn main() -> Result<ExitCode> {
         let have_all_left =
             workers.len() >= args.num_workers.max(1) && workers.values().all(|w| !w.is_member);
         let update = weights.version().0;
+        let what = refused.find_divergence(status, have_all_left);
+        if let Some(what) = what.or_else(|| check_weights(&weights)) {
+            return Err(TrainError::Diverged { what }.into());
+        }
         if update >= next_update || have_all_left || interrupted.is_some() {
             let accuracy = evaluator.accuracy_percent(&weights)?;
             say!("Update {update}: \taccuracy is {accuracy:.1}");
@@ -126,6 +133,57 @@ fn main() -> Result<ExitCode> {
                 status.awaited, args.lease
             );
         }
+    }
+}
+
+fn check_weights(weights: &Weights) -> Option<String> {
+    let mut numbers = weights.segments().iter().flat_map(|part| part.data());
+    let is_bad = numbers.any(|weight| !weight.is_finite());
+    is_bad.then(|| "the weights are not finite".to_owned())
+}
+
+/// Notices that gradients are refused and none is applied, as a Rust worker does for itself (S-11).
+#[derive(Default)]
+struct Refused {
+    version: Version,
+    /// How many of each worker were refused before.
+    before: BTreeMap<WorkerId, u64>,
+}
+
+impl Refused {
+    fn find_divergence(
+        &mut self,
+        status: &CoordinatorStatus,
+        have_all_left: bool,
+    ) -> Option<String> {
+        let workers = || status.workers.iter();
+        let num_refused: u64 = workers().map(|(_, worker)| worker.num_refused).sum();
+        if have_all_left && num_refused > 0 && workers().all(|(_, w)| w.num_applied == 0) {
+            return Some(format!("all {num_refused} gradients were refused"));
+        }
+        if self.version != status.version {
+            self.version = status.version;
+            self.before = workers().map(|(&id, w)| (id, w.num_refused)).collect();
+        }
+        let refused = |id: &WorkerId| {
+            let before = self.before.get(id).copied().unwrap_or_default();
+            status.workers[id].num_refused.saturating_sub(before)
+        };
+        let members = workers().filter(|(_, worker)| worker.is_member);
+        let members: Vec<WorkerId> = members.map(|(&id, _)| id).collect();
+        // Some may wait for the others: then what these do counts.
+        let active = match status.awaited.workers.is_empty() {
+            true => &members,
+            false => &status.awaited.workers,
+        };
+        let least = active.iter().map(refused).min()?;
+        let num_workers = active.len();
+        (least > MAX_REFUSED).then(|| {
+            format!(
+                "{least} gradients in a row of each of {num_workers} workers were refused, and nobody's \
+                 was applied"
+            )
+        })
     }
 }
 

@@ -103,7 +103,8 @@ impl Report {
     #[must_use]
     pub fn compute_fraction(&self) -> Option<f64> {
         let (compute, wait) = (self.compute_time?, self.wait_time?);
-        let total = compute + wait;
+        // Both may be sums of what peers said.
+        let total = compute.saturating_add(wait);
         (!total.is_zero()).then(|| compute.as_secs_f64() / total.as_secs_f64())
     }
 

@@ -1,9 +1,10 @@
 //! The servers of one model, as one thing to push to and pull from.
 //!
 //! With several servers a push has two steps: the parts of the gradient are *staged* on all
-//! servers but the first, in parallel, and then the first one gets its part and the word that
+//! servers but the first, in parallel, and then the first one gets the whole gradient, as the word that
 //! the others have theirs. Only then does it decide. So a worker that dies half way leaves no
-//! half gradient in the weights, and all servers go through the same versions (PS-3, PS-5).
+//! half gradient in the weights, and all servers go through the same versions (PS-3, PS-5). The first
+//! server sends on what another one turns out to lack (S-9).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use crate::server::{
     ReportLost, ServerConfig, ServerError, ServerStatus, SetConsistency, SetLearningRate,
     ShardError, Stage, partition,
 };
-use crate::weights::{Gradients, Weights};
+use crate::weights::{BadPart, Gradients, Weights};
 use ps_runtime::actor::{ActorRef, Spawn, SpawnError, sleep};
 use ps_runtime::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 
@@ -352,7 +353,7 @@ impl ServerGroup {
             // To all at once, so that none has passed the version when the last one is asked.
             let parts = self.servers().enumerate();
             let parts = parts.map(|(index, _)| self.ask(index, Pull(wanted)));
-            return Ok(Weights::join(&try_join_all(parts).await?));
+            return join_weights(&try_join_all(parts).await?);
         }
         let mut tries = 1;
         loop {
@@ -367,15 +368,12 @@ impl ServerGroup {
 
     /// Adds the other servers' parts to the first one's.
     async fn pull_rest(&self, first: Weights) -> Result<Weights, GroupError> {
-        if self.servers.len() == 1 {
-            return Ok(first);
-        }
         let same = Pull(PullVersion::Exactly(first.version()));
         let rest = self.servers().enumerate().skip(1);
         let rest = rest.map(|(index, _)| self.ask(index, same));
         let mut parts = vec![first];
         parts.extend(try_join_all(rest).await?);
-        Ok(Weights::join(&parts))
+        join_weights(&parts)
     }
 
     /// Pushes a gradient and waits until it is applied, or dropped or refused.
@@ -487,6 +485,11 @@ impl From<ActorRef<ParameterServer>> for ServerGroup {
     fn from(server: ActorRef<ParameterServer>) -> Self {
         Self::single(server)
     }
+}
+
+fn join_weights(parts: &[Weights]) -> Result<Weights, GroupError> {
+    Weights::join(parts)
+        .map_err(|BadPart { index, reason }| GroupError::BadWeights { index, reason })
 }
 
 fn is_version_gone(error: &GroupError) -> bool {

@@ -12,6 +12,9 @@ use ps_runtime::actor::{Background, in_background, sleep};
 /// How soon a heartbeat that was lost is sent again, before the lease is known.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// The shortest time between two heartbeats.
+const SHORTEST: Duration = Duration::from_millis(1);
+
 /// Sends heartbeats until it is dropped, from another thread: a step may take as long as it likes,
 /// whatever the lease of the server is (S-4).
 #[derive(Debug)]
@@ -36,7 +39,8 @@ impl Heartbeats {
             let mut pause = PAUSE;
             loop {
                 match servers.heartbeat(worker, incarnation).await {
-                    Ok(Some(lease)) => pause = lease / 4,
+                    // The lease may be anything that a server says, also none at all.
+                    Ok(Some(lease)) => pause = (lease / 4).max(SHORTEST),
                     // Nobody is lost for being silent.
                     Ok(None) => return,
                     // The worker will hear it at its next push.

@@ -176,24 +176,40 @@ impl Weights {
         Self::new(Version(0), Arc::new(layout), Arc::new([segment]))
     }
 
-    /// Joins the parts that several servers hold of one version.
+    /// Joins the parts that several servers hold of one version: all weights of one model.
     ///
-    /// # Panics
-    /// When the versions differ or the parts do not follow one another.
-    pub(crate) fn join(parts: &[Self]) -> Self {
-        let first = parts.first().expect("a group has at least one server");
-        let segments: Arc<[Segment]> = parts
-            .iter()
-            .flat_map(|part| part.segments.iter().cloned())
-            .collect();
-        for (a, b) in segments.iter().zip(segments.iter().skip(1)) {
-            assert_eq!(a.range().end, b.start, "parts follow one another (PS-1)");
+    /// # Errors
+    /// When they are no such parts: they may be from anybody.
+    pub(crate) fn join(parts: &[Self]) -> Result<Self, BadPart> {
+        let bad = |index, reason| BadPart { index, reason };
+        let first = parts.first();
+        let first = first.ok_or_else(|| bad(0, "there is none".to_owned()))?;
+        let num_weights = first.layout.num_weights();
+        let mut next = 0;
+        for (index, part) in parts.iter().enumerate() {
+            let (version, range) = (part.version, part.range());
+            if version != first.version {
+                let expected = first.version;
+                return Err(bad(index, format!("they are of {version}, not {expected}")));
+            }
+            if !Arc::ptr_eq(&part.layout, &first.layout) && part.layout != first.layout {
+                return Err(bad(index, "they are of another model".to_owned()));
+            }
+            if !part.segments.is_empty() {
+                if range.start != next {
+                    let reason = format!("they are weights {range:?}, but {next} is the next");
+                    return Err(bad(index, reason));
+                }
+                next = range.end;
+            }
         }
-        assert!(
-            parts.iter().all(|p| p.version == first.version),
-            "one version (PS-5)"
-        );
-        Self::new(first.version, Arc::clone(&first.layout), segments)
+        if next != num_weights {
+            let reason = format!("weights {next}..{num_weights} of the model are missing");
+            return Err(bad(parts.len() - 1, reason));
+        }
+        let segments = parts.iter().flat_map(|part| part.segments.iter().cloned());
+        let (version, layout) = (first.version, Arc::clone(&first.layout));
+        Ok(Self::new(version, layout, segments.collect()))
     }
 
     /// Copies a part, to be held by a server of its own.
@@ -281,6 +297,14 @@ impl Weights {
             .flat_map(|segment| segment.data.iter().copied())
             .collect()
     }
+}
+
+/// A part of the weights that does not fit to the others.
+#[derive(Debug)]
+pub(crate) struct BadPart {
+    /// Its place among the parts.
+    pub(crate) index: usize,
+    pub(crate) reason: String,
 }
 
 /// The gradient of a loss with respect to all weights.
@@ -489,7 +513,36 @@ mod tests {
             ));
             start += values.len();
         }
-        Weights::join(&parts)
+        Weights::join(&parts).unwrap()
+    }
+
+    /// PS-6: no server panics its clients.
+    #[test]
+    fn parts_that_do_not_fit_are_an_error_that_names_the_part() {
+        let layout = Arc::new(Layout::flat(4));
+        let other = Arc::new(Layout::flat(5));
+        let part = |layout: &Arc<Layout>, version, start, len| {
+            let data = Arc::new(Buffer::from(vec![0.0; len]));
+            let segments = Arc::new([Segment { start, data }]);
+            Weights::new(Version(version), Arc::clone(layout), segments)
+        };
+        let good = [part(&layout, 3, 0, 2), part(&layout, 3, 2, 2)];
+        assert_eq!(Weights::join(&good).unwrap().range(), 0..4);
+        let nothing = Weights::new(Version(3), Arc::clone(&layout), Arc::new([]));
+        for (bad, index, reason) in [
+            (part(&layout, 2, 2, 2), 1, "version 2, not version 3"),
+            (part(&other, 3, 2, 2), 1, "another model"),
+            (part(&layout, 3, 1, 3), 1, "1..4, but 2 is the next"),
+            (part(&layout, 3, 3, 1), 1, "3..4, but 2 is the next"),
+            (part(&layout, 3, 2, 1), 1, "3..4 of the model are missing"),
+            (nothing, 1, "2..4 of the model are missing"),
+        ] {
+            let error = Weights::join(&[good[0].clone(), bad]).unwrap_err();
+            assert_eq!(error.index, index);
+            assert!(error.reason.contains(reason), "{}", error.reason);
+        }
+        assert!(Weights::join(&[]).is_err());
+        assert!(Weights::join(&good[..1]).is_err());
     }
 
     #[test]

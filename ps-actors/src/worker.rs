@@ -232,14 +232,17 @@ impl RunReport {
             compute_time,
             wait_time,
         } = later;
+        // The numbers may be a peer's.
+        let add = |sum: &mut u64, number| *sum = sum.saturating_add(number);
+        let add_time = |sum: &mut Duration, time| *sum = sum.saturating_add(time);
         self.losses.extend(losses);
-        self.num_applied += num_applied;
-        self.num_dropped_late += num_dropped_late;
-        self.num_refused += num_refused;
-        self.num_examples += num_examples;
+        add(&mut self.num_applied, num_applied);
+        add(&mut self.num_dropped_late, num_dropped_late);
+        add(&mut self.num_refused, num_refused);
+        add(&mut self.num_examples, num_examples);
         self.was_stopped = was_stopped;
-        self.compute_time += compute_time;
-        self.wait_time += wait_time;
+        add_time(&mut self.compute_time, compute_time);
+        add_time(&mut self.wait_time, wait_time);
     }
 }
 

@@ -154,6 +154,8 @@ pub struct Context {
     calls: HashMap<usize, Call>,
     parts: Vec<Box<dyn UsedPart>>,
     loss: f32,
+    /// 0 if that is not known.
+    num_examples: usize,
 }
 
 /// A forward computation elsewhere.
@@ -174,6 +176,7 @@ impl Context {
             calls: HashMap::new(),
             parts: Vec::new(),
             loss: f32::NAN,
+            num_examples: 0,
         }
     }
 
@@ -187,6 +190,15 @@ impl Context {
     #[must_use]
     pub fn seed(&self) -> StepSeed {
         self.seed
+    }
+
+    /// Says how many examples the batch of this step has, of which the loss is the mean.
+    ///
+    /// With [`Reduction::Mean`](ps_actors::server::Reduction::Mean) that is the weight of this trainer's
+    /// gradient among those of one update. If it is not said, it is not known, and then all gradients of
+    /// the update weigh the same: right where all trainers' batches have one size.
+    pub fn set_num_examples(&mut self, num_examples: usize) {
+        self.num_examples = num_examples;
     }
 
     /// Sends a tensor through a part, in training mode, and returns what comes out, on the device of
@@ -265,6 +277,11 @@ impl Context {
     /// The loss gone back from last.
     pub(super) fn loss(&self) -> f32 {
         self.loss
+    }
+
+    /// How many examples that loss is the mean of; 0 if nobody said.
+    pub(super) fn num_examples(&self) -> usize {
+        self.num_examples
     }
 
     pub(super) fn parts(&self) -> &[Box<dyn UsedPart>] {

@@ -86,6 +86,9 @@ pub struct ApplyContext {
     pub id: GradientId,
     /// The loss that it is the gradient of.
     pub loss: f32,
+    /// How many examples that loss is the mean of: the gradient's weight in a mean. 0 if that is not known;
+    /// see [`Reduction::Mean`](ps_actors::server::Reduction::Mean).
+    pub num_examples: usize,
 }
 
 /// Forgets a context.
@@ -177,6 +180,13 @@ pub enum ServedError {
     Weights {
         /// What is wrong with them.
         reason: String,
+    },
+    /// Nobody waited for the answer any more. What was pushed stays, and the same message again gets its
+    /// answer.
+    #[error("the trainer of {context} has gone: send the same message again for what became of it")]
+    CallerGone {
+        /// Which.
+        context: ContextId,
     },
     /// The servers of the part's weights refused, or were not to be reached.
     #[error("the servers of the part's weights failed")]

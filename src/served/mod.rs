@@ -38,6 +38,7 @@
 //!     optimizer.add(&part).await?;
 //!     for _ in 0..3 {
 //!         let mut context = optimizer.begin();
+//!         context.set_num_examples(batch.labels().len());
 //!         let output = context.forward(&part, batch.images_on(&device)).await?;
 //!         let labels = batch.labels_on(&output.device());
 //!         context.backward(&nll_loss(output, labels)).await?;

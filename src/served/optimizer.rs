@@ -211,6 +211,7 @@ impl Trained {
                 context: context.id(),
                 id: self.session.gradient_id(clock),
                 loss: context.loss(),
+                num_examples: context.num_examples(),
             });
             let name = self.name.clone();
             match answer.await {

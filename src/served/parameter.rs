@@ -4,7 +4,7 @@ use std::fmt;
 
 use ps_actors::actor::ActorRef;
 use ps_actors::weights::Parameter;
-use ps_model::{Array, Part};
+use ps_model::{Array, Part, PartError};
 use serde::{Deserialize, Serialize};
 
 use super::context::{Context, ContextError, flat_answer};
@@ -63,7 +63,7 @@ impl<P: Part> ParameterRef<P> {
         let range = self.parameter.range.clone();
         let row = self.owner.ask(GetParameter(range)).await;
         let row: Array = flat_answer(&self.owner, row)?.into();
-        Ok(self.shaped(row.values))
+        self.shaped(row.values)
     }
 
     /// Fetches its gradient in a context.
@@ -72,13 +72,22 @@ impl<P: Part> ParameterRef<P> {
     /// As [`Context::gradient`].
     pub async fn gradient(&self, context: &Context) -> Result<Array, ContextError> {
         let gradient = context.gradient(&self.owner).await?;
-        let values = gradient.slice(self.parameter.range.clone());
-        Ok(self.shaped(values.values().to_vec()))
+        // It may be over anything: it comes from elsewhere.
+        let (all, own) = (gradient.range(), self.parameter.range.clone());
+        let covers = all.start <= own.start && own.end <= all.end;
+        let values = covers.then(|| gradient.slice(own).values().to_vec());
+        self.shaped(values.unwrap_or_default())
     }
 
-    fn shaped(&self, values: Vec<f32>) -> Array {
+    fn shaped(&self, values: Vec<f32>) -> Result<Array, ContextError> {
         let shape = self.parameter.shape.clone();
-        Array { shape, values }
+        match values.len() == self.parameter.range.len() {
+            true => Ok(Array { shape, values }),
+            false => {
+                let got = values.len();
+                Err(PartError::WrongCount { shape, got }.into())
+            }
+        }
     }
 }
 

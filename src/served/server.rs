@@ -1,12 +1,14 @@
 //! The actor that computes through a part for others.
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use actix::{
     Actor, ActorFutureExt, AsyncContext, Handler, MessageResult, ResponseActFuture, WrapFuture,
 };
+use futures_util::future::{Either, select};
 use ps_actors::actor::{self, ActorRef};
 use ps_actors::cluster::{Hosted, Hosts};
 use ps_actors::group::ServerGroup;
@@ -176,7 +178,12 @@ impl<P: Part> PartServer<P> {
         &mut self,
         apply: ApplyContext,
     ) -> Result<Result<Gradients, Outcome>, ServedError> {
-        let ApplyContext { context, id, loss } = apply;
+        let ApplyContext {
+            context,
+            id,
+            loss,
+            num_examples,
+        } = apply;
         let state = self.contexts.get(context, Instant::now())?;
         if let State::Computing { pass, computed_on } = state {
             let Some(gradient) = pass.take_gradient() else {
@@ -195,8 +202,7 @@ impl<P: Part> PartServer<P> {
                 id,
                 computed_on: *computed_on,
                 loss,
-                // Only the trainer knows.
-                num_examples: 0,
+                num_examples,
                 gradient: gradient.clone(),
             })),
             State::Stepped(outcome) => Ok(Err(*outcome)),
@@ -310,10 +316,16 @@ impl<P: Part> Handler<ApplyContext> for PartServer<P> {
 
     fn handle(&mut self, apply: ApplyContext, _: &mut Self::Context) -> Self::Result {
         let (gradients, servers) = (self.gradient_to_apply(apply), self.servers.clone());
+        let (gone, context) = (actor::caller_gone(), apply.context);
         let pushed = async move {
-            match gradients? {
-                Ok(gradients) => Ok(servers.push(gradients).await?),
-                Err(outcome) => Ok(outcome),
+            let gradients = match gradients? {
+                Ok(gradients) => gradients,
+                Err(outcome) => return Ok(outcome),
+            };
+            // In a synchronous mode it waits for other trainers, perhaps for ever.
+            match select(pin!(servers.push(gradients)), gone).await {
+                Either::Left((outcome, _)) => Ok(outcome?),
+                Either::Right(((), _)) => Err(ServedError::CallerGone { context }),
             }
         };
         Box::pin(pushed.into_actor(self).map(move |outcome, server, _| {

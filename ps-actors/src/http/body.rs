@@ -155,7 +155,7 @@ impl Uploads {
     /// Receives exactly as many numbers as were announced.
     pub(super) async fn receive(&self, upload: Upload) -> Result<Buffer, Problem> {
         let Upload { mut body, len } = upload;
-        let num_bytes = 4 * len;
+        let num_bytes = len.saturating_mul(4);
         let HttpConfig {
             silence,
             max_upload_time,
@@ -163,7 +163,13 @@ impl Uploads {
         } = self.config;
         let place = self.place(num_bytes).await?;
         let progress = &place.progress;
-        let mut buffer = self.buffers.take(len);
+        let mut buffer = self.buffers.try_take(len).map_err(|_| {
+            let why = format!(
+                "there is no memory for the {len} numbers of a gradient now; try again, or let the server \
+                 take fewer at once (`HttpConfig::max_uploads`)"
+            );
+            Problem::unavailable(why).retry_soon()
+        })?;
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut buffer);
         let mut filled = 0;
         loop {
@@ -202,7 +208,7 @@ impl Uploads {
 
 /// Checks what the client says about its body against what it has to be.
 fn check_length(request: &Request, len: usize) -> Result<(), Problem> {
-    let expected = 4 * len as u64;
+    let expected = (len as u64).saturating_mul(4);
     let what = format!("a gradient of the {len} weights has {expected} bytes");
     // Without a length and without chunks, HTTP/1.1 takes a body to be empty.
     let is_declared = request.headers().contains_key(CONTENT_LENGTH);
@@ -282,5 +288,30 @@ impl HttpBody for Pieces {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.pieces.iter().map(|piece| piece.len() as u64).sum())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::response::IntoResponse;
+
+    use super::*;
+
+    /// R-14: without memory for what a client sends, that request fails and nothing else.
+    #[tokio::test]
+    async fn a_gradient_that_there_is_no_memory_for_is_refused_for_now() {
+        let uploads = Uploads::new(HttpConfig::default());
+        for len in [1 << 50, usize::MAX / 4] {
+            let body = Body::empty();
+            let problem = uploads.receive(Upload { body, len }).await.unwrap_err();
+            let response = problem.into_response();
+            assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+            assert!(response.headers().contains_key("retry-after"));
+        }
+        // The place is free again.
+        assert!(uploads.under_way().is_empty());
+        let (body, len) = (Body::from(vec![0; 8]), 2);
+        let buffer = uploads.receive(Upload { body, len }).await.unwrap();
+        assert_eq!(buffer[..], [0.0; 2]);
     }
 }

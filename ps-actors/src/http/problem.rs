@@ -70,6 +70,7 @@ impl From<&GroupError> for Problem {
                 }
             }
             GroupError::Server { source, .. } => Self::from_server(source, text),
+            GroupError::BadWeights { .. } => Self::unavailable(text),
         }
     }
 }

@@ -190,8 +190,11 @@ impl ParameterServer {
 
     /// Follows a decision of its own and queues it for the others.
     fn decide(&mut self, decision: Decision) -> Result<(), ServerError> {
-        for follower in &mut self.coordinate()?.followers {
-            follower.queue(decision.clone());
+        let Role::First(first) = &mut self.role else {
+            return Err(ServerError::NotFirst);
+        };
+        for follower in &mut first.followers {
+            follower.queue(decision.clone(), &self.shard);
         }
         self.follow(decision)
     }
@@ -199,6 +202,7 @@ impl ParameterServer {
     pub(super) fn follow(&mut self, decision: Decision) -> Result<(), ServerError> {
         let answers = match decision {
             Decision::Stage(id, gradient) => self.shard.stage_decided(id, &gradient)?,
+            Decision::Complete(id, gradient) => self.shard.complete(id, &gradient)?,
             Decision::Update {
                 update,
                 learning_rate,
@@ -348,10 +352,11 @@ impl ParameterServer {
             self.check_range(gradients)?;
         }
         for Gradients { id, gradient, .. } in &message.gradients {
+            // What is pending was judged as it was pushed, and this call will be refused.
             if !self.is_pending(*id)? {
                 self.decide(Decision::Discard(*id))?;
+                self.decide(Decision::Stage(*id, gradient.clone()))?;
             }
-            self.decide(Decision::Stage(*id, gradient.clone()))?;
         }
         let ticket = self.waiting.ticket();
         let (caller, mut answer) = oneshot::channel();

@@ -5,8 +5,13 @@
 //! their number is bounded, rather than there. Each `Follow` has a number: one that was taken already is
 //! answered as the first time and changes nothing, so a lost connection ends nothing, and the first
 //! server asks again. Each also carries the group's secret: nobody else decides (PS-6).
+//!
+//! The numbers of a gradient are not among the decisions: whoever pushes it has staged its parts before.
+//! If it has not, or a part was lost, the answer to the `Follow` says which gradients are missing, and the
+//! first server, which keeps each gradient that it applied until all servers have it, sends them (S-9). So
+//! a group waits for nothing that nobody is going to send.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -17,9 +22,22 @@ use subtle::ConstantTimeEq;
 use super::actor::{ParameterServer, Role};
 use super::messages::{Decision, Follow, ServerError};
 use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
+use super::shard::Shard;
+use crate::ids::GradientId;
+use crate::weights::Gradient;
 
 /// How many decisions another server may be behind before gradients are refused.
 const MAX_BEHIND: usize = 4096;
+
+/// How many bytes of gradients are kept for another server, besides those of the two latest updates, before
+/// gradients are refused.
+const MAX_KEPT: usize = 1 << 30;
+
+/// What one message to another server may hold (see [`weight`]), unless one decision alone is more.
+const MAX_TOLD: usize = 64 << 20;
+
+/// How many gradients another server says at once that it lacks.
+const MAX_LACKING: usize = 1024;
 
 /// How long another server may be out of reach before the group is broken. It is broken at once when
 /// the server is known to have ended.
@@ -62,6 +80,10 @@ pub(super) struct Follower {
     undelivered: VecDeque<Decision>,
     /// Those that it is being told, until it is known to have them.
     telling: Vec<Decision>,
+    /// The gradients of updates that it is not known to have made.
+    kept: BTreeMap<GradientId, Gradient>,
+    /// Those of them whose update it was told.
+    unconfirmed: Vec<GradientId>,
     /// The number of the `Follow` under way, or of the next one.
     number: u64,
     out_of_reach_since: Option<Instant>,
@@ -74,17 +96,27 @@ impl Follower {
             server,
             undelivered: VecDeque::new(),
             telling: Vec::new(),
+            kept: BTreeMap::new(),
+            unconfirmed: Vec::new(),
             number: 0,
             out_of_reach_since: None,
             gone: None,
         }
     }
 
-    pub(super) fn queue(&mut self, decision: Decision) {
+    /// Takes a decision that is to be told, and keeps the gradients that an update is made of, which the
+    /// first server still has in its own shard.
+    pub(super) fn queue(&mut self, decision: Decision, own: &Shard) {
         // Nobody is told any more, and nothing is decided either, but for what is under way.
-        if self.gone.is_none() {
-            self.undelivered.push_back(decision);
+        if self.gone.is_some() {
+            return;
         }
+        if let Decision::Update { update, .. } = &decision {
+            let named = update.gradients.iter().map(|one| one.id);
+            let kept = named.filter_map(|id| Some((id, own.staged(id)?.clone())));
+            self.kept.extend(kept);
+        }
+        self.undelivered.push_back(decision);
     }
 
     /// Says why the group as a whole cannot do what it would be asked to.
@@ -93,34 +125,100 @@ impl Follower {
             let reason = reason.clone();
             return Err(ServerError::GroupBroken { index, reason });
         }
-        match self.undelivered.len() {
-            num_behind if num_behind > MAX_BEHIND => {
-                Err(ServerError::FollowerBehind { index, num_behind })
-            }
-            _ => Ok(()),
+        let num_behind = self.undelivered.len();
+        match num_behind > MAX_BEHIND || self.keeps_too_much() {
+            true => Err(ServerError::FollowerBehind { index, num_behind }),
+            false => Ok(()),
         }
     }
 
-    /// Whether there is something to tell it now.
+    /// Whether its delay costs too much memory. What the two latest updates are made of has to be kept in
+    /// any case: a round may have thousands of gradients.
+    fn keeps_too_much(&self) -> bool {
+        // All are over the whole model.
+        let size = self.kept.values().next().map_or(0, num_bytes);
+        let told = self.telling.iter().chain(&self.undelivered);
+        let updates = || told.filter(|decision| matches!(decision, Decision::Update { .. }));
+        size.saturating_mul(self.kept.len()) > MAX_KEPT && updates().count() > 2
+    }
+
+    /// Whether there is something to tell it now: as many decisions as fit into one message.
     fn take_undelivered(&mut self) -> bool {
-        if !self.telling.is_empty() || self.undelivered.is_empty() || self.gone.is_some() {
+        if !self.telling.is_empty() || self.gone.is_some() {
             return false;
         }
-        self.telling.extend(self.undelivered.drain(..));
-        true
+        let mut room = MAX_TOLD;
+        while let Some(decision) = self.undelivered.front() {
+            let (weight, is_first) = (weight(decision), self.telling.is_empty());
+            if weight > room && !is_first {
+                break;
+            }
+            room = room.saturating_sub(weight);
+            self.telling.extend(self.undelivered.pop_front());
+        }
+        !self.telling.is_empty()
+    }
+
+    /// Notes that it has what it was told, and queues what it lacks.
+    fn taken(&mut self, lacking: Vec<GradientId>) -> Result<(), String> {
+        self.number += 1;
+        let mut completed = BTreeSet::new();
+        for decision in self.telling.drain(..) {
+            match decision {
+                Decision::Update { update, .. } => {
+                    let named = update.gradients.iter().map(|one| one.id);
+                    self.unconfirmed.extend(named);
+                }
+                Decision::Complete(id, _) => _ = completed.insert(id),
+                _ => {}
+            }
+        }
+        if lacking.is_empty() {
+            for id in self.unconfirmed.drain(..) {
+                self.kept.remove(&id);
+            }
+        }
+        for id in lacking.into_iter().rev() {
+            let kept = self.kept.get(&id).filter(|_| !completed.contains(&id));
+            let Some(gradient) = kept else {
+                return Err(format!("it says that it lacks {id}, which it has"));
+            };
+            tracing::debug!(%id, "was not staged on another server, which is sent its numbers");
+            let complete = Decision::Complete(id, gradient.clone());
+            self.undelivered.push_front(complete);
+        }
+        Ok(())
     }
 
     fn lose(&mut self, index: usize, reason: String) {
         tracing::error!(server = index, %reason, "a server of the group is gone");
         self.undelivered.clear();
         self.telling.clear();
+        self.kept.clear();
         self.gone = Some(reason);
+    }
+}
+
+fn num_bytes(gradient: &Gradient) -> usize {
+    size_of_val(gradient.values())
+}
+
+/// How much of a message a decision takes, in bytes of numbers. What stands in its header, where there is
+/// little room, and the number of buffers count as more than they have.
+fn weight(decision: &Decision) -> usize {
+    const EACH: usize = 64 << 10;
+    const EACH_NAME: usize = 2 << 10;
+    EACH + match decision {
+        Decision::Stage(_, gradient) | Decision::Complete(_, gradient) => num_bytes(gradient),
+        Decision::Update { update, .. } => EACH_NAME.saturating_mul(update.gradients.len()),
+        Decision::Discard(_) | Decision::Fence { .. } => 0,
     }
 }
 
 /// What became of a `Follow`.
 enum Told {
-    Taken,
+    /// These gradients are lacking.
+    Taken(Vec<GradientId>),
     /// It may have been taken, and can be sent again.
     Again(String),
     Gone(String),
@@ -154,7 +252,7 @@ impl ParameterServer {
         });
         let told = async move {
             match told.await {
-                Ok(Ok(())) => Told::Taken,
+                Ok(Ok(lacking)) => Told::Taken(lacking),
                 Ok(Err(refused)) => Told::Gone(refused.to_string()),
                 Err(lost) if is_passing(&lost) => Told::Again(lost.to_string()),
                 Err(lost) => Told::Gone(lost.to_string()),
@@ -170,9 +268,10 @@ impl ParameterServer {
         };
         let follower = &mut first.followers[index];
         match told {
-            Told::Taken => {
-                follower.telling.clear();
-                follower.number += 1;
+            Told::Taken(lacking) => {
+                if let Err(nonsense) = follower.taken(lacking) {
+                    return follower.lose(index + 1, nonsense);
+                }
                 if follower.out_of_reach_since.take().is_some() {
                     tracing::info!(server = index + 1, "a server of the group is back in reach");
                 }
@@ -250,8 +349,13 @@ impl Following {
 }
 
 impl ParameterServer {
-    /// Follows the first server's decisions, once.
-    pub(super) fn take(&mut self, follow: Follow) -> Result<(), ServerError> {
+    /// Follows the first server's decisions, once, and returns the gradients that are lacking.
+    pub(super) fn take(&mut self, follow: Follow) -> Result<Vec<GradientId>, ServerError> {
+        self.take_decisions(follow)?;
+        Ok(self.shard.lacking(MAX_LACKING))
+    }
+
+    fn take_decisions(&mut self, follow: Follow) -> Result<(), ServerError> {
         let Role::Follower(following) = &self.role else {
             let reason = "this server decides by itself".to_owned();
             return Err(ServerError::NotFollowed { reason });
@@ -308,6 +412,7 @@ mod tests {
                     .into_iter()
                     .map(|id| Summand {
                         id,
+                        norm: Gradient::new(vec![1.0; 2]).norm(),
                         num_examples: 1,
                     })
                     .collect(),
@@ -355,6 +460,73 @@ mod tests {
         let gap = follow(&secret, 3, update(3, vec![id(2)]));
         assert!(server.take(gap).is_err());
         assert_eq!(server.shard.weights().to_vec(), [0.0; 2]);
+    }
+
+    /// S-9
+    #[test]
+    fn what_is_lacking_is_said_until_it_is_there_and_counts_once() {
+        let secret = GroupSecret::random();
+        let mut server = follower(&secret);
+        let complete = |clock| Decision::Complete(id(clock), Gradient::new(vec![1.0; 2]));
+        let named = vec![id(0), id(1)];
+        for _ in 0..2 {
+            let update = follow(&secret, 0, vec![decide(1, named.clone(), 0.5)]);
+            assert_eq!(server.take(update).unwrap(), named);
+        }
+        let forged = Gradient::new(vec![9.0; 2]);
+        server.shard.stage(id(0), &forged).unwrap();
+        let lacking = server.take(follow(&secret, 1, vec![complete(0)])).unwrap();
+        assert_eq!(lacking, [id(1)]);
+        let twice = vec![complete(1), complete(1), complete(0)];
+        assert_eq!(server.take(follow(&secret, 2, twice)).unwrap(), []);
+        assert_eq!(server.shard.weights().to_vec(), [0.0; 2]);
+        assert_eq!(server.shard.num_staged(), 0);
+    }
+
+    #[test]
+    fn the_first_server_keeps_what_another_one_may_lack_and_no_longer() {
+        let first = || {
+            let other = follower(&GroupSecret::random());
+            let mut own = follower(&GroupSecret::random()).shard;
+            own.stage(id(0), &Gradient::new(vec![1.0; 2])).unwrap();
+            let mut told = Follower::new(other.spawn().unwrap());
+            told.queue(decide(1, vec![id(0)], 0.5), &own);
+            assert!(told.take_undelivered());
+            told
+        };
+        let mut told = first();
+        told.taken(vec![id(0)]).unwrap();
+        assert!(told.take_undelivered());
+        assert!(matches!(told.telling[..], [Decision::Complete(..)]));
+        told.taken(Vec::new()).unwrap();
+        assert!(told.kept.is_empty() && !told.take_undelivered());
+        // Nonsense, also when it would go on for ever.
+        assert!(first().taken(vec![id(7)]).is_err());
+        let mut told = first();
+        told.taken(vec![id(0)]).unwrap();
+        assert!(told.take_undelivered());
+        assert!(told.taken(vec![id(0)]).is_err());
+    }
+
+    #[test]
+    fn no_message_to_another_server_is_too_large_to_be_sent() {
+        let server = follower(&GroupSecret::random());
+        let mut told = Follower::new(server.spawn().unwrap());
+        let own = follower(&GroupSecret::random()).shard;
+        let large = Gradient::new(vec![0.0; 40 << 18]);
+        for clock in 0..4 {
+            told.queue(Decision::Stage(id(clock), large.clone()), &own);
+        }
+        (0..2000).for_each(|clock| told.queue(Decision::Discard(id(clock)), &own));
+        let mut sizes = Vec::new();
+        while told.take_undelivered() {
+            sizes.push(told.telling.len());
+            told.taken(Vec::new()).unwrap();
+        }
+        // Of 40 MiB each, of which one fits into 64; the last one goes with others.
+        assert_eq!(sizes[..3], [1, 1, 1]);
+        assert_eq!(sizes.iter().sum::<usize>(), 2004);
+        assert!(sizes.iter().all(|&size| size <= 1024), "{sizes:?}");
     }
 
     #[test]

@@ -49,6 +49,7 @@ fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gra
     let num_named = [0, 1, 1, 1, 2][below(rng, 5)];
     let summand = Summand {
         id,
+        norm: [gradient.norm(), gradient.norm(), 0.0, f64::NAN][below(rng, 4)],
         num_examples: rng.next_u64() % 3,
     };
     let update = Update {
@@ -63,11 +64,12 @@ fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gra
     let decisions = vec![
         fence,
         Decision::Discard(id),
-        Decision::Stage(id, gradient),
+        Decision::Stage(id, gradient.clone()),
         Decision::Update {
             update,
             learning_rate: 0.1,
         },
+        Decision::Complete(id, gradient),
     ];
     let kept = |_: &Decision| !rng.next_u32().is_multiple_of(4);
     Follow {

@@ -16,6 +16,7 @@ use super::messages::{
 };
 use super::protocol::{Answer, Event, Membership, Ticket};
 use super::waiting::{Caller, MAX_FETCHING, check_room};
+use crate::ids::GradientId;
 use crate::weights::Weights;
 use ps_runtime::actor::error_chain;
 use ps_runtime::remote::{Messages, Remote};
@@ -274,7 +275,7 @@ impl Handler<GetStatus> for ParameterServer {
 }
 
 impl Handler<Follow> for ParameterServer {
-    type Result = Result<(), ServerError>;
+    type Result = Result<Vec<GradientId>, ServerError>;
 
     fn handle(&mut self, follow: Follow, _: &mut Self::Context) -> Self::Result {
         self.take(follow)

@@ -201,9 +201,10 @@ pub struct ServerStatus {
     pub coordinator: Option<CoordinatorStatus>,
 }
 
-/// What the first server of a group decided, for the others to follow, in order.
+/// What the first server of a group decided, for the others to follow, in order. Returns the gradients
+/// that are missing: those of updates that cannot be made yet.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
-#[rtype(result = "Result<(), ServerError>")]
+#[rtype(result = "Result<Vec<GradientId>, ServerError>")]
 pub struct Follow {
     /// Shows that it comes from the first server.
     pub(crate) secret: GroupSecret,
@@ -216,6 +217,8 @@ pub struct Follow {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Decision {
     Stage(GradientId, Gradient),
+    /// The numbers of a gradient of an earlier update, for a server that said that it lacks them.
+    Complete(GradientId, Gradient),
     Update {
         update: Update,
         learning_rate: f64,
@@ -312,6 +315,17 @@ pub enum GroupError {
         #[source]
         source: ServerError,
     },
+    /// A server sent weights that are not its part of the model's.
+    #[error(
+        "server {index} of the group sent weights that are of no use: {reason}; all servers must be of one \
+         group, in the order of their ranges"
+    )]
+    BadWeights {
+        /// Which.
+        index: usize,
+        /// What is wrong with them.
+        reason: String,
+    },
 }
 
 impl ServerError {
@@ -342,6 +356,7 @@ impl GroupError {
                 }
             ),
             Self::Server { source, .. } => source.is_for_now(),
+            Self::BadWeights { .. } => false,
         }
     }
 

@@ -39,8 +39,17 @@ pub struct Stamp {
 
 impl Stamp {
     pub(crate) fn summand(&self) -> Summand {
-        let (id, num_examples) = (self.id, self.num_examples);
-        Summand { id, num_examples }
+        let Self {
+            id,
+            norm,
+            num_examples,
+            ..
+        } = *self;
+        Summand {
+            id,
+            norm,
+            num_examples,
+        }
     }
 
     /// How many updates there were between the weights that it was computed on and `version`.
@@ -134,10 +143,13 @@ pub struct Update {
 }
 
 /// A gradient's part in an update.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Summand {
     /// Which gradient.
     pub id: GradientId,
+    /// The norm of the numbers that were judged: it tells them from others that somebody staged under the
+    /// same name (PS-6).
+    pub norm: f64,
     /// How many examples its batch had, which is its weight in a mean; see [`Reduction::Mean`].
     pub num_examples: u64,
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::consistency::Reduction;
-use super::protocol::{Ticket, Update};
+use super::protocol::{Summand, Ticket, Update};
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradient, Segment, Weights};
@@ -260,11 +260,48 @@ impl Shard {
             return Err(ShardError::WrongRange { id, got, expected });
         }
         if gradient.norm().is_finite() {
-            self.staged
-                .entry(id)
-                .or_insert_with(|| gradient.slice(expected));
+            // As it came: the first server may have to send it on.
+            self.staged.entry(id).or_insert_with(|| gradient.clone());
         }
         Ok(self.do_updates())
+    }
+
+    /// Takes a gradient that an update still waits for, in the place of whatever is staged under its name.
+    /// One that was applied already changes nothing.
+    ///
+    /// # Errors
+    /// When the gradient is over other weights.
+    pub(crate) fn complete(
+        &mut self,
+        id: GradientId,
+        gradient: &Gradient,
+    ) -> Result<Vec<PullAnswer>, ShardError> {
+        match self.is_awaited(id) {
+            true => {
+                self.staged.remove(&id);
+                self.stage_decided(id, gradient)
+            }
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// Returns a staged gradient as it came: over the model's weights or over those of this shard.
+    pub(crate) fn staged(&self, id: GradientId) -> Option<&Gradient> {
+        self.staged.get(&id)
+    }
+
+    /// Returns gradients that updates wait for, the earliest update's first, but not more than these.
+    pub(crate) fn lacking(&self, most: usize) -> Vec<GradientId> {
+        let updates = self.undone_updates.iter();
+        let named = updates.flat_map(|(update, _)| &update.gradients);
+        let lacking = named.filter(|one| !self.has(one)).map(|one| one.id);
+        lacking.take(most).collect()
+    }
+
+    /// Whether a gradient is here as it was judged. Each part of it has the norm of the whole.
+    fn has(&self, one: &Summand) -> bool {
+        let staged = self.staged.get(&one.id);
+        staged.is_some_and(|staged| staged.norm().to_bits() == one.norm.to_bits())
     }
 
     /// Forgets a gradient that will not be applied.
@@ -283,8 +320,8 @@ impl Shard {
         self.staged = staged;
     }
 
-    /// Applies an update, with this learning rate. If a gradient of it is not staged here yet,
-    /// it and all later updates wait. Returns the pulls that can be answered now.
+    /// Applies an update, with this learning rate. If a gradient of it is not staged here yet, or with
+    /// other numbers than those that were judged, it and all later updates wait. Returns the pulls that can be answered now.
     ///
     /// # Errors
     /// When it is not the next one (PS-5), or names no gradient or one twice.
@@ -351,11 +388,7 @@ impl Shard {
     fn do_updates(&mut self) -> Vec<PullAnswer> {
         let mut answers = Vec::new();
         while let Some((update, _)) = self.undone_updates.front() {
-            if !update
-                .gradients
-                .iter()
-                .all(|one| self.staged.contains_key(&one.id))
-            {
+            if !update.gradients.iter().all(|one| self.has(one)) {
                 break;
             }
             let (update, learning_rate) =
@@ -378,12 +411,14 @@ impl Shard {
     }
 
     fn apply(&mut self, update: &Update, learning_rate: f64) {
+        let range = self.range();
         let gradients: Vec<Gradient> = update
             .gradients
             .iter()
             .map(|one| {
                 let staged = self.staged.remove(&one.id);
-                staged.expect("checked by the caller, each named once")
+                let staged = staged.expect("checked by the caller, each named once");
+                staged.slice(range.clone())
             })
             .collect();
         let sum;

@@ -89,7 +89,9 @@ impl WorkerStatus {
     /// Returns how many of its gradients are over, whatever became of them.
     #[must_use]
     pub fn num_settled(&self) -> u64 {
-        self.num_applied + self.num_dropped_late + self.num_refused
+        // They may be a peer's.
+        let late_or_refused = self.num_dropped_late.saturating_add(self.num_refused);
+        self.num_applied.saturating_add(late_or_refused)
     }
 
     pub(crate) fn count(&mut self, outcome: Outcome) {
@@ -172,6 +174,17 @@ impl Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn counts_of_a_peer_do_not_overflow() {
+        let status = WorkerStatus {
+            num_applied: u64::MAX,
+            num_dropped_late: u64::MAX,
+            num_refused: 1,
+            ..WorkerStatus::default()
+        };
+        assert_eq!(status.num_settled(), u64::MAX);
+    }
 
     #[test]
     fn merged_histograms_count_the_values_of_both() {

@@ -361,7 +361,10 @@ impl Visit for Line {
 
 impl Subscriber for Log {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target().starts_with("ps_actors") && *metadata.level() <= Level::DEBUG
+        let is_ours = ["ps_actors", "ps_runtime"]
+            .iter()
+            .any(|name| metadata.target().starts_with(name));
+        is_ours && *metadata.level() <= Level::DEBUG
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {

@@ -1,5 +1,8 @@
 //! PT-2: a step is taken once, whatever goes wrong.
 
+use std::time::{Duration, Instant};
+
+use ps::actors::server::Leave;
 use ps::actors::session::Session;
 use ps::served::{ApplyContext, OptimizerError, ServedError};
 
@@ -22,6 +25,7 @@ fn a_step_that_the_servers_refuse_can_still_be_taken() {
             context: context.id(),
             id,
             loss: 1.0,
+            num_examples: 4,
         };
         let refused = part.ask(apply).await.unwrap().unwrap_err();
         assert!(matches!(refused, ServedError::Servers(_)), "{refused:?}");
@@ -43,6 +47,7 @@ fn a_lost_answer_changes_nothing() {
             context: context.id(),
             id: session.gradient_id(Clock(0)),
             loss: 1.0,
+            num_examples: 4,
         };
         let mut first = optimizer.begin();
         compute(&mut first, &part, &batch(0, 0)).await.unwrap();
@@ -59,6 +64,58 @@ fn a_lost_answer_changes_nothing() {
         assert_eq!(latest.version(), Version(1));
         assert_eq!(latest.to_vec(), weights.to_vec());
     });
+}
+
+/// PS-9, A-23: the call waits for another trainer, and ends with its caller; the step stays taken.
+#[test]
+fn a_step_that_waits_ends_with_its_caller_and_counts_once() {
+    let model = ConvNet::init(1, &device());
+    let consistency = Consistency::Bsp;
+    let servers = sgd_servers(
+        &model,
+        1,
+        ServerConfig {
+            consistency,
+            ..config()
+        },
+    );
+    let part = serve(&model, &servers);
+    let wait_until = |what: &str, holds: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !holds() {
+            assert!(start.elapsed() < Duration::from_secs(60), "{what}");
+            std::thread::yield_now();
+        }
+    };
+    let server = servers.servers().next().unwrap();
+    let num_waiting = || server.ask(GetStatus).wait().unwrap().num_waiting;
+    let session = run(Session::join(&servers, WorkerId(0))).unwrap();
+    let other = run(Session::join(&servers, WorkerId(1))).unwrap();
+    let mut context = DistributedOptimizer::new(WorkerId(0), SEED).begin();
+    run(compute(&mut context, &part, &batch(0, 0))).unwrap();
+    let apply = ApplyContext {
+        context: context.id(),
+        id: session.gradient_id(Clock(0)),
+        loss: 1.0,
+        num_examples: 4,
+    };
+    let waits = part.ask(apply);
+    wait_until("it is pushed", &|| num_waiting() == 1);
+    drop(waits);
+    wait_until("nobody waits", &|| {
+        num_waiting() == 0 && part.pending() == 0
+    });
+    let again = part.ask(apply);
+    let leave = Leave {
+        worker: WorkerId(1),
+        incarnation: other.gradient_id(Clock(0)).incarnation,
+    };
+    wait_until("it is pushed again", &|| num_waiting() == 1);
+    server.ask(leave).wait().unwrap().unwrap();
+    let outcome = again.wait().unwrap().unwrap();
+    assert_eq!(outcome.version(), Version(1));
+    let latest = run(servers.pull(PullVersion::Latest)).unwrap();
+    assert_eq!(latest.version(), Version(1));
 }
 
 #[test]

@@ -131,6 +131,55 @@ fn check_three_trainers(
     assert!(latest.to_vec() == weights);
 }
 
+/// PS-3: the mean of two trainers' gradients is that of the joined batch if both say how large theirs is.
+#[test]
+fn batches_of_different_size_weigh_by_their_examples_where_it_is_said() {
+    let model = ConvNet::init(1, &device());
+    let indices = [0..2usize, 2..8];
+    let take = |indices: std::ops::Range<usize>| {
+        Examples::batch(&Mnist::bundled_sample().train, &indices.collect::<Vec<_>>())
+    };
+    let local = LocalModel::new(model.clone(), &device()).unwrap();
+    let initial = local.weights().unwrap();
+    let gradients = indices
+        .clone()
+        .map(|indices| locally(&local, &take(indices), seed(0, 0)).1);
+    for (is_said, shares) in [(true, [0.25f32, 0.75]), (false, [0.5, 0.5])] {
+        let config = ServerConfig {
+            consistency: Consistency::Bsp,
+            reduction: Reduction::Mean,
+            wait_for_workers: 2,
+            ..config()
+        };
+        let servers = sgd_servers(&model, 2, config);
+        let part = serve(&model, &servers);
+        let trainers = [0, 1].map(|trainer| {
+            let (part, batch) = (part.clone(), take(indices[trainer].clone()));
+            thread::spawn(move || {
+                run(async {
+                    let mut optimizer = optimizer(trainer as u32, &part).await;
+                    let mut context = optimizer.begin();
+                    if is_said {
+                        context.set_num_examples(batch.labels().len());
+                    }
+                    compute(&mut context, &part, &batch).await.unwrap();
+                    optimizer.step(context).await.unwrap();
+                })
+            })
+        });
+        for trainer in trainers {
+            trainer.join().unwrap();
+        }
+        let got = run(servers.pull(PullVersion::Latest)).unwrap().to_vec();
+        for (index, got) in got.into_iter().enumerate() {
+            let mean = gradients[0][index] * shares[0] + gradients[1][index] * shares[1];
+            let expected = initial[index] - 0.05 * mean;
+            // Only the order of additions may differ.
+            assert!((got - expected).abs() <= 1e-6, "{got} and {expected}");
+        }
+    }
+}
+
 #[test]
 fn synchronous_trainers_wait_for_each_other() {
     let model = ConvNet::init(1, &device());

@@ -91,8 +91,11 @@ proptest! {
 }
 
 fn one(id: GradientId) -> Summand {
-    let num_examples = 32;
-    Summand { id, num_examples }
+    Summand {
+        id,
+        norm: Gradient::new(vec![1.0; LEN]).norm(),
+        num_examples: 32,
+    }
 }
 
 /// Gradients whose mean over two batches is known: the gradient of a batch is the mean of its examples'.
@@ -273,6 +276,28 @@ fn an_update_waits_for_the_gradients_that_it_names() {
     let fenced = shard.stage(id(0, 1, 0), &gradient);
     assert!(fenced.is_ok(), "an awaited gradient is let in: {fenced:?}");
     assert_eq!(shard.weights().version(), Version(2));
+}
+
+/// PS-6: what was judged is applied, not what somebody staged under its name before.
+#[test]
+fn an_update_is_made_of_the_numbers_that_were_judged() {
+    let mut world = World::new(2, Consistency::Asp, Reduction::Sum);
+    world.join(0, 1).unwrap();
+    world.deliver_all();
+    let id = id(0, 1, 0);
+    let forged = Gradient::new(vec![9.0; LEN]);
+    world.shards[1].stage(id, &forged).unwrap();
+    world.push(id, 0, vec![1.0; LEN]);
+    world.deliver_all();
+    let shard = &mut world.shards[1];
+    assert_eq!(shard.lacking(usize::MAX), [id]);
+    assert_eq!(shard.lacking(0), []);
+    shard.complete(id, &Gradient::new(vec![1.0; LEN])).unwrap();
+    assert_eq!(shard.lacking(usize::MAX), []);
+    // Once more, too late.
+    shard.complete(id, &Gradient::new(vec![1.0; LEN])).unwrap();
+    assert_eq!(shard.num_staged(), 0);
+    assert_eq!(world.weights(), vec![1.0; LEN]);
 }
 
 /// PS-6: longer is as wrong as shorter, and so is another part of the model.

@@ -2,6 +2,8 @@
 
 use std::sync::mpsc;
 
+use ps_actors::server::{Pull, ReportLost};
+
 use super::*;
 
 #[test]
@@ -232,6 +234,121 @@ fn a_group_that_lost_a_server_says_so_instead_of_hanging() {
     };
     let error = worker.ask(run).wait().unwrap().unwrap_err();
     assert!(matches!(error, WorkerError::Servers { .. }), "{error:?}");
+}
+
+/// How long a call may take that is answered at all.
+const SOON: Duration = Duration::from_secs(20);
+
+fn gradients_of(worker: u32, incarnation: Incarnation, clock: u64) -> Gradients {
+    let computed = towards_target(worker, Clock(clock), &initial());
+    Gradients {
+        id: GradientId {
+            worker: WorkerId(worker),
+            incarnation,
+            clock: Clock(clock),
+        },
+        computed_on: Version(0),
+        loss: computed.loss,
+        num_examples: 1,
+        gradient: computed.gradient,
+    }
+}
+
+fn join(servers: &ServerGroup, worker: u32) -> Incarnation {
+    let (worker, request) = (WorkerId(worker), JoinRequest(1));
+    let first = servers.servers().next().unwrap();
+    let joined = first.ask(Join { worker, request }).wait_timeout(SOON);
+    joined.unwrap().unwrap().incarnation
+}
+
+fn stage_everywhere(servers: &ServerGroup, gradients: &Gradients) {
+    for server in servers.servers().skip(1) {
+        let (id, gradient) = (gradients.id, gradients.gradient.clone());
+        let staged = server.ask(Stage { id, gradient }).wait_timeout(SOON);
+        staged.unwrap().unwrap();
+    }
+}
+
+/// What else a client can do wrong with a gradient before it pushes it to the first server.
+type Mistake = fn(&ServerGroup, &Gradients);
+
+/// S-9: the first server sends what the others lack, and nobody waits for it.
+#[test]
+fn a_push_whose_parts_the_other_servers_lack_is_applied_as_any_other() {
+    let never_staged: Mistake = |_, _| {};
+    let staged_on_one: Mistake = |servers, gradients| {
+        let (id, gradient) = (gradients.id, gradients.gradient.clone());
+        let last = servers.servers().last().unwrap();
+        last.ask(Stage { id, gradient }).wait().unwrap().unwrap();
+    };
+    // A refused push of the same name lets all servers forget what is staged under it.
+    let forgotten: Mistake = |servers, gradients| {
+        stage_everywhere(servers, gradients);
+        let ahead = Gradients {
+            computed_on: Version(9),
+            ..gradients.clone()
+        };
+        let first = servers.servers().next().unwrap();
+        let refused = first.ask(Push(ahead)).wait_timeout(SOON).unwrap();
+        let error = refused.unwrap_err();
+        let refusal = ServerError::Refused(Refusal::FromTheFuture {
+            id: gradients.id,
+            claimed: Version(9),
+            version: Version(0),
+        });
+        assert_eq!(error.to_string(), refusal.to_string());
+    };
+    // Whoever it is that staged them: the right ones come too late.
+    let other_numbers: Mistake = |servers, gradients| {
+        let gradient = Gradient::new(vec![7.0; LEN]);
+        let other = Gradients {
+            gradient,
+            ..gradients.clone()
+        };
+        stage_everywhere(servers, &other);
+        stage_everywhere(servers, gradients);
+    };
+    for consistency in [
+        Consistency::Bsp,
+        Consistency::Asp,
+        Consistency::Ssp { bound: 1 },
+        Consistency::KofN { k: 2 },
+    ] {
+        let pushed = |num_servers, mistake: Mistake| {
+            let servers = group(num_servers, config(consistency));
+            let [zero, one] = [0, 1].map(|worker| join(&servers, worker));
+            let (bad, good) = (gradients_of(0, zero, 0), gradients_of(1, one, 0));
+            mistake(&servers, &bad);
+            let first = servers.servers().next().unwrap();
+            let bad = first.ask(Push(bad));
+            stage_everywhere(&servers, &good);
+            let good = first.ask(Push(good));
+            for reply in [bad, good] {
+                let outcome = reply.wait_timeout(SOON).unwrap().unwrap();
+                assert!(matches!(outcome, Outcome::Applied { .. }), "{outcome:?}");
+            }
+            let version = first.ask(GetWeights).wait().unwrap().version();
+            for server in servers.servers() {
+                let pull = server.ask(Pull(PullVersion::AtLeast(version)));
+                pull.wait_timeout(SOON).expect("nobody waits").unwrap();
+            }
+            let weights = final_weights(&servers);
+            for server in servers.servers() {
+                let status = server.ask(GetStatus).wait().unwrap();
+                assert_eq!(status.num_staged, 0);
+            }
+            // The group goes on, also without these two.
+            for worker in [0, 1].map(WorkerId) {
+                first.ask(ReportLost { worker }).wait().unwrap().unwrap();
+            }
+            run_all(&servers, 1, 3);
+            weights.to_vec()
+        };
+        let expected = pushed(1, never_staged);
+        for mistake in [never_staged, staged_on_one, forgotten, other_numbers] {
+            assert_eq!(pushed(3, mistake), expected, "{consistency}");
+        }
+    }
 }
 
 /// Applies some updates and then panics.
