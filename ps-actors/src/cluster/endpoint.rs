@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,6 +11,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::task::JoinHandle;
 
 use super::config::{ClusterConfig, ClusterError, Transport};
+use super::socket_directory::SocketDirectory;
 use crate::net::listen::{Front, Listener, Lives};
 use crate::net::{Address, threads};
 use crate::remote::process::Process;
@@ -21,13 +22,13 @@ pub(crate) struct Bound {
     /// Where to be reached, the best way first.
     pub(crate) addresses: Vec<Address>,
     /// Removes the Unix socket from the file system.
-    directory: Option<tempfile::TempDir>,
+    directory: Option<SocketDirectory>,
 }
 
 /// Tasks that take connections; its drop ends them and all their connections.
 pub(crate) struct Endpoint {
     tasks: Vec<JoinHandle<()>>,
-    _directory: Option<tempfile::TempDir>,
+    _directory: Option<SocketDirectory>,
 }
 
 impl Drop for Endpoint {
@@ -110,13 +111,9 @@ impl Bound {
 }
 
 /// A socket in a directory that only this user can enter.
-fn unix() -> io::Result<(tempfile::TempDir, std::path::PathBuf, UnixListener)> {
-    // Not as the umask says: another user could connect, and would be taken for this one.
-    let directory = tempfile::Builder::new()
-        .prefix("ps-")
-        .permissions(PermissionsExt::from_mode(0o700))
-        .tempdir()?;
-    let path = directory.path().join("socket");
+fn unix() -> io::Result<(SocketDirectory, PathBuf, UnixListener)> {
+    let directory = SocketDirectory::new()?;
+    let path = directory.socket();
     let listener = UnixListener::bind(&path)?;
     Ok((directory, path, listener))
 }
