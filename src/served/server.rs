@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use actix::{
     Actor, ActorFutureExt, AsyncContext, Handler, MessageResult, ResponseActFuture, WrapFuture,
 };
-use ps_actors::actor::{self, ActorRef};
+use ps_actors::actor::{ActorRef, Spawn};
 use ps_actors::cluster::{Hosted, Hosts};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::Version;
@@ -76,10 +76,7 @@ enum State<P: Part> {
 /// `servers`, which [`initial_weights`](crate::source::initial_weights) of the same part have made.
 ///
 /// # Errors
-/// When the part has no flat weights, or the device fails.
-///
-/// # Panics
-/// When the system gives no thread.
+/// When the part has no flat weights, the device fails, or the system gives no thread.
 pub fn serve_part<P: Part>(
     part: &P,
     device: &Device,
@@ -89,10 +86,11 @@ pub fn serve_part<P: Part>(
     // A mistake shows here, in the caller's thread, rather than as an actor that cannot start.
     PartServer::new(part, device, servers, config)?;
     let (part, device, servers) = (part.clone(), device.clone(), servers.clone());
-    Ok(actor::spawn(move || {
+    let started = Spawn::new().start(move || {
         let server = PartServer::new(&part, &device, &servers, config);
         server.expect("it worked in the caller's thread")
-    }))
+    });
+    Ok(started?)
 }
 
 /// Lets every process of a cluster serve copies of `part`:
