@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::task::JoinHandle;
 
 use super::config::{ClusterConfig, ClusterError, Transport};
@@ -58,7 +58,7 @@ impl Bound {
         if !address.ip().is_loopback() && !config.is_guarded() && !config.insecure {
             return Err(ClusterError::NoToken(address));
         }
-        let tcp = TcpListener::bind(address).await;
+        let tcp = listen(address);
         let tcp = tcp.map_err(failed(address.to_string()))?;
         let bound_to = tcp.local_addr().map_err(failed(address.to_string()))?;
         let mut bound = Self {
@@ -108,6 +108,21 @@ impl Bound {
             _directory: self.directory,
         }
     }
+}
+
+/// How many may wait to be taken, or as many as the system allows. With the usual 128, those who come
+/// while many others do try again after a second only.
+const BACKLOG: u32 = 4096;
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // A port is free as soon as its last listener has ended, whatever of its connections is on the way.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// A socket in a directory that only this user can enter.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Path, Request, State};
-use axum::http::header::{AUTHORIZATION, UPGRADE};
+use axum::http::header::{AUTHORIZATION, CONNECTION, UPGRADE};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -90,7 +90,7 @@ impl Listener {
             .merge(routes)
             .layer(middleware::from_fn_with_state(shared, check_token))
             // Probes of an orchestrator have no token.
-            .route("/healthz", get(|| async { "ok\n" }))
+            .route("/healthz", get(|| async { last("ok\n") }))
             .layer(middleware::map_response(introduce));
         let room = Arc::new(Semaphore::new(config.max_connections));
         let mut connections = JoinSet::new();
@@ -179,6 +179,12 @@ fn has_gone(error: &io::Error) -> bool {
             | io::ErrorKind::NotConnected
             | io::ErrorKind::InvalidInput
     )
+}
+
+/// An answer after which the connection is closed: who has shown no token must not keep its place by
+/// asking again and again.
+fn last(text: &'static str) -> impl IntoResponse {
+    ([(CONNECTION, "close")], text)
 }
 
 /// Says that it is one of us who answers.
@@ -288,7 +294,7 @@ async fn check_token(
     };
     refuse(kind, peer, &reason);
     let text = "this cluster asks for a token (Authorization: Bearer …), and this is not it\n";
-    (StatusCode::UNAUTHORIZED, text).into_response()
+    (StatusCode::UNAUTHORIZED, last(text)).into_response()
 }
 
 async fn upgrade(
