@@ -255,7 +255,7 @@ impl Cluster {
     ) -> Result<Self, ClusterError> {
         let process = config.process();
         process.enter(NodeId::DRIVER, random());
-        let bound = Bound::bind(&config, address).await?;
+        let bound = Bound::bind(&config, address)?;
         let addresses = bound.addresses.clone();
         let is_guarded = config.is_guarded();
         let members = Members::new(addresses.clone(), config.run_id.clone(), is_guarded);

@@ -40,11 +40,8 @@ impl Drop for Endpoint {
 }
 
 impl Bound {
-    /// Binds what the transport asks for; `address` is for TCP.
-    pub(crate) async fn bind(
-        config: &ClusterConfig,
-        address: SocketAddr,
-    ) -> Result<Self, ClusterError> {
+    /// Binds what the transport asks for; `address` is for TCP. To be called on an event loop.
+    pub(crate) fn bind(config: &ClusterConfig, address: SocketAddr) -> Result<Self, ClusterError> {
         let failed =
             |address: String| move |source: io::Error| ClusterError::Listen { address, source };
         if let Transport::Memory(network) = &config.transport {

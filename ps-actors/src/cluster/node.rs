@@ -194,7 +194,7 @@ impl Node {
         let process = self.config.process();
         process.wants(Joining::new(self.rank, self.config.run_id.as_deref()));
         let (driver_address, local) = self.way_to_driver(&process).await?;
-        let bound = Bound::bind(&self.config, SocketAddr::new(local, 0)).await;
+        let bound = Bound::bind(&self.config, SocketAddr::new(local, 0));
         let bound = bound.map_err(JoinError::Permanent)?;
         let driver_addresses = vec![driver_address];
         let me = Arc::downgrade(&process);

@@ -141,6 +141,10 @@ impl Listener {
     }
 }
 
+/// How much of what a peer sends is read ahead while it speaks HTTP, the head of a request included.
+/// Strangers can make each of `max_connections` take it. Much less slows gradients over HTTP.
+const MAX_BUFFERED: usize = 64 << 10;
+
 static NOT_TAKEN: Quiet = Quiet::new();
 static TOO_MANY: Quiet = Quiet::new();
 static NO_TLS: Quiet = Quiet::new();
@@ -237,6 +241,7 @@ async fn greet(
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limit)
+        .max_buf_size(MAX_BUFFERED)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
         .with_upgrades();
     // A peer that does not keep to HTTP has nothing to be told.
