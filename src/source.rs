@@ -219,6 +219,10 @@ impl<M: Model> fmt::Debug for ModelSource<M> {
 ///
 /// # Errors
 /// When the model has no flat weights, `config` does not fit the data, or the system gives no thread.
+#[expect(
+    clippy::missing_panics_doc,
+    reason = "what can go wrong shows in the caller's thread first"
+)]
 pub fn spawn_worker<M, E>(
     model: &M,
     device: &Device,

@@ -77,6 +77,10 @@ enum State<P: Part> {
 ///
 /// # Errors
 /// When the part has no flat weights, the device fails, or the system gives no thread.
+#[expect(
+    clippy::missing_panics_doc,
+    reason = "what can go wrong shows in the caller's thread first"
+)]
 pub fn serve_part<P: Part>(
     part: &P,
     device: &Device,

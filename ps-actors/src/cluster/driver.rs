@@ -218,7 +218,8 @@ impl Cluster {
         routes: Router,
     ) -> Result<Self, ClusterError> {
         threads::ready().map_err(ClusterError::Threads)?;
-        Task::start(Self::start(config, address, hosts, routes)).wait()
+        // On an event loop, which sockets need.
+        Task::start(async move { Self::start(config, address, hosts, routes) }).wait()
     }
 
     /// Makes a cluster of this process alone; nobody can join it.
@@ -247,7 +248,7 @@ impl Cluster {
         }
     }
 
-    async fn start(
+    fn start(
         config: ClusterConfig,
         address: SocketAddr,
         hosts: Hosts,

@@ -142,7 +142,8 @@ impl Listener {
 }
 
 /// How much of what a peer sends is read ahead while it speaks HTTP, the head of a request included.
-/// Strangers can make each of `max_connections` take it. Much less slows gradients over HTTP.
+/// Strangers can make each of `max_connections` take it. Less means more
+/// reads for a gradient over HTTP.
 const MAX_BUFFERED: usize = 64 << 10;
 
 static NOT_TAKEN: Quiet = Quiet::new();
