@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, Mutex};
 
-use ps_actors::actor::{self, ActorRef, Spawn};
+use ps_actors::actor::{ActorRef, Spawn, SpawnError};
 use ps_actors::buffer::BufferPool;
 use ps_actors::cluster::Hosts;
 use ps_actors::ids::{Clock, WorkerId};
@@ -23,6 +23,7 @@ const EVALUATION_BATCH: usize = 256;
 
 /// Why a model and its data cannot be used for training.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SetupError {
     /// The model has no flat weights, or the device failed.
     #[error("the model cannot be trained")]
@@ -36,6 +37,9 @@ pub enum SetupError {
     /// There is nothing to evaluate on.
     #[error("the test data is empty")]
     NoTestData,
+    /// The actor or its thread could not be started.
+    #[error("could not start an actor")]
+    Spawn(#[from] SpawnError),
 }
 
 /// Returns a model's trainable weights as the first version for a server.
@@ -214,10 +218,11 @@ impl<M: Model> fmt::Debug for ModelSource<M> {
 /// own. After a panic it is restarted with a fresh copy of the model.
 ///
 /// # Errors
-/// When the model has no flat weights, or `config` does not fit the data.
-///
-/// # Panics
-/// When the system gives no thread.
+/// When the model has no flat weights, `config` does not fit the data, or the system gives no thread.
+#[expect(
+    clippy::missing_panics_doc,
+    reason = "what can go wrong shows in the caller's thread first"
+)]
 pub fn spawn_worker<M, E>(
     model: &M,
     device: &Device,
@@ -232,13 +237,14 @@ where
     // A mistake shows here, in the caller's thread, rather than as a worker that cannot start.
     ModelSource::new(model, device, data, config)?;
     let (model, device, data) = (model.clone(), device.clone(), data.clone());
-    Ok(actor::spawn(move || {
+    let worker = Spawn::new().start(move || {
         let source = ModelSource::new(&model, &device, &data, config);
         DataWorker::new(
             config.worker,
             source.expect("it worked in the caller's thread"),
         )
-    }))
+    });
+    Ok(worker?)
 }
 
 /// The worker that [`host_workers`] makes.

@@ -88,6 +88,15 @@ fn the_token_is_never_shown() {
 
     let log = LOG.lock().unwrap();
     assert!(log.contains("a node has joined"), "{log}");
+    let refusal = log
+        .find("refused a connection")
+        .expect("it names whom it does not know");
+    let refusal: Vec<_> = log[refusal..].lines().take(3).collect();
+    let refusal = refusal.join(" ");
+    assert!(
+        refusal.contains("peer: 127.0.0.1:") && refusal.contains("another token"),
+        "{refusal}"
+    );
     for secret in SECRETS {
         assert!(!log.contains(secret), "{log}");
         assert!(!shown.contains(secret), "{shown}");

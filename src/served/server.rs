@@ -9,7 +9,7 @@ use actix::{
     Actor, ActorFutureExt, AsyncContext, Handler, MessageResult, ResponseActFuture, WrapFuture,
 };
 use futures_util::future::{Either, select};
-use ps_actors::actor::{self, ActorRef};
+use ps_actors::actor::{self, ActorRef, Spawn};
 use ps_actors::cluster::{Hosted, Hosts};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::Version;
@@ -78,10 +78,11 @@ enum State<P: Part> {
 /// `servers`, which [`initial_weights`](crate::source::initial_weights) of the same part have made.
 ///
 /// # Errors
-/// When the part has no flat weights, or the device fails.
-///
-/// # Panics
-/// When the system gives no thread.
+/// When the part has no flat weights, the device fails, or the system gives no thread.
+#[expect(
+    clippy::missing_panics_doc,
+    reason = "what can go wrong shows in the caller's thread first"
+)]
 pub fn serve_part<P: Part>(
     part: &P,
     device: &Device,
@@ -91,10 +92,11 @@ pub fn serve_part<P: Part>(
     // A mistake shows here, in the caller's thread, rather than as an actor that cannot start.
     PartServer::new(part, device, servers, config)?;
     let (part, device, servers) = (part.clone(), device.clone(), servers.clone());
-    Ok(actor::spawn(move || {
+    let started = Spawn::new().start(move || {
         let server = PartServer::new(&part, &device, &servers, config);
         server.expect("it worked in the caller's thread")
-    }))
+    });
+    Ok(started?)
 }
 
 /// Lets every process of a cluster serve copies of `part`:

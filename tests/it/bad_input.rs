@@ -168,3 +168,52 @@ fn a_worker_that_panics_is_restarted_and_every_step_counts_once() {
     assert_eq!(report.num_applied, 40);
     assert!(PANIC_IN.load(Ordering::Relaxed) < 0, "it did panic");
 }
+
+/// In a process of its own, which has no file descriptor left.
+#[cfg(unix)]
+#[test]
+fn without_descriptors_there_is_an_error_and_no_panic() {
+    const CHILD: &str = "PS_TEST_NO_FILES";
+    const NAME: &str = "bad_input::without_descriptors_there_is_an_error_and_no_panic";
+    if std::env::var_os(CHILD).is_none() {
+        // A shell sets the limit.
+        let script = "ulimit -n 256 && exec \"$0\" --exact \"$1\" --nocapture";
+        let program = std::env::current_exe().unwrap();
+        let mut shell = std::process::Command::new("sh");
+        let shell = shell.args(["-c", script]).arg(program).arg(NAME);
+        let output = shell.env(CHILD, "1").output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    let device = device();
+    let model = ConvNet::init(1, &device);
+    let train = Mnist::bundled_sample().train;
+    let weights = initial_weights(&model, &device).unwrap();
+    let rule = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
+    let servers = ServerGroup::spawn(&weights, 1, ServerConfig::default(), rule).unwrap();
+    let open = || std::fs::File::open("/dev/null");
+    let files: Vec<_> = std::iter::from_fn(|| open().ok()).collect();
+    let config = WorkerConfig {
+        worker: WorkerId(0),
+        num_workers: 1,
+        batch_size: 4,
+        seed: 0,
+    };
+    let part = ps::served::serve_part(&model, &device, &servers, Default::default());
+    let errors = [
+        spawn_worker(&model, &device, &train, config).map(drop),
+        part.map(drop),
+    ];
+    drop(files);
+    for error in errors {
+        let error = error.expect_err("nothing can be started");
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        assert!(
+            cause
+                .as_ref()
+                .is_some_and(|cause| cause.contains("ulimit -n")),
+            "{error}: {cause:?}"
+        );
+    }
+    spawn_worker(&model, &device, &train, config).expect("there is room again");
+}

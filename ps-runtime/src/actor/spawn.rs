@@ -344,7 +344,16 @@ mod tests {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
     use super::*;
-    use crate::cluster::{Cluster, ClusterConfig, ClusterError, Hosts, Node};
+    use crate::cluster::{
+        Cluster, ClusterConfig, ClusterError, Hosts, Node, SpawnOn, SpawnOnError, StartError,
+    };
+    use crate::launch::LaunchOptions;
+    use crate::remote::{Owned, RemoteRef, Value};
+
+    #[derive(Clone, serde::Serialize, serde::Deserialize)]
+    struct Nothing;
+
+    impl Value for Nothing {}
 
     struct Idle;
 
@@ -393,6 +402,27 @@ mod tests {
         let node = Node::new(ClusterConfig::default(), 1, 0, "127.0.0.1:1", Hosts::new());
         let node = node.serve().wait();
         assert!(matches!(node, Err(ClusterError::Threads(_))), "{node:?}");
+        let alone = Cluster::alone(Hosts::new());
+        let value = RemoteRef::new_on(&alone, SpawnOn::new(), Nothing).wait();
+        assert!(matches!(value, Err(SpawnOnError::Threads(_))), "{value:?}");
+        let nodes = alone.wait_for_nodes(0, Duration::ZERO).wait();
+        assert!(matches!(nodes, Err(ClusterError::Threads(_))), "{nodes:?}");
+        assert!(
+            crate::cluster::lookup::<Owned<Nothing>>("nobody")
+                .wait()
+                .is_none()
+        );
+        assert!(alone.lookup::<Owned<Nothing>>("nobody").wait().is_none());
+        alone.release().wait();
+        let launched = Cluster::launch(
+            &LaunchOptions::default(),
+            ClusterConfig::default(),
+            Hosts::new(),
+        );
+        assert!(
+            matches!(launched, Err(StartError::Cluster(ClusterError::Threads(_)))),
+            "{launched:?}"
+        );
         allow_files(20);
         let mut actors = Vec::new();
         let error = loop {

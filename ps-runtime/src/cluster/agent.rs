@@ -91,6 +91,14 @@ pub(crate) enum JoinRefused {
     Over,
 }
 
+impl JoinRefused {
+    /// Whether the same rank is refused again unless it is started in another way; the others have to
+    /// do with who has the rank, and with other runs.
+    pub(crate) fn is_about_its_start(&self) -> bool {
+        matches!(self, Self::NotLocal(_) | Self::Differs { .. })
+    }
+}
+
 /// Asks a node whether it is still there; an answer says so.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]

@@ -91,6 +91,10 @@ fn busy_port(error: &std::io::Error) -> &'static str {
     }
 }
 
+/// What to do when there are no threads for the network.
+pub(super) const NO_THREADS: &str = "the system gives no thread for the network: raise the limits on \
+     open files (ulimit -n) and threads (ulimit -u)";
+
 /// Why a process could not take part.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -139,10 +143,7 @@ pub enum ClusterError {
         reason: String,
     },
     /// There is nobody to look after connections.
-    #[error(
-        "the system gives no thread for the network: raise the limits on open files (ulimit -n) and \
-         threads (ulimit -u)"
-    )]
+    #[error("{NO_THREADS}")]
     Threads(#[source] std::io::Error),
     /// An agent or its thread could not be started.
     #[error("could not start an actor")]
@@ -156,6 +157,21 @@ pub enum ClusterError {
         wanted: usize,
         /// For how long.
         after: Duration,
+    },
+    /// The driver itself has refused all who have not joined: they were started with other settings or
+    /// data, or are another build of the program.
+    #[error(
+        "{joined} of {wanted} nodes have joined, and no more will; rank {rank} was told: {reason}"
+    )]
+    NodesRefused {
+        /// How many are there.
+        joined: usize,
+        /// How many were waited for.
+        wanted: usize,
+        /// The first one that was refused.
+        rank: u32,
+        /// Why.
+        reason: String,
     },
     /// Processes that this one has started have ended before they joined.
     #[error("{joined} of {wanted} nodes have joined; the others have ended: see what they say")]
@@ -173,7 +189,11 @@ impl ClusterError {
     pub fn is_permanent(&self) -> bool {
         matches!(
             self,
-            Self::NoToken(_) | Self::Address { .. } | Self::Refused { .. } | Self::Listen { .. }
+            Self::NoToken(_)
+                | Self::Address { .. }
+                | Self::Refused { .. }
+                | Self::NodesRefused { .. }
+                | Self::Listen { .. }
         )
     }
 }

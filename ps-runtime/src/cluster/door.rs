@@ -10,7 +10,7 @@ use super::agent::{AreYouThere, Join, JoinRefused, Joined, NodeAgent, Nursery, a
 use super::members::{Claim, Member, Members};
 use crate::actor::{CallError, NotDelivered};
 use crate::net::threads;
-use crate::remote::process::{NodeId, Process};
+use crate::remote::process::{Joining, NodeId, Process};
 
 pub(crate) struct Door {
     pub(crate) process: Arc<Process>,
@@ -25,11 +25,15 @@ impl Door {
     pub(crate) async fn let_in(self, join: Join) -> Result<Joined, JoinRefused> {
         let (rank, pid, host) = (join.rank, join.pid, join.host.clone());
         let process = join.process;
+        let place = Joining::new(rank, join.run_id.as_deref());
         let answer = self.judge(join).await;
-        if let Err(why) = &answer
-            && self.members.note_refusal(process)
-        {
-            tracing::warn!(rank, host, pid, reason = %why, "a process is not let in as a node");
+        if let Err(why) = &answer {
+            if self.members.note_refusal(process) {
+                tracing::warn!(rank, host, pid, reason = %why, "a process is not let in as a node");
+            }
+            if why.is_about_its_start() {
+                self.members.refuse_rank(place, &why.to_string());
+            }
         }
         answer
     }

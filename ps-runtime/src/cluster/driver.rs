@@ -14,11 +14,11 @@ use futures_util::future::join_all;
 use super::agent::{
     DriverAgent, Find, Make, Nursery, Release, SpawnRefused, find_anywhere, hosted_name,
 };
-use super::config::{ClusterConfig, ClusterError};
+use super::config::{ClusterConfig, ClusterError, NO_THREADS};
 use super::endpoint::{Bound, Endpoint};
 use super::host::{Args, Hosted, Hosts};
 use super::launched::Companions;
-use super::members::{Member, Members};
+use super::members::{Member, Members, Refusal};
 use super::resources::Resources;
 use super::task::Task;
 use crate::actor::error::error_chain;
@@ -134,6 +134,9 @@ pub enum SpawnOnError {
     /// The actor has ended already.
     #[error("{0}")]
     Ended(String),
+    /// There is nobody to look after it.
+    #[error("{NO_THREADS}")]
+    Threads(#[source] std::io::Error),
 }
 
 /// The name of a type without the paths in it.
@@ -215,7 +218,8 @@ impl Cluster {
         routes: Router,
     ) -> Result<Self, ClusterError> {
         threads::ready().map_err(ClusterError::Threads)?;
-        Task::start(Self::start(config, address, hosts, routes)).wait()
+        // On an event loop, which sockets need.
+        Task::start(async move { Self::start(config, address, hosts, routes) }).wait()
     }
 
     /// Makes a cluster of this process alone; nobody can join it.
@@ -228,7 +232,7 @@ impl Cluster {
             inner: Arc::new(Inner {
                 nursery: Nursery::new(Arc::clone(&process), hosts, config.resources),
                 process,
-                members: Arc::new(Members::new(Vec::new(), None)),
+                members: Arc::new(Members::new(Vec::new(), None, false)),
                 next: AtomicUsize::new(0),
                 addresses: Vec::new(),
                 listening: None,
@@ -244,7 +248,7 @@ impl Cluster {
         }
     }
 
-    async fn start(
+    fn start(
         config: ClusterConfig,
         address: SocketAddr,
         hosts: Hosts,
@@ -252,10 +256,12 @@ impl Cluster {
     ) -> Result<Self, ClusterError> {
         let process = config.process();
         process.enter(NodeId::DRIVER, random());
-        let bound = Bound::bind(&config, address).await?;
+        let bound = Bound::bind(&config, address)?;
         let addresses = bound.addresses.clone();
-        let members = Arc::new(Members::new(addresses.clone(), config.run_id.clone()));
-        let takes_far_nodes = config.is_guarded() || config.insecure;
+        let is_guarded = config.is_guarded();
+        let members = Members::new(addresses.clone(), config.run_id.clone(), is_guarded);
+        let members = Arc::new(members);
+        let takes_far_nodes = is_guarded || config.insecure;
         let nursery = Nursery::new(Arc::clone(&process), hosts, config.resources);
         let known = Arc::clone(&members);
         process.resolve_with(Box::new(move |node| {
@@ -348,7 +354,7 @@ impl Cluster {
         within: Duration,
     ) -> Task<Result<Vec<NodeInfo>, ClusterError>> {
         let cluster = self.clone();
-        Task::start(async move {
+        let waiting = async move {
             let mut changed = cluster.inner.members.changed();
             let enough = async {
                 while cluster.inner.members.list().len() < wanted {
@@ -366,6 +372,35 @@ impl Cluster {
                 }),
                 _ => Ok(nodes),
             }
+        };
+        Task::try_start(waiting, |error| Err(ClusterError::Threads(error)))
+    }
+
+    /// Waits until each of the ranks 1 to `last` takes part or was refused for good, at least one of
+    /// them; returns the error that says why the first one was refused.
+    pub(super) async fn refused(&self, last: u32) -> ClusterError {
+        let members = &self.inner.members;
+        let mut changed = members.changed();
+        loop {
+            if members.are_settled(last)
+                && let Some(error) = self.refusal(last)
+            {
+                return error;
+            }
+            // The sender lives as long as the cluster.
+            let _ = changed.changed().await;
+        }
+    }
+
+    /// Why the first of the ranks 1 to `last` was refused that have not joined.
+    pub(super) fn refusal(&self, last: u32) -> Option<ClusterError> {
+        let members = &self.inner.members;
+        let Refusal { rank, reason, .. } = members.first_refusal(last)?;
+        Some(ClusterError::NodesRefused {
+            joined: members.list().len(),
+            wanted: last as usize,
+            rank,
+            reason,
         })
     }
 
@@ -381,7 +416,8 @@ impl Cluster {
         args: A::Args,
     ) -> Task<Result<ActorRef<A>, SpawnOnError>> {
         let cluster = self.clone();
-        Task::start(async move { cluster.spawn_somewhere(options, args).await })
+        let spawning = async move { cluster.spawn_somewhere(options, args).await };
+        Task::try_start(spawning, |error| Err(SpawnOnError::Threads(error)))
     }
 
     async fn spawn_somewhere<A: Hosted>(
@@ -531,22 +567,30 @@ impl Cluster {
             type_name: hosted_name::<A>(),
             name: name.into(),
         };
-        Task::start(async move {
+        let here = || {
+            let wire = self.inner.nursery.find(&find)?;
+            reference(&self.inner.process, wire).ok()
+        };
+        let sought = find.clone();
+        let everywhere = async move {
             let Inner {
                 process,
                 nursery,
                 members,
                 ..
             } = &*cluster.inner;
-            let wire = find_anywhere(nursery, members, find).await?;
+            let wire = find_anywhere(nursery, members, sought).await?;
             reference(process, wire).ok()
-        })
+        };
+        // Without threads for the network there is nobody else.
+        Task::try_start(everywhere, |_| here())
     }
 
     /// Releases all nodes, which then end; takes no more. Also done when the last handle is dropped.
     pub fn release(&self) -> Task<()> {
         let inner = Arc::clone(&self.inner);
-        Task::start(async move { inner.release().await })
+        // Without threads for the network nobody has joined.
+        Task::try_start(async move { inner.release().await }, drop)
     }
 }
 

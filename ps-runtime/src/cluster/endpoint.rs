@@ -2,15 +2,16 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::task::JoinHandle;
 
 use super::config::{ClusterConfig, ClusterError, Transport};
+use super::socket_directory::SocketDirectory;
 use crate::net::listen::{Front, Listener, Lives};
 use crate::net::{Address, threads};
 use crate::remote::process::Process;
@@ -21,13 +22,13 @@ pub(crate) struct Bound {
     /// Where to be reached, the best way first.
     pub(crate) addresses: Vec<Address>,
     /// Removes the Unix socket from the file system.
-    directory: Option<tempfile::TempDir>,
+    directory: Option<SocketDirectory>,
 }
 
 /// Tasks that take connections; its drop ends them and all their connections.
 pub(crate) struct Endpoint {
     tasks: Vec<JoinHandle<()>>,
-    _directory: Option<tempfile::TempDir>,
+    _directory: Option<SocketDirectory>,
 }
 
 impl Drop for Endpoint {
@@ -39,11 +40,8 @@ impl Drop for Endpoint {
 }
 
 impl Bound {
-    /// Binds what the transport asks for; `address` is for TCP.
-    pub(crate) async fn bind(
-        config: &ClusterConfig,
-        address: SocketAddr,
-    ) -> Result<Self, ClusterError> {
+    /// Binds what the transport asks for; `address` is for TCP. To be called on an event loop.
+    pub(crate) fn bind(config: &ClusterConfig, address: SocketAddr) -> Result<Self, ClusterError> {
         let failed =
             |address: String| move |source: io::Error| ClusterError::Listen { address, source };
         if let Transport::Memory(network) = &config.transport {
@@ -57,7 +55,7 @@ impl Bound {
         if !address.ip().is_loopback() && !config.is_guarded() && !config.insecure {
             return Err(ClusterError::NoToken(address));
         }
-        let tcp = TcpListener::bind(address).await;
+        let tcp = listen(address);
         let tcp = tcp.map_err(failed(address.to_string()))?;
         let bound_to = tcp.local_addr().map_err(failed(address.to_string()))?;
         let mut bound = Self {
@@ -109,14 +107,25 @@ impl Bound {
     }
 }
 
+/// How many may wait to be taken, or as many as the system allows. With the usual 128, those who come
+/// while many others do try again after a second only.
+const BACKLOG: u32 = 4096;
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // A port is free as soon as its last listener has ended, whatever of its connections is on the way.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
 /// A socket in a directory that only this user can enter.
-fn unix() -> io::Result<(tempfile::TempDir, std::path::PathBuf, UnixListener)> {
-    // Not as the umask says: another user could connect, and would be taken for this one.
-    let directory = tempfile::Builder::new()
-        .prefix("ps-")
-        .permissions(PermissionsExt::from_mode(0o700))
-        .tempdir()?;
-    let path = directory.path().join("socket");
+fn unix() -> io::Result<(SocketDirectory, PathBuf, UnixListener)> {
+    let directory = SocketDirectory::new()?;
+    let path = directory.socket();
     let listener = UnixListener::bind(&path)?;
     Ok((directory, path, listener))
 }

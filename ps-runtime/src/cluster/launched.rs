@@ -18,7 +18,7 @@ use crate::launch::{
     self, Launch, LaunchError, LaunchOptions, Place, ProcessConfig, ProcessError, ProcessGroup,
     env, terminated,
 };
-use crate::net::{Token, TokenError};
+use crate::net::{Token, TokenError, threads};
 
 /// How long copies are given to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
@@ -95,7 +95,9 @@ impl Cluster {
         }
         let stated = options.run_id.clone().or_else(|| env::read(env::RUN_ID));
         config.run_id = config.run_id.or(stated).filter(|id| !id.is_empty());
-        match launch::resolve(options, env::read)? {
+        let launch = launch::resolve(options, env::read)?;
+        threads::ready().map_err(ClusterError::Threads)?;
+        match launch {
             Launch::Alone => Ok(Some(Self::alone(hosts))),
             Launch::StartProcesses { world_size } => {
                 let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -138,14 +140,15 @@ impl Cluster {
 }
 
 /// Waits for the other processes; goes on without those that take too long, if there are any.
-/// Those that have ended and are not started again are not waited for.
-fn gather(
+/// Those that were refused for good, or have ended and are not started again, are not waited for.
+pub(super) fn gather(
     cluster: &Cluster,
     world_size: u32,
     within: Duration,
     num_gone: Option<watch::Receiver<usize>>,
 ) -> Result<(), ClusterError> {
-    let wanted = world_size.saturating_sub(1) as usize;
+    let last = world_size.saturating_sub(1);
+    let wanted = last as usize;
     let joined = cluster.wait_for_nodes(wanted, within);
     let watched = cluster.clone();
     let gathered = Task::start(async move {
@@ -164,16 +167,20 @@ fn gather(
             }
         };
         tokio::select! {
+            // Who was refused has ended soon after: what it was told says more.
+            biased;
             joined = joined => joined.map(drop),
-            () = all_settled => Err(ClusterError::Refusals {
+            error = watched.refused(last) => Err(error),
+            () = all_settled => Err(watched.refusal(last).unwrap_or(ClusterError::Refusals {
                 joined: watched.nodes().len(),
                 wanted,
-            }),
+            })),
         }
     });
     match gathered.wait() {
         Err(
             error @ (ClusterError::NotAllJoined { joined: 0, .. }
+            | ClusterError::NodesRefused { joined: 0, .. }
             | ClusterError::Refusals { joined: 0, .. }),
         ) => Err(error),
         Err(error) => {

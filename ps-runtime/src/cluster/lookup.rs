@@ -28,10 +28,10 @@ pub(crate) fn enter(process: &Arc<Process>) {
 pub fn lookup<A: Remote>(name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
     let name = name.into();
     let home = HOME.with_borrow(Weak::upgrade);
+    let Some(process) = home else {
+        return Task::ready(actor::lookup(&name).ok());
+    };
     Task::start(async move {
-        let Some(process) = home else {
-            return actor::lookup(&name).ok();
-        };
         let driver = agent_wire::<DriverAgent>(NodeId::DRIVER);
         let Ok(driver) = reference::<DriverAgent>(&process, driver) else {
             // Alone: there is no driver to ask, and nobody else to have it.

@@ -14,7 +14,7 @@ use super::resources::Resources;
 use crate::actor::ActorRef;
 use crate::net::Address;
 use crate::net::listen::Lives;
-use crate::remote::process::NodeId;
+use crate::remote::process::{Joining, NodeId};
 
 /// A node that takes part.
 #[derive(Clone, Debug)]
@@ -37,6 +37,10 @@ impl Lives for Members {
     fn ask(&self, node: NodeId) -> BoxFuture<'static, Option<bool>> {
         std::future::ready(Some(self.is_live(node))).boxed()
     }
+
+    fn note_refusal(&self, place: Joining, reason: &str) {
+        self.refuse_rank(place, reason);
+    }
 }
 
 /// What became of the wish to have a rank.
@@ -56,6 +60,8 @@ pub(crate) struct Members {
     driver: Vec<Address>,
     /// Which run this is, if it was told.
     run_id: Option<String>,
+    /// Whether all who come in have shown that they know a secret.
+    is_guarded: bool,
     state: Mutex<State>,
     /// Changes whenever the list does.
     changed: watch::Sender<u64>,
@@ -68,6 +74,18 @@ struct State {
     is_over: bool,
     /// Processes that were not let in, and are known to the log.
     refused: BTreeSet<u64>,
+    /// Ranks of this very run that were refused for good, and have not joined since.
+    refused_ranks: BTreeMap<u32, Refusal>,
+    num_refusals: u64,
+}
+
+/// Why a rank was refused the first time.
+#[derive(Clone, Debug)]
+pub(crate) struct Refusal {
+    pub(crate) rank: u32,
+    pub(crate) reason: String,
+    /// Counts all refusals.
+    number: u64,
 }
 
 struct Rank {
@@ -82,10 +100,11 @@ struct Rank {
 }
 
 impl Members {
-    pub(crate) fn new(driver: Vec<Address>, run_id: Option<String>) -> Self {
+    pub(crate) fn new(driver: Vec<Address>, run_id: Option<String>, is_guarded: bool) -> Self {
         Self {
             driver,
             run_id,
+            is_guarded,
             state: Mutex::default(),
             changed: watch::Sender::new(0),
         }
@@ -111,6 +130,56 @@ impl Members {
     pub(crate) fn note_refusal(&self, process: u64) -> bool {
         let mut state = self.lock();
         state.refused.len() < MAX_REFUSALS && state.refused.insert(process)
+    }
+
+    /// Notes that a rank was refused for good, if whoever wanted it plainly is of this run: a stranger
+    /// must not make the driver stop waiting. The rank may still join.
+    pub(crate) fn refuse_rank(&self, place: Joining, reason: &str) {
+        let rank = place.rank;
+        let here = Joining::new(rank, self.run_id.as_deref());
+        let is_ours = match place.run {
+            Some(_) => place == here,
+            None => self.is_guarded,
+        };
+        if !is_ours {
+            return;
+        }
+        let mut state = self.lock();
+        let is_there = state.ranks.get(&rank).is_some_and(|rank| rank.is_live);
+        let is_known = state.refused_ranks.contains_key(&rank);
+        if is_there || is_known || state.refused_ranks.len() >= MAX_REFUSALS {
+            return;
+        }
+        let number = state.num_refusals;
+        state.num_refusals += 1;
+        let refusal = Refusal {
+            rank,
+            reason: reason.to_owned(),
+            number,
+        };
+        state.refused_ranks.insert(rank, refusal);
+        drop(state);
+        self.changed.send_modify(|version| *version += 1);
+    }
+
+    /// The first refusal among ranks 1 to `last`, of those that have not joined since.
+    pub(crate) fn first_refusal(&self, last: u32) -> Option<Refusal> {
+        let state = self.lock();
+        let refusals = state.refused_ranks.range(1..=last.max(1));
+        let first = refusals.min_by_key(|(_, refusal)| refusal.number);
+        first.map(|(_, refusal)| refusal.clone())
+    }
+
+    /// Whether each of the ranks 1 to `last` takes part or was refused for good.
+    pub(crate) fn are_settled(&self, last: u32) -> bool {
+        let state = self.lock();
+        let State {
+            ranks,
+            refused_ranks,
+            ..
+        } = &*state;
+        let takes_part = |number: u32| ranks.get(&number).is_some_and(|rank| rank.member.is_some());
+        (1..=last).all(|number| takes_part(number) || refused_ranks.contains_key(&number))
     }
 
     /// Gives a joining process its place: a new life of its rank, which ends the one before. A rank
@@ -161,6 +230,7 @@ impl Members {
             member: None,
         };
         let replaced = state.ranks.insert(rank, entry);
+        state.refused_ranks.remove(&rank);
         drop(state);
         // Outside the lock: it holds a reference.
         drop(replaced);

@@ -14,6 +14,7 @@
 //! | `door` | who is let in |
 //! | `launched` | from the command line to a cluster |
 //! | `endpoint`, `config` | sockets; settings and errors |
+//! | `socket_directory` | where the Unix socket is, and what dead processes have left |
 //! | `lookup` | names, from inside an actor |
 //! | `resources`, `task` | where actors fit; results that are under way |
 
@@ -29,6 +30,7 @@ mod lookup;
 mod members;
 mod node;
 mod resources;
+mod socket_directory;
 mod task;
 #[cfg(test)]
 mod tests;

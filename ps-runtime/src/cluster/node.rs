@@ -25,7 +25,7 @@ use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::dial::{DialError, is_refusal};
 use crate::net::listen::Lives;
 use crate::net::{Address, threads};
-use crate::remote::process::{NodeId, Process};
+use crate::remote::process::{Joining, NodeId, Process};
 
 /// The longest pause between two tries to reach the driver.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
@@ -192,8 +192,9 @@ impl Node {
 
     async fn try_to_join(&self) -> Result<Life, JoinError> {
         let process = self.config.process();
+        process.wants(Joining::new(self.rank, self.config.run_id.as_deref()));
         let (driver_address, local) = self.way_to_driver(&process).await?;
-        let bound = Bound::bind(&self.config, SocketAddr::new(local, 0)).await;
+        let bound = Bound::bind(&self.config, SocketAddr::new(local, 0));
         let bound = bound.map_err(JoinError::Permanent)?;
         let driver_addresses = vec![driver_address];
         let me = Arc::downgrade(&process);

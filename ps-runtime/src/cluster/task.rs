@@ -1,6 +1,7 @@
 //! Something that is under way on the network's threads.
 
 use std::fmt;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -17,6 +18,10 @@ pub struct Task<T> {
 }
 
 impl<T: Send + 'static> Task<T> {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// When the system gives no thread for the network.
     pub(crate) fn start(work: impl Future<Output = T> + Send + 'static) -> Self {
         let (sender, result) = oneshot::channel();
         threads::next().spawn(async move {
@@ -24,6 +29,17 @@ impl<T: Send + 'static> Task<T> {
             let _ = sender.send(work.await);
         });
         Self { result }
+    }
+
+    /// As [`start`](Self::start), for whoever may be the first to need the network's threads.
+    pub(crate) fn try_start(
+        work: impl Future<Output = T> + Send + 'static,
+        failed: impl FnOnce(io::Error) -> T,
+    ) -> Self {
+        match threads::ready() {
+            Ok(()) => Self::start(work),
+            Err(error) => Self::ready(failed(error)),
+        }
     }
 
     /// Something that is over already.

@@ -1,6 +1,8 @@
 //! What only an inside view shows: who may speak to nodes, that nothing of a life stays behind, and
 //! what is too large to be sent.
 
+mod refusals;
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};

@@ -23,6 +23,8 @@ pub(crate) const VERSION: &str = "ps-protocol";
 pub(crate) const SCHEMA: &str = "ps-schema";
 pub(crate) const SESSION: &str = "ps-session";
 pub(crate) const NODE: &str = "ps-node";
+/// The place in the cluster that a caller without one wants.
+pub(crate) const JOINING: &str = "ps-joining";
 /// How many numbers a message may have that is sent to whoever says so.
 pub(crate) const MAX_NUMBERS: &str = "ps-max-numbers";
 
@@ -142,6 +144,9 @@ async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<D
         .header(SESSION, format!("{:016x}", process.session()))
         .header(NODE, format!("{}.{}", me.rank, me.life))
         .header(MAX_NUMBERS, process.config().max_numbers);
+    if let Some(place) = process.joining() {
+        request = request.header(JOINING, place.to_string());
+    }
     if let Some(token) = process.token() {
         request = request.header(AUTHORIZATION, format!("Bearer {}", token.reveal()));
     }

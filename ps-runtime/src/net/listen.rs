@@ -1,12 +1,14 @@
 //! The called side of the handshake: takes connections, asks who is there, serves HTTP or an actor.
 
+use std::fmt;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Path, Request, State};
-use axum::http::header::{AUTHORIZATION, UPGRADE};
+use axum::http::header::{AUTHORIZATION, CONNECTION, UPGRADE};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -20,12 +22,12 @@ use tokio::task::JoinSet;
 
 use super::access::may_pass;
 use super::connection::Connection;
-use super::dial::{MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
+use super::dial::{JOINING, MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
 use super::quiet::Quiet;
 use super::stream::{Detached, Stream, tune};
 use super::threads;
 use crate::remote::callee::Server;
-use crate::remote::process::{NodeId, Process};
+use crate::remote::process::{Joining, NodeId, Process};
 
 /// Where connections come in.
 pub(crate) enum Listener {
@@ -41,6 +43,10 @@ pub(crate) trait Lives: Send + Sync {
 
     /// Asks whoever knows; `None` if nobody answers.
     fn ask(&self, node: NodeId) -> BoxFuture<'static, Option<bool>>;
+
+    /// Hears that somebody who wants a place is refused for good before it can ask for it. It knows
+    /// the token, if there is one. Only a driver can be asked.
+    fn note_refusal(&self, _: Joining, _reason: &str) {}
 }
 
 /// What a listener needs to know.
@@ -52,12 +58,15 @@ pub(crate) struct Front {
 }
 
 impl Listener {
-    async fn accept(&mut self) -> io::Result<Stream> {
+    async fn accept(&mut self) -> io::Result<(Stream, Peer)> {
         match self {
-            Self::Tcp(listener) => Ok(Stream::Tcp(listener.accept().await?.0)),
-            Self::Unix(listener) => Ok(Stream::Unix(listener.accept().await?.0)),
+            Self::Tcp(listener) => {
+                let (stream, address) = listener.accept().await?;
+                Ok((Stream::Tcp(stream), Peer(Some(address))))
+            }
+            Self::Unix(listener) => Ok((Stream::Unix(listener.accept().await?.0), Peer(None))),
             Self::Memory(listener) => match listener.recv().await {
-                Some(stream) => Ok(Stream::Memory(stream)),
+                Some(stream) => Ok((Stream::Memory(stream), Peer(None))),
                 None => std::future::pending().await,
             },
         }
@@ -81,13 +90,13 @@ impl Listener {
             .merge(routes)
             .layer(middleware::from_fn_with_state(shared, check_token))
             // Probes of an orchestrator have no token.
-            .route("/healthz", get(|| async { "ok\n" }))
+            .route("/healthz", get(|| async { last("ok\n") }))
             .layer(middleware::map_response(introduce));
         let room = Arc::new(Semaphore::new(config.max_connections));
         let mut connections = JoinSet::new();
         loop {
-            let stream = match self.accept().await {
-                Ok(stream) => stream,
+            let (stream, peer) = match self.accept().await {
+                Ok(accepted) => accepted,
                 Err(error) => {
                     // Mostly out of file descriptors: it goes on when some are free again.
                     if let Some(num_suppressed) = NOT_TAKEN.may_speak() {
@@ -120,8 +129,10 @@ impl Listener {
                 async move {
                     let begun = tokio::time::timeout(handshake, begin(stream, &process));
                     // Who does not get through the first steps is not told why.
-                    if let Ok(Ok(stream)) = begun.await {
-                        greet(stream, routes, handshake, permit).await;
+                    match begun.await {
+                        Ok(Ok(stream)) => greet(stream, peer, routes, handshake, permit).await,
+                        Ok(Err(error)) if !has_gone(&error) => refuse(&NO_TLS, peer, &error),
+                        Ok(Err(_)) | Err(_) => {}
                     }
                 },
                 &on,
@@ -130,8 +141,56 @@ impl Listener {
     }
 }
 
+/// How much of what a peer sends is read ahead while it speaks HTTP, the head of a request included.
+/// Strangers can make each of `max_connections` take it. Less means more
+/// reads for a gradient over HTTP.
+const MAX_BUFFERED: usize = 64 << 10;
+
 static NOT_TAKEN: Quiet = Quiet::new();
 static TOO_MANY: Quiet = Quiet::new();
+static NO_TLS: Quiet = Quiet::new();
+static NO_TOKEN: Quiet = Quiet::new();
+static OTHER_TOKEN: Quiet = Quiet::new();
+static OTHER_BUILD: Quiet = Quiet::new();
+
+/// Who is at the other end.
+#[derive(Clone, Copy, Debug)]
+struct Peer(Option<SocketAddr>);
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(address) => address.fmt(f),
+            None => f.write_str("a process of this host"),
+        }
+    }
+}
+
+/// Says in the log that somebody is not let in, whom a user may be looking for.
+fn refuse(kind: &Quiet, peer: Peer, reason: &dyn fmt::Display) {
+    if let Some(num_suppressed) = kind.may_speak() {
+        tracing::warn!(%peer, %reason, num_suppressed, "refused a connection");
+    }
+}
+
+/// Whether somebody only has hung up, as those do who look whether there is anybody.
+fn has_gone(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::NotConnected
+            | io::ErrorKind::InvalidInput
+    )
+}
+
+/// An answer after which the connection is closed: who has shown no token must not keep its place by
+/// asking again and again.
+fn last(text: &'static str) -> impl IntoResponse {
+    ([(CONNECTION, "close")], text)
+}
 
 /// Says that it is one of us who answers.
 async fn introduce(mut response: Response) -> Response {
@@ -169,12 +228,21 @@ async fn begin(stream: Detached, process: &Process) -> io::Result<Stream> {
 }
 
 /// Serves HTTP on a connection until it ends or becomes a connection to an actor.
-async fn greet(stream: Stream, routes: Router, limit: Duration, permit: OwnedSemaphorePermit) {
+async fn greet(
+    stream: Stream,
+    peer: Peer,
+    routes: Router,
+    limit: Duration,
+    permit: OwnedSemaphorePermit,
+) {
     let (sender, mut upgrades) = mpsc::channel::<Upgrade>(1);
-    let routes = routes.layer(axum::Extension(sender));
+    let routes = routes
+        .layer(axum::Extension(sender))
+        .layer(axum::Extension(peer));
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limit)
+        .max_buf_size(MAX_BUFFERED)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
         .with_upgrades();
     // A peer that does not keep to HTTP has nothing to be told.
@@ -207,7 +275,12 @@ async fn run(upgrade: Upgrade) {
     running.await;
 }
 
-async fn check_token(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+async fn check_token(
+    State(shared): State<Arc<Shared>>,
+    axum::Extension(peer): axum::Extension<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
     let given = request
         .headers()
         .get(AUTHORIZATION)
@@ -215,18 +288,30 @@ async fn check_token(State(shared): State<Arc<Shared>>, request: Request, next: 
     if may_pass(shared.process.token(), given) {
         return next.run(request).await;
     }
+    let (kind, reason) = match given {
+        None => (
+            &NO_TOKEN,
+            "it brings no token: start it with the PS_TOKEN of this process",
+        ),
+        Some(_) => (
+            &OTHER_TOKEN,
+            "it brings another token: start it with the PS_TOKEN of this process",
+        ),
+    };
+    refuse(kind, peer, &reason);
     let text = "this cluster asks for a token (Authorization: Bearer …), and this is not it\n";
-    (StatusCode::UNAUTHORIZED, text).into_response()
+    (StatusCode::UNAUTHORIZED, last(text)).into_response()
 }
 
 async fn upgrade(
     State(shared): State<Arc<Shared>>,
     Path(number): Path<u64>,
     axum::Extension(upgrades): axum::Extension<Upgrades>,
+    axum::Extension(peer): axum::Extension<Peer>,
     mut request: Request,
 ) -> Response {
     let on = hyper::upgrade::on(&mut request);
-    match admit(&shared, number, request.headers()).await {
+    match admit(&shared, peer, number, request.headers()).await {
         Ok(server) => {
             let process = Arc::clone(&shared.process);
             let upgrade = Upgrade {
@@ -250,6 +335,7 @@ type MakeServer = Box<dyn FnOnce(Arc<super::outbox::Outbox>) -> Server + Send>;
 /// Checks everything that can be checked about a caller.
 async fn admit(
     shared: &Arc<Shared>,
+    peer: Peer,
     number: u64,
     headers: &HeaderMap,
 ) -> Result<MakeServer, (StatusCode, String)> {
@@ -301,6 +387,15 @@ async fn admit(
             "the caller has another version of {}: start the same build everywhere",
             callee.type_name()
         );
+        let joining = header(JOINING).and_then(|place| place.parse::<Joining>().ok());
+        match joining.filter(|_| is_joining) {
+            Some(place) => {
+                let rank = place.rank;
+                shared.lives.note_refusal(place, &why);
+                refuse(&OTHER_BUILD, peer, &format_args!("rank {rank}: {why}"));
+            }
+            None => refuse(&OTHER_BUILD, peer, &why),
+        }
         return Err((StatusCode::CONFLICT, why));
     }
     let max_numbers = headers.get(MAX_NUMBERS).and_then(super::dial::number);

@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::num::ParseIntError;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Instant;
@@ -27,6 +29,7 @@ use crate::net::dial::{self, DialError, Dialled};
 use crate::net::memory::MemoryNetwork;
 use crate::net::turns::Turns;
 use crate::net::{Address, NetConfig, Tls, Token};
+use crate::schema::Schema;
 
 /// A process of a cluster, in one of its lives.
 ///
@@ -65,8 +68,51 @@ const NUM_IDLE_BUFFERS: usize = 8;
 pub(crate) type Resolve =
     Box<dyn Fn(NodeId) -> BoxFuture<'static, Result<Vec<Address>, DialError>> + Send + Sync>;
 
+/// Which place a process wants that has none yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Joining {
+    pub(crate) rank: u32,
+    /// The mark of the run that it means, if it was told.
+    pub(crate) run: Option<u64>,
+}
+
+impl Joining {
+    pub(crate) fn new(rank: u32, run_id: Option<&str>) -> Self {
+        let run = run_id.map(|run_id| {
+            let mut mark = Schema::new();
+            mark.write(run_id);
+            mark.finish()
+        });
+        Self { rank, run }
+    }
+}
+
+/// As in the header of a handshake.
+impl fmt::Display for Joining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.run {
+            Some(run) => write!(f, "{}.{run:016x}", self.rank),
+            None => write!(f, "{}", self.rank),
+        }
+    }
+}
+
+impl FromStr for Joining {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (rank, run) = match text.split_once('.') {
+            Some((rank, run)) => (rank, Some(u64::from_str_radix(run, 16)?)),
+            None => (text, None),
+        };
+        let rank = rank.parse()?;
+        Ok(Self { rank, run })
+    }
+}
+
 pub(crate) struct Process {
     id: OnceLock<NodeId>,
+    joining: OnceLock<Joining>,
     /// Tells runs of a program apart, so that a node never ends up in another one's cluster.
     session: OnceLock<u64>,
     config: NetConfig,
@@ -102,6 +148,7 @@ impl Process {
     ) -> Arc<Self> {
         let process = Arc::new(Self {
             id: OnceLock::new(),
+            joining: OnceLock::new(),
             session: OnceLock::new(),
             config,
             token,
@@ -118,6 +165,17 @@ impl Process {
         #[cfg(test)]
         tests::note(&process);
         process
+    }
+
+    /// Says which place this process wants, so that a driver knows whom it refuses. Once only.
+    pub(crate) fn wants(&self, place: Joining) {
+        let _ = self.joining.set(place);
+    }
+
+    /// Which place it wants, until it has one.
+    pub(crate) fn joining(&self) -> Option<Joining> {
+        let wanted = self.joining.get().copied();
+        wanted.filter(|_| self.id.get().is_none())
     }
 
     /// Takes the place in the cluster that the driver has assigned. Once only.

@@ -171,7 +171,8 @@ impl<T: Value> RemoteRef<T> {
         value: T,
     ) -> Task<Result<Self, SpawnOnError>> {
         let started = cluster.spawn_with(options, value);
-        Task::start(async move { started.await.map(|actor| Self { actor }) })
+        let handle = async move { started.await.map(|actor| Self { actor }) };
+        Task::try_start(handle, |error| Err(SpawnOnError::Threads(error)))
     }
 
     /// The process that has the value; `None` if it is this one.
