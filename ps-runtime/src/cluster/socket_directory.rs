@@ -1,4 +1,4 @@
-//! The directory of a process's Unix socket, and what dead processes have left of theirs.
+//! The directory of a process's Unix socket, and what dead processes have left of theirs.
 //!
 //! A process that is killed cannot remove its directory. So each holds a lock on its own, which the
 //! system ends with the process, and whoever starts removes those that it can lock. Between the

@@ -1,4 +1,4 @@
-//! how long a driver waits for those that it has refused itself.
+//! how long a driver waits for those that it has refused itself.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
