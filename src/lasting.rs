@@ -5,7 +5,7 @@ use std::fmt;
 use ps_actors::actor::{ActorRef, CallError, Reply};
 use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
 use ps_actors::ids::{Clock, Incarnation};
-use ps_actors::weights::{Gradients, Weights};
+use ps_actors::weights::{GradientUpdate, Weights};
 use ps_actors::worker::{ComputeGradients, GoOnAt, WorkerError};
 use ps_model::Model;
 
@@ -45,7 +45,7 @@ pub struct LastingWorker<M: Model> {
 }
 
 /// What a worker answers, or why it does not.
-type Answer = Result<Result<Gradients, WorkerError>, CallError>;
+type Answer = Result<Result<GradientUpdate, WorkerError>, CallError>;
 
 impl<M: Model> LastingWorker<M> {
     /// Starts a worker on the next node, or in this process if it is alone.
@@ -85,7 +85,7 @@ impl<M: Model> LastingWorker<M> {
 
     /// Computes the gradient of the next batch at these weights. [`settle`](Self::settle) or
     /// [`finish`](Self::finish) takes the answer; until then the worker is asked for nothing else.
-    pub fn compute(&self, weights: &Weights) -> Reply<Result<Gradients, WorkerError>> {
+    pub fn compute(&self, weights: &Weights) -> Reply<Result<GradientUpdate, WorkerError>> {
         self.actor.ask(ComputeGradients(weights.clone()))
     }
 
@@ -95,7 +95,7 @@ impl<M: Model> LastingWorker<M> {
     /// # Errors
     /// When its model or data fail, it cannot be started again, or it was lost 21 times without a
     /// gradient in between.
-    pub fn settle(&mut self, answer: Answer) -> Result<Option<Gradients>, TrainError> {
+    pub fn settle(&mut self, answer: Answer) -> Result<Option<GradientUpdate>, TrainError> {
         let worker = self.config.worker;
         let lost = match answer {
             Ok(gradients) => {
@@ -133,9 +133,9 @@ impl<M: Model> LastingWorker<M> {
     /// As [`settle`](Self::settle).
     pub fn finish(
         &mut self,
-        reply: Reply<Result<Gradients, WorkerError>>,
+        reply: Reply<Result<GradientUpdate, WorkerError>>,
         weights: &Weights,
-    ) -> Result<Gradients, TrainError> {
+    ) -> Result<GradientUpdate, TrainError> {
         let mut answer = reply.wait();
         loop {
             match self.settle(answer)? {

@@ -273,8 +273,8 @@ where
     /// Goes on without a worker that was not heard of for this long; it may come back. Must be
     /// longer than a step takes.
     #[must_use]
-    pub fn lease(mut self, lease: Duration) -> Self {
-        self.server.lease = Some(lease);
+    pub fn worker_lease(mut self, lease: Duration) -> Self {
+        self.server.worker_lease = Some(lease);
         self
     }
 

@@ -188,7 +188,7 @@ fn training_goes_on_when_a_worker_is_killed() {
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
     signal("KILL", node);
-    let again = run.wait_for_node("node=node 2 (life 2)");
+    let again = run.wait_for_node("node=node 2 (incarnation 2)");
     assert_ne!(again, node);
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
@@ -250,7 +250,14 @@ fn a_trainer_with_other_flags_is_refused_by_name() {
 
 #[test]
 fn training_goes_on_when_a_worker_stops_answering_and_comes_back() {
-    let arguments = ["--iterations", "3000", "--processes", "3", "--lease", "1"];
+    let arguments = [
+        "--iterations",
+        "3000",
+        "--processes",
+        "3",
+        "--process-lease",
+        "1",
+    ];
     let mut run = Run::start("sharded_ps", &arguments);
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
@@ -288,7 +295,14 @@ fn a_node_that_is_terminated_finishes_its_step_and_its_worker_goes_on_elsewhere(
 #[cfg(target_os = "linux")]
 #[test]
 fn a_node_that_is_terminated_twice_leaves_at_once() {
-    let arguments = ["--iterations", "3000", "--processes", "3", "--lease", "8"];
+    let arguments = [
+        "--iterations",
+        "3000",
+        "--processes",
+        "3",
+        "--process-lease",
+        "8",
+    ];
     let mut run = Run::start("sharded_ps", &arguments);
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
@@ -383,7 +397,11 @@ fn an_interrupt_of_all_processes_is_the_drivers_matter() {
 #[test]
 fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
     let arguments = ["--iterations", "1000000", "--consistency", "asp"];
-    let arguments = [&arguments[..], &["--processes", "3", "--lease", "60"]].concat();
+    let arguments = [
+        &arguments[..],
+        &["--processes", "3", "--process-lease", "60"],
+    ]
+    .concat();
     let mut run = Run::start("sharded_ps", &arguments);
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
@@ -400,7 +418,11 @@ fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
 #[test]
 fn a_driver_that_is_interrupted_twice_ends_at_once() {
     let arguments = ["--iterations", "1000000", "--consistency", "asp"];
-    let arguments = [&arguments[..], &["--processes", "3", "--lease", "60"]].concat();
+    let arguments = [
+        &arguments[..],
+        &["--processes", "3", "--process-lease", "60"],
+    ]
+    .concat();
     let mut run = Run::start("sharded_ps", &arguments);
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
@@ -535,7 +557,10 @@ fn a_wrong_launch_ends_with_the_code_for_do_not_retry() {
             ],
             "needs a token",
         ),
-        (&["--processes", "2", "--lease", "0"], "--lease"),
+        (
+            &["--processes", "2", "--process-lease", "0"],
+            "--process-lease",
+        ),
     ] {
         let (status, output) = Run::start("sync_ps", arguments).finish();
         assert_eq!(status.code(), Some(64), "{arguments:?}: {output}");

@@ -14,12 +14,12 @@ use ps::prelude::*;
 const LEN: usize = 25_000_000;
 
 /// Returns gradients with new clocks, as one worker computes them, all sharing the same numbers.
-fn gradients(gradient: Gradient) -> impl FnMut(Version) -> Gradients {
+fn gradients(gradient: Gradient) -> impl FnMut(Version) -> GradientUpdate {
     let mut clock = 0;
     move |computed_on| {
         clock += 1;
         let (worker, incarnation) = (WorkerId(0), Incarnation(1));
-        Gradients {
+        GradientUpdate {
             id: GradientId {
                 worker,
                 incarnation,

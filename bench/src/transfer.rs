@@ -94,7 +94,7 @@ impl Transfer {
         let gradient = Gradient::new(gradient);
         let mut clock = 0;
         measure_call(metrics, name, self.seconds, || {
-            let gradients = Gradients {
+            let gradients = GradientUpdate {
                 id: GradientId {
                     worker,
                     incarnation,

@@ -17,7 +17,7 @@ use ps_actors::launch::LaunchOptions;
 use ps_actors::remote::{Messages, Remote};
 use ps_actors::rule::Sgd;
 use ps_actors::server::{Consistency, ServerConfig};
-use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
 use ps_actors::{ActorRef, RestartPolicy, Spawn};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -251,7 +251,7 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
         let mut push_pull = || {
             // The first life of a worker.
             let (worker, incarnation) = (WorkerId(0), Incarnation(1));
-            let gradients = Gradients {
+            let gradients = GradientUpdate {
                 id: GradientId {
                     worker,
                     incarnation,
@@ -314,7 +314,7 @@ fn memory(cluster: &Cluster) -> Result<(), Box<dyn Error>> {
                             clock: Clock(clock),
                         };
                         server
-                            .push_pull(Gradients {
+                            .push_pull(GradientUpdate {
                                 id,
                                 computed_on: ps_actors::ids::Version(0),
                                 loss: 1.0,

@@ -22,7 +22,7 @@ use crate::server::{
     ReportLost, ServerConfig, ServerError, ServerStatus, SetConsistency, SetLearningRate,
     ShardError, Stage, partition,
 };
-use crate::weights::{BadPart, Gradients, Weights};
+use crate::weights::{BadPart, GradientUpdate, Weights};
 use ps_runtime::actor::{ActorRef, Spawn, SpawnError, sleep};
 use ps_runtime::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 
@@ -381,7 +381,7 @@ impl ServerGroup {
     /// # Errors
     /// When the worker is no member, or a server refuses or cannot be reached. The same push
     /// may then be tried again: it is applied once.
-    pub async fn push(&self, gradients: Gradients) -> Result<Outcome, GroupError> {
+    pub async fn push(&self, gradients: GradientUpdate) -> Result<Outcome, GroupError> {
         self.stage(&gradients).await?;
         self.ask(0, Push(gradients)).await
     }
@@ -391,7 +391,10 @@ impl ServerGroup {
     ///
     /// # Errors
     /// As [`ServerGroup::push`].
-    pub async fn push_pull(&self, gradients: Gradients) -> Result<(Outcome, Weights), GroupError> {
+    pub async fn push_pull(
+        &self,
+        gradients: GradientUpdate,
+    ) -> Result<(Outcome, Weights), GroupError> {
         self.stage(&gradients).await?;
         let pushed = self.ask(0, PushPull(gradients)).await?;
         let weights = match self.pull_rest(pushed.weights).await {
@@ -401,11 +404,11 @@ impl ServerGroup {
         Ok((pushed.outcome, weights))
     }
 
-    async fn stage(&self, gradients: &Gradients) -> Result<(), GroupError> {
+    async fn stage(&self, gradients: &GradientUpdate) -> Result<(), GroupError> {
         if self.servers.len() == 1 {
             return Ok(());
         }
-        let Gradients { id, gradient, .. } = gradients;
+        let GradientUpdate { id, gradient, .. } = gradients;
         let whole = 0..self.servers.last().map_or(0, |(range, _)| range.end);
         if gradient.range() != whole {
             let (id, got, expected) = (*id, gradient.range(), whole);
@@ -431,7 +434,7 @@ impl ServerGroup {
     /// When a gradient is not acceptable (then none is applied), or a server cannot be reached.
     pub async fn apply(
         &self,
-        gradients: Vec<Gradients>,
+        gradients: Vec<GradientUpdate>,
         reduction: Reduction,
     ) -> Result<Weights, GroupError> {
         let first = self

@@ -117,7 +117,7 @@ impl Session {
     /// 1970), so that a worker that was lost with its process is followed by one with a higher
     /// number in another. A member's life is the servers' to number.
     #[must_use]
-    pub fn new_life(least: Incarnation) -> Incarnation {
+    pub fn new_incarnation(least: Incarnation) -> Incarnation {
         static LATEST: LazyLock<AtomicU64> = LazyLock::new(|| {
             let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
             AtomicU64::new(since_1970.map_or(0, |time| time.as_micros() as u64))

@@ -376,7 +376,7 @@ impl Gradient {
 
 /// A worker's gradient of one batch, with where it comes from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Gradients {
+pub struct GradientUpdate {
     /// Who computed it, and at which step.
     pub id: GradientId,
     /// The version of the weights that it was computed on.

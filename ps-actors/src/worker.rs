@@ -20,7 +20,7 @@ use crate::heartbeat::Heartbeats;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 use crate::server::{GroupError, Outcome, PullVersion};
 use crate::session::Session;
-use crate::weights::{Gradient, Gradients, Weights};
+use crate::weights::{Gradient, GradientUpdate, Weights};
 use ps_runtime::actor::error_chain;
 use ps_runtime::actor::{ActorRef, sleep};
 use ps_runtime::cluster::Hosted;
@@ -100,7 +100,7 @@ impl<S: GradientSource> DataWorker<S> {
     pub fn new(id: WorkerId, source: S) -> Self {
         let state = State {
             id,
-            incarnation: Session::new_life(Incarnation(0)),
+            incarnation: Session::new_incarnation(Incarnation(0)),
             next_clock: Clock(0),
             source,
             progress: Progress::default(),
@@ -120,7 +120,7 @@ impl<S> fmt::Debug for DataWorker<S> {
 }
 
 impl<S: GradientSource> State<S> {
-    fn compute(&mut self, weights: Weights) -> Result<Gradients, WorkerError> {
+    fn compute(&mut self, weights: Weights) -> Result<GradientUpdate, WorkerError> {
         let (worker, clock) = (self.id, self.next_clock);
         let computed = self.source.gradient(clock, &weights);
         let LocalGradient {
@@ -140,7 +140,7 @@ impl<S: GradientSource> State<S> {
             incarnation: self.incarnation,
             clock,
         };
-        Ok(Gradients {
+        Ok(GradientUpdate {
             id,
             computed_on: weights.version(),
             loss,
@@ -152,7 +152,7 @@ impl<S: GradientSource> State<S> {
 
 /// Computes the gradient of the worker's next batch at these weights.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
-#[rtype(result = "Result<Gradients, WorkerError>")]
+#[rtype(result = "Result<GradientUpdate, WorkerError>")]
 pub struct ComputeGradients(pub Weights);
 
 /// Takes steps against these servers: pull, compute, push.
@@ -345,7 +345,7 @@ async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weight
 /// Pushes, and again a little later where the servers say that this may help.
 async fn push_patiently(
     servers: &ServerGroup,
-    gradients: Gradients,
+    gradients: GradientUpdate,
 ) -> Result<(Outcome, Weights), GroupError> {
     let mut refused_since: Option<Instant> = None;
     loop {
@@ -468,7 +468,7 @@ impl<S: HostedSource> Hosted for DataWorker<S> {
 }
 
 impl<S: GradientSource> Handler<ComputeGradients> for DataWorker<S> {
-    type Result = Result<Gradients, WorkerError>;
+    type Result = Result<GradientUpdate, WorkerError>;
 
     fn handle(&mut self, message: ComputeGradients, _: &mut Self::Context) -> Self::Result {
         self.state.borrow_mut().compute(message.0)
@@ -498,7 +498,7 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
             state.is_running = false;
             // What comes now belongs to no membership. It is later than the one that has ended, and than
             // any that other servers know.
-            state.incarnation = Session::new_life(state.incarnation.next());
+            state.incarnation = Session::new_incarnation(state.incarnation.next());
             result
         };
         Box::pin(run.into_actor(self))
@@ -513,7 +513,7 @@ impl<S: GradientSource> Handler<GoOnAt> for DataWorker<S> {
         // A run has its clocks from the servers.
         if !state.is_running {
             state.next_clock = clock;
-            state.incarnation = Session::new_life(after.next());
+            state.incarnation = Session::new_incarnation(after.next());
         }
     }
 }

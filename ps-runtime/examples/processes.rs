@@ -58,6 +58,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let counter = cluster.spawn::<Counter>(0).wait()?;
     let (first, second) = (counter.ask(Add(2)), counter.ask(Add(3)));
     let ((first, there), (second, _)) = (first.wait()?, second.wait()?);
-    println!("process {} asked process {there}: {first} and {second}", std::process::id());
+    println!(
+        "process {} asked process {there}: {first} and {second}",
+        std::process::id()
+    );
     Ok(())
 }

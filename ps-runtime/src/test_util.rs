@@ -67,7 +67,7 @@ pub fn config(transport: Transport) -> ClusterConfig {
         transport,
         net: NetConfig {
             // The machine that tests run on may be busy.
-            lease: Duration::from_secs(20),
+            process_lease: Duration::from_secs(20),
             handshake: Duration::from_secs(20),
             ..NetConfig::default()
         },

@@ -89,7 +89,7 @@ impl DistributedOptimizer {
     pub fn new(trainer: WorkerId, seed: u64) -> Self {
         Self {
             trainer,
-            life: Session::new_life(Incarnation(0)),
+            life: Session::new_incarnation(Incarnation(0)),
             seed,
             parts: Vec::new(),
             next_clock: Clock(0),

@@ -15,7 +15,7 @@ use ps_actors::group::ServerGroup;
 use ps_actors::ids::Version;
 use ps_actors::remote::{Messages, Remote};
 use ps_actors::server::{Outcome, PullVersion};
-use ps_actors::weights::{Gradient, Gradients, Weights};
+use ps_actors::weights::{Gradient, GradientUpdate, Weights};
 use ps_model::burn::tensor::Device;
 use ps_model::{Array, Part, Pass};
 
@@ -179,7 +179,7 @@ impl<P: Part> PartServer<P> {
     fn gradient_to_apply(
         &mut self,
         apply: ApplyContext,
-    ) -> Result<Result<Gradients, Outcome>, ServedError> {
+    ) -> Result<Result<GradientUpdate, Outcome>, ServedError> {
         let ApplyContext {
             context,
             id,
@@ -200,7 +200,7 @@ impl<P: Part> PartServer<P> {
             State::Stepping {
                 gradient,
                 computed_on,
-            } => Ok(Ok(Gradients {
+            } => Ok(Ok(GradientUpdate {
                 id,
                 computed_on: *computed_on,
                 loss,

@@ -48,7 +48,7 @@ fn settings_that_cannot_work_are_refused_with_the_reason() {
     check(|t| t.learning_rate(f64::INFINITY), "learning rate");
     check(|t| t.learning_rate(-1.0), "learning rate");
     check(|t| t.max_gradient_norm(f64::NAN), "norm");
-    check(|t| t.lease(std::time::Duration::ZERO), "lease");
+    check(|t| t.worker_lease(std::time::Duration::ZERO), "lease");
 }
 
 /// A model that is in the way of its own training.

@@ -23,7 +23,7 @@ fn config(transport: Transport) -> ClusterConfig {
         transport,
         net: NetConfig {
             // The machine that tests run on may be busy.
-            lease: Duration::from_secs(30),
+            process_lease: Duration::from_secs(30),
             handshake: Duration::from_secs(30),
             ..NetConfig::default()
         },

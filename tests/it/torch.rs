@@ -273,7 +273,7 @@ with Worker(sys.argv[1], 0, heartbeat=0.05) as worker:
     let Some(python) = python() else { return };
     let config = ServerConfig {
         consistency: Consistency::Asp,
-        lease: Some(Duration::from_millis(500)),
+        worker_lease: Some(Duration::from_millis(500)),
         ..ServerConfig::default()
     };
     let initial = Weights::initial(Layout::flat(10), vec![0.0; 10]);

@@ -15,7 +15,7 @@ use super::model::Model;
 use super::problem::Problem;
 use super::{Api, views};
 use crate::server::Outcome;
-use crate::weights::{Gradient, Gradients, Weights};
+use crate::weights::{Gradient, GradientUpdate, Weights};
 
 type Answer = Result<Response, Problem>;
 
@@ -103,7 +103,7 @@ pub(super) async fn push_pull(State(api): State<Api>, request: Request) -> Answe
 }
 
 /// Reads a push: headers first, so that the numbers of a wrong one are not even read.
-async fn receive(api: &Api, model: &Model, request: Request) -> Result<Gradients, Problem> {
+async fn receive(api: &Api, model: &Model, request: Request) -> Result<GradientUpdate, Problem> {
     let Stamp {
         id,
         computed_on,
@@ -115,7 +115,7 @@ async fn receive(api: &Api, model: &Model, request: Request) -> Result<Gradients
     // Only members take a place, and memory, for what they send.
     model.group.heartbeat(id.worker, id.incarnation).await?;
     let values = api.shared.uploads.receive(upload).await?;
-    Ok(Gradients {
+    Ok(GradientUpdate {
         id,
         computed_on,
         loss,

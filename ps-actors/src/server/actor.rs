@@ -22,7 +22,7 @@ use super::shard::{PullAnswer, Shard, ShardError};
 use super::waiting::{Caller, MAX_CALLS, Waiting};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
-use crate::weights::{Gradients, Weights};
+use crate::weights::{GradientUpdate, Weights};
 use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 
 /// Holds weights, or a contiguous range of them, and applies gradients to them.
@@ -81,7 +81,7 @@ impl ParameterServer {
             coordinator,
             followers: followers.into_iter().map(Follower::new).collect(),
             secret,
-            leases: Leases::new(config.lease),
+            leases: Leases::new(config.worker_lease),
         };
         Ok(Self::with_role(
             initial,
@@ -293,7 +293,7 @@ impl ParameterServer {
     /// Takes a push in; its answer goes to `caller`, now or later.
     pub(super) fn push(
         &mut self,
-        gradients: Gradients,
+        gradients: GradientUpdate,
         caller: Caller,
         ctx: &mut Context<Self>,
     ) -> Result<Ticket, ServerError> {
@@ -313,7 +313,7 @@ impl ParameterServer {
     }
 
     /// Refuses a gradient that is not over exactly the weights of the model.
-    fn check_range(&self, gradients: &Gradients) -> Result<(), ShardError> {
+    fn check_range(&self, gradients: &GradientUpdate) -> Result<(), ShardError> {
         let expected = 0..self.shard.weights().layout().num_weights();
         let (id, got) = (gradients.id, gradients.gradient.range());
         match got == expected {
@@ -323,7 +323,7 @@ impl ParameterServer {
     }
 
     /// Stages a gradient here, unless its worker is no member: then the coordinator says so.
-    fn stage_own(&mut self, gradients: &Gradients) -> Result<(), ServerError> {
+    fn stage_own(&mut self, gradients: &GradientUpdate) -> Result<(), ServerError> {
         if !self.is_pending(gradients.id)? {
             self.shard.discard(gradients.id);
         }
@@ -351,7 +351,7 @@ impl ParameterServer {
             // Checked for all before anything is staged anywhere.
             self.check_range(gradients)?;
         }
-        for Gradients { id, gradient, .. } in &message.gradients {
+        for GradientUpdate { id, gradient, .. } in &message.gradients {
             // What is pending was judged as it was pushed, and this call will be refused.
             if !self.is_pending(*id)? {
                 self.decide(Decision::Discard(*id))?;
@@ -445,8 +445,8 @@ fn newest_life() -> Incarnation {
     Incarnation(u64::try_from(micros).unwrap_or(u64::MAX))
 }
 
-fn stamp(gradients: &Gradients) -> Stamp {
-    let Gradients {
+fn stamp(gradients: &GradientUpdate) -> Stamp {
+    let GradientUpdate {
         id,
         computed_on,
         num_examples,

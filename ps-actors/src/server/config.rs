@@ -25,7 +25,7 @@ pub struct ServerConfig {
     /// while they compute. Too short: a worker on a busy machine or a slow network must join again and
     /// again. Too long: a dead worker holds up synchronous rounds.
     /// Default: `None`, for ever; then a driver must send [`ReportLost`](super::ReportLost).
-    pub lease: Option<Duration>,
+    pub worker_lease: Option<Duration>,
     /// How many different workers must have joined before the first round of
     /// [`Consistency::Bsp`] or [`Consistency::KofN`] closes, so that who comes first does not train
     /// alone. A worker that is reported lost is not waited for. Default: 0.
@@ -43,7 +43,7 @@ impl Default for ServerConfig {
             reduction: Reduction::Mean,
             learning_rate: 0.01,
             max_norm: f64::INFINITY,
-            lease: None,
+            worker_lease: None,
             wait_for_workers: 0,
             num_kept_versions: 0,
         }
@@ -78,7 +78,7 @@ impl ServerConfig {
         if self.max_norm.is_nan() || self.max_norm <= 0.0 {
             return Err(ConfigError::MaxNorm(self.max_norm));
         }
-        match self.lease {
+        match self.worker_lease {
             Some(lease) if lease < MIN_LEASE => Err(ConfigError::Lease(lease)),
             _ => Ok(()),
         }

@@ -21,10 +21,10 @@ use subtle::ConstantTimeEq;
 
 use super::actor::{ParameterServer, Role};
 use super::messages::{Decision, Follow, ServerError};
-use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
 use super::shard::Shard;
 use crate::ids::GradientId;
 use crate::weights::Gradient;
+use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
 
 /// How many decisions another server may be behind before gradients are refused.
 const MAX_BEHIND: usize = 4096;

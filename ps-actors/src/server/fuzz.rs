@@ -20,7 +20,7 @@ use crate::server::{
     Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost,
     ServerConfig, SetConsistency, SetLearningRate, Stage,
 };
-use crate::weights::{Gradient, Gradients, Layout, Weights};
+use crate::weights::{Gradient, GradientUpdate, Layout, Weights};
 
 const NUM_WEIGHTS: usize = 9;
 
@@ -90,7 +90,7 @@ fn messages(rng: &mut TestRng, secret: &GroupSecret) -> Vec<Encoded> {
         clock,
     };
     let gradient = Gradient::new(vec![0.5; NUM_WEIGHTS]);
-    let gradients = Gradients {
+    let gradients = GradientUpdate {
         id,
         computed_on: Version(0),
         loss: 1.0,

@@ -15,7 +15,7 @@ use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
 use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
-use crate::weights::{Gradient, Gradients, Weights};
+use crate::weights::{Gradient, GradientUpdate, Weights};
 use crate::worker::WorkerError;
 use ps_runtime::actor::{CallError, NotDelivered};
 use ps_runtime::remote::Kept;
@@ -39,14 +39,14 @@ pub struct Pull(pub PullVersion);
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct ApplyGradients {
     /// The gradients, of distinct steps.
-    pub gradients: Vec<Gradients>,
+    pub gradients: Vec<GradientUpdate>,
     /// How they become one.
     pub reduction: Reduction,
 }
 
 impl ApplyGradients {
     /// Applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
-    pub fn mean(gradients: impl IntoIterator<Item = Gradients>) -> Self {
+    pub fn mean(gradients: impl IntoIterator<Item = GradientUpdate>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
             reduction: Reduction::Mean,
@@ -54,7 +54,7 @@ impl ApplyGradients {
     }
 
     /// Applies the sum of the gradients.
-    pub fn sum(gradients: impl IntoIterator<Item = Gradients>) -> Self {
+    pub fn sum(gradients: impl IntoIterator<Item = GradientUpdate>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
             reduction: Reduction::Sum,
@@ -74,7 +74,7 @@ pub struct ApplyKept {
 }
 
 /// The kept result of a [`ComputeGradients`](crate::worker::ComputeGradients).
-pub type KeptGradients = Kept<Result<Gradients, WorkerError>>;
+pub type KeptGradients = Kept<Result<GradientUpdate, WorkerError>>;
 
 impl ApplyKept {
     /// Applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
@@ -152,13 +152,13 @@ pub struct Stage {
 /// Sent to the first server.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Outcome, ServerError>")]
-pub struct Push(pub Gradients);
+pub struct Push(pub GradientUpdate);
 
 /// Pushes a gradient and returns the weights for the worker's next step, once the consistency
 /// mode lets it start. Sent to the first server.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Pushed, ServerError>")]
-pub struct PushPull(pub Gradients);
+pub struct PushPull(pub GradientUpdate);
 
 /// The answer to a [`PushPull`].
 #[derive(Clone, Debug, Serialize, Deserialize)]

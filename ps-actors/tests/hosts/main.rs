@@ -63,10 +63,10 @@ fn wait_for_loss(world: &mut World, since: Instant) {
     assert!(since.elapsed() < 8 * LEASE, "{:?}", since.elapsed());
 }
 
-/// Waits until node 1 has ended its worker, is there in this life, and trains again.
-fn wait_for_return(world: &mut World, life: u64) {
+/// Waits until node 1 has ended its worker, is there in this incarnation, and trains again.
+fn wait_for_return(world: &mut World, incarnation: u64) {
     world.wait_for(1, "@worker 0 has ended");
-    world.wait_for(0, &format!("@nodes 1.{life} 2.1"));
+    world.wait_for(0, &format!("@nodes 1.{incarnation} 2.1"));
     world.wait_for(0, "@worker 0 begins");
     world.wait_for_steps(0, 20);
     world.wait_for_steps(1, 20);
@@ -147,14 +147,14 @@ fn a_host_that_is_heard_but_does_not_hear_is_lost_and_the_other_way_round() {
     };
     wait_for_training(&mut world);
     // What comes from it, then what goes to it.
-    for (life, direction) in [(2, "iifname h1"), (3, "oifname h1")] {
+    for (incarnation, direction) in [(2, "iifname h1"), (3, "oifname h1")] {
         if let Err(why) = world.network.drop_frames(direction) {
             return skip(&why);
         }
         wait_for_loss(&mut world, Instant::now());
         world.wait_for_steps(1, 20);
         world.network.drop_no_frames();
-        wait_for_return(&mut world, life);
+        wait_for_return(&mut world, incarnation);
         world.forget();
     }
     world.tell_driver("stop");

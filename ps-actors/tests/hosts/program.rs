@@ -99,7 +99,7 @@ fn launch(plan: &Plan) -> Result<Option<Cluster>, StartError> {
     } else {
         plan.node_lease
     };
-    let mut net = NetConfig::default().with_lease(lease);
+    let mut net = NetConfig::default().with_process_lease(lease);
     // Whoever is more patient must still be heard by the other.
     net.heartbeat = plan.lease / 5;
     let tls = plan.certificates.as_ref().map(|directory| {
@@ -286,7 +286,7 @@ impl Training<'_> {
         let mut said = [String::new(), String::new()];
         loop {
             let nodes = self.cluster.nodes().into_iter();
-            let nodes = nodes.map(|info| format!(" {}.{}", info.node.rank, info.node.life));
+            let nodes = nodes.map(|info| format!(" {}.{}", info.node.rank, info.node.incarnation));
             let status = self.status().await;
             let applied = (0..NUM_WORKERS).map(|worker| {
                 let worker = status.workers.get(&WorkerId(worker));

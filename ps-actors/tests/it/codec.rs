@@ -8,7 +8,7 @@ use ps_actors::remote::untraced;
 use ps_actors::server::{
     ApplyGradients, GroupError, Join, ParameterServer, Pushed, Reduction, ServerError, Stage,
 };
-use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
 use ps_actors::worker::{DataWorker, LocalGradient, RunReport, SourceError, WorkerError};
 use ps_runtime::test_util::transport;
 
@@ -21,9 +21,9 @@ fn the_fields_of_all_messages_are_compared() {
     assert_eq!(untraced::<DataWorker<Source>>(), none);
 }
 
-fn gradients(values: Vec<f32>) -> Gradients {
+fn gradients(values: Vec<f32>) -> GradientUpdate {
     let (worker, incarnation) = (WorkerId(3), Incarnation(u64::MAX));
-    Gradients {
+    GradientUpdate {
         id: GradientId {
             worker,
             incarnation,
@@ -76,7 +76,7 @@ proptest! {
     fn damaged_messages_do_no_harm(place: prop::sample::Index, byte: u8, len in 0usize..20) {
         let Encoded { mut header, .. } = encode(&gradients(vec![1.0; 10])).unwrap();
         *place.get_mut(&mut header) = byte;
-        let _ = decode::<Gradients>(&header, vec![Buffer::from(vec![1.0; len])]);
+        let _ = decode::<GradientUpdate>(&header, vec![Buffer::from(vec![1.0; len])]);
     }
 }
 
@@ -140,7 +140,7 @@ fn a_snapshot_travels_with_its_version_and_layout() {
 fn a_norm_that_does_not_fit_the_numbers_is_refused() {
     for bad in [f32::NAN, f32::INFINITY, 1e6] {
         let Encoded { header, .. } = encode(&gradients(vec![1.0; 3])).unwrap();
-        let error = decode::<Gradients>(&header, vec![Buffer::from(vec![1.0, bad, 1.0])]);
+        let error = decode::<GradientUpdate>(&header, vec![Buffer::from(vec![1.0, bad, 1.0])]);
         assert!(
             matches!(error, Err(CodecError::Decode { .. })),
             "{bad}: {error:?}"
@@ -171,7 +171,7 @@ fn too_much_and_too_little_are_refused() {
         Err(CodecError::TooLong { .. })
     ));
     let Encoded { header, .. } = encode(&gradients(vec![1.0; 3])).unwrap();
-    let missing = decode::<Gradients>(&header, vec![]);
+    let missing = decode::<GradientUpdate>(&header, vec![]);
     assert!(
         matches!(missing, Err(CodecError::Decode { .. })),
         "{missing:?}"

@@ -19,7 +19,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::task::AbortHandle;
 use tokio::time::Sleep;
 
-use super::linger::Lingering;
+use super::busy_poll::BusyPoll;
 use super::mailbox::ActorId;
 
 thread_local! {
@@ -66,7 +66,7 @@ pub(crate) fn block_on<F: Future>(future: F, deadline: Option<Instant>) -> Optio
     let mut future = pin!(future);
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut cx = Context::from_waker(&waker);
-    let lingering = Lingering::begin();
+    let busy_polling = BusyPoll::begin();
     loop {
         if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
             return Some(output);
@@ -78,7 +78,7 @@ pub(crate) fn block_on<F: Future>(future: F, deadline: Option<Instant>) -> Optio
                 _ => return None,
             },
         };
-        if lingering.goes_on() {
+        if busy_polling.goes_on() {
             continue;
         }
         match left {

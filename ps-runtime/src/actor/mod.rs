@@ -23,7 +23,7 @@
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
 //! | `spawn`, `registry` | options, names, all actors of the process |
 //! | `shutdown` | ends actors within a bound |
-//! | `background`, `linger` | the helper thread for timers, and blocking waits |
+//! | `background`, `busy_poll` | the helper thread for timers, and blocking waits |
 //!
 //! ```
 //! use actix::{Actor, Context, Handler, Message};
@@ -58,11 +58,11 @@
 
 pub(crate) mod actor_ref;
 pub(crate) mod background;
+pub(crate) mod busy_poll;
 pub(crate) mod call;
 mod caller_gone;
 pub(crate) mod deadline;
 pub(crate) mod error;
-pub(crate) mod linger;
 pub(crate) mod mailbox;
 mod pending;
 mod pump;

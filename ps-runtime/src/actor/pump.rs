@@ -15,8 +15,8 @@ use actix::{Actor, ActorContext, AsyncContext, Context};
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
+use super::busy_poll::BusyPoll;
 use super::call::{InFlight, Loss, QueuedCall};
-use super::linger::Lingering;
 use super::mailbox::{Mailbox, Next};
 
 /// How many calls run before timers, streams and other items of the actor get their turn.
@@ -81,7 +81,7 @@ pub(crate) struct Pump<A: Actor> {
     /// How many times in a row exactly one call was waiting.
     num_single: u32,
     /// After such a call: whether to stay awake for the next one.
-    lingering: Option<Lingering>,
+    busy_polling: Option<BusyPoll>,
 }
 
 impl<A: Actor> Pump<A> {
@@ -91,7 +91,7 @@ impl<A: Actor> Pump<A> {
             replies,
             has_asked_to_stop: false,
             num_single: 0,
-            lingering: None,
+            busy_polling: None,
         }
     }
 }
@@ -116,16 +116,16 @@ impl<A: Actor<Context = Context<A>>> ActorFuture<A> for Pump<A> {
                         0 => this.num_single.saturating_add(1),
                         _ => 0,
                     };
-                    this.lingering = (this.num_single >= MIN_SINGLE).then(Lingering::begin);
+                    this.busy_polling = (this.num_single >= MIN_SINGLE).then(BusyPoll::begin);
                     if let Some(response) = call.start(actor, ctx) {
                         this.replies.insert(response);
                     }
                 }
                 Next::Nothing => {
-                    if this.lingering.as_ref().is_some_and(Lingering::goes_on) {
+                    if this.busy_polling.as_ref().is_some_and(BusyPoll::goes_on) {
                         cx.waker().wake_by_ref();
                     } else {
-                        this.lingering = None;
+                        this.busy_polling = None;
                     }
                     return Poll::Pending;
                 }

@@ -11,9 +11,9 @@ use tokio::task::coop::{Unconstrained, unconstrained};
 use tokio::time::Sleep;
 
 use super::background;
+use super::busy_poll::Awaiting;
 use super::call::{GiveUp, ReplySlot};
 use super::error::CallError;
-use super::linger::Awaiting;
 use super::mailbox::ActorId;
 
 /// The result of a call that is under way: a future, or something to block on.

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use super::door::Door;
 use super::host::{Args, Host, Hosts, Made};
-use super::lives::KnownLives;
+use super::incarnations::KnownIncarnations;
 use super::members::Members;
 use super::resources::Resources;
 use crate::actor::ActorRef;
@@ -121,8 +121,8 @@ pub(crate) struct Resolve(pub(crate) NodeId);
 
 /// Asks which nodes take part, as soon as that is not what the asking node has heard already.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
-#[rtype(result = "KnownLives")]
-pub(crate) struct GetLives {
+#[rtype(result = "KnownIncarnations")]
+pub(crate) struct GetIncarnations {
     pub(crate) newer_than: Option<u64>,
 }
 
@@ -199,8 +199,8 @@ pub enum SpawnRefused {
 #[rtype(result = "()")]
 pub(crate) struct Release;
 
-/// The actors that were made for others in this life of the process.
-pub(crate) struct Nursery {
+/// The actors that were made for others in this incarnation of the process.
+pub(crate) struct TaskScope {
     process: Arc<Process>,
     hosts: Hosts,
     free: Mutex<Resources>,
@@ -208,14 +208,14 @@ pub(crate) struct Nursery {
     /// By the number of the order; those whose actor has ended are forgotten.
     orders: Mutex<HashMap<u64, Making>>,
     is_leaving: AtomicBool,
-    /// This life is over; changes under the lock of `made` only.
+    /// This incarnation is over; changes under the lock of `made` only.
     is_over: AtomicBool,
 }
 
 /// An actor that is being made, or was.
 type Making = Shared<BoxFuture<'static, Result<Wire, SpawnRefused>>>;
 
-impl Nursery {
+impl TaskScope {
     pub(crate) fn new(process: Arc<Process>, hosts: Hosts, resources: Resources) -> Arc<Self> {
         Arc::new(Self {
             process,
@@ -268,13 +268,13 @@ impl Nursery {
     ) -> Result<Wire, SpawnRefused> {
         let number = order.order;
         let making = {
-            let nursery = Arc::clone(&self);
+            let scope = Arc::clone(&self);
             let mut orders = self.orders();
             if self.is_over.load(Ordering::Acquire) {
                 return Err(SpawnRefused::Leaving);
             }
             let making = orders.entry(number);
-            let making = making.or_insert_with(|| nursery.make_once(host, order).boxed().shared());
+            let making = making.or_insert_with(|| scope.make_once(host, order).boxed().shared());
             making.clone()
         };
         let made = making.await;
@@ -318,13 +318,13 @@ impl Nursery {
             all.insert(wire.actor, Arc::clone(&made));
             self.is_over.load(Ordering::Acquire)
         };
-        let (nursery, actor) = (Arc::clone(&self), wire.actor);
+        let (scope, actor) = (Arc::clone(&self), wire.actor);
         threads::next().spawn(async move {
             // An error means that the actor's mailbox is gone, and the actor with it.
             let _ = ended.wait_for(|ended| *ended).await;
-            nursery.made().remove(&actor);
-            nursery.orders().remove(&order);
-            nursery.free().give_back(&needs);
+            scope.made().remove(&actor);
+            scope.orders().remove(&order);
+            scope.free().give_back(&needs);
         });
         // It was not there yet when the others were told, or ended.
         if is_over || self.is_leaving.load(Ordering::Acquire) {
@@ -377,7 +377,7 @@ impl Nursery {
 
 /// Speaks for a node.
 pub(crate) struct NodeAgent {
-    pub(crate) nursery: Arc<Nursery>,
+    pub(crate) scope: Arc<TaskScope>,
     pub(crate) released: watch::Sender<bool>,
 }
 
@@ -405,7 +405,7 @@ impl Handler<Make> for NodeAgent {
     type Result = ResponseFuture<Result<Wire, SpawnRefused>>;
 
     fn handle(&mut self, order: Make, _: &mut Self::Context) -> Self::Result {
-        Box::pin(Arc::clone(&self.nursery).make(order))
+        Box::pin(Arc::clone(&self.scope).make(order))
     }
 }
 
@@ -413,7 +413,7 @@ impl Handler<Find> for NodeAgent {
     type Result = Option<Wire>;
 
     fn handle(&mut self, find: Find, _: &mut Self::Context) -> Self::Result {
-        self.nursery.find(&find)
+        self.scope.find(&find)
     }
 }
 
@@ -428,7 +428,7 @@ impl Handler<Release> for NodeAgent {
 /// Speaks for the driver.
 pub(crate) struct DriverAgent {
     pub(crate) process: Arc<Process>,
-    pub(crate) nursery: Arc<Nursery>,
+    pub(crate) scope: Arc<TaskScope>,
     pub(crate) members: Arc<Members>,
     /// Addresses are dialled only if they come from somebody trusted, or lead nowhere else.
     pub(crate) takes_far_nodes: bool,
@@ -446,7 +446,7 @@ impl Remote for DriverAgent {
             .add::<Leave>()
             .add::<Resolve>()
             .add::<Find>()
-            .add::<GetLives>();
+            .add::<GetIncarnations>();
     }
 }
 
@@ -472,7 +472,7 @@ impl Handler<Join> for DriverAgent {
     fn handle(&mut self, join: Join, _: &mut Self::Context) -> Self::Result {
         let door = Door {
             process: Arc::clone(&self.process),
-            nursery: Arc::clone(&self.nursery),
+            scope: Arc::clone(&self.scope),
             members: Arc::clone(&self.members),
             takes_far_nodes: self.takes_far_nodes,
         };
@@ -507,10 +507,14 @@ impl Handler<Resolve> for DriverAgent {
     }
 }
 
-impl Handler<GetLives> for DriverAgent {
-    type Result = ResponseFuture<KnownLives>;
+impl Handler<GetIncarnations> for DriverAgent {
+    type Result = ResponseFuture<KnownIncarnations>;
 
-    fn handle(&mut self, GetLives { newer_than }: GetLives, _: &mut Self::Context) -> Self::Result {
+    fn handle(
+        &mut self,
+        GetIncarnations { newer_than }: GetIncarnations,
+        _: &mut Self::Context,
+    ) -> Self::Result {
         let members = Arc::clone(&self.members);
         Box::pin(async move { members.lives(newer_than).await })
     }
@@ -520,18 +524,18 @@ impl Handler<Find> for DriverAgent {
     type Result = ResponseFuture<Option<Wire>>;
 
     fn handle(&mut self, find: Find, _: &mut Self::Context) -> Self::Result {
-        let (nursery, members) = (Arc::clone(&self.nursery), Arc::clone(&self.members));
-        Box::pin(async move { find_anywhere(&nursery, &members, find).await })
+        let (scope, members) = (Arc::clone(&self.scope), Arc::clone(&self.members));
+        Box::pin(async move { find_anywhere(&scope, &members, find).await })
     }
 }
 
 /// Looks in this process, then in all nodes at once.
 pub(crate) async fn find_anywhere(
-    nursery: &Nursery,
+    scope: &TaskScope,
     members: &Members,
     find: Find,
 ) -> Option<Wire> {
-    if let Some(found) = nursery.find(&find) {
+    if let Some(found) = scope.find(&find) {
         return Some(found);
     }
     let asked: Vec<_> = members

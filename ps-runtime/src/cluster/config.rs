@@ -71,7 +71,7 @@ impl ClusterConfig {
         self.token.is_some() || self.tls.as_ref().is_some_and(Tls::is_mutual)
     }
 
-    /// Begins a life of this process.
+    /// Begins an incarnation of this process.
     pub(crate) fn process(&self) -> Arc<Process> {
         let memory = match &self.transport {
             Transport::Memory(network) => Some(network.clone()),

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::agent::{AreYouThere, Join, JoinRefused, Joined, NodeAgent, Nursery, agent_of};
+use super::agent::{AreYouThere, Join, JoinRefused, Joined, NodeAgent, TaskScope, agent_of};
 use super::members::{Claim, Member, Members};
 use crate::actor::{CallError, NotDelivered};
 use crate::net::threads;
@@ -14,7 +14,7 @@ use crate::remote::process::{Joining, NodeId, Process};
 
 pub(crate) struct Door {
     pub(crate) process: Arc<Process>,
-    pub(crate) nursery: Arc<Nursery>,
+    pub(crate) scope: Arc<TaskScope>,
     pub(crate) members: Arc<Members>,
     /// Addresses are dialled only if they come from somebody trusted, or lead nowhere else.
     pub(crate) takes_far_nodes: bool,
@@ -45,7 +45,7 @@ impl Door {
             return Err(JoinRefused::NotLocal(far.clone()));
         }
         self.members.check_run(join.run_id.as_deref())?;
-        self.nursery.check_facts(&join.facts)?;
+        self.scope.check_facts(&join.facts)?;
         let node = loop {
             match self.members.admit(&join)? {
                 Claim::Admitted(node) => break node,
@@ -60,10 +60,10 @@ impl Door {
                 }
             }
         };
-        // Nothing of an earlier life counts any more.
+        // Nothing of an earlier incarnation counts any more.
         let rank = node.rank;
-        if let Some(life) = node.life.checked_sub(1) {
-            self.process.sever(NodeId { rank, life });
+        if let Some(incarnation) = node.incarnation.checked_sub(1) {
+            self.process.sever(NodeId { rank, incarnation });
         }
         let agent = agent_of::<NodeAgent>(&self.process, node);
         let member = Member {

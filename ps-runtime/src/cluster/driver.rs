@@ -12,19 +12,19 @@ use futures_util::FutureExt;
 use futures_util::future::join_all;
 
 use super::agent::{
-    DriverAgent, Find, Make, Nursery, Release, SpawnRefused, find_anywhere, hosted_name,
+    DriverAgent, Find, Make, Release, SpawnRefused, TaskScope, find_anywhere, hosted_name,
 };
 use super::config::{ClusterConfig, ClusterError, NO_THREADS};
 use super::endpoint::{Bound, Endpoint};
 use super::host::{Args, Hosted, Hosts};
-use super::launched::Companions;
+use super::launched::ChildProcesses;
 use super::members::{Member, Members, Refusal};
 use super::resources::Resources;
 use super::task::Task;
 use crate::actor::error::error_chain;
 use crate::actor::{ActorRef, CallError, Spawn};
 use crate::net::dial::DialError;
-use crate::net::listen::Lives;
+use crate::net::listen::Incarnations;
 use crate::net::{Address, threads};
 use crate::remote::Remote;
 use crate::remote::process::{NodeId, Process};
@@ -47,13 +47,13 @@ pub struct Cluster {
 
 struct Inner {
     process: Arc<Process>,
-    nursery: Arc<Nursery>,
+    scope: Arc<TaskScope>,
     members: Arc<Members>,
     next: AtomicUsize,
     addresses: Vec<Address>,
     /// `None` where nobody can join.
     listening: Option<(ActorRef<DriverAgent>, Endpoint)>,
-    companions: Option<Companions>,
+    children: Option<ChildProcesses>,
 }
 
 /// Where an actor is to be started.
@@ -67,7 +67,7 @@ pub enum Placement {
     Driver,
     /// On this node.
     Node(NodeId),
-    /// On the node of this rank, in whatever life; 0 is the driver.
+    /// On the node of this rank, in whatever incarnation; 0 is the driver.
     Rank(u32),
     /// On the nodes in turn that have this free; it is theirs until the actor ends.
     Needs(Resources),
@@ -230,21 +230,21 @@ impl Cluster {
         process.enter(NodeId::DRIVER, random());
         Self {
             inner: Arc::new(Inner {
-                nursery: Nursery::new(Arc::clone(&process), hosts, config.resources),
+                scope: TaskScope::new(Arc::clone(&process), hosts, config.resources),
                 process,
                 members: Arc::new(Members::new(Vec::new(), None, false)),
                 next: AtomicUsize::new(0),
                 addresses: Vec::new(),
                 listening: None,
-                companions: None,
+                children: None,
             }),
         }
     }
 
     /// Keeps the processes that this one has started until the cluster ends.
-    pub(crate) fn accompany(&mut self, companions: Companions) {
+    pub(crate) fn keep_children(&mut self, children: ChildProcesses) {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
-            inner.companions = Some(companions);
+            inner.children = Some(children);
         }
     }
 
@@ -262,7 +262,7 @@ impl Cluster {
         let members = Members::new(addresses.clone(), config.run_id.clone(), is_guarded);
         let members = Arc::new(members);
         let takes_far_nodes = is_guarded || config.insecure;
-        let nursery = Nursery::new(Arc::clone(&process), hosts, config.resources);
+        let scope = TaskScope::new(Arc::clone(&process), hosts, config.resources);
         let known = Arc::clone(&members);
         process.resolve_with(Box::new(move |node| {
             let found = known.addresses(node);
@@ -270,7 +270,7 @@ impl Cluster {
             std::future::ready(found.ok_or_else(ended)).boxed()
         }));
         let agent = {
-            let (process, nursery) = (Arc::clone(&process), Arc::clone(&nursery));
+            let (process, scope) = (Arc::clone(&process), Arc::clone(&scope));
             let members = Arc::clone(&members);
             Spawn::new()
                 .thread_name("ps-driver")
@@ -279,23 +279,23 @@ impl Cluster {
                 .max_pending(1 << 16)
                 .start(move || DriverAgent {
                     process: Arc::clone(&process),
-                    nursery: Arc::clone(&nursery),
+                    scope: Arc::clone(&scope),
                     members: Arc::clone(&members),
                     takes_far_nodes,
                 })?
         };
         process.export_agent(&agent);
-        let lives: Arc<dyn Lives> = Arc::clone(&members) as _;
-        let endpoint = bound.serve(&process, &lives, &routes);
+        let incarnations: Arc<dyn Incarnations> = Arc::clone(&members) as _;
+        let endpoint = bound.serve(&process, &incarnations, &routes);
         Ok(Self {
             inner: Arc::new(Inner {
                 process,
-                nursery,
+                scope,
                 members,
                 next: AtomicUsize::new(0),
                 addresses,
                 listening: Some((agent, endpoint)),
-                companions: None,
+                children: None,
             }),
         })
     }
@@ -504,13 +504,13 @@ impl Cluster {
     }
 
     async fn make_here(&self, hosts: Option<&Hosts>, order: Make) -> Result<Wire, SpawnRefused> {
-        let nursery = Arc::clone(&self.inner.nursery);
+        let scope = Arc::clone(&self.inner.scope);
         match hosts {
             Some(hosts) => {
                 let host = hosts.get(&order.type_name, order.variant.as_deref())?;
-                nursery.make_by(host, order).await
+                scope.make_by(host, order).await
             }
-            None => nursery.make(order).await,
+            None => scope.make(order).await,
         }
     }
 
@@ -525,9 +525,9 @@ impl Cluster {
         let mut members = self.inner.members.list();
         members.retain(|member| !member.is_leaving);
         let in_turn = |members: &mut Vec<Member>| {
-            let turn = self.inner.next.fetch_add(1, Ordering::Relaxed);
+            let admitted = self.inner.next.fetch_add(1, Ordering::Relaxed);
             let len = members.len().max(1);
-            members.rotate_left(turn % len);
+            members.rotate_left(admitted % len);
         };
         let one = |members: Vec<Member>, is_it: &dyn Fn(NodeId) -> bool, what: String| {
             let found = members.into_iter().find(|member| is_it(member.node));
@@ -568,18 +568,18 @@ impl Cluster {
             name: name.into(),
         };
         let here = || {
-            let wire = self.inner.nursery.find(&find)?;
+            let wire = self.inner.scope.find(&find)?;
             reference(&self.inner.process, wire).ok()
         };
         let sought = find.clone();
         let everywhere = async move {
             let Inner {
                 process,
-                nursery,
+                scope,
                 members,
                 ..
             } = &*cluster.inner;
-            let wire = find_anywhere(nursery, members, sought).await?;
+            let wire = find_anywhere(scope, members, sought).await?;
             reference(process, wire).ok()
         };
         // Without threads for the network there is nobody else.
@@ -632,8 +632,8 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let members = self.members.close();
-        self.nursery.kill_all();
-        let (listening, companions) = (self.listening.take(), self.companions.take());
+        self.scope.kill_all();
+        let (listening, children) = (self.listening.take(), self.children.take());
         if members.is_empty() {
             return;
         }
@@ -649,7 +649,7 @@ impl Drop for Inner {
         if !threads::is_current() {
             told.wait();
         }
-        drop(companions);
+        drop(children);
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 use super::config::{ClusterConfig, ClusterError, Transport};
 use super::socket_directory::SocketDirectory;
-use crate::net::listen::{Front, Listener, Lives};
+use crate::net::listen::{Front, Incarnations, Listener};
 use crate::net::{Address, threads};
 use crate::remote::process::Process;
 
@@ -78,20 +78,20 @@ impl Bound {
     pub(crate) fn serve(
         self,
         process: &Arc<Process>,
-        lives: &Arc<dyn Lives>,
+        incarnations: &Arc<dyn Incarnations>,
         routes: &Router,
     ) -> Endpoint {
         let mut tasks = Vec::new();
         for listener in self.listeners {
             let front = Front {
                 process: Arc::clone(process),
-                lives: Arc::clone(lives),
+                incarnations: Arc::clone(incarnations),
                 routes: routes.clone(),
             };
             tasks.push(tokio::spawn(listener.serve(front)));
         }
         let sweeping = Arc::downgrade(process);
-        let every = process.config().lease;
+        let every = process.config().process_lease;
         tasks.push(threads::next().spawn(async move {
             while let Some(process) = sweeping.upgrade() {
                 process.sweep();

@@ -118,9 +118,9 @@ impl Cluster {
                     token: Some(token.reveal().to_owned()),
                     run_id: Some(run_id),
                 })?;
-                let companions = Companions::watch(group);
-                let num_gone = companions.num_gone.clone();
-                cluster.accompany(companions);
+                let children = ChildProcesses::watch(group);
+                let num_gone = children.num_gone.clone();
+                cluster.keep_children(children);
                 gather(&cluster, world_size, within, Some(num_gone))?;
                 Ok(Some(cluster))
             }
@@ -256,7 +256,7 @@ fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit,
 }
 
 /// The other copies of the program that this one has started.
-pub(crate) struct Companions {
+pub(crate) struct ChildProcesses {
     /// Its drop asks for the end.
     stop: Option<oneshot::Sender<()>>,
     ended: Option<Task<()>>,
@@ -264,7 +264,7 @@ pub(crate) struct Companions {
     num_gone: watch::Receiver<usize>,
 }
 
-impl Companions {
+impl ChildProcesses {
     /// Starts those again that crash, and ends all when asked to.
     fn watch(mut group: ProcessGroup) -> Self {
         let (stop, mut stopped) = oneshot::channel();
@@ -329,7 +329,7 @@ impl Companions {
     }
 }
 
-impl Drop for Companions {
+impl Drop for ChildProcesses {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(ended) = self.ended.take()

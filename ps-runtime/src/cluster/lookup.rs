@@ -11,7 +11,7 @@ use crate::remote::process::{NodeId, Process};
 use crate::remote::reference::reference;
 
 thread_local! {
-    /// The process, in its present life, that made the actor of this thread.
+    /// The process, in its present incarnation, that made the actor of this thread.
     static HOME: RefCell<Weak<Process>> = const { RefCell::new(Weak::new()) };
 }
 

@@ -9,11 +9,11 @@ use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 
 use super::agent::{Join, JoinRefused, NodeAgent};
-use super::lives::{KnownLives, Standing};
+use super::incarnations::{KnownIncarnations, Standing};
 use super::resources::Resources;
 use crate::actor::ActorRef;
 use crate::net::Address;
-use crate::net::listen::Lives;
+use crate::net::listen::Incarnations;
 use crate::remote::process::{Joining, NodeId};
 
 /// A node that takes part.
@@ -28,8 +28,8 @@ pub(crate) struct Member {
     pub(crate) is_leaving: bool,
 }
 
-/// The driver knows all lives.
-impl Lives for Members {
+/// The driver knows all incarnations.
+impl Incarnations for Members {
     fn may_speak(&self, node: NodeId) -> Option<bool> {
         Some(self.is_live(node))
     }
@@ -89,7 +89,7 @@ pub(crate) struct Refusal {
 }
 
 struct Rank {
-    life: u64,
+    incarnation: u64,
     attempt: u64,
     process: u64,
     since: Instant,
@@ -182,7 +182,7 @@ impl Members {
         (1..=last).all(|number| takes_part(number) || refused_ranks.contains_key(&number))
     }
 
-    /// Gives a joining process its place: a new life of its rank, which ends the one before. A rank
+    /// Gives a joining process its place: a new incarnation of its rank, which ends the one before. A rank
     /// that another process has with the same attempt stays with that one.
     pub(crate) fn admit(&self, join: &Join) -> Result<Claim, JoinRefused> {
         let &Join { rank, attempt, .. } = join;
@@ -218,9 +218,9 @@ impl Members {
             let by = Box::new(member.clone());
             return Ok(Claim::Held { by, refusal });
         }
-        let life = before.map_or(0, |before| before.life) + 1;
+        let incarnation = before.map_or(0, |before| before.incarnation) + 1;
         let entry = Rank {
-            life,
+            incarnation,
             attempt,
             process: join.process,
             since: Instant::now(),
@@ -235,7 +235,7 @@ impl Members {
         // Outside the lock: it holds a reference.
         drop(replaced);
         self.changed.send_modify(|version| *version += 1);
-        Ok(Claim::Admitted(NodeId { rank, life }))
+        Ok(Claim::Admitted(NodeId { rank, incarnation }))
     }
 
     pub(crate) fn insert(&self, member: Member) {
@@ -244,7 +244,7 @@ impl Members {
         let is_over = state.is_over;
         if let Some(rank) = state.ranks.get_mut(&member.node.rank)
             && !is_over
-            && rank.life == member.node.life
+            && rank.incarnation == member.node.incarnation
             && rank.is_live
         {
             rank.member = Some(member);
@@ -269,7 +269,7 @@ impl Members {
         let Some(rank) = state.ranks.get_mut(&node.rank) else {
             return false;
         };
-        if rank.life != node.life || !rank.is_live {
+        if rank.incarnation != node.incarnation || !rank.is_live {
             return false;
         }
         rank.is_live = false;
@@ -286,7 +286,7 @@ impl Members {
     pub(crate) fn is_live(&self, node: NodeId) -> bool {
         let state = self.lock();
         let rank = state.ranks.get(&node.rank);
-        rank.is_some_and(|rank| rank.is_live && rank.life == node.life)
+        rank.is_some_and(|rank| rank.is_live && rank.incarnation == node.incarnation)
     }
 
     pub(crate) fn addresses(&self, node: NodeId) -> Option<Vec<Address>> {
@@ -295,7 +295,7 @@ impl Members {
         }
         let state = self.lock();
         let rank = state.ranks.get(&node.rank)?;
-        (rank.is_live && rank.life == node.life).then(|| rank.addresses.clone())
+        (rank.is_live && rank.incarnation == node.incarnation).then(|| rank.addresses.clone())
     }
 
     /// The nodes that take part, by rank.
@@ -320,7 +320,7 @@ impl Members {
     }
 
     /// Which lives there are, as soon as that is not what somebody has heard already.
-    pub(crate) async fn lives(&self, heard: Option<u64>) -> KnownLives {
+    pub(crate) async fn lives(&self, heard: Option<u64>) -> KnownIncarnations {
         let mut changed = self.changed.subscribe();
         let is_news = |version: &u64| heard != Some(*version) || self.lock().is_over;
         // The sender lives as long as `self`. Before the list: that may be newer, not older.
@@ -335,9 +335,9 @@ impl Members {
                 (false, true) => Standing::Left,
                 (false, false) => Standing::Lost,
             };
-            (*number, (rank.life, standing))
+            (*number, (rank.incarnation, standing))
         });
-        KnownLives {
+        KnownIncarnations {
             version,
             by_rank: by_rank.collect(),
             is_over: state.is_over,

@@ -3,7 +3,7 @@
 //! There is no cluster manager. The same program is started several times; the copy of rank 0 is
 //! the driver, holds the [`Cluster`], and the others are nodes, which join it ([`Node`]), make the
 //! actors that they are asked to, and end when the driver lets them go. A node that loses its
-//! driver ends its actors and joins again as a new [`NodeId`]: nothing of an earlier life is
+//! driver ends its actors and joins again as a new [`NodeId`]: nothing of an earlier incarnation is
 //! listened to.
 //!
 //! | module | what it holds |
@@ -24,8 +24,8 @@ mod door;
 mod driver;
 mod endpoint;
 mod host;
+mod incarnations;
 mod launched;
-mod lives;
 mod lookup;
 mod members;
 mod node;

@@ -12,18 +12,18 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::agent::{
-    DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, Nursery, PrepareToLeave, Resolve,
+    DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, PrepareToLeave, Resolve, TaskScope,
     agent_of,
 };
 use super::config::{ClusterConfig, ClusterError, Transport};
 use super::driver::random;
 use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
-use super::lives::{AsNode, NodeLives};
+use super::incarnations::{AsNode, NodeIncarnations};
 use super::task::Task;
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::dial::{DialError, is_refusal};
-use crate::net::listen::Lives;
+use crate::net::listen::Incarnations;
 use crate::net::{Address, threads};
 use crate::remote::process::{Joining, NodeId, Process};
 
@@ -50,15 +50,15 @@ pub enum NodeExit {
     Left,
 }
 
-/// One life of the node: from joining to losing the driver.
-struct Life {
-    nursery: Arc<Nursery>,
+/// One membership of the node: from joining to losing the driver.
+struct Membership {
+    scope: Arc<TaskScope>,
     driver: ActorRef<DriverAgent>,
     released: watch::Receiver<bool>,
     id: NodeId,
     _agent: ActorRef<NodeAgent>,
     _endpoint: Endpoint,
-    /// Hears which other nodes are over; ends with this life.
+    /// Hears which other nodes are over; ends with this membership.
     _following: JoinSet<()>,
 }
 
@@ -114,66 +114,69 @@ impl Node {
             let mut stop = std::pin::pin!(stop.fuse());
             let mut at_once = std::pin::pin!(at_once.fuse());
             loop {
-                let life = tokio::select! {
-                    life = self.join() => life?,
+                let membership = tokio::select! {
+                    membership = self.join() => membership?,
                     () = &mut stop => return Ok(NodeExit::Left),
                 };
-                tracing::info!(node = %life.id, driver = self.driver, "joined");
-                let mut released = life.released.clone();
+                tracing::info!(node = %membership.id, driver = self.driver, "joined");
+                let mut released = membership.released.clone();
                 let exit = tokio::select! {
                     // A driver that has let this node go is gone the next moment: what it said counts.
                     biased;
                     // An error means that the agent is gone: nothing can be made here any more.
                     _ = released.wait_for(|released| *released) => Some(NodeExit::Released),
                     () = &mut stop => Some(NodeExit::Left),
-                    () = life.driver.stopped() => None,
+                    () = membership.driver.stopped() => None,
                 };
                 if exit == Some(NodeExit::Left) {
                     tokio::select! {
-                        () = self.hand_over(&life) => {}
+                        () = self.hand_over(&membership) => {}
                         () = &mut at_once => {}
                         _ = released.wait_for(|released| *released) => {}
-                        () = life.driver.stopped() => {}
+                        () = membership.driver.stopped() => {}
                     }
                 }
-                life.nursery.kill_all();
+                membership.scope.kill_all();
                 if exit == Some(NodeExit::Left) {
                     // The driver would notice in any case.
-                    let limit = self.config.net.lease;
-                    let _ = life.driver.ask_within(Leave(life.id), limit).await;
+                    let limit = self.config.net.process_lease;
+                    let _ = membership
+                        .driver
+                        .ask_within(Leave(membership.id), limit)
+                        .await;
                 }
                 if let Some(exit) = exit {
                     return Ok(exit);
                 }
-                tracing::warn!(node = %life.id, "the driver is lost; its actors here have ended");
+                tracing::warn!(node = %membership.id, "the driver is lost; its actors here have ended");
             }
         })
     }
 
     /// Lets the actors here finish what they do, as long as the grace allows.
-    async fn hand_over(&self, life: &Life) {
+    async fn hand_over(&self, membership: &Membership) {
         let grace = self.config.leave_grace;
         let handed_over = async {
             // Before an actor ends: whoever starts it again must not do so here. A driver that does
             // not answer must not take all the time: the servers may be elsewhere.
-            let prepare = PrepareToLeave(life.id);
-            if let Err(error) = life.driver.ask_within(prepare, grace / 2).await {
+            let prepare = PrepareToLeave(membership.id);
+            if let Err(error) = membership.driver.ask_within(prepare, grace / 2).await {
                 tracing::warn!(%error, "the driver does not know that this node leaves");
             }
-            life.nursery.hand_over().await;
+            membership.scope.hand_over().await;
         };
         if tokio::time::timeout(grace, handed_over).await.is_err() {
             tracing::warn!(?grace, "leaving before all steps are finished");
         }
     }
 
-    async fn join(&self) -> Result<Life, ClusterError> {
+    async fn join(&self) -> Result<Membership, ClusterError> {
         // `None` is beyond the end of time.
         let deadline = Instant::now().checked_add(self.config.join_timeout);
         let mut pause = Duration::from_millis(20);
         loop {
             let reason = match self.try_to_join().await {
-                Ok(life) => return Ok(life),
+                Ok(membership) => return Ok(membership),
                 Err(JoinError::Permanent(error)) => return Err(error),
                 Err(JoinError::Temporary(reason)) => reason,
             };
@@ -190,7 +193,7 @@ impl Node {
         }
     }
 
-    async fn try_to_join(&self) -> Result<Life, JoinError> {
+    async fn try_to_join(&self) -> Result<Membership, JoinError> {
         let process = self.config.process();
         process.wants(Joining::new(self.rank, self.config.run_id.as_deref()));
         let (driver_address, local) = self.way_to_driver(&process).await?;
@@ -208,7 +211,7 @@ impl Node {
             async move {
                 let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
                 // Who wants to connect tries for no longer, and asks again.
-                let limit = process.config().lease;
+                let limit = process.config().process_lease;
                 match driver.ask_within(Resolve(node), limit).await {
                     Ok(Some(addresses)) => Ok(addresses),
                     Ok(None) => Err(DialError::Ended(format!("{node} has left the cluster"))),
@@ -229,7 +232,7 @@ impl Node {
             pid: std::process::id(),
             facts: self.hosts.facts(),
         };
-        let nursery = Nursery::new(
+        let scope = TaskScope::new(
             Arc::clone(&process),
             self.hosts.clone(),
             self.config.resources.clone(),
@@ -237,12 +240,12 @@ impl Node {
         let released = watch::Sender::new(false);
         let watched = released.subscribe();
         let agent = {
-            let nursery = Arc::clone(&nursery);
+            let scope = Arc::clone(&scope);
             let spawn = Spawn::new()
                 .thread_name(format!("ps-node-{}", self.rank))
                 .without_io();
             spawn.start(move || NodeAgent {
-                nursery: Arc::clone(&nursery),
+                scope: Arc::clone(&scope),
                 released: released.clone(),
             })
         };
@@ -250,7 +253,7 @@ impl Node {
         process.export_agent(&agent);
         // The driver may first have to find out that another process of this rank is dead, which takes two
         // leases at most.
-        let limit = self.config.net.lease.saturating_mul(3);
+        let limit = self.config.net.process_lease.saturating_mul(3);
         let joined = driver.ask_within(join, limit).await;
         let Joined { node, session } = match joined {
             Ok(Ok(joined)) => joined,
@@ -270,13 +273,13 @@ impl Node {
         // Connects again, as this node: what was said so far, nobody in particular has said.
         drop(driver);
         let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
-        let lives = NodeLives::new(&process);
-        let as_node: Arc<dyn Lives> = Arc::new(AsNode(Arc::clone(&lives)));
+        let lives = NodeIncarnations::new(&process);
+        let as_node: Arc<dyn Incarnations> = Arc::new(AsNode(Arc::clone(&lives)));
         let endpoint = bound.serve(&process, &as_node, &Router::new());
         let mut following = JoinSet::new();
         following.spawn(lives.follow(driver.clone()));
-        Ok(Life {
-            nursery,
+        Ok(Membership {
+            scope,
             driver,
             released: watched,
             id: node,

@@ -1,4 +1,4 @@
-//! What only an inside view shows: who may speak to nodes, that nothing of a life stays behind, and
+//! What only an inside view shows: who may speak to nodes, that nothing of an incarnation stays behind, and
 //! what is too large to be sent.
 
 mod refusals;
@@ -13,7 +13,7 @@ use actix::{Actor, Context, Handler, Message, MessageResult};
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 
-use super::agent::{Find, Join, Make, NodeAgent, Nursery, agent_of, hosted_name};
+use super::agent::{Find, Join, Make, NodeAgent, TaskScope, agent_of, hosted_name};
 use super::host::Args;
 use super::members::Claim;
 use super::*;
@@ -42,7 +42,7 @@ fn eventually(what: &str, is_so: impl Fn() -> bool) {
 fn config(network: &MemoryNetwork, lease: Duration) -> ClusterConfig {
     ClusterConfig {
         transport: Transport::Memory(network.clone()),
-        net: NetConfig::default().with_lease(lease),
+        net: NetConfig::default().with_process_lease(lease),
         join_timeout: Duration::from_millis(1),
         ..ClusterConfig::default()
     }
@@ -139,12 +139,21 @@ fn a_life_that_is_over_is_refused_by_other_nodes() {
     let _first = node(1, 0).serve();
     let _other = node(2, 0).serve();
     cluster.wait_for_nodes(2, SOON).wait().unwrap();
-    let (life, other) = (NodeId { rank: 1, life: 1 }, NodeId { rank: 2, life: 1 });
+    let (incarnation, other) = (
+        NodeId {
+            rank: 1,
+            incarnation: 1,
+        },
+        NodeId {
+            rank: 2,
+            incarnation: 1,
+        },
+    );
     let inner = cluster.inside();
     // As the first node, which does not know yet that it is over.
     let zombie = || {
         let zombie = config.process();
-        zombie.enter(life, inner.0.session());
+        zombie.enter(incarnation, inner.0.session());
         let addresses = inner.1.addresses(other).unwrap();
         zombie.resolve_with(Box::new(move |_| {
             std::future::ready(Ok(addresses.clone())).boxed()
@@ -159,8 +168,11 @@ fn a_life_that_is_over_is_refused_by_other_nodes() {
     let agent = agent_of::<NodeAgent>(&connected, other);
     assert!(agent.ask(find()).wait_timeout(SOON).unwrap().is_none());
     let _second = node(1, 1).serve();
-    eventually("the second life", || {
-        inner.1.is_member(NodeId { rank: 1, life: 2 })
+    eventually("the second incarnation", || {
+        inner.1.is_member(NodeId {
+            rank: 1,
+            incarnation: 2,
+        })
     });
     eventually("its connection is closed with its next frame", || {
         agent.ask(find()).wait_timeout(SOON).is_err()
@@ -176,9 +188,15 @@ fn a_life_that_is_over_is_refused_by_other_nodes() {
     else {
         panic!("{refused:?}");
     };
-    // A life that the other node cannot have heard of is nobody's.
+    // An incarnation that the other node cannot have heard of is nobody's.
     let made_up = config.process();
-    made_up.enter(NodeId { rank: 1, life: 7 }, inner.0.session());
+    made_up.enter(
+        NodeId {
+            rank: 1,
+            incarnation: 7,
+        },
+        inner.0.session(),
+    );
     let addresses = inner.1.addresses(other).unwrap();
     made_up.resolve_with(Box::new(move |_| {
         std::future::ready(Ok(addresses.clone())).boxed()
@@ -254,7 +272,7 @@ fn nothing_of_a_cluster_stays_when_it_is_dropped() {
         assert_eq!(node.wait().unwrap(), NodeExit::Released);
     }
     eventually("all processes are gone", || {
-        num_living(config.net.lease) == 0
+        num_living(config.net.process_lease) == 0
     });
     eventually("all actors are gone", || alive.load(Ordering::SeqCst) == 0);
 }
@@ -277,10 +295,12 @@ fn nothing_of_a_failed_join_stays() {
         assert!(nowhere.serve().wait().is_err());
     }
     eventually("only the driver is left", || {
-        num_living(config.net.lease) == 1
+        num_living(config.net.process_lease) == 1
     });
     drop(cluster);
-    eventually("nobody is left", || num_living(config.net.lease) == 0);
+    eventually("nobody is left", || {
+        num_living(config.net.process_lease) == 0
+    });
 }
 
 /// Opened once, and seen from many threads.
@@ -337,7 +357,7 @@ fn what_was_being_made_for_a_lost_driver_ends_and_nothing_of_that_life_stays() {
     }
     drop(cluster);
     eventually("all processes are gone", || {
-        num_living(config.net.lease) == 0
+        num_living(config.net.process_lease) == 0
     });
 }
 
@@ -398,7 +418,7 @@ fn an_order_that_comes_again_gets_the_actor_that_was_made() {
     let alive = Arc::default();
     let process = Process::new(NetConfig::default(), None, None, None);
     process.enter(NodeId::DRIVER, 1);
-    let nursery = Nursery::new(Arc::clone(&process), hosts(&alive), Resources::none());
+    let scope = TaskScope::new(Arc::clone(&process), hosts(&alive), Resources::none());
     let order = |order| Make {
         order,
         variant: None,
@@ -407,15 +427,15 @@ fn an_order_that_comes_again_gets_the_actor_that_was_made() {
         name: Some(format!("order {order}")),
         needs: Resources::none(),
     };
-    let make = |number| Task::start(Arc::clone(&nursery).make(order(number)));
+    let make = |number| Task::start(Arc::clone(&scope).make(order(number)));
     let twice = [make(1), make(1)].map(Task::wait);
     assert_eq!(twice[0], twice[1]);
     assert_eq!(make(1).wait(), twice[0]);
     assert!(twice[0].is_ok() && make(2).wait() != twice[0]);
     assert_eq!(alive.load(Ordering::SeqCst), 2);
-    nursery.kill_all();
+    scope.kill_all();
     eventually("they have ended", || alive.load(Ordering::SeqCst) == 0);
-    assert!(make(3).wait().is_err(), "this life is over");
+    assert!(make(3).wait().is_err(), "this incarnation is over");
 }
 
 /// The sender says so, to whoever called, and the connection goes on.

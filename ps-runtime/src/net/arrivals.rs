@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
 
-use super::connection::{Ended, Frame, linger};
+use super::admission::{Admission, Admitted};
+use super::connection::{Ended, Frame, busy_poll};
 use super::frame::{HEAD_LEN, Head, Kind, OutFrame, parse_addresses, parse_lengths};
 use super::outbox::Outbox;
 use super::peer_memory::PeerMemory;
-use super::turns::{Turn, Turns};
 use crate::actor::deadline::Deadline;
 use crate::buffer::{Buffer, BufferPool};
 
@@ -25,7 +25,7 @@ const MAX_WAITING: usize = 64;
 pub(super) struct Arrivals<'a> {
     pub(super) buffers: &'a BufferPool,
     pub(super) max_numbers: u64,
-    pub(super) turns: Option<Arc<Turns>>,
+    pub(super) admission: Option<Arc<Admission>>,
     pub(super) outbox: &'a Outbox,
     /// Where lent numbers are copied from.
     pub(super) memory: Option<PeerMemory>,
@@ -80,7 +80,7 @@ impl Arrivals<'_> {
                     }
                 }
                 if may_have_successor {
-                    linger(read).await;
+                    busy_poll(read).await;
                 }
             }
             Ok(())
@@ -88,7 +88,7 @@ impl Arrivals<'_> {
         let taking = async {
             while let Some(Arrival { mut frame, lent }) = waiting.recv().await {
                 if let Some(lent) = lent {
-                    frame.turn = self.turn(frame.kind, &lent.lengths).await;
+                    frame.admitted = self.admit(frame.kind, &lent.lengths).await;
                     frame.bulk = self.take(frame.call, lent).await?;
                 }
                 hand_on(frame)?;
@@ -123,9 +123,11 @@ impl Arrivals<'_> {
     }
 
     /// Waits for the turn of a large call.
-    async fn turn(&self, kind: Kind, lengths: &[usize]) -> Option<Turn> {
-        match (kind, &self.turns) {
-            (Kind::Ask | Kind::Tell, Some(turns)) => turns.turn(lengths.iter().sum()).await,
+    async fn admit(&self, kind: Kind, lengths: &[usize]) -> Option<Admitted> {
+        match (kind, &self.admission) {
+            (Kind::Ask | Kind::Tell, Some(admission)) => {
+                admission.admit(lengths.iter().sum()).await
+            }
             _ => None,
         }
     }
@@ -173,7 +175,7 @@ impl Arrivals<'_> {
             code: head.code,
             header,
             bulk: Vec::new(),
-            turn: None,
+            admitted: None,
             deadline,
         };
         if head.is_lent {
@@ -182,7 +184,7 @@ impl Arrivals<'_> {
         }
         // What is lent to the peer is taken with a frame behind this one, so this one cannot wait for it.
         if !self.outbox.has_lent() {
-            frame.turn = self.turn(head.kind, &lengths).await;
+            frame.admitted = self.admit(head.kind, &lengths).await;
         }
         let mut bulk = Filling::default();
         for len in lengths {

@@ -8,7 +8,7 @@ pub struct NetConfig {
     /// A peer that has nothing else to say says so this often. Default: 1 s.
     pub heartbeat: Duration,
     /// A peer of which nothing was heard for this long is lost. Default: 5 s.
-    pub lease: Duration,
+    pub process_lease: Duration,
     /// How long a handshake may take. Default: 5 s.
     pub handshake: Duration,
     /// The most numbers (`f32`) in one message. Default: 2³⁰, which are 4 GiB.
@@ -25,7 +25,7 @@ impl Default for NetConfig {
     fn default() -> Self {
         Self {
             heartbeat: Duration::from_secs(1),
-            lease: Duration::from_secs(5),
+            process_lease: Duration::from_secs(5),
             handshake: Duration::from_secs(5),
             max_numbers: 1 << 30,
             max_connections: 4096,
@@ -37,8 +37,8 @@ impl Default for NetConfig {
 impl NetConfig {
     /// Sets the lease, and a heartbeat of a fifth of it.
     #[must_use]
-    pub fn with_lease(mut self, lease: Duration) -> Self {
-        self.lease = lease;
+    pub fn with_process_lease(mut self, lease: Duration) -> Self {
+        self.process_lease = lease;
         self.heartbeat = lease / 5;
         self
     }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufRead, AsyncRead, AsyncReadExt, BufReader, ReadBuf};
 use tokio::time::Sleep;
 
+use super::admission::{Admission, Admitted};
 use super::arrivals::Arrivals;
 use super::config::NetConfig;
 use super::frame::{FrameError, Kind};
@@ -17,9 +18,8 @@ use super::outbox::{Outbox, TaskWriter};
 use super::peer_memory::PeerMemory;
 use super::quiet::Quiet;
 use super::stream::{ReadHalf, Stream};
-use super::turns::{Turn, Turns};
+use crate::actor::busy_poll::BusyPoll;
 use crate::actor::deadline::{Deadline, latest};
-use crate::actor::linger::Lingering;
 use crate::buffer::{Buffer, BufferPool, OutOfMemory};
 
 /// Bytes read at once; larger pieces go straight to their buffer.
@@ -37,7 +37,7 @@ pub(crate) struct Frame {
     pub(crate) header: Vec<u8>,
     pub(crate) bulk: Vec<Buffer>,
     /// Kept until the handler of a large call has returned.
-    pub(crate) turn: Option<Turn>,
+    pub(crate) admitted: Option<Admitted>,
     /// After it the handler is not to begin.
     pub(crate) deadline: Option<Deadline>,
 }
@@ -59,7 +59,7 @@ pub(crate) trait Peer: Send + 'static {
     fn receive(&mut self, frame: Frame) -> Result<(), Ended>;
 
     /// What senders of large calls wait for.
-    fn turns(&self) -> Option<Arc<Turns>> {
+    fn admission(&self) -> Option<Arc<Admission>> {
         None
     }
 
@@ -128,8 +128,8 @@ impl Connection {
         buffers: &BufferPool,
         peer: impl Peer,
     ) {
-        let turns = peer.turns();
-        let is_called = turns.is_some();
+        let admission = peer.admission();
+        let is_called = admission.is_some();
         let mut peer = Farewell {
             peer,
             is_said: false,
@@ -143,12 +143,12 @@ impl Connection {
         let arrivals = Arrivals {
             buffers,
             max_numbers: config.max_numbers,
-            turns,
+            admission,
             outbox: &outbox,
             memory,
-            patience: is_called.then_some(config.lease),
+            patience: is_called.then_some(config.process_lease),
         };
-        let read = already_read.chain(Watched::new(read, config.lease));
+        let read = already_read.chain(Watched::new(read, config.process_lease));
         let mut read = BufReader::with_capacity(READ_BUFFER, read);
         let reading = arrivals.read_all(&mut read, |frame| peer.peer.receive(frame));
         let result = both_ways(reading, &outbox, write, config).await;
@@ -176,7 +176,7 @@ async fn both_ways(
         result = outbox.write(write) => {
             // What the peer sent before it closed is still to be read: mostly it says why.
             // And a socket closed with something unread would lose what was written last.
-            let rest = tokio::time::timeout(config.lease, reading).await;
+            let rest = tokio::time::timeout(config.process_lease, reading).await;
             result.map_err(Ended::Io).and(rest.unwrap_or(Ok(())))
         }
         never = outbox.ping(config.heartbeat) => match never {},
@@ -204,12 +204,12 @@ impl<P: Peer> Drop for Farewell<P> {
 }
 
 /// Waits for something to read, but only as long as it is worth to stay awake.
-pub(super) async fn linger(read: &mut (impl AsyncBufRead + Unpin)) {
-    let lingering = Lingering::begin();
+pub(super) async fn busy_poll(read: &mut (impl AsyncBufRead + Unpin)) {
+    let busy_polling = BusyPoll::begin();
     loop {
         // An error or the end of the stream is there, too, for whoever reads.
         let is_there = poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).is_ready()));
-        if is_there.await || !lingering.goes_on() {
+        if is_there.await || !busy_polling.goes_on() {
             return;
         }
         // The event loop looks for what has arrived, on its other connections, too.
@@ -276,7 +276,7 @@ mod tests {
 
     struct Receiver {
         arrived: mpsc::UnboundedSender<Frame>,
-        turns: Arc<Turns>,
+        admission: Arc<Admission>,
     }
 
     impl Peer for Receiver {
@@ -289,8 +289,8 @@ mod tests {
             sent.map_err(|error| Ended::Peer(error.to_string()))
         }
 
-        fn turns(&self) -> Option<Arc<Turns>> {
-            Some(Arc::clone(&self.turns))
+        fn admission(&self) -> Option<Arc<Admission>> {
+            Some(Arc::clone(&self.admission))
         }
 
         fn disconnected(&mut self, _: &Arc<str>) {}
@@ -298,17 +298,17 @@ mod tests {
 
     /// Runs the called side of a connection; returns the caller's pipe, and what arrives.
     fn accept(
-        turns: &Arc<Turns>,
+        admission: &Arc<Admission>,
         config: NetConfig,
     ) -> (DuplexStream, mpsc::UnboundedReceiver<Frame>) {
         let (ours, theirs) = tokio::io::duplex(1 << 16);
         let (sender, arrived) = mpsc::unbounded_channel();
-        let turns = Arc::clone(turns);
+        let admission = Arc::clone(admission);
         tokio::spawn(async move {
             let connection = Connection::new(Stream::Memory(theirs), &config);
             let receiver = Receiver {
                 arrived: sender,
-                turns,
+                admission,
             };
             let buffers = BufferPool::new(0);
             connection.run(&[], &config, &buffers, receiver).await;
@@ -327,7 +327,7 @@ mod tests {
     /// Answers each call.
     struct Replier {
         outbox: Arc<Outbox>,
-        turns: Arc<Turns>,
+        admission: Arc<Admission>,
         num_calls: Arc<AtomicUsize>,
         ended: mpsc::UnboundedSender<Arc<str>>,
     }
@@ -347,8 +347,8 @@ mod tests {
             self.outbox.send(reply).map_err(|_| Ended::Done("closed"))
         }
 
-        fn turns(&self) -> Option<Arc<Turns>> {
-            Some(Arc::clone(&self.turns))
+        fn admission(&self) -> Option<Arc<Admission>> {
+            Some(Arc::clone(&self.admission))
         }
 
         fn disconnected(&mut self, why: &Arc<str>) {
@@ -359,13 +359,13 @@ mod tests {
     #[tokio::test]
     async fn a_peer_that_asks_and_does_not_read_binds_little_and_is_cut_off() {
         let (mut ours, theirs) = tokio::io::duplex(1 << 16);
-        let config = NetConfig::default().with_lease(Duration::from_millis(300));
+        let config = NetConfig::default().with_process_lease(Duration::from_millis(300));
         let connection = Connection::new(Stream::Memory(theirs), &config);
         let (sender, mut ended) = mpsc::unbounded_channel();
         let num_calls = Arc::new(AtomicUsize::new(0));
         let replier = Replier {
             outbox: Arc::clone(&connection.outbox),
-            turns: Turns::new(Duration::MAX),
+            admission: Admission::new(Duration::MAX),
             num_calls: Arc::clone(&num_calls),
             ended: sender,
         };
@@ -387,14 +387,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lingering_ends_without_traffic_and_loses_nothing() {
+    async fn busy_polling_ends_without_traffic_and_loses_nothing() {
         let (mut write, read) = tokio::io::duplex(64);
         let mut read = BufReader::new(read);
-        linger(&mut read).await;
+        busy_poll(&mut read).await;
         write.write_all(b"here").await.unwrap();
-        linger(&mut read).await;
+        busy_poll(&mut read).await;
         drop(write);
-        linger(&mut read).await;
+        busy_poll(&mut read).await;
         let mut all = Vec::new();
         read.read_to_end(&mut all).await.unwrap();
         assert_eq!(all, b"here");
@@ -402,9 +402,12 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn large_calls_are_read_one_after_the_other() {
-        let turns = Turns::new(Duration::MAX);
-        let before = turns.turn(usize::MAX).await.expect("nobody is before it");
-        let (mut caller, mut arrived) = accept(&turns, NetConfig::default());
+        let admission = Admission::new(Duration::MAX);
+        let before = admission
+            .admit(usize::MAX)
+            .await
+            .expect("nobody is before it");
+        let (mut caller, mut arrived) = accept(&admission, NetConfig::default());
         let call = [announcement(LARGE), vec![0; 4 * LARGE]].concat();
         let mut writing = tokio::spawn(async move {
             caller.write_all(&call).await.unwrap();
@@ -414,23 +417,29 @@ mod tests {
         let wait = tokio::time::timeout(Duration::from_millis(10), &mut writing);
         assert!(wait.await.is_err());
         drop(before);
-        let frame = arrived.recv().await.expect("it is read in its turn");
+        let frame = arrived
+            .recv()
+            .await
+            .expect("it is read once it is admitted");
         assert_eq!(frame.bulk[0].len(), LARGE);
-        assert!(frame.turn.is_some());
+        assert!(frame.admitted.is_some());
         writing.await.unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_stalled_sender_does_not_stop_the_others() {
-        let turns = Turns::new(NetConfig::default().lease / 2);
-        let (mut stalled, _never) = accept(&turns, NetConfig::default());
+        let admission = Admission::new(NetConfig::default().process_lease / 2);
+        let (mut stalled, _never) = accept(&admission, NetConfig::default());
         stalled.write_all(&announcement(LARGE)).await.unwrap();
-        let (mut caller, mut arrived) = accept(&turns, NetConfig::default());
+        let (mut caller, mut arrived) = accept(&admission, NetConfig::default());
         let call = [announcement(LARGE), vec![0; 4 * LARGE]].concat();
         for _ in 0..3 {
             let begin = tokio::time::Instant::now();
             caller.write_all(&call).await.unwrap();
-            arrived.recv().await.expect("it goes on without its turn");
+            arrived
+                .recv()
+                .await
+                .expect("it goes on without being admitted");
             assert!(begin.elapsed() < NetConfig::default().heartbeat);
         }
         drop(stalled);
@@ -439,10 +448,13 @@ mod tests {
     ///
     #[tokio::test]
     async fn who_waits_for_a_turn_gives_signs_of_life() {
-        let turns = Turns::new(Duration::MAX);
-        let config = NetConfig::default().with_lease(Duration::from_millis(50));
-        let _before = turns.turn(usize::MAX).await.expect("nobody is before it");
-        let (mut caller, _never) = accept(&turns, config);
+        let admission = Admission::new(Duration::MAX);
+        let config = NetConfig::default().with_process_lease(Duration::from_millis(50));
+        let _before = admission
+            .admit(usize::MAX)
+            .await
+            .expect("nobody is before it");
+        let (mut caller, _never) = accept(&admission, config);
         // So much that its wait is longer than the lease.
         let call = announcement(1 << 30);
         caller.write_all(&call).await.unwrap();
@@ -452,6 +464,6 @@ mod tests {
             caller.read_exact(&mut frame).await.unwrap();
             assert_eq!(frame[0], Kind::Ping as u8);
         }
-        assert!(begin.elapsed() > config.lease);
+        assert!(begin.elapsed() > config.process_lease);
     }
 }

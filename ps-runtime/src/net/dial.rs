@@ -116,7 +116,7 @@ pub(crate) async fn open(process: &Process, address: &Address) -> io::Result<Str
     match address {
         Address::Tcp(address) => {
             let stream = TcpStream::connect(address).await?;
-            tune(&stream, process.config().lease)?;
+            tune(&stream, process.config().process_lease)?;
             Ok(match process.tls() {
                 Some(tls) => Stream::Tls(Box::new(tls.connect(stream).await?)),
                 None => Stream::Tcp(stream),
@@ -142,7 +142,7 @@ async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<D
         .header(UPGRADE, PROTOCOL)
         .header(SCHEMA, format!("{:016x}", wire.schema))
         .header(SESSION, format!("{:016x}", process.session()))
-        .header(NODE, format!("{}.{}", me.rank, me.life))
+        .header(NODE, format!("{}.{}", me.rank, me.incarnation))
         .header(MAX_NUMBERS, process.config().max_numbers);
     if let Some(place) = process.joining() {
         request = request.header(JOINING, place.to_string());

@@ -25,8 +25,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::admission::{Admission, Sending};
 use super::peer_memory::{Probe, address};
-use super::turns::{Sending, Turns};
 use crate::actor::deadline::Deadline;
 use crate::codec::{Bulk, Encoded, MAX_HEADER};
 
@@ -359,9 +359,9 @@ impl OutFrame {
     }
 
     /// Counts the frame as one that is being sent until it is written or given up.
-    pub(crate) fn counted(mut self, turns: &Arc<Turns>) -> Self {
+    pub(crate) fn counted(mut self, admission: &Arc<Admission>) -> Self {
         let num_numbers = self.bulk.iter().map(|bulk| bulk.len()).sum();
-        self.sending = turns.sending(num_numbers);
+        self.sending = admission.sending(num_numbers);
         self
     }
 

@@ -9,11 +9,11 @@ use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
 use super::NetConfig;
+use super::admission::Admission;
 use super::connection::{Connection, Ended, Frame, Peer};
 use super::frame::{HEAD_LEN, Head, Kind, OutFrame, parse_lengths};
 use super::outbox::{MAX_LENT, MIN_LENT, Outbox};
 use super::stream::Stream;
-use super::turns::Turns;
 use crate::buffer::{Buffer, BufferPool};
 use crate::codec::{Bulk, Encoded};
 
@@ -23,7 +23,7 @@ const LARGE: usize = MIN_LENT / 4;
 struct Receiver {
     arrived: mpsc::UnboundedSender<Frame>,
     ended: Option<oneshot::Sender<Arc<str>>>,
-    turns: Arc<Turns>,
+    admission: Arc<Admission>,
 }
 
 impl Peer for Receiver {
@@ -39,8 +39,8 @@ impl Peer for Receiver {
         Ok(())
     }
 
-    fn turns(&self) -> Option<Arc<Turns>> {
-        Some(Arc::clone(&self.turns))
+    fn admission(&self) -> Option<Arc<Admission>> {
+        Some(Arc::clone(&self.admission))
     }
 
     fn disconnected(&mut self, why: &Arc<str>) {
@@ -55,7 +55,7 @@ struct End {
     outbox: Arc<Outbox>,
     arrived: mpsc::UnboundedReceiver<Frame>,
     ended: oneshot::Receiver<Arc<str>>,
-    turns: Arc<Turns>,
+    admission: Arc<Admission>,
 }
 
 impl End {
@@ -65,11 +65,11 @@ impl End {
         let config = NetConfig::default();
         let connection = Connection::new(stream, &config);
         let outbox = Arc::clone(&connection.outbox);
-        let turns = Turns::new(Duration::MAX);
+        let admission = Admission::new(Duration::MAX);
         let receiver = Receiver {
             arrived: sender,
             ended: Some(end),
-            turns: Arc::clone(&turns),
+            admission: Arc::clone(&admission),
         };
         tokio::spawn(async move {
             let buffers = BufferPool::new(0);
@@ -79,7 +79,7 @@ impl End {
             outbox,
             arrived,
             ended,
-            turns,
+            admission,
         }
     }
 
@@ -220,7 +220,11 @@ async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     end.send(Kind::Reply, 1, &reply);
     assert!(read_raw(&mut peer).await.is_lent);
 
-    let turn = end.turns.turn(1 << 20).await.expect("nobody is before it");
+    let admitted = end
+        .admission
+        .admit(1 << 20)
+        .await
+        .expect("nobody is before it");
     let bulk = Bulk::from(Buffer::from(vec![0.5; 1 << 20]));
     let contents = Encoded {
         header: vec![],
@@ -235,11 +239,11 @@ async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     while num_holders(&reply) > 1 {
         tokio::task::yield_now().await;
     }
-    assert!(end.arrived.try_recv().is_err(), "it is not its turn");
-    drop(turn);
+    assert!(end.arrived.try_recv().is_err(), "it is not admitted");
+    drop(admitted);
     let got = end.next().await;
     assert_eq!((got.kind, got.call), (Kind::Ask, 7));
-    assert!(got.turn.is_some() && got.bulk[0][..] == bulk[..]);
+    assert!(got.admitted.is_some() && got.bulk[0][..] == bulk[..]);
     assert_eq!(end.next().await.kind, Kind::Cancel);
 }
 

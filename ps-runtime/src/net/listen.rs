@@ -37,7 +37,7 @@ pub(crate) enum Listener {
 }
 
 /// Which nodes may speak; not those that were declared lost.
-pub(crate) trait Lives: Send + Sync {
+pub(crate) trait Incarnations: Send + Sync {
     /// Whether a node may speak; `None` if that is not known here.
     fn may_speak(&self, node: NodeId) -> Option<bool>;
 
@@ -52,7 +52,7 @@ pub(crate) trait Lives: Send + Sync {
 /// What a listener needs to know.
 pub(crate) struct Front {
     pub(crate) process: Arc<Process>,
-    pub(crate) lives: Arc<dyn Lives>,
+    pub(crate) incarnations: Arc<dyn Incarnations>,
     /// More that is served on the same port, behind the same token.
     pub(crate) routes: Router,
 }
@@ -76,13 +76,13 @@ impl Listener {
     pub(crate) async fn serve(mut self, front: Front) {
         let Front {
             process,
-            lives,
+            incarnations,
             routes,
         } = front;
         let config = *process.config();
         let shared = Arc::new(Shared {
             process: Arc::clone(&process),
-            lives,
+            incarnations,
         });
         let routes = Router::new()
             .route("/ps/v1/actors/{number}", get(upgrade))
@@ -201,7 +201,7 @@ async fn introduce(mut response: Response) -> Response {
 
 struct Shared {
     process: Arc<Process>,
-    lives: Arc<dyn Lives>,
+    incarnations: Arc<dyn Incarnations>,
 }
 
 /// What a request that asks for an upgrade hands to the connection's task.
@@ -220,7 +220,7 @@ async fn begin(stream: Detached, process: &Process) -> io::Result<Stream> {
         // Only this host can have come in here.
         local => return Ok(local),
     };
-    tune(&stream, process.config().lease)?;
+    tune(&stream, process.config().process_lease)?;
     Ok(match process.tls() {
         Some(tls) => Stream::Tls(Box::new(tls.accept(stream).await?)),
         None => Stream::Tcp(stream),
@@ -362,8 +362,8 @@ async fn admit(
     let node = header(NODE).and_then(parse_node);
     let node = node.filter(|_| !is_joining);
     if let Some(node) = node {
-        let may_speak = match shared.lives.may_speak(node) {
-            None => shared.lives.ask(node).await,
+        let may_speak = match shared.incarnations.may_speak(node) {
+            None => shared.incarnations.ask(node).await,
             known => known,
         };
         match may_speak {
@@ -391,7 +391,7 @@ async fn admit(
         match joining.filter(|_| is_joining) {
             Some(place) => {
                 let rank = place.rank;
-                shared.lives.note_refusal(place, &why);
+                shared.incarnations.note_refusal(place, &why);
                 refuse(&OTHER_BUILD, peer, &format_args!("rank {rank}: {why}"));
             }
             None => refuse(&OTHER_BUILD, peer, &why),
@@ -402,17 +402,18 @@ async fn admit(
     let max_numbers = max_numbers.unwrap_or(process.config().max_numbers);
     let (process, shared) = (Arc::clone(process), Arc::clone(shared));
     // Asked again with each frame: a node may be declared lost while it is connected.
-    let may_speak =
-        Box::new(move || node.is_none_or(|node| shared.lives.may_speak(node) != Some(false)));
+    let may_speak = Box::new(move || {
+        node.is_none_or(|node| shared.incarnations.may_speak(node) != Some(false))
+    });
     Ok(Box::new(move |outbox| {
         Server::new(&process, callee, outbox, hold, may_speak, max_numbers)
     }))
 }
 
 fn parse_node(text: &str) -> Option<NodeId> {
-    let (rank, life) = text.split_once('.')?;
+    let (rank, incarnation) = text.split_once('.')?;
     Some(NodeId {
         rank: rank.parse().ok()?,
-        life: life.parse().ok()?,
+        incarnation: incarnation.parse().ok()?,
     })
 }

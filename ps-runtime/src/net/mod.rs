@@ -10,7 +10,7 @@
 //! | [`frame`] | the format of what is sent; pure |
 //! | `connection`, `arrivals`, `outbox` | heartbeat, reading and writing of one connection |
 //! | `peer_memory` | large numbers between processes of one host are copied once |
-//! | `turns` | large calls to one actor come in one after the other |
+//! | `admission` | large calls to one actor come in one after the other |
 //! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
 //! | `address`, `dial`, `listen` | finding a process, both sides of the handshake |
 //! | `access`, [`tls`] | the token; certificates |
@@ -19,6 +19,7 @@
 
 pub(crate) mod access;
 pub(crate) mod address;
+pub(crate) mod admission;
 mod arrivals;
 pub(crate) mod config;
 pub(crate) mod connection;
@@ -34,7 +35,6 @@ pub(crate) mod quiet;
 pub(crate) mod stream;
 pub(crate) mod threads;
 pub mod tls;
-pub(crate) mod turns;
 
 pub use access::{Token, TokenError};
 pub use address::Address;

@@ -25,10 +25,10 @@ use crate::actor::error::error_chain;
 use crate::actor::mailbox::Mailbox;
 use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
 use crate::codec::{self, Encoded};
+use crate::net::admission::Admission;
 use crate::net::connection::{Ended, Frame, Peer};
 use crate::net::frame::{self, Kind, OutFrame};
 use crate::net::outbox::Outbox;
-use crate::net::turns::Turns;
 
 /// An actor of any type that other processes can call.
 pub(crate) trait Callee: Send + Sync {
@@ -39,7 +39,7 @@ pub(crate) trait Callee: Send + Sync {
     fn stop(&self);
     fn kill(&self);
     fn ended(&self) -> watch::Receiver<bool>;
-    fn turns(&self) -> &Arc<Turns>;
+    fn admission(&self) -> &Arc<Admission>;
     /// The `Arc<Handle<A>>`, as one of any type, while there is one.
     fn handle(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>>;
 }
@@ -55,7 +55,7 @@ pub(crate) struct Exported<A: Actor> {
     pub(crate) handle: Keep<A>,
     pub(crate) mailbox: Arc<Mailbox<A>>,
     pub(crate) table: Arc<Table<A>>,
-    pub(crate) turns: Arc<Turns>,
+    pub(crate) admission: Arc<Admission>,
 }
 
 impl<A: Remote> Callee for Exported<A> {
@@ -87,8 +87,8 @@ impl<A: Remote> Callee for Exported<A> {
         self.mailbox.ended()
     }
 
-    fn turns(&self) -> &Arc<Turns> {
-        &self.turns
+    fn admission(&self) -> &Arc<Admission> {
+        &self.admission
     }
 
     fn handle(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
@@ -144,7 +144,7 @@ where
         call: number,
         header,
         bulk,
-        turn,
+        admitted,
         deadline,
         ..
     } = frame;
@@ -163,8 +163,8 @@ where
         }
     };
     // A told message, too, is answered, without its result: its loss is counted by its sender.
-    let turn = turn.map(|turn| Box::new(turn) as _);
-    match mailbox.push_with(message, turn, deadline) {
+    let admitted = admitted.map(|admitted| Box::new(admitted) as _);
+    match mailbox.push_with(message, admitted, deadline) {
         Ok(call) => {
             connection.last_taken.fetch_max(number, Ordering::Relaxed);
             let reply = Arc::new(Answer {
@@ -186,7 +186,7 @@ pub(crate) struct Calls {
     process: Arc<Process>,
     outbox: Arc<Outbox>,
     actor_name: Arc<str>,
-    turns: Arc<Turns>,
+    admission: Arc<Admission>,
     /// How many numbers the caller takes at once.
     max_numbers: u64,
     running: Mutex<HashMap<u64, Arc<dyn Cancel>>>,
@@ -208,7 +208,7 @@ impl Calls {
         // A caller whose connection is gone has been told so by its own side.
         let _ = self
             .outbox
-            .send(OutFrame::new(Kind::Reply, call, code, contents).counted(&self.turns));
+            .send(OutFrame::new(Kind::Reply, call, code, contents).counted(&self.admission));
     }
 
     fn reply_error(&self, call: u64, error: &CallError) {
@@ -264,7 +264,7 @@ impl<R: Serialize + Send + 'static> Answer<R> {
                 Ok(encoded)
             }
             Then::Keep => {
-                let ticket = process.shelve(codec::encode(&result).map_err(text)?)?;
+                let ticket = process.keep_result(codec::encode(&result).map_err(text)?)?;
                 codec::encode(&ticket).map_err(text)
             }
         });
@@ -320,7 +320,7 @@ impl Server {
             process: Arc::clone(process),
             outbox,
             actor_name: Arc::clone(callee.name()),
-            turns: Arc::clone(callee.turns()),
+            admission: Arc::clone(callee.admission()),
             max_numbers,
             running: Mutex::default(),
             last_taken: AtomicU64::new(0),
@@ -391,8 +391,8 @@ impl Peer for Server {
         Ok(())
     }
 
-    fn turns(&self) -> Option<Arc<Turns>> {
-        Some(Arc::clone(&self.calls.turns))
+    fn admission(&self) -> Option<Arc<Admission>> {
+        Some(Arc::clone(&self.calls.admission))
     }
 
     fn disconnected(&mut self, why: &Arc<str>) {

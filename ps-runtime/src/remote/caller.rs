@@ -372,7 +372,7 @@ impl RemoteActor {
             let mut state = self.lock();
             state.link = Link::Down;
             if may_help && !mem::replace(&mut state.is_sought, true) {
-                let pause = self.process.config().lease / 2;
+                let pause = self.process.config().process_lease / 2;
                 threads::next().spawn(seek(Arc::downgrade(self), pause));
             }
             (mem::take(&mut state.calls), mem::take(&mut state.unsent))
@@ -535,7 +535,7 @@ async fn connect(actor: Arc<RemoteActor>) {
     let process = Arc::clone(&actor.process);
     let config = process.config();
     let now = tokio::time::Instant::now().into_std();
-    let deadline = latest(now, config.lease).into();
+    let deadline = latest(now, config.process_lease).into();
     let mut pause = std::time::Duration::from_millis(10);
     let dialled = loop {
         let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {
@@ -543,7 +543,7 @@ async fn connect(actor: Arc<RemoteActor>) {
             Ok(Err(DialError::Ended(why))) => return actor.end(why.into(), 0),
             Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into(), false),
             Ok(Err(DialError::Unreachable(why))) => why,
-            Err(_elapsed) => format!("it did not answer within {:?}", config.lease),
+            Err(_elapsed) => format!("it did not answer within {:?}", config.process_lease),
         };
         if tokio::time::Instant::now() + pause > deadline {
             return actor.give_up(error.into(), true);

@@ -56,7 +56,7 @@ enum Place<T> {
 /// What travels in place of the value.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Ticket {
-    shelf: ActorRef<Shelf>,
+    store: ActorRef<KeptResults>,
     number: u64,
 }
 
@@ -98,11 +98,11 @@ impl<T: DeserializeOwned> Kept<T> {
         match place {
             Place::Here(value) => Ok(value),
             Place::There {
-                ticket: Ticket { shelf, number },
+                ticket: Ticket { store, number },
                 process,
                 ..
             } => {
-                let blob = shelf.ask(Take(number)).await?.ok_or(KeptError::Gone)?;
+                let blob = store.ask(Take(number)).await?.ok_or(KeptError::Gone)?;
                 Ok(on_behalf_of(&process, || blob.read())?)
             }
             Place::Taken => Err(KeptError::Gone),
@@ -114,11 +114,11 @@ impl<T> Drop for Kept<T> {
     fn drop(&mut self) {
         let place = mem::replace(&mut *self.lock(), Place::Taken);
         if let Place::There {
-            ticket: Ticket { shelf, number },
+            ticket: Ticket { store, number },
             is_sent: false,
             ..
         } = place
-            && let Err(error) = shelf.tell(Discard(number))
+            && let Err(error) = store.tell(Discard(number))
         {
             tracing::debug!(%error, "a kept value could not be let go of");
         }
@@ -139,7 +139,7 @@ impl<T: Serialize> Serialize for Kept<T> {
             Place::Here(value) => {
                 let process = current().ok_or_else(|| S::Error::custom(NOT_IN_A_CALL))?;
                 let encoded = codec::encode(value).map_err(S::Error::custom)?;
-                let ticket = process.shelve(encoded).map_err(S::Error::custom)?;
+                let ticket = process.keep_result(encoded).map_err(S::Error::custom)?;
                 *place = Place::There {
                     ticket: ticket.clone(),
                     process,
@@ -204,7 +204,7 @@ impl<R: Send> ReplySlot<Kept<R>> for KeepHere<R> {
 }
 
 /// Hands out what a process keeps for others.
-pub(crate) struct Shelf {
+pub(crate) struct KeptResults {
     values: Arc<Values>,
 }
 
@@ -226,25 +226,25 @@ impl Values {
 
 /// The shelf of one process, started when something is first put on it.
 #[derive(Default)]
-pub(crate) struct Shelves {
-    started: OnceLock<(ActorRef<Shelf>, Arc<Values>)>,
+pub(crate) struct ObjectStore {
+    started: OnceLock<(ActorRef<KeptResults>, Arc<Values>)>,
 }
 
-impl Shelves {
+impl ObjectStore {
     /// Keeps a value for whoever brings the ticket.
     pub(crate) fn put(&self, value: Encoded) -> Result<Ticket, String> {
-        let (shelf, values) = match self.started.get() {
+        let (store, values) = match self.started.get() {
             Some(started) => started,
             None => {
                 let values = Arc::new(Values::default());
                 let shared = Arc::clone(&values);
-                let spawn = Spawn::new().thread_name("ps-shelf").without_io();
-                let shelf = spawn.start(move || Shelf {
+                let spawn = Spawn::new().thread_name("ps-store").without_io();
+                let store = spawn.start(move || KeptResults {
                     values: Arc::clone(&shared),
                 });
-                let shelf = shelf.map_err(|error| error.to_string())?;
+                let store = store.map_err(|error| error.to_string())?;
                 // Of two at the same time, one stays.
-                self.started.get_or_init(|| (shelf, values))
+                self.started.get_or_init(|| (store, values))
             }
         };
         let number = values.next.fetch_add(1, Ordering::Relaxed);
@@ -256,12 +256,12 @@ impl Shelves {
         }
         by_number.insert(number, (Instant::now(), value));
         drop(by_number);
-        let shelf = shelf.clone();
-        Ok(Ticket { shelf, number })
+        let store = store.clone();
+        Ok(Ticket { store, number })
     }
 }
 
-impl Shelves {
+impl ObjectStore {
     /// Lets go of what nobody has come for.
     pub(crate) fn sweep(&self, now: Instant) {
         let Some((_, values)) = self.started.get() else {
@@ -278,11 +278,11 @@ impl Shelves {
     }
 }
 
-impl Actor for Shelf {
+impl Actor for KeptResults {
     type Context = Context<Self>;
 }
 
-impl Remote for Shelf {
+impl Remote for KeptResults {
     fn messages(messages: &mut Messages<Self>) {
         messages.add::<Take>().add::<Discard>();
     }
@@ -292,7 +292,7 @@ impl Remote for Shelf {
 #[rtype(result = "Option<Blob>")]
 struct Take(u64);
 
-impl Handler<Take> for Shelf {
+impl Handler<Take> for KeptResults {
     type Result = Option<Blob>;
 
     fn handle(&mut self, Take(number): Take, _: &mut Self::Context) -> Self::Result {
@@ -305,7 +305,7 @@ impl Handler<Take> for Shelf {
 #[rtype(result = "()")]
 struct Discard(u64);
 
-impl Handler<Discard> for Shelf {
+impl Handler<Discard> for KeptResults {
     type Result = ();
 
     fn handle(&mut self, Discard(number): Discard, _: &mut Self::Context) {
@@ -319,8 +319,8 @@ pub(crate) mod tests {
     use super::*;
 
     /// Some actor that can be exported.
-    pub(crate) fn shelf() -> ActorRef<Shelf> {
-        let start = Spawn::new().start(|| Shelf {
+    pub(crate) fn store() -> ActorRef<KeptResults> {
+        let start = Spawn::new().start(|| KeptResults {
             values: Arc::default(),
         });
         start.expect("the system gives a thread")
@@ -336,7 +336,7 @@ pub(crate) mod tests {
     }
 
     fn shelved(process: &Arc<Process>, value: u64) -> impl Fn() -> Kept<u64> + use<> {
-        let ticket = process.shelve(codec::encode(&value).unwrap()).unwrap();
+        let ticket = process.keep_result(codec::encode(&value).unwrap()).unwrap();
         let process = Arc::clone(process);
         move || {
             Kept::new(Place::There {

@@ -18,42 +18,48 @@ use serde::{Deserialize, Serialize};
 use super::Remote;
 use super::callee::{Callee, Exported, Keep};
 use super::caller::RemoteActor;
-use super::kept::{Shelves, Ticket};
+use super::kept::{ObjectStore, Ticket};
 use super::reference::Wire;
 use super::table::Table;
 use crate::actor::ActorRef;
 use crate::actor::actor_ref::Handle;
 use crate::buffer::BufferPool;
 use crate::codec::Encoded;
+use crate::net::admission::Admission;
 use crate::net::dial::{self, DialError, Dialled};
 use crate::net::memory::MemoryNetwork;
-use crate::net::turns::Turns;
 use crate::net::{Address, NetConfig, Tls, Token};
 use crate::schema::Schema;
 
 /// A process of a cluster, in one of its lives.
 ///
-/// A process that was lost and comes back is another node: what is said by or to its earlier life
+/// A process that was lost and comes back is another node: what is said by or to its earlier incarnation
 /// is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct NodeId {
     /// Its number among the copies of the program; the driver is 0.
     pub rank: u32,
     /// Counts the lives of this rank, as the driver has seen them; the driver's is 0.
-    pub life: u64,
+    pub incarnation: u64,
 }
 
 impl NodeId {
     /// The process that the others connect to.
-    pub const DRIVER: Self = Self { rank: 0, life: 0 };
+    pub const DRIVER: Self = Self {
+        rank: 0,
+        incarnation: 0,
+    };
 }
 
 impl fmt::Display for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             &Self::DRIVER => f.write_str("driver"),
-            Self { rank, life: 1 } => write!(f, "node {rank}"),
-            Self { rank, life } => write!(f, "node {rank} (life {life})"),
+            Self {
+                rank,
+                incarnation: 1,
+            } => write!(f, "node {rank}"),
+            Self { rank, incarnation } => write!(f, "node {rank} (incarnation {incarnation})"),
         }
     }
 }
@@ -122,7 +128,7 @@ pub(crate) struct Process {
     buffers: BufferPool,
     memory: Option<MemoryNetwork>,
     resolve: OnceLock<Resolve>,
-    shelves: Shelves,
+    object_store: ObjectStore,
     is_closed: AtomicBool,
     num_exported: AtomicU64,
     exports: Mutex<HashMap<u64, Export>>,
@@ -156,7 +162,7 @@ impl Process {
             buffers: BufferPool::new(NUM_IDLE_BUFFERS),
             memory,
             resolve: OnceLock::new(),
-            shelves: Shelves::default(),
+            object_store: ObjectStore::default(),
             is_closed: AtomicBool::new(false),
             num_exported: AtomicU64::new(0),
             exports: Mutex::default(),
@@ -193,7 +199,7 @@ impl Process {
     pub(crate) fn id(&self) -> NodeId {
         const NOBODY: NodeId = NodeId {
             rank: u32::MAX,
-            life: 0,
+            incarnation: 0,
         };
         self.id.get().copied().unwrap_or(NOBODY)
     }
@@ -267,7 +273,7 @@ impl Process {
                 mailbox: Arc::clone(mailbox),
                 table,
                 // TCP gives up a peer that takes nothing for a lease.
-                turns: Turns::new(self.config.lease / 2),
+                admission: Admission::new(self.config.process_lease / 2),
             }),
             born: self.num_exported.fetch_add(1, Ordering::Relaxed),
             num_connections: 0,
@@ -300,12 +306,15 @@ impl Process {
 
     /// Lets go of kept values that nobody has taken for long.
     pub(crate) fn sweep_kept(&self, now: Instant) {
-        self.shelves.sweep(now);
+        self.object_store.sweep(now);
     }
 
     /// Lets go of actors that nobody elsewhere wants any more.
     pub(crate) fn sweep(&self) {
-        let both = self.config.lease.saturating_add(self.config.handshake);
+        let both = self
+            .config
+            .process_lease
+            .saturating_add(self.config.handshake);
         let grace = both.saturating_mul(2);
         let mut unwanted = Vec::new();
         let mut exports = self.exports();
@@ -326,7 +335,7 @@ impl Process {
         remotes.retain(|_, remote| remote.strong_count() > 0);
     }
 
-    /// Whether this life is over.
+    /// Whether this incarnation is over.
     pub(crate) fn is_closed(&self) -> bool {
         self.is_closed.load(Ordering::Acquire)
     }
@@ -342,7 +351,7 @@ impl Process {
         }
     }
 
-    /// Lets go of all actors but the agent, and exports no more: this life is over.
+    /// Lets go of all actors but the agent, and exports no more: this incarnation is over.
     pub(crate) fn withdraw_all(&self) {
         let mut withdrawn = Vec::new();
         self.is_closed.store(true, Ordering::Release);
@@ -356,8 +365,8 @@ impl Process {
     }
 
     /// Keeps a value for whoever brings the ticket.
-    pub(crate) fn shelve(&self, value: Encoded) -> Result<Ticket, String> {
-        self.shelves.put(value)
+    pub(crate) fn keep_result(&self, value: Encoded) -> Result<Ticket, String> {
+        self.object_store.put(value)
     }
 
     fn remotes(&self) -> MutexGuard<'_, HashMap<(NodeId, u64), Weak<RemoteActor>>> {
@@ -426,7 +435,7 @@ pub(crate) mod tests {
     pub(crate) fn num_living(lease: std::time::Duration) -> usize {
         let all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
         let living = all.iter().filter_map(Weak::upgrade);
-        let living = living.filter(|process| process.config().lease == lease);
+        let living = living.filter(|process| process.config().process_lease == lease);
         living.count()
     }
 
@@ -439,11 +448,11 @@ pub(crate) mod tests {
 
     #[test]
     fn a_connection_to_what_was_withdrawn_does_not_count_for_what_is_exported_later() {
-        use crate::remote::kept::tests::shelf;
+        use crate::remote::kept::tests::store;
 
         let process = Process::new(NetConfig::default(), None, None, None);
         process.enter(NodeId::DRIVER, 1);
-        let actor = shelf();
+        let actor = store();
         let number = process.export(&actor).actor;
         let (_, before) = process.open(number).expect("it is exported");
         process.exports().clear();

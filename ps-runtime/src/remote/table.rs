@@ -191,7 +191,7 @@ impl<A: Actor> Table<A> {
 mod tests {
     use super::*;
     use crate::cluster::agent::{DriverAgent, NodeAgent};
-    use crate::remote::kept::Shelf;
+    use crate::remote::kept::KeptResults;
     use crate::remote::{Owned, Value};
 
     impl Value for u64 {}
@@ -201,7 +201,7 @@ mod tests {
         let none: [&str; 0] = [];
         assert_eq!(untraced::<DriverAgent>(), none);
         assert_eq!(untraced::<NodeAgent>(), none);
-        assert_eq!(untraced::<Shelf>(), none);
+        assert_eq!(untraced::<KeptResults>(), none);
         assert_eq!(untraced::<Owned<u64>>(), none);
     }
 }

@@ -8,7 +8,7 @@ use crate::server::coordinator::Coordinator;
 use crate::server::protocol::MAX_WORKERS;
 use crate::server::shard::MAX_STAGED_OF_STRANGERS;
 use crate::server::{ApplyGradients, Heartbeat, Leave, Push, ReportLost, ServerConfig, Stage};
-use crate::weights::Gradients;
+use crate::weights::GradientUpdate;
 use ps_runtime::actor::ActorRef;
 
 /// More workers than a server keeps books of.
@@ -150,7 +150,7 @@ fn messages_of_made_up_workers_do_not_fill_a_server() {
     for made_up in 0..MANY {
         let worker = WorkerId(made_up);
         let id = id(made_up, 1, 0);
-        let gradients = Gradients {
+        let gradients = GradientUpdate {
             id,
             // From the future: nothing of it is applied, whoever pushes it.
             computed_on: Version(9),

@@ -12,7 +12,7 @@ use ps_actors::server::{
     Consistency, GetWeights, Join, Outcome, ParameterServer, Push, PushPull, Reduction,
     ServerConfig,
 };
-use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
 use ps_actors::{ActorRef, CallError, Reply, Spawn};
 
 use ps_runtime::test_util::{LOCAL, SOON};
@@ -48,7 +48,7 @@ fn work(server: &ActorRef<ParameterServer>, worker: u32, num_steps: u64) -> u64 
     let (joined, mut num_calls) = insist(|| server.ask(Join { worker, request }));
     let incarnation = joined.unwrap().incarnation;
     for clock in 0..num_steps {
-        let gradients = || Gradients {
+        let gradients = || GradientUpdate {
             id: GradientId {
                 worker,
                 incarnation,
@@ -101,7 +101,7 @@ fn check(seed: u64, num_workers: u32, num_steps: u64) {
     let config = ClusterConfig {
         transport: Transport::Memory(network.clone()),
         net: NetConfig {
-            lease: Duration::from_secs(20),
+            process_lease: Duration::from_secs(20),
             ..NetConfig::default()
         },
         ..ClusterConfig::default()

@@ -24,8 +24,8 @@ fn join(servers: &ServerGroup, worker: u32) {
     first(servers).ask(join).wait().unwrap().unwrap();
 }
 
-fn gradients(worker: u32, clock: u64, version: u64) -> Gradients {
-    Gradients {
+fn gradients(worker: u32, clock: u64, version: u64) -> GradientUpdate {
+    GradientUpdate {
         id: GradientId {
             worker: WorkerId(worker),
             incarnation: Incarnation(1),
@@ -179,7 +179,7 @@ fn a_worker_that_left_without_a_push_is_in_the_status() {
 #[test]
 fn the_longest_lease_is_as_good_as_none() {
     let config = ServerConfig {
-        lease: Some(Duration::MAX),
+        worker_lease: Some(Duration::MAX),
         ..config(Consistency::Bsp)
     };
     assert_eq!(run_all(&group(1, config), 1, 3)[0].num_applied, 3);
@@ -189,7 +189,7 @@ fn the_longest_lease_is_as_good_as_none() {
 #[test]
 fn a_step_of_ten_leases_is_no_loss() {
     let config = ServerConfig {
-        lease: Some(Duration::from_millis(400)),
+        worker_lease: Some(Duration::from_millis(400)),
         ..config(Consistency::Asp)
     };
     let servers = group(1, config);

@@ -73,7 +73,7 @@ fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
         let servers = group(
             1,
             ServerConfig {
-                lease,
+                worker_lease: lease,
                 ..config(consistency)
             },
         );
@@ -239,9 +239,9 @@ fn a_group_that_lost_a_server_says_so_instead_of_hanging() {
 /// How long a call may take that is answered at all.
 const SOON: Duration = Duration::from_secs(20);
 
-fn gradients_of(worker: u32, incarnation: Incarnation, clock: u64) -> Gradients {
+fn gradients_of(worker: u32, incarnation: Incarnation, clock: u64) -> GradientUpdate {
     let computed = towards_target(worker, Clock(clock), &initial());
-    Gradients {
+    GradientUpdate {
         id: GradientId {
             worker: WorkerId(worker),
             incarnation,
@@ -261,7 +261,7 @@ fn join(servers: &ServerGroup, worker: u32) -> Incarnation {
     joined.unwrap().unwrap().incarnation
 }
 
-fn stage_everywhere(servers: &ServerGroup, gradients: &Gradients) {
+fn stage_everywhere(servers: &ServerGroup, gradients: &GradientUpdate) {
     for server in servers.servers().skip(1) {
         let (id, gradient) = (gradients.id, gradients.gradient.clone());
         let staged = server.ask(Stage { id, gradient }).wait_timeout(SOON);
@@ -270,7 +270,7 @@ fn stage_everywhere(servers: &ServerGroup, gradients: &Gradients) {
 }
 
 /// What else a client can do wrong with a gradient before it pushes it to the first server.
-type Mistake = fn(&ServerGroup, &Gradients);
+type Mistake = fn(&ServerGroup, &GradientUpdate);
 
 /// S-9: the first server sends what the others lack, and nobody waits for it.
 #[test]
@@ -284,7 +284,7 @@ fn a_push_whose_parts_the_other_servers_lack_is_applied_as_any_other() {
     // A refused push of the same name lets all servers forget what is staged under it.
     let forgotten: Mistake = |servers, gradients| {
         stage_everywhere(servers, gradients);
-        let ahead = Gradients {
+        let ahead = GradientUpdate {
             computed_on: Version(9),
             ..gradients.clone()
         };
@@ -301,7 +301,7 @@ fn a_push_whose_parts_the_other_servers_lack_is_applied_as_any_other() {
     // Whoever it is that staged them: the right ones come too late.
     let other_numbers: Mistake = |servers, gradients| {
         let gradient = Gradient::new(vec![7.0; LEN]);
-        let other = Gradients {
+        let other = GradientUpdate {
             gradient,
             ..gradients.clone()
         };

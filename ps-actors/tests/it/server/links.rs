@@ -58,7 +58,7 @@ impl World {
             join_timeout: Duration::MAX,
             net: NetConfig {
                 handshake: LEASE,
-                ..NetConfig::default().with_lease(LEASE)
+                ..NetConfig::default().with_process_lease(LEASE)
             },
             ..ClusterConfig::default()
         };

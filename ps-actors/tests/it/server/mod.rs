@@ -13,7 +13,7 @@ use ps_actors::server::{
     Outcome, ParameterServer, PullVersion, Push, PushPull, Reduction, Refusal, ServerConfig,
     ServerError, SetLearningRate, ShardError, Stage,
 };
-use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
 use ps_actors::worker::{
     ComputeGradients, DataWorker, GetProgress, GradientSource, LocalGradient, RunReport, RunSteps,
     SourceError, StopSteps, WorkerError,
@@ -319,7 +319,7 @@ fn settings_that_cannot_work_are_refused_with_the_reason() {
         ),
         (
             ServerConfig {
-                lease: Some(Duration::from_nanos(1)),
+                worker_lease: Some(Duration::from_nanos(1)),
                 ..good
             },
             "at least 10ms, but is 1ns",
@@ -375,7 +375,7 @@ fn what_is_pushed_is_applied_and_not_what_was_staged_before() {
         };
         let gradient = gradient.clone();
         server.ask(Stage { id, gradient }).wait().unwrap().unwrap();
-        let gradients = Gradients {
+        let gradients = GradientUpdate {
             id,
             computed_on: Version(0),
             loss: 0.0,

@@ -21,7 +21,7 @@ fn driver_config() -> ClusterConfig {
     ClusterConfig {
         token: Some(Token::new(TOKEN).unwrap()),
         transport: Transport::Tcp,
-        net: NetConfig::default().with_lease(patient(90)),
+        net: NetConfig::default().with_process_lease(patient(90)),
         join_timeout: Duration::from_millis(1),
         ..ClusterConfig::default()
     }

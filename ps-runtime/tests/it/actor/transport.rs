@@ -68,7 +68,7 @@ impl World {
             net: NetConfig {
                 heartbeat: Duration::from_millis(250),
                 // Twice their sum has to pass before an actor without references ends.
-                lease: Duration::from_millis(1500),
+                process_lease: Duration::from_millis(1500),
                 handshake: Duration::from_millis(500),
                 ..NetConfig::default()
             },

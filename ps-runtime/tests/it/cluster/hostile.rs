@@ -32,7 +32,7 @@ impl Server {
             transport: Transport::Tcp,
             net: NetConfig {
                 heartbeat: Duration::from_millis(200),
-                lease: Duration::from_secs(2),
+                process_lease: Duration::from_secs(2),
                 handshake: Duration::from_secs(1),
                 max_numbers: MAX_NUMBERS,
                 max_connections: MAX_CONNECTIONS,

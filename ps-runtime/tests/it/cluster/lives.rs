@@ -20,7 +20,7 @@ const LEASE: Duration = Duration::from_secs(1);
 fn config(transport: Transport) -> ClusterConfig {
     let mut config = world::config(transport);
     config.net.heartbeat = Duration::from_millis(100);
-    config.net.lease = LEASE;
+    config.net.process_lease = LEASE;
     config.net.handshake = LEASE;
     config
 }
@@ -28,7 +28,7 @@ fn config(transport: Transport) -> ClusterConfig {
 fn life_of(world: &World, rank: u32) -> Option<u64> {
     let nodes = world.cluster.nodes().into_iter();
     let mut lives = nodes.map(|info| info.node).filter(|node| node.rank == rank);
-    lives.next().map(|node| node.life)
+    lives.next().map(|node| node.incarnation)
 }
 
 fn assert_not_delivered(error: CallError) {
@@ -209,7 +209,7 @@ fn copy(from: &mut TcpStream, to: &mut TcpStream) {
     let _ = to.shutdown(std::net::Shutdown::Both);
 }
 
-/// replays what a node has said when it connected, in its life and after.
+/// replays what a node has said when it connected, in its incarnation and after.
 #[test]
 fn connections_of_an_earlier_life_are_refused() {
     let world = World::new(config(Transport::Tcp), 0);

@@ -111,7 +111,7 @@ fn an_actor_elsewhere_ends_with_its_last_reference() {
     let worlds = transports().map(|transport| {
         let mut config = config(transport);
         // Twice their sum has to pass.
-        config.net.lease = Duration::from_secs(1);
+        config.net.process_lease = Duration::from_secs(1);
         config.net.handshake = Duration::from_millis(250);
         World::new(config, 1)
     });

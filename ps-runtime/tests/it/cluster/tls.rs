@@ -83,7 +83,7 @@ fn who_has_no_certificate_of_the_authority_does_not_get_in() {
         let (what, has_tls) = (format!("{tls:?}"), tls.is_some());
         let config = ClusterConfig {
             join_timeout: Duration::from_millis(200),
-            net: NetConfig::default().with_lease(Duration::from_millis(500)),
+            net: NetConfig::default().with_process_lease(Duration::from_millis(500)),
             ..with_tls(tls)
         };
         let node = Node::new(config, 2, 0, world.driver(), hosts());

@@ -174,7 +174,7 @@ fn a_value_goes_with_its_last_handle() {
 fn impatient(transport: Transport) -> ps_runtime::cluster::ClusterConfig {
     let mut config = config(transport);
     config.net.heartbeat = Duration::from_millis(100);
-    config.net.lease = Duration::from_secs(1);
+    config.net.process_lease = Duration::from_secs(1);
     config.net.handshake = Duration::from_secs(1);
     config
 }

@@ -32,7 +32,7 @@ struct Patience {
 }
 
 impl Patience {
-    fn may_linger(&self, now: Instant) -> bool {
+    fn may_busy_poll(&self, now: Instant) -> bool {
         self.rests_until.is_none_or(|until| now >= until)
     }
 
@@ -47,11 +47,11 @@ impl Patience {
 
 /// One wait, before it becomes a sleep.
 #[derive(Debug)]
-pub(crate) struct Lingering {
+pub(crate) struct BusyPoll {
     until: Instant,
 }
 
-impl Lingering {
+impl BusyPoll {
     pub(crate) fn begin() -> Self {
         Self {
             until: Instant::now() + AWAKE,
@@ -65,8 +65,8 @@ impl Lingering {
             LazyLock::new(|| thread::available_parallelism().is_ok_and(|cores| cores.get() > 1));
 
         let now = Instant::now();
-        let may_linger = || PATIENCE.with_borrow(|patience| patience.may_linger(now));
-        if now >= self.until || !*HAS_CORES || !may_linger() {
+        let may_busy_poll = || PATIENCE.with_borrow(|patience| patience.may_busy_poll(now));
+        if now >= self.until || !*HAS_CORES || !may_busy_poll() {
             return false;
         }
         thread::yield_now();
@@ -82,7 +82,7 @@ impl Lingering {
 pub(crate) enum Awaiting {
     #[default]
     Begins,
-    Lingers(Lingering),
+    Lingers(BusyPoll),
     Sleeps,
 }
 
@@ -95,7 +95,7 @@ impl Awaiting {
     /// To be called by each poll that found nothing.
     pub(crate) fn stay_awake(&mut self, cx: &Context<'_>) {
         if let Self::Begins = self {
-            let begun = Lingering::begin();
+            let begun = BusyPoll::begin();
             let is_taken = TAKEN_UNTIL
                 .get()
                 .is_some_and(|until| Instant::now() < until);
@@ -107,8 +107,8 @@ impl Awaiting {
                 }
             };
         }
-        if let Self::Lingers(lingering) = self {
-            match lingering.goes_on() {
+        if let Self::Lingers(busy_polling) = self {
+            match busy_polling.goes_on() {
                 true => cx.waker().wake_by_ref(),
                 false => *self = Self::Sleeps,
             }
@@ -132,26 +132,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_that_was_kept_from_the_processor_does_not_linger_for_a_while() {
+    fn a_thread_that_was_kept_from_the_processor_does_not_busy_poll_for_a_while() {
         let mut patience = Patience { rests_until: None };
         let start = Instant::now();
         let at = |micros| start + Duration::from_micros(micros);
         patience.note(at(0), at(100));
         assert!(
-            patience.may_linger(at(100)),
+            patience.may_busy_poll(at(100)),
             "the other side of the call had the processor"
         );
         patience.note(at(100), at(3_100));
-        assert!(!patience.may_linger(at(3_100)));
-        assert!(!patience.may_linger(at(3_100 + 16 * 3_000 - 1)));
-        assert!(patience.may_linger(at(3_100 + 16 * 3_000)));
+        assert!(!patience.may_busy_poll(at(3_100)));
+        assert!(!patience.may_busy_poll(at(3_100 + 16 * 3_000 - 1)));
+        assert!(patience.may_busy_poll(at(3_100 + 16 * 3_000)));
     }
 
     #[test]
-    fn lingering_ends() {
-        let lingering = Lingering::begin();
-        while lingering.goes_on() {}
-        let over = Lingering {
+    fn busy_polling_ends() {
+        let busy_polling = BusyPoll::begin();
+        while busy_polling.goes_on() {}
+        let over = BusyPoll {
             until: Instant::now(),
         };
         assert!(!over.goes_on());
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn one_future_of_a_thread_lingers_at_a_time_and_none_for_ever() {
+    fn one_future_of_a_thread_busy_polls_at_a_time_and_none_for_ever() {
         let wakes = Arc::new(Wakes::default());
         let waker = Waker::from(Arc::clone(&wakes));
         let cx = Context::from_waker(&waker);
@@ -186,8 +186,8 @@ mod tests {
         second.stay_awake(&cx);
         assert!(matches!(second, Awaiting::Sleeps));
 
-        let mut third = Awaiting::Lingers(Lingering::begin());
+        let mut third = Awaiting::Lingers(BusyPoll::begin());
         third.is_over();
-        assert_eq!(TAKEN_UNTIL.get(), None, "the next one may linger");
+        assert_eq!(TAKEN_UNTIL.get(), None, "the next one may busy_poll");
     }
 }

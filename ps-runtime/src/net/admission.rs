@@ -33,8 +33,8 @@ const REST: u32 = 16;
 
 /// Who may send an actor something large.
 #[derive(Debug)]
-pub(crate) struct Turns {
-    turn: Arc<Semaphore>,
+pub(crate) struct Admission {
+    admitted: Arc<Semaphore>,
     num_sending: watch::Sender<usize>,
     rests_until: Mutex<Option<Instant>>,
     /// Longer waits would cost a connection its lease.
@@ -43,17 +43,17 @@ pub(crate) struct Turns {
 
 /// Whose drop lets the next sender of a large message have its turn.
 #[derive(Debug)]
-pub(crate) struct Turn(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+pub(crate) struct Admitted(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
 
 /// A large reply that is not written yet; its drop says that it is.
 #[derive(Debug)]
-pub(crate) struct Sending(Arc<Turns>);
+pub(crate) struct Sending(Arc<Admission>);
 
-impl Turns {
+impl Admission {
     /// `longest` bounds every wait.
     pub(crate) fn new(longest: Duration) -> Arc<Self> {
         Arc::new(Self {
-            turn: Arc::new(Semaphore::new(1)),
+            admitted: Arc::new(Semaphore::new(1)),
             num_sending: watch::Sender::new(0),
             rests_until: Mutex::new(None),
             longest,
@@ -62,26 +62,26 @@ impl Turns {
 
     /// Waits for the turn of a call with this many numbers; `None` when it needs none, or goes on
     /// without.
-    pub(super) async fn turn(&self, num_numbers: usize) -> Option<Turn> {
+    pub(super) async fn admit(&self, num_numbers: usize) -> Option<Admitted> {
         if num_numbers < LARGE {
             return None;
         }
         let limit = self.limit(num_numbers);
         let wait = async {
             // Never closed.
-            let turn = Arc::clone(&self.turn).acquire_owned().await.ok()?;
+            let admitted = Arc::clone(&self.admitted).acquire_owned().await.ok()?;
             let mut num_sending = self.num_sending.subscribe();
             num_sending.wait_for(|num| *num <= MAX_SENDING).await.ok()?;
-            Some(Turn(turn))
+            Some(Admitted(admitted))
         };
         let limit = if self.rests() { Duration::ZERO } else { limit };
         let begin = Instant::now();
-        let turn = tokio::time::timeout(limit, wait).await.ok().flatten();
-        if turn.is_none() && !limit.is_zero() {
+        let admitted = tokio::time::timeout(limit, wait).await.ok().flatten();
+        if admitted.is_none() && !limit.is_zero() {
             let until = Instant::now() + REST * begin.elapsed();
             *self.lock() = Some(until);
         }
-        turn
+        admitted
     }
 
     fn limit(&self, num_numbers: usize) -> Duration {
@@ -123,8 +123,8 @@ mod tests {
 
     const FOREVER: Duration = Duration::from_secs(3600);
 
-    fn turns(longest: Duration) -> Arc<Turns> {
-        Turns::new(longest)
+    fn admission(longest: Duration) -> Arc<Admission> {
+        Admission::new(longest)
     }
 
     /// So large that nobody goes on without a turn while the test runs.
@@ -132,59 +132,64 @@ mod tests {
 
     #[tokio::test]
     async fn large_messages_come_one_after_the_other_and_small_ones_at_any_time() {
-        let turns = turns(FOREVER);
-        let first = turns.turn(HUGE).await.expect("nobody is before it");
-        let mut second = Box::pin(turns.turn(HUGE));
-        let mut third = Box::pin(turns.turn(HUGE));
+        let admission = admission(FOREVER);
+        let first = admission.admit(HUGE).await.expect("nobody is before it");
+        let mut second = Box::pin(admission.admit(HUGE));
+        let mut third = Box::pin(admission.admit(HUGE));
         assert!(second.as_mut().now_or_never().is_none());
         assert!(third.as_mut().now_or_never().is_none());
-        let small = turns.turn(LARGE - 1).now_or_never();
+        let small = admission.admit(LARGE - 1).now_or_never();
         assert!(small.expect("it does not wait").is_none());
         drop(first);
-        let turn = second.await.expect("first come, first served");
+        let admitted = second.await.expect("first come, first served");
         assert!(third.as_mut().now_or_never().is_none());
-        drop(turn);
+        drop(admitted);
         assert!(third.await.is_some());
     }
 
     #[tokio::test]
     async fn nothing_large_is_read_while_two_large_replies_are_to_be_written() {
-        let turns = turns(FOREVER);
-        let first = turns.sending(LARGE).expect("it is large");
-        assert!(turns.sending(LARGE - 1).is_none());
-        drop(turns.turn(HUGE).await.expect("one reply is no hindrance"));
-        let second = turns.sending(LARGE).expect("it is large");
-        let mut turn = Box::pin(turns.turn(HUGE));
-        assert!(turn.as_mut().now_or_never().is_none());
+        let admission = admission(FOREVER);
+        let first = admission.sending(LARGE).expect("it is large");
+        assert!(admission.sending(LARGE - 1).is_none());
+        drop(
+            admission
+                .admit(HUGE)
+                .await
+                .expect("one reply is no hindrance"),
+        );
+        let second = admission.sending(LARGE).expect("it is large");
+        let mut admitted = Box::pin(admission.admit(HUGE));
+        assert!(admitted.as_mut().now_or_never().is_none());
         drop(first);
-        assert!(turn.await.is_some());
+        assert!(admitted.await.is_some());
         drop(second);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_stalled_sender_holds_the_others_up_once_and_not_for_long() {
         let longest = Duration::from_millis(20);
-        let turns = turns(longest);
-        let stalled = turns.turn(HUGE).await;
+        let admission = admission(longest);
+        let stalled = admission.admit(HUGE).await;
         assert!(stalled.is_some());
         let begin = Instant::now();
-        assert!(turns.turn(HUGE).await.is_none(), "it goes on without");
+        assert!(admission.admit(HUGE).await.is_none(), "it goes on without");
         assert_eq!(begin.elapsed().as_millis(), longest.as_millis());
         for _ in 0..10 {
-            assert!(turns.turn(HUGE).await.is_none());
+            assert!(admission.admit(HUGE).await.is_none());
         }
         assert_eq!(begin.elapsed().as_millis(), longest.as_millis());
         tokio::time::advance(REST * longest).await;
-        assert!(turns.turn(HUGE).await.is_none(), "it waits again");
+        assert!(admission.admit(HUGE).await.is_none(), "it waits again");
         assert!(begin.elapsed() >= (REST + 2) * longest);
         drop(stalled);
-        assert!(turns.turn(HUGE).await.is_some());
+        assert!(admission.admit(HUGE).await.is_some());
     }
 
     #[test]
     fn a_wait_is_as_long_as_a_few_messages_take_on_a_fast_link() {
-        let turns = turns(Duration::from_secs(1));
-        assert_eq!(turns.limit(25_000_000), Duration::from_millis(800));
-        assert_eq!(turns.limit(HUGE), Duration::from_secs(1));
+        let admission = admission(Duration::from_secs(1));
+        assert_eq!(admission.limit(25_000_000), Duration::from_millis(800));
+        assert_eq!(admission.limit(HUGE), Duration::from_secs(1));
     }
 }

@@ -1,8 +1,8 @@
 //! Which lives of nodes are over, as a node knows it.
 //!
 //! The driver decides. A node asks it all the time for what has changed, and gets an answer when
-//! something has; of a life that it has not heard of it asks at once. What is known only grows: a
-//! higher life ends the ones before, and a life that is over stays so. A node that cannot ask loses its
+//! something has; of an incarnation that it has not heard of it asks at once. What is known only grows: a
+//! higher incarnation ends the ones before, and an incarnation that is over stays so. A node that cannot ask loses its
 //! driver within two leases, and ends then itself.
 
 use std::collections::BTreeMap;
@@ -12,12 +12,12 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
-use super::agent::{DriverAgent, GetLives, agent_of};
+use super::agent::{DriverAgent, GetIncarnations, agent_of};
 use crate::actor::ActorRef;
-use crate::net::listen::Lives;
+use crate::net::listen::Incarnations;
 use crate::remote::process::{NodeId, Process};
 
-/// What has become of the latest life of a rank.
+/// What has become of the latest incarnation of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum Standing {
     /// It takes part.
@@ -28,22 +28,22 @@ pub(crate) enum Standing {
     Lost,
 }
 
-/// The latest life of each rank.
+/// The latest incarnation of each rank.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct KnownLives {
+pub(crate) struct KnownIncarnations {
     pub(super) version: u64,
     pub(super) by_rank: BTreeMap<u32, (u64, Standing)>,
     /// The run is over: no more news will come.
     pub(super) is_over: bool,
 }
 
-impl KnownLives {
+impl KnownIncarnations {
     fn may_speak(&self, node: NodeId) -> Option<bool> {
         if node == NodeId::DRIVER {
             return Some(true);
         }
-        let &(life, standing) = self.by_rank.get(&node.rank)?;
-        match node.life.cmp(&life) {
+        let &(incarnation, standing) = self.by_rank.get(&node.rank)?;
+        match node.incarnation.cmp(&incarnation) {
             std::cmp::Ordering::Less => Some(false),
             std::cmp::Ordering::Equal => Some(standing == Standing::Live),
             std::cmp::Ordering::Greater => None,
@@ -54,16 +54,19 @@ impl KnownLives {
     fn learn(&mut self, news: Self) -> Vec<NodeId> {
         let mut lost = Vec::new();
         self.version = self.version.max(news.version);
-        for (rank, (life, standing)) in news.by_rank {
-            let known = self.by_rank.entry(rank).or_insert((life, Standing::Live));
+        for (rank, (incarnation, standing)) in news.by_rank {
+            let known = self
+                .by_rank
+                .entry(rank)
+                .or_insert((incarnation, Standing::Live));
             let before = *known;
-            *known = before.max((life, standing));
+            *known = before.max((incarnation, standing));
             if before.0 < known.0 {
-                lost.extend((before.0..known.0).map(|life| NodeId { rank, life }));
+                lost.extend((before.0..known.0).map(|incarnation| NodeId { rank, incarnation }));
             }
             if *known != before && known.1 == Standing::Lost {
-                let life = known.0;
-                lost.push(NodeId { rank, life });
+                let incarnation = known.0;
+                lost.push(NodeId { rank, incarnation });
             }
         }
         lost
@@ -71,12 +74,12 @@ impl KnownLives {
 }
 
 /// What a node knows.
-pub(crate) struct NodeLives {
+pub(crate) struct NodeIncarnations {
     process: Weak<Process>,
-    known: Mutex<KnownLives>,
+    known: Mutex<KnownIncarnations>,
 }
 
-impl NodeLives {
+impl NodeIncarnations {
     pub(crate) fn new(process: &Arc<Process>) -> Arc<Self> {
         Arc::new(Self {
             process: Arc::downgrade(process),
@@ -84,7 +87,7 @@ impl NodeLives {
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, KnownLives> {
+    fn lock(&self) -> MutexGuard<'_, KnownIncarnations> {
         // No code of the user runs under the lock, so poisoned knowledge is whole.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -93,7 +96,7 @@ impl NodeLives {
     pub(crate) async fn follow(self: Arc<Self>, driver: ActorRef<DriverAgent>) {
         let mut newer_than = None;
         while let Some(process) = self.process.upgrade() {
-            match driver.ask(GetLives { newer_than }).await {
+            match driver.ask(GetIncarnations { newer_than }).await {
                 Ok(news) if news.is_over => return,
                 Ok(news) => {
                     newer_than = Some(news.version);
@@ -112,8 +115,11 @@ impl NodeLives {
     async fn find_out(&self, node: NodeId) -> Option<bool> {
         let process = self.process.upgrade()?;
         let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
-        let ask = GetLives { newer_than: None };
-        let news = driver.ask_within(ask, process.config().lease).await.ok()?;
+        let ask = GetIncarnations { newer_than: None };
+        let news = driver
+            .ask_within(ask, process.config().process_lease)
+            .await
+            .ok()?;
         let mut known = self.lock();
         known.learn(news);
         // Of whom the driver knows nothing is nobody.
@@ -122,16 +128,16 @@ impl NodeLives {
 }
 
 /// As a listener asks.
-pub(crate) struct AsNode(pub(crate) Arc<NodeLives>);
+pub(crate) struct AsNode(pub(crate) Arc<NodeIncarnations>);
 
-impl Lives for AsNode {
+impl Incarnations for AsNode {
     fn may_speak(&self, node: NodeId) -> Option<bool> {
         self.0.lock().may_speak(node)
     }
 
     fn ask(&self, node: NodeId) -> BoxFuture<'static, Option<bool>> {
-        let lives = Arc::clone(&self.0);
-        async move { lives.find_out(node).await }.boxed()
+        let incarnations = Arc::clone(&self.0);
+        async move { incarnations.find_out(node).await }.boxed()
     }
 }
 
@@ -139,15 +145,15 @@ impl Lives for AsNode {
 mod tests {
     use super::*;
 
-    fn node(rank: u32, life: u64) -> NodeId {
-        NodeId { rank, life }
+    fn node(rank: u32, incarnation: u64) -> NodeId {
+        NodeId { rank, incarnation }
     }
 
-    fn news(version: u64, ranks: &[(u32, u64, Standing)]) -> KnownLives {
+    fn news(version: u64, ranks: &[(u32, u64, Standing)]) -> KnownIncarnations {
         let ranks = ranks
             .iter()
-            .map(|&(rank, life, standing)| (rank, (life, standing)));
-        KnownLives {
+            .map(|&(rank, incarnation, standing)| (rank, (incarnation, standing)));
+        KnownIncarnations {
             version,
             by_rank: ranks.collect(),
             is_over: false,
@@ -157,7 +163,7 @@ mod tests {
     /// R-11, in whatever order the driver's answers come.
     #[test]
     fn a_life_that_is_over_stays_so() {
-        let mut known = KnownLives::default();
+        let mut known = KnownIncarnations::default();
         assert_eq!(known.may_speak(NodeId::DRIVER), Some(true));
         assert_eq!(
             known.may_speak(node(1, 1)),
