@@ -20,17 +20,12 @@ use burn::optim::AdamConfig;
 use burn::tensor::activation::tanh;
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
+use ps::cli::{self, ClusterArgs, say};
 use ps::prelude::*;
-
-#[path = "common/cluster.rs"]
-mod cluster;
-#[path = "common/output.rs"]
-mod output;
-
-use output::say;
 
 /// Training a model and data of your own.
 #[derive(Parser)]
+#[command(version)]
 struct Args {
     /// Number of workers.
     #[arg(long, default_value_t = 2)]
@@ -39,12 +34,14 @@ struct Args {
     #[arg(long, default_value_t = 40)]
     epochs: u64,
     #[command(flatten)]
-    cluster: cluster::ClusterArgs,
+    cluster: ClusterArgs,
 }
 
-fn main() -> Result<ExitCode> {
-    let args = Args::parse();
-    args.cluster.begin();
+fn main() -> ExitCode {
+    cli::main(train)
+}
+
+fn train(args: Args) -> Result<ExitCode> {
     let device = select_device(default_device_name())?;
     device.seed(7); // Initial weights of burn's own layers.
     let model = Mlp::new(&device);
@@ -61,7 +58,7 @@ fn main() -> Result<ExitCode> {
         .learning_rate(5e-3)
         .batch_size(50)
         .epochs(args.epochs);
-    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?)? else {
+    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
         return Ok(ExitCode::SUCCESS);
     };
     let report = trainer.run_on(&cluster)?;

@@ -24,15 +24,12 @@ use ps::actors::http;
 use ps::actors::net::Token;
 use ps::actors::server::{CoordinatorStatus, GroupError};
 use ps::actors::worker::MAX_REFUSED;
+use ps::cli::{self, say};
 use ps::prelude::*;
-
-#[path = "common/output.rs"]
-mod output;
-
-use output::say;
 
 /// A parameter server for workers that speak HTTP.
 #[derive(Parser)]
+#[command(version)]
 struct Args {
     /// Where to listen. Other hosts need a token: at least 16 characters in $PS_TOKEN.
     #[arg(long, default_value = "127.0.0.1:8265")]
@@ -45,7 +42,7 @@ struct Args {
     num_workers: usize,
     /// How long a worker may be silent, in seconds, before the others go on without it.
     #[arg(long, default_value_t = 10.0)]
-    lease: f64,
+    worker_lease: f64,
     /// Learning rate.
     #[arg(long, default_value_t = 1e-2)]
     learning_rate: f64,
@@ -54,8 +51,11 @@ struct Args {
     data_dir: Option<PathBuf>,
 }
 
-fn main() -> Result<ExitCode> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    cli::main(serve)
+}
+
+fn serve(args: Args) -> Result<ExitCode> {
     let device = select_device(default_device_name())?;
     let model = ConvNet::init(0, &device);
     let mnist = Mnist::load(&MnistOptions {
@@ -67,7 +67,9 @@ fn main() -> Result<ExitCode> {
     let config = ServerConfig {
         consistency: args.consistency,
         learning_rate: args.learning_rate,
-        lease: Some(Duration::try_from_secs_f64(args.lease).context("--lease")?),
+        worker_lease: Some(
+            Duration::try_from_secs_f64(args.worker_lease).context("--worker-lease")?,
+        ),
         wait_for_workers: args.num_workers,
         ..ServerConfig::default()
     };
@@ -127,10 +129,11 @@ fn main() -> Result<ExitCode> {
         if waits.are_to_be_named(update) {
             let num_members = workers.values().filter(|w| w.is_member).count();
             let (num_seen, num_workers) = (workers.len(), args.num_workers);
-            println!(
+            say!(
                 "Update {update}: \twaiting for {}; {num_seen} of {num_workers} workers have come, \
                  {num_members} are here (a silent one is lost after {} s)",
-                status.awaited, args.lease
+                status.awaited,
+                args.worker_lease
             );
         }
     }

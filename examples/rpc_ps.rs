@@ -27,19 +27,31 @@ use clap::Parser;
 use futures_util::future::{Either, select, try_join_all};
 use ps::actors::server::Outcome;
 use ps::actors::worker::MAX_REFUSED;
+use ps::cli::{self, ClusterArgs, DataArgs, say};
 use ps::prelude::*;
 use ps::served::{DistributedOptimizer, PartConfig, PartServer, infer, serve_part};
 use serde::{Deserialize, Serialize};
 
-mod common;
-
-use common::output::say;
-
 /// Training a model that lives on the parameter server.
 #[derive(Clone, Parser)]
+#[command(version, after_help = EXAMPLES)]
 struct Args {
     #[command(flatten)]
-    data: common::DataArgs,
+    train: TrainerArgs,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+const EXAMPLES: &str = "Examples:
+  rpc_ps --processes 3                  a server and two trainers
+  rpc_ps --world-size 3 --rank 0        the same, started by hand; then ranks 1 and 2";
+
+// No doc comment: `--help` would take it for the program's.
+#[derive(Clone, clap::Args)]
+#[command(next_help_heading = "Training")]
+struct TrainerArgs {
     /// Batches of each trainer.
     #[arg(long, default_value_t = 200)]
     iterations: u64,
@@ -54,11 +66,14 @@ struct Args {
     seed: u64,
 }
 
-fn main() -> Result<ExitCode> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    cli::main(serve)
+}
+
+fn serve(args: Args) -> Result<ExitCode> {
     let mnist = args.data.mnist()?;
-    let device = select_device(&args.data.device)?;
-    let net = Net::init(args.seed, &device);
+    let device = args.data.device()?;
+    let net = Net::init(args.train.seed, &device);
     let hosts = {
         // A process with other data, another model or other flags is not let in.
         let hosts = agree_on_model(Hosts::new(), &net, &device);
@@ -67,10 +82,10 @@ fn main() -> Result<ExitCode> {
                 "the test data",
                 mnist.test.fingerprint().unwrap_or_default(),
             )
-            .must_agree("--iterations", args.iterations)
-            .must_agree("--batch-size", args.batch_size)
-            .must_agree("--learning-rate", args.learning_rate)
-            .must_agree("--seed", args.seed);
+            .must_agree("--iterations", args.train.iterations)
+            .must_agree("--batch-size", args.train.batch_size)
+            .must_agree("--learning-rate", args.train.learning_rate)
+            .must_agree("--seed", args.train.seed);
         let (args, mnist) = (args.clone(), mnist);
         hosts.host(move |place: Place| {
             let (args, mnist) = (args.clone(), mnist.clone());
@@ -78,14 +93,14 @@ fn main() -> Result<ExitCode> {
         })
     };
     // `None`: this process was the home of a trainer, and the training is over.
-    let Some(cluster) = args.data.cluster.launch(hosts)? else {
+    let Some(cluster) = args.cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
     };
 
     // Every gradient is applied as soon as it comes.
     let config = ServerConfig {
         consistency: Consistency::Asp,
-        learning_rate: args.learning_rate,
+        learning_rate: args.train.learning_rate,
         ..ServerConfig::default()
     };
     let server = ParameterServer::new(&initial_weights(&net, &device)?, Sgd::new(), config)?;
@@ -185,21 +200,21 @@ async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
         index,
         num_trainers,
     } = place;
-    let device = select_device(&args.data.device)?;
+    let device = args.data.device()?;
     let worker = WorkerId(index as u32);
     let mut batches = WorkerBatches::new(
         &mnist.train,
         WorkerConfig {
             worker,
             num_workers: num_trainers,
-            batch_size: args.batch_size,
-            seed: args.seed,
+            batch_size: args.train.batch_size,
+            seed: args.train.seed,
         },
     )?;
-    let mut optimizer = DistributedOptimizer::new(worker, args.seed);
+    let mut optimizer = DistributedOptimizer::new(worker, args.train.seed);
     optimizer.add(&part).await?;
     let mut num_refused = 0;
-    while optimizer.clock().0 < args.iterations {
+    while optimizer.clock().0 < args.train.iterations {
         let clock = optimizer.clock();
         let batch = batches.batch(clock)?;
         let mut context = optimizer.begin();

@@ -14,17 +14,32 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use ps::cli::{self, ClusterArgs, DataArgs, TrainArgs, say};
 use ps::prelude::*;
-
-mod common;
-
-use common::output::say;
 
 /// Training on MNIST with the weights split over several servers, in any consistency mode.
 #[derive(Parser)]
+#[command(version, after_help = EXAMPLES)]
 struct Args {
     #[command(flatten)]
-    common: common::Common,
+    train: TrainArgs,
+    #[command(flatten)]
+    servers: ServerArgs,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+const EXAMPLES: &str = "Examples:
+  sharded_ps --num-servers 3 --consistency ssp:3
+  sharded_ps --processes 4 --num-workers 3 --consistency asp
+  sharded_ps --processes 3 --servers-on-nodes --net";
+
+// No doc comment: `--help` would take it for the program's.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Servers and model")]
+struct ServerArgs {
     /// Number of servers that the weights are split over.
     #[arg(long, default_value_t = 2)]
     num_servers: usize,
@@ -42,42 +57,38 @@ struct Args {
     net: bool,
 }
 
-fn main() -> Result<ExitCode> {
-    let args = Args::parse();
-    let device = select_device(&args.common.data.device)?;
-    let mnist = args.common.data.mnist()?;
-    let seed = args.common.seed;
-    match args.net {
-        true => train(Net::init(seed, &device), mnist, &args),
-        false => train(ConvNet::init(seed, &device), mnist, &args),
-    }
+fn main() -> ExitCode {
+    cli::main(|args: Args| {
+        let device = args.data.device()?;
+        let mnist = args.data.mnist()?;
+        let seed = args.train.seed;
+        match args.servers.net {
+            true => train(Net::init(seed, &device), mnist, &args),
+            false => train(ConvNet::init(seed, &device), mnist, &args),
+        }
+    })
 }
 
 fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> Result<ExitCode> {
     let trainer = Trainer::new(model, mnist.train)
         .test_data(mnist.test)
-        .device(&select_device(&args.common.data.device)?)
-        .workers(args.common.num_workers)
-        .servers(args.num_servers)
-        .servers_on_nodes(args.servers_on_nodes)
-        .consistency(args.consistency)
-        .reduction(args.reduction)
-        .learning_rate(args.common.learning_rate)
-        .batch_size(args.common.batch_size)
-        .iterations(args.common.iterations)
-        .seed(args.common.seed)
+        .device(&args.data.device()?)
+        .workers(args.train.num_workers)
+        .servers(args.servers.num_servers)
+        .servers_on_nodes(args.servers.servers_on_nodes)
+        .consistency(args.servers.consistency)
+        .reduction(args.servers.reduction)
+        .learning_rate(args.train.learning_rate)
+        .batch_size(args.train.batch_size)
+        .iterations(args.train.iterations)
+        .seed(args.train.seed)
         .evaluate_every(10)
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
             say!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
         });
     // `None`: this process was the home of a worker or server, and the training is over.
-    let Some(cluster) = args
-        .common
-        .data
-        .cluster
-        .launch(trainer.hosts(Hosts::new())?)?
-    else {
+    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
         return Ok(ExitCode::SUCCESS);
     };
     let report = trainer.run_on(&cluster)?;

@@ -18,28 +18,44 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use clap::Parser;
+use ps::cli::{self, ClusterArgs, DataArgs, TrainArgs, say};
 use ps::prelude::*;
-
-mod common;
-
-use common::output::say;
 
 /// Synchronous parameter-server training on MNIST, driven by this program.
 #[derive(Parser)]
+#[command(version, after_help = EXAMPLES)]
 struct Args {
     #[command(flatten)]
-    common: common::Common,
+    train: TrainArgs,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    cluster: ClusterArgs,
 }
 
-fn main() -> Result<ExitCode> {
-    let args = Args::parse().common;
+const EXAMPLES: &str = "Examples:
+  sync_ps                                two workers in this process
+  sync_ps --processes 3                  two workers in processes of their own
+  sync_ps --num-workers 4 --iterations 500 --learning-rate 0.005";
+
+fn main() -> ExitCode {
+    cli::main(train)
+}
+
+fn train(
+    Args {
+        train: args,
+        data,
+        cluster,
+    }: Args,
+) -> Result<ExitCode> {
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
-    let device = select_device(&args.data.device)?;
-    let mnist = args.data.mnist()?;
+    let device = data.device()?;
+    let mnist = data.mnist()?;
     let model = ConvNet::init(args.seed, &device);
     let hosts = host_workers(Hosts::new(), &model, &device, &mnist.train);
     // `None`: this process was a worker's home, and the training is over.
-    let Some(cluster) = args.data.cluster.launch(hosts)? else {
+    let Some(cluster) = cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
     };
 
@@ -50,8 +66,8 @@ fn main() -> Result<ExitCode> {
     let initial = initial_weights(&model, &device)?;
     let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
     // A worker whose process is lost is started again, on another one if need be.
-    let mut workers = (0..args.num_workers)
-        .map(|rank| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(rank)))
+    let mut workers = (0..args.num_workers as u32)
+        .map(|number| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(number)))
         .collect::<Result<Vec<_>, _>>()?;
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 

@@ -48,11 +48,14 @@
 //! | [`rule`] | a burn optimizer as a server's update rule |
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`agreement`] | what the processes of a training must have alike |
+//! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 
 #![warn(clippy::print_stdout)]
 
 pub mod agreement;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod data;
 pub mod lasting;
 pub mod report;
@@ -89,7 +92,7 @@ pub mod prelude {
         ApplyGradients, ApplyKept, Consistency, GetStatus, GetWeights, ParameterServer, Pull,
         PullVersion, Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
     };
-    pub use ps_actors::weights::{Gradient, Gradients, Layout, Weights};
+    pub use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
     pub use ps_actors::worker::{
         ComputeGradients, DataWorker, GradientSource, LocalGradient, RunSteps,
     };

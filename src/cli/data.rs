@@ -1,0 +1,93 @@
+//! Flags of a training on MNIST.
+
+use std::path::PathBuf;
+
+use ps_actors::ids::WorkerId;
+use ps_data::{DataError, Mnist, MnistOptions};
+use ps_model::burn::tensor::Device;
+use ps_model::{DeviceError, default_device_name, select_device};
+
+use super::{RANK, say};
+use crate::source::WorkerConfig;
+
+// No doc comments on these types: `--help` would take them for the program's own text.
+
+#[allow(missing_docs, reason = "see above")]
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Data and device")]
+pub struct DataArgs {
+    /// Directory with the four MNIST files. Default: $PS_MNIST_DIR, the cache, a download, or the
+    /// sample of the real data that is built in.
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+    /// Do not try to download MNIST.
+    #[arg(long)]
+    pub offline: bool,
+    /// Where to compute, such as flex, ndarray, tch, tch:cuda:0, cuda:0 or wgpu, if compiled in.
+    #[arg(long, default_value = default_device_name())]
+    pub device: String,
+}
+
+impl DataArgs {
+    /// Loads MNIST. The driver prints where it comes from.
+    ///
+    /// # Errors
+    /// When the files are not there or are damaged.
+    pub fn mnist(&self) -> Result<Mnist, DataError> {
+        let mnist = Mnist::load(&MnistOptions {
+            directory: self.data_dir.clone(),
+            offline: self.offline,
+            ..MnistOptions::default()
+        })?;
+        if RANK.get().is_none_or(|&rank| rank == 0) {
+            let (train, test) = (mnist.train.len(), mnist.test.len());
+            say!(
+                "MNIST, {train} training and {test} test images: {}",
+                mnist.source
+            );
+        }
+        Ok(mnist)
+    }
+
+    /// Returns the device to compute on.
+    ///
+    /// # Errors
+    /// When it is not compiled in, or does not exist.
+    pub fn device(&self) -> Result<Device, DeviceError> {
+        select_device(&self.device)
+    }
+}
+
+#[allow(missing_docs, reason = "see above")]
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Training")]
+pub struct TrainArgs {
+    /// Number of workers.
+    #[arg(long, default_value_t = 2)]
+    pub num_workers: usize,
+    /// Examples per batch of one worker.
+    #[arg(long, default_value_t = 128)]
+    pub batch_size: usize,
+    /// Iterations; in each, every worker computes one gradient.
+    #[arg(long, default_value_t = 200)]
+    pub iterations: u64,
+    /// Learning rate.
+    #[arg(long, default_value_t = 1e-2)]
+    pub learning_rate: f64,
+    /// Seed of the initial weights and the order of examples.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+}
+
+impl TrainArgs {
+    /// Returns the settings of one of the workers.
+    #[must_use]
+    pub fn worker(&self, number: u32) -> WorkerConfig {
+        WorkerConfig {
+            worker: WorkerId(number),
+            num_workers: self.num_workers,
+            batch_size: self.batch_size,
+            seed: self.seed,
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! The command line of a training program: flags, logging, exit codes.
+//!
+//! A program takes the groups of flags that it needs into its own [`clap::Parser`], and gives its work to
+//! [`main`]:
+//!
+//! ```no_run
+//! use std::process::ExitCode;
+//!
+//! use ps::cli::{self, ClusterArgs, DataArgs, TrainArgs, say};
+//! use ps::prelude::*;
+//!
+//! /// Trains a small network on MNIST.
+//! #[derive(clap::Parser)]
+//! struct Args {
+//!     #[command(flatten)]
+//!     train: TrainArgs,
+//!     #[command(flatten)]
+//!     data: DataArgs,
+//!     #[command(flatten)]
+//!     cluster: ClusterArgs,
+//! }
+//!
+//! fn main() -> ExitCode {
+//!     cli::main(train)
+//! }
+//!
+//! fn train(args: Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + Sync>> {
+//!     let (device, mnist) = (args.data.device()?, args.data.mnist()?);
+//!     let trainer = Trainer::new(ConvNet::init(args.train.seed, &device), mnist.train)
+//!         .test_data(mnist.test)
+//!         .device(&device)
+//!         .workers(args.train.num_workers)
+//!         .batch_size(args.train.batch_size)
+//!         .iterations(args.train.iterations)
+//!         .learning_rate(args.train.learning_rate)
+//!         .seed(args.train.seed);
+//!     // `None`: this process made workers for another one, and the training is over.
+//!     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
+//!         return Ok(ExitCode::SUCCESS);
+//!     };
+//!     let report = trainer.run_on(&cluster)?;
+//!     say!("{report}");
+//!     Ok(report.exit_code())
+//! }
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
+//! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
+//! | `log` | log lines on standard error, with the role of the process; `RUST_LOG` |
+//! | `output` | [`say!`]: lines on standard output |
+
+mod cluster;
+mod data;
+mod log;
+mod output;
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::sync::OnceLock;
+
+pub use clap;
+use clap::Parser;
+use ps_actors::actor::error_chain;
+use ps_actors::launch::log_prefix;
+
+pub use cluster::ClusterArgs;
+pub use data::{DataArgs, TrainArgs};
+pub use output::say;
+
+/// This process's number among all, once [`main`] knows it.
+static RANK: OnceLock<u32> = OnceLock::new();
+
+/// Parses the command line, turns logging on, and does the program's work.
+///
+/// Log lines go to standard error and begin with the role of the process, such as `driver 0` or `node 2`.
+/// `RUST_LOG` selects them: a level, or levels by module, such as `warn,ps_runtime=debug`. Without it they are
+/// those of level `info` and above.
+///
+/// Returns what `work` does, or prints its error with all causes and returns 1. Ends the process with 2 for
+/// flags that it does not know, and with 64 ([`EXIT_CONFIG`](ps_actors::launch::EXIT_CONFIG)) for flags of
+/// [`ClusterArgs`] that contradict each other or the environment.
+pub fn main<A, E>(work: impl FnOnce(A) -> Result<ExitCode, E>) -> ExitCode
+where
+    A: Parser,
+    E: Into<Box<dyn Error + Send + Sync>>,
+{
+    let matches = A::command().get_matches();
+    let args = A::from_arg_matches(&matches);
+    let args = args.unwrap_or_else(|error| error.format(&mut A::command()).exit());
+    let rank = ClusterArgs::rank_in(&matches);
+    log::start(rank.map(log_prefix));
+    let _ = RANK.set(rank.unwrap_or(0));
+    work(args).unwrap_or_else(|error| {
+        output::complain(&error_chain(error.into().as_ref()));
+        ExitCode::FAILURE
+    })
+}
