@@ -94,7 +94,10 @@ fn train(
             gradients.insert(rank, workers[rank].compute(&weights));
             continue;
         };
-        weights = server.ask(ApplyGradients::sum([gradient])).wait()??;
+        weights = server
+            .ask(ApplyGradients::sum([gradient]))
+            .flatten()
+            .wait()?;
         gradients.insert(rank, workers[rank].compute(&weights));
 
         if i % 10 == 0 {

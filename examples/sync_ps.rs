@@ -89,7 +89,10 @@ fn train(
         for (worker, reply) in workers.iter_mut().zip(replies) {
             gradients.push(worker.finish(reply, &weights)?);
         }
-        weights = server.ask(ApplyGradients::sum(gradients)).wait()??;
+        weights = server
+            .ask(ApplyGradients::sum(gradients))
+            .flatten()
+            .wait()?;
 
         if i % 10 == 0 {
             say!(

@@ -90,6 +90,7 @@ enum Length {
 
 /// Why a training run could not be started, or did not finish.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TrainError {
     /// Nobody would compute gradients.
     #[error("training needs at least one worker")]

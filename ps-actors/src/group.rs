@@ -83,6 +83,7 @@ impl From<ServerGroup> for Vec<Part> {
 
 /// Why a group of servers could not be started.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum GroupSpawnError {
     /// There must be at least one.
     #[error("weights need at least one server")]

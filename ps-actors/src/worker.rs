@@ -266,6 +266,7 @@ mod losses {
 
 /// Why a worker could not do what it was asked to.
 #[derive(Debug, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum WorkerError {
     /// Its model or data failed.
     #[error("{worker} could not compute the gradient of {clock}")]

@@ -33,8 +33,12 @@ const CONFIG: bincode::config::Configuration<
     bincode::config::Limit<MAX_CLAIM>,
 > = bincode::config::standard().with_limit::<MAX_CLAIM>();
 
+/// What an error of the format in use says.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why a message could not be turned into bytes or back.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CodecError {
     /// The message cannot be written.
     #[error("cannot encode a {message}")]
@@ -43,7 +47,7 @@ pub enum CodecError {
         message: &'static str,
         /// Why.
         #[source]
-        source: bincode::error::EncodeError,
+        source: Cause,
     },
     /// The bytes are no such message.
     #[error("cannot decode a {message} of a header of {len} bytes")]
@@ -54,7 +58,7 @@ pub enum CodecError {
         len: usize,
         /// Why.
         #[source]
-        source: bincode::error::DecodeError,
+        source: Cause,
     },
     /// There is more than the message.
     #[error(
@@ -243,7 +247,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Encoded, CodecError> {
     let bulk = lent.take();
     let header = header.map_err(|source| CodecError::Encode {
         message: name,
-        source,
+        source: source.into(),
     })?;
     match header.len() {
         0..=MAX_HEADER => Ok(Encoded { header, bulk }),
@@ -266,7 +270,7 @@ pub fn decode<T: DeserializeOwned>(header: &[u8], bulk: Vec<Buffer>) -> Result<T
     let (value, used) = decoded.map_err(|source| CodecError::Decode {
         message,
         len,
-        source,
+        source: source.into(),
     })?;
     let (num_bytes, num_buffers) = (len - used, left.len());
     match (num_bytes, num_buffers) {

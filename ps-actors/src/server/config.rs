@@ -52,6 +52,7 @@ impl Default for ServerConfig {
 
 /// A server setting that cannot work.
 #[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum ConfigError {
     /// Not a usable learning rate.
     #[error("the learning rate must be a number from 0 to {max:.1e}, but is {0:?}", max = f32::MAX)]

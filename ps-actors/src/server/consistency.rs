@@ -82,6 +82,7 @@ impl FromStr for Consistency {
 
 /// A consistency mode that does not exist or cannot work.
 #[derive(Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum ConsistencyError {
     /// The text names no mode.
     #[error("`{text}` is no consistency mode: use bsp, asp, ssp:BOUND or k-of-n:K with K ≥ 1")]

@@ -64,7 +64,7 @@ struct HeldAnswer {
 
 /// The state machine. See the module's text.
 #[derive(Clone, Debug)]
-pub struct Coordinator {
+pub(super) struct Coordinator {
     consistency: Consistency,
     reduction: Reduction,
     max_norm: f64,
@@ -86,7 +86,7 @@ impl Coordinator {
     /// Starts at version 0 with no members. Gradients with a norm above `max_norm` are refused
     /// (infinity: only those that are not finite).
     #[must_use]
-    pub fn new(consistency: Consistency, reduction: Reduction, max_norm: f64) -> Self {
+    pub(super) fn new(consistency: Consistency, reduction: Reduction, max_norm: f64) -> Self {
         Self {
             consistency,
             reduction,
@@ -106,13 +106,13 @@ impl Coordinator {
     /// Lets no round of [`Consistency::Bsp`] or [`Consistency::KofN`] close before this many
     /// different workers have joined, or were declared lost without ever coming.
     #[must_use]
-    pub fn wait_for_workers(mut self, num_workers: usize) -> Self {
+    pub(super) fn wait_for_workers(mut self, num_workers: usize) -> Self {
         self.num_awaited = num_workers;
         self
     }
 
     /// Takes one event and returns what is to be done.
-    pub fn step(&mut self, event: Event) -> Vec<Effect> {
+    pub(super) fn step(&mut self, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
         match event {
             Event::Join {
@@ -187,12 +187,12 @@ impl Coordinator {
 
     /// Returns the version of the weights once all updates so far are applied.
     #[must_use]
-    pub fn version(&self) -> Version {
+    pub(super) fn version(&self) -> Version {
         self.version
     }
 
     /// Returns the workers that take part, each with its life.
-    pub fn members(&self) -> impl Iterator<Item = (WorkerId, Incarnation)> + '_ {
+    pub(super) fn members(&self) -> impl Iterator<Item = (WorkerId, Incarnation)> + '_ {
         self.members
             .iter()
             .map(|(&worker, member)| (worker, member.incarnation))
@@ -214,7 +214,7 @@ impl Coordinator {
 
     /// Describes the state for people and metrics.
     #[must_use]
-    pub fn status(&self) -> CoordinatorStatus {
+    pub(super) fn status(&self) -> CoordinatorStatus {
         let mut workers = self.stats.clone();
         for (worker, member) in &self.members {
             let status = workers.entry(*worker).or_default();

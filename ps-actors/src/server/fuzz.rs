@@ -14,11 +14,12 @@ use ps_runtime::test_util::{CALLER_FRAMES, Fed, frame};
 
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::UpdateRule;
+use crate::server::messages::{Decision, Follow};
 use crate::server::protocol::{Summand, Update};
 use crate::server::{
-    ApplyGradients, Consistency, Decision, Follow, GetStatus, GetWeights, GroupSecret, Heartbeat,
-    Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost,
-    ServerConfig, SetConsistency, SetLearningRate, Stage,
+    ApplyGradients, Consistency, GetStatus, GetWeights, GroupSecret, Heartbeat, Join, Leave,
+    ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost, ServerConfig,
+    SetConsistency, SetLearningRate, Stage,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Weights};
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{Clock, Incarnation, JoinRequest, Version};
 
 /// How many outcomes are remembered per worker: far more than a worker has in flight.
-pub const WINDOW: usize = 1024;
+pub(super) const WINDOW: usize = 1024;
 
 /// What became of a gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -232,6 +232,7 @@ pub(crate) enum Decision {
 
 /// Why a server did not do what it was asked to. The weights are as they were.
 #[derive(Clone, Debug, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum ServerError {
     /// The gradient or worker is not acceptable.
     #[error(transparent)]
@@ -296,6 +297,7 @@ pub enum ServerError {
 
 /// Why a call to a group of servers failed.
 #[derive(Debug, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum GroupError {
     /// A server could not be reached, or did not answer.
     #[error("server {index} of the group did not answer")]

@@ -1,8 +1,8 @@
 //! The parameter server: holds weights and applies gradients to them.
 //!
-//! [`ParameterServer`] is the actor; its heart is pure. The [`coordinator`] decides which
+//! [`ParameterServer`] is the actor; its heart is pure. The `coordinator` decides which
 //! gradients make which update, by [`Consistency`] mode, membership and exactly-once
-//! [`ledger`]; a [`shard`] holds a range of the weights and follows those decisions. Neither
+//! `ledger`; a `shard` holds a range of the weights and follows those decisions. Neither
 //! knows of time, threads or actix, so both run in tests under any schedule.
 //!
 //! | module | what it holds |
@@ -17,17 +17,17 @@
 mod actor;
 mod config;
 mod consistency;
-pub mod coordinator;
+mod coordinator;
 mod followers;
 #[cfg(test)]
 mod fuzz;
 mod handlers;
 mod leases;
-pub mod ledger;
+mod ledger;
 mod messages;
 mod partition;
-pub mod protocol;
-pub mod shard;
+mod protocol;
+mod shard;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -39,12 +39,10 @@ pub use config::{ConfigError, ServerConfig};
 pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};
 pub(crate) use followers::GroupSecret;
 pub use ledger::Outcome;
-#[cfg(test)]
-pub(crate) use messages::Decision;
 pub use messages::{
-    ApplyGradients, ApplyKept, Follow, GetStatus, GetWeights, GroupError, Heartbeat, Join,
-    KeptGradients, Leave, Pull, Push, PushPull, Pushed, ReportLost, ServerError, ServerStatus,
-    SetConsistency, SetLearningRate, Stage,
+    ApplyGradients, ApplyKept, GetStatus, GetWeights, GroupError, Heartbeat, Join, KeptGradients,
+    Leave, Pull, Push, PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency,
+    SetLearningRate, Stage,
 };
 pub use partition::partition;
 pub use protocol::{Membership, Refusal};

@@ -26,7 +26,7 @@ pub struct Ticket(pub u64);
 
 /// What the coordinator needs to know of a gradient.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Stamp {
+pub(super) struct Stamp {
     /// Which gradient it is.
     pub id: GradientId,
     /// The version of the weights that it was computed on.
@@ -60,7 +60,7 @@ impl Stamp {
 
 /// What happened outside.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
+pub(super) enum Event {
     /// A worker wants to take part, in a new life.
     Join {
         /// Whom to answer.
@@ -110,7 +110,7 @@ pub enum Event {
 
 /// What is to be done, in this order.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
+pub(super) enum Effect {
     /// Apply these gradients to the weights.
     Update(Update),
     /// This gradient will not be applied: forget its numbers.
@@ -133,7 +133,7 @@ pub enum Effect {
 
 /// One update of the weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Update {
+pub(crate) struct Update {
     /// The version that it makes: one more than the last.
     pub version: Version,
     /// Its gradients, ordered by worker, so that their sum does not depend on arrival.
@@ -144,7 +144,7 @@ pub struct Update {
 
 /// A gradient's part in an update.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Summand {
+pub(crate) struct Summand {
     /// Which gradient.
     pub id: GradientId,
     /// The norm of the numbers that were judged: it tells them from others that somebody staged under the
@@ -156,7 +156,7 @@ pub struct Summand {
 
 /// What a caller gets.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Answer {
+pub(super) enum Answer {
     /// The worker takes part.
     Joined(Membership),
     /// The worker takes no further part.
@@ -180,6 +180,7 @@ pub struct Membership {
 
 /// Why an event changed nothing.
 #[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Refusal {
     /// The worker has not joined, or has left or been lost.
     #[error("{worker} is not a member: it must join (again)")]

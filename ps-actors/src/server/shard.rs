@@ -23,11 +23,11 @@ use ps_runtime::buffer::{Buffer, BufferPool};
 use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 
 /// How many gradients of one worker may be staged and not yet decided upon.
-pub const MAX_STAGED: usize = 32;
+pub(super) const MAX_STAGED: usize = 32;
 
 /// How many gradients may be staged of all lives that the coordinator has not said are valid. Its word may
 /// come a little later than a new member's first gradient; but anybody can make up a life.
-pub const MAX_STAGED_OF_STRANGERS: usize = 32;
+pub(super) const MAX_STAGED_OF_STRANGERS: usize = 32;
 
 /// Which version a pull wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +42,7 @@ pub enum PullVersion {
 
 /// Why a shard did not do what it was asked to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum ShardError {
     /// The gradient is of a model with more or fewer weights.
     #[error(
@@ -104,7 +105,7 @@ pub enum ShardError {
 
 /// The answer to a pull that could not be given at once.
 #[derive(Debug)]
-pub struct PullAnswer {
+pub(super) struct PullAnswer {
     /// Whom it is for.
     pub ticket: Ticket,
     /// The snapshot of this shard's range, or [`ShardError::VersionGone`].
@@ -113,7 +114,7 @@ pub struct PullAnswer {
 
 /// The state machine. See the module's text.
 #[derive(Debug)]
-pub struct Shard {
+pub(super) struct Shard {
     current: Weights,
     /// Earlier versions, oldest first.
     history: VecDeque<Weights>,
@@ -134,7 +135,7 @@ impl Shard {
     /// # Panics
     /// When `initial` does not cover `range`.
     #[must_use]
-    pub fn new(
+    pub(super) fn new(
         initial: &Weights,
         range: Range<usize>,
         rule: Box<dyn UpdateRule>,
@@ -166,30 +167,24 @@ impl Shard {
 
     /// Returns the current weights of this shard's range.
     #[must_use]
-    pub fn weights(&self) -> &Weights {
+    pub(super) fn weights(&self) -> &Weights {
         &self.current
     }
 
     /// Returns the range of weights that this shard holds.
     #[must_use]
-    pub fn range(&self) -> Range<usize> {
+    pub(super) fn range(&self) -> Range<usize> {
         self.current.range()
-    }
-
-    /// Returns the rule, for saving its state.
-    #[must_use]
-    pub fn rule(&self) -> &dyn UpdateRule {
-        &*self.rule
     }
 
     /// Returns the learning rate of updates that are decided from now on.
     #[must_use]
-    pub fn learning_rate(&self) -> f64 {
+    pub(super) fn learning_rate(&self) -> f64 {
         self.learning_rate
     }
 
     /// Changes the learning rate of updates that are decided from now on.
-    pub fn set_learning_rate(&mut self, learning_rate: f64) {
+    pub(super) fn set_learning_rate(&mut self, learning_rate: f64) {
         self.learning_rate = learning_rate;
     }
 
@@ -201,7 +196,7 @@ impl Shard {
 
     /// Returns how many gradients wait here for the coordinator's decision.
     #[must_use]
-    pub fn num_staged(&self) -> usize {
+    pub(super) fn num_staged(&self) -> usize {
         self.staged.len()
     }
 
@@ -213,7 +208,7 @@ impl Shard {
     /// # Errors
     /// When the gradient is over other weights, its worker's life is over, or the worker, or all
     /// whose life is not known here, have too many staged already.
-    pub fn stage(
+    pub(super) fn stage(
         &mut self,
         id: GradientId,
         gradient: &Gradient,
@@ -305,14 +300,14 @@ impl Shard {
     }
 
     /// Forgets a gradient that will not be applied.
-    pub fn discard(&mut self, id: GradientId) {
+    pub(super) fn discard(&mut self, id: GradientId) {
         if !self.is_awaited(id) {
             self.staged.remove(&id);
         }
     }
 
     /// Forgets the gradients of a worker's earlier lives and accepts no more of them.
-    pub fn fence(&mut self, worker: WorkerId, below: Incarnation) {
+    pub(super) fn fence(&mut self, worker: WorkerId, below: Incarnation) {
         self.fences.insert(worker, below);
         let over = |id: &GradientId| id.worker == worker && id.incarnation < below;
         let mut staged = std::mem::take(&mut self.staged);
@@ -325,7 +320,7 @@ impl Shard {
     ///
     /// # Errors
     /// When it is not the next one (PS-5), or names no gradient or one twice.
-    pub fn update(
+    pub(super) fn update(
         &mut self,
         update: Update,
         learning_rate: f64,
@@ -348,7 +343,7 @@ impl Shard {
     }
 
     /// Answers a pull at once, or, if its version does not exist yet, later under `ticket`.
-    pub fn pull(&mut self, ticket: Ticket, wanted: PullVersion) -> Option<PullAnswer> {
+    pub(super) fn pull(&mut self, ticket: Ticket, wanted: PullVersion) -> Option<PullAnswer> {
         match self.look_up(wanted) {
             Some(weights) => Some(PullAnswer { ticket, weights }),
             None => {
@@ -359,7 +354,7 @@ impl Shard {
     }
 
     /// Forgets a waiting pull whose caller has gone.
-    pub fn cancel_pull(&mut self, ticket: Ticket) {
+    pub(super) fn cancel_pull(&mut self, ticket: Ticket) {
         self.waiting_pulls.remove(&ticket);
     }
 

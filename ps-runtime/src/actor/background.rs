@@ -113,7 +113,8 @@ pub(crate) fn sleep_until(deadline: Instant) -> Sleep {
 
 /// A timer that works on any thread, with or without an event loop, and measures real time.
 ///
-/// It needs a process that has started an actor.
+/// # Panics
+/// When the system gives no thread for it, in a process that never started an actor.
 pub fn sleep(time: Duration) -> impl Future<Output = ()> + Send + 'static {
     let (_, runtime) = background().expect("the background loop runs since the first spawn");
     let _inside = runtime.enter();

@@ -363,6 +363,28 @@ pub struct StillRunning {
     pub after: Duration,
 }
 
+/// Why a call to an actor that answers with a `Result` brought nothing; see
+/// [`Reply::flatten`](super::Reply::flatten).
+#[derive(Debug, thiserror::Error)]
+pub enum AskError<E> {
+    /// The call failed.
+    #[error(transparent)]
+    Call(CallError),
+    /// The actor answered with this error.
+    #[error(transparent)]
+    Actor(E),
+}
+
+/// No reply has arrived in time; see [`Pending::wait_next_timeout`](super::Pending::wait_next_timeout).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no reply within {after:?}; {num_out} are still out")]
+pub struct NoReply {
+    /// The time that was allowed.
+    pub after: Duration,
+    /// How many replies are still out.
+    pub num_out: usize,
+}
+
 /// An error with all its causes, in one line.
 #[must_use]
 pub fn error_chain(error: &dyn std::error::Error) -> String {

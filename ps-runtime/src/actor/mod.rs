@@ -76,12 +76,12 @@ pub use actor_ref::ActorRef;
 pub use background::{Background, in_background, run, sleep};
 pub use caller_gone::{CallerGone, caller_gone};
 pub use error::{
-    CallError, LookupError, NotDelivered, SpawnError, StillRunning, Undelivered, UnknownOutcome,
-    error_chain,
+    AskError, CallError, LookupError, NoReply, NotDelivered, SpawnError, StillRunning, Undelivered,
+    UnknownOutcome, error_chain,
 };
 pub use mailbox::{ActorId, dead_letters};
 pub use pending::Pending;
 pub use registry::lookup;
-pub use reply::Reply;
+pub use reply::{FlatReply, Reply};
 pub use shutdown::{Shutdown, shutdown_all};
 pub use spawn::{RestartPolicy, Spawn, get_or_spawn, spawn};

@@ -6,12 +6,13 @@ use std::fmt;
 use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use futures_util::Stream;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::background;
-use super::error::CallError;
+use super::error::{CallError, NoReply};
 use super::mailbox::ActorId;
 use super::reply::Reply;
 
@@ -106,12 +107,42 @@ impl<K, R> Pending<K, R> {
     ///
     /// On an actor's thread, replies of that same actor fail as in [`Reply::wait`].
     pub fn wait_next(&mut self) -> Option<(K, Result<R, CallError>)> {
+        self.wait_until(None).flatten()
+    }
+
+    /// Blocks as [`wait_next`](Self::wait_next), for no longer than this. Nothing is lost if no reply arrives
+    /// in time.
+    ///
+    /// # Errors
+    /// When no reply has arrived in time.
+    #[allow(
+        clippy::type_complexity,
+        reason = "what `wait_next` returns, or an error"
+    )]
+    pub fn wait_next_timeout(
+        &mut self,
+        timeout: Duration,
+    ) -> Result<Option<(K, Result<R, CallError>)>, NoReply> {
+        // A deadline beyond the end of time is none.
+        let deadline = Instant::now().checked_add(timeout);
+        self.wait_until(deadline).ok_or_else(|| NoReply {
+            after: timeout,
+            num_out: self.len(),
+        })
+    }
+
+    /// `None` when the time is over.
+    #[allow(clippy::option_option, clippy::type_complexity, reason = "see above")]
+    fn wait_until(
+        &mut self,
+        deadline: Option<Instant>,
+    ) -> Option<Option<(K, Result<R, CallError>)>> {
         if let Some(current) = background::current_actor()
             && self.targets.remove(&current).is_some()
         {
             self.refuse_to_block_on(current);
         }
-        background::block_on(StreamExt::next(self), None).flatten()
+        background::block_on(StreamExt::next(self), deadline)
     }
 
     /// How many replies are out.

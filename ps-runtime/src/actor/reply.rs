@@ -13,7 +13,7 @@ use tokio::time::Sleep;
 use super::background;
 use super::busy_poll::Awaiting;
 use super::call::{GiveUp, ReplySlot};
-use super::error::CallError;
+use super::error::{AskError, CallError};
 use super::mailbox::ActorId;
 
 /// The result of a call that is under way: a future, or something to block on.
@@ -150,6 +150,80 @@ impl<R> Reply<R> {
             _ => unreachable!("{POLLED_AGAIN}"),
         }
     }
+}
+
+impl<T, E> Reply<Result<T, E>> {
+    /// Folds the two errors of such a call, its own and the one that the actor answers with, into one, so that
+    /// one `?` is enough.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::{actor::AskError, spawn};
+    /// # struct Divider;
+    /// # impl Actor for Divider { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "Result<u64, std::num::TryFromIntError>")]
+    /// # struct Narrow(i64);
+    /// # impl Handler<Narrow> for Divider {
+    /// #     type Result = Result<u64, std::num::TryFromIntError>;
+    /// #     fn handle(&mut self, Narrow(number): Narrow, _: &mut Context<Self>) -> Self::Result {
+    /// #         number.try_into()
+    /// #     }
+    /// # }
+    /// # let actor = spawn(|| Divider);
+    /// assert_eq!(actor.ask(Narrow(7)).flatten().wait()?, 7);
+    /// let error = actor.ask(Narrow(-7)).flatten().wait().unwrap_err();
+    /// assert!(matches!(error, AskError::Actor(_)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn flatten(self) -> FlatReply<T, E> {
+        FlatReply(self)
+    }
+}
+
+/// A [`Reply`] to a message whose result is a `Result`, with one error; see [`Reply::flatten`].
+#[must_use = "a dropped reply takes its call back; `tell` calls without a reply"]
+pub struct FlatReply<T, E>(Reply<Result<T, E>>);
+
+impl<T, E> FlatReply<T, E> {
+    /// As [`Reply::timeout`].
+    pub fn timeout(self, after: Duration) -> Self {
+        Self(self.0.timeout(after))
+    }
+
+    /// As [`Reply::wait`].
+    ///
+    /// # Errors
+    /// As the call itself, and as the actor answers.
+    pub fn wait(self) -> Result<T, AskError<E>> {
+        flat(self.0.wait())
+    }
+
+    /// As [`Reply::wait_timeout`].
+    ///
+    /// # Errors
+    /// As [`wait`](Self::wait), and as [`Reply::timeout`].
+    pub fn wait_timeout(self, timeout: Duration) -> Result<T, AskError<E>> {
+        self.timeout(timeout).wait()
+    }
+}
+
+impl<T, E> Future for FlatReply<T, E> {
+    type Output = Result<T, AskError<E>>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(cx).map(flat)
+    }
+}
+
+impl<T, E> fmt::Debug for FlatReply<T, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FlatReply").field(&self.0).finish()
+    }
+}
+
+fn flat<T, E>(result: Result<Result<T, E>, CallError>) -> Result<T, AskError<E>> {
+    result.map_err(AskError::Call)?.map_err(AskError::Actor)
 }
 
 const POLLED_AGAIN: &str = "a Reply must not be polled again after it was ready";

@@ -85,7 +85,7 @@ impl Door {
                 if let Some(process) = process.upgrade() {
                     process.sever(node);
                 }
-                tracing::warn!(%node, "a node is lost: nothing was heard of it for the lease");
+                tracing::warn!(%node, "a node is lost: its connection has ended, or nothing was heard of it for the lease");
             }
         });
         let session = self.process.session();

@@ -12,6 +12,7 @@ pub struct Token(Arc<str>);
 
 /// Why a text cannot be a token.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TokenError {
     /// It would not be hard to guess.
     #[error("a token must have at least {MIN_LEN} characters, not {0}")]

@@ -31,10 +31,10 @@ use crate::actor::deadline::Deadline;
 use crate::codec::{Bulk, Encoded, MAX_HEADER};
 
 /// Bytes of a frame's fixed part.
-pub const HEAD_LEN: usize = 24;
+pub(crate) const HEAD_LEN: usize = 24;
 
 /// The most buffers in one frame: a message with more shards or gradients than this is split.
-pub const MAX_BUFFERS: usize = 4096;
+pub(crate) const MAX_BUFFERS: usize = 4096;
 
 const MARK: u8 = 0xA7;
 
@@ -47,7 +47,7 @@ const MAX_CHUNK: usize = 64 << 10;
 /// What a frame is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// A call; a `Reply` follows.
     Ask = 1,
     /// A call whose result nobody wants; a `Reply` without a result follows.
@@ -93,7 +93,7 @@ impl Kind {
 
 /// The fixed part of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
+pub(crate) struct Head {
     /// What it is for.
     pub kind: Kind,
     /// Which call it belongs to.
@@ -112,7 +112,7 @@ pub struct Head {
 
 /// Why bytes are no frame. The connection cannot go on after it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum FrameError {
+pub(crate) enum FrameError {
     /// The first bytes cannot begin a frame.
     #[error("no frame begins with {0:02x?}")]
     NotAFrame([u8; 4]),
@@ -140,7 +140,7 @@ impl Head {
     ///
     /// # Errors
     /// When the bytes begin no frame, or one that is too large.
-    pub fn parse(bytes: &[u8; HEAD_LEN]) -> Result<Self, FrameError> {
+    pub(crate) fn parse(bytes: &[u8; HEAD_LEN]) -> Result<Self, FrameError> {
         let [
             kind,
             mark,
@@ -234,7 +234,7 @@ pub(crate) fn check(contents: &Encoded, max_numbers: u64) -> Result<(), FrameErr
 ///
 /// # Errors
 /// When they hold more than `max` numbers together.
-pub fn parse_lengths(bytes: &[u8], max: u64) -> Result<Vec<usize>, FrameError> {
+pub(crate) fn parse_lengths(bytes: &[u8], max: u64) -> Result<Vec<usize>, FrameError> {
     let (chunks, _) = bytes.as_chunks::<8>();
     let mut total = 0u64;
     let mut lengths = Vec::with_capacity(chunks.len());

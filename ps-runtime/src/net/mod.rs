@@ -1,13 +1,13 @@
-//! Connections between processes: frames, handshake, heartbeat. Only this module touches sockets.
+//! Connections between processes: frames, handshake, heartbeat.
 //!
 //! A connection begins as an HTTP/1.1 request that asks for an upgrade, so that one port serves
 //! other processes of the program, HTTP clients in any language, and health probes, all behind the
-//! same token. After the upgrade it carries [`frame`]s. Each process opens one connection to each
+//! same token. After the upgrade it carries frames. Each process opens one connection to each
 //! actor that it has a reference to; calls arrive in the order sent because the stream keeps it.
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`frame`] | the format of what is sent; pure |
+//! | `frame` | the format of what is sent; pure |
 //! | `connection`, `arrivals`, `outbox` | heartbeat, reading and writing of one connection |
 //! | `peer_memory` | large numbers between processes of one host are copied once |
 //! | `admission` | large calls to one actor come in one after the other |
@@ -24,7 +24,7 @@ mod arrivals;
 pub(crate) mod config;
 pub(crate) mod connection;
 pub(crate) mod dial;
-pub mod frame;
+pub(crate) mod frame;
 #[cfg(all(test, target_os = "linux"))]
 mod lending;
 pub(crate) mod listen;

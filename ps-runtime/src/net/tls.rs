@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, InvalidDnsNameError, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
@@ -44,6 +44,9 @@ pub struct TlsFiles {
     pub mutual: bool,
 }
 
+/// What the library below says.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -57,7 +60,7 @@ pub enum TlsError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: pem::Error,
+        source: Cause,
     },
     /// The name is no host name.
     #[error("`{name}` cannot be the name of a certificate")]
@@ -66,11 +69,11 @@ pub enum TlsError {
         name: String,
         /// Why.
         #[source]
-        source: InvalidDnsNameError,
+        source: Cause,
     },
     /// Certificate and key do not fit, or the authority's certificate is of no use.
     #[error("the certificates cannot be used")]
-    Unusable(#[from] rustls::Error),
+    Unusable(#[source] Cause),
     /// The others would not believe this process.
     #[error("{path} is not a valid certificate of the authority for `{name}`")]
     NotValid {
@@ -80,11 +83,11 @@ pub enum TlsError {
         name: String,
         /// Why not.
         #[source]
-        source: rustls::Error,
+        source: Cause,
     },
     /// Nobody could be checked against the authority.
     #[error("nobody can be checked against the authority")]
-    Verifier(#[from] rustls::server::VerifierBuilderError),
+    Verifier(#[source] Cause),
 }
 
 impl Tls {
@@ -98,16 +101,16 @@ impl Tls {
         let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|source| TlsError::File {
             what: "a private key",
             path: files.key.clone(),
-            source,
+            source: source.into(),
         })?;
         let name = ServerName::try_from(files.name.clone()).map_err(|source| TlsError::Name {
             name: files.name.clone(),
-            source,
+            source: source.into(),
         })?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = RootCertStore::empty();
         for certificate in authority {
-            roots.add(certificate)?;
+            roots.add(certificate).map_err(unusable)?;
         }
         let roots = Arc::new(roots);
         // A mistake shows here rather than as a process that nobody can reach.
@@ -115,32 +118,41 @@ impl Tls {
             WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
         let (own, between) = certificate
             .split_first()
-            .ok_or(rustls::Error::NoCertificatesPresented)?;
+            .ok_or(rustls::Error::NoCertificatesPresented)
+            .map_err(unusable)?;
         checked
-            .build()?
+            .build()
+            .map_err(|error| TlsError::Verifier(error.into()))?
             .verify_server_cert(own, between, &name, &[], UnixTime::now())
             .map_err(|source| TlsError::NotValid {
                 path: files.certificate.clone(),
                 name: files.name.clone(),
-                source,
+                source: source.into(),
             })?;
         let versions = [&rustls::version::TLS13];
         let server = ServerConfig::builder_with_provider(Arc::clone(&provider))
-            .with_protocol_versions(&versions)?;
+            .with_protocol_versions(&versions)
+            .map_err(unusable)?;
         let server = match files.mutual {
             true => {
                 let roots = Arc::clone(&roots);
                 let verifier =
                     WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(&provider));
-                server.with_client_cert_verifier(verifier.build()?)
+                let verifier = verifier.build();
+                let verifier = verifier.map_err(|error| TlsError::Verifier(error.into()))?;
+                server.with_client_cert_verifier(verifier)
             }
             false => server.with_no_client_auth(),
         };
-        let server = server.with_single_cert(certificate.clone(), key.clone_key())?;
+        let server = server
+            .with_single_cert(certificate.clone(), key.clone_key())
+            .map_err(unusable)?;
         let client = ClientConfig::builder_with_provider(provider)
-            .with_protocol_versions(&versions)?
+            .with_protocol_versions(&versions)
+            .map_err(unusable)?
             .with_root_certificates(roots)
-            .with_client_auth_cert(certificate, key)?;
+            .with_client_auth_cert(certificate, key)
+            .map_err(unusable)?;
         Ok(Self {
             acceptor: TlsAcceptor::from(Arc::new(server)),
             connector: TlsConnector::from(Arc::new(client)),
@@ -168,14 +180,18 @@ impl Tls {
     }
 }
 
+fn unusable(error: rustls::Error) -> TlsError {
+    TlsError::Unusable(error.into())
+}
+
 fn read_certificates(
     path: &Path,
     what: &'static str,
 ) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let failed = |source| TlsError::File {
+    let failed = |source: pem::Error| TlsError::File {
         what,
         path: path.to_owned(),
-        source,
+        source: source.into(),
     };
     let certificates = CertificateDer::pem_file_iter(path).map_err(failed)?;
     let certificates: Vec<_> = certificates.collect::<Result<_, _>>().map_err(failed)?;

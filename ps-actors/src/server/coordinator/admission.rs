@@ -74,7 +74,11 @@ impl Coordinator {
     ///
     /// # Errors
     /// When it does not.
-    pub fn check_member(&self, worker: WorkerId, incarnation: Incarnation) -> Result<(), Refusal> {
+    pub(crate) fn check_member(
+        &self,
+        worker: WorkerId,
+        incarnation: Incarnation,
+    ) -> Result<(), Refusal> {
         match self.incarnation(worker) {
             Some(current) if current == incarnation => Ok(()),
             Some(current) if current > incarnation => Err(Refusal::Fenced {

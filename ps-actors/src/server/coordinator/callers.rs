@@ -11,13 +11,13 @@ use crate::ids::{Incarnation, WorkerId};
 impl Coordinator {
     /// Returns the life in which a worker is a member.
     #[must_use]
-    pub fn incarnation(&self, worker: WorkerId) -> Option<Incarnation> {
+    pub(crate) fn incarnation(&self, worker: WorkerId) -> Option<Incarnation> {
         self.members.get(&worker).map(|member| member.incarnation)
     }
 
     /// Answers nobody under these tickets any more, because those who waited have gone. What they pushed
     /// stays pending.
-    pub fn forget_callers(&mut self, tickets: &BTreeSet<Ticket>) {
+    pub(crate) fn forget_callers(&mut self, tickets: &BTreeSet<Ticket>) {
         for push in &mut self.pending {
             push.waiters
                 .retain(|waiter| !tickets.contains(&waiter.ticket));
@@ -28,13 +28,13 @@ impl Coordinator {
 
     /// Returns how many pushes wait to be applied, or for their worker's next step.
     #[must_use]
-    pub fn num_held_up(&self) -> usize {
+    pub(crate) fn num_held_up(&self) -> usize {
         self.pending.len() + self.held_answers.len()
     }
 
     /// Returns for whom the pushes wait that are held up.
     #[must_use]
-    pub fn awaited(&self) -> Awaited {
+    pub(crate) fn awaited(&self) -> Awaited {
         let waits_for_rounds = matches!(
             self.consistency,
             Consistency::Bsp | Consistency::KofN { .. }

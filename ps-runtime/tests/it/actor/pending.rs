@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ps_runtime::actor::NoReply;
 use ps_runtime::{Pending, Spawn};
 
 use super::ON;
@@ -98,4 +99,20 @@ fn timeouts_hold_inside_a_set() {
     assert_gave_up_before_it_began(&actor, after, result.unwrap_err());
     drop(gate);
     assert_eq!(pending.wait_next().unwrap().1.unwrap(), 1);
+}
+
+///
+#[test]
+fn a_wait_for_the_next_reply_that_ends_in_time_loses_nothing() {
+    let actor = ON.spawn(Probe::default);
+    let mut pending = Pending::new();
+    let (send, future) = response();
+    pending.insert("late", actor.ask(InContext::new(future)));
+    let after = Duration::from_millis(1);
+    let NoReply { num_out, .. } = pending.wait_next_timeout(after).unwrap_err();
+    assert_eq!((num_out, pending.len()), (1, 1));
+    send.send(5).unwrap();
+    let (key, result) = pending.wait_next_timeout(SOON).unwrap().unwrap();
+    assert_eq!((key, result.unwrap()), ("late", 5));
+    assert!(pending.wait_next_timeout(Duration::MAX).unwrap().is_none());
 }

@@ -19,8 +19,6 @@ use tokio::sync::oneshot;
 
 pub(crate) use ps_runtime::test_util::{Parked, SOON, eventually};
 
-/// Bounds every wait of the tests, so that a lost wake-up fails instead of hanging.
-
 /// What probes have seen, in order.
 #[derive(Clone, Default)]
 pub(crate) struct Log(Arc<Mutex<Vec<String>>>);
