@@ -1,4 +1,4 @@
-//! A network inside one process, for tests: pipes in place of sockets, and faults on demand.
+//! A network inside one process: pipes in place of sockets. For tests, faults on demand.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,12 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::io::DuplexStream;
 use tokio::sync::mpsc;
 
+#[cfg(any(test, feature = "test-util"))]
 mod faults;
 
+#[cfg(any(test, feature = "test-util"))]
 pub use faults::{FaultCounts, Faults, Outage};
-
-use self::faults::Trouble;
-use super::threads;
 
 /// Bytes in a pipe that its reader has not taken yet, as in a socket's buffer.
 const PIPE: usize = 256 << 10;
@@ -26,23 +25,31 @@ const BACKLOG: usize = 128;
 #[derive(Clone, Default)]
 pub struct MemoryNetwork {
     inner: Arc<Inner>,
-    /// The host that this is the network of, if it is one of several.
-    host: Option<u32>,
+    #[cfg(any(test, feature = "test-util"))]
+    host: faults::Host,
 }
 
 #[derive(Default)]
 struct Inner {
     next_place: AtomicU64,
     listeners: Mutex<HashMap<u64, Listener>>,
-    trouble: Option<Arc<Trouble>>,
-    /// What is wrong between two hosts only.
-    between: Mutex<HashMap<(u32, u32), Arc<Trouble>>>,
+    #[cfg(any(test, feature = "test-util"))]
+    troubles: faults::Troubles,
 }
 
 #[derive(Clone)]
 struct Listener {
-    host: Option<u32>,
+    #[cfg(any(test, feature = "test-util"))]
+    host: faults::Host,
     backlog: mpsc::Sender<DuplexStream>,
+}
+
+impl Listener {
+    /// Hands over the other end of a connection.
+    fn accept(&self, stream: DuplexStream) -> io::Result<()> {
+        let accepted = self.backlog.try_send(stream);
+        accepted.map_err(|_| io::ErrorKind::ConnectionRefused.into())
+    }
 }
 
 impl MemoryNetwork {
@@ -50,67 +57,6 @@ impl MemoryNetwork {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
-    }
-
-    /// Makes a network in which this goes wrong. The same seed throws the same dice.
-    #[must_use]
-    pub fn with_faults(seed: u64, faults: Faults) -> Self {
-        let inner = Inner {
-            trouble: Some(Arc::new(Trouble::new(seed, faults))),
-            ..Inner::default()
-        };
-        Self {
-            inner: Arc::new(inner),
-            host: None,
-        }
-    }
-
-    /// The network as a host of this number sees it, for outages between two hosts.
-    #[must_use]
-    pub fn of_host(&self, host: u32) -> Self {
-        Self {
-            inner: Arc::clone(&self.inner),
-            host: Some(host),
-        }
-    }
-
-    /// Begins or ends an outage between two hosts, while both reach all others. Its connections are those
-    /// that are made after the first call for these two.
-    pub fn set_outage_between(&self, one: u32, other: u32, outage: Option<Outage>) {
-        let pair = (one.min(other), one.max(other));
-        // Each operation on the map is whole.
-        let between = self.inner.between.lock();
-        let mut between = between.unwrap_or_else(PoisonError::into_inner);
-        let sound = || Arc::new(Trouble::new(0, Faults::default()));
-        between.entry(pair).or_insert_with(sound).set_outage(outage);
-    }
-
-    /// What may go wrong on a connection to there.
-    fn trouble_to(&self, listener: &Listener) -> Option<Arc<Trouble>> {
-        let between = self.inner.between.lock();
-        let between = between.unwrap_or_else(PoisonError::into_inner);
-        let pair = self.host.zip(listener.host);
-        let pair = pair.map(|(one, other)| (one.min(other), one.max(other)));
-        let trouble = pair.and_then(|pair| between.get(&pair));
-        trouble.or(self.inner.trouble.as_ref()).cloned()
-    }
-
-    /// How often something went wrong so far.
-    #[must_use]
-    pub fn fault_counts(&self) -> FaultCounts {
-        let trouble = self.inner.trouble.as_ref();
-        trouble.map_or_else(FaultCounts::default, |trouble| trouble.counts())
-    }
-
-    /// Begins or ends an outage of the whole network.
-    ///
-    /// # Panics
-    /// When the network was not made with [`with_faults`](Self::with_faults).
-    pub fn set_outage(&self, outage: Option<Outage>) {
-        let trouble = self.inner.trouble.as_ref();
-        trouble
-            .expect("only a network with faults has outages")
-            .set_outage(outage);
     }
 
     fn listeners(&self) -> MutexGuard<'_, HashMap<u64, Listener>> {
@@ -123,28 +69,25 @@ impl MemoryNetwork {
     pub(crate) fn listen(&self) -> (u64, mpsc::Receiver<DuplexStream>) {
         let place = self.inner.next_place.fetch_add(1, Ordering::Relaxed);
         let (backlog, receiver) = mpsc::channel(BACKLOG);
-        let host = self.host;
-        self.listeners().insert(place, Listener { host, backlog });
+        let listener = Listener {
+            #[cfg(any(test, feature = "test-util"))]
+            host: self.host,
+            backlog,
+        };
+        self.listeners().insert(place, listener);
         (place, receiver)
     }
 
     pub(crate) fn connect(&self, place: u64) -> io::Result<DuplexStream> {
         let listener = self.listeners().get(&place).cloned();
+        let listener = listener.ok_or(io::ErrorKind::ConnectionRefused)?;
         let (ours, theirs) = tokio::io::duplex(PIPE);
-        let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
-        let listener = listener.ok_or_else(refused)?;
-        let Some(trouble) = self.trouble_to(&listener) else {
-            let listener = listener.backlog;
-            listener.try_send(theirs).map_err(|_| refused())?;
-            return Ok(ours);
+        #[cfg(any(test, feature = "test-util"))]
+        let theirs = match self.trouble_to(&listener) {
+            Some(trouble) => trouble.between(theirs)?,
+            None => theirs,
         };
-        if trouble.outage() == Some(Outage::Refused) {
-            return Err(refused());
-        }
-        let (relay, accepted) = tokio::io::duplex(PIPE);
-        let listener = listener.backlog;
-        listener.try_send(accepted).map_err(|_| refused())?;
-        threads::next().spawn(async move { trouble.relay(theirs, relay).await });
+        listener.accept(theirs)?;
         Ok(ours)
     }
 }

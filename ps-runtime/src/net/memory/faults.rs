@@ -5,15 +5,18 @@
 //! caller with a timeout, a lost one looks like an actor or a network that is too slow, which is
 //! much harder to bring about. Connections to agents (joining, starting actors) lose none.
 
+use std::collections::HashMap;
 use std::io;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::sync::watch;
 
+use super::{Inner, Listener, MemoryNetwork, PIPE};
 use crate::net::frame::{HEAD_LEN, Head, Kind, parse_lengths};
+use crate::net::threads;
 
 /// How often what goes wrong; each a probability for a frame, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -65,7 +68,95 @@ struct Counters {
     cuts: AtomicU64,
 }
 
-/// The faults of one network.
+/// Which of several hosts a [`MemoryNetwork`] is that of, if it is one of several.
+pub(super) type Host = Option<u32>;
+
+/// What is wrong in a network.
+#[derive(Default)]
+pub(super) struct Troubles {
+    everywhere: Option<Arc<Trouble>>,
+    /// Between two hosts only.
+    between: Mutex<HashMap<(u32, u32), Arc<Trouble>>>,
+}
+
+impl MemoryNetwork {
+    /// Makes a network in which this goes wrong. The same seed throws the same dice.
+    #[must_use]
+    pub fn with_faults(seed: u64, faults: Faults) -> Self {
+        let troubles = Troubles {
+            everywhere: Some(Arc::new(Trouble::new(seed, faults))),
+            ..Troubles::default()
+        };
+        let inner = Inner {
+            troubles,
+            ..Inner::default()
+        };
+        Self {
+            inner: Arc::new(inner),
+            host: None,
+        }
+    }
+
+    /// The network as a host of this number sees it, for outages between two hosts.
+    #[must_use]
+    pub fn of_host(&self, host: u32) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            host: Some(host),
+        }
+    }
+
+    /// Begins or ends an outage between two hosts, while both reach all others. Its connections are those
+    /// that are made after the first call for these two.
+    pub fn set_outage_between(&self, one: u32, other: u32, outage: Option<Outage>) {
+        let sound = || Arc::new(Trouble::new(0, Faults::default()));
+        let mut between = self.inner.troubles.between();
+        let trouble = between.entry(pair(one, other)).or_insert_with(sound);
+        trouble.set_outage(outage);
+    }
+
+    /// How often something went wrong so far.
+    #[must_use]
+    pub fn fault_counts(&self) -> FaultCounts {
+        let trouble = self.inner.troubles.everywhere.as_ref();
+        trouble.map_or_else(FaultCounts::default, |trouble| trouble.counts())
+    }
+
+    /// Begins or ends an outage of the whole network.
+    ///
+    /// # Panics
+    /// When the network was not made with [`with_faults`](Self::with_faults).
+    pub fn set_outage(&self, outage: Option<Outage>) {
+        let trouble = self.inner.troubles.everywhere.as_ref();
+        trouble
+            .expect("only a network with faults has outages")
+            .set_outage(outage);
+    }
+
+    /// What may go wrong on a connection to there.
+    pub(super) fn trouble_to(&self, listener: &Listener) -> Option<Arc<Trouble>> {
+        let troubles = &self.inner.troubles;
+        let hosts = self.host.zip(listener.host);
+        let between = hosts.and_then(|(one, other)| {
+            let between = troubles.between();
+            between.get(&pair(one, other)).cloned()
+        });
+        between.or_else(|| troubles.everywhere.clone())
+    }
+}
+
+fn pair(one: u32, other: u32) -> (u32, u32) {
+    (one.min(other), one.max(other))
+}
+
+impl Troubles {
+    fn between(&self) -> MutexGuard<'_, HashMap<(u32, u32), Arc<Trouble>>> {
+        // Each operation on the map is whole.
+        self.between.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The faults of one network, or between two hosts.
 pub(super) struct Trouble {
     faults: Faults,
     seeds: Mutex<Dice>,
@@ -102,8 +193,18 @@ impl Trouble {
         *self.outage.borrow()
     }
 
+    /// Puts itself between a caller and the end of its connection, and returns the end for the listener.
+    pub(super) fn between(self: Arc<Self>, caller: DuplexStream) -> io::Result<DuplexStream> {
+        if self.outage() == Some(Outage::Refused) {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        let (relay, accepted) = tokio::io::duplex(PIPE);
+        threads::next().spawn(async move { self.relay(caller, relay).await });
+        Ok(accepted)
+    }
+
     /// Carries bytes between the caller's pipe and the listener's until one closes, or a cut.
-    pub(super) async fn relay(&self, caller: DuplexStream, listener: DuplexStream) {
+    async fn relay(&self, caller: DuplexStream, listener: DuplexStream) {
         let seeds = || {
             // A number is whole at any time.
             let mut seeds = self.seeds.lock().unwrap_or_else(|error| error.into_inner());
