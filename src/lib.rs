@@ -81,12 +81,12 @@ struct Readme;
 pub mod prelude {
     pub use ps_actors::actor::{ActorRef, CallError, Pending, Reply, Spawn, lookup, run, spawn};
     pub use ps_actors::cluster::{
-        Cluster, ClusterConfig, Hosted, Hosts, Placement, Resources, SpawnOn,
+        Cluster, ClusterConfig, Hosted, Hosts, Placement, RemoteRef, Resources, SpawnOn,
     };
     pub use ps_actors::group::ServerGroup;
     pub use ps_actors::ids::{Clock, Version, WorkerId};
     pub use ps_actors::launch::{LaunchOptions, Signal, StopSignal, exit_code};
-    pub use ps_actors::remote::{Kept, Messages, Remote, RemoteRef};
+    pub use ps_actors::remote::{Kept, Messages, Remote};
     pub use ps_actors::rule::{Sgd, UpdateRule};
     pub use ps_actors::server::{
         ApplyGradients, ApplyKept, Consistency, GetStatus, GetWeights, ParameterServer, Pull,

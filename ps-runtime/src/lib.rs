@@ -18,8 +18,10 @@
 
 pub mod actor;
 pub mod buffer;
+mod busy_poll;
 pub mod cluster;
 pub mod codec;
+mod deadline;
 pub mod launch;
 pub mod net;
 pub mod parallel;

@@ -2,7 +2,7 @@
 //!
 //! Callers see no difference between an actor of this process and one elsewhere.
 
-use std::any::type_name;
+use std::any::{TypeId, type_name};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,18 +10,13 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler, Message};
 
 use super::background;
-use super::deadline::Deadline;
-use super::error::CallError;
+use super::error::{CallError, NotDelivered, Undelivered};
 use super::mailbox::{ActorId, Mailbox, Phase};
+use super::port::{Begun, How, Port};
 use super::registry::AnyMailbox;
 use super::reply::Reply;
 use super::shutdown::Shutdown;
-use crate::net::frame::Kind;
-use crate::remote::NodeId;
-use crate::remote::caller::RemoteActor;
-use crate::remote::kept::{KeepHere, Kept};
-use crate::remote::reference::Remotely;
-use crate::remote::table::Table;
+use crate::deadline::Deadline;
 
 /// A reference to an actor: cheap to clone, usable from any thread, typed by the actor.
 ///
@@ -39,7 +34,7 @@ pub(crate) struct Handle<A: Actor> {
 /// Where the actor is.
 pub(crate) enum Target<A: Actor> {
     Here(Arc<Mailbox<A>>),
-    There(Remotely<A>),
+    There(Box<dyn Port<A>>),
 }
 
 impl<A: Actor> Handle<A> {
@@ -54,7 +49,7 @@ impl<A: Actor> Drop for Handle<A> {
     fn drop(&mut self) {
         match &self.target {
             Target::Here(mailbox) => mailbox.close(),
-            Target::There(remote) => remote.actor.release(),
+            Target::There(port) => port.release(),
         }
     }
 }
@@ -64,9 +59,9 @@ impl<A: Actor> ActorRef<A> {
         Self { handle }
     }
 
-    /// Makes a reference to an actor of another process; `actor` counts it as a holder already.
-    pub(crate) fn there(actor: Arc<RemoteActor>, table: Arc<Table<A>>) -> Self {
-        let target = Target::There(Remotely { actor, table });
+    /// Makes a reference to an actor of another process; the port counts it as a holder already.
+    pub(crate) fn there(port: Box<dyn Port<A>>) -> Self {
+        let target = Target::There(port);
         Self::new(Arc::new(Handle { target }))
     }
 
@@ -102,7 +97,7 @@ impl<A: Actor> ActorRef<A> {
     pub fn id(&self) -> ActorId {
         match self.target() {
             Target::Here(mailbox) => mailbox.id(),
-            Target::There(remote) => remote.actor.id(),
+            Target::There(port) => port.id(),
         }
     }
 
@@ -110,7 +105,7 @@ impl<A: Actor> ActorRef<A> {
     pub fn name(&self) -> &str {
         match self.target() {
             Target::Here(mailbox) => mailbox.name(),
-            Target::There(remote) => remote.actor.name(),
+            Target::There(port) => port.name(),
         }
     }
 
@@ -119,21 +114,13 @@ impl<A: Actor> ActorRef<A> {
         matches!(self.target(), Target::Here(_))
     }
 
-    /// The process that the actor runs in; `None` if it is this one.
-    pub fn node(&self) -> Option<NodeId> {
-        match self.target() {
-            Target::Here(_) => None,
-            Target::There(remote) => Some(remote.actor.wire().node),
-        }
-    }
-
     /// Whether the actor takes calls: it has not been told to stop, and has not ended.
     ///
     /// Of an actor elsewhere: whether this process has not heard of its end.
     pub fn is_alive(&self) -> bool {
         match self.target() {
             Target::Here(mailbox) => mailbox.phase() == Phase::Open,
-            Target::There(remote) => !remote.actor.has_ended(),
+            Target::There(port) => port.is_alive(),
         }
     }
 
@@ -141,7 +128,7 @@ impl<A: Actor> ActorRef<A> {
     pub fn pending(&self) -> usize {
         match self.target() {
             Target::Here(mailbox) => mailbox.pending(),
-            Target::There(remote) => remote.actor.pending(),
+            Target::There(port) => port.pending(),
         }
     }
 
@@ -158,7 +145,7 @@ impl<A: Actor> ActorRef<A> {
     pub fn dead_letters(&self) -> u64 {
         match self.target() {
             Target::Here(mailbox) => mailbox.dead_letters(),
-            Target::There(remote) => remote.actor.dead_letters(),
+            Target::There(port) => port.dead_letters(),
         }
     }
 
@@ -170,7 +157,7 @@ impl<A: Actor> ActorRef<A> {
     pub fn stop(&self) {
         match self.target() {
             Target::Here(mailbox) => mailbox.close(),
-            Target::There(remote) => remote.actor.signal(Kind::Stop),
+            Target::There(port) => port.stop(),
         }
     }
 
@@ -182,7 +169,7 @@ impl<A: Actor> ActorRef<A> {
     pub fn kill(&self) {
         match self.target() {
             Target::Here(mailbox) => mailbox.kill(),
-            Target::There(remote) => remote.actor.signal(Kind::Kill),
+            Target::There(port) => port.kill(),
         }
     }
 
@@ -196,7 +183,7 @@ impl<A: Actor> ActorRef<A> {
                 // The sender lives in the mailbox that `self` holds.
                 let _ = mailbox.ended().wait_for(|ended| *ended).await;
             }
-            Target::There(remote) => remote.actor.gone().await,
+            Target::There(port) => port.ended().await,
         }
     }
 
@@ -208,9 +195,9 @@ impl<A: Actor> ActorRef<A> {
         let begin = |actor: Arc<dyn AnyMailbox>| Shutdown::start(vec![actor], timeout);
         match self.target() {
             Target::Here(mailbox) => begin(Arc::clone(mailbox) as _),
-            Target::There(remote) => {
+            Target::There(port) => {
                 // The `kill` at the end needs the connection, which goes with the last reference.
-                begin(Arc::clone(&remote.actor) as _).holding(Arc::clone(&self.handle) as _)
+                begin(port.mailbox()).holding(Arc::clone(&self.handle) as _)
             }
         }
     }
@@ -229,9 +216,7 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
     {
         match self.target() {
             Target::Here(mailbox) => Reply::started(mailbox.push(message, false)),
-            Target::There(remote) => {
-                Reply::started(remote.actor.call(&remote.table, message, false))
-            }
+            Target::There(port) => Reply::begun(begin(&**port, message, How::Ask(None))),
         }
     }
 
@@ -251,31 +236,9 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         let deadline = Deadline::within(limit);
         let reply = match self.target() {
             Target::Here(mailbox) => Reply::started(mailbox.push_with(message, None, deadline)),
-            Target::There(remote) => {
-                let call = remote.actor.call_within(&remote.table, message, deadline);
-                Reply::started(call)
-            }
+            Target::There(port) => Reply::begun(begin(&**port, message, How::Ask(deadline))),
         };
         reply.timeout(limit)
-    }
-
-    /// Calls the actor, and leaves the result where it is computed until somebody takes it.
-    ///
-    /// The ticket can be sent on inside a message; the result then goes straight from the process
-    /// that made it to the one that takes it, not through this one.
-    pub fn ask_kept<M>(&self, message: M) -> Reply<Kept<M::Result>>
-    where
-        A: Handler<M>,
-        M: Message + Send + 'static,
-        M::Result: Send,
-    {
-        match self.target() {
-            Target::Here(mailbox) => {
-                let call = mailbox.push(message, false);
-                Reply::started(call.map(|call| Arc::new(KeepHere(call as _))))
-            }
-            Target::There(remote) => Reply::started(remote.actor.call_kept(&remote.table, message)),
-        }
     }
 
     /// Waits until the actor has room for a call, first come first served, and calls it.
@@ -289,9 +252,13 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
     {
         match self.target() {
             Target::Here(mailbox) => Reply::started(mailbox.push_when_ready(message).await),
-            Target::There(remote) => {
-                let call = remote.actor.call_when_ready(&remote.table, message);
-                Reply::started(call.await)
+            Target::There(port) => {
+                let how = match port.take_room().await {
+                    true => How::InRoom,
+                    // It says how the actor ended.
+                    false => How::Ask(None),
+                };
+                Reply::begun(begin(&**port, message, how))
             }
         }
     }
@@ -312,9 +279,32 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
     {
         match self.target() {
             Target::Here(mailbox) => mailbox.push(message, true).map(drop),
-            Target::There(remote) => remote.actor.call(&remote.table, message, true).map(drop),
+            Target::There(port) => begin(&**port, message, How::Tell).map(drop),
         }
     }
+}
+
+/// Begins a call to an actor elsewhere.
+fn begin<A, M>(port: &dyn Port<A>, message: M, how: How) -> Begun<M>
+where
+    A: Actor,
+    M: Message + Send + 'static,
+    M::Result: Send,
+{
+    let mut message = Some(message);
+    if let Some(begun) = port.begin(TypeId::of::<M>(), &mut message, how) {
+        let begun = begun.downcast::<Begun<M>>();
+        return *begun.expect("a port begins the call that it was given");
+    }
+    let message = message.expect("a port that does not take a message leaves it");
+    Err(CallError::NotDelivered {
+        actor: Arc::clone(port.name()),
+        reason: NotDelivered::NotRegistered {
+            message: type_name::<M>().to_owned(),
+            actor_type: type_name::<A>().to_owned(),
+        },
+        message: Undelivered::new(message),
+    })
 }
 
 impl<A: Actor> Clone for ActorRef<A> {

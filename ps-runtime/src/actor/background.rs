@@ -19,8 +19,8 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::task::AbortHandle;
 use tokio::time::Sleep;
 
-use super::busy_poll::BusyPoll;
 use super::mailbox::ActorId;
+use crate::busy_poll::BusyPoll;
 
 thread_local! {
     static ACTOR: RefCell<Option<(ActorId, Weak<dyn Any + Send + Sync>)>> =

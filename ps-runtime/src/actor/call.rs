@@ -19,9 +19,9 @@ use futures_util::future::LocalBoxFuture;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::caller_gone::{CallerGone, Entered, Watched, Watchers};
-use super::deadline::Deadline;
 use super::error::{CallError, NotDelivered, UnknownOutcome};
 use super::mailbox::{ActorId, Mailbox};
+use crate::deadline::Deadline;
 
 /// Why a call ends without its handler's result.
 #[derive(Debug, Clone)]

@@ -16,8 +16,8 @@ use futures_util::task::AtomicWaker;
 use tokio::sync::{Semaphore, TryAcquireError, watch};
 
 use super::call::{Call, Held, Loss, QueuedCall};
-use super::deadline::Deadline;
 use super::error::{CallError, NotDelivered, Undelivered};
+use crate::deadline::Deadline;
 
 /// Identifies an actor within this process; a number is never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

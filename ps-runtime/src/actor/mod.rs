@@ -16,14 +16,15 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `actor_ref` | what callers hold |
-//! | `call`, `deadline` | the life of one call: queued, running, done; its time limit |
+//! | `call` | the life of one call: queued, running, done |
+//! | `port` | an actor elsewhere, as references see it |
 //! | `caller_gone` | how a handler that waits learns that its caller does not |
 //! | `reply`, `pending` | the caller's side of one call, of many calls |
 //! | `mailbox` | the queue, the bound on it, and the actor's phase |
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
 //! | `spawn`, `registry` | options, names, all actors of the process |
 //! | `shutdown` | ends actors within a bound |
-//! | `background`, `busy_poll` | the helper thread for timers, and blocking waits |
+//! | `background` | the helper thread for timers, and blocking waits |
 //!
 //! ```
 //! use actix::{Actor, Context, Handler, Message};
@@ -58,13 +59,12 @@
 
 pub(crate) mod actor_ref;
 pub(crate) mod background;
-pub(crate) mod busy_poll;
 pub(crate) mod call;
 mod caller_gone;
-pub(crate) mod deadline;
 pub(crate) mod error;
 pub(crate) mod mailbox;
 mod pending;
+pub(crate) mod port;
 mod pump;
 pub(crate) mod registry;
 mod reply;

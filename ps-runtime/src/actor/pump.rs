@@ -15,9 +15,9 @@ use actix::{Actor, ActorContext, AsyncContext, Context};
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use super::busy_poll::BusyPoll;
 use super::call::{InFlight, Loss, QueuedCall};
 use super::mailbox::{Mailbox, Next};
+use crate::busy_poll::BusyPoll;
 
 /// How many calls run before timers, streams and other items of the actor get their turn.
 const BATCH: usize = 64;

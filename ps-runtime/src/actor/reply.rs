@@ -11,10 +11,10 @@ use tokio::task::coop::{Unconstrained, unconstrained};
 use tokio::time::Sleep;
 
 use super::background;
-use super::busy_poll::Awaiting;
 use super::call::{GiveUp, ReplySlot};
 use super::error::{AskError, CallError};
 use super::mailbox::ActorId;
+use crate::busy_poll::Awaiting;
 
 /// The result of a call that is under way: a future, or something to block on.
 ///
@@ -45,6 +45,10 @@ struct Timeout {
 
 impl<R> Reply<R> {
     pub(crate) fn started(call: Result<Arc<impl ReplySlot<R> + 'static>, CallError>) -> Self {
+        Self::begun(call.map(|slot| slot as _))
+    }
+
+    pub(crate) fn begun(call: Result<Arc<dyn ReplySlot<R>>, CallError>) -> Self {
         let state = match call {
             Ok(slot) => State::Waiting(slot),
             Err(error) => State::Ready(Err(error)),

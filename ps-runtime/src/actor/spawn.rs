@@ -347,8 +347,8 @@ mod tests {
     use crate::cluster::{
         Cluster, ClusterConfig, ClusterError, Hosts, Node, SpawnOn, SpawnOnError, StartError,
     };
+    use crate::cluster::{Owned, RemoteRef, Value};
     use crate::launch::LaunchOptions;
-    use crate::remote::{Owned, RemoteRef, Value};
 
     #[derive(Clone, serde::Serialize, serde::Deserialize)]
     struct Nothing;

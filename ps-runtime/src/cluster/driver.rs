@@ -23,10 +23,10 @@ use super::resources::Resources;
 use super::task::Task;
 use crate::actor::error::error_chain;
 use crate::actor::{ActorRef, CallError, Spawn};
-use crate::net::dial::DialError;
-use crate::net::listen::Incarnations;
 use crate::net::{Address, threads};
 use crate::remote::Remote;
+use crate::remote::dial::DialError;
+use crate::remote::listen::Incarnations;
 use crate::remote::process::{NodeId, Process};
 use crate::remote::reference::{Wire, reference};
 

@@ -12,8 +12,8 @@ use tokio::task::JoinHandle;
 
 use super::config::{ClusterConfig, ClusterError, Transport};
 use super::socket_directory::SocketDirectory;
-use crate::net::listen::{Front, Incarnations, Listener};
 use crate::net::{Address, threads};
+use crate::remote::listen::{Front, Incarnations, Listener};
 use crate::remote::process::Process;
 
 /// Sockets that are bound, not served yet: their addresses are known before anybody can connect.

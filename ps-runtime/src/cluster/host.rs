@@ -13,13 +13,14 @@ use tokio::sync::{oneshot, watch};
 
 use super::agent::SpawnRefused;
 use super::lookup;
+use super::value::{Owned, Value};
 use crate::actor::error::error_chain;
 use crate::actor::supervisor::NotMade;
 use crate::actor::{self, ActorRef, Spawn};
 use crate::codec::{self, Blob, CodecError};
+use crate::remote::Remote;
 use crate::remote::process::Process;
 use crate::remote::reference::{Wire, on_behalf_of};
-use crate::remote::{Owned, Remote, Value};
 
 /// An actor type that a [`Cluster`](super::Cluster) can start in another process.
 pub trait Hosted: Remote {
@@ -123,7 +124,7 @@ impl Hosts {
     }
 
     /// Looks after values of type `T` that other processes send here; see
-    /// [`RemoteRef::new_on`](crate::remote::RemoteRef::new_on).
+    /// [`RemoteRef::new_on`](super::RemoteRef::new_on).
     #[must_use]
     pub fn values<T: Value>(self) -> Self {
         self.host_with(Owned::<T>::options(), |value: T| Ok(Owned::new(value)))

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::agent::{DriverAgent, GetIncarnations, agent_of};
 use crate::actor::ActorRef;
-use crate::net::listen::Incarnations;
+use crate::remote::listen::Incarnations;
 use crate::remote::process::{NodeId, Process};
 
 /// What has become of the latest incarnation of a rank.

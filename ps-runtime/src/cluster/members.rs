@@ -13,7 +13,7 @@ use super::incarnations::{KnownIncarnations, Standing};
 use super::resources::Resources;
 use crate::actor::ActorRef;
 use crate::net::Address;
-use crate::net::listen::Incarnations;
+use crate::remote::listen::Incarnations;
 use crate::remote::process::{Joining, NodeId};
 
 /// A node that takes part.

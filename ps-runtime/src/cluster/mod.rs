@@ -16,6 +16,7 @@
 //! | `endpoint`, `config` | sockets; settings and errors |
 //! | `socket_directory` | where the Unix socket is, and what dead processes have left |
 //! | `lookup` | names, from inside an actor |
+//! | `value` | values that stay where they are, and handles to them |
 //! | `resources`, `task` | where actors fit; results that are under way |
 
 pub(crate) mod agent;
@@ -34,6 +35,7 @@ mod socket_directory;
 mod task;
 #[cfg(test)]
 mod tests;
+mod value;
 
 pub use agent::SpawnRefused;
 pub use config::{ClusterConfig, ClusterError, Transport};
@@ -44,5 +46,6 @@ pub use lookup::lookup;
 pub use node::{Node, NodeExit};
 pub use resources::{Resources, ResourcesError};
 pub use task::Task;
+pub use value::{Method, Owned, RemoteRef, Value};
 
 pub use crate::remote::NodeId;

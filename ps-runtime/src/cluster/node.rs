@@ -22,9 +22,9 @@ use super::host::Hosts;
 use super::incarnations::{AsNode, NodeIncarnations};
 use super::task::Task;
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
-use crate::net::dial::{DialError, is_refusal};
-use crate::net::listen::Incarnations;
 use crate::net::{Address, threads};
+use crate::remote::dial::{DialError, is_refusal};
+use crate::remote::listen::Incarnations;
 use crate::remote::process::{Joining, NodeId, Process};
 
 /// The longest pause between two tries to reach the driver.

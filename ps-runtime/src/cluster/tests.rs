@@ -13,7 +13,7 @@ use actix::{Actor, Context, Handler, Message, MessageResult};
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 
-use super::agent::{Find, Join, Make, NodeAgent, TaskScope, agent_of, hosted_name};
+use super::agent::{DriverAgent, Find, Join, Make, NodeAgent, TaskScope, agent_of, hosted_name};
 use super::host::Args;
 use super::members::Claim;
 use super::*;
@@ -21,10 +21,11 @@ use crate::actor::{ActorRef, CallError, NotDelivered, UnknownOutcome};
 use crate::codec::Bulk;
 use crate::net::NetConfig;
 use crate::net::memory::{Faults, MemoryNetwork, Outage};
+use crate::remote::kept::KeptResults;
 use crate::remote::process::tests::num_living;
 use crate::remote::process::{NodeId, Process};
 use crate::remote::reference::reference;
-use crate::remote::{Messages, Remote};
+use crate::remote::{Messages, Remote, untraced};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -498,4 +499,16 @@ fn what_is_too_large_to_be_sent_is_refused_with_the_limit_and_its_setting() {
         };
         assert!(reason.contains("4096"), "{reason}");
     }
+}
+
+impl Value for u64 {}
+
+/// Two builds that differ in a field must not take each other's bytes for something else.
+#[test]
+fn the_fields_of_all_messages_are_compared() {
+    let none: [&str; 0] = [];
+    assert_eq!(untraced::<DriverAgent>(), none);
+    assert_eq!(untraced::<NodeAgent>(), none);
+    assert_eq!(untraced::<KeptResults>(), none);
+    assert_eq!(untraced::<Owned<u64>>(), none);
 }

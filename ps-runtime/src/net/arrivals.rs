@@ -15,8 +15,8 @@ use super::connection::{Ended, Frame, busy_poll};
 use super::frame::{HEAD_LEN, Head, Kind, OutFrame, parse_addresses, parse_lengths};
 use super::outbox::Outbox;
 use super::peer_memory::PeerMemory;
-use crate::actor::deadline::Deadline;
 use crate::buffer::{Buffer, BufferPool};
+use crate::deadline::Deadline;
 
 /// How many frames are read that wait behind a lent one.
 const MAX_WAITING: usize = 64;

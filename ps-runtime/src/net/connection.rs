@@ -18,9 +18,9 @@ use super::outbox::{Outbox, TaskWriter};
 use super::peer_memory::PeerMemory;
 use super::quiet::Quiet;
 use super::stream::{ReadHalf, Stream};
-use crate::actor::busy_poll::BusyPoll;
-use crate::actor::deadline::{Deadline, latest};
 use crate::buffer::{Buffer, BufferPool, OutOfMemory};
+use crate::busy_poll::BusyPoll;
+use crate::deadline::{Deadline, latest};
 
 /// Bytes read at once; larger pieces go straight to their buffer.
 const READ_BUFFER: usize = 16 << 10;

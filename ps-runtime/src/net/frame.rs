@@ -27,8 +27,8 @@ use std::time::Duration;
 
 use super::admission::{Admission, Sending};
 use super::peer_memory::{Probe, address};
-use crate::actor::deadline::Deadline;
 use crate::codec::{Bulk, Encoded, MAX_HEADER};
+use crate::deadline::Deadline;
 
 /// Bytes of a frame's fixed part.
 pub(crate) const HEAD_LEN: usize = 24;

@@ -12,7 +12,7 @@
 //! | `peer_memory` | large numbers between processes of one host are copied once |
 //! | `admission` | large calls to one actor come in one after the other |
 //! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
-//! | `address`, `dial`, `listen` | finding a process, both sides of the handshake |
+//! | `address` | where a process listens |
 //! | `access`, [`tls`] | the token; certificates |
 //! | `quiet` | lines that a peer can cause are few |
 //! | `memory` | a network inside one process, with faults |
@@ -23,11 +23,9 @@ pub(crate) mod admission;
 mod arrivals;
 pub(crate) mod config;
 pub(crate) mod connection;
-pub(crate) mod dial;
 pub(crate) mod frame;
 #[cfg(all(test, target_os = "linux"))]
 mod lending;
-pub(crate) mod listen;
 pub mod memory;
 pub(crate) mod outbox;
 pub(crate) mod peer_memory;

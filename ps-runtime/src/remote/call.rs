@@ -12,11 +12,11 @@ use super::caller::RemoteActor;
 use super::reference::on_behalf_of;
 use super::table::Decode;
 use crate::actor::call::{GiveUp, ReplySlot};
-use crate::actor::deadline::Deadline;
 use crate::actor::error::error_chain;
 use crate::actor::mailbox::ActorId;
 use crate::actor::{CallError, NotDelivered, UnknownOutcome};
 use crate::codec;
+use crate::deadline::Deadline;
 use crate::net::connection::Frame;
 
 /// A call as the connection sees it.

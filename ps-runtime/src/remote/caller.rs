@@ -21,17 +21,18 @@ use super::kept::Kept;
 use super::process::Process;
 use super::reference::{Wire, on_behalf_of};
 use super::table::{Codec, Decode, Table, keeping};
-use crate::actor::deadline::{Deadline, latest};
 use crate::actor::error::error_chain;
 use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
+use crate::actor::port::How;
 use crate::actor::registry::AnyMailbox;
 use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
 use crate::codec::CodecError;
+use crate::deadline::{Deadline, latest};
 use crate::net::connection::{Connection, Ended, Frame, Peer};
-use crate::net::dial::DialError;
 use crate::net::frame::{self, FrameError, Kind, OutFrame};
 use crate::net::outbox::Outbox;
 use crate::net::threads;
+use crate::remote::dial::DialError;
 
 /// An actor elsewhere, as all references to it in this process share it.
 pub(crate) struct RemoteActor {
@@ -128,41 +129,32 @@ impl RemoteActor {
         self.dead_letters.load(Ordering::Relaxed)
     }
 
-    /// Calls the actor if it has room for a call of this process.
-    pub(crate) fn call<A: Actor, M: Message + Send + 'static>(
+    /// Calls the actor.
+    pub(super) fn call<A: Actor, M: Message + Send + 'static>(
         self: &Arc<Self>,
         table: &Table<A>,
         message: M,
-        told: bool,
+        how: How,
     ) -> Called<M, M::Result>
     where
         M::Result: Send,
     {
-        let message = self.take_slot(message)?;
-        let kind = if told { Kind::Tell } else { Kind::Ask };
-        self.call_in_slot(table, message, None, |code, codec| {
+        let (kind, deadline) = match how {
+            How::Ask(deadline) => (Kind::Ask, deadline),
+            How::Tell => (Kind::Tell, None),
+            How::InRoom => (Kind::Ask, None),
+        };
+        let message = match how {
+            How::InRoom => message,
+            How::Ask(_) | How::Tell => self.take_slot(message)?,
+        };
+        self.call_in_slot(table, message, deadline, |code, codec| {
             (kind, code, codec.decode)
         })
     }
 
-    /// Calls the actor; its handler is to begin before the deadline.
-    pub(crate) fn call_within<A: Actor, M: Message + Send + 'static>(
-        self: &Arc<Self>,
-        table: &Table<A>,
-        message: M,
-        deadline: Option<Deadline>,
-    ) -> Called<M, M::Result>
-    where
-        M::Result: Send,
-    {
-        let message = self.take_slot(message)?;
-        self.call_in_slot(table, message, deadline, |code, codec| {
-            (Kind::Ask, code, codec.decode)
-        })
-    }
-
     /// Calls the actor, and gets a ticket for the result.
-    pub(crate) fn call_kept<A: Actor, M: Message + Send + 'static>(
+    pub(super) fn call_kept<A: Actor, M: Message + Send + 'static>(
         self: &Arc<Self>,
         table: &Table<A>,
         message: M,
@@ -176,22 +168,15 @@ impl RemoteActor {
         })
     }
 
-    /// Waits until the actor has room for a call of this process, and calls it.
-    pub(crate) async fn call_when_ready<A: Actor, M: Message + Send + 'static>(
-        self: &Arc<Self>,
-        table: &Table<A>,
-        message: M,
-    ) -> Called<M, M::Result>
-    where
-        M::Result: Send,
-    {
+    /// Waits until the actor has room for a call of this process, and takes it. False if it has ended.
+    pub(super) async fn take_room(&self) -> bool {
         match self.slots.acquire().await {
-            Ok(slot) => slot.forget(),
-            Err(_closed) => return Err(self.undelivered(message, self.stopped())),
+            Ok(slot) => {
+                slot.forget();
+                true
+            }
+            Err(_closed) => false,
         }
-        self.call_in_slot(table, message, None, |code, codec| {
-            (Kind::Ask, code, codec.decode)
-        })
     }
 
     fn take_slot<M: Send + 'static>(&self, message: M) -> Result<M, CallError> {

@@ -19,11 +19,12 @@ use serde::ser::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::process::Process;
-use super::reference::{NOT_IN_A_CALL, current, on_behalf_of};
+use super::reference::{NOT_IN_A_CALL, Remotely, current, on_behalf_of};
 use super::{Messages, Remote};
+use crate::actor::actor_ref::Target;
 use crate::actor::call::{GiveUp, ReplySlot};
 use crate::actor::mailbox::ActorId;
-use crate::actor::{ActorRef, CallError, Spawn};
+use crate::actor::{ActorRef, CallError, Reply, Spawn};
 use crate::codec::{self, Blob, CodecError, Encoded};
 use crate::schema::is_tracing;
 
@@ -180,8 +181,32 @@ impl<T> fmt::Debug for Kept<T> {
     }
 }
 
+impl<A: Actor<Context = Context<A>>> ActorRef<A> {
+    /// Calls the actor, and leaves the result where it is computed until somebody takes it.
+    ///
+    /// The ticket can be sent on inside a message; the result then goes straight from the process
+    /// that made it to the one that takes it, not through this one.
+    pub fn ask_kept<M>(&self, message: M) -> Reply<Kept<M::Result>>
+    where
+        A: Handler<M>,
+        M: Message + Send + 'static,
+        M::Result: Send,
+    {
+        match self.target() {
+            Target::Here(mailbox) => {
+                let call = mailbox.push(message, false);
+                Reply::started(call.map(|call| Arc::new(KeepHere(call as _))))
+            }
+            Target::There(port) => {
+                let Remotely { actor, table } = Remotely::of(&**port);
+                Reply::started(actor.call_kept(table, message))
+            }
+        }
+    }
+}
+
 /// The reply of a call inside this process, as a kept value.
-pub(crate) struct KeepHere<R>(pub(crate) Arc<dyn ReplySlot<R>>);
+struct KeepHere<R>(Arc<dyn ReplySlot<R>>);
 
 impl<R: Send> ReplySlot<Kept<R>> for KeepHere<R> {
     fn target(&self) -> ActorId {

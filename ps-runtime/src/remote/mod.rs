@@ -11,25 +11,25 @@
 //! | `caller`, `call` | an actor elsewhere, with its connection; one call to it |
 //! | `callee` | an actor here that is called from elsewhere |
 //! | `kept` | results that stay where they were made |
-//! | `value` | values that stay where they are, and handles to them |
 //! | `reference` | how an `ActorRef` travels |
+//! | `dial`, `listen` | both sides of the handshake |
 //! | `process` | this process as others see it: what it exports, whom it knows |
 
 pub(crate) mod call;
 pub(crate) mod callee;
 pub(crate) mod caller;
+pub(crate) mod dial;
 pub(crate) mod kept;
+pub(crate) mod listen;
 pub(crate) mod process;
 pub(crate) mod reference;
 pub(crate) mod table;
-pub(crate) mod value;
 
 use actix::{Actor, Context};
 
 pub use kept::{KEPT_FOR, Kept, KeptError, MAX_KEPT};
 pub use process::NodeId;
 pub use table::{Messages, untraced};
-pub use value::{Method, Owned, RemoteRef, Value};
 
 /// An actor type whose actors can be called from other processes.
 ///

@@ -26,9 +26,9 @@ use crate::actor::actor_ref::Handle;
 use crate::buffer::BufferPool;
 use crate::codec::Encoded;
 use crate::net::admission::Admission;
-use crate::net::dial::{self, DialError, Dialled};
 use crate::net::memory::MemoryNetwork;
 use crate::net::{Address, NetConfig, Tls, Token};
+use crate::remote::dial::{self, DialError, Dialled};
 use crate::schema::Schema;
 
 /// A process of a cluster, in one of its lives.

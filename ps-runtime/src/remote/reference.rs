@@ -1,10 +1,12 @@
 //! How an [`ActorRef`] travels: as the process that has the actor, and the actor's number there.
 
-use std::any::type_name;
+use std::any::{Any, TypeId, type_name};
 use std::cell::RefCell;
 use std::sync::Arc;
 
 use actix::Actor;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use serde::de::Error as _;
 use serde::ser::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -15,7 +17,11 @@ use super::process::{NodeId, Process};
 use super::table::Table;
 use crate::actor::ActorRef;
 use crate::actor::actor_ref::Target;
+use crate::actor::mailbox::ActorId;
+use crate::actor::port::{How, Port};
+use crate::actor::registry::AnyMailbox;
 use crate::net::NetConfig;
+use crate::net::frame::Kind;
 use crate::schema::is_tracing;
 
 /// A reference on the wire.
@@ -61,7 +67,7 @@ impl<A: Remote> Serialize for ActorRef<A> {
         let process = current().ok_or_else(|| S::Error::custom(NOT_IN_A_CALL))?;
         match self.target() {
             Target::Here(_) => process.export(self),
-            Target::There(remote) => remote.actor.wire().clone(),
+            Target::There(port) => Remotely::of(&**port).actor.wire().clone(),
         }
         .serialize(serializer)
     }
@@ -83,7 +89,7 @@ fn nowhere<A: Remote>(wire: Wire) -> ActorRef<A> {
     let process = Process::new(NetConfig::default(), None, None, None);
     let actor = RemoteActor::new(process, wire);
     actor.claim();
-    ActorRef::there(actor, Table::empty())
+    Remotely::reference(actor, Table::empty())
 }
 
 /// Makes a reference to the actor that `wire` speaks of.
@@ -105,11 +111,91 @@ pub(crate) fn reference<A: Remote>(
             format!("{name} has ended, or is not a {}", type_name::<A>())
         });
     }
-    Ok(ActorRef::there(process.remote(wire), table))
+    Ok(Remotely::reference(process.remote(wire), table))
 }
 
 /// What a reference to an actor elsewhere holds.
 pub(crate) struct Remotely<A: Actor> {
-    pub(crate) actor: Arc<RemoteActor>,
-    pub(crate) table: Arc<Table<A>>,
+    pub(super) actor: Arc<RemoteActor>,
+    pub(super) table: Arc<Table<A>>,
+}
+
+impl<A: Actor> Remotely<A> {
+    /// `actor` counts the reference as a holder already.
+    fn reference(actor: Arc<RemoteActor>, table: Arc<Table<A>>) -> ActorRef<A> {
+        ActorRef::there(Box::new(Self { actor, table }))
+    }
+
+    pub(super) fn of(port: &dyn Port<A>) -> &Self {
+        let remotely = port.as_any().downcast_ref();
+        remotely.expect("this module has the only port")
+    }
+}
+
+impl<A: Actor> ActorRef<A> {
+    /// The process that the actor runs in; `None` if it is this one.
+    pub fn node(&self) -> Option<NodeId> {
+        match self.target() {
+            Target::Here(_) => None,
+            Target::There(port) => Some(Remotely::of(&**port).actor.wire().node),
+        }
+    }
+}
+
+impl<A: Actor> Port<A> for Remotely<A> {
+    fn id(&self) -> ActorId {
+        self.actor.id()
+    }
+
+    fn name(&self) -> &Arc<str> {
+        self.actor.name()
+    }
+
+    fn is_alive(&self) -> bool {
+        !self.actor.has_ended()
+    }
+
+    fn pending(&self) -> usize {
+        self.actor.pending()
+    }
+
+    fn dead_letters(&self) -> u64 {
+        self.actor.dead_letters()
+    }
+
+    fn stop(&self) {
+        self.actor.signal(Kind::Stop);
+    }
+
+    fn kill(&self) {
+        self.actor.signal(Kind::Kill);
+    }
+
+    fn ended(&self) -> BoxFuture<'_, ()> {
+        self.actor.gone().boxed()
+    }
+
+    fn release(&self) {
+        self.actor.release();
+    }
+
+    fn mailbox(&self) -> Arc<dyn AnyMailbox> {
+        Arc::clone(&self.actor) as _
+    }
+
+    fn take_room(&self) -> BoxFuture<'_, bool> {
+        self.actor.take_room().boxed()
+    }
+
+    fn begin(&self, id: TypeId, message: &mut dyn Any, how: How) -> Option<Box<dyn Any>> {
+        let begun = self.table.begin(self, id, message, how);
+        if let (None, How::InRoom) = (&begun, how) {
+            self.actor.release_slot();
+        }
+        begun
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
 }

@@ -12,7 +12,9 @@ use serde::de::DeserializeOwned;
 use super::Remote;
 use super::callee::{self, Incoming, Then};
 use super::kept::Kept;
+use super::reference::Remotely;
 use crate::actor::mailbox::Mailbox;
+use crate::actor::port::{Begun, How};
 use crate::buffer::Buffer;
 use crate::codec::{CodecError, Encoded, decode, encode};
 use crate::schema::Schema;
@@ -20,7 +22,7 @@ use crate::schema::Schema;
 /// Collects the messages of an actor type; see [`Remote::messages`].
 pub struct Messages<A: Actor> {
     by_code: Vec<Serve<A>>,
-    by_type: HashMap<TypeId, Known>,
+    by_type: HashMap<TypeId, Known<A>>,
     /// What all types look like, which tells versions of a program apart.
     schema: Schema,
     untraced: Vec<&'static str>,
@@ -29,11 +31,27 @@ pub struct Messages<A: Actor> {
 /// Reads a message, hands it to the actor, and sees to the reply.
 type Serve<A> = fn(&Arc<Mailbox<A>>, Incoming, Then);
 
+/// Begins a call with a message of a type that only it knows; see [`Port::begin`].
+type Begin<A> = fn(&Remotely<A>, &mut dyn Any, How) -> Option<Box<dyn Any>>;
+
+fn begin<A, M>(remote: &Remotely<A>, message: &mut dyn Any, how: How) -> Option<Box<dyn Any>>
+where
+    A: Actor,
+    M: Message + Send + 'static,
+    M::Result: Send,
+{
+    let message = message.downcast_mut::<Option<M>>()?.take()?;
+    let call = remote.actor.call(&remote.table, message, how);
+    let begun: Begun<M> = call.map(|call| call as _);
+    Some(Box::new(begun))
+}
+
 /// The bit of a message's code that asks to keep the result.
 const KEEP: u32 = 1 << 31;
 
-struct Known {
+struct Known<A: Actor> {
     code: u32,
+    begin: Begin<A>,
     /// A [`Codec<M>`].
     codec: Box<dyn Any + Send + Sync>,
 }
@@ -76,6 +94,7 @@ impl<A: Actor<Context = Context<A>>> Messages<A> {
             TypeId::of::<M>(),
             Known {
                 code,
+                begin: begin::<A, M>,
                 codec: Box::new(codec),
             },
         );
@@ -173,6 +192,18 @@ impl<A: Actor> Table<A> {
         Some((known.code, *codec))
     }
 
+    /// Begins a call, if the actor takes the message, which is an `Option<M>`.
+    pub(super) fn begin(
+        &self,
+        remote: &Remotely<A>,
+        id: TypeId,
+        message: &mut dyn Any,
+        how: How,
+    ) -> Option<Box<dyn Any>> {
+        let known = self.messages.by_type.get(&id)?;
+        (known.begin)(remote, message, how)
+    }
+
     /// Runs the message with this code.
     pub(crate) fn serve(&self, mailbox: &Arc<Mailbox<A>>, code: u32, incoming: Incoming) {
         let then = match (code & KEEP, incoming.is_told()) {
@@ -184,24 +215,5 @@ impl<A: Actor> Table<A> {
             Some(serve) => serve(mailbox, incoming, then),
             None => incoming.refuse(format!("{} has no message {code}", type_name::<A>())),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cluster::agent::{DriverAgent, NodeAgent};
-    use crate::remote::kept::KeptResults;
-    use crate::remote::{Owned, Value};
-
-    impl Value for u64 {}
-
-    #[test]
-    fn the_fields_of_all_messages_are_compared() {
-        let none: [&str; 0] = [];
-        assert_eq!(untraced::<DriverAgent>(), none);
-        assert_eq!(untraced::<NodeAgent>(), none);
-        assert_eq!(untraced::<KeptResults>(), none);
-        assert_eq!(untraced::<Owned<u64>>(), none);
     }
 }

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use actix::{Actor, Context, Handler, Message};
 use ps_runtime::cluster::{Hosted, Placement, SpawnOn, SpawnOnError, Transport};
+use ps_runtime::cluster::{Method, Owned, RemoteRef, Value};
 use ps_runtime::net::memory::{Faults, MemoryNetwork, Outage};
-use ps_runtime::remote::{Messages, Method, Owned, Remote, RemoteRef, Value};
+use ps_runtime::remote::{Messages, Remote};
 use ps_runtime::{ActorRef, CallError};
 use serde::{Deserialize, Serialize};
 

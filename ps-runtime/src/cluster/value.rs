@@ -4,7 +4,7 @@
 //! promises what an [`ActorRef`] promises: methods run one after another where the value is, the
 //! value goes when the last handle goes, and a process that is lost holds no handles any more.
 //! Like every actor it has a thread, so values are for what lives for a while; a result that is to
-//! be fetched once is better [kept](super::Kept).
+//! be fetched once is better [kept](crate::remote::Kept).
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -13,16 +13,16 @@ use actix::{Actor, Context, Handler, Message, MessageResult};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::process::NodeId;
-use super::{Messages, Remote};
+use super::{Cluster, Hosted, NodeId, SpawnOn, SpawnOnError, Task};
 use crate::actor::{ActorRef, Reply, RestartPolicy, Spawn, SpawnError};
-use crate::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError, Task};
+use crate::remote::{Messages, Remote};
 
 /// A type whose values other processes can use through a [`RemoteRef`].
 ///
 /// ```
 /// use actix::Message;
-/// use ps_runtime::remote::{Messages, Method, Owned, RemoteRef, Value};
+/// use ps_runtime::cluster::{Method, Owned, RemoteRef, Value};
+/// use ps_runtime::remote::Messages;
 /// use serde::{Deserialize, Serialize};
 ///
 /// #[derive(Clone, Serialize, Deserialize)]

@@ -20,14 +20,14 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use super::access::may_pass;
-use super::connection::Connection;
+use super::callee::Server;
 use super::dial::{JOINING, MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
-use super::quiet::Quiet;
-use super::stream::{Detached, Stream, tune};
-use super::threads;
-use crate::remote::callee::Server;
-use crate::remote::process::{Joining, NodeId, Process};
+use super::process::{Joining, NodeId, Process};
+use crate::net::access::may_pass;
+use crate::net::connection::Connection;
+use crate::net::quiet::Quiet;
+use crate::net::stream::{Detached, Stream, tune};
+use crate::net::threads;
 
 /// Where connections come in.
 pub(crate) enum Listener {
@@ -330,7 +330,7 @@ async fn upgrade(
     }
 }
 
-type MakeServer = Box<dyn FnOnce(Arc<super::outbox::Outbox>) -> Server + Send>;
+type MakeServer = Box<dyn FnOnce(Arc<crate::net::outbox::Outbox>) -> Server + Send>;
 
 /// Checks everything that can be checked about a caller.
 async fn admit(
@@ -354,7 +354,7 @@ async fn admit(
     let session = hex(SESSION).unwrap_or(0);
     // Only the driver is spoken to by those who have no place in the cluster yet.
     let is_driver = process.id() == NodeId::DRIVER;
-    let is_joining = session == 0 && number == crate::remote::process::AGENT && is_driver;
+    let is_joining = session == 0 && number == super::process::AGENT && is_driver;
     if session != process.session() && !is_joining {
         let why = "the caller belongs to another run of the program";
         return Err((StatusCode::GONE, why.to_owned()));

@@ -10,10 +10,10 @@ use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::address::Address;
-use super::stream::{Stream, tune};
-use crate::remote::process::Process;
-use crate::remote::reference::Wire;
+use super::process::Process;
+use super::reference::Wire;
+use crate::net::address::Address;
+use crate::net::stream::{Stream, tune};
 
 /// The protocol's name in the upgrade, and its version.
 pub(crate) const PROTOCOL: &str = "ps/1";

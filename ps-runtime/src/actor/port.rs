@@ -1,0 +1,69 @@
+//! What a reference needs of an actor that is not in this process.
+//!
+//! This module's side knows no network: `remote` implements [`Port`] over connections.
+
+use std::any::{Any, TypeId};
+use std::sync::Arc;
+
+use actix::{Actor, Message};
+use futures_util::future::BoxFuture;
+
+use super::call::ReplySlot;
+use super::error::CallError;
+use super::mailbox::ActorId;
+use super::registry::AnyMailbox;
+use crate::deadline::Deadline;
+
+/// An actor elsewhere, shared by all references to it in this process.
+pub(crate) trait Port<A: Actor>: Send + Sync {
+    fn id(&self) -> ActorId;
+
+    fn name(&self) -> &Arc<str>;
+
+    /// Whether this process has not heard of its end.
+    fn is_alive(&self) -> bool;
+
+    /// How many calls of this process are under way.
+    fn pending(&self) -> usize;
+
+    fn dead_letters(&self) -> u64;
+
+    fn stop(&self);
+
+    fn kill(&self);
+
+    /// Waits until the actor has ended, or could not be reached for the length of the lease.
+    fn ended(&self) -> BoxFuture<'_, ()>;
+
+    /// The last reference is dropped.
+    fn release(&self);
+
+    /// The actor as a shutdown sees it.
+    fn mailbox(&self) -> Arc<dyn AnyMailbox>;
+
+    /// Waits until the actor has room for a call of this process, first come first served, and takes the
+    /// room. False if it has ended.
+    fn take_room(&self) -> BoxFuture<'_, bool>;
+
+    /// Begins a call with a message of type `M`, named by its id. `message` is an `Option<M>` with the
+    /// message, which is taken out; what is returned is a [`Begun<M>`]. `None`, with the message left where it
+    /// is, if the actor takes no such message.
+    fn begin(&self, id: TypeId, message: &mut dyn Any, how: How) -> Option<Box<dyn Any>>;
+
+    /// The implementation, for the module that it is from.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// A call that was begun, or an error that hands its message back.
+pub(crate) type Begun<M> = Result<Arc<dyn ReplySlot<<M as Message>::Result>>, CallError>;
+
+/// How a call is made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum How {
+    /// If there is room. Its handler is to begin before the deadline.
+    Ask(Option<Deadline>),
+    /// If there is room, without a reply.
+    Tell,
+    /// In the room that was taken for it.
+    InRoom,
+}
