@@ -112,10 +112,10 @@ pub(crate) fn sleep_until(deadline: Instant) -> Sleep {
     tokio::time::sleep_until(deadline.into())
 }
 
-/// A timer that works on any thread, with or without an event loop, and measures real time.
+/// Returns a timer that works on any thread, with or without an event loop, and measures real time.
 ///
 /// # Panics
-/// When the system gives no thread for it, in a process that never started an actor.
+/// When the process has never started an actor, and the system gives no thread for the timer.
 pub fn sleep(time: Duration) -> impl Future<Output = ()> + Send + 'static {
     let (_, runtime) = background().expect("the background loop runs since the first spawn");
     let _inside = runtime.enter();
@@ -133,10 +133,10 @@ impl Drop for Background {
     }
 }
 
-/// Starts something on the event loop behind all timers, which must never be blocked.
+/// Starts a task on the event loop that runs all timers. The task must never block its thread.
 ///
 /// # Panics
-/// When the system gives no thread for it, in a process that never started an actor.
+/// When the process has never started an actor, and the system gives no thread for the event loop.
 pub fn in_background(task: impl Future<Output = ()> + Send + 'static) -> Background {
     let (_, runtime) = background().expect("the background loop runs since the first spawn");
     Background(runtime.spawn(task).abort_handle())

@@ -77,7 +77,7 @@ impl<K, R> Future for Keyed<K, R> {
 }
 
 impl<K, R> Pending<K, R> {
-    /// An empty set.
+    /// Makes an empty set.
     pub fn new() -> Self {
         Self {
             replies: FuturesUnordered::new(),
@@ -147,7 +147,7 @@ impl<K, R> Pending<K, R> {
         background::block_on(StreamExt::next(self), deadline)
     }
 
-    /// How many replies are out.
+    /// How many replies the set waits for.
     pub fn len(&self) -> usize {
         self.replies.len()
     }
