@@ -404,7 +404,7 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
     /// # }
     /// let counter = ps_runtime::spawn(|| Counter(0));
     /// let ticket = counter.ask_kept(Add(2)).wait()?;
-    /// assert_eq!(ticket.take().wait()?, 2);
+    /// assert_eq!(ps_runtime::actor::run(ticket.take())?, 2);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn ask_kept<M>(&self, message: M) -> Reply<Kept<M::Result>>

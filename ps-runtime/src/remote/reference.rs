@@ -1,4 +1,4 @@
-//! How an [`ActorRef`] travels: as the process that has the actor, and the actor's number there.
+//! Sends and receives an [`ActorRef`] as the process that has the actor and the actor's number there.
 
 use std::any::type_name;
 use std::cell::RefCell;
@@ -18,7 +18,7 @@ use crate::actor::actor_ref::Target;
 use crate::net::NetConfig;
 use crate::schema::is_tracing;
 
-/// A reference on the wire.
+/// A reference as it is sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Wire {
     pub(crate) node: NodeId,
@@ -55,7 +55,7 @@ pub(crate) const NOT_IN_A_CALL: &str =
 
 /// A reference can be sent to other processes of its cluster, inside any message.
 ///
-/// The actor lives on while any process holds a reference to it.
+/// The actor lives while any process holds a reference to it.
 impl<A: Remote> Serialize for ActorRef<A> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let process = current().ok_or_else(|| S::Error::custom(NOT_IN_A_CALL))?;
@@ -78,7 +78,7 @@ impl<'de, A: Remote> Deserialize<'de> for ActorRef<A> {
     }
 }
 
-/// Makes a reference for a message that is made up, too: nothing is sent by it.
+/// Makes a reference for a made-up message. It can send nothing.
 fn nowhere<A: Remote>(wire: Wire) -> ActorRef<A> {
     let process = Process::new(NetConfig::default(), None, None, None);
     let actor = RemoteActor::new(process, wire);
@@ -86,7 +86,7 @@ fn nowhere<A: Remote>(wire: Wire) -> ActorRef<A> {
     ActorRef::there(actor, Table::empty())
 }
 
-/// Makes a reference to the actor that `wire` speaks of.
+/// Makes a reference to the actor that `wire` names.
 pub(crate) fn reference<A: Remote>(
     process: &Arc<Process>,
     wire: Wire,
@@ -108,7 +108,7 @@ pub(crate) fn reference<A: Remote>(
     Ok(ActorRef::there(process.remote(wire), table))
 }
 
-/// What a reference to an actor elsewhere holds.
+/// The data of a reference to an actor of another process.
 pub(crate) struct Remotely<A: Actor> {
     pub(crate) actor: Arc<RemoteActor>,
     pub(crate) table: Arc<Table<A>>,
