@@ -130,6 +130,7 @@ mod tests {
     /// So large that nobody goes on without a turn while the test runs.
     const HUGE: usize = 1 << 40;
 
+    ///
     #[tokio::test]
     async fn large_messages_come_one_after_the_other_and_small_ones_at_any_time() {
         let admission = admission(FOREVER);
@@ -147,6 +148,7 @@ mod tests {
         assert!(third.await.is_some());
     }
 
+    ///
     #[tokio::test]
     async fn nothing_large_is_read_while_two_large_replies_are_to_be_written() {
         let admission = admission(FOREVER);
@@ -166,6 +168,7 @@ mod tests {
         drop(second);
     }
 
+    ///
     #[tokio::test(start_paused = true)]
     async fn a_stalled_sender_holds_the_others_up_once_and_not_for_long() {
         let longest = Duration::from_millis(20);
@@ -186,6 +189,7 @@ mod tests {
         assert!(admission.admit(HUGE).await.is_some());
     }
 
+    ///
     #[test]
     fn a_wait_is_as_long_as_a_few_messages_take_on_a_fast_link() {
         let admission = admission(Duration::from_secs(1));

@@ -356,6 +356,7 @@ mod tests {
         }
     }
 
+    ///
     #[tokio::test]
     async fn a_peer_that_asks_and_does_not_read_binds_little_and_is_cut_off() {
         let (mut ours, theirs) = tokio::io::duplex(1 << 16);
@@ -400,6 +401,7 @@ mod tests {
         assert_eq!(all, b"here");
     }
 
+    ///
     #[tokio::test(start_paused = true)]
     async fn large_calls_are_read_one_after_the_other() {
         let admission = Admission::new(Duration::MAX);
@@ -426,6 +428,7 @@ mod tests {
         writing.await.unwrap();
     }
 
+    ///
     #[tokio::test(start_paused = true)]
     async fn a_stalled_sender_does_not_stop_the_others() {
         let admission = Admission::new(NetConfig::default().process_lease / 2);

@@ -236,7 +236,7 @@ mod tests {
         }
     }
 
-    /// The sender may have used the memory for something else by then.
+    /// the sender may have used the memory for something else by then.
     #[tokio::test]
     async fn nothing_is_taken_from_a_peer_that_has_hung_up() {
         let (memory, theirs) = own_memory();

@@ -370,6 +370,7 @@ pub(crate) mod tests {
         }
     }
 
+    ///
     #[test]
     fn a_value_is_taken_once() {
         let ticket = shelved(&process(), 7);
@@ -378,6 +379,7 @@ pub(crate) mod tests {
         assert!(matches!(second, Err(KeptError::Gone)), "{second:?}");
     }
 
+    ///
     #[test]
     fn a_value_goes_with_its_ticket_unless_that_was_sent_on() {
         let process = process();
@@ -391,6 +393,7 @@ pub(crate) mod tests {
         assert!(matches!(run(ticket().take()), Err(KeptError::Gone)));
     }
 
+    ///
     #[test]
     fn what_nobody_comes_for_goes_after_a_while() {
         let process = process();
