@@ -16,17 +16,17 @@ pub use faults::{FaultCounts, Faults, Outage};
 use self::faults::Trouble;
 use super::threads;
 
-/// Bytes in a pipe that its reader has not taken yet, as in a socket's buffer.
+/// The size of a pipe's buffer in bytes, similar to that of a socket.
 const PIPE: usize = 256 << 10;
 
-/// Connections that wait to be accepted.
+/// How many connections may wait to be accepted.
 const BACKLOG: usize = 128;
 
-/// Processes that can reach each other without sockets. Cloning gives the same network.
+/// A network in which processes reach each other without sockets. A clone is the same network.
 #[derive(Clone, Default)]
 pub struct MemoryNetwork {
     inner: Arc<Inner>,
-    /// The host that this is the network of, if it is one of several.
+    /// The number of the host whose view of the network this is, if there are several hosts.
     host: Option<u32>,
 }
 
@@ -35,7 +35,7 @@ struct Inner {
     next_place: AtomicU64,
     listeners: Mutex<HashMap<u64, Listener>>,
     trouble: Option<Arc<Trouble>>,
-    /// What is wrong between two hosts only.
+    /// The outages between two hosts.
     between: Mutex<HashMap<(u32, u32), Arc<Trouble>>>,
 }
 
@@ -46,13 +46,13 @@ struct Listener {
 }
 
 impl MemoryNetwork {
-    /// Makes a network without anyone in it.
+    /// Makes an empty network without faults.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Makes a network in which this goes wrong. The same seed throws the same dice.
+    /// Makes a network with these faults. The same seed gives the same random numbers.
     #[must_use]
     pub fn with_faults(seed: u64, faults: Faults) -> Self {
         let inner = Inner {
@@ -65,7 +65,7 @@ impl MemoryNetwork {
         }
     }
 
-    /// The network as a host of this number sees it, for outages between two hosts.
+    /// Returns the network as the host of this number sees it, for outages between two hosts.
     #[must_use]
     pub fn of_host(&self, host: u32) -> Self {
         Self {
@@ -74,8 +74,8 @@ impl MemoryNetwork {
         }
     }
 
-    /// Begins or ends an outage between two hosts, while both reach all others. Its connections are those
-    /// that are made after the first call for these two.
+    /// Begins or ends an outage between two hosts. Both still reach all other hosts. It affects only
+    /// connections that are made after the first call for these two hosts.
     pub fn set_outage_between(&self, one: u32, other: u32, outage: Option<Outage>) {
         let pair = (one.min(other), one.max(other));
         // Each operation on the map is whole.
@@ -85,7 +85,7 @@ impl MemoryNetwork {
         between.entry(pair).or_insert_with(sound).set_outage(outage);
     }
 
-    /// What may go wrong on a connection to there.
+    /// Returns the faults of a connection to this listener.
     fn trouble_to(&self, listener: &Listener) -> Option<Arc<Trouble>> {
         let between = self.inner.between.lock();
         let between = between.unwrap_or_else(PoisonError::into_inner);
@@ -95,7 +95,7 @@ impl MemoryNetwork {
         trouble.or(self.inner.trouble.as_ref()).cloned()
     }
 
-    /// How often something went wrong so far.
+    /// Returns how often each fault has happened so far.
     #[must_use]
     pub fn fault_counts(&self) -> FaultCounts {
         let trouble = self.inner.trouble.as_ref();
@@ -119,7 +119,7 @@ impl MemoryNetwork {
         listeners.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a place to listen at; the first place is 0.
+    /// Takes a place to listen at. The first place is 0.
     pub(crate) fn listen(&self) -> (u64, mpsc::Receiver<DuplexStream>) {
         let place = self.inner.next_place.fetch_add(1, Ordering::Relaxed);
         let (backlog, receiver) = mpsc::channel(BACKLOG);
