@@ -1,13 +1,12 @@
-//! Reusable `f32` buffers: what weights and gradients are stored in.
+//! Reusable `f32` buffers, which hold weights and gradients.
 //!
-//! A [`Buffer`] goes back to the [`BufferPool`] that it came from when its last holder drops
-//! it, in whichever thread that happens, so that steady state allocates nothing of the size
-//! of the model (a fresh 100 MB buffer costs more in page faults than the update itself).
-//! A pool keeps a bounded number of idle buffers; more are freed.
+//! When a [`Buffer`] is dropped, on any thread, it goes back to the [`BufferPool`] that it came from. So
+//! a training allocates nothing of the size of the model after its first steps. (The page faults of a
+//! new 100 MB buffer cost more than the update itself.) A pool keeps a bounded number of idle buffers;
+//! more are freed.
 //!
-//! Large buffers of a pool ask the system for huge pages, where it has them (Linux,
-//! `transparent_hugepage` at `madvise` or `always`): every pass over 100 MB looks up 50 pages
-//! then, and not 25,000.
+//! Large buffers of a pool use huge pages if the system has them (Linux, `transparent_hugepage` at
+//! `madvise` or `always`). A pass over 100 MB then touches 50 pages instead of 25,000.
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
@@ -18,11 +17,12 @@ use memmap2::MmapMut;
 
 use crate::parallel::norm_squared;
 
-/// Numbers in a buffer that is not worth being choosy about.
+/// A request gets an idle buffer that is at most four times too large. A request for fewer numbers than
+/// this may get a buffer of up to four times this many numbers.
 const SMALL: usize = 4096;
 
-/// Numbers in a buffer that gets pages of its own: two huge ones, so that one is whole wherever
-/// the system puts them.
+/// A buffer of at least this many numbers gets pages of its own. They have the size of two huge pages, so
+/// that they contain a whole one wherever the system puts them.
 const LARGE: usize = (4 << 20) / size_of::<f32>();
 
 /// The system gives no memory for a buffer.
@@ -33,11 +33,11 @@ const LARGE: usize = (4 << 20) / size_of::<f32>();
     len.saturating_mul(size_of::<f32>()) >> 20
 )]
 pub struct OutOfMemory {
-    /// How many numbers were to be kept.
+    /// How many numbers the buffer should have had.
     pub len: usize,
 }
 
-/// Hands out buffers and takes them back. Cloning gives another handle on the same pool.
+/// A pool that lends buffers and takes them back. A clone is another handle to the same pool.
 #[derive(Clone)]
 pub struct BufferPool {
     idle: Arc<Idle>,
@@ -64,7 +64,7 @@ impl BufferPool {
     /// Takes a buffer of exactly `len` numbers whose contents are unspecified: a recycled
     /// buffer still holds what its last user left there.
     ///
-    /// Without memory for it the process aborts, as it does everywhere in Rust.
+    /// If there is no memory for it, the process aborts, as usual in Rust.
     #[must_use]
     pub fn take(&self, len: usize) -> Buffer {
         self.try_take(len).unwrap_or_else(|_| {
@@ -73,10 +73,10 @@ impl BufferPool {
         })
     }
 
-    /// As [`take`](Self::take), for a length that somebody else has named.
+    /// Like [`take`](Self::take), for a length that another process has announced.
     ///
     /// # Errors
-    /// When there is no memory for it, also without the buffers that wait for reuse.
+    /// When there is no memory for it, even after all idle buffers were freed.
     pub fn try_take(&self, len: usize) -> Result<Buffer, OutOfMemory> {
         let numbers = match self.idle.take(len) {
             Some(recycled) => Some(recycled.resized(len)),
@@ -92,7 +92,7 @@ impl BufferPool {
         })
     }
 
-    /// Returns how many buffers wait for reuse.
+    /// Returns how many idle buffers the pool keeps.
     #[must_use]
     pub fn num_idle(&self) -> usize {
         self.idle.lock().len()
@@ -113,8 +113,8 @@ impl Idle {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the smallest buffer with enough room that is not far too large. If there is none and
-    /// the pool is full, an idle one goes, so that the pool follows the sizes asked for.
+    /// Takes the smallest buffer that is large enough but not far too large. If there is none and the pool
+    /// is full, an idle buffer is freed, so that the pool adapts to the sizes in use.
     fn take(&self, len: usize) -> Option<Numbers> {
         let mut buffers = self.lock();
         let fits =
@@ -135,27 +135,28 @@ impl Idle {
         }
     }
 
-    /// Lets go of all idle buffers.
+    /// Frees all idle buffers.
     fn clear(&self) {
         let unused = std::mem::take(&mut *self.lock());
         drop(unused);
     }
 }
 
-/// Where the numbers of a buffer are.
+/// The memory of a buffer.
 enum Numbers {
     Heap(Vec<f32>),
     Pages { pages: MmapMut, len: usize },
 }
 
 impl Numbers {
-    /// Zeros; large ones take no memory before something is written to them. `None` if there is none.
+    /// Returns zeros, or `None` if there is no memory. Large buffers take no memory before numbers are
+    /// written to them.
     fn fresh(len: usize) -> Option<Self> {
         if len >= LARGE
             && let Some(num_bytes) = len.checked_mul(size_of::<f32>())
             && let Ok(pages) = MmapMut::map_anon(num_bytes)
         {
-            // Refused by systems without huge pages, which do with small ones.
+            // Systems without huge pages refuse this and use small pages.
             #[cfg(target_os = "linux")]
             let _ = pages.advise(memmap2::Advice::HugePage);
             return Some(Self::Pages { pages, len });
@@ -166,7 +167,7 @@ impl Numbers {
         Some(Self::Heap(numbers))
     }
 
-    /// The same memory, which has to have room, as so many numbers.
+    /// Returns the same memory with `len` numbers. It must be large enough.
     fn resized(self, len: usize) -> Self {
         match self {
             Self::Heap(mut numbers) => {
@@ -185,21 +186,21 @@ impl Numbers {
     }
 }
 
-/// A run of `f32`s that returns to its pool when dropped.
+/// A run of `f32` numbers that returns to its pool when it is dropped.
 pub struct Buffer {
     numbers: Numbers,
-    /// Known when whoever wrote the numbers summed their squares on the way; gone with any change.
+    /// Set if the code that wrote the numbers also summed their squares. Any change of the numbers clears it.
     norm_squared: Option<f64>,
     home: Weak<Idle>,
 }
 
 impl Buffer {
-    /// Notes the sum of the squares of the numbers as they are.
+    /// Stores the sum of the squares of the current numbers.
     pub fn set_norm_squared(&mut self, norm_squared: f64) {
         self.norm_squared = Some(norm_squared);
     }
 
-    /// Frees the memory at the end instead of keeping it for reuse.
+    /// Makes the drop of this buffer free its memory instead of returning it to the pool.
     pub(crate) fn leave_pool(&mut self) {
         self.home = Weak::new();
     }
@@ -210,7 +211,7 @@ impl Buffer {
         self.norm_squared.unwrap_or_else(|| norm_squared(self))
     }
 
-    /// Takes the numbers out, without a copy unless they have pages of their own.
+    /// Takes the numbers out. They are copied only if they have pages of their own.
     #[must_use]
     pub fn into_vec(mut self) -> Vec<f32> {
         match &mut self.numbers {
@@ -220,7 +221,7 @@ impl Buffer {
     }
 }
 
-/// Wraps a vector that belongs to no pool; it is freed when dropped.
+/// Wraps a vector. The buffer belongs to no pool and is freed when it is dropped.
 impl From<Vec<f32>> for Buffer {
     fn from(numbers: Vec<f32>) -> Self {
         Self {
@@ -264,7 +265,7 @@ impl Drop for Buffer {
     }
 }
 
-/// Shows the length only: payloads do not belong in logs.
+/// Shows the length only, because payloads do not belong in logs.
 impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Buffer").field("len", &self.len()).finish()

@@ -1,10 +1,10 @@
-//! Staying awake for a moment, because what a thread waits for often comes at once.
+//! Busy-polls for a moment before a thread sleeps, because replies and frames often come soon.
 //!
-//! Waking a thread that sleeps on an idle core costs more than all the work of a small call. So who
-//! waits for a reply, or for the next frame after a small one, looks again and again for a hundred
-//! microseconds, and offers the processor to everybody else in between. Where others
-//! compute, such an offer costs a turn: the thread then goes to sleep at once for a while, so that what
-//! it loses is a small part of its time. Nobody lingers without having had traffic just before.
+//! Waking a thread that sleeps on an idle core costs more than all the work of a small call. So a
+//! thread that waits for a reply, or for the next frame after a small one, polls for 100 microseconds
+//! and yields the processor between two polls. If other threads compute, a yield can take long. After
+//! such a yield the thread sleeps at once, without busy-polling, for 16 times as long as the yield took.
+//! So it loses only a small part of its time. A thread busy-polls only if it had traffic just before.
 
 use std::cell::{Cell, RefCell};
 use std::sync::LazyLock;
@@ -12,21 +12,21 @@ use std::task::Context;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to stay awake: twice what a small call to another process takes with what its caller does in
-/// between. Less, and a server falls asleep just before the next call.
+/// How long to busy-poll: twice the time from one small call to another process to the next. With less,
+/// a server falls asleep just before the next call.
 const AWAKE: Duration = Duration::from_micros(100);
 
-/// Who gets the processor back only after this long has met somebody that computes.
+/// If a yield takes longer than this, other threads compute on this processor.
 const CROWDED: Duration = Duration::from_micros(250);
 
-/// How many times as long as it was kept from the processor a thread then does not linger.
+/// After a long yield, the thread does not busy-poll for this many times the length of the yield.
 const REST: u32 = 16;
 
 thread_local! {
     static PATIENCE: RefCell<Patience> = const { RefCell::new(Patience { rests_until: None }) };
 }
 
-/// Whether a thread may linger.
+/// Whether a thread may busy-poll.
 struct Patience {
     rests_until: Option<Instant>,
 }
@@ -36,7 +36,7 @@ impl Patience {
         self.rests_until.is_none_or(|until| now >= until)
     }
 
-    /// Notes how long it took to get the processor back after it was offered to others.
+    /// Records how long a yield took: from `offered` to `back`.
     fn note(&mut self, offered: Instant, back: Instant) {
         let away = back - offered;
         if away > CROWDED {
@@ -58,9 +58,9 @@ impl BusyPoll {
         }
     }
 
-    /// Offers the processor to others and returns true, or false when it is time to sleep.
+    /// Yields the processor and returns `true`, or returns `false` when it is time to sleep.
     pub(crate) fn goes_on(&self) -> bool {
-        // With one core, what is waited for could not be made meanwhile.
+        // With one core, the awaited work could not be done while this thread polls.
         static HAS_CORES: LazyLock<bool> =
             LazyLock::new(|| thread::available_parallelism().is_ok_and(|cores| cores.get() > 1));
 
@@ -75,9 +75,10 @@ impl BusyPoll {
     }
 }
 
-/// A future's wait: it asks to be polled again at once, and its event loop does all else in between.
+/// The wait of a future. The future asks to be polled again at once, and its event loop runs all other
+/// tasks between two polls.
 ///
-/// One of a thread's futures does so at a time: with many calls under way there is no need to.
+/// Only one future per thread busy-polls at a time: with many calls under way, the others need not.
 #[derive(Debug, Default)]
 pub(crate) enum Awaiting {
     #[default]
@@ -87,12 +88,12 @@ pub(crate) enum Awaiting {
 }
 
 thread_local! {
-    /// Until when a future of this thread lingers.
+    /// The time until which a future of this thread busy-polls.
     static TAKEN_UNTIL: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
 impl Awaiting {
-    /// To be called by each poll that found nothing.
+    /// Must be called by each poll that found nothing.
     pub(crate) fn stay_awake(&mut self, cx: &Context<'_>) {
         if let Self::Begins = self {
             let begun = BusyPoll::begin();
@@ -115,7 +116,7 @@ impl Awaiting {
         }
     }
 
-    /// To be called when the wait is over.
+    /// Must be called when the wait is over.
     pub(crate) fn is_over(&mut self) {
         if let Self::Lingers(_) = std::mem::replace(self, Self::Sleeps) {
             TAKEN_UNTIL.set(None);

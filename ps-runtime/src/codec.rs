@@ -1,9 +1,10 @@
 //! Turns a message into bytes: a small header, and the bulk numbers beside it.
 //!
 //! Weights and gradients are not serialized number by number. [`encode`] writes a message into a
-//! header in which each run of numbers is only its length, and hands the numbers out beside it,
-//! shared and in order, for a transport to write as they are; [`decode`] puts them back. (The idea of
-//! pickle's protocol 5, PEP 574.) Inside one process nothing is encoded at all.
+//! header that contains only the length of each run of numbers. It returns the numbers beside the
+//! header, shared and in order, so that a transport can write them without a copy. [`decode`] joins
+//! header and numbers again. (Pickle's protocol 5, PEP 574, has the same idea.) Messages inside one
+//! process are not encoded at all.
 //!
 //! Only this module knows bincode, so that replacing it touches one file.
 
@@ -20,11 +21,12 @@ use crate::buffer::Buffer;
 use crate::parallel::norm_squared;
 use crate::schema::is_tracing;
 
-/// The longest header, in bytes. Far more than a message needs: its bulk is not in it.
+/// The longest header, in bytes. Usual messages need far less, because their bulk numbers are not in it.
 pub const MAX_HEADER: usize = 1 << 20;
 
-/// How much a header may claim when it is read. bincode counts numbers as they are in memory, up to
-/// sixteen bytes for each one that was written: with less, headers could be written but not read.
+/// How many bytes a header may claim when it is read. bincode counts numbers by their size in memory,
+/// which is up to 16 bytes for each byte that was written. With a lower limit, some headers could be
+/// written but not read.
 const MAX_CLAIM: usize = 16 * MAX_HEADER;
 
 const CONFIG: bincode::config::Configuration<
@@ -33,7 +35,7 @@ const CONFIG: bincode::config::Configuration<
     bincode::config::Limit<MAX_CLAIM>,
 > = bincode::config::standard().with_limit::<MAX_CLAIM>();
 
-/// What an error of the format in use says.
+/// An error of the serialization library.
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why a message could not be turned into bytes or back.
@@ -45,31 +47,31 @@ pub enum CodecError {
     Encode {
         /// The message's type.
         message: &'static str,
-        /// Why.
+        /// Why it cannot be written.
         #[source]
         source: Cause,
     },
-    /// The bytes are no such message.
+    /// The bytes cannot be read as such a message.
     #[error("cannot decode a {message} of a header of {len} bytes")]
     Decode {
         /// The message's type.
         message: &'static str,
-        /// The header's length.
+        /// The header's length in bytes.
         len: usize,
-        /// Why.
+        /// Why it cannot be read.
         #[source]
         source: Cause,
     },
-    /// There is more than the message.
+    /// Bytes or buffers are left over after the message.
     #[error(
         "{num_bytes} bytes of header and {num_buffers} buffers are left over after a {message}"
     )]
     LeftOver {
         /// The message's type.
         message: &'static str,
-        /// Bytes behind the message.
+        /// How many bytes of the header are left over.
         num_bytes: usize,
-        /// Buffers that it did not use.
+        /// How many buffers are left over.
         num_buffers: usize,
     },
     /// The header is longer than allowed.
@@ -77,12 +79,35 @@ pub enum CodecError {
         "everything but its bulk numbers takes {len} bytes, and {MAX_HEADER} is the most: split the message"
     )]
     TooLong {
-        /// The header's length.
+        /// The header's length in bytes.
         len: usize,
     },
 }
 
-/// A run of numbers, shared.
+/// A run of `f32` numbers in a message. A clone shares the numbers.
+///
+/// Use it in a message for weights, gradients and other large vectors. They are then sent without being
+/// copied or converted.
+///
+/// ```
+/// use actix::Message;
+/// use ps_runtime::codec::{Bulk, encode};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Message, Serialize, Deserialize)]
+/// #[rtype(result = "()")]
+/// struct Push {
+///     step: u64,
+///     gradient: Bulk,
+/// }
+///
+/// let gradient = Bulk::from(vec![0.5_f32; 1000]);
+/// assert_eq!(gradient.slice(10..20).len(), 10);
+/// let encoded = encode(&Push { step: 7, gradient })?;
+/// assert!(encoded.header.len() < 20);
+/// assert_eq!(encoded.bulk[0].len(), 1000);
+/// # Ok::<(), ps_runtime::codec::CodecError>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Bulk {
     pub(crate) data: Arc<Buffer>,
@@ -99,10 +124,10 @@ impl Bulk {
         }
     }
 
-    /// Returns a part of it, which shares the numbers.
+    /// Returns a part of the run. The part shares the numbers.
     ///
     /// # Panics
-    /// When the range is not within it.
+    /// When the range is not within the run.
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Self {
         let len = self.len();
@@ -117,7 +142,7 @@ impl Bulk {
         }
     }
 
-    /// Returns the shared numbers, copying them if this is only a part of what is shared.
+    /// Returns the shared buffer. If this run is only a part of the buffer, the numbers are copied.
     #[must_use]
     pub fn into_shared(self) -> Arc<Buffer> {
         match self.range == (0..self.data.len()) {
@@ -126,7 +151,7 @@ impl Bulk {
         }
     }
 
-    /// Takes the numbers out, copying them if somebody else has them, too.
+    /// Takes the numbers out. They are copied if they are shared, or if this run is only a part of a buffer.
     #[must_use]
     pub fn into_buffer(self) -> Buffer {
         let Self { data, range } = self;
@@ -138,7 +163,7 @@ impl Bulk {
 }
 
 impl From<Bulk> for Vec<f32> {
-    /// Takes the numbers out, copying them if somebody else has them, too.
+    /// Takes the numbers out. They are copied if they are shared, or if this run is only a part of a buffer.
     fn from(bulk: Bulk) -> Self {
         bulk.into_buffer().into_vec()
     }
@@ -176,11 +201,11 @@ impl From<Vec<f32>> for Bulk {
 pub struct Encoded {
     /// Everything but the bulk numbers.
     pub header: Vec<u8>,
-    /// The bulk numbers, in the order in which [`decode`] wants them.
+    /// The bulk numbers, in the order in which [`decode`] needs them.
     pub bulk: Vec<Bulk>,
 }
 
-/// Something encoded inside a message; what it is, the two ends know.
+/// An encoded value inside a message. Both ends know its type.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Blob {
     header: Vec<u8>,
@@ -195,7 +220,7 @@ impl From<Encoded> for Blob {
 }
 
 impl Blob {
-    /// Turns it back into what it was.
+    /// Decodes the value.
     pub(crate) fn read<T: DeserializeOwned>(self) -> Result<T, CodecError> {
         let bulk = self.bulk.into_iter().map(Bulk::into_buffer).collect();
         decode(&self.header, bulk)
@@ -205,12 +230,12 @@ impl Blob {
 thread_local! {
     /// The runs of numbers of the message that this thread encodes.
     static OUTGOING: RefCell<Option<Vec<Bulk>>> = const { RefCell::new(None) };
-    /// Those of the message that it decodes, the next one last.
+    /// The runs of numbers of the message that this thread decodes. The next one is last.
     static INCOMING: RefCell<Option<Vec<Buffer>>> = const { RefCell::new(None) };
 }
 
-/// Lends a message's runs of numbers to this thread, and puts back what was there before, also when
-/// the message panics.
+/// Makes the runs of numbers of a message available to this thread. Afterwards it restores the runs that
+/// were there before, even if the message panics.
 struct Lent<T: 'static> {
     place: &'static LocalKey<RefCell<Option<Vec<T>>>>,
     outer: Option<Vec<T>>,
@@ -222,7 +247,7 @@ impl<T> Lent<T> {
         Self { place, outer }
     }
 
-    /// What is there now.
+    /// Returns the runs that are there now.
     fn take(self) -> Vec<T> {
         self.place.take().unwrap_or_default()
     }
@@ -238,10 +263,10 @@ impl<T> Drop for Lent<T> {
 /// Turns a message into bytes without copying its bulk.
 ///
 /// # Errors
-/// When the message has something that bincode cannot write, or its header gets too long.
+/// When the message contains a value that bincode cannot write, or when its header is too long.
 pub fn encode<T: Serialize>(message: &T) -> Result<Encoded, CodecError> {
     let name = std::any::type_name::<T>();
-    // A value may encode another one on its way, so the outer one's runs are put aside.
+    // A value may encode another value while it is written, so the outer runs are put aside.
     let lent = Lent::new(&OUTGOING, Vec::new());
     let header = bincode::serde::encode_to_vec(message, CONFIG);
     let bulk = lent.take();

@@ -2,16 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-/// A time limit, and when it is over on this process's clock.
+/// A time limit, and the time of this process's clock at which it is over.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadline {
-    /// What the limit was, for errors.
+    /// The limit, for errors.
     after: Duration,
     at: Instant,
 }
 
 impl Deadline {
-    /// `None` when the limit is beyond the end of time, which is no limit.
+    /// Returns `None` when the clock cannot represent the end of the limit. Then there is no limit.
     pub(crate) fn within(after: Duration) -> Option<Self> {
         let at = Instant::now().checked_add(after)?;
         Some(Self { after, at })
@@ -25,13 +25,13 @@ impl Deadline {
         Instant::now() >= self.at
     }
 
-    /// What is left of the limit.
+    /// The time that is left of the limit.
     pub(crate) fn remaining(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
     }
 }
 
-/// When a time is over; of the longest times, decades from now: there is no later instant than some.
+/// Returns `from + after`. If the clock cannot represent that time, it returns a time decades later.
 pub(crate) fn latest(from: Instant, after: Duration) -> Instant {
     const DECADES: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
     from.checked_add(after).unwrap_or(from + DECADES)

@@ -2,17 +2,17 @@
 //! and in others.
 //!
 //! An [`ActorRef`] calls an actor in the same way wherever the actor is: in this process, in another
-//! one of this machine, or on another machine. Every call returns a [`Reply`], a future.
+//! process of this machine, or on another machine. Every call returns a [`Reply`], which is a future.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | [`actor`] | actors of this process: [`spawn`], [`ActorRef`], [`Reply`], [`Pending`] |
-//! | [`cluster`] | several processes as one place to spawn actors in |
+//! | [`cluster`] | spawns actors in several processes, and finds them |
 //! | [`remote`] | actors that other processes can call |
 //! | [`net`] | connections between processes |
-//! | [`launch`] | which of N copies of a program this process is; N copies on this machine |
+//! | [`launch`] | tells a process its rank; starts several copies of a program on this machine |
 //! | [`codec`], [`buffer`] | messages as bytes: a header, and the bulk numbers beside it |
-//! | [`parallel`] | one loop over many numbers on several threads |
+//! | [`parallel`] | runs a loop over many numbers on several threads |
 
 #![warn(clippy::print_stdout)]
 

@@ -1,21 +1,21 @@
-//! Parallel loops over long vectors: one thread alone does not use all of the memory's speed.
+//! Parallel loops over long vectors. One thread alone does not use the full speed of the memory.
 
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread;
 
-/// Bytes of a part: it fits a core's cache.
+/// The size of a part in bytes. A part fits into a core's cache.
 pub(crate) const PART: usize = 1 << 20;
 
 /// How many numbers a part has. Sums that are made part by part have the same bits on any machine.
 pub const PART_LEN: usize = PART / size_of::<f32>();
 
-/// Fewer bytes are not worth a thread's start.
+/// Below this many bytes, starting a thread costs more than it saves.
 const LARGE: usize = 8 << 20;
 
-/// More threads do not make memory faster.
+/// The most threads that work on one vector. More threads do not make the memory faster.
 const MAX_THREADS: usize = 4;
 
-/// How many threads work on a vector of this many bytes.
+/// Returns how many threads work on a vector of this many bytes.
 fn num_threads(num_bytes: usize) -> usize {
     static CORES: LazyLock<usize> =
         LazyLock::new(|| thread::available_parallelism().map_or(1, usize::from));
@@ -25,7 +25,9 @@ fn num_threads(num_bytes: usize) -> usize {
     }
 }
 
-/// Works on all parts of something with this many bytes, in any order; returns when all is done.
+/// Calls `work` for each of the parts, in any order, on up to 4 threads. It returns when all parts are done.
+///
+/// `num_bytes` is the size of all parts together. It decides how many threads are used.
 ///
 /// ```
 /// use ps_runtime::parallel::{PART_LEN, for_each};
@@ -39,7 +41,7 @@ fn num_threads(num_bytes: usize) -> usize {
 /// ```
 ///
 /// # Panics
-/// When `work` does.
+/// When `work` panics.
 pub fn for_each<T: Send>(
     num_bytes: usize,
     parts: impl Iterator<Item = T> + Send,
@@ -59,7 +61,7 @@ pub fn for_each<T: Send>(
     thread::scope(|scope| {
         for _ in 1..num_threads(num_bytes) {
             let helper = thread::Builder::new().name("ps-helper".to_owned());
-            // Where threads are short, this one does it all.
+            // If the system gives no thread, this one does all the work.
             if helper.spawn_scoped(scope, run).is_err() {
                 break;
             }
@@ -68,8 +70,9 @@ pub fn for_each<T: Send>(
     });
 }
 
-/// Sums squares in `f64`, where squares of finite `f32` cannot overflow, so the sum is
-/// finite exactly when every number is. The order of summation is fixed: part by part.
+/// Returns the sum of the squares of the numbers, computed in `f64`. In `f64` the squares of finite `f32`
+/// numbers cannot overflow, so the sum is finite exactly if every number is. The order of summation is
+/// fixed: part by part.
 pub fn norm_squared(values: &[f32]) -> f64 {
     let parts = values.chunks(PART_LEN);
     let mut sums = vec![0.0; parts.len()];
@@ -79,7 +82,7 @@ pub fn norm_squared(values: &[f32]) -> f64 {
     sums.iter().sum()
 }
 
-/// Sums the squares of one part, in lanes.
+/// Returns the sum of the squares of one part, computed in vector lanes.
 pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
     vectorized(
         #[inline(always)]
@@ -98,8 +101,8 @@ pub(crate) fn sum_of_squares(values: &[f32]) -> f64 {
     )
 }
 
-/// Runs a loop, which has to be `#[inline(always)]`, with the widest vectors of the machine. The bits
-/// are the same with any.
+/// Runs a loop with the widest vector instructions of the machine. The result has the same bits on every
+/// machine. The loop must be `#[inline(always)]`.
 pub fn vectorized<T>(work: impl FnOnce() -> T) -> T {
     pulp::Arch::new().dispatch(work)
 }

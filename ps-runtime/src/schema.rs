@@ -1,10 +1,10 @@
-//! What serde sees of a type: names of structs, fields and variants, and primitive types.
+//! The structure of a type as serde sees it: names of structs, fields and variants, and primitive types.
 //!
-//! A type is read from made-up values, and what it asks for on the way is noted by its place: one
-//! element of a sequence, one entry of a map, and each variant of an enum, in one reading each. So two
-//! versions of a type that would read each other's bytes as something else have different schemas
-//! even if their names and sizes are the same. A type that refuses the values made up for it
-//! leaves what is behind it unknown; then name and size have to do for the rest.
+//! A type is read from made-up values, and everything that it asks for is recorded with its place. A
+//! sequence has one element, a map has one entry, and each variant of an enum is read in one reading. So
+//! two versions of a type that would misread each other's bytes have different schemas, even if their
+//! names and sizes are the same. If a type refuses the made-up values, what comes after it stays unknown.
+//! Then only name and size are compared for the rest.
 
 use std::any::type_name;
 use std::cell::Cell;
@@ -18,13 +18,13 @@ use serde::de::{
     SeqAccess, VariantAccess, Visitor,
 };
 
-/// How deep values may be nested; a type that is inside of itself and does not end is refused here.
+/// How deep values may be nested. A recursive type that does not end is refused here.
 const MAX_DEPTH: usize = 64;
 
-/// How often a type is noted inside of itself. More than once, for `Result`s may be nested.
+/// How often a type is recorded inside itself. More than once, because `Result`s may be nested.
 const MAX_NESTED: usize = 2;
 
-/// The most places in a type, and the most readings of it.
+/// The largest number of places in a type, and of readings of it.
 const MAX_NOTES: usize = 1 << 14;
 const MAX_READINGS: usize = 1 << 10;
 
@@ -32,12 +32,12 @@ thread_local! {
     static IS_TRACING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Whether what this thread reads is made up; references and buffers then lead nowhere.
+/// Whether this thread reads made-up values. References and buffers are then empty.
 pub(crate) fn is_tracing() -> bool {
     IS_TRACING.get()
 }
 
-/// A hash of what types look like: the same in each build of the same types, on any host.
+/// A hash of the structure of types. It is the same in each build with the same types, on any host.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Schema(u64);
 
@@ -48,17 +48,17 @@ impl Schema {
     }
 
     pub(crate) fn write(&mut self, text: &str) {
-        // No text has this byte, so that texts one after the other have ends.
+        // No text contains this byte, so it marks the end of each text.
         for byte in text.bytes().chain([0xff]) {
             self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
         }
     }
 
-    /// Adds a type; false if some of it is known by name and size only.
+    /// Adds a type. Returns `false` if a part of it is known by name and size only.
     pub(crate) fn add<T: DeserializeOwned>(&mut self) -> bool {
         self.write(type_name::<T>());
         let mut notes = BTreeMap::new();
-        // Some types take no zeros, some nothing else.
+        // Some types refuse zeros, others refuse everything else.
         let is_traced = [0, 1]
             .into_iter()
             .any(|number| trace::<T>(number, &mut notes));
@@ -76,13 +76,13 @@ impl Schema {
     }
 }
 
-/// Where something is in a type: fields, elements and variants by their numbers.
+/// A place in a type: the path of field, element and variant numbers to it.
 type Place = Vec<u32>;
 
 /// A struct or enum: its name, and those of its fields or variants.
 type Container = (&'static str, &'static [&'static str]);
 
-/// Reads a `T` until all variants of all enums were read; false if it refuses.
+/// Reads a `T` until all variants of all enums were read. Returns `false` if the type refuses.
 fn trace<T: DeserializeOwned>(number: u8, notes: &mut BTreeMap<Place, String>) -> bool {
     struct Restore(bool);
     impl Drop for Restore {
@@ -117,7 +117,7 @@ fn trace<T: DeserializeOwned>(number: u8, notes: &mut BTreeMap<Place, String>) -
 
 #[derive(Default)]
 struct Trace {
-    /// What every number is.
+    /// The made-up value of every number.
     number: u8,
     notes: BTreeMap<Place, String>,
     place: Place,
@@ -126,21 +126,22 @@ struct Trace {
     enums: BTreeMap<Place, Variants>,
     /// Whether an enum that was met in this reading has variants that were not read.
     is_incomplete: bool,
-    /// Whether this reading has failed and the next one will be another.
+    /// Whether this reading has failed and the next one will read something else.
     has_advanced: bool,
 }
 
 /// What is known about the enum at a place.
 #[derive(Clone, Copy, Default)]
 struct Variants {
-    /// How many were read, with all that is in them.
+    /// How many variants were read, with everything in them.
     num_read: u32,
-    /// One that did not refuse.
+    /// A variant that did not refuse.
     sound: u32,
 }
 
 impl Trace {
-    /// How often too often this place's struct or enum is inside of itself; 0 if it may be noted.
+    /// By how many levels the nesting of this place's struct or enum in itself exceeds the limit. If it is 0,
+    /// the place is recorded.
     fn num_repeats(&self) -> usize {
         let Some((last, others)) = self.containers.split_last() else {
             return 0;
@@ -159,7 +160,7 @@ impl Trace {
         Ok(())
     }
 
-    /// Reads what is inside of this place.
+    /// Reads what is inside this place.
     fn inside<R>(&mut self, number: u32, read: impl FnOnce(Tracer<'_>) -> R) -> R {
         self.place.push(number);
         let result = read(Tracer(self));
@@ -183,12 +184,13 @@ impl Trace {
         }
     }
 
-    /// How many elements a sequence has: one, to see what it is.
+    /// How many elements a sequence has: one, which shows the type of the elements, or none if the nesting
+    /// exceeds the limit.
     fn num_elements(&self) -> usize {
         usize::from(self.num_repeats() == 0)
     }
 
-    /// Reads one variant: the next one that was not read.
+    /// Reads the next variant that was not read yet.
     fn variant<'de, V: Visitor<'de>>(
         &mut self,
         num_variants: u32,
@@ -199,7 +201,7 @@ impl Trace {
         }
         let repeats = u32::try_from(self.num_repeats()).unwrap_or(u32::MAX);
         if repeats > 0 {
-            // Not always the same one: some of them end it.
+            // Not always the same variant, because only some variants end the recursion.
             let index = repeats % num_variants;
             return visitor.visit_enum(Variant { trace: self, index });
         }
@@ -228,10 +230,10 @@ impl Trace {
     }
 }
 
-/// Makes values up.
+/// Makes up values.
 struct Tracer<'a>(&'a mut Trace);
 
-/// The type does not take what was made up for it, or is too large.
+/// The type refuses the made-up values, or is too large.
 #[derive(Debug, thiserror::Error)]
 #[error("the type cannot be read from made-up values")]
 struct Refused;
@@ -270,13 +272,13 @@ impl<'de> Deserializer<'de> for Tracer<'_> {
         deserialize_char, visit_char, char;
     }
 
-    /// As the wire's format says: types may travel in another form in a text.
+    /// The same as for the wire format: some types have another form in texts.
     fn is_human_readable(&self) -> bool {
         false
     }
 
     fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Refused> {
-        // The wire's format does not say what comes next either.
+        // The wire format does not say what comes next either.
         Err(Refused)
     }
 

@@ -1,4 +1,4 @@
-//! What tests of this crate and of crates on top share. No part of the product.
+//! Helpers for tests of this crate and of the crates that use it. They are not part of the product.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -28,21 +28,21 @@ use crate::remote::Remote;
 use crate::remote::callee::Server;
 use crate::remote::process::{NodeId, Process};
 
-/// What comes at all comes within this time.
+/// The time limit of tests: whatever is awaited happens within this time or never.
 pub const SOON: Duration = Duration::from_secs(60);
 
-/// Any port of this machine.
+/// The loopback address with any free port.
 pub const LOCAL: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// Polls until the condition holds.
 ///
 /// # Panics
-/// When it never does.
+/// When the condition does not hold within [`SOON`].
 pub fn eventually(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < SOON, "never happened: {what}");
-        // What does not come at once may take seconds, and others want to run meanwhile.
+        // After 5 ms it may take seconds, so the processor is left to other threads.
         match start.elapsed() < Duration::from_millis(5) {
             true => std::thread::yield_now(),
             false => std::thread::park_timeout(Duration::from_millis(1)),
@@ -50,7 +50,7 @@ pub fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-/// Everything that can be between two processes.
+/// All transports between two processes.
 #[must_use]
 pub fn transports() -> [Transport; 3] {
     [
@@ -75,10 +75,10 @@ pub fn config(transport: Transport) -> ClusterConfig {
     }
 }
 
-/// Where nodes find the driver.
+/// The address of the driver, for nodes.
 ///
 /// # Panics
-/// When the driver listens nowhere.
+/// When the driver does not listen.
 #[must_use]
 pub fn driver_address(cluster: &Cluster) -> String {
     let mut addresses = cluster.addresses().iter();
@@ -86,7 +86,7 @@ pub fn driver_address(cluster: &Cluster) -> String {
     reachable.expect("it listens at one").to_string()
 }
 
-/// Returns what arrives of a message.
+/// Encodes and decodes a message, and returns the result.
 ///
 /// # Errors
 /// When it cannot be written or read.
@@ -96,11 +96,11 @@ pub fn transport<T: Serialize + DeserializeOwned>(message: &T) -> Result<T, Code
     decode(&header, buffers.collect())
 }
 
-/// Returns what arrives of an error, having checked that it says what was sent, and so do all its
-/// sources.
+/// Encodes and decodes an error, checks that its text and those of all its sources are unchanged, and
+/// returns it.
 ///
 /// # Panics
-/// When it does not.
+/// When a text has changed.
 pub fn check_error_crosses<E>(sent: &E) -> E
 where
     E: Error + Serialize + DeserializeOwned + 'static,
@@ -116,8 +116,8 @@ fn chain(error: &(dyn Error + 'static)) -> Vec<String> {
         .collect()
 }
 
-/// What has no bytes, such as a closure. It is sent as the number of its place in a table of this
-/// process, for which the sender keeps it: a message that was taken back cannot be read any more.
+/// Sends a value that cannot be written as bytes, such as a closure. It is sent as a number in a table of
+/// this process, and the sender keeps the value. So a message that was taken back cannot be read any more.
 #[derive(Debug)]
 pub struct Parked<T>(Arc<Mutex<Option<T>>>);
 
@@ -131,10 +131,10 @@ impl<T> Parked<T> {
         Self(Arc::new(Mutex::new(Some(value))))
     }
 
-    /// Takes it out, for this process and, as it were, for the sender.
+    /// Takes the value out. Afterwards the sender does not have it either.
     ///
     /// # Panics
-    /// When it was taken before.
+    /// When the value was taken before.
     #[must_use]
     pub fn take(self) -> T {
         let value = self.0.lock().expect("no test panics with it").take();
@@ -144,7 +144,8 @@ impl<T> Parked<T> {
 
 impl<T: Send + 'static> Serialize for Parked<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // Others are made up to see what a message looks like, which must not find anything.
+        // Made-up numbers, which are used to find the fields of a message, are below 1000. They must not
+        // match any entry.
         static NEXT: AtomicU64 = AtomicU64::new(1000);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let parked: Arc<dyn Any + Send + Sync> = Arc::clone(&self.0) as _;
@@ -171,7 +172,7 @@ impl<'de, T: Send + 'static> Deserialize<'de> for Parked<T> {
     }
 }
 
-/// What a frame from a caller can be.
+/// How many kinds of frames a caller can send.
 pub const CALLER_FRAMES: usize = CALLER_KINDS.len();
 
 const CALLER_KINDS: [Kind; 8] = [
@@ -185,9 +186,10 @@ const CALLER_KINDS: [Kind; 8] = [
     Kind::Probe,
 ];
 
-/// The bytes of one frame of a caller, of the `kind`-th kind below [`CALLER_FRAMES`].
+/// Returns the bytes of one frame of a caller. `kind` is the number of its kind, below [`CALLER_FRAMES`].
 ///
-/// If it lends its numbers, they are gone before anyone looks: a peer can claim to lend anything.
+/// If the frame lends its numbers, they are freed before they can be read: a peer can claim to lend
+/// anything.
 ///
 /// # Panics
 /// When there is no such kind.
@@ -200,7 +202,7 @@ pub fn frame(kind: usize, call: u64, code: u32, message: Encoded, lends: bool) -
     frame.rest().flatten().copied().collect()
 }
 
-/// A process whose actors can be fed bytes as if from a peer.
+/// A process that passes bytes to its actors as if they came from a peer.
 pub struct Fed {
     process: Arc<Process>,
 }
@@ -212,7 +214,7 @@ impl fmt::Debug for Fed {
 }
 
 impl Fed {
-    /// A process with these settings.
+    /// Makes a process with these settings.
     #[must_use]
     pub fn new(config: NetConfig) -> Self {
         let process = Process::new(config, None, None, None);
@@ -220,8 +222,8 @@ impl Fed {
         Self { process }
     }
 
-    /// Lets an actor read the bytes to their end, or to where it has had enough, through a socket or a
-    /// pipe in memory. What is returned says whether the connection is closed then.
+    /// Lets an actor read the bytes through a socket or a pipe in memory, to their end or until it ends the
+    /// connection. The returned function says whether the connection is closed.
     ///
     /// # Panics
     /// When the system gives no sockets.

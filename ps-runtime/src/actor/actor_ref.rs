@@ -1,6 +1,6 @@
-//! What callers hold: a typed reference to an actor.
+//! The typed reference to an actor that callers hold.
 //!
-//! Callers see no difference between an actor of this process and one elsewhere.
+//! It is the same for an actor of this process and for an actor of another process.
 
 use std::any::{TypeId, type_name};
 use std::fmt;
@@ -18,20 +18,20 @@ use super::reply::Reply;
 use super::shutdown::Shutdown;
 use crate::deadline::Deadline;
 
-/// A reference to an actor: cheap to clone, usable from any thread, typed by the actor.
+/// A reference to an actor. It is cheap to clone, usable from any thread, and typed by the actor.
 ///
 /// It stays valid when the actor is restarted. When the last reference to an actor without a name
-/// is dropped, the actor stops as after [`ActorRef::stop`].
+/// is dropped, the actor stops, as [`ActorRef::stop`] describes.
 pub struct ActorRef<A: Actor> {
     handle: Arc<Handle<A>>,
 }
 
-/// Shared by all references to one actor; its drop is the drop of the last one.
+/// Shared by all references to one actor. It is dropped with the last of them.
 pub(crate) struct Handle<A: Actor> {
     target: Target<A>,
 }
 
-/// Where the actor is.
+/// Whether the actor is in this process or in another one.
 pub(crate) enum Target<A: Actor> {
     Here(Arc<Mailbox<A>>),
     There(Box<dyn Port<A>>),
@@ -59,7 +59,7 @@ impl<A: Actor> ActorRef<A> {
         Self { handle }
     }
 
-    /// Makes a reference to an actor of another process; the port counts it as a holder already.
+    /// Makes a reference to an actor of another process. The port has already counted this reference.
     pub(crate) fn there(port: Box<dyn Port<A>>) -> Self {
         let target = Target::There(port);
         Self::new(Arc::new(Handle { target }))
@@ -72,7 +72,7 @@ impl<A: Actor> ActorRef<A> {
     /// The queue of an actor of this process.
     ///
     /// # Panics
-    /// When the actor is elsewhere.
+    /// When the actor is in another process.
     pub(crate) fn mailbox_here(&self) -> &Arc<Mailbox<A>> {
         match self.target() {
             Target::Here(mailbox) => mailbox,
@@ -84,16 +84,44 @@ impl<A: Actor> ActorRef<A> {
         &self.handle
     }
 
-    /// The reference to the actor whose code is running, for it to hand out or keep.
+    /// Returns a reference to the actor whose code is running. The actor can send it to others.
     ///
-    /// `None` outside of an `A`'s thread, and when no reference to the actor is left. An actor
-    /// without a name that keeps a reference to itself lives until it is stopped.
+    /// Returns `None` on a thread that does not belong to an actor of type `A`, and when no reference to
+    /// the actor is left. An actor without a name that keeps a reference to itself lives until it is
+    /// stopped.
+    ///
+    /// ```
+    /// use actix::{Actor, Context, Handler, Message};
+    /// use ps_runtime::ActorRef;
+    ///
+    /// struct Greeter;
+    /// # impl Actor for Greeter { type Context = Context<Self>; }
+    ///
+    /// #[derive(Message)]
+    /// #[rtype(result = "Option<String>")]
+    /// struct GetName;
+    ///
+    /// impl Handler<GetName> for Greeter {
+    ///     type Result = Option<String>;
+    ///
+    ///     fn handle(&mut self, _: GetName, _: &mut Context<Self>) -> Option<String> {
+    ///         let this = ActorRef::<Self>::current()?;
+    ///         Some(this.name().to_owned())
+    ///     }
+    /// }
+    ///
+    /// let greeter = ps_runtime::Spawn::new().name("greeter").start(|| Greeter)?;
+    /// assert_eq!(greeter.ask(GetName).wait()?.as_deref(), Some("greeter"));
+    /// // This thread is not an actor's.
+    /// assert!(ActorRef::<Greeter>::current().is_none());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn current() -> Option<Self> {
         let handle = background::current_handle()?;
         handle.downcast().ok().map(Self::new)
     }
 
-    /// The actor's id in this process; an actor elsewhere has one here, too.
+    /// The actor's id in this process. An actor of another process also has an id here.
     pub fn id(&self) -> ActorId {
         match self.target() {
             Target::Here(mailbox) => mailbox.id(),
@@ -101,7 +129,7 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// The actor's name; one that was given none is called by its type and id, as `Counter#7`.
+    /// The actor's name. An actor that was given no name has its type and id as name, like `Counter#7`.
     pub fn name(&self) -> &str {
         match self.target() {
             Target::Here(mailbox) => mailbox.name(),
@@ -116,7 +144,7 @@ impl<A: Actor> ActorRef<A> {
 
     /// Whether the actor takes calls: it has not been told to stop, and has not ended.
     ///
-    /// Of an actor elsewhere: whether this process has not heard of its end.
+    /// For an actor of another process: `true` until this process hears that the actor has ended.
     pub fn is_alive(&self) -> bool {
         match self.target() {
             Target::Here(mailbox) => mailbox.phase() == Phase::Open,
@@ -124,7 +152,8 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// How many calls are queued or running; of an actor elsewhere: how many of this process.
+    /// How many calls are queued or running. For an actor of another process, only the calls of this
+    /// process are counted.
     pub fn pending(&self) -> usize {
         match self.target() {
             Target::Here(mailbox) => mailbox.pending(),
@@ -132,8 +161,8 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// How many times the actor has been restarted after a panic; 0 for an actor elsewhere, whose
-    /// process keeps the count.
+    /// How many times the actor has been restarted after a panic. For an actor of another process it is
+    /// always 0.
     pub fn restarts(&self) -> u32 {
         match self.target() {
             Target::Here(mailbox) => mailbox.restarts(),
@@ -141,7 +170,8 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// How many messages of [`ActorRef::tell`] to this actor were lost after they had been queued.
+    /// How many messages sent to this actor with [`ActorRef::tell`] were lost after they had been queued.
+    /// For an actor of another process, only the messages of this process are counted.
     pub fn dead_letters(&self) -> u64 {
         match self.target() {
             Target::Here(mailbox) => mailbox.dead_letters(),
@@ -149,11 +179,31 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// Stops the actor gracefully: it takes no more calls, runs those that are queued, waits for
-    /// asynchronous responses, and then stops as after `ctx.stop()`.
+    /// Stops the actor gracefully: it takes no more calls, runs the calls that are queued, waits for
+    /// asynchronous responses, and then stops as `ctx.stop()` does.
     ///
-    /// As in actix, a `stopping` hook may refuse; the actor then goes on without taking calls,
-    /// until it stops itself.
+    /// As in actix, a `stopping` hook may refuse. The actor then goes on without taking calls, until it
+    /// stops itself or is killed.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// let queued = counter.ask(Add(2));
+    /// counter.stop();
+    /// // What was queued before still runs. What comes later is refused.
+    /// assert_eq!(queued.wait()?, 2);
+    /// assert!(counter.tell(Add(3)).is_err());
+    /// # Ok::<(), ps_runtime::CallError>(())
+    /// ```
     pub fn stop(&self) {
         match self.target() {
             Target::Here(mailbox) => mailbox.close(),
@@ -161,11 +211,12 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// Ends the actor without running its queue: queued calls fail at once as not delivered.
+    /// Ends the actor without running its queue: queued calls fail at once as
+    /// [`CallError::NotDelivered`].
     ///
     /// A handler that is running goes on to its end, and its caller gets the result. Asynchronous
-    /// responses are dropped; their callers get [`CallError::Unknown`]. The actor's `stopping` and
-    /// `stopped` hooks do not run, its destructor does.
+    /// responses are dropped, and their callers get [`CallError::Unknown`]. The actor's destructor runs,
+    /// but its `stopping` and `stopped` hooks do not.
     pub fn kill(&self) {
         match self.target() {
             Target::Here(mailbox) => mailbox.kill(),
@@ -173,10 +224,10 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// Waits until the actor has ended: its state is dropped, its name is free.
+    /// Waits until the actor has ended. Its state is then dropped and its name is free.
     ///
-    /// An actor elsewhere also counts as ended when its process could not be reached for the
-    /// length of the lease: nothing more will be heard of it.
+    /// An actor of another process also counts as ended when its process could not be reached for one
+    /// [process lease](crate::net::NetConfig::process_lease).
     pub async fn stopped(&self) {
         match self.target() {
             Target::Here(mailbox) => {
@@ -187,16 +238,37 @@ impl<A: Actor> ActorRef<A> {
         }
     }
 
-    /// Stops the actor gracefully within a bound; begins at once, await or wait for the outcome.
+    /// Stops the actor gracefully within a time limit. The stop begins at once. Await the returned
+    /// future, or block on it with [`Shutdown::wait`].
     ///
-    /// When the time is over, the actor is killed and all its pending calls fail. If it is stuck
-    /// in a handler, its thread is left behind, and the outcome is an error that says so.
+    /// When the time is over, the actor is killed and all its pending calls fail. If the actor is then
+    /// still in a handler, its thread stays until the handler returns, and the outcome is an error that
+    /// names the actor.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// use std::time::Duration;
+    ///
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// counter.shutdown(Duration::from_secs(5)).wait()?;
+    /// assert!(!counter.is_alive());
+    /// # Ok::<(), ps_runtime::actor::StillRunning>(())
+    /// ```
     pub fn shutdown(&self, timeout: Duration) -> Shutdown {
         let begin = |actor: Arc<dyn AnyMailbox>| Shutdown::start(vec![actor], timeout);
         match self.target() {
             Target::Here(mailbox) => begin(Arc::clone(mailbox) as _),
             Target::There(port) => {
-                // The `kill` at the end needs the connection, which goes with the last reference.
+                // The `kill` at the end needs the connection, which is dropped with the last reference.
                 begin(port.mailbox()).holding(Arc::clone(&self.handle) as _)
             }
         }
@@ -204,10 +276,32 @@ impl<A: Actor> ActorRef<A> {
 }
 
 impl<A: Actor<Context = Context<A>>> ActorRef<A> {
-    /// Calls the actor: the message is queued before this returns.
+    /// Calls the actor. The message is queued before this returns.
     ///
     /// If the actor has stopped or its `max_pending` calls are taken, the reply fails at once and
     /// hands the message back.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// // Both calls are under way before the first result is read.
+    /// let (first, second) = (counter.ask(Add(2)), counter.ask(Add(3)));
+    /// assert_eq!(first.wait()?, 2);
+    ///
+    /// // In asynchronous code, await the reply. `run` stands for `#[actix::main]`.
+    /// let sum = ps_runtime::actor::run(async move { second.await })?;
+    /// assert_eq!(sum, 5);
+    /// # Ok::<(), ps_runtime::CallError>(())
+    /// ```
     pub fn ask<M>(&self, message: M) -> Reply<M::Result>
     where
         A: Handler<M>,
@@ -220,13 +314,45 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         }
     }
 
-    /// Calls the actor with a time limit, which goes with the call: when it is over, the handler
-    /// does not begin any more, also if nobody looks at the reply, and, for an actor elsewhere, if
-    /// its process hears nothing more from this one.
+    /// Calls the actor with a time limit that is sent with the call. After the limit the handler does
+    /// not begin, even if nobody looks at the reply.
     ///
-    /// For whoever looks at the reply it is [`ask`](Self::ask) with a [`timeout`](Reply::timeout):
-    /// a handler that has begun goes on. An actor elsewhere counts in milliseconds, from the
+    /// For the caller it is like [`ask`](Self::ask) with a [`timeout`](Reply::timeout): a handler that
+    /// has begun goes on. The limit also holds for an actor of another process, even if that process
+    /// hears nothing more from this one. That process counts the limit in whole milliseconds, from the
     /// arrival of the call; see `docs/semantics.md`, A-5 and R-6.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "()")]
+    /// # struct Sleep;
+    /// # impl Handler<Sleep> for Counter {
+    /// #     type Result = ();
+    /// #     fn handle(&mut self, _: Sleep, _: &mut Context<Self>) {
+    /// #         std::thread::sleep(std::time::Duration::from_millis(200));
+    /// #     }
+    /// # }
+    /// use std::time::Duration;
+    ///
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// let busy = counter.ask(Sleep);
+    /// let late = counter.ask_within(Add(1), Duration::from_millis(10));
+    /// busy.wait()?;
+    /// assert!(!late.wait().unwrap_err().may_have_run());
+    /// // The counter was not changed.
+    /// assert_eq!(counter.ask(Add(0)).wait()?, 0);
+    /// # Ok::<(), ps_runtime::CallError>(())
+    /// ```
     pub fn ask_within<M>(&self, message: M, limit: Duration) -> Reply<M::Result>
     where
         A: Handler<M>,
@@ -241,9 +367,34 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         reply.timeout(limit)
     }
 
-    /// Waits until the actor has room for a call, first come first served, and calls it.
+    /// Waits until the actor has a free slot, and calls it. Waiting callers are served in the order in
+    /// which they came.
     ///
-    /// Dropping this future before it is ready drops the message; the actor then never sees it.
+    /// If this future is dropped before it is ready, the message is dropped and the actor never gets it.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// use ps_runtime::Spawn;
+    ///
+    /// let counter = Spawn::new().max_pending(1).start(|| Counter(0))?;
+    /// ps_runtime::actor::run(async {
+    ///     // Only one call is pending at any time. `ask` could fail here with `QueueFull`.
+    ///     let first = counter.ask_when_ready(Add(1)).await;
+    ///     let second = counter.ask_when_ready(Add(1)).await;
+    ///     assert_eq!((first.await?, second.await?), (1, 2));
+    ///     Ok::<(), ps_runtime::CallError>(())
+    /// })?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub async fn ask_when_ready<M>(&self, message: M) -> Reply<M::Result>
     where
         A: Handler<M>,
@@ -263,10 +414,28 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         }
     }
 
-    /// Queues a message without waiting for a reply; the handler's result is dropped.
+    /// Queues a message without a reply. The handler's result is dropped.
     ///
-    /// If the message is lost later (the actor stops before it, or panics during it), that is
-    /// logged as a warning and counted: [`ActorRef::dead_letters`].
+    /// The message can be lost later: the actor stops before its handler begins, or panics during its
+    /// handler. Each loss is logged as a warning and counted in [`ActorRef::dead_letters`].
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// counter.tell(Add(2))?;
+    /// // Messages of one sender begin in the order in which they were sent.
+    /// assert_eq!(counter.ask(Add(3)).wait()?, 5);
+    /// # Ok::<(), ps_runtime::CallError>(())
+    /// ```
     ///
     /// # Errors
     /// [`CallError::NotDelivered`] with the message, when the actor has stopped or its

@@ -1,8 +1,8 @@
-//! Threads: whose thread this is, blocking waits, and the helper thread behind timers.
+//! The actor that a thread belongs to, blocking waits, and the helper thread that runs timers.
 //!
-//! Timeouts run on one background event loop, not on the caller's. They work where the caller has
-//! no event loop, when it blocks its own, and they measure real time while a test has paused
-//! tokio's clock: the actor that they wait for works in real time, too.
+//! Timeouts run on one background event loop, not on the caller's. Therefore they work if the caller
+//! has no event loop, or blocks its event loop. They measure real time even if a test has paused
+//! tokio's clock, because the actor that they wait for works in real time, too.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -27,34 +27,34 @@ thread_local! {
         const { RefCell::new(None) };
 }
 
-/// Notes that this thread belongs to an actor.
+/// Records that this thread belongs to an actor.
 pub(crate) fn enter_actor_thread(id: ActorId, handle: Weak<dyn Any + Send + Sync>) {
     ACTOR.set(Some((id, handle)));
 }
 
-/// The actor whose thread this is.
+/// The actor that this thread belongs to.
 pub(crate) fn current_actor() -> Option<ActorId> {
     ACTOR.with_borrow(|actor| actor.as_ref().map(|(id, _)| *id))
 }
 
-/// The reference data of the actor whose thread this is, while references to it exist.
+/// The shared data of the references to the actor that this thread belongs to, while there are any.
 pub(crate) fn current_handle() -> Option<Arc<dyn Any + Send + Sync>> {
     ACTOR.with_borrow(|actor| actor.as_ref().and_then(|(_, handle)| handle.upgrade()))
 }
 
 /// Runs a future to its end on this thread, with an actix system around it.
 ///
-/// For drivers without `#[actix::main]`.
+/// Use it in programs without `#[actix::main]`.
 ///
 /// # Panics
-/// When called from asynchronous code, or when the system gives no event loop.
+/// When it is called from asynchronous code, or when the system gives no event loop.
 pub fn run<F: Future>(future: F) -> F::Output {
     System::new().block_on(future)
 }
 
 /// Polls a future on this thread until it is ready or the deadline has passed.
 ///
-/// Never panics for want of, or inside of, an event loop.
+/// It works with and without an event loop on this thread.
 pub(crate) fn block_on<F: Future>(future: F, deadline: Option<Instant>) -> Option<F::Output> {
     struct Unpark(Thread);
     impl Wake for Unpark {
@@ -88,8 +88,8 @@ pub(crate) fn block_on<F: Future>(future: F, deadline: Option<Instant>) -> Optio
     }
 }
 
-/// An event loop of one thread, with timers, and with sockets if asked for, which take four file
-/// descriptors.
+/// Makes an event loop for one thread, with timers. If `with_io`, it also has sockets, which take four
+/// file descriptors.
 pub(crate) fn event_loop(with_io: bool) -> io::Result<Runtime> {
     let mut builder = tokio::runtime::Builder::new_current_thread();
     if with_io {
@@ -98,7 +98,8 @@ pub(crate) fn event_loop(with_io: bool) -> io::Result<Runtime> {
     builder.enable_time().build()
 }
 
-/// The actix system that is current here, else the background one, which is started in any case.
+/// The actix system that is current on this thread, else the background system. The background system
+/// is started in any case.
 pub(crate) fn system_or_background() -> io::Result<System> {
     let (system, _) = background()?;
     Ok(System::try_current().unwrap_or(system))
@@ -111,17 +112,17 @@ pub(crate) fn sleep_until(deadline: Instant) -> Sleep {
     tokio::time::sleep_until(deadline.into())
 }
 
-/// A timer that works on any thread, with or without an event loop, and measures real time.
+/// Returns a timer that works on any thread, with or without an event loop, and measures real time.
 ///
 /// # Panics
-/// When the system gives no thread for it, in a process that never started an actor.
+/// When the process has never started an actor, and the system gives no thread for the timer.
 pub fn sleep(time: Duration) -> impl Future<Output = ()> + Send + 'static {
     let (_, runtime) = background().expect("the background loop runs since the first spawn");
     let _inside = runtime.enter();
     tokio::time::sleep(time)
 }
 
-/// Something that runs in the background until this is dropped.
+/// A task that runs in the background until this is dropped.
 #[derive(Debug)]
 #[must_use = "it ends when this is dropped"]
 pub struct Background(AbortHandle);
@@ -132,16 +133,17 @@ impl Drop for Background {
     }
 }
 
-/// Starts something on the event loop behind all timers, which must never be blocked.
+/// Starts a task on the event loop that runs all timers. The task must never block its thread.
 ///
 /// # Panics
-/// When the system gives no thread for it, in a process that never started an actor.
+/// When the process has never started an actor, and the system gives no thread for the event loop.
 pub fn in_background(task: impl Future<Output = ()> + Send + 'static) -> Background {
     let (_, runtime) = background().expect("the background loop runs since the first spawn");
     Background(runtime.spawn(task).abort_handle())
 }
 
-/// The background system and its event loop, started at first use; they live as long as the process.
+/// The background system and its event loop. They are started at first use and live as long as the
+/// process.
 fn background() -> io::Result<(System, Handle)> {
     static BACKGROUND: Mutex<Option<(System, Handle)>> = Mutex::new(None);
 
@@ -156,7 +158,7 @@ fn background() -> io::Result<(System, Handle)> {
         .spawn(move || {
             let handle = runtime.handle().clone();
             let runner = System::with_tokio_rt(|| runtime);
-            // The receiver waits for this, so it is there.
+            // This cannot fail: the receiver waits for it.
             let _ = started.send((System::current(), handle));
             // Not `runner.run()`: an actor that stops "its" system must not stop all timers.
             runner.block_on(pending::<()>());

@@ -1,9 +1,9 @@
-//! The life of one call: queued with its message, running, done with its result.
+//! The stages of one call: queued with its message, running, done with its result.
 //!
-//! One allocation holds message and result and is shared by the queue and the caller's reply, so
-//! that either side can end the call first: a caller that gives up takes the message back out while
-//! it is queued, and an actor that ends fails the call without its handler's help. Whoever moves
-//! the call out of `Queued` or `Running` gives its slot back, before the caller can see the result.
+//! One allocation holds message and result. The queue and the caller's reply share it, so either
+//! side can end the call first. A caller that gives up takes the message back while it is queued.
+//! An actor that ends fails the call without its handler's help. The code that moves the call out
+//! of `Queued` or `Running` also gives its slot back, before the caller can see the result.
 
 use std::any::type_name;
 use std::future::poll_fn;
@@ -28,14 +28,14 @@ use crate::deadline::Deadline;
 pub(crate) enum Loss {
     /// The actor panicked while the call was running.
     Panicked(Arc<str>),
-    /// The actor ended, possibly because of a panic too many.
+    /// The actor ended, possibly because a panic exceeded its restart budget.
     Stopped { panic: Option<Arc<str>> },
-    /// The handler let go of its reply channel.
+    /// The handler dropped its reply channel without a result.
     NoReply,
 }
 
-/// Something that is kept until the handler of a call has returned, and its response if that follows
-/// at once.
+/// Something that is kept until the handler of a call has returned. If the response is ready right
+/// after that, it is kept until the response has been passed on, too.
 pub(crate) type Held = Box<dyn Send>;
 
 /// Why the caller no longer waits.
@@ -45,7 +45,7 @@ pub(crate) enum GiveUp {
     WouldDeadlock,
 }
 
-/// Resolves when an asynchronous response is ready, or lost.
+/// Becomes ready when an asynchronous response is ready, or lost.
 pub(crate) type InFlight<A> = LocalBoxFuture<'static, Result<(), Arc<dyn QueuedCall<A>>>>;
 
 /// A call as the actor sees it.
@@ -60,7 +60,7 @@ pub(crate) trait QueuedCall<A: Actor>: Send + Sync {
     fn is_cancelled(&self) -> bool;
 }
 
-/// A call as the caller sees it; what a remote call will also implement.
+/// A call as the caller sees it. Calls to other processes implement it, too.
 pub(crate) trait ReplySlot<R>: Send + Sync {
     fn target(&self) -> ActorId;
 
@@ -75,9 +75,9 @@ pub(crate) trait ReplySlot<R>: Send + Sync {
 
 pub(crate) struct Call<A: Actor, M: Message> {
     mailbox: Arc<Mailbox<A>>,
-    /// Nobody waits for the reply; a loss is a dead letter.
+    /// The call was made with `tell`: nobody waits for the reply, and a loss is a dead letter.
     told: bool,
-    /// After it the handler does not begin.
+    /// The handler does not begin after this time.
     deadline: Option<Deadline>,
     state: Mutex<State<M>>,
 }
@@ -86,7 +86,7 @@ struct State<M: Message> {
     stage: Stage<M>,
     waker: Option<Waker>,
     held: Option<Held>,
-    /// Of a running call.
+    /// The futures that wait for the caller to give up. Only a running call has any.
     watchers: Watchers,
 }
 
@@ -116,14 +116,14 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         }
     }
 
-    /// Keeps `held` until the handler has returned, or is sure not to begin.
+    /// Keeps `held` until the handler has returned, or until it is certain that it will not begin.
     pub(crate) fn holding(mut self, held: Option<Held>) -> Self {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.held = held;
         self
     }
 
-    /// Keeps the handler from beginning after `deadline`, whether or not the caller looks.
+    /// Keeps the handler from beginning after `deadline`, even if nobody polls the reply.
     pub(crate) fn due(mut self, deadline: Option<Deadline>) -> Self {
         self.deadline = deadline;
         self
@@ -143,7 +143,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         let Stage::Queued(message) = mem::replace(&mut state.stage, Stage::Over) else {
             unreachable!("the stage was checked under the same lock");
         };
-        // The waker may own this call.
+        // The waker may own this call, so it is dropped outside the lock.
         let unneeded = (state.held.take(), state.waker.take());
         drop(state);
         drop(unneeded);
@@ -238,7 +238,7 @@ where
     M::Result: Send,
 {
     fn start(self: Arc<Self>, actor: &mut A, ctx: &mut Context<A>) -> Option<InFlight<A>> {
-        // What is held goes at the end of this function, or with the handler's panic.
+        // `held` is dropped at the end of this function, or when the handler's panic unwinds it.
         let (message, mut held) = self.begin()?;
         let (reply, mut response) = oneshot::channel();
         {
@@ -249,11 +249,11 @@ where
             Ok(result) => self.end(Ok(result)),
             Err(TryRecvError::Closed) => self.fail(&Loss::NoReply),
             Err(TryRecvError::Empty) => {
-                // Outside tokio's budget: thousands of responses may get ready at once.
+                // Outside tokio's cooperative budget: thousands of responses may become ready at once.
                 let mut response = tokio::task::unconstrained(response);
                 return Some(Box::pin(async move {
-                    // A response that needed nothing but the actor is there now, and has been handed
-                    // on when what is held goes. Of any other one, nobody knows how long it takes.
+                    // A response that needed only the actor is ready now. It is passed on before `held`
+                    // is dropped. Any other response may take any time, so `held` is dropped at once.
                     let begun = poll_fn(|cx| Poll::Ready(Pin::new(&mut response).poll(cx))).await;
                     let result = match begun {
                         Poll::Ready(result) => result,
@@ -325,7 +325,7 @@ where
             };
             return Poll::Ready(result);
         }
-        // Of a call that was given up nothing more comes: a waker kept here would stay for ever.
+        // A call that was given up produces nothing more: a waker kept here would stay for ever.
         if matches!(
             state.stage,
             Stage::Queued(_) | Stage::Running { wanted: true }
@@ -393,7 +393,7 @@ impl<A: Actor, M: Message + Send + 'static> Watched for Call<A, M> {
         match state.stage {
             Stage::Running { wanted: true } => state.watchers.add(),
             Stage::Running { wanted: false } if !self.told => CallerGone::already(),
-            // Told, or failed from outside.
+            // Made with `tell`, or failed from outside.
             _ => CallerGone::never(),
         }
     }

@@ -1,8 +1,8 @@
-//! How a handler learns that nobody waits for its result any more.
+//! Tells a handler that nobody waits for its result any more.
 //!
-//! A handler that has begun goes on (A-6). One that may wait for long, for something that may never
-//! come, can ask here for the end of its caller's interest, and end then by itself: it would
-//! otherwise keep its slot (A-7) and whatever else it has.
+//! A handler that has begun goes on even if its caller gives up (A-6). It then keeps its slot (A-7)
+//! and its memory. A handler that may wait for a long time, or for ever, can watch its caller here
+//! and end by itself (A-23).
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -12,11 +12,12 @@ use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
 
-/// Is ready once nobody waits for the result of a call: its reply was dropped or timed out, or the
-/// connection that it came on is lost. See [`caller_gone`].
+/// Becomes ready when nobody waits for the result of a call any more. See [`caller_gone`].
 ///
-/// Stays pending for ever if the call ends before. Of a message that was told, nobody ever waited for
-/// a result, so nobody stops to.
+/// That is the case when the reply was dropped or timed out, or when the connection that the call
+/// came on is lost. If the call ends first, this future stays pending for ever. It also stays pending
+/// for a message that was sent with [`tell`](super::ActorRef::tell), because nobody waits for its
+/// result.
 #[derive(Debug)]
 #[must_use = "a future does nothing unless it is polled"]
 pub struct CallerGone(Option<oneshot::Receiver<()>>);
@@ -28,7 +29,7 @@ impl CallerGone {
 
     pub(super) fn already() -> Self {
         let (gone, caller) = oneshot::channel();
-        // The receiver is right here.
+        // This cannot fail: `caller` is the receiver and still exists.
         let _ = gone.send(());
         Self(Some(caller))
     }
@@ -52,12 +53,13 @@ impl Future for CallerGone {
     }
 }
 
-/// Returns a future that is ready when nobody waits any more for the result of the call whose handler
-/// this is.
+/// Returns a future that becomes ready when nobody waits any more for the result of the call that is
+/// being handled.
 ///
-/// For handlers that wait: of such a handler the asynchronous response can end with it, and so give its
-/// slot back. It has to be asked for inside of [`handle`](actix::Handler::handle) itself, not in the
-/// response; elsewhere it is never ready. Works the same for callers in other processes.
+/// Use it in a handler that may wait for long: its asynchronous response can end when this future is
+/// ready, and so give its slot back. Call this function inside [`handle`](actix::Handler::handle)
+/// itself, not in the response; elsewhere the future never becomes ready. It works in the same way
+/// for callers in other processes.
 ///
 /// ```
 /// # use actix::{Actor, Context, Handler, Message, ResponseFuture};
@@ -67,6 +69,15 @@ impl Future for CallerGone {
 /// # #[derive(Message)]
 /// # #[rtype(result = "()")]
 /// # struct Wait;
+/// # #[derive(Message)]
+/// # #[rtype(result = "usize")]
+/// # struct Pending;
+/// # impl Handler<Pending> for Patient {
+/// #     type Result = usize;
+/// #     fn handle(&mut self, _: Pending, _: &mut Context<Self>) -> usize {
+/// #         actor::ActorRef::<Self>::current().map_or(0, |this| this.pending())
+/// #     }
+/// # }
 /// impl Handler<Wait> for Patient {
 ///     type Result = ResponseFuture<()>;
 ///
@@ -75,11 +86,21 @@ impl Future for CallerGone {
 ///         Box::pin(async move {
 ///             tokio::select! {
 ///                 () = std::future::pending() => {}
-///                 () = gone => {} // and the slot is free
+///                 () = gone => {} // The response ends, and its slot is free.
 ///             }
 ///         })
 ///     }
 /// }
+///
+/// let actor = actor::spawn(|| Patient);
+/// let wait = actor.ask(Wait);
+/// // The running `Wait` and this call itself take a slot each.
+/// assert_eq!(actor.ask(Pending).wait()?, 2);
+/// drop(wait);
+/// while actor.pending() > 0 {
+///     std::thread::yield_now();
+/// }
+/// # Ok::<(), actor::CallError>(())
 /// ```
 pub fn caller_gone() -> CallerGone {
     CURRENT.with_borrow(|current| match current {
@@ -113,7 +134,7 @@ impl Drop for Entered {
     }
 }
 
-/// Those who want to hear that the caller of one call has gone.
+/// The futures to wake when the caller of one call has gone.
 #[derive(Debug, Default)]
 pub(super) struct Watchers(Vec<oneshot::Sender<()>>);
 
@@ -124,10 +145,10 @@ impl Watchers {
         CallerGone(Some(caller))
     }
 
-    /// Tells them. Wakes tasks, so never under a lock.
+    /// Makes all of them ready. This wakes tasks, so it must not be called under a lock.
     pub(super) fn tell(self) {
         for watcher in self.0 {
-            // Who does not listen any more has ended.
+            // If the future was dropped, nobody has to be told.
             let _ = watcher.send(());
         }
     }

@@ -1,10 +1,10 @@
 //! What can go wrong with a call, a spawn, a look-up and a shutdown.
 //!
-//! The variants of [`CallError`] answer the one question a caller must ask before it tries again:
+//! The variants of [`CallError`] answer the question that a caller must ask before it tries again:
 //! can the handler have run?
 //!
-//! A [`CallError`] can cross a wire, as part of an actor's answer, say; only the message that it
-//! hands back stays where it is.
+//! A [`CallError`] can be sent to another process, for example as part of an actor's answer. Only the
+//! message that it hands back is not sent.
 
 use std::any::{Any, type_name};
 use std::borrow::Cow;
@@ -20,7 +20,7 @@ use thiserror::Error;
 #[derive(Debug, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum CallError {
-    /// The handler never began and never will; the message is handed back.
+    /// The handler has not begun and never will. The message is handed back.
     #[error("call was not delivered to actor {actor}: {reason}")]
     NotDelivered {
         /// Name of the actor that was called.
@@ -30,18 +30,18 @@ pub enum CallError {
         /// The message; see [`CallError::into_message`].
         message: Undelivered,
     },
-    /// The handler began, or may have, and whether it finished is not known.
+    /// The handler began, or may have begun. It is not known whether it finished.
     #[error("outcome of the call to actor {actor} is unknown: {reason}")]
     Unknown {
         /// Name of the actor that was called.
         actor: Arc<str>,
-        /// What cut the caller off from the handler.
+        /// Why the caller does not know the outcome.
         reason: UnknownOutcome,
     },
     /// The actor panicked while the handler (or its asynchronous response) was running.
     ///
-    /// What the handler had changed in the actor is gone with the actor's state; what it had sent
-    /// or written elsewhere is not.
+    /// The actor's state is lost, with everything that the handler had changed in it. What the handler
+    /// had sent or written elsewhere is not undone.
     #[error("actor {actor} panicked during the call: {panic}")]
     Failed {
         /// Name of the actor that was called.
@@ -64,7 +64,7 @@ pub enum NotDelivered {
     /// The actor has stopped, or is stopping.
     #[error("it has stopped{}", after_panic(.panic.as_deref()))]
     Stopped {
-        /// Message of the panic that used up the restart budget, if that is what ended the actor.
+        /// Message of the panic that exceeded the restart budget, if such a panic ended the actor.
         panic: Option<Arc<str>>,
     },
     /// The caller's timeout passed while the call was still queued.
@@ -73,7 +73,7 @@ pub enum NotDelivered {
         /// The timeout.
         after: Duration,
     },
-    /// The caller would have blocked the very thread that the handler needs.
+    /// The caller would have blocked the thread that the handler needs.
     #[error("a blocking wait on the actor's own thread would never end (await the reply instead)")]
     WouldDeadlock,
     /// The actor's process cannot be reached; trying again later may help.
@@ -82,7 +82,7 @@ pub enum NotDelivered {
         /// What was tried, and what happened.
         reason: String,
     },
-    /// The actor takes the message inside its own process only.
+    /// The actor takes this message only from its own process.
     #[error(
         "{message} is not among the messages that {actor_type} takes from other processes (add it to the actor's `Remote::messages`)"
     )]
@@ -92,16 +92,16 @@ pub enum NotDelivered {
         /// The actor's type.
         actor_type: String,
     },
-    /// The message is larger than the actor's process takes.
+    /// The message is larger than the actor's process accepts.
     #[error("the message is too large to be sent: {reason}")]
     TooLarge {
-        /// What there is too much of, how much is allowed, and by which setting.
+        /// What is too large, the limit, and the setting of the limit.
         reason: String,
     },
     /// The message cannot be written as bytes.
     #[error("the message cannot be sent as bytes: {reason}")]
     Encode {
-        /// What is wrong with it.
+        /// What is wrong with the message.
         reason: String,
     },
     /// The other process could not read the message, or does not know the actor.
@@ -112,7 +112,7 @@ pub enum NotDelivered {
     },
 }
 
-/// Why the outcome of a call is not known: it began, or may have.
+/// Why the outcome of a call is not known. The handler began, or may have begun.
 #[derive(Debug, Clone, PartialEq, Eq, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum UnknownOutcome {
@@ -125,25 +125,25 @@ pub enum UnknownOutcome {
     /// The actor ended while the handler was running.
     #[error("the actor ended while the handler was running")]
     Stopped,
-    /// The handler let go of its reply channel.
+    /// The handler dropped its reply channel without a result.
     #[error(
         "the handler ended without a reply (its response future panicked, see stderr, or was cancelled)"
     )]
     NoReply,
-    /// The caller would have blocked the very thread that the handler needs to finish.
+    /// The caller would have blocked the thread that the handler needs to finish.
     #[error("a blocking wait on the actor's own thread would never end (await the reply instead)")]
     WouldDeadlock,
-    /// The connection was lost before the reply came. Whether the handler ran, or still runs, is
-    /// not known; trying again later may help, and may do the work twice.
+    /// The connection was lost before the reply arrived. It is not known whether the handler ran, or
+    /// still runs. Trying again later may help, and may do the work twice.
     #[error("the connection was lost while the call was under way: {reason}")]
     ConnectionLost {
-        /// How it was noticed.
+        /// How the loss of the connection was noticed.
         reason: String,
     },
-    /// A reply came, so the handler ran, but it could not be read.
+    /// A reply arrived, so the handler ran, but the reply could not be read.
     #[error("the reply cannot be read: {reason}")]
     BadReply {
-        /// What is wrong with it.
+        /// What is wrong with the reply.
         reason: String,
     },
 }
@@ -157,12 +157,12 @@ fn after_panic(panic: Option<&str>) -> String {
 impl CallError {
     /// Whether the handler can have run, in whole or in part.
     ///
-    /// `false` means that trying again cannot do the work twice.
+    /// If `false`, trying again cannot do the work twice.
     pub fn may_have_run(&self) -> bool {
         !matches!(self, Self::NotDelivered { .. })
     }
 
-    /// Whether the actor's process was out of reach, so that trying again later may help.
+    /// Whether the actor's process could not be reached, so that trying again later may help.
     ///
     /// If the call [may have run](Self::may_have_run), another try can do the work twice.
     pub fn is_connection_lost(&self) -> bool {
@@ -212,11 +212,11 @@ impl CallError {
 
 /// A message that was not delivered, of any type.
 ///
-/// Its `Debug` shows the type only, so that payloads stay out of logs. The message never crosses
-/// a wire: on the other side only the name of its type arrives, and there is nothing to take out.
-/// Who called has the message, and nobody else could call again with it.
+/// Its `Debug` shows the type only, so that payloads stay out of logs. The message is never sent to
+/// another process: only the name of its type is, and there the error holds no message to take out.
+/// The caller has the message, and only the caller could call again with it.
 pub struct Undelivered {
-    // In a box, for every error of a call carries its room.
+    // In a box, because it makes every `CallError` larger.
     parts: Box<Parts>,
 }
 
@@ -228,12 +228,12 @@ struct Parts {
 }
 
 impl Undelivered {
-    /// Takes a message, for whoever makes such errors in tests.
+    /// Wraps a message, for tests that need such an error.
     pub fn new<M: Send + 'static>(message: M) -> Self {
         Self::with(Cow::Borrowed(type_name::<M>()), Some(Box::new(message)))
     }
 
-    /// A message that stayed behind in another process.
+    /// A message that stayed in another process.
     pub(crate) fn elsewhere(type_name: &'static str) -> Self {
         Self::with(Cow::Borrowed(type_name), None)
     }
@@ -253,7 +253,7 @@ impl Undelivered {
     /// Takes the message out.
     ///
     /// # Errors
-    /// Returns itself when the message is not an `M`, or stayed behind in another process.
+    /// Returns itself when the message is not an `M`, or stayed in another process.
     pub fn into_message<M: 'static>(self) -> Result<M, Self> {
         let Parts { type_name, message } = *self.parts;
         let message = message.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -272,7 +272,7 @@ impl Serialize for Undelivered {
     }
 }
 
-/// Reads one that holds no message.
+/// The value that is read holds no message.
 impl<'de> Deserialize<'de> for Undelivered {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         Ok(Self::with(String::deserialize(deserializer)?.into(), None))
@@ -289,12 +289,12 @@ impl fmt::Debug for Undelivered {
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum SpawnError {
-    /// The name is empty, or has control characters in it.
+    /// The name is empty, or contains control characters.
     #[error("{name:?} cannot name an actor or its thread: {problem}")]
     InvalidName {
         /// The name as given.
         name: String,
-        /// What is wrong with it.
+        /// What is wrong with the name.
         problem: &'static str,
     },
     /// Another actor has the name. It is free again once that actor has ended.
@@ -305,16 +305,16 @@ pub enum SpawnError {
         /// "running already", or "still stopping".
         state: &'static str,
     },
-    /// `get_or_spawn` found an actor of another type under the name.
+    /// `get_or_spawn` found an actor of another type with this name.
     #[error("the named actor cannot be used")]
     Lookup(#[source] LookupError),
-    /// `max_pending` is zero, so that no call could ever be made.
+    /// `max_pending` is zero, so no call could ever be made.
     #[error("max_pending must be at least 1")]
     NoPendingCalls,
-    /// The restart window is zero, so that no restart would ever count.
+    /// The restart window is zero, so no restart would ever count.
     #[error("the restart window must be longer than zero")]
     NoRestartWindow,
-    /// The system gave no thread, or no event loop for it.
+    /// The operating system gave no thread, or no event loop for the thread.
     #[error(
         "could not start a thread for actor {actor}: raise the limits on open files (ulimit -n) and \
          threads (ulimit -u), or use fewer actors (Spawn::without_io saves files)"
@@ -322,7 +322,7 @@ pub enum SpawnError {
     Thread {
         /// Name of the actor.
         actor: Arc<str>,
-        /// What the system said.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -352,18 +352,18 @@ pub enum LookupError {
 
 /// Actors that had not ended when the time for their shutdown was over.
 ///
-/// Their pending calls have failed and their names are free. Each ends as soon as its running
-/// handler returns; the thread of a handler that never returns is left behind.
+/// Their pending calls have failed and their names are free. Each of them ends as soon as its running
+/// handler returns. If a handler never returns, its thread stays.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("still running after {after:?}, left behind: {}", .actors.join(", "))]
 pub struct StillRunning {
-    /// Names of the actors left behind.
+    /// Names of the actors that had not ended.
     pub actors: Vec<String>,
     /// The time that was allowed.
     pub after: Duration,
 }
 
-/// Why a call to an actor that answers with a `Result` brought nothing; see
+/// Why a call to an actor that answers with a `Result` failed; see
 /// [`Reply::flatten`](super::Reply::flatten).
 #[derive(Debug, thiserror::Error)]
 pub enum AskError<E> {
@@ -375,7 +375,7 @@ pub enum AskError<E> {
     Actor(E),
 }
 
-/// No reply has arrived in time; see [`Pending::wait_next_timeout`](super::Pending::wait_next_timeout).
+/// No reply arrived in time; see [`Pending::wait_next_timeout`](super::Pending::wait_next_timeout).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no reply within {after:?}; {num_out} are still out")]
 pub struct NoReply {
@@ -385,7 +385,7 @@ pub struct NoReply {
     pub num_out: usize,
 }
 
-/// An error with all its causes, in one line.
+/// Returns the text of an error and of all its causes, in one line.
 #[must_use]
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());

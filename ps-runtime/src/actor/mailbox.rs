@@ -1,8 +1,8 @@
-//! One actor's queue, the bound on its calls, and its phase; shared by references and supervisor.
+//! One actor's queue, the bound on its calls, and its phase. References and supervisor share it.
 //!
 //! A call takes a slot when it is queued and gives it back when it is over, so the slots bound
-//! queued and running calls together. Locks are taken in the order queue, then call, and no message
-//! or result is dropped under either: it may own a reference whose drop locks this very queue.
+//! queued and running calls together. Locks are taken in the order queue, then call. No message or
+//! result is dropped under either lock: it may own a reference whose drop locks this same queue.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -19,7 +19,7 @@ use super::call::{Call, Held, Loss, QueuedCall};
 use super::error::{CallError, NotDelivered, Undelivered};
 use crate::deadline::Deadline;
 
-/// Identifies an actor within this process; a number is never used twice.
+/// Identifies an actor within this process. A number is never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ActorId(u64);
 
@@ -42,15 +42,15 @@ impl fmt::Display for ActorId {
 
 static DEAD_LETTERS: AtomicU64 = AtomicU64::new(0);
 
-/// How many messages of `tell` this process has lost after it had queued them.
+/// Returns how many messages sent with `tell` this process has lost after it had queued them.
 ///
-/// A message is lost when its actor stops before the handler begins, or panics while it runs. Each
-/// loss is also logged as a warning.
+/// A message is lost when its actor stops before the handler begins, or panics while the handler runs.
+/// Each loss is also logged as a warning.
 pub fn dead_letters() -> u64 {
     DEAD_LETTERS.load(Ordering::Relaxed)
 }
 
-/// Counts and logs the loss of a told message.
+/// Counts and logs the loss of a message that was sent with `tell`.
 pub(crate) fn count_dead_letter(
     of_actor: &AtomicU64,
     actor: &str,
@@ -66,11 +66,11 @@ pub(crate) fn count_dead_letter(
 pub(crate) enum Phase {
     /// Takes calls.
     Open,
-    /// Takes no more calls, runs those it has.
+    /// Takes no more calls, but runs those that are queued.
     Closing,
     /// Runs no more calls.
     Killed,
-    /// The actor is gone.
+    /// The actor has ended.
     Ended,
 }
 
@@ -98,9 +98,10 @@ pub(crate) struct Mailbox<A: Actor> {
 struct Queue<A: Actor> {
     phase: Phase,
     queued: VecDeque<Arc<dyn QueuedCall<A>>>,
-    /// Calls given up by their callers since the queue was last swept; some may be gone already.
+    /// How many queued calls were given up by their callers since the queue was last swept. Some of them
+    /// may have left the queue since.
     cancelled: usize,
-    /// The call that the pump took last; may be over already.
+    /// The call that the pump took last. It may be over already.
     current: Option<Arc<dyn QueuedCall<A>>>,
     /// Calls whose handler returned a response that is not ready.
     in_flight: HashMap<u64, Arc<dyn QueuedCall<A>>>,
@@ -189,8 +190,8 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         self.push_into_slot(Call::new(Arc::clone(self), message, told))
     }
 
-    /// Queues a call if a slot is free, with something that is dropped when its handler has
-    /// returned, or when the handler is sure not to begin, and with the end of its time.
+    /// Queues a call if a slot is free, with a value that it holds and with its deadline. `held` is
+    /// dropped when the handler has returned, or when it is certain that the handler will not begin.
     pub(crate) fn push_with<M>(
         self: &Arc<Self>,
         message: M,
@@ -221,7 +222,7 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         }
     }
 
-    /// Waits for a slot, first come first served, and queues a call.
+    /// Waits for a slot, in the order of arrival, and queues a call.
     pub(crate) async fn push_when_ready<M>(
         self: &Arc<Self>,
         message: M,
@@ -281,8 +282,8 @@ impl<A: Actor> Mailbox<A> {
         self.slots.add_permits(1);
     }
 
-    /// Notes that a queued call was given up, and sweeps when half of the queue is such calls:
-    /// callers that time out and try again must not fill the queue of an actor that is stuck.
+    /// Counts a queued call that was given up, and removes such calls when they are half of the queue.
+    /// Otherwise callers that time out and try again would fill the queue of an actor that is stuck.
     pub(crate) fn sweep_cancelled(&self) {
         let mut queue = self.lock();
         queue.cancelled += 1;
@@ -292,12 +293,12 @@ impl<A: Actor> Mailbox<A> {
         }
     }
 
-    /// Counts and logs the loss of a message that had no reply to report it to.
+    /// Counts and logs the loss of a message that was sent with `tell`.
     pub(crate) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
         count_dead_letter(&self.dead_letters, &self.name, message, error);
     }
 
-    /// Takes no more calls and lets the actor end when those it has are done.
+    /// Takes no more calls, and lets the actor end when the queued and running calls are done.
     pub(crate) fn close(&self) {
         let mut queue = self.lock();
         if queue.phase == Phase::Open {
@@ -322,7 +323,7 @@ impl<A: Actor> Mailbox<A> {
         self.supervisor.wake();
     }
 
-    /// Fails running calls too, for an actor that may never come back from its handler.
+    /// Like `kill`, but also fails running calls, for an actor whose handler may never return.
     pub(crate) fn abandon(&self) {
         self.kill();
         self.fail_running();
@@ -340,7 +341,7 @@ impl<A: Actor> Mailbox<A> {
         let panic = self.lock().last_panic.clone();
         let loss = Loss::Stopped { panic };
         for call in calls {
-            // May drop a message, whose destructor may panic; the others must still be told.
+            // `fail` may drop a message whose destructor panics. The other calls must still be failed.
             if catch_unwind(AssertUnwindSafe(|| call.fail(&loss))).is_err() {
                 tracing::error!(actor = %self.name, "a message panicked while it was dropped");
             }
@@ -372,7 +373,7 @@ impl<A: Actor> Mailbox<A> {
         }
     }
 
-    /// Moves the current call to those whose response is not ready.
+    /// Moves the current call to the calls whose response is not ready.
     pub(crate) fn set_in_flight(&self, key: u64) {
         let mut queue = self.lock();
         if let Some(call) = queue.current.take() {
@@ -393,13 +394,13 @@ impl<A: Actor> Mailbox<A> {
         self.restarts.fetch_add(1, Ordering::Release);
     }
 
-    /// Takes no more calls, because this panic used up the restart budget.
+    /// Takes no more calls, because this panic exceeded the restart budget.
     pub(crate) fn give_up_after(&self, panic: &Arc<str>) {
         self.lock().last_panic = Some(Arc::clone(panic));
         self.kill();
     }
 
-    /// Fails whatever is left; called when the actor is gone.
+    /// Fails the calls that are left. Called when the actor has ended.
     pub(crate) fn finish(&self) {
         self.kill();
         self.fail_running();

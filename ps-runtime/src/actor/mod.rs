@@ -1,30 +1,35 @@
 //! Spawns ordinary actix actors on threads of their own and calls them through typed references.
 //!
-//! [`spawn`] builds the actor on its thread and returns an [`ActorRef`]. [`ActorRef::ask`] starts a
-//! call at once and returns a [`Reply`], which can be awaited, waited for ([`Reply::wait`], Ray's
-//! `get`) or put into a [`Pending`] set (Ray's `wait`). What actix lacks and this module adds: a
-//! real bound on the calls in flight, errors that say whether the handler can have run and hand
-//! the message back when it cannot, restarts after a panic behind the same reference, names, and a
-//! shutdown that always ends.
+//! [`spawn`] builds the actor on its own thread and returns an [`ActorRef`]. [`ActorRef::ask`] starts
+//! a call immediately and returns a [`Reply`]. You can await the reply, block on it
+//! ([`Reply::wait`], Ray's `get`), or put it into a [`Pending`] set (Ray's `wait`).
 //!
-//! Messages do not pass through actix's mailbox. A reference puts a call into the actor's own
-//! queue, and a future inside the actor's context (the pump) takes it out and runs the actix
-//! [`Handler`](actix::Handler). Queue and running calls belong to the supervisor around that
-//! context, so they outlive an actor that panics. What is guaranteed, and what is not, is numbered
-//! in `docs/semantics.md`; tests quote the numbers.
+//! This module adds what actix lacks:
+//!
+//! - a real bound on the calls in flight,
+//! - errors that say whether the handler can have run, and that hand the message back if it cannot,
+//! - restarts after a panic; references stay valid,
+//! - names,
+//! - a shutdown that always ends.
+//!
+//! Messages do not pass through actix's mailbox. A reference puts a call into a queue of this module.
+//! A future inside the actor's context (the pump) takes the call out and runs the actix
+//! [`Handler`](actix::Handler). The queue and the running calls belong to the supervisor around that
+//! context. Therefore they outlive an actor that panics. `docs/semantics.md` numbers the guarantees;
+//! tests quote the numbers.
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `actor_ref` | what callers hold |
-//! | `call` | the life of one call: queued, running, done |
-//! | `port` | an actor elsewhere, as references see it |
-//! | `caller_gone` | how a handler that waits learns that its caller does not |
+//! | `actor_ref` | the reference that callers hold |
+//! | `call` | the stages of one call: queued, running, done |
+//! | `port` | what a reference needs of an actor in another process |
+//! | `caller_gone` | tells a handler that its caller no longer waits |
 //! | `reply`, `pending` | the caller's side of one call, of many calls |
 //! | `mailbox` | the queue, the bound on it, and the actor's phase |
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
 //! | `spawn`, `registry` | options, names, all actors of the process |
 //! | `shutdown` | ends actors within a bound |
-//! | `background` | the helper thread for timers, and blocking waits |
+//! | `background` | the helper thread for timers; blocking waits |
 //!
 //! ```
 //! use actix::{Actor, Context, Handler, Message};

@@ -1,4 +1,4 @@
-//! Many calls under way at once, taken in the order in which they end; Ray's `wait`.
+//! A set of calls that are under way. It returns them in the order in which they end; Ray's `wait`.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -16,10 +16,11 @@ use super::error::{CallError, NoReply};
 use super::mailbox::ActorId;
 use super::reply::Reply;
 
-/// A set of replies, each with a key of the caller's, that hands them out as they get ready.
+/// A set of replies that returns them in the order in which they become ready. The caller gives each
+/// reply a key.
 ///
-/// Inserting a reply and taking the next one cost the same however many are out. Dropping the set
-/// drops its replies, which takes back the calls that have not begun.
+/// Inserting a reply and taking the next one cost the same for any number of replies. If the set is
+/// dropped, its replies are dropped, so calls that have not begun are taken back.
 ///
 /// ```
 /// # use actix::{Actor, Context, Handler, Message};
@@ -46,7 +47,8 @@ use super::reply::Reply;
 /// ```
 pub struct Pending<K, R> {
     replies: FuturesUnordered<Keyed<K, R>>,
-    /// How many replies of each actor are out, to find those that a blocking wait cannot get.
+    /// How many replies of each actor the set waits for. It shows which replies a blocking wait on an
+    /// actor's thread can never get.
     targets: HashMap<ActorId, usize>,
 }
 
@@ -75,7 +77,7 @@ impl<K, R> Future for Keyed<K, R> {
 }
 
 impl<K, R> Pending<K, R> {
-    /// An empty set.
+    /// Makes an empty set.
     pub fn new() -> Self {
         Self {
             replies: FuturesUnordered::new(),
@@ -83,7 +85,7 @@ impl<K, R> Pending<K, R> {
         }
     }
 
-    /// Adds a reply. Keys need not differ.
+    /// Adds a reply. Several replies may have the same key.
     pub fn insert(&mut self, key: K, reply: Reply<R>) {
         let target = reply.target();
         if let Some(target) = target {
@@ -96,22 +98,22 @@ impl<K, R> Pending<K, R> {
         });
     }
 
-    /// Waits for the next reply to get ready; `None` when none is out.
+    /// Waits until the next reply is ready, and returns it. Returns `None` if the set is empty.
     ///
-    /// Dropping the returned future loses nothing.
+    /// If the returned future is dropped, no reply is lost.
     pub async fn next(&mut self) -> Option<(K, Result<R, CallError>)> {
         StreamExt::next(self).await
     }
 
-    /// Blocks this thread until the next reply is ready; `None` when none is out.
+    /// Blocks this thread until the next reply is ready. Returns `None` if the set is empty.
     ///
     /// On an actor's thread, replies of that same actor fail as in [`Reply::wait`].
     pub fn wait_next(&mut self) -> Option<(K, Result<R, CallError>)> {
         self.wait_until(None).flatten()
     }
 
-    /// Blocks as [`wait_next`](Self::wait_next), for no longer than this. Nothing is lost if no reply arrives
-    /// in time.
+    /// Blocks like [`wait_next`](Self::wait_next), but no longer than `timeout`. If no reply arrives in
+    /// time, all replies stay in the set.
     ///
     /// # Errors
     /// When no reply has arrived in time.
@@ -145,17 +147,17 @@ impl<K, R> Pending<K, R> {
         background::block_on(StreamExt::next(self), deadline)
     }
 
-    /// How many replies are out.
+    /// How many replies the set waits for.
     pub fn len(&self) -> usize {
         self.replies.len()
     }
 
-    /// Whether no reply is out.
+    /// Whether the set waits for no reply.
     pub fn is_empty(&self) -> bool {
         self.replies.is_empty()
     }
 
-    /// The keys of the replies that are out, in no particular order.
+    /// The keys of the replies that the set waits for, in no particular order.
     pub fn keys(&self) -> impl Iterator<Item = &K> {
         self.replies.iter().filter_map(|keyed| keyed.key.as_ref())
     }

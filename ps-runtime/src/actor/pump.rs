@@ -1,8 +1,8 @@
 //! The future inside an actor's context that takes calls from the queue and runs their handlers.
 //!
-//! It is an item of the actix context like any timer or stream, so what pauses those pauses it:
-//! while `ctx.wait` or an `AtomicResponse` is under way, no handler begins. The context polls all
-//! its items again when the pause is over, hence a paused pump needs no wake-up of its own.
+//! It is an item of the actix context, like a timer or a stream, and is paused like them: while
+//! `ctx.wait` or an `AtomicResponse` is under way, no handler begins. When the pause is over, the
+//! context polls all its items again, so the pump needs no wake-up of its own.
 
 use std::cell::{Cell, RefCell};
 use std::pin::Pin;
@@ -19,14 +19,14 @@ use super::call::{InFlight, Loss, QueuedCall};
 use super::mailbox::{Mailbox, Next};
 use crate::busy_poll::BusyPoll;
 
-/// How many calls run before timers, streams and other items of the actor get their turn.
+/// How many calls run before timers, streams and other items of the actor are polled.
 const BATCH: usize = 64;
 
-/// After how many calls that came alone the actor stays awake for the next one. Where calls come
-/// several at a time, it is better to sleep until there are more.
+/// After how many calls in a row that came one at a time the actor busy-polls for the next one. If
+/// several calls come at a time, it is better to sleep until there are more.
 const MIN_SINGLE: u32 = 32;
 
-/// The replies of calls whose response is not ready; outlives the actor's context.
+/// The calls whose response is not ready. It outlives the actor's context.
 pub(crate) struct Replies<A: Actor> {
     mailbox: Arc<Mailbox<A>>,
     waiting: RefCell<FuturesUnordered<LocalBoxFuture<'static, Finished<A>>>>,
@@ -57,9 +57,9 @@ impl<A: Actor> Replies<A> {
         self.waiting.borrow().is_empty()
     }
 
-    /// Completes the calls whose response has come; those whose response is lost fail with `loss`.
+    /// Completes the calls whose response is ready. Calls whose response is lost fail with `loss`.
     ///
-    /// Returns whether there were any.
+    /// Returns whether any call ended.
     pub(crate) fn poll(&self, cx: &mut TaskContext<'_>, loss: &Loss) -> bool {
         let mut progress = false;
         let mut waiting = self.waiting.borrow_mut();
@@ -80,7 +80,7 @@ pub(crate) struct Pump<A: Actor> {
     has_asked_to_stop: bool,
     /// How many times in a row exactly one call was waiting.
     num_single: u32,
-    /// After such a call: whether to stay awake for the next one.
+    /// Set while the actor busy-polls for the next call.
     busy_polling: Option<BusyPoll>,
 }
 
@@ -130,7 +130,7 @@ impl<A: Actor<Context = Context<A>>> ActorFuture<A> for Pump<A> {
                     return Poll::Pending;
                 }
                 Next::Drained => {
-                    // Once only: an actor whose `stopping` hook refuses goes on until it stops
+                    // Only once: an actor whose `stopping` hook refuses goes on until it stops
                     // itself or is killed.
                     if this.replies.is_empty() && !this.has_asked_to_stop {
                         this.has_asked_to_stop = true;

@@ -1,7 +1,7 @@
-//! All living actors of the process, and the names of some.
+//! The table of all living actors of the process, and of their names.
 //!
 //! An actor enters itself at its start and removes itself at its end, so nothing of an ended actor
-//! stays. The entry of a named actor holds a reference to it, which keeps it alive.
+//! stays. The entry of a named actor holds a reference to the actor, which keeps it alive.
 
 use std::any::{Any, type_name};
 use std::collections::HashMap;
@@ -15,12 +15,35 @@ use super::actor_ref::{ActorRef, Handle};
 use super::error::LookupError;
 use super::mailbox::{ActorId, Mailbox, Phase};
 
-/// Finds a living actor by its name.
+/// Finds a living actor of this process by its name.
 ///
-/// An actor that is stopping is still found; calls to it fail.
+/// An actor that is stopping is found, too. Calls to it fail.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # use ps_runtime::Spawn;
+/// # use ps_runtime::actor::LookupError;
+/// let counter = Spawn::new().name("visits").start(|| Counter(0))?;
+/// let found = ps_runtime::lookup::<Counter>("visits")?;
+/// found.ask(Add(1)).wait()?;
+/// assert_eq!(counter.ask(Add(1)).wait()?, 2);
+///
+/// let nobody = ps_runtime::lookup::<Counter>("visitors");
+/// assert!(matches!(nobody, Err(LookupError::UnknownName { .. })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
-/// When no living actor has the name, or when it is not an `A`.
+/// When no living actor has the name, or when the actor that has it is not an `A`.
 pub fn lookup<A: Actor>(name: &str) -> Result<ActorRef<A>, LookupError> {
     match lock().named(name) {
         Some(entry) => entry.actor_ref(name),

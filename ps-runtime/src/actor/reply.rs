@@ -16,10 +16,10 @@ use super::error::{AskError, CallError};
 use super::mailbox::ActorId;
 use crate::busy_poll::Awaiting;
 
-/// The result of a call that is under way: a future, or something to block on.
+/// The result of a call that is under way. Await it, or block on it with [`wait`](Self::wait).
 ///
-/// Dropping it, or letting its timeout pass, before the handler has begun takes the call back: the
-/// handler then never begins. A handler that has begun goes on to its end in any case.
+/// If it is dropped, or its timeout passes, before the handler has begun, the call is taken back: the
+/// handler then never begins. A handler that has begun runs to its end in any case.
 #[must_use = "a dropped reply takes its call back; `tell` calls without a reply"]
 pub struct Reply<R> {
     state: State<R>,
@@ -29,7 +29,7 @@ pub struct Reply<R> {
 
 enum State<R> {
     Waiting(Arc<dyn ReplySlot<R>>),
-    /// Over before anyone waited.
+    /// The call ended before anything waited for it.
     Ready(Result<R, CallError>),
     /// The result has been handed out.
     Over,
@@ -38,8 +38,8 @@ enum State<R> {
 struct Timeout {
     after: Duration,
     deadline: Instant,
-    /// Set at the first poll; blocking waits need no timer. Outside tokio's budget, or thousands
-    /// of replies in one task would keep waking each other.
+    /// Set at the first poll; blocking waits need no timer. It is outside tokio's cooperative budget:
+    /// otherwise thousands of replies in one task would keep waking each other.
     timer: Option<Pin<Box<Unconstrained<Sleep>>>>,
 }
 
@@ -60,11 +60,45 @@ impl<R> Reply<R> {
         }
     }
 
-    /// Fails the call when no result has come after this time, counted from now.
+    /// Fails the call when no result has arrived after this time, counted from now.
     ///
-    /// The error says whether the handler had begun: if not, the message comes back in
-    /// [`CallError::NotDelivered`]; else it is [`CallError::Unknown`]. Of several timeouts the one
-    /// that ends first holds. A result that is there counts, however late it is looked at.
+    /// If the handler has not begun, the error is [`CallError::NotDelivered`] and hands the message
+    /// back. If it has begun, the error is [`CallError::Unknown`]. If several timeouts are set, the one
+    /// that ends first holds. A result that has arrived is returned, even if the caller looks after
+    /// the timeout.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Handler<Sleep> for Counter {
+    /// #     type Result = ();
+    /// #     fn handle(&mut self, _: Sleep, _: &mut Context<Self>) {
+    /// #         std::thread::sleep(std::time::Duration::from_millis(200));
+    /// #     }
+    /// # }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "()")]
+    /// # struct Sleep;
+    /// use std::time::Duration;
+    ///
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// let busy = counter.ask(Sleep);
+    /// let late = counter.ask(Add(1)).timeout(Duration::from_millis(10));
+    /// // The handler of `Sleep` was still running, so `Add` had not begun.
+    /// let error = late.wait().unwrap_err();
+    /// assert!(!error.may_have_run());
+    /// assert_eq!(error.into_message::<Add>().expect("it is handed back").0, 1);
+    /// # busy.wait()?;
+    /// # Ok::<(), ps_runtime::CallError>(())
+    /// ```
     pub fn timeout(mut self, after: Duration) -> Self {
         // A deadline beyond the end of time is none.
         if let Some(deadline) = Instant::now().checked_add(after)
@@ -84,13 +118,30 @@ impl<R> Reply<R> {
 
     /// Blocks this thread until the call is over; Ray's `get`.
     ///
-    /// May be called on any thread, inside or outside of asynchronous code. On the thread of the
-    /// called actor the call could never end: unless its result is there, it fails with
-    /// `WouldDeadlock` as reason. A ring of *several* actors that wait for each other is not
+    /// It may be called on any thread, inside or outside of asynchronous code. On the thread of the
+    /// called actor the wait would never end. Unless the result has already arrived, the call then
+    /// fails with the reason `WouldDeadlock`. A ring of *several* actors that wait for each other is not
     /// detected, so actors should await, or set a timeout.
     ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// let reply = counter.ask(Add(2)); // The call has started.
+    /// assert_eq!(reply.wait()?, 2);
+    /// # Ok::<(), ps_runtime::CallError>(())
+    /// ```
+    ///
     /// # Errors
-    /// As the call itself.
+    /// Those of the call itself.
     pub fn wait(mut self) -> Result<R, CallError> {
         if self.would_deadlock() {
             return self.give_up(GiveUp::WouldDeadlock);
@@ -105,10 +156,10 @@ impl<R> Reply<R> {
         }
     }
 
-    /// Blocks as [`Reply::wait`], no longer than the timeout; short for `timeout` and `wait`.
+    /// Blocks like [`Reply::wait`], but no longer than the timeout. It is short for `timeout` and `wait`.
     ///
     /// # Errors
-    /// As the call itself, and as [`Reply::timeout`].
+    /// Those of the call itself, and those of [`Reply::timeout`].
     pub fn wait_timeout(self, timeout: Duration) -> Result<R, CallError> {
         self.timeout(timeout).wait()
     }
@@ -157,8 +208,8 @@ impl<R> Reply<R> {
 }
 
 impl<T, E> Reply<Result<T, E>> {
-    /// Folds the two errors of such a call, its own and the one that the actor answers with, into one, so that
-    /// one `?` is enough.
+    /// Joins the two errors of such a call into one: the error of the call itself, and the error that the
+    /// actor answers with. One `?` is then enough.
     ///
     /// ```
     /// # use actix::{Actor, Context, Handler, Message};
@@ -185,28 +236,28 @@ impl<T, E> Reply<Result<T, E>> {
     }
 }
 
-/// A [`Reply`] to a message whose result is a `Result`, with one error; see [`Reply::flatten`].
+/// A [`Reply`] to a message whose result is a `Result`, with one error type; see [`Reply::flatten`].
 #[must_use = "a dropped reply takes its call back; `tell` calls without a reply"]
 pub struct FlatReply<T, E>(Reply<Result<T, E>>);
 
 impl<T, E> FlatReply<T, E> {
-    /// As [`Reply::timeout`].
+    /// The same as [`Reply::timeout`].
     pub fn timeout(self, after: Duration) -> Self {
         Self(self.0.timeout(after))
     }
 
-    /// As [`Reply::wait`].
+    /// The same as [`Reply::wait`], with one error.
     ///
     /// # Errors
-    /// As the call itself, and as the actor answers.
+    /// [`AskError::Call`] when the call fails, [`AskError::Actor`] when the actor answers with an error.
     pub fn wait(self) -> Result<T, AskError<E>> {
         flat(self.0.wait())
     }
 
-    /// As [`Reply::wait_timeout`].
+    /// The same as [`Reply::wait_timeout`], with one error.
     ///
     /// # Errors
-    /// As [`wait`](Self::wait), and as [`Reply::timeout`].
+    /// Those of [`wait`](Self::wait) and of [`Reply::timeout`].
     pub fn wait_timeout(self, timeout: Duration) -> Result<T, AskError<E>> {
         self.timeout(timeout).wait()
     }

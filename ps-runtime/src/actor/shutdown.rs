@@ -1,4 +1,4 @@
-//! Ends actors within a bound, whatever their handlers do.
+//! Ends actors within a time limit, whatever their handlers do.
 
 use std::any::Any;
 use std::fmt;
@@ -14,26 +14,27 @@ use super::background;
 use super::error::StillRunning;
 use super::registry::{self, AnyMailbox};
 
-/// Stops all actors of this process gracefully, at the same time, within a bound.
+/// Stops all actors of this process gracefully, at the same time, within a time limit.
 ///
-/// Begins at once; await or wait for the outcome. Actors spawned meanwhile are not included. See
-/// [`ActorRef::shutdown`](super::ActorRef::shutdown) for what happens when the time is over.
+/// The stop begins at once. Await the returned future, or block on it with [`Shutdown::wait`]. Actors
+/// that are spawned later are not included. [`ActorRef::shutdown`](super::ActorRef::shutdown) says what
+/// happens when the time is over.
 pub fn shutdown_all(timeout: Duration) -> Shutdown {
     Shutdown::start(registry::living(), timeout)
 }
 
-/// The end of one or all actors; resolves when they have ended or the time is over.
+/// A future that becomes ready when one actor or all actors have ended, or when the time is over.
 ///
-/// Dropping it leaves the actors stopping, without a bound.
+/// If it is dropped, the actors go on stopping, but without a time limit.
 #[must_use = "await it, or wait for it: dropped, it enforces no bound"]
 pub struct Shutdown {
     actors: Vec<Arc<dyn AnyMailbox>>,
     timeout: Duration,
-    /// Keeps the way to an actor elsewhere open until it was killed.
+    /// Keeps the connection to an actor of another process open until the actor has been killed.
     holds: Option<Arc<dyn Any + Send + Sync>>,
     /// `None` when the timeout is beyond the end of time.
     deadline: Option<Instant>,
-    /// Resolves to whether all actors have ended in time.
+    /// Says whether all actors have ended in time.
     outcome: BoxFuture<'static, bool>,
 }
 
@@ -45,7 +46,7 @@ impl Shutdown {
         }
         let ended: Vec<_> = actors.iter().map(|actor| actor.ended()).collect();
         let all_ended = Box::pin(join_all(ended.into_iter().map(|mut ended| async move {
-            // An error means that the mailbox is gone, and the actor with it.
+            // An error means that the mailbox was dropped, so the actor has ended.
             let _ = ended.wait_for(|ended| *ended).await;
         })));
         let none = actors.is_empty();
@@ -77,10 +78,11 @@ impl Shutdown {
 
     /// Blocks this thread until the actors have ended or the time is over.
     ///
-    /// Called on the thread of one of the actors, it cannot see that one end, and reports it.
+    /// An actor cannot end while its thread waits here. So if this is called on the thread of one of the
+    /// actors, the error names that actor.
     ///
     /// # Errors
-    /// [`StillRunning`] with the names of the actors that had to be left behind.
+    /// [`StillRunning`] with the names of the actors that have not ended in time.
     pub fn wait(mut self) -> Result<(), StillRunning> {
         let in_time = background::block_on(&mut self.outcome, self.deadline);
         self.conclude(in_time.unwrap_or(false))

@@ -1,8 +1,8 @@
-//! Options of an actor, and the start of its thread.
+//! The options of an actor, and the start of its thread.
 //!
-//! Each actor has a thread and an event loop of its own, because training actors compute. The
-//! actix system that is current at the spawn stays current on that thread; where there is none, a
-//! background system is shared. Ending that system does not end our actors.
+//! Each actor has a thread and an event loop of its own, because training actors compute for a long
+//! time without a pause. The actix system that is current at the spawn is also current on that thread.
+//! If no system is current, a shared background system is. An actor does not end when that system ends.
 
 use std::any::{Any, type_name};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,11 +21,27 @@ use super::supervisor::Supervisor;
 
 /// Starts an actor with the default options of [`Spawn`].
 ///
-/// Returns at once; the factory runs on the actor's thread, and again for each restart. Calls may
-/// be made before it has finished.
+/// It returns at once. The factory runs on the actor's thread, and again for each restart. Calls may
+/// be made before the factory has returned.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// let counter = ps_runtime::spawn(|| Counter(40));
+/// assert_eq!(counter.ask(Add(2)).wait()?, 42);
+/// # Ok::<(), ps_runtime::CallError>(())
+/// ```
 ///
 /// # Panics
-/// When the system gives no thread; [`Spawn::start`] returns that as an error.
+/// When the system gives no thread. [`Spawn::start`] returns an error instead.
 pub fn spawn<A, F>(factory: F) -> ActorRef<A>
 where
     A: Actor<Context = Context<A>>,
@@ -36,11 +52,32 @@ where
         .expect("the system gives a thread for the actor")
 }
 
-/// Returns the actor of that name, or starts it; of many callers at once, one starts it.
+/// Returns the actor that has this name, or starts it. If several callers do so at the same time, only
+/// one of them starts it.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// use ps_runtime::get_or_spawn;
+///
+/// let first = get_or_spawn("hits", || Counter(0))?;
+/// let second = get_or_spawn("hits", || Counter(100))?;
+/// first.ask(Add(1)).wait()?;
+/// assert_eq!(second.ask(Add(1)).wait()?, 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
-/// When the name is not usable or belongs to an actor that is stopping or of another type, or when
-/// the system gives no thread.
+/// When the name is invalid, when it belongs to an actor that is stopping or that has another type, or
+/// when the system gives no thread.
 pub fn get_or_spawn<A, F>(name: impl Into<String>, factory: F) -> Result<ActorRef<A>, SpawnError>
 where
     A: Actor<Context = Context<A>>,
@@ -51,13 +88,14 @@ where
 
 /// How often an actor may be restarted after a panic.
 ///
-/// A restart builds a new actor from the factory: its state is lost, its queue is kept. A panic
-/// beyond the budget ends the actor.
+/// A restart builds a new actor from the factory. The actor's state is lost; its queue is kept. A panic
+/// that exceeds this policy ends the actor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RestartPolicy {
-    /// Restarts allowed in any window of length `within`. Zero ends the actor at its first panic.
+    /// How many restarts are allowed in any window of length `within`. With 0, the first panic ends the
+    /// actor.
     pub max_restarts: u32,
-    /// Length of the window. `Duration::MAX` counts over the actor's whole life.
+    /// Length of the window. With `Duration::MAX`, all restarts of the actor are counted.
     pub within: Duration,
 }
 
@@ -70,7 +108,8 @@ impl RestartPolicy {
 }
 
 impl Default for RestartPolicy {
-    /// Three restarts in a minute: rides out a bad input, gives up on an actor that cannot work.
+    /// Three restarts per minute. An actor survives single bad inputs, but an actor that panics again and
+    /// again ends.
     fn default() -> Self {
         Self {
             max_restarts: 3,
@@ -79,7 +118,34 @@ impl Default for RestartPolicy {
     }
 }
 
-/// Options of an actor to be started.
+/// The options of an actor that is to be started.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// use std::time::Duration;
+///
+/// use ps_runtime::{RestartPolicy, Spawn, SpawnError};
+///
+/// let options = Spawn::new()
+///     .name("clicks") // The actor lives until it is stopped.
+///     .max_pending(16) // The 17th pending call fails.
+///     .restart(RestartPolicy { max_restarts: 1, within: Duration::from_secs(10) });
+/// let counter = options.clone().start(|| Counter(0))?;
+/// assert_eq!(counter.ask(Add(1)).wait()?, 1);
+///
+/// let again = options.start(|| Counter(0));
+/// assert!(matches!(again, Err(SpawnError::NameTaken { .. })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 #[must_use = "nothing is spawned before `start`"]
 pub struct Spawn {
@@ -97,7 +163,7 @@ impl Default for Spawn {
 }
 
 impl Spawn {
-    /// No name, 1,024 pending calls, the default restart policy.
+    /// Returns the default options: no name, 1,024 pending calls, the default restart policy.
     pub fn new() -> Self {
         Self {
             name: None,
@@ -108,28 +174,27 @@ impl Spawn {
         }
     }
 
-    /// Gives the actor a name, unique among the living actors of the process.
+    /// Gives the actor a name. No other living actor of the process may have it.
     ///
-    /// A named actor lives until it is stopped; one without a name also ends when its last
+    /// A named actor lives until it is stopped. An actor without a name also ends when its last
     /// [`ActorRef`] is dropped.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Names the actor's thread in debuggers and panic messages; default: the actor's name.
-    ///
-    /// Linux shows the first 15 bytes.
+    /// Sets the name of the actor's thread in debuggers and panic messages. The default is the actor's
+    /// name. Linux shows its first 15 bytes.
     pub fn thread_name(mut self, thread_name: impl Into<String>) -> Self {
         self.thread_name = Some(thread_name.into());
         self
     }
 
-    /// Bounds the calls that are queued or running, at least 1; default 1,024.
+    /// Sets how many calls may be queued or running at most. It must be at least 1; the default is 1,024.
     ///
-    /// Too low a bound makes callers wait for each other; a high one lets more messages wait in
-    /// memory. When it is reached, [`ActorRef::ask`] and [`ActorRef::tell`] hand the message back
-    /// and [`ActorRef::ask_when_ready`] waits.
+    /// If it is too low, callers wait for each other. If it is high, more messages can wait in memory.
+    /// When it is reached, [`ActorRef::ask`] and [`ActorRef::tell`] hand the message back, and
+    /// [`ActorRef::ask_when_ready`] waits.
     pub fn max_pending(mut self, calls: usize) -> Self {
         self.max_pending = calls;
         self
@@ -141,12 +206,12 @@ impl Spawn {
         self
     }
 
-    /// Leaves out what the actor needs to use sockets, child processes and signals on its own event loop,
-    /// which takes four file descriptors for each actor. Timers and calls work as ever.
+    /// Starts the actor with an event loop that cannot use sockets, child processes and signals. This
+    /// saves four file descriptors per actor. Timers and calls work as usual.
     ///
-    /// For many small actors: with the usual limit of 1,024 open files a process can have some 250
-    /// with it, and as many without it as it may have threads. Code of the actor that uses tokio's sockets
-    /// panics without it.
+    /// Use it for many small actors. With the usual limit of 1,024 open files, a process can have about
+    /// 250 actors with the full event loop. Without it, only the limit on threads counts. Code of such an
+    /// actor that uses tokio's sockets panics.
     pub fn without_io(mut self) -> Self {
         self.with_io = false;
         self
@@ -159,11 +224,11 @@ impl Spawn {
 
     /// Starts an actor on a thread of its own and returns at once.
     ///
-    /// The factory runs on that thread, and again for each restart. If it panics, that counts as a
+    /// The factory runs on that thread, and again for each restart. A panic in the factory counts as a
     /// panic of the actor.
     ///
     /// # Errors
-    /// When an option is invalid, the name is taken, or the system gives no thread.
+    /// When an option is invalid, when the name is taken, or when the system gives no thread.
     pub fn start<A, F>(self, factory: F) -> Result<ActorRef<A>, SpawnError>
     where
         A: Actor<Context = Context<A>>,
@@ -184,10 +249,10 @@ impl Spawn {
         self.start_registered(&mut registry, factory)
     }
 
-    /// Returns the actor of that name, or starts it with these options.
+    /// Returns the actor that has this name, or starts it with these options.
     ///
     /// # Errors
-    /// As [`Spawn::start`], and when the actor of that name is stopping or of another type.
+    /// Those of [`Spawn::start`]. Also when the actor that has the name is stopping or has another type.
     pub fn get_or_start<A, F>(self, factory: F) -> Result<ActorRef<A>, SpawnError>
     where
         A: Actor<Context = Context<A>>,
@@ -231,8 +296,8 @@ impl Spawn {
         Ok(())
     }
 
-    /// Starts the thread and enters the actor into the registry, under the registry's lock: an
-    /// actor that ends at once removes itself only after it was entered.
+    /// Starts the thread and enters the actor into the registry. The caller holds the registry's lock, so
+    /// that an actor that ends at once removes itself only after it was entered.
     fn start_registered<A, F>(
         self,
         registry: &mut registry::Registry,
@@ -272,14 +337,14 @@ impl Spawn {
     }
 }
 
-/// `Counter` of `my_crate::Counter<T>`.
+/// Returns the last part of a type's path: `Counter` for `my_crate::Counter<T>`.
 fn short_type_name<A>() -> &'static str {
     let path = type_name::<A>();
     let path = path.split('<').next().unwrap_or(path);
     path.rsplit("::").next().unwrap_or(path)
 }
 
-/// What moves to the actor's thread.
+/// The values that are moved to the actor's thread.
 struct ThreadBody<A: Actor, F> {
     mailbox: Arc<Mailbox<A>>,
     handle: Weak<Handle<A>>,
@@ -329,7 +394,7 @@ where
     }
 }
 
-/// Frees the actor's name and fails what is left, however its thread ends.
+/// Frees the actor's name and fails the calls that are left, however the actor's thread ends.
 struct FinishOnDrop<A: Actor>(Arc<Mailbox<A>>);
 
 impl<A: Actor> Drop for FinishOnDrop<A> {
@@ -365,11 +430,11 @@ mod tests {
         options.start(|| Idle)
     }
 
-    /// Allows so many more open files than there are.
+    /// Allows `more` open files in addition to those that are open now.
     fn allow_files(more: u64) {
         let open = std::fs::read_dir("/proc/self/fd").expect("Linux has it");
         let limit = Rlimit {
-            // One of them was for the look at the folder.
+            // One of them was opened to list the directory.
             current: Some(open.count() as u64 - 1 + more),
             maximum: getrlimit(Resource::Nofile).maximum,
         };

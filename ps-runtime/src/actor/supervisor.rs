@@ -1,8 +1,8 @@
 //! The loop around an actor's context: builds the actor, catches its panics, restarts it.
 //!
-//! Everything of the actor runs inside one poll of its context: handlers, timers, streams,
-//! asynchronous responses, hooks. A panic in any of them unwinds to here and no further. The
-//! queue and the replies are kept outside the context, so a restart goes on with them.
+//! All code of the actor runs inside a poll of its context: handlers, timers, streams, asynchronous
+//! responses, hooks. A panic in any of them unwinds to this loop and no further. The queue and the
+//! replies are kept outside the context, so a restart goes on with them.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -80,7 +80,7 @@ where
     fn recover(&mut self, cx: &mut TaskContext<'_>, panic: Box<dyn Any + Send>) -> bool {
         let actor = self.mailbox.name();
         let (panic, may_restart): (Arc<str>, bool) = match panic.downcast::<NotMade>() {
-            // Whoever wanted it is told.
+            // The error reaches the process that asked for the actor, so it is not logged here.
             Ok(why) => (why.0.into(), false),
             Err(panic) => {
                 let panic = panic_text(panic);
@@ -154,7 +154,8 @@ impl<A: Actor<Context = Context<A>>, F> Drop for Supervisor<A, F> {
     }
 }
 
-/// What a factory unwinds with that cannot make the actor at all: no panic, and not tried again.
+/// The payload with which a factory unwinds if it cannot make the actor at all. It is not logged as a
+/// panic, and the factory is not called again.
 pub(crate) struct NotMade(pub(crate) String);
 
 /// Counts restarts within the policy's window.

@@ -1,6 +1,6 @@
-//! The actors through which the processes of a cluster speak to each other about themselves.
+//! The agents: actors through which the processes of a cluster join, spawn actors and leave.
 //!
-//! The driver's agent keeps the list of nodes; each node's agent starts actors. Both are ordinary
+//! The driver's agent keeps the list of nodes. Each node's agent starts actors. Both are ordinary
 //! actors, so joining and spawning are ordinary calls.
 
 use std::any::type_name;
@@ -33,15 +33,16 @@ pub(crate) struct Join {
     pub(crate) rank: u32,
     /// How often the launcher has started this rank before.
     pub(crate) attempt: u64,
-    /// A random number that is the process's own: it may join again, another must not take its place.
+    /// A random number that identifies the process. The same process may join again; another one must not
+    /// take its rank.
     pub(crate) process: u64,
-    /// Which run it means, if it was told.
+    /// The run that it was started for, if it was told.
     pub(crate) run_id: Option<String>,
     pub(crate) addresses: Vec<Address>,
     pub(crate) resources: Resources,
     pub(crate) host: String,
     pub(crate) pid: u32,
-    /// What must be the same as in the driver.
+    /// The facts that must be the same as in the driver.
     pub(crate) facts: BTreeMap<String, String>,
 }
 
@@ -51,7 +52,7 @@ pub(crate) struct Joined {
     pub(crate) session: u64,
 }
 
-/// Why the driver does not take a node.
+/// Why the driver refuses a node.
 #[derive(Clone, Debug, Serialize, Deserialize, thiserror::Error)]
 pub(crate) enum JoinRefused {
     #[error("rank {0} is the driver's own")]
@@ -92,19 +93,19 @@ pub(crate) enum JoinRefused {
 }
 
 impl JoinRefused {
-    /// Whether the same rank is refused again unless it is started in another way; the others have to
-    /// do with who has the rank, and with other runs.
+    /// Whether the same rank is refused again unless it is started in another way. The other reasons
+    /// depend on the process that has the rank, and on other runs.
     pub(crate) fn is_about_its_start(&self) -> bool {
         matches!(self, Self::NotLocal(_) | Self::Differs { .. })
     }
 }
 
-/// Asks a node whether it is still there; an answer says so.
+/// Asks a node whether it still runs. Any answer means that it does.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub(crate) struct AreYouThere;
 
-/// Says that a node is about to leave: nothing more is to be started there.
+/// Says that a node is about to leave. No more actors are started there.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub(crate) struct PrepareToLeave(pub(crate) NodeId);
@@ -114,19 +115,20 @@ pub(crate) struct PrepareToLeave(pub(crate) NodeId);
 #[rtype(result = "()")]
 pub(crate) struct Leave(pub(crate) NodeId);
 
-/// Asks where a node is.
+/// Asks for the addresses of a node.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Option<Vec<Address>>")]
 pub(crate) struct Resolve(pub(crate) NodeId);
 
-/// Asks which nodes take part, as soon as that is not what the asking node has heard already.
+/// Asks which incarnations of nodes there are. The answer comes as soon as it differs from what the asking
+/// node already knows.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "KnownIncarnations")]
 pub(crate) struct GetIncarnations {
     pub(crate) newer_than: Option<u64>,
 }
 
-/// Looks for an actor by its type and name: in one process, or, asked of the driver, in all.
+/// Looks for an actor by its type and name. A node looks in its own process, the driver in all processes.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Option<Wire>")]
 pub(crate) struct Find {
@@ -138,7 +140,8 @@ pub(crate) struct Find {
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Wire, SpawnRefused>")]
 pub(crate) struct Make {
-    /// Who asks again, because a connection was lost, gets the actor that was made the first time.
+    /// Identifies the order. If it is sent again because a connection was lost, the answer is the actor that
+    /// was made the first time.
     pub(crate) order: u64,
     pub(crate) type_name: String,
     pub(crate) variant: Option<String>,
@@ -151,12 +154,12 @@ pub(crate) struct Make {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpawnRefused {
-    /// The type is not among its [`Hosts`].
+    /// The type is not in the [`Hosts`] of that process.
     #[error("{type_name} is not hosted there (hosted: {hosted}): add it with Hosts::host")]
     NotHosted {
         /// The type asked for.
         type_name: String,
-        /// What is.
+        /// The types that are hosted.
         hosted: String,
     },
     /// The type is hosted, but not in this variant.
@@ -172,7 +175,7 @@ pub enum SpawnRefused {
         /// The variants that are hosted.
         hosted: String,
     },
-    /// No variant was asked for where there are several.
+    /// No variant was asked for, and several are hosted.
     #[error("{type_name} is hosted there for {hosted}: say which one with SpawnOn::variant")]
     Ambiguous {
         /// The type asked for.
@@ -180,16 +183,16 @@ pub enum SpawnRefused {
         /// The variants that are hosted.
         hosted: String,
     },
-    /// Other actors have what it needs.
+    /// The resources that the actor needs are not free.
     #[error("{needs} is not free there")]
     NoRoom {
-        /// What was asked for.
+        /// The resources that were asked for.
         needs: Resources,
     },
     /// The process is about to leave.
     #[error("it is about to leave")]
     Leaving,
-    /// Making it failed.
+    /// The function that makes the actor failed.
     #[error("it could not be made: {0}")]
     Failed(String),
 }
@@ -199,20 +202,20 @@ pub enum SpawnRefused {
 #[rtype(result = "()")]
 pub(crate) struct Release;
 
-/// The actors that were made for others in this incarnation of the process.
+/// The actors that this process has made for other processes in its current incarnation.
 pub(crate) struct TaskScope {
     process: Arc<Process>,
     hosts: Hosts,
     free: Mutex<Resources>,
     made: Mutex<BTreeMap<u64, Arc<Made>>>,
-    /// By the number of the order; those whose actor has ended are forgotten.
+    /// By the number of the order. An order whose actor has ended is removed.
     orders: Mutex<HashMap<u64, Making>>,
     is_leaving: AtomicBool,
-    /// This incarnation is over; changes under the lock of `made` only.
+    /// Whether this incarnation is over. It is set only under the lock of `made`.
     is_over: AtomicBool,
 }
 
-/// An actor that is being made, or was.
+/// An actor that is being made, or has been made.
 type Making = Shared<BoxFuture<'static, Result<Wire, SpawnRefused>>>;
 
 impl TaskScope {
@@ -228,7 +231,7 @@ impl TaskScope {
         })
     }
 
-    /// Compares what a node states with what this process does.
+    /// Compares the facts of a node with those of this process.
     pub(crate) fn check_facts(&self, theirs: &BTreeMap<String, String>) -> Result<(), JoinRefused> {
         let ours = &self.hosts.facts();
         for name in ours.keys().chain(theirs.keys()) {
@@ -260,7 +263,7 @@ impl TaskScope {
         self.make_by(host, order).await
     }
 
-    /// Makes an actor, once for each order, in another way than this process's own hosts would.
+    /// Like `make`, but with the given host instead of the hosts of this process.
     pub(crate) async fn make_by(
         self: Arc<Self>,
         host: Arc<dyn Host>,
@@ -326,7 +329,7 @@ impl TaskScope {
             scope.orders().remove(&order);
             scope.free().give_back(&needs);
         });
-        // It was not there yet when the others were told, or ended.
+        // The actor was not in the list yet when the others were told to finish, or were killed.
         if is_over || self.is_leaving.load(Ordering::Acquire) {
             (made.kill)();
             return Err(SpawnRefused::Leaving);
@@ -339,8 +342,8 @@ impl TaskScope {
             .find_actor(&self.process, &find.type_name, &find.name)
     }
 
-    /// Makes no more actors, and lets those that can be continued elsewhere finish what they do;
-    /// ready when they have ended.
+    /// Makes no more actors, and lets the actors that hand over finish their work. The future is ready when
+    /// they have ended.
     pub(crate) async fn hand_over(&self) {
         self.is_leaving.store(true, Ordering::Release);
         let made: Vec<_> = self.made().values().cloned().collect();
@@ -365,7 +368,7 @@ impl TaskScope {
             self.is_over.store(true, Ordering::Release);
             std::mem::take(&mut *made)
         };
-        // Each has a hold on this nursery.
+        // Each of them holds this task scope.
         let unfinished = std::mem::take(&mut *self.orders());
         drop(unfinished);
         for actor in made.values() {
@@ -375,7 +378,7 @@ impl TaskScope {
     }
 }
 
-/// Speaks for a node.
+/// The agent of a node.
 pub(crate) struct NodeAgent {
     pub(crate) scope: Arc<TaskScope>,
     pub(crate) released: watch::Sender<bool>,
@@ -425,12 +428,12 @@ impl Handler<Release> for NodeAgent {
     }
 }
 
-/// Speaks for the driver.
+/// The agent of the driver.
 pub(crate) struct DriverAgent {
     pub(crate) process: Arc<Process>,
     pub(crate) scope: Arc<TaskScope>,
     pub(crate) members: Arc<Members>,
-    /// Addresses are dialled only if they come from somebody trusted, or lead nowhere else.
+    /// Whether nodes on other hosts may join. If not, the driver connects only to addresses of its own host.
     pub(crate) takes_far_nodes: bool,
 }
 
@@ -450,7 +453,7 @@ impl Remote for DriverAgent {
     }
 }
 
-/// How a node's agent is referred to.
+/// Returns the wire form of a reference to a node's agent.
 pub(crate) fn agent_wire<A: Remote>(node: NodeId) -> Wire {
     Wire {
         node,
@@ -461,7 +464,7 @@ pub(crate) fn agent_wire<A: Remote>(node: NodeId) -> Wire {
     }
 }
 
-/// The reference to another node's agent.
+/// Returns a reference to another node's agent.
 pub(crate) fn agent_of<A: Remote>(process: &Arc<Process>, node: NodeId) -> ActorRef<A> {
     reference(process, agent_wire::<A>(node)).expect("the schema is this process's own")
 }

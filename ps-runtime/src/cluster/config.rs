@@ -1,4 +1,4 @@
-//! How a process takes part in a cluster.
+//! The settings of a process in a cluster, and the errors of starting and joining one.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,29 +9,30 @@ use crate::net::memory::MemoryNetwork;
 use crate::net::{NetConfig, Tls, Token};
 use crate::remote::process::Process;
 
-/// Settings of a driver or node. All processes of a cluster share token and transport.
+/// The settings of a driver or node. All processes of a cluster have the same token and transport.
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
-    /// What peers must know to be let in.
+    /// The secret that a process must know to connect. Default: `None`.
     pub token: Option<Token>,
-    /// Certificates for connections between hosts.
+    /// Certificates for connections between hosts. Default: `None`.
     pub tls: Option<Tls>,
-    /// Which run of the program this process takes part in. A driver does not let in a node that was
-    /// started for another one; where either side does not say, nothing is compared. Default: `None`.
+    /// The run of the program that this process belongs to. A driver refuses a node that was started for
+    /// another run. If either side states no run, nothing is compared. Default: `None`.
     pub run_id: Option<String>,
-    /// Lets anybody in who can reach this process, from any host. For networks that nobody else is on.
+    /// Allows every process that can reach this one to connect, from any host and without a secret. Use it
+    /// only on a network that no one else uses. Default: `false`.
     pub insecure: bool,
     /// Times and limits of connections.
     pub net: NetConfig,
     /// How processes reach each other.
     pub transport: Transport,
-    /// What this process offers to actors; default: as many `cpus` as it may use.
+    /// The resources that this process offers to actors. Default: as many `cpus` as it may use.
     pub resources: Resources,
-    /// How long a node looks for its driver, at the start and after it was lost. Default: 60 s.
+    /// How long a node tries to reach its driver, at the start and after the driver was lost. Default: 60 s.
     pub join_timeout: Duration,
-    /// How long a node that is asked to leave waits for the steps under way. Too short, and they
-    /// are taken again elsewhere; too long, and the engine kills the node first: Kubernetes does
-    /// so after 30 s, Slurm too. Zero leaves at once. Default: 10 s.
+    /// How long a node that is asked to leave waits for the steps under way. If it is too short, the steps
+    /// are repeated elsewhere. If it is too long, the system that asked kills the node first (Kubernetes
+    /// and Slurm after 30 s). Zero leaves at once. Default: 10 s.
     pub leave_grace: Duration,
 }
 
@@ -39,10 +40,10 @@ pub struct ClusterConfig {
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub enum Transport {
-    /// TCP between hosts; Unix sockets within one.
+    /// TCP between hosts, Unix sockets within a host.
     #[default]
     Sockets,
-    /// TCP only, within one host, too.
+    /// TCP only, also within a host.
     Tcp,
     /// Pipes inside one process, for tests.
     Memory(MemoryNetwork),
@@ -66,12 +67,12 @@ impl Default for ClusterConfig {
 }
 
 impl ClusterConfig {
-    /// Whether nobody gets in who was not given a secret.
+    /// Whether a process needs a secret to connect.
     pub(crate) fn is_guarded(&self) -> bool {
         self.token.is_some() || self.tls.as_ref().is_some_and(Tls::is_mutual)
     }
 
-    /// Begins an incarnation of this process.
+    /// Starts an incarnation of this process.
     pub(crate) fn process(&self) -> Arc<Process> {
         let memory = match &self.transport {
             Transport::Memory(network) => Some(network.clone()),
@@ -81,7 +82,7 @@ impl ClusterConfig {
     }
 }
 
-/// What to do when another run has the port.
+/// The advice for the case that another run has the port.
 fn busy_port(error: &std::io::Error) -> &'static str {
     match error.kind() {
         std::io::ErrorKind::AddrInUse => {
@@ -91,58 +92,58 @@ fn busy_port(error: &std::io::Error) -> &'static str {
     }
 }
 
-/// What to do when there are no threads for the network.
+/// The error text, with advice, for the case that there are no threads for the network.
 pub(super) const NO_THREADS: &str = "the system gives no thread for the network: raise the limits on \
      open files (ulimit -n) and threads (ulimit -u)";
 
-/// Why a process could not take part.
+/// Why a process could not start or join a cluster.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClusterError {
-    /// Anybody could have trained along.
+    /// Other hosts can reach the address, and no secret is set. So any process could have joined.
     #[error(
         "{0} can be reached from other hosts, so it needs a token: set PS_TOKEN (16 characters or \
          more, the same for all processes), or use certificates for both sides (mutual TLS), or \
          say --insecure on a network of your own"
     )]
     NoToken(SocketAddr),
-    /// The address cannot be listened on.
+    /// This process cannot listen at the address.
     #[error("could not listen on {address}{}", busy_port(source))]
     Listen {
-        /// Where.
+        /// The address.
         address: String,
-        /// Why.
+        /// The error of the operating system.
         #[source]
         source: std::io::Error,
     },
-    /// The driver's address leads nowhere.
+    /// The driver's address cannot be resolved.
     #[error("could not find the address of {address}")]
     Address {
-        /// Which.
+        /// The address as it was given.
         address: String,
-        /// Why.
+        /// The error of the resolver.
         #[source]
         source: std::io::Error,
     },
     /// The driver does not answer.
     #[error("the driver at {address} could not be reached for {after:?}: {reason}")]
     NoDriver {
-        /// Where it should be.
+        /// The address of the driver, as it was given.
         address: String,
-        /// How long it was tried.
+        /// How long the node tried.
         after: Duration,
-        /// What happened at the last try.
+        /// Why the last try failed.
         reason: String,
     },
-    /// The driver does not want this process; trying again will not help.
+    /// The driver refused this process. Trying again will not help.
     #[error("the driver at {address} did not take this process: {reason}")]
     Refused {
-        /// Where it is.
+        /// The address of the driver, as it was given.
         address: String,
-        /// Why.
+        /// The driver's reason.
         reason: String,
     },
-    /// There is nobody to look after connections.
+    /// The system gave no threads for the network.
     #[error("{NO_THREADS}")]
     Threads(#[source] std::io::Error),
     /// An agent or its thread could not be started.
@@ -151,34 +152,34 @@ pub enum ClusterError {
     /// Fewer nodes have joined than were waited for.
     #[error("{joined} of {wanted} nodes have joined within {after:?}")]
     NotAllJoined {
-        /// How many are there.
+        /// How many nodes have joined.
         joined: usize,
-        /// How many were waited for.
+        /// How many nodes were waited for.
         wanted: usize,
-        /// For how long.
+        /// How long the driver waited.
         after: Duration,
     },
-    /// The driver itself has refused all who have not joined: they were started with other settings or
+    /// The driver has refused all nodes that have not joined. They were started with other settings or
     /// data, or are another build of the program.
     #[error(
         "{joined} of {wanted} nodes have joined, and no more will; rank {rank} was told: {reason}"
     )]
     NodesRefused {
-        /// How many are there.
+        /// How many nodes have joined.
         joined: usize,
-        /// How many were waited for.
+        /// How many nodes were waited for.
         wanted: usize,
-        /// The first one that was refused.
+        /// The rank of the first node that was refused.
         rank: u32,
-        /// Why.
+        /// The reason that this node was told.
         reason: String,
     },
-    /// Processes that this one has started have ended before they joined.
+    /// Child processes of this process have ended before they joined.
     #[error("{joined} of {wanted} nodes have joined; the others have ended: see what they say")]
     Refusals {
-        /// How many are there.
+        /// How many nodes have joined.
         joined: usize,
-        /// How many were waited for.
+        /// How many nodes were waited for.
         wanted: usize,
     },
 }

@@ -1,8 +1,9 @@
-//! Who is let in as a node.
+//! Decides which processes may join as nodes.
 //!
-//! A rank belongs to the process that has it for as long as that one lives. Another process with the
-//! same attempt is told who has it; it takes the place only when the one before is found dead. A
-//! launcher that starts a rank again says so with a higher attempt, which is believed at once.
+//! A rank belongs to the process that has it, as long as that process runs. Another process with the
+//! same attempt is refused, and the error names the process that has the rank. It takes the rank only
+//! if that process is found dead. A launcher that starts a rank again passes a higher attempt. A process
+//! with a higher attempt gets the rank at once.
 
 use std::sync::Arc;
 
@@ -16,12 +17,12 @@ pub(crate) struct Door {
     pub(crate) process: Arc<Process>,
     pub(crate) scope: Arc<TaskScope>,
     pub(crate) members: Arc<Members>,
-    /// Addresses are dialled only if they come from somebody trusted, or lead nowhere else.
+    /// Whether nodes on other hosts may join. If not, the driver connects only to addresses of its own host.
     pub(crate) takes_far_nodes: bool,
 }
 
 impl Door {
-    /// Lets a process in, or says why not.
+    /// Lets a process join, or returns why it is refused.
     pub(crate) async fn let_in(self, join: Join) -> Result<Joined, JoinRefused> {
         let (rank, pid, host) = (join.rank, join.pid, join.host.clone());
         let process = join.process;
@@ -53,14 +54,14 @@ impl Door {
                     if is_there(&by).await {
                         return Err(refusal);
                     }
-                    // Whoever made it so has logged it already, if it was not this.
+                    // If another task has removed the node, that task has logged the loss.
                     if self.members.remove(by.node, false) {
                         tracing::warn!(node = %by.node, "a node is lost: another process takes its place");
                     }
                 }
             }
         };
-        // Nothing of an earlier incarnation counts any more.
+        // The earlier incarnation is over.
         let rank = node.rank;
         if let Some(incarnation) = node.incarnation.checked_sub(1) {
             self.process.sever(NodeId { rank, incarnation });
@@ -93,15 +94,15 @@ impl Door {
     }
 }
 
-/// Whether a node answers. One whose connection is lost is tried for the length of the lease, as any
-/// other call; a node that says nothing at all is given up within two.
+/// Whether a node answers. If its connection is lost, a new one is tried for one process lease, as for any
+/// other call. A node that sends nothing at all is given up within two process leases.
 async fn is_there(member: &Member) -> bool {
     loop {
         match member.agent.ask(AreYouThere).await {
             Ok(()) => return true,
-            // It was written to a connection that then was lost: the next one shows.
+            // The call was written to a connection that was then lost. The next call shows more.
             Err(CallError::Unknown { .. }) if member.agent.is_alive() => {}
-            // Whoever is too busy to take a call is there.
+            // A node that is too busy to take a call still runs.
             Err(
                 CallError::NotDelivered {
                     reason: NotDelivered::QueueFull { .. },

@@ -1,4 +1,4 @@
-//! The driver's view: who is there, and actors anywhere.
+//! The cluster as the driver sees it: lists the nodes, and spawns and finds actors.
 
 use std::any::type_name;
 use std::fmt;
@@ -33,13 +33,14 @@ use crate::remote::reference::{Wire, reference};
 /// How often all nodes are asked in turn to start an actor.
 const MAX_ROUNDS: usize = 3;
 
-/// How long nodes are given to hear that the run is over.
+/// How long the driver waits for each node to answer that it heard of the end of the run.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// The processes that work together, seen from the driver. Cloning gives another handle.
+/// The processes that work together, as the driver sees them. A clone is another handle to the same
+/// cluster.
 ///
-/// When the last handle is dropped, all nodes are released. The drop waits until each of them has heard
-/// it, and no longer than 2 s if one does not answer, unless it happens on a thread of the network.
+/// When the last handle is dropped, all nodes are released. The drop waits until every node has answered,
+/// but no longer than 2 s. A drop on a thread of the network does not wait.
 #[derive(Clone)]
 pub struct Cluster {
     inner: Arc<Inner>,
@@ -51,38 +52,71 @@ struct Inner {
     members: Arc<Members>,
     next: AtomicUsize,
     addresses: Vec<Address>,
-    /// `None` where nobody can join.
+    /// `None` if no other process can join.
     listening: Option<(ActorRef<DriverAgent>, Endpoint)>,
     children: Option<ChildProcesses>,
 }
 
-/// Where an actor is to be started.
+/// The process in which an actor is to be started.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # use ps_runtime::cluster::Hosted;
+/// # use ps_runtime::remote::{Messages, Remote};
+/// # use serde::{Deserialize, Serialize};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message, Serialize, Deserialize)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # impl Remote for Counter {
+/// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+/// # }
+/// # impl Hosted for Counter { type Args = u64; }
+/// # use ps_runtime::cluster::{Cluster, Hosts};
+/// use ps_runtime::cluster::{Placement, Resources, SpawnOnError};
+///
+/// // A cluster of this process alone.
+/// let cluster = Cluster::alone(Hosts::new().host(|start: u64| Ok(Counter(start))));
+/// let counter = cluster.spawn_with::<Counter>(Placement::Driver.into(), 40).wait()?;
+/// assert!(counter.is_local());
+///
+/// let many_gpus = Placement::Needs(Resources::none().gpus(1000.0));
+/// let error = cluster.spawn_with::<Counter>(many_gpus.into(), 0).wait();
+/// assert!(matches!(error, Err(SpawnOnError::NoRoom { .. })));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub enum Placement {
-    /// On the nodes in turn; in the driver if there are none.
+    /// The nodes in turn, or the driver if there are no nodes.
     #[default]
     RoundRobin,
-    /// In the driver.
+    /// The driver.
     Driver,
-    /// On this node.
+    /// This node.
     Node(NodeId),
-    /// On the node of this rank, in whatever incarnation; 0 is the driver.
+    /// The node that has this rank, in any incarnation. Rank 0 is the driver.
     Rank(u32),
-    /// On the nodes in turn that have this free; it is theirs until the actor ends.
+    /// In turn the nodes that have these resources free, or else the driver. The resources are reserved
+    /// until the actor ends.
     Needs(Resources),
 }
 
 /// What the driver knows about a node.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeInfo {
-    /// Which.
+    /// The rank and the incarnation of the node.
     pub node: NodeId,
     /// The name of its host.
     pub host: String,
-    /// Its process number there.
+    /// Its process id on that host.
     pub pid: u32,
-    /// What it offered when it joined.
+    /// The resources that it offered when it joined.
     pub resources: Resources,
 }
 
@@ -93,12 +127,12 @@ pub enum SpawnOnError {
     /// The node asked for has left, or never joined.
     #[error("there is no {0} in the cluster")]
     NoSuchNode(String),
-    /// No node has, or has free, what the actor needs.
+    /// No node has the resources that the actor needs, or has them free.
     #[error("no node has {needs} free; there are: {nodes}")]
     NoRoom {
-        /// What was asked for.
+        /// The resources that were asked for.
         needs: Resources,
-        /// What the nodes offer.
+        /// The nodes and the resources that each of them offers.
         nodes: String,
     },
     /// The arguments cannot be sent.
@@ -106,47 +140,74 @@ pub enum SpawnOnError {
     Args {
         /// The actor's type.
         actor_type: &'static str,
-        /// Why.
+        /// Why the arguments cannot be written as bytes.
         reason: String,
     },
-    /// The node did not do it.
+    /// The node answered that it did not start the actor.
     #[error("{node} did not start {}", short(.actor_type))]
     Refused {
-        /// Which node.
+        /// The node that was asked.
         node: NodeId,
         /// The actor's type.
         actor_type: &'static str,
-        /// Why.
+        /// The node's answer.
         #[source]
         source: SpawnRefused,
     },
     /// The node did not answer.
     #[error("{node} did not answer when asked to start {}", short(.actor_type))]
     Call {
-        /// Which node.
+        /// The node that was asked.
         node: NodeId,
         /// The actor's type.
         actor_type: &'static str,
-        /// What became of the call.
+        /// The error of the call to the node.
         #[source]
         source: Box<CallError>,
     },
     /// The actor has ended already.
     #[error("{0}")]
     Ended(String),
-    /// There is nobody to look after it.
+    /// The system gave no threads for the network.
     #[error("{NO_THREADS}")]
     Threads(#[source] std::io::Error),
 }
 
-/// The name of a type without the paths in it.
+/// Returns the name of a type without the paths in it.
 fn short(type_name: &str) -> String {
     let parts = type_name.split_inclusive(|c: char| !(c.is_alphanumeric() || "_:".contains(c)));
     let last = |part: &str| part.rsplit("::").next().unwrap_or_default().to_owned();
     parts.map(last).collect()
 }
 
-/// Options of an actor that is started somewhere in the cluster.
+/// The options of an actor that is started in a cluster.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # use ps_runtime::cluster::Hosted;
+/// # use ps_runtime::remote::{Messages, Remote};
+/// # use serde::{Deserialize, Serialize};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message, Serialize, Deserialize)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # impl Remote for Counter {
+/// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+/// # }
+/// # impl Hosted for Counter { type Args = u64; }
+/// use ps_runtime::cluster::{Cluster, Hosts, Placement, SpawnOn};
+///
+/// let cluster = Cluster::alone(Hosts::new().host(|start: u64| Ok(Counter(start))));
+/// let options = SpawnOn::new().name("clicks").place(Placement::Driver);
+/// let counter = cluster.spawn_with::<Counter>(options, 40).wait()?;
+/// assert_eq!(counter.name(), "clicks");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 #[must_use = "nothing is spawned before `start`"]
 pub struct SpawnOn {
@@ -163,18 +224,18 @@ impl From<Placement> for SpawnOn {
 }
 
 impl SpawnOn {
-    /// Anywhere, without a name.
+    /// Returns the default options: any node, no name, no variant.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Says where.
+    /// Sets the process in which the actor is started.
     pub fn place(mut self, placement: Placement) -> Self {
         self.placement = placement;
         self
     }
 
-    /// Gives the actor a name, by which all processes can look it up.
+    /// Gives the actor a name. All processes of the cluster can look it up.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
@@ -186,8 +247,8 @@ impl SpawnOn {
         self
     }
 
-    /// Where this process makes the actor itself, these hosts do it, in place of those that the
-    /// cluster was made with.
+    /// Sets the [`Hosts`] that make the actor if it is made in this process. They replace the hosts
+    /// that the cluster was made with.
     pub fn here(mut self, hosts: Hosts) -> Self {
         self.here = Some(hosts);
         self
@@ -195,10 +256,52 @@ impl SpawnOn {
 }
 
 impl Cluster {
-    /// Listens for nodes at `address`, port 0 for any, and begins as a cluster of this process.
+    /// Listens for nodes at `address` and starts a cluster, which at first is this process alone. Port 0
+    /// takes any free port; [`address`](Self::address) returns it.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # use serde::{Deserialize, Serialize};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message, Serialize, Deserialize)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Remote for Counter {
+    /// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+    /// # }
+    /// # impl Hosted for Counter { type Args = u64; }
+    /// use std::time::Duration;
+    ///
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts, Node, NodeExit};
+    ///
+    /// let hosts = Hosts::new().host(|start: u64| Ok(Counter(start)));
+    /// let local = ([127, 0, 0, 1], 0).into();
+    /// let cluster = Cluster::listen(ClusterConfig::default(), local, hosts.clone())?;
+    /// let address = cluster.address().expect("it has a TCP socket").to_string();
+    ///
+    /// // Usually the node is another process.
+    /// let node = Node::new(ClusterConfig::default(), 1, 0, address, hosts).serve();
+    /// cluster.wait_for_nodes(1, Duration::from_secs(30)).wait()?;
+    ///
+    /// let counter = cluster.spawn::<Counter>(40).wait()?;
+    /// assert_eq!(counter.node().map(|node| node.rank), Some(1));
+    /// assert_eq!(counter.ask(Add(2)).wait()?, 42);
+    ///
+    /// cluster.release().wait();
+    /// assert_eq!(node.wait()?, NodeExit::Released);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// When the address cannot be listened on, or would be open to other hosts without a token.
+    /// When this process cannot listen at the address, or when other hosts can reach the address and
+    /// neither a token nor certificates are set.
     pub fn listen(
         config: ClusterConfig,
         address: SocketAddr,
@@ -207,10 +310,11 @@ impl Cluster {
         Self::listen_with(config, address, hosts, Router::new())
     }
 
-    /// Serves more over HTTP on the same port, behind the same token.
+    /// Like [`listen`](Self::listen), and also serves `routes` over HTTP on the same port, behind the same
+    /// token.
     ///
     /// # Errors
-    /// As [`listen`](Self::listen).
+    /// Those of [`listen`](Self::listen).
     pub fn listen_with(
         config: ClusterConfig,
         address: SocketAddr,
@@ -218,11 +322,37 @@ impl Cluster {
         routes: Router,
     ) -> Result<Self, ClusterError> {
         threads::ready().map_err(ClusterError::Threads)?;
-        // On an event loop, which sockets need.
+        // Sockets need an event loop.
         Task::start(async move { Self::start(config, address, hosts, routes) }).wait()
     }
 
-    /// Makes a cluster of this process alone; nobody can join it.
+    /// Makes a cluster of this process alone. No other process can join it.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # use serde::{Deserialize, Serialize};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message, Serialize, Deserialize)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Remote for Counter {
+    /// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+    /// # }
+    /// # impl Hosted for Counter { type Args = u64; }
+    /// use ps_runtime::cluster::{Cluster, Hosts};
+    ///
+    /// let cluster = Cluster::alone(Hosts::new().host(|start: u64| Ok(Counter(start))));
+    /// let counter = cluster.spawn::<Counter>(40).wait()?;
+    /// assert_eq!(counter.ask(Add(2)).wait()?, 42);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn alone(hosts: Hosts) -> Self {
         let config = ClusterConfig::default();
@@ -241,7 +371,7 @@ impl Cluster {
         }
     }
 
-    /// Keeps the processes that this one has started until the cluster ends.
+    /// Keeps the child processes that this process has started until the cluster ends.
     pub(crate) fn keep_children(&mut self, children: ChildProcesses) {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.children = Some(children);
@@ -308,9 +438,9 @@ impl Cluster {
         )
     }
 
-    /// Where the nodes find this driver: host and port of its TCP socket.
+    /// The address of this driver's TCP socket. Nodes connect to it.
     ///
-    /// `None` with a transport that has none.
+    /// `None` if the transport has no TCP socket.
     #[must_use]
     pub fn address(&self) -> Option<SocketAddr> {
         self.inner
@@ -322,13 +452,13 @@ impl Cluster {
             })
     }
 
-    /// All addresses of this driver, the best one first.
+    /// All addresses of this driver, the fastest one first.
     #[must_use]
     pub fn addresses(&self) -> &[Address] {
         &self.inner.addresses
     }
 
-    /// The nodes that take part now, by rank.
+    /// The nodes that are in the cluster now, in the order of their ranks.
     #[must_use]
     pub fn nodes(&self) -> Vec<NodeInfo> {
         let members = self.inner.members.list().into_iter();
@@ -347,7 +477,10 @@ impl Cluster {
         members.map(info).collect()
     }
 
-    /// Waits until at least so many nodes take part.
+    /// Waits until at least `wanted` nodes are in the cluster, and returns them. For an example see
+    /// [`listen`](Self::listen).
+    ///
+    /// The task fails with [`ClusterError::NotAllJoined`] when fewer nodes have joined `within` this time.
     pub fn wait_for_nodes(
         &self,
         wanted: usize,
@@ -376,8 +509,8 @@ impl Cluster {
         Task::try_start(waiting, |error| Err(ClusterError::Threads(error)))
     }
 
-    /// Waits until each of the ranks 1 to `last` takes part or was refused for good, at least one of
-    /// them; returns the error that says why the first one was refused.
+    /// Waits until each of the ranks 1 to `last` has joined or was refused for good, and at least one was
+    /// refused. Returns the error that says why the first one was refused.
     pub(super) async fn refused(&self, last: u32) -> ClusterError {
         let members = &self.inner.members;
         let mut changed = members.changed();
@@ -392,7 +525,7 @@ impl Cluster {
         }
     }
 
-    /// Why the first of the ranks 1 to `last` was refused that have not joined.
+    /// Returns why the first of the ranks 1 to `last` was refused that have not joined.
     pub(super) fn refusal(&self, last: u32) -> Option<ClusterError> {
         let members = &self.inner.members;
         let Refusal { rank, reason, .. } = members.first_refusal(last)?;
@@ -404,12 +537,13 @@ impl Cluster {
         })
     }
 
-    /// Starts an actor on the next node, or in this process if it is alone.
+    /// Starts an actor on the next node in turn, or in this process if there are no nodes. For an example
+    /// see [`alone`](Self::alone) and [`listen`](Self::listen).
     pub fn spawn<A: Hosted>(&self, args: A::Args) -> Task<Result<ActorRef<A>, SpawnOnError>> {
         self.spawn_with(SpawnOn::new(), args)
     }
 
-    /// Starts an actor where the options say.
+    /// Starts an actor with these options; see [`SpawnOn`] and [`Placement`] for examples.
     pub fn spawn_with<A: Hosted>(
         &self,
         options: SpawnOn,
@@ -451,7 +585,7 @@ impl Cluster {
             name,
             needs: needs.clone(),
         };
-        // A node that dies while it is asked is no reason to give up where others would do.
+        // If a node dies while it is asked, another node may do.
         let mut lost = None;
         for _ in 0..MAX_ROUNDS {
             for candidate in self.candidates(&placement)? {
@@ -465,7 +599,7 @@ impl Cluster {
                 match made {
                     Ok(Ok(wire)) => return reference(process, wire).map_err(SpawnOnError::Ended),
                     Ok(Err(SpawnRefused::NoRoom { .. })) => {}
-                    // Asked again it is not among the candidates.
+                    // In the next round this node is not among the candidates.
                     Ok(Err(source @ SpawnRefused::Leaving)) => {
                         lost = Some(SpawnOnError::Refused {
                             node,
@@ -514,7 +648,7 @@ impl Cluster {
         }
     }
 
-    /// Whether this process is the whole cluster, and nobody can join.
+    /// Whether this process is the whole cluster, and no other process can join.
     #[must_use]
     pub fn is_alone(&self) -> bool {
         self.inner.listening.is_none()
@@ -554,13 +688,44 @@ impl Cluster {
                 in_turn(&mut members);
                 members.retain(|member| member.resources.include(needs));
                 let nodes = members.into_iter().map(Some);
-                // The driver comes last: it has other things to do.
+                // The driver comes last, because it also has other work.
                 Ok(nodes.chain([None]).collect())
             }
         }
     }
 
-    /// Looks for an actor by its name, in this process and on all nodes.
+    /// Looks for an actor by its name, in this process and on all nodes. A process finds actors of the types
+    /// that it [hosts](Hosts::host) or [lets others find](Hosts::find).
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # use serde::{Deserialize, Serialize};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message, Serialize, Deserialize)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Remote for Counter {
+    /// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+    /// # }
+    /// # impl Hosted for Counter { type Args = u64; }
+    /// use ps_runtime::cluster::{Cluster, Hosts, SpawnOn};
+    ///
+    /// let cluster = Cluster::alone(Hosts::new().host(|start: u64| Ok(Counter(start))));
+    /// let named = SpawnOn::new().name("downloads");
+    /// let _counter = cluster.spawn_with::<Counter>(named, 40).wait()?;
+    ///
+    /// let found = cluster.lookup::<Counter>("downloads").wait().expect("it lives");
+    /// assert_eq!(found.ask(Add(2)).wait()?, 42);
+    /// assert!(cluster.lookup::<Counter>("uploads").wait().is_none());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn lookup<A: Remote>(&self, name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
         let cluster = self.clone();
         let find = Find {
@@ -582,20 +747,21 @@ impl Cluster {
             let wire = find_anywhere(scope, members, sought).await?;
             reference(process, wire).ok()
         };
-        // Without threads for the network there is nobody else.
+        // Without threads for the network there are no nodes.
         Task::try_start(everywhere, |_| here())
     }
 
-    /// Releases all nodes, which then end; takes no more. Also done when the last handle is dropped.
+    /// Releases all nodes, which then end. After this no node can join. The drop of the last handle does
+    /// the same.
     pub fn release(&self) -> Task<()> {
         let inner = Arc::clone(&self.inner);
-        // Without threads for the network nobody has joined.
+        // Without threads for the network no node has joined.
         Task::try_start(async move { inner.release().await }, drop)
     }
 }
 
-/// Asks a node to make an actor. If the answer was lost on the way, the same node is asked again first: it
-/// may have made the actor, and another node would make a second one of the same name.
+/// Asks a node to make an actor. If the answer is lost, the same node is asked again first: it may have
+/// made the actor, and another node would make a second one with the same name.
 async fn ask_to_make(
     member: &Member,
     order: &Make,
@@ -610,7 +776,7 @@ async fn ask_to_make(
     }
 }
 
-/// A number that no other run has; 0 means none.
+/// Returns a random number that is not 0. No other run has the same number.
 pub(crate) fn random() -> u64 {
     getrandom::u64().unwrap_or_default().max(1)
 }
@@ -642,7 +808,7 @@ impl Drop for Inner {
                 .iter()
                 .map(|member| member.agent.ask_within(Release, FAREWELL));
             join_all(told).await;
-            // Not before: the answers come in through it, and nodes would try to join again.
+            // Not earlier: the answers arrive through it, and nodes would try to join again.
             drop(listening);
         });
         // The last handle may be dropped on a thread that must not block.

@@ -16,16 +16,16 @@ use crate::net::{Address, threads};
 use crate::remote::listen::{Front, Incarnations, Listener};
 use crate::remote::process::Process;
 
-/// Sockets that are bound, not served yet: their addresses are known before anybody can connect.
+/// Sockets that are bound but not served yet. Their addresses are known before a process can connect.
 pub(crate) struct Bound {
     listeners: Vec<Listener>,
-    /// Where to be reached, the best way first.
+    /// The addresses of this process, the fastest one first.
     pub(crate) addresses: Vec<Address>,
     /// Removes the Unix socket from the file system.
     directory: Option<SocketDirectory>,
 }
 
-/// Tasks that take connections; its drop ends them and all their connections.
+/// The tasks that accept connections. Dropping it ends them and all their connections.
 pub(crate) struct Endpoint {
     tasks: Vec<JoinHandle<()>>,
     _directory: Option<SocketDirectory>,
@@ -40,7 +40,7 @@ impl Drop for Endpoint {
 }
 
 impl Bound {
-    /// Binds what the transport asks for; `address` is for TCP. To be called on an event loop.
+    /// Binds the sockets of the transport. `address` is for TCP. Must be called on an event loop.
     pub(crate) fn bind(config: &ClusterConfig, address: SocketAddr) -> Result<Self, ClusterError> {
         let failed =
             |address: String| move |source: io::Error| ClusterError::Listen { address, source };
@@ -66,7 +66,7 @@ impl Bound {
         if let Transport::Sockets = config.transport
             && let Ok((directory, path, unix)) = unix()
         {
-            // First: within one host it is the faster way. Elsewhere the file does not exist.
+            // It comes first: within one host it is faster. On other hosts the file does not exist.
             bound.addresses.insert(0, Address::Unix(path));
             bound.listeners.push(Listener::Unix(unix));
             bound.directory = Some(directory);
@@ -74,7 +74,7 @@ impl Bound {
         Ok(bound)
     }
 
-    /// Begins to take connections.
+    /// Starts to accept connections.
     pub(crate) fn serve(
         self,
         process: &Arc<Process>,
@@ -107,8 +107,8 @@ impl Bound {
     }
 }
 
-/// How many may wait to be taken, or as many as the system allows. With the usual 128, those who come
-/// while many others do try again after a second only.
+/// How many connections may wait to be accepted, if the system allows as many. With the usual 128, a
+/// process that connects at the same time as many others tries again only after a second.
 const BACKLOG: u32 = 4096;
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
@@ -116,7 +116,7 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
-    // A port is free as soon as its last listener has ended, whatever of its connections is on the way.
+    // A port is free as soon as its last listener has ended, even if old connections are still closing.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)

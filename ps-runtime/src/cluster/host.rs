@@ -1,4 +1,4 @@
-//! The actor types that a process can make when another one asks it to.
+//! The actor types that a process can make when another process asks for them.
 
 use std::any::type_name;
 use std::collections::BTreeMap;
@@ -24,28 +24,29 @@ use crate::remote::reference::{Wire, on_behalf_of};
 
 /// An actor type that a [`Cluster`](super::Cluster) can start in another process.
 pub trait Hosted: Remote {
-    /// What an actor is made of; it is sent to the process that makes it.
+    /// The arguments from which an actor is made. They are sent to the process that makes it.
     type Args: Serialize + DeserializeOwned + Send + 'static;
 
-    /// Adds to the options that [`Hosts`] has for actors of this type what each of them needs.
+    /// Changes the options of actors of this type. `options` are those that were given to [`Hosts`].
     fn options(options: Spawn) -> Spawn {
         options
     }
 
-    /// Tells an actor to finish what it does, because its node is to leave.
+    /// Tells an actor to finish its work, because its node is about to leave.
     ///
-    /// Returns whether it does: then it is stopped, and its node waits for that, no longer than
-    /// [`leave_grace`](super::ClusterConfig::leave_grace). By default it does not, and is killed
-    /// when the node leaves: right for actors that hold what nobody else has.
+    /// Returns whether the actor will do so. If `true`, the actor is stopped gracefully, and its node waits
+    /// for its end, but no longer than [`leave_grace`](super::ClusterConfig::leave_grace). If `false`, the
+    /// default, the actor is killed when the node leaves. The default is right for actors whose state
+    /// cannot continue elsewhere.
     fn hand_over(_actor: &ActorRef<Self>) -> bool {
         false
     }
 }
 
-/// The actor types that this program can host, each with how to make one.
+/// The actor types that this program can host, each with a function that makes an actor.
 ///
-/// All copies of the program build the same `Hosts` before they join; what else an actor needs,
-/// such as its data, is loaded where it is made.
+/// All copies of the program build the same `Hosts` before they join. Other things that an actor needs,
+/// such as its data, are loaded in the process that makes the actor.
 ///
 /// ```
 /// # use actix::{Actor, Context};
@@ -61,14 +62,14 @@ pub trait Hosted: Remote {
 /// let hosts = Hosts::new().host(|start: u64| Ok(Counter(start)));
 /// ```
 ///
-/// One type can be hosted in several *variants*, say for each training of a sweep: see
+/// One type can be hosted in several *variants*, for example one for each training of a sweep; see
 /// [`host_variant`](Self::host_variant).
 #[derive(Clone, Default)]
 pub struct Hosts {
-    /// By type, then by variant; the one without a name is that of [`host`](Self::host).
+    /// By type, then by variant. [`host`](Self::host) adds the variant with the empty name.
     types: BTreeMap<&'static str, BTreeMap<String, Arc<dyn Host>>>,
     finders: BTreeMap<&'static str, FindHere>,
-    /// What must be the same in all processes, by name.
+    /// The facts that must be the same in all processes, by name.
     facts: BTreeMap<String, Vec<String>>,
 }
 
@@ -79,13 +80,41 @@ type FindHere = fn(&Arc<Process>, &str) -> Option<Wire>;
 pub type MakeError = Box<dyn std::error::Error + Send + Sync>;
 
 impl Hosts {
-    /// Hosts nothing.
+    /// Makes an empty `Hosts`.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Hosts actors of type `A`, made by `make` on their own thread, and again after a panic.
+    /// Hosts actors of type `A`. `make` makes each actor on the actor's own thread, and again after a
+    /// panic. [`Cluster::spawn`](super::Cluster::spawn) sends the arguments.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # use serde::{Deserialize, Serialize};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message, Serialize, Deserialize)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Remote for Counter {
+    /// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+    /// # }
+    /// # impl Hosted for Counter { type Args = u64; }
+    /// use ps_runtime::cluster::{Cluster, Hosts};
+    ///
+    /// let hosts = Hosts::new().host(|start: u64| Ok(Counter(start)));
+    /// let cluster = Cluster::alone(hosts);
+    /// let counter = cluster.spawn::<Counter>(40).wait()?;
+    /// assert_eq!(counter.ask(Add(2)).wait()?, 42);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn host<A: Hosted>(
         self,
@@ -94,7 +123,8 @@ impl Hosts {
         self.host_with(Spawn::new(), make)
     }
 
-    /// Hosts actors with these options; a name is given to each by whoever spawns it.
+    /// Hosts actors of type `A` with these options. The caller of
+    /// [`Cluster::spawn_with`](super::Cluster::spawn_with) gives each actor its name.
     #[must_use]
     pub fn host_with<A: Hosted>(
         self,
@@ -104,9 +134,41 @@ impl Hosts {
         self.host_variant("", options, make)
     }
 
-    /// Hosts actors of type `A` that are to be made in a way of their own, besides other variants:
-    /// with other data, for instance. [`SpawnOn::variant`](super::SpawnOn::variant) asks for one. Who
-    /// asks for none gets the only one there is.
+    /// Hosts actors of type `A` under the name of a variant. Each variant has its own options and its own
+    /// `make`, for example with other data. [`SpawnOn::variant`](super::SpawnOn::variant) asks for a
+    /// variant. If none is asked for and only one variant is hosted, that one is used.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # use serde::{Deserialize, Serialize};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message, Serialize, Deserialize)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Remote for Counter {
+    /// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+    /// # }
+    /// # impl Hosted for Counter { type Args = u64; }
+    /// use ps_runtime::Spawn;
+    /// use ps_runtime::cluster::{Cluster, Hosts, SpawnOn};
+    ///
+    /// let hosts = Hosts::new()
+    ///     .host_variant("small", Spawn::new(), |start: u64| Ok(Counter(start)))
+    ///     .host_variant("large", Spawn::new(), |start: u64| Ok(Counter(start + 1000)));
+    /// let cluster = Cluster::alone(hosts);
+    /// let counter = cluster.spawn_with::<Counter>(SpawnOn::new().variant("large"), 1).wait()?;
+    /// assert_eq!(counter.ask(Add(0)).wait()?, 1001);
+    /// // There are two variants, so one must be named.
+    /// assert!(cluster.spawn::<Counter>(1).wait().is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn host_variant<A: Hosted>(
         mut self,
@@ -123,23 +185,38 @@ impl Hosts {
         self.find::<A>()
     }
 
-    /// Looks after values of type `T` that other processes send here; see
+    /// Hosts values of type `T` that other processes send to this process; see
     /// [`RemoteRef::new_on`](super::RemoteRef::new_on).
     #[must_use]
     pub fn values<T: Value>(self) -> Self {
         self.host_with(Owned::<T>::options(), |value: T| Ok(Owned::new(value)))
     }
 
-    /// Lets other processes find actors of type `A` by name that this one has started itself.
+    /// Lets other processes find actors of type `A` by name, even if this process has started them
+    /// itself. A type that is hosted is found anyway.
     #[must_use]
     pub fn find<A: Remote>(mut self) -> Self {
         self.finders.insert(type_name::<A>(), find_here::<A>);
         self
     }
 
-    /// States something that must be the same in all processes, such as the size of the data set each
-    /// has loaded by itself. A node that says otherwise than the driver is not let in. A name that is
-    /// stated several times stands for all its values, in their order.
+    /// States a fact that must be the same in all processes, such as the size of the data set that each
+    /// process has loaded. A node whose fact differs from the driver's cannot join. If a name is stated
+    /// several times, all its values are compared, in their order.
+    ///
+    /// ```
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts, Node};
+    ///
+    /// let hosts = |num_examples: usize| Hosts::new().must_agree("number of examples", num_examples);
+    /// let local = ([127, 0, 0, 1], 0).into();
+    /// let cluster = Cluster::listen(ClusterConfig::default(), local, hosts(60_000))?;
+    /// let driver = cluster.address().expect("it has a TCP socket").to_string();
+    ///
+    /// let node = Node::new(ClusterConfig::default(), 1, 0, driver, hosts(1_000));
+    /// let error = node.serve().wait().expect_err("the node has other data");
+    /// assert!(error.to_string().contains("number of examples"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn must_agree(mut self, name: impl Into<String>, value: impl ToString) -> Self {
         let values = self.facts.entry(name.into()).or_default();
@@ -157,7 +234,7 @@ impl Hosts {
             .collect()
     }
 
-    /// The actor type that is asked for; without a variant, the only one there is.
+    /// Returns the host for this type and variant. Without a variant, it returns the only one there is.
     pub(crate) fn get(
         &self,
         type_name: &str,
@@ -217,7 +294,7 @@ impl fmt::Debug for Hosts {
     }
 }
 
-/// Arguments on their way.
+/// The arguments of an actor, as bytes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Args(Blob);
 
@@ -239,14 +316,14 @@ pub(crate) struct Made {
     pub(crate) wire: Wire,
     pub(crate) name: Arc<str>,
     pub(crate) kill: Box<dyn Fn() + Send + Sync>,
-    /// Lets it finish what it does, and stops it; false if it does not hand over.
+    /// Lets the actor finish its work and stops it. Returns `false` if it does not hand over.
     pub(crate) hand_over: Box<dyn Fn() -> bool + Send + Sync>,
     pub(crate) ended: watch::Receiver<bool>,
 }
 
 /// An actor type, as the agent of a process sees it.
 pub(crate) trait Host: Send + Sync {
-    /// Makes an actor; ready when its constructor has returned.
+    /// Makes an actor. The future is ready when the actor's constructor has returned.
     fn make(
         &self,
         process: &Arc<Process>,
@@ -278,7 +355,7 @@ impl<A: Hosted> Host for Make<A> {
             let sender = Mutex::new(Some(sender));
             let report = move |outcome| {
                 let sender = sender.lock().ok().and_then(|mut sender| sender.take());
-                // Nobody waits at a restart.
+                // At a restart nobody waits for the outcome.
                 sender.map(|sender| sender.send(outcome)).is_some()
             };
             let factory = {
@@ -287,7 +364,8 @@ impl<A: Hosted> Host for Make<A> {
                 let mut args = Some(args);
                 move || {
                     lookup::enter(&process);
-                    // Of a server they are its first weights: who is made once does not keep them.
+                    // The arguments of a server are its first weights. They are large, so they are kept
+                    // only if a restart may need them.
                     let given = if may_restart {
                         args.clone()
                     } else {
@@ -304,8 +382,8 @@ impl<A: Hosted> Host for Make<A> {
                             actor
                         }
                         Err(why) => {
-                            // Ends this start as a panic does, without its noise. A first start that
-                            // failed is not tried again.
+                            // Ends this start like a panic, but without a panic message. A first start
+                            // that failed is not tried again.
                             match report(Err(why.clone())) {
                                 true => resume_unwind(Box::new(NotMade(why))),
                                 false => resume_unwind(Box::new(why)),
@@ -329,7 +407,7 @@ impl<A: Hosted> Host for Make<A> {
             let (name, ended) = (Arc::clone(mailbox.name()), mailbox.ended());
             let kill = Box::new(move || mailbox.kill());
             let number = wire.actor;
-            // Without a reference, which would keep the actor.
+            // The closure holds no reference, because that would keep the actor alive.
             let hand_over = Box::new(move || {
                 let actor = process.exported::<A>(number);
                 let handed_over = actor.filter(A::hand_over);
@@ -346,7 +424,7 @@ impl<A: Hosted> Host for Make<A> {
     }
 }
 
-/// An actor that is being made; it ends if nobody waits for it any more.
+/// An actor that is being made. It is killed if nobody waits for it any more.
 struct Unclaimed<A: Hosted>(Option<ActorRef<A>>);
 
 impl<A: Hosted> Unclaimed<A> {

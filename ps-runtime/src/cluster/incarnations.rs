@@ -1,9 +1,10 @@
-//! Which lives of nodes are over, as a node knows it.
+//! What a node knows about the incarnations of other nodes: which of them are over.
 //!
-//! The driver decides. A node asks it all the time for what has changed, and gets an answer when
-//! something has; of an incarnation that it has not heard of it asks at once. What is known only grows: a
-//! higher incarnation ends the ones before, and an incarnation that is over stays so. A node that cannot ask loses its
-//! driver within two leases, and ends then itself.
+//! The driver decides. A node always has a question to the driver under way, which is answered when
+//! something has changed. If a node meets an incarnation that it has not heard of, it asks at once. What
+//! is known only grows: a higher incarnation ends the ones before it, and an incarnation that is over
+//! stays over. A node that cannot ask loses its driver within two process leases, and then ends its
+//! actors.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -17,12 +18,12 @@ use crate::actor::ActorRef;
 use crate::remote::listen::Incarnations;
 use crate::remote::process::{NodeId, Process};
 
-/// What has become of the latest incarnation of a rank.
+/// The state of the latest incarnation of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum Standing {
-    /// It takes part.
+    /// It is in the cluster.
     Live,
-    /// It has left in order: what it said before may still be on its way.
+    /// It has left in an orderly way. What it sent before may still arrive.
     Left,
     /// It was lost.
     Lost,
@@ -33,7 +34,7 @@ pub(crate) enum Standing {
 pub(crate) struct KnownIncarnations {
     pub(super) version: u64,
     pub(super) by_rank: BTreeMap<u32, (u64, Standing)>,
-    /// The run is over: no more news will come.
+    /// The run is over: nothing more will change.
     pub(super) is_over: bool,
 }
 
@@ -50,7 +51,7 @@ impl KnownIncarnations {
         }
     }
 
-    /// Adds what is news, and returns the lives that were lost.
+    /// Adds what is new, and returns the incarnations that were lost.
     fn learn(&mut self, news: Self) -> Vec<NodeId> {
         let mut lost = Vec::new();
         self.version = self.version.max(news.version);
@@ -73,7 +74,7 @@ impl KnownIncarnations {
     }
 }
 
-/// What a node knows.
+/// What a node knows about the incarnations of all nodes.
 pub(crate) struct NodeIncarnations {
     process: Weak<Process>,
     known: Mutex<KnownIncarnations>,
@@ -88,11 +89,11 @@ impl NodeIncarnations {
     }
 
     fn lock(&self) -> MutexGuard<'_, KnownIncarnations> {
-        // No code of the user runs under the lock, so poisoned knowledge is whole.
+        // No code of the user runs under the lock, so a poisoned value is whole.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hears from the driver for as long as it is polled, or until the run is over.
+    /// Follows the driver's news for as long as it is polled, or until the run is over.
     pub(crate) async fn follow(self: Arc<Self>, driver: ActorRef<DriverAgent>) {
         let mut newer_than = None;
         while let Some(process) = self.process.upgrade() {
@@ -122,12 +123,12 @@ impl NodeIncarnations {
             .ok()?;
         let mut known = self.lock();
         known.learn(news);
-        // Of whom the driver knows nothing is nobody.
+        // A node that the driver does not know may not speak.
         Some(known.may_speak(node).unwrap_or(false))
     }
 }
 
-/// As a listener asks.
+/// Answers the questions of a listener with what a node knows.
 pub(crate) struct AsNode(pub(crate) Arc<NodeIncarnations>);
 
 impl Incarnations for AsNode {

@@ -1,4 +1,4 @@
-//! From the command line to a cluster: what each copy of a program does at its start.
+//! Turns the command line into a cluster: what each copy of a program does at its start.
 
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
@@ -20,10 +20,10 @@ use crate::launch::{
 };
 use crate::net::{Token, TokenError, threads};
 
-/// How long copies are given to end by themselves.
+/// How long child processes get to end by themselves.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Why a program could not take its place in a cluster.
+/// Why a program could not start or join a cluster.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
@@ -36,13 +36,13 @@ pub enum StartError {
     /// The cluster could not be started or joined.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    /// The copies of this program could not be started.
+    /// The child processes could not be started.
     #[error("could not start the other processes")]
     Processes(#[from] ProcessError),
-    /// Other processes cannot reach this one's memory.
+    /// Child processes need sockets to reach this process, and the transport has none.
     #[error("processes need a transport with sockets")]
     NotSockets,
-    /// The system does not say when to end.
+    /// The system gave no way to hear the signals that end the process.
     #[error("could not prepare for the end of the process")]
     Signals(#[source] std::io::Error),
 }
@@ -61,14 +61,49 @@ impl StartError {
 }
 
 impl Cluster {
-    /// Takes this process's place among the copies of the program, as flags and environment say.
+    /// Starts or joins a cluster, as the options and the environment variables say.
     ///
-    /// Returns the cluster in the driver, which may be alone in it. In a node it returns `None`
-    /// when the node's work is over; the program then ends. The token comes from `PS_TOKEN` unless
-    /// `config` has one. Call it early in `main`, before other threads start processes.
+    /// In the driver it returns the cluster, which may be this process alone. In a node it works until the
+    /// node ends, and then returns `None`; the program should then end. The token comes from `PS_TOKEN`
+    /// unless `config` has one. Call it early in `main`, before other threads start processes.
+    ///
+    /// ```no_run
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # use serde::{Deserialize, Serialize};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message, Serialize, Deserialize)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Remote for Counter {
+    /// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+    /// # }
+    /// # impl Hosted for Counter { type Args = u64; }
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts};
+    /// use ps_runtime::launch::LaunchOptions;
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let hosts = Hosts::new().host(|start: u64| Ok(Counter(start)));
+    /// // Two processes on this machine: the driver and one child process.
+    /// let options = LaunchOptions { processes: Some(2), ..LaunchOptions::default() };
+    /// let Some(cluster) = Cluster::launch(&options, ClusterConfig::default(), hosts)? else {
+    ///     return Ok(()); // This process was a node.
+    /// };
+    /// let counter = cluster.spawn::<Counter>(40).wait()?;
+    /// assert_eq!(counter.ask(Add(2)).wait()?, 42);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// When the launch is not well described, or the driver cannot listen or be reached.
+    /// When options and environment contradict each other, when the driver cannot listen, or when a node
+    /// cannot reach the driver or is refused.
     pub fn launch(
         options: &LaunchOptions,
         config: ClusterConfig,
@@ -77,10 +112,10 @@ impl Cluster {
         Self::launch_with(options, config, hosts, Router::new())
     }
 
-    /// As [`launch`](Self::launch), and serves more over HTTP on the driver's port.
+    /// Like [`launch`](Self::launch), and also serves `routes` over HTTP on the driver's port.
     ///
     /// # Errors
-    /// As [`launch`](Self::launch).
+    /// Those of [`launch`](Self::launch).
     pub fn launch_with(
         options: &LaunchOptions,
         mut config: ClusterConfig,
@@ -101,7 +136,7 @@ impl Cluster {
             Launch::Alone => Ok(Some(Self::alone(hosts))),
             Launch::StartProcesses { world_size } => {
                 let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-                // Nobody else on this machine may join.
+                // A secret, so that no other process of this machine can join.
                 let token = config.token.get_or_insert_with(Token::random).clone();
                 let run_id = config
                     .run_id
@@ -139,8 +174,8 @@ impl Cluster {
     }
 }
 
-/// Waits for the other processes; goes on without those that take too long, if there are any.
-/// Those that were refused for good, or have ended and are not started again, are not waited for.
+/// Waits for the other processes. If some have joined, it goes on without those that take too long.
+/// Processes that were refused for good, or have ended and are not started again, are not waited for.
 pub(super) fn gather(
     cluster: &Cluster,
     world_size: u32,
@@ -157,7 +192,7 @@ pub(super) fn gather(
                 return std::future::pending().await;
             };
             let is_settled = |gone: &usize| gone + watched.nodes().len() >= wanted;
-            // An error means that nobody counts any more.
+            // An error means that the child processes are not watched any more.
             if num_gone
                 .wait_for(|gone| *gone > 0 && is_settled(gone))
                 .await
@@ -167,7 +202,7 @@ pub(super) fn gather(
             }
         };
         tokio::select! {
-            // Who was refused has ended soon after: what it was told says more.
+            // A process that was refused also ends soon. Why it was refused says more than that it ended.
             biased;
             joined = joined => joined.map(drop),
             error = watched.refused(last) => Err(error),
@@ -191,7 +226,7 @@ pub(super) fn gather(
     }
 }
 
-/// Where the driver listens: at the address that the others were told.
+/// The address at which the driver listens. It is the address that the other processes were given.
 fn listen_address(place: &Place) -> Result<SocketAddr, StartError> {
     let Some(rendezvous) = &place.rendezvous else {
         return Ok(SocketAddr::from((
@@ -207,7 +242,7 @@ fn listen_address(place: &Place) -> Result<SocketAddr, StartError> {
     let found = target.to_socket_addrs().map_err(failed)?.next();
     let found = found.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
     if place.world_size > 1 && is_loopback_in_disguise(rendezvous.host(), found) {
-        // As Debian's `/etc/hosts` says of a machine's own name.
+        // Debian's `/etc/hosts` does so for the name of the machine itself.
         tracing::warn!(
             name = rendezvous.host(),
             address = %found.ip(),
@@ -218,7 +253,8 @@ fn listen_address(place: &Place) -> Result<SocketAddr, StartError> {
     Ok(found)
 }
 
-/// Whether a name that others may use for this machine means nothing to them as it is resolved here.
+/// Whether this machine resolves the name to a loopback address although the name does not say so. Other
+/// machines cannot use such an address.
 fn is_loopback_in_disguise(name: &str, resolved: SocketAddr) -> bool {
     let says_so = name == "localhost" || name.parse::<std::net::IpAddr>().is_ok();
     resolved.ip().is_loopback() && !says_so
@@ -237,7 +273,7 @@ fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit,
         let (second, listening) = oneshot::channel();
         let stop = async move {
             let signal = stop.await;
-            // Listens before anybody is told that a second one would be heard.
+            // Listens for the second signal before the log says that a signal was received.
             let _ = second.send(terminated());
             tracing::info!(%signal, "leaving after the step under way");
         };
@@ -255,24 +291,24 @@ fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit,
     serving.wait()
 }
 
-/// The other copies of the program that this one has started.
+/// The child processes of this process.
 pub(crate) struct ChildProcesses {
-    /// Its drop asks for the end.
+    /// Dropping it asks the watching task to end the child processes.
     stop: Option<oneshot::Sender<()>>,
     ended: Option<Task<()>>,
-    /// How many have ended and are not started again.
+    /// How many child processes have ended and are not started again.
     num_gone: watch::Receiver<usize>,
 }
 
 impl ChildProcesses {
-    /// Starts those again that crash, and ends all when asked to.
+    /// Starts child processes again that crash, and ends all of them when `stop` is dropped.
     fn watch(mut group: ProcessGroup) -> Self {
         let (stop, mut stopped) = oneshot::channel();
         let (gone, num_gone) = watch::channel(0);
         let ended = Task::start(async move {
             let began = Instant::now();
             let mut restarts = Restarts::default();
-            // When to start which rank again.
+            // The ranks to start again, each with the time to do so.
             let mut due: BTreeSet<(Instant, u32)> = BTreeSet::new();
             loop {
                 let next = due.first().copied();

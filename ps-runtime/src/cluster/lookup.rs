@@ -1,4 +1,4 @@
-//! Looking actors up by name from inside an actor, wherever it was started.
+//! Looks up actors by name from inside an actor, in whichever process that actor was started.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Weak};
@@ -11,20 +11,20 @@ use crate::remote::process::{NodeId, Process};
 use crate::remote::reference::reference;
 
 thread_local! {
-    /// The process, in its present incarnation, that made the actor of this thread.
+    /// The process, in its current incarnation, that made the actor of this thread.
     static HOME: RefCell<Weak<Process>> = const { RefCell::new(Weak::new()) };
 }
 
-/// Notes whose actor this thread's is.
+/// Records the process that made the actor of this thread.
 pub(crate) fn enter(process: &Arc<Process>) {
     HOME.set(Arc::downgrade(process));
 }
 
-/// Looks for an actor by its name, from an actor that a [`Cluster`](super::Cluster) has started: in
-/// the driver, then on all nodes. Elsewhere it sees this process only, as
-/// [`actor::lookup`](crate::actor::lookup) does.
+/// Looks for an actor by its name in the driver, then on all nodes.
 ///
-/// A driver program asks its cluster: [`Cluster::lookup`](super::Cluster::lookup).
+/// This works in the code of an actor that a [`Cluster`](super::Cluster) has started. Elsewhere it looks
+/// in this process only, like [`actor::lookup`](crate::actor::lookup). In a driver program, use
+/// [`Cluster::lookup`](super::Cluster::lookup).
 pub fn lookup<A: Remote>(name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
     let name = name.into();
     let home = HOME.with_borrow(Weak::upgrade);
@@ -34,7 +34,7 @@ pub fn lookup<A: Remote>(name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
     Task::start(async move {
         let driver = agent_wire::<DriverAgent>(NodeId::DRIVER);
         let Ok(driver) = reference::<DriverAgent>(&process, driver) else {
-            // Alone: there is no driver to ask, and nobody else to have it.
+            // This process is alone: there is no driver and no other process to ask.
             return actor::lookup(&name).ok();
         };
         let type_name = hosted_name::<A>();

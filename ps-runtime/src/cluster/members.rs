@@ -16,7 +16,7 @@ use crate::net::Address;
 use crate::remote::listen::Incarnations;
 use crate::remote::process::{Joining, NodeId};
 
-/// A node that takes part.
+/// A node that is in the cluster.
 #[derive(Clone, Debug)]
 pub(crate) struct Member {
     pub(crate) node: NodeId,
@@ -24,7 +24,7 @@ pub(crate) struct Member {
     pub(crate) resources: Resources,
     pub(crate) host: String,
     pub(crate) pid: u32,
-    /// Takes part for a moment more; nothing is to be started there.
+    /// The node is about to leave. No more actors are started there.
     pub(crate) is_leaving: bool,
 }
 
@@ -43,10 +43,10 @@ impl Incarnations for Members {
     }
 }
 
-/// What became of the wish to have a rank.
+/// The answer to a process that asks for a rank.
 pub(crate) enum Claim {
     Admitted(NodeId),
-    /// Another process has it; it is refused so if that one lives.
+    /// Another process has the rank. The answer is a refusal if that process still runs.
     Held {
         by: Box<Member>,
         refusal: JoinRefused,
@@ -58,9 +58,9 @@ const MAX_REFUSALS: usize = 1024;
 
 pub(crate) struct Members {
     driver: Vec<Address>,
-    /// Which run this is, if it was told.
+    /// The run of this driver, if it was told.
     run_id: Option<String>,
-    /// Whether all who come in have shown that they know a secret.
+    /// Whether every process that connects has shown that it knows a secret.
     is_guarded: bool,
     state: Mutex<State>,
     /// Changes whenever the list does.
@@ -69,12 +69,12 @@ pub(crate) struct Members {
 
 #[derive(Default)]
 struct State {
-    /// By rank. An admitted node becomes a member a moment later.
+    /// By rank. An admitted node becomes a member shortly after it was admitted.
     ranks: BTreeMap<u32, Rank>,
     is_over: bool,
-    /// Processes that were not let in, and are known to the log.
+    /// Processes that were refused and that the log has named.
     refused: BTreeSet<u64>,
-    /// Ranks of this very run that were refused for good, and have not joined since.
+    /// Ranks of this run that were refused for good and have not joined since.
     refused_ranks: BTreeMap<u32, Refusal>,
     num_refusals: u64,
 }
@@ -115,7 +115,7 @@ impl Members {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses a process that was started for another run; one that was not told goes anywhere.
+    /// Refuses a process that was started for another run. If either side states no run, it is not refused.
     pub(crate) fn check_run(&self, wanted: Option<&str>) -> Result<(), JoinRefused> {
         match (wanted, &self.run_id) {
             (Some(wanted), Some(here)) if wanted != here => Err(JoinRefused::OtherRun {
@@ -126,14 +126,14 @@ impl Members {
         }
     }
 
-    /// Notes that a process was not let in; false if the log has it already.
+    /// Records that a process was refused. Returns `false` if the log has already named it.
     pub(crate) fn note_refusal(&self, process: u64) -> bool {
         let mut state = self.lock();
         state.refused.len() < MAX_REFUSALS && state.refused.insert(process)
     }
 
-    /// Notes that a rank was refused for good, if whoever wanted it plainly is of this run: a stranger
-    /// must not make the driver stop waiting. The rank may still join.
+    /// Records that a rank was refused for good, if the process clearly belongs to this run: a stranger
+    /// must not make the driver stop waiting. The rank may still join later.
     pub(crate) fn refuse_rank(&self, place: Joining, reason: &str) {
         let rank = place.rank;
         let here = Joining::new(rank, self.run_id.as_deref());
@@ -162,7 +162,7 @@ impl Members {
         self.changed.send_modify(|version| *version += 1);
     }
 
-    /// The first refusal among ranks 1 to `last`, of those that have not joined since.
+    /// Returns the first refusal among the ranks 1 to `last` that have not joined since.
     pub(crate) fn first_refusal(&self, last: u32) -> Option<Refusal> {
         let state = self.lock();
         let refusals = state.refused_ranks.range(1..=last.max(1));
@@ -170,7 +170,7 @@ impl Members {
         first.map(|(_, refusal)| refusal.clone())
     }
 
-    /// Whether each of the ranks 1 to `last` takes part or was refused for good.
+    /// Whether each of the ranks 1 to `last` has joined or was refused for good.
     pub(crate) fn are_settled(&self, last: u32) -> bool {
         let state = self.lock();
         let State {
@@ -182,8 +182,8 @@ impl Members {
         (1..=last).all(|number| takes_part(number) || refused_ranks.contains_key(&number))
     }
 
-    /// Gives a joining process its place: a new incarnation of its rank, which ends the one before. A rank
-    /// that another process has with the same attempt stays with that one.
+    /// Gives a joining process a new incarnation of its rank, which ends the one before. If another process
+    /// has the rank with the same attempt, that process keeps it.
     pub(crate) fn admit(&self, join: &Join) -> Result<Claim, JoinRefused> {
         let &Join { rank, attempt, .. } = join;
         if rank == NodeId::DRIVER.rank {
@@ -232,7 +232,7 @@ impl Members {
         let replaced = state.ranks.insert(rank, entry);
         state.refused_ranks.remove(&rank);
         drop(state);
-        // Outside the lock: it holds a reference.
+        // Dropped outside the lock, because it holds a reference.
         drop(replaced);
         self.changed.send_modify(|version| *version += 1);
         Ok(Claim::Admitted(NodeId { rank, incarnation }))
@@ -240,7 +240,7 @@ impl Members {
 
     pub(crate) fn insert(&self, member: Member) {
         let mut state = self.lock();
-        // The member has a reference, which nobody would drop any more.
+        // After the end of the run, nothing would drop the reference that the member holds.
         let is_over = state.is_over;
         if let Some(rank) = state.ranks.get_mut(&member.node.rank)
             && !is_over
@@ -253,7 +253,7 @@ impl Members {
         self.changed.send_modify(|version| *version += 1);
     }
 
-    /// Notes that a node is about to leave.
+    /// Records that a node is about to leave.
     pub(crate) fn set_leaving(&self, node: NodeId) {
         let mut state = self.lock();
         let rank = state.ranks.get_mut(&node.rank);
@@ -263,7 +263,8 @@ impl Members {
         }
     }
 
-    /// Removes a node that is lost or `has_left`; false if it was not there, or the run is over.
+    /// Removes a node that is lost or `has_left`. Returns `false` if it was not in the list, or if the run
+    /// is over.
     pub(crate) fn remove(&self, node: NodeId, has_left: bool) -> bool {
         let mut state = self.lock();
         let Some(rank) = state.ranks.get_mut(&node.rank) else {
@@ -282,7 +283,7 @@ impl Members {
         !is_over
     }
 
-    /// Whether a node may speak.
+    /// Whether this incarnation of a node is in the cluster.
     pub(crate) fn is_live(&self, node: NodeId) -> bool {
         let state = self.lock();
         let rank = state.ranks.get(&node.rank);
@@ -298,7 +299,7 @@ impl Members {
         (rank.is_live && rank.incarnation == node.incarnation).then(|| rank.addresses.clone())
     }
 
-    /// The nodes that take part, by rank.
+    /// The nodes in the cluster, in the order of their ranks.
     pub(crate) fn list(&self) -> Vec<Member> {
         let state = self.lock();
         state
@@ -308,7 +309,7 @@ impl Members {
             .collect()
     }
 
-    /// Takes no more nodes, and hands out those there are.
+    /// Closes the list: no more nodes are taken. Returns the nodes that are in it.
     pub(crate) fn close(&self) -> Vec<Member> {
         let mut state = self.lock();
         state.is_over = true;
@@ -319,11 +320,12 @@ impl Members {
         members
     }
 
-    /// Which lives there are, as soon as that is not what somebody has heard already.
+    /// Returns the incarnations of all ranks, as soon as they differ from what the caller has `heard`.
     pub(crate) async fn lives(&self, heard: Option<u64>) -> KnownIncarnations {
         let mut changed = self.changed.subscribe();
         let is_news = |version: &u64| heard != Some(*version) || self.lock().is_over;
-        // The sender lives as long as `self`. Before the list: that may be newer, not older.
+        // The sender lives as long as `self`. The version is read before the list, so that the list may be
+        // newer than the version, but never older.
         let version = changed
             .wait_for(is_news)
             .await

@@ -1,23 +1,23 @@
-//! Several processes, on one machine or many, as one place to spawn actors in.
+//! Spawns actors in several processes, on one machine or many, and finds them.
 //!
-//! There is no cluster manager. The same program is started several times; the copy of rank 0 is
-//! the driver, holds the [`Cluster`], and the others are nodes, which join it ([`Node`]), make the
-//! actors that they are asked to, and end when the driver lets them go. A node that loses its
-//! driver ends its actors and joins again as a new [`NodeId`]: nothing of an earlier incarnation is
-//! listened to.
+//! There is no cluster manager. The same program is started several times. The copy of rank 0 is the
+//! driver and holds the [`Cluster`]. The other copies are nodes ([`Node`]). A node joins the driver,
+//! makes the actors that it is asked for, and ends when the driver releases it. A node that loses its
+//! driver ends its actors and joins again as a new [`NodeId`]. Whatever its earlier incarnation sends
+//! is then refused.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `host` | the actor types that a process can make |
 //! | `driver`, `node` | the two roles |
-//! | `agent`, `members` | how they speak to each other, and the driver's list |
-//! | `door` | who is let in |
-//! | `launched` | from the command line to a cluster |
+//! | `agent`, `members` | the messages between driver and nodes; the driver's list of nodes |
+//! | `door`, `incarnations` | decide which processes may join; which incarnations are over |
+//! | `launched` | turns the command line into a cluster |
 //! | `endpoint`, `config` | sockets; settings and errors |
-//! | `socket_directory` | where the Unix socket is, and what dead processes have left |
-//! | `lookup` | names, from inside an actor |
-//! | `value` | values that stay where they are, and handles to them |
-//! | `resources`, `task` | where actors fit; results that are under way |
+//! | `socket_directory` | the directory of the Unix socket; removes those of dead processes |
+//! | `lookup` | finds actors by name from inside an actor |
+//! | `value` | values that stay in one process, and handles to them |
+//! | `resources`, `task` | resources of nodes; results that are under way |
 
 pub(crate) mod agent;
 mod config;

@@ -30,27 +30,40 @@ use crate::remote::process::{Joining, NodeId, Process};
 /// The longest pause between two tries to reach the driver.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
 
-/// A process that has joined a driver and makes actors for it, until it is released.
+/// A process that joins a driver and makes actors for it until the driver releases it.
+///
+/// ```no_run
+/// use ps_runtime::cluster::{ClusterConfig, Hosts, Node, NodeExit};
+/// # let hosts = Hosts::new();
+///
+/// // Rank 1, started for the first time.
+/// let node = Node::new(ClusterConfig::default(), 1, 0, "192.168.0.10:29500", hosts);
+/// assert_eq!(node.serve().wait()?, NodeExit::Released);
+/// # Ok::<(), ps_runtime::cluster::ClusterError>(())
+/// ```
+///
+/// [`Cluster::launch`](super::Cluster::launch) does this for all copies of a program but the driver.
+/// [`Cluster::listen`](super::Cluster::listen) has an example with both sides.
 pub struct Node {
     config: ClusterConfig,
     rank: u32,
     attempt: u64,
     driver: String,
     hosts: Hosts,
-    /// Tells this process from others that want the same rank.
+    /// A random number that tells this process from others that ask for the same rank.
     process: u64,
 }
 
-/// Why a node's work is over.
+/// Why a node ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeExit {
-    /// The driver has released it.
+    /// The driver has released the node.
     Released,
-    /// It was told to leave, by its [`Node::serve_until`].
+    /// The node was told to leave: the future given to [`Node::serve_until`] became ready.
     Left,
 }
 
-/// One membership of the node: from joining to losing the driver.
+/// One membership of the node. It lasts from joining to the loss of the driver.
 struct Membership {
     scope: Arc<TaskScope>,
     driver: ActorRef<DriverAgent>,
@@ -58,14 +71,16 @@ struct Membership {
     id: NodeId,
     _agent: ActorRef<NodeAgent>,
     _endpoint: Endpoint,
-    /// Hears which other nodes are over; ends with this membership.
+    /// The task that follows which incarnations of other nodes are over. It ends with this membership.
     _following: JoinSet<()>,
 }
 
 impl Node {
-    /// Makes node `rank`, at least 1, of the driver at `driver`, host and port.
+    /// Makes the node of rank `rank`, which is at least 1. `driver` is the host and port of the driver, as
+    /// in `192.168.0.10:29500`.
     ///
-    /// `attempt` counts how often this rank was started before; a later one replaces an earlier.
+    /// `attempt` says how often this rank was started before. A process with a higher attempt replaces one
+    /// with a lower attempt.
     #[must_use]
     pub fn new(
         config: ClusterConfig,
@@ -84,15 +99,15 @@ impl Node {
         }
     }
 
-    /// Joins and makes actors until the driver lets this node go.
+    /// Joins the driver and makes actors until the driver releases this node.
     ///
-    /// When the driver is lost, the actors made for it end, and the node tries to join again.
+    /// When the driver is lost, the actors that were made for it end, and the node tries to join again.
     pub fn serve(self) -> Task<Result<NodeExit, ClusterError>> {
         self.serve_until(std::future::pending())
     }
 
-    /// As [`serve`](Self::serve), and leaves in an orderly way when `stop` is ready: actors that
-    /// [hand over](super::Hosted::hand_over) finish their step first, the others are killed.
+    /// Like [`serve`](Self::serve), and leaves in an orderly way when `stop` is ready. Actors that
+    /// [hand over](super::Hosted::hand_over) finish their step first. Then the others are killed.
     pub fn serve_until(
         self,
         stop: impl Future<Output = ()> + Send + 'static,
@@ -100,8 +115,8 @@ impl Node {
         self.serve_until_told(stop, std::future::pending())
     }
 
-    /// As [`serve_until`](Self::serve_until), and waits for no step any more when `at_once` is
-    /// ready, which is first polled after `stop` was.
+    /// Like [`serve_until`](Self::serve_until), and waits for no step any more when `at_once` is
+    /// ready. `at_once` is polled only after `stop` is ready.
     pub(super) fn serve_until_told(
         self,
         stop: impl Future<Output = ()> + Send + 'static,
@@ -121,9 +136,9 @@ impl Node {
                 tracing::info!(node = %membership.id, driver = self.driver, "joined");
                 let mut released = membership.released.clone();
                 let exit = tokio::select! {
-                    // A driver that has let this node go is gone the next moment: what it said counts.
+                    // A driver ends soon after it has released its nodes, so the release is looked at first.
                     biased;
-                    // An error means that the agent is gone: nothing can be made here any more.
+                    // An error means that the agent has ended: nothing can be made here any more.
                     _ = released.wait_for(|released| *released) => Some(NodeExit::Released),
                     () = &mut stop => Some(NodeExit::Left),
                     () = membership.driver.stopped() => None,
@@ -138,7 +153,7 @@ impl Node {
                 }
                 membership.scope.kill_all();
                 if exit == Some(NodeExit::Left) {
-                    // The driver would notice in any case.
+                    // If this fails, the driver notices the end of the connection.
                     let limit = self.config.net.process_lease;
                     let _ = membership
                         .driver
@@ -153,12 +168,12 @@ impl Node {
         })
     }
 
-    /// Lets the actors here finish what they do, as long as the grace allows.
+    /// Lets the actors of this node finish their steps, for `leave_grace` at most.
     async fn hand_over(&self, membership: &Membership) {
         let grace = self.config.leave_grace;
         let handed_over = async {
-            // Before an actor ends: whoever starts it again must not do so here. A driver that does
-            // not answer must not take all the time: the servers may be elsewhere.
+            // The driver is told before an actor ends, so that the actor is not started again on this
+            // node. It gets half of the grace, because the actors need the rest to finish their steps.
             let prepare = PrepareToLeave(membership.id);
             if let Err(error) = membership.driver.ask_within(prepare, grace / 2).await {
                 tracing::warn!(%error, "the driver does not know that this node leaves");
@@ -171,7 +186,7 @@ impl Node {
     }
 
     async fn join(&self) -> Result<Membership, ClusterError> {
-        // `None` is beyond the end of time.
+        // `None` if the clock cannot represent the deadline; then there is none.
         let deadline = Instant::now().checked_add(self.config.join_timeout);
         let mut pause = Duration::from_millis(20);
         loop {
@@ -210,7 +225,7 @@ impl Node {
             };
             async move {
                 let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
-                // Who wants to connect tries for no longer, and asks again.
+                // A connection attempt lasts no longer than this, and the next one asks again.
                 let limit = process.config().process_lease;
                 match driver.ask_within(Resolve(node), limit).await {
                     Ok(Some(addresses)) => Ok(addresses),
@@ -270,7 +285,7 @@ impl Node {
             Err(error) => return Err(JoinError::Temporary(error.to_string())),
         };
         process.enter(node, session);
-        // Connects again, as this node: what was said so far, nobody in particular has said.
+        // Connects again, now as this node: the first connection was made without a `NodeId`.
         drop(driver);
         let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
         let lives = NodeIncarnations::new(&process);
@@ -296,7 +311,8 @@ impl Node {
         })
     }
 
-    /// The first of the driver's addresses that answers, and this host's own on the way there.
+    /// Returns the first of the driver's addresses that answers, and the local address of the connection
+    /// to it.
     async fn way_to_driver(&self, process: &Process) -> Result<(Address, IpAddr), JoinError> {
         let mut last = JoinError::Temporary(format!("{} has no address", self.driver));
         for address in self.driver_addresses().await? {
@@ -325,7 +341,7 @@ impl Node {
                 })
             });
         }
-        // A name may not be known yet while a cluster starts.
+        // A host name may not be known yet while a cluster starts.
         let found = tokio::net::lookup_host(&self.driver).await;
         let found = found.map_err(|error| JoinError::Temporary(error.to_string()))?;
         Ok(found.map(Address::Tcp).collect())
@@ -337,7 +353,7 @@ enum JoinError {
     Permanent(ClusterError),
 }
 
-/// The address of this host that the driver sees: nodes are to be reached on the same network.
+/// Returns the address of this host that the driver sees. Other nodes reach this node on the same network.
 async fn local_ip(process: &Process, driver: &Address) -> Result<IpAddr, JoinError> {
     let &Address::Tcp(address) = driver else {
         return Ok(IpAddr::V4(Ipv4Addr::LOCALHOST));

@@ -1,4 +1,4 @@
-//! What a node has, and what an actor needs.
+//! The resources that a node offers and that an actor needs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -8,30 +8,39 @@ use serde::{Deserialize, Serialize};
 
 /// Quantities such as `cpus=4` or `gpus=0.5`, and labels such as `big`.
 ///
-/// Read from and written as a list: `cpus=4,gpus=1,big`. They are for placing actors only: nothing
-/// keeps an actor from using more.
+/// The text form is a list, such as `cpus=4,gpus=1,big`. Resources only decide where an actor is placed:
+/// nothing prevents an actor from using more.
+///
+/// ```
+/// use ps_runtime::cluster::Resources;
+///
+/// let node: Resources = "cpus=4,gpus=1,big".parse()?;
+/// assert!(node.include(&Resources::none().cpus(2.0).label("big")));
+/// assert!(!node.include(&Resources::none().gpus(2.0)));
+/// # Ok::<(), ps_runtime::cluster::ResourcesError>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Resources {
     quantities: BTreeMap<String, f64>,
     labels: BTreeSet<String>,
 }
 
-/// Why a text is no list of resources.
+/// A part of a text is neither a quantity nor a label.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("`{0}` is neither a quantity such as cpus=4 nor a label")]
 pub struct ResourcesError(String);
 
 impl Resources {
-    /// Nothing: every node has that.
+    /// Returns an empty list of resources.
     #[must_use]
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Adds a quantity, at least 0.
+    /// Sets a quantity. It must be at least 0.
     ///
     /// # Panics
-    /// When it is negative or no number.
+    /// When the amount is negative or NaN.
     #[must_use]
     pub fn quantity(mut self, name: impl Into<String>, amount: f64) -> Self {
         assert!(amount >= 0.0, "a quantity of {amount} cannot be had");
@@ -39,13 +48,13 @@ impl Resources {
         self
     }
 
-    /// Adds processor cores.
+    /// Sets the number of processor cores.
     #[must_use]
     pub fn cpus(self, amount: f64) -> Self {
         self.quantity("cpus", amount)
     }
 
-    /// Adds graphics processors.
+    /// Sets the number of graphics processors.
     #[must_use]
     pub fn gpus(self, amount: f64) -> Self {
         self.quantity("gpus", amount)
@@ -58,7 +67,7 @@ impl Resources {
         self
     }
 
-    /// Whether `needed` is there.
+    /// Whether these resources include all of `needed`.
     #[must_use]
     pub fn include(&self, needed: &Self) -> bool {
         let has = |(name, amount): (&String, &f64)| {
@@ -67,7 +76,7 @@ impl Resources {
         needed.quantities.iter().all(has) && needed.labels.is_subset(&self.labels)
     }
 
-    /// Takes quantities away, if they are all there.
+    /// Subtracts quantities if all of them are available. Returns whether they were.
     pub(crate) fn reserve(&mut self, needed: &Self) -> bool {
         let fits = self.include(needed);
         if fits {
@@ -80,7 +89,7 @@ impl Resources {
         fits
     }
 
-    /// Gives quantities back.
+    /// Adds quantities that were reserved.
     pub(crate) fn give_back(&mut self, used: &Self) {
         for (name, amount) in &used.quantities {
             if let Some(free) = self.quantities.get_mut(name) {

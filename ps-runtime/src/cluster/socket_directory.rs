@@ -1,9 +1,9 @@
-//! The directory of a process's Unix socket, and what dead processes have left of theirs.
+//! Makes the directory of a process's Unix socket, and removes the directories of dead processes.
 //!
-//! A process that is killed cannot remove its directory. So each holds a lock on its own, which the
-//! system ends with the process, and whoever starts removes those that it can lock. Between the
-//! making of a directory and its lock somebody may take it for a dead one: its maker looks whether it
-//! is still there once it has the lock, and else makes another one.
+//! A process that is killed cannot remove its directory. So each process holds a lock on its directory,
+//! and the system releases the lock when the process ends. A process that starts removes the directories
+//! that it can lock. A new directory may be removed before its maker has locked it. So the maker checks,
+//! once it has the lock, that the directory still exists. If it does not, the maker makes another one.
 
 use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
@@ -19,25 +19,25 @@ use tempfile::TempDir;
 
 use crate::schema::Schema;
 
-/// What only its user may enter.
+/// The permissions of a directory that only its user may enter.
 const PRIVATE: u32 = 0o700;
 
 /// The socket's name in its directory.
 const SOCKET: &str = "socket";
 
-/// The length of the part of a directory's name that is random.
+/// The number of random characters in a directory's name.
 const NUM_RANDOM: usize = 6;
 
-/// How many entries of the temporary directory are looked at.
+/// How many entries of the temporary directory one search looks at.
 const MAX_ENTRIES: usize = 20_000;
 
-/// How many directories like ours are looked into.
+/// How many directories with such a name one search looks into.
 const MAX_DIRECTORIES: usize = 1_000;
 
-/// How often somebody may take a new directory for a dead one.
+/// How often a new directory may be removed by another process before this one gives up.
 const MAX_TRIES: usize = 16;
 
-/// A directory that only this user can enter. Its drop removes it and what is in it.
+/// A directory that only this user can enter. Dropping it removes the directory and its contents.
 #[derive(Debug)]
 pub(crate) struct SocketDirectory {
     // Fields are dropped in this order: the lock ends last.
@@ -46,13 +46,13 @@ pub(crate) struct SocketDirectory {
 }
 
 impl SocketDirectory {
-    /// Makes one in the system's temporary directory. The first one of a process removes there what
-    /// dead processes of this user and host have left.
+    /// Makes a directory in the system's temporary directory. The first call in a process also removes the
+    /// directories there of dead processes of this user and host.
     pub(crate) fn new() -> io::Result<Self> {
         static SWEPT: Once = Once::new();
         let parent = std::path::absolute(std::env::temp_dir())?;
         SWEPT.call_once(|| {
-            // Nothing depends on it.
+            // Nothing depends on the search, so an error is only logged.
             if let Err(error) = sweep(&parent) {
                 tracing::debug!(%error, parent = %parent.display(), "old sockets were not looked for");
             }
@@ -65,7 +65,8 @@ impl SocketDirectory {
             let directory = tempfile::Builder::new()
                 .prefix(&prefix())
                 .rand_bytes(NUM_RANDOM)
-                // Not as the umask says: another user could connect, and would be taken for this one.
+                // Independent of the umask: otherwise another user could connect and would be taken for
+                // this one.
                 .permissions(PermissionsExt::from_mode(PRIVATE))
                 .tempdir_in(parent)?;
             if let Some(lock) = lock(directory.path())? {
@@ -78,28 +79,29 @@ impl SocketDirectory {
         ))
     }
 
-    /// Where the socket belongs.
+    /// The path of the socket.
     pub(crate) fn socket(&self) -> PathBuf {
         self.directory.path().join(SOCKET)
     }
 }
 
-/// How the names begin of the directories of this host. A temporary directory that several hosts share
-/// does not always show the locks of the others.
+/// Returns the beginning of the names of this host's directories. The host is part of it, because several
+/// hosts may share a temporary directory, and they do not always see each other's locks.
 fn prefix() -> String {
     let mut host = Schema::new();
     host.write(&rustix::system::uname().nodename().to_string_lossy());
     format!("ps-socket-{:08x}-", host.finish() as u32)
 }
 
-/// Locks a directory that was just made; `None` if it is somebody else's, or gone.
+/// Locks a directory that was just made. Returns `None` if another process has the lock, or if the
+/// directory was removed.
 fn lock(path: &Path) -> io::Result<Option<File>> {
     let lock = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
     };
     match lock.try_lock() {
-        // Where locks are not to be had, nobody takes the directory for a dead one.
+        // If locks are not supported, no process can lock the directory and so remove it.
         Ok(()) | Err(TryLockError::Error(_)) => {}
         Err(TryLockError::WouldBlock) => return Ok(None),
     }
@@ -109,7 +111,7 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
     Ok(is_there.then_some(lock))
 }
 
-/// Removes the directories of dead processes of this user. Whatever is not as we leave it stays.
+/// Removes the directories of dead processes of this user. A directory with unexpected contents stays.
 fn sweep(parent: &Path) -> io::Result<()> {
     let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
     let inside = open(parent, flags | OFlags::RDONLY, Mode::empty())?;
@@ -121,7 +123,7 @@ fn sweep(parent: &Path) -> io::Result<()> {
         rest.is_some_and(|rest| rest.len() == NUM_RANDOM)
     });
     for name in like_ours.take(MAX_DIRECTORIES) {
-        // Mostly it is somebody's who lives; in any case it is not for us to remove.
+        // In all other cases the directory stays. Usually its process still runs.
         if let Ok(true) = remove_if_dead(&inside, &name) {
             tracing::debug!(name = %name.display(), "removed the socket of a dead process");
         }
@@ -129,8 +131,9 @@ fn sweep(parent: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes one directory if its lock is free; false if it is not a dead process's. Names are looked up
-/// in directories that are open, and links are not followed: nobody can lead this elsewhere.
+/// Removes one directory if its lock is free. Returns `false` if it is not the directory of a dead process.
+/// Names are looked up in open directories and links are not followed, so that no one can make this
+/// remove anything else.
 fn remove_if_dead(parent: &OwnedFd, name: &OsStr) -> io::Result<bool> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
     let directory = File::from(openat(parent, name, flags, Mode::empty())?);
@@ -143,12 +146,12 @@ fn remove_if_dead(parent: &OwnedFd, name: &OsStr) -> io::Result<bool> {
         Ok(socket) if FileType::from_raw_mode(socket.st_mode) == FileType::Socket => {
             unlinkat(directory.as_fd(), SOCKET, AtFlags::empty())?;
         }
-        // It died before it had one.
+        // The process died before it made the socket.
         Err(rustix::io::Errno::NOENT) => {}
         Ok(_) => return Ok(false),
         Err(error) => return Err(error.into()),
     }
-    // Fails if there is anything else in it.
+    // Fails if the directory contains anything else.
     unlinkat(parent, name, AtFlags::REMOVEDIR)?;
     Ok(true)
 }

@@ -1,4 +1,4 @@
-//! Something that is under way on the network's threads.
+//! Work that runs on the network's threads.
 
 use std::fmt;
 use std::io;
@@ -10,15 +10,15 @@ use tokio::sync::oneshot;
 use crate::actor::background::block_on;
 use crate::net::threads;
 
-/// A result that is under way: await it, or [`wait`](Self::wait) for it. It was begun at once, and
-/// goes on if this is dropped.
+/// A result that is under way. Await it, or block on it with [`wait`](Self::wait). The work starts at
+/// once, and goes on if this is dropped.
 #[must_use = "await it, or wait for it"]
 pub struct Task<T> {
     result: oneshot::Receiver<T>,
 }
 
 impl<T: Send + 'static> Task<T> {
-    /// Starts it.
+    /// Starts the work.
     ///
     /// # Panics
     /// When the system gives no thread for the network.
@@ -31,7 +31,8 @@ impl<T: Send + 'static> Task<T> {
         Self { result }
     }
 
-    /// As [`start`](Self::start), for whoever may be the first to need the network's threads.
+    /// Like [`start`](Self::start), for callers that may be the first to need the network's threads. If
+    /// there are no threads, the result is that of `failed`.
     pub(crate) fn try_start(
         work: impl Future<Output = T> + Send + 'static,
         failed: impl FnOnce(io::Error) -> T,
@@ -42,15 +43,15 @@ impl<T: Send + 'static> Task<T> {
         }
     }
 
-    /// Something that is over already.
+    /// Makes a task whose result is ready.
     pub(crate) fn ready(output: T) -> Self {
         let (sender, result) = oneshot::channel();
-        // The receiver is here.
+        // This cannot fail: the receiver still exists.
         let _ = sender.send(output);
         Self { result }
     }
 
-    /// Blocks this thread until the result is there.
+    /// Blocks this thread until the result is ready.
     ///
     /// # Panics
     /// When the work has panicked.

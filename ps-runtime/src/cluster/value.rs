@@ -1,10 +1,10 @@
-//! Values that live in one process and are used from all, through handles.
+//! Values that live in one process and are used from all processes, through handles. PyTorch calls such a
+//! handle an RRef.
 //!
-//! What PyTorch calls an RRef. A value is looked after by a small actor of its own, so a handle
-//! promises what an [`ActorRef`] promises: methods run one after another where the value is, the
-//! value goes when the last handle goes, and a process that is lost holds no handles any more.
-//! Like every actor it has a thread, so values are for what lives for a while; a result that is to
-//! be fetched once is better [kept](crate::remote::Kept).
+//! Each value is held by a small actor of its own. So a handle guarantees what an [`ActorRef`] guarantees:
+//! methods run one after another in the process of the value, the value is dropped with its last handle,
+//! and the handles of a lost process stop counting. Each value takes a thread, like every actor. A result
+//! that is fetched only once should be [kept](crate::remote::Kept) instead.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -56,22 +56,22 @@ use crate::remote::{Messages, Remote};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub trait Value: Clone + Serialize + DeserializeOwned + Send + 'static {
-    /// Adds each [`Method`] that may be called from another process. The order is part of the
-    /// protocol.
+    /// Adds each [`Method`] that may be called from another process. The order of the methods is part of
+    /// the protocol.
     fn methods(methods: &mut Messages<Owned<Self>>) {
         let _ = methods;
     }
 }
 
-/// Something to be done with a value where it lives: a message whose handler is the value.
+/// A message that runs on a value, in the process of the value.
 pub trait Method<T>: Message {
-    /// Does it. Other calls to the same value wait meanwhile.
+    /// Runs the method. Meanwhile other calls to the same value wait.
     fn call(self, value: &mut T) -> Self::Result;
 }
 
-/// The actor that looks after a value.
+/// The actor that holds a value.
 pub struct Owned<T> {
-    /// In a box, for actors can be moved and values need not be.
+    /// In a box, because actors must be `Unpin` and values need not be.
     value: Box<T>,
 }
 
@@ -82,7 +82,7 @@ impl<T> Owned<T> {
         }
     }
 
-    /// A second start would go back to the first value without anybody knowing.
+    /// Allows no restart: it would silently go back to the first value.
     pub(crate) fn options() -> Spawn {
         Spawn::new()
             .thread_name("value")
@@ -134,12 +134,32 @@ impl<T: Clone + 'static> Method<T> for Fetch<T> {
     }
 }
 
-/// A handle to a value that lives in one process of a cluster. Cheap to clone; can be sent inside
-/// messages and replies.
+/// A handle to a value that lives in one process of a cluster. It is cheap to clone, and can be sent
+/// inside messages and replies.
 ///
-/// The value is dropped when the last handle to it is: at once if that one is in the value's own
-/// process, else after a grace period, as with an [`ActorRef`]. If a method panics, the value is
-/// gone, too: nobody knows in which state it is.
+/// The value is dropped with its last handle: at once if that handle is in the value's own process, else
+/// after a grace period, as with an [`ActorRef`]. If a method panics, the value is dropped, too, because
+/// its state is unknown then.
+///
+/// ```
+/// use ps_runtime::cluster::{Cluster, Hosts, SpawnOn};
+/// use ps_runtime::remote::{RemoteRef, Value};
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Serialize, Deserialize)]
+/// struct Vocabulary(Vec<String>);
+///
+/// impl Value for Vocabulary {}
+///
+/// // The cluster chooses the process that gets the value. Here it is this one.
+/// let cluster = Cluster::alone(Hosts::new().values::<Vocabulary>());
+/// let words = Vocabulary(vec!["one".to_owned(), "two".to_owned()]);
+/// let handle = RemoteRef::new_on(&cluster, SpawnOn::new(), words).wait()?;
+/// assert_eq!(handle.fetch().wait()?.0.len(), 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// [`Value`] has an example with methods.
 #[derive(Serialize, Deserialize)]
 #[serde(bound = "")]
 pub struct RemoteRef<T: Value> {
@@ -147,7 +167,7 @@ pub struct RemoteRef<T: Value> {
 }
 
 impl<T: Value> RemoteRef<T> {
-    /// Puts a value into this process's care.
+    /// Starts an actor in this process that holds the value.
     ///
     /// # Errors
     /// When the system gives no thread.
@@ -163,8 +183,8 @@ impl<T: Value> RemoteRef<T> {
         Ok(Self { actor })
     }
 
-    /// Sends a value to another process of a cluster, which [hosts](crate::cluster::Hosts::values)
-    /// values of this type and looks after it from then on.
+    /// Sends a value to a process of a cluster, which holds it from then on. That process must
+    /// [host values](crate::cluster::Hosts::values) of this type.
     pub fn new_on(
         cluster: &Cluster,
         options: SpawnOn,
@@ -175,18 +195,18 @@ impl<T: Value> RemoteRef<T> {
         Task::try_start(handle, |error| Err(SpawnOnError::Threads(error)))
     }
 
-    /// The process that has the value; `None` if it is this one.
+    /// The process that has the value, or `None` if it is this process.
     #[must_use]
     pub fn owner(&self) -> Option<NodeId> {
         self.actor.node()
     }
 
-    /// Copies the value to here.
+    /// Copies the value to this process.
     pub fn fetch(&self) -> Reply<T> {
         self.actor.ask(Fetch(PhantomData))
     }
 
-    /// Calls a method where the value lives.
+    /// Calls a method in the process of the value.
     pub fn call<M>(&self, method: M) -> Reply<M::Result>
     where
         M: Method<T> + Send + 'static,

@@ -1,18 +1,18 @@
-//! What can be wrong with flags and variables, and with starting processes.
+//! The errors of flags and variables, and of starting processes.
 
 use std::io;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why a process cannot tell which of N copies it is.
+/// Why a process cannot find out which of N copies it is.
 ///
-/// All are mistakes in a configuration: leave with [`EXIT_CONFIG`](super::EXIT_CONFIG), because
-/// trying again cannot help.
+/// All of these are mistakes in a configuration, so trying again cannot help. End the program with
+/// [`EXIT_CONFIG`](super::EXIT_CONFIG).
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum LaunchError {
-    /// A variable should hold a number and does not.
+    /// The value of a variable is not a number, or is too large.
     #[error("{variable}={value:?} is not a whole number from 0 to {largest}")]
     NotANumber {
         /// The variable.
@@ -41,15 +41,15 @@ pub enum LaunchError {
         /// The variable, or the flag.
         set_by: &'static str,
     },
-    /// A variable or flag needs another one beside it.
+    /// A variable or flag needs another one, which is not set.
     #[error("{given} is set but {missing} is not")]
     Incomplete {
-        /// What is set.
+        /// The variable or flag that is set.
         given: &'static str,
-        /// What has to be set too.
+        /// The variable or flag that must be set, too.
         missing: &'static str,
     },
-    /// Rank and world size are known, where rank 0 listens is not.
+    /// Rank and world size are known, but the address of rank 0 is not.
     #[error(
         "{set_by} makes this rank {rank} of {world_size}, but nothing says where rank 0 listens: set {needed}"
     )]
@@ -70,10 +70,10 @@ pub enum LaunchError {
         variable: &'static str,
         /// Its value.
         value: String,
-        /// What is wrong with it, and how it should be.
+        /// What is wrong with the value, and what it should be.
         problem: &'static str,
     },
-    /// The port is 0, no number, or above 65535.
+    /// The port is 0, is not a number, or is above 65535.
     #[error("{variable}={value:?} is no port: {problem}")]
     BadPort {
         /// The variable, or the flag.
@@ -98,19 +98,19 @@ pub enum LaunchError {
     /// Two flags contradict each other.
     #[error("--processes starts all copies itself: leave out {other}")]
     Conflict {
-        /// The flag that does not go with `--processes`.
+        /// The flag that contradicts `--processes`.
         other: &'static str,
     },
-    /// A launcher has started several copies, and each is told to start copies of its own.
+    /// A launcher has started several copies, and a flag tells each of them to start copies of its own.
     #[error(
         "--processes starts all copies itself, but {launcher} has already started this one as rank {rank} of {world_size}: leave out --processes, or start one copy only"
     )]
     AlreadyLaunched {
         /// The launcher.
         launcher: &'static str,
-        /// The rank it gave.
+        /// The rank that the launcher gave to this copy.
         rank: u32,
-        /// How many copies it started.
+        /// How many copies the launcher started.
         world_size: u32,
     },
 }
@@ -125,7 +125,7 @@ pub enum ProcessError {
     /// The system does not say which program this is.
     #[error("could not find the program that is running here")]
     CurrentExe(#[source] io::Error),
-    /// The system gave no thread, or no event loop for it.
+    /// The system gave no thread, or no event loop for the thread.
     #[error("could not start a thread to watch processes")]
     Thread(#[source] io::Error),
     /// The system did not start the process.
@@ -135,7 +135,7 @@ pub enum ProcessError {
         rank: u32,
         /// The program.
         program: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -144,11 +144,11 @@ pub enum ProcessError {
     Kill {
         /// The rank of the process.
         rank: u32,
-        /// What the system said.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
-    /// The group has no such rank to act on.
+    /// The group has no such rank.
     #[error(
         "the group has no rank {rank}: it started ranks 1 to {}, rank 0 is the driver",
         world_size - 1
@@ -159,7 +159,7 @@ pub enum ProcessError {
         /// The world size.
         world_size: u32,
     },
-    /// A rank cannot be started while it runs.
+    /// The rank still runs, so it cannot be started again.
     #[error("rank {rank} is still running: kill it, and wait for its exit, before a restart")]
     StillRunning {
         /// The rank.

@@ -1,4 +1,4 @@
-//! What the command line says about the launch, which wins over variables.
+//! The flags about the launch. They have priority over environment variables.
 
 use super::env;
 use super::error::LaunchError;
@@ -6,43 +6,44 @@ use super::launchers::{Variables, check_rank};
 use super::rank::Place;
 use super::rendezvous::{DEFAULT_PORT, Rendezvous, parse_port};
 
-/// Flags about the launch, named as a program is expected to name them on its command line:
+/// The flags about the launch. A program should give them these names on its command line:
 /// `--rank`, `--world-size`, `--master-addr`, `--master-port`, `--run-id`, `--processes`.
 ///
-/// Nothing is set by default: then variables decide, and without any the process is alone.
+/// By default no flag is set. Then environment variables decide. If there are none either, the process is
+/// alone.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LaunchOptions {
     /// This copy's number, from 0. Needs `world_size`.
     pub rank: Option<u32>,
-    /// How many copies there are; at least 1. Needs `rank`.
+    /// How many copies there are. At least 1. Needs `rank`.
     pub world_size: Option<u32>,
-    /// The host that rank 0 listens on; by default 127.0.0.1 beside `rank`. Without `rank` it adds
-    /// the host to what a launcher says, such as mpirun, which gives ranks but no address.
+    /// The host that rank 0 listens on. If `rank` is set, the default is 127.0.0.1. If `rank` is not set, this
+    /// adds the host to the rank of a launcher that gives no address, such as mpirun.
     pub master_addr: Option<String>,
-    /// The port that rank 0 listens on, 1 to 65535; by default [`DEFAULT_PORT`].
+    /// The port that rank 0 listens on, from 1 to 65535. Default: [`DEFAULT_PORT`].
     pub master_port: Option<u16>,
-    /// Which run this is, so that the nodes of another one are refused; by default `PS_RUN_ID`.
+    /// The id of this run. Nodes of another run are refused. Default: `PS_RUN_ID`.
     pub run_id: Option<String>,
-    /// Start this many processes on this machine, this one among them; at least 1.
+    /// How many processes to run on this machine, including this one. At least 1.
     pub processes: Option<u32>,
 }
 
-/// How this process takes part.
+/// The role of this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Launch {
-    /// Nobody else does: everything runs in this process.
+    /// There are no other processes: everything runs in this process.
     Alone,
-    /// It is the driver, and starts the others: see [`ProcessGroup`](super::ProcessGroup).
+    /// This process is the driver and starts the others; see [`ProcessGroup`](super::ProcessGroup).
     StartProcesses {
-        /// How many processes there shall be, this one among them; at least 2.
+        /// How many processes to run, including this one. At least 2.
         world_size: u32,
     },
-    /// It is one of several copies, or a single one that was told where to listen.
+    /// This process is one of several copies, or a single copy that was told where to listen.
     Rank(Place),
 }
 
 impl Launch {
-    /// This process's rank: 0 unless it is a node.
+    /// This process's rank. It is 0 unless the process is a node.
     pub fn rank(&self) -> u32 {
         match self {
             Self::Alone | Self::StartProcesses { .. } => 0,
@@ -51,14 +52,14 @@ impl Launch {
     }
 }
 
-/// Decides how this process takes part, from flags and variables.
+/// Decides the role of this process from flags and environment variables.
 ///
-/// Flags win: with `--rank` and `--world-size` no launcher's variables are looked at except
-/// `PS_ATTEMPT`. One thing wins over flags: a copy that a [`ProcessGroup`](super::ProcessGroup)
-/// started, and that has the driver's command line, is told by variables which copy it is.
+/// Flags have priority: with `--rank` and `--world-size`, no variables of launchers are read except
+/// `PS_ATTEMPT`. There is one exception. A child process of a [`ProcessGroup`](super::ProcessGroup) has the
+/// driver's command line, so its variables have priority over flags.
 ///
 /// # Errors
-/// When flags are incomplete or contradict each other or a launcher; and as
+/// When flags are incomplete, when they contradict each other or a launcher, and in the cases of
 /// [`from_env`](super::from_env).
 pub fn resolve(
     options: &LaunchOptions,
@@ -66,7 +67,8 @@ pub fn resolve(
 ) -> Result<Launch, LaunchError> {
     let variables = Variables(env);
     if variables.get(env::PARENT_PID).is_some() {
-        // Not the flags: `--processes` here would start copies that start copies, without end.
+        // The flags are ignored: with `--processes`, child processes would start child processes without
+        // end.
         return from_variables(&LaunchOptions::default(), &variables);
     }
     if let Some(world_size) = options.processes {
@@ -100,7 +102,7 @@ fn start_processes(
     if let Some((other, _)) = others.into_iter().find(|(_, is_set)| *is_set) {
         return Err(LaunchError::Conflict { other });
     }
-    // Each of several copies would be a driver of its own, and none would know of the others.
+    // Otherwise each of the copies would be a driver of its own.
     if let Some(seat) = variables.seat()?
         && seat.world_size > 1
     {

@@ -2,10 +2,10 @@
 //!
 //! Ranges are never expanded: `n[0-4294967295]` costs no more than its text.
 
-/// Returns the first host; `gpu[003-007,9],x1` begins with `gpu003`.
+/// Returns the first host: `gpu003` for `gpu[003-007,9],x1`.
 ///
-/// Only the first entry is checked; a name can have several brackets, as in `rack[1-2]node[03-04]`.
-/// It is never longer than the list.
+/// Only the first entry is checked. A name can have several brackets, as in `rack[1-2]node[03-04]`. The
+/// result is never longer than the list.
 pub(super) fn first_host(list: &str) -> Result<String, &'static str> {
     let mut host = String::new();
     let mut rest = list.trim().chars();

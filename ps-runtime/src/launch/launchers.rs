@@ -1,9 +1,9 @@
-//! The variables of all launchers, as one table, and how they are read.
+//! Reads the variables of all launchers. They are in one table with a row per launcher.
 //!
-//! The first row of which both rank and world size are set wins, and both are taken from that one
-//! row: an inner launcher inherits the outer one's variables (mpirun inside of Slurm), so numbers
-//! from two rows do not belong together. Half a row is left aside, unless it is ours.
-//! [`env::RENDEZVOUS`] says where rank 0 listens whatever the row.
+//! The first row of which both rank and world size are set is used, and both are taken from that row: an
+//! inner launcher inherits the variables of the outer one (mpirun inside Slurm), so numbers from two rows
+//! do not belong together. A row of which only one is set is skipped, unless it is our own row.
+//! [`env::RENDEZVOUS`] gives the address of rank 0 for every row.
 
 use std::str::FromStr;
 
@@ -28,14 +28,14 @@ struct Row {
     address: AddressSource,
 }
 
-/// Where a launcher says, beside [`env::RENDEZVOUS`], where rank 0 listens.
+/// The variables that give the address of rank 0 if [`env::RENDEZVOUS`] is not set.
 enum AddressSource {
     Nowhere,
     Master,
-    /// As `Master`; but with `TORCHELASTIC_USE_AGENT_STORE=True` torchrun's own store has that
-    /// port, and rank 0 takes the next.
+    /// Like `Master`. But with `TORCHELASTIC_USE_AGENT_STORE=True`, torchrun's own store has that port, and
+    /// rank 0 takes the next one.
     Torchrun,
-    /// The step's first host. Not `SLURM_LAUNCH_NODE_IPADDR`: that is where srun was typed.
+    /// The step's first host. `SLURM_LAUNCH_NODE_IPADDR` is not used: it is the host on which srun was typed.
     Slurm,
 }
 
@@ -47,7 +47,7 @@ static ROWS: [Row; 6] = [
         attempt: Some(env::ATTEMPT),
         address: AddressSource::Nowhere,
     },
-    // Kubeflow and many scripts set the same.
+    // Kubeflow and many scripts set the same variables.
     Row {
         launcher: "torchrun",
         rank: "RANK",
@@ -70,7 +70,7 @@ static ROWS: [Row; 6] = [
         attempt: None,
         address: AddressSource::Master,
     },
-    // Only srun sets the number of the step's tasks: a bare batch script is alone.
+    // Only srun sets the number of the step's tasks, so a batch script without srun is alone.
     Row {
         launcher: "Slurm",
         rank: "SLURM_PROCID",
@@ -87,7 +87,7 @@ static ROWS: [Row; 6] = [
     },
 ];
 
-/// All variables that decide about a place; `SLURM_JOB_ID` alone decides nothing.
+/// All variables that decide the place of a process. `SLURM_JOB_ID` alone decides nothing.
 pub(super) fn variables() -> impl Iterator<Item = &'static str> {
     let of_rows = ROWS
         .iter()
@@ -102,7 +102,7 @@ pub(super) fn variables() -> impl Iterator<Item = &'static str> {
     ])
 }
 
-/// A rank and a world size of one row, checked.
+/// The rank and the world size of one row, after checks.
 pub(super) struct Seat {
     row: &'static Row,
     pub(super) rank: u32,
@@ -119,7 +119,7 @@ impl Seat {
 pub(super) struct Variables<G>(pub(super) G);
 
 impl<G: Fn(&str) -> Option<String>> Variables<G> {
-    /// The first complete row.
+    /// Returns the first complete row.
     pub(super) fn seat(&self) -> Result<Option<Seat>, LaunchError> {
         if self.get(env::RANK).is_some() && self.get(env::WORLD_SIZE).is_none() {
             return Err(LaunchError::Incomplete {
@@ -133,8 +133,8 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
             }
         }
         if self.get(env::WORLD_SIZE).is_some() {
-            // Set on purpose, so this process should not train alone: most likely the Job in
-            // Kubernetes is not an indexed one.
+            // The variable is set on purpose, so this process should not train alone. Most likely the Job
+            // in Kubernetes is not an indexed one.
             return Err(LaunchError::Incomplete {
                 given: env::WORLD_SIZE,
                 missing: "PS_RANK (or JOB_COMPLETION_INDEX, by `completionMode: Indexed`)",
@@ -143,7 +143,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         Ok(None)
     }
 
-    /// Everything else about the place, once its rank is known.
+    /// Reads the rest of the place, once its rank is known.
     pub(super) fn place(&self, seat: &Seat) -> Result<Place, LaunchError> {
         let row = seat.row;
         Ok(Place {
@@ -155,7 +155,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         })
     }
 
-    /// As [`place`](Self::place), when a flag says where rank 0 listens.
+    /// Like [`place`](Self::place), for an address that was given by a flag.
     pub(super) fn place_at(
         &self,
         seat: &Seat,
@@ -170,7 +170,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         })
     }
 
-    /// How often this rank was started again; 0 if nobody says.
+    /// Returns how often this rank was started again, or 0 if no variable says so.
     pub(super) fn attempt(&self, variable: Option<&'static str>) -> Result<u64, LaunchError> {
         let Some(variable) = variable else {
             return Ok(0);
@@ -202,8 +202,9 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         if seat.world_size == 1 {
             return Ok(None);
         }
-        // Not only the row of the rank: `srun --mpi=pmi2`, a default in places, sets PMI's row, which
-        // has no address, and Slurm's, which has. Rows with the same numbers tell of the same copies.
+        // Not only the row of the rank is read: `srun --mpi=pmi2`, a default on some systems, sets PMI's row,
+        // which has no address, and Slurm's row, which has one. Rows with the same numbers describe the same
+        // copies.
         for row in &ROWS {
             let is_same =
                 |other: &Seat| (other.rank, other.world_size) == (seat.rank, seat.world_size);
@@ -246,7 +247,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         }
     }
 
-    /// `MASTER_ADDR`, and the port that comes `offset` after `MASTER_PORT`.
+    /// Returns `MASTER_ADDR` with the port `MASTER_PORT` plus `offset`.
     fn master(&self, offset: u16) -> Result<Option<Rendezvous>, LaunchError> {
         let Some(host) = self.get(MASTER_ADDR) else {
             return Ok(None);
@@ -265,8 +266,8 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         Rendezvous::new(MASTER_ADDR, &host, port).map(Some)
     }
 
-    /// The step's first host, where rank 0 runs unless srun was told to place tasks otherwise, and
-    /// a port that two jobs on one host hardly share.
+    /// Returns the step's first host and a port that two jobs on one host hardly ever share. Rank 0 runs on
+    /// this host, unless srun was told to place tasks in another way.
     fn slurm(&self) -> Result<Option<Rendezvous>, LaunchError> {
         let Some(hosts) = self.get(STEP_HOSTS) else {
             return Ok(None);
@@ -309,7 +310,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
     }
 }
 
-/// Checks that the rank is one of the world's.
+/// Checks that the rank is below the world size.
 pub(super) fn check_rank(
     set_by: &'static str,
     world_size_name: &'static str,

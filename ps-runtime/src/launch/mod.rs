@@ -1,30 +1,30 @@
-//! Says which of N copies of one program this process is, and starts N copies on this machine.
+//! Finds out which of N copies of one program this process is, and starts N copies on this machine.
 //!
-//! There is no cluster manager of our own. An engine (torchrun, Open MPI, Slurm, Kubernetes, …)
-//! starts the copies and tells each its rank through variables of its own, or [`ProcessGroup`]
-//! starts them here. Rank 0 is the driver, every other rank is a node. [`resolve`] reads flags and
-//! variables and opens nothing; what the copies then say to each other is not this module's concern.
+//! There is no cluster manager. A launcher (torchrun, Open MPI, Slurm, Kubernetes, …) starts the copies
+//! and gives each its rank through environment variables. Or [`ProcessGroup`] starts child processes on
+//! this machine. Rank 0 is the driver; every other rank is a node. [`resolve`] reads flags and variables
+//! and opens nothing. This module does not connect the copies; [`cluster`](crate::cluster) does.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `rank` | [`Place`]: rank, world size, attempt, and rank 0's address |
-//! | `launchers` | the variables of all launchers, and how they are read |
+//! | `launchers` | reads the variables of all launchers |
 //! | `rendezvous` | [`Rendezvous`]: a host and a port |
 //! | `host_list` | the first host of Slurm's compressed list |
-//! | `flags` | [`LaunchOptions`]: flags win over variables |
-//! | `processes` | [`ProcessGroup`]: copies on this machine that end with their driver |
+//! | `flags` | [`LaunchOptions`]: flags have priority over variables |
+//! | `processes` | [`ProcessGroup`]: child processes that end with their driver |
 //! | `supervisor` | the thread that starts, watches and ends them |
-//! | `restarts` | how often and how soon a copy that has failed is started again |
-//! | `signals` | being asked to leave, and exit codes |
-//! | `stop_signal` | [`StopSignal`]: a driver that is asked to end |
-//! | [`env`](mod@env) | our own variables |
+//! | `restarts` | decides how often and how soon a child process that failed is started again |
+//! | `signals` | the signals that ask a process to leave, and exit codes |
+//! | `stop_signal` | [`StopSignal`]: lets a driver end in order |
+//! | [`env`](mod@env) | the names of our own variables |
 //!
-//! What a program does with it:
+//! A program can use it like this:
 //!
 //! ```
 //! use ps_runtime::launch::{self, Launch, LaunchOptions};
 //!
-//! launch::die_with_parent()?; // First thing in `main`: only a `ProcessGroup`'s copies do anything.
+//! launch::die_with_parent()?; // First in `main`. It does nothing except in a child process.
 //! let options = LaunchOptions::default(); // Filled from the command line.
 //! match launch::resolve(&options, launch::env::read)? {
 //!     Launch::Alone => println!("all in this process"),

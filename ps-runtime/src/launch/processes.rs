@@ -1,12 +1,16 @@
-//! Copies of this program on this machine, which end when their driver ends.
+//! Child processes: copies of this program on this machine, which end when their driver ends.
 //!
-//! However the driver ends, no copy is left: [`ProcessGroup::shutdown`] asks and then kills;
-//! dropping the group, so also a panic, does the same with less patience; and for a driver that
-//! cannot do anything any more, killed or crashed, the kernel kills the copies (Linux only, and
-//! only those that called [`die_with_parent`]). Processes that copies start are theirs to end.
+//! However the driver ends, no child process is left:
 //!
-//! All copies are started by one thread that lives as long as the group, because the kernel's
-//! "parent" is that thread: see `supervisor`.
+//! - [`ProcessGroup::shutdown`] asks them to end, and kills those that do not.
+//! - Dropping the group, for example in a panic, does the same with a shorter grace.
+//! - If the driver is killed or crashes, the kernel kills the child processes (only on Linux, and only
+//!   those that called [`die_with_parent`]).
+//!
+//! Processes that child processes start are not ended.
+//!
+//! One thread, which lives as long as the group, starts all child processes, because for the kernel that
+//! thread is the parent; see `supervisor`.
 
 use std::env;
 use std::fmt;
@@ -25,20 +29,20 @@ use super::rendezvous::Rendezvous;
 use super::signals::{EXIT_CONFIG, EXIT_OK};
 use super::supervisor::{self, Request};
 
-/// How long a group that is dropped waits before it kills.
+/// How long a group that is dropped waits before it kills its child processes.
 const DROP_GRACE: Duration = Duration::from_secs(1);
 
-/// What copies are told.
+/// The settings of a [`ProcessGroup`], which the child processes are told.
 #[derive(Clone)]
 pub struct ProcessConfig {
-    /// How many processes there shall be, this one among them; at least 1.
+    /// How many processes to run, including this one. At least 1.
     pub world_size: u32,
-    /// Where this process, rank 0, listens already.
+    /// The address at which this process, rank 0, already listens.
     pub rendezvous: Rendezvous,
-    /// The secret that copies show when they connect. It travels in the environment, which, other
-    /// than the command line, only this user can read. `None` leaves [`env::TOKEN`](names::TOKEN) as it is.
+    /// The secret with which child processes connect. They get it in an environment variable: unlike the
+    /// command line, only this user can read that. `None` leaves [`env::TOKEN`](names::TOKEN) as it is.
     pub token: Option<String>,
-    /// Which run they take part in. `None` leaves [`env::RUN_ID`](names::RUN_ID) as it is.
+    /// The id of the run. `None` leaves [`env::RUN_ID`](names::RUN_ID) as it is.
     pub run_id: Option<String>,
 }
 
@@ -52,49 +56,49 @@ impl fmt::Debug for ProcessConfig {
     }
 }
 
-/// How one copy ended.
+/// How a child process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exited {
-    /// The copy's rank, from 1.
+    /// The child process's rank, from 1.
     pub rank: u32,
     /// How often the rank had been started again before.
     pub attempt: u64,
-    /// Exit code, or signal. `None` when it is not known: somebody else in this process waited for
-    /// the copy, or the system did not end it after it was killed.
+    /// The exit code or the signal. It is `None` if it is not known: other code in this process waited for
+    /// the child process, or the system did not end the child process after it was killed.
     pub status: Option<ExitStatus>,
 }
 
 impl Exited {
-    /// Whether starting the rank again can help: not after [`EXIT_OK`] and [`EXIT_CONFIG`].
+    /// Whether starting the rank again can help. It cannot after [`EXIT_OK`] and [`EXIT_CONFIG`].
     pub fn can_retry(&self) -> bool {
         let code = self.status.and_then(|status| status.code());
         code != Some(EXIT_OK.into()) && code != Some(EXIT_CONFIG.into())
     }
 }
 
-/// The copies of this program that this process started: ranks 1 to `world_size - 1`.
+/// The child processes that this process has started: ranks 1 to `world_size - 1`.
 ///
-/// Dropping it ends them: it asks, waits up to a second, kills, and blocks until all are gone. Use
-/// [`shutdown`](Self::shutdown) for a patient end.
+/// Dropping it ends them: it asks them to end, waits up to 1 s, kills those that still run, and blocks until
+/// all have ended. [`shutdown`](Self::shutdown) can give them more time.
 pub struct ProcessGroup {
     requests: UnboundedSender<Request>,
-    /// Bounded by the number of starts: each is reported once.
+    /// Bounded by the number of starts, because each is reported once.
     exits: UnboundedReceiver<Exited>,
     num_unreported: usize,
     thread: Option<JoinHandle<()>>,
 }
 
 impl ProcessGroup {
-    /// Starts copies of this program with the same arguments, working directory and output, no
-    /// input, and variables of [`env`](mod@super::env) that tell each its rank. Other launchers'
-    /// variables are taken away.
+    /// Starts copies of this program with the same arguments, working directory and output, and without
+    /// input. Variables of [`env`](mod@super::env) tell each copy its rank. The variables of other launchers
+    /// are removed.
     ///
-    /// Returns when all are started, which says nothing about how far they have come. It blocks for
-    /// some milliseconds.
+    /// It returns when all copies are started; they may not have reached `main` yet. It blocks for some
+    /// milliseconds.
     ///
     /// # Errors
-    /// When the world size is 0, or the system refuses a thread or a process; then those that had
-    /// been started are killed.
+    /// When the world size is 0, or when the system gives no thread or does not start a process. The
+    /// processes that were already started are then killed.
     pub fn start(config: ProcessConfig) -> Result<Self, ProcessError> {
         let Some(num_copies) = config.world_size.checked_sub(1) else {
             return Err(ProcessError::NoProcesses);
@@ -123,10 +127,11 @@ impl ProcessGroup {
         })
     }
 
-    /// Waits for the next copy to end; each end is returned once, in the order seen.
+    /// Waits for the next child process to end. Each end is returned once, in the order in which the ends
+    /// were noticed.
     ///
-    /// `None` when none runs and all ends have been returned. Nothing is lost when the future is
-    /// dropped.
+    /// Returns `None` when no child process runs and all ends have been returned. If the future is dropped,
+    /// no end is lost.
     pub async fn exited(&mut self) -> Option<Exited> {
         if self.num_unreported == 0 {
             return None;
@@ -136,7 +141,7 @@ impl ProcessGroup {
         Some(exited)
     }
 
-    /// Returns how a rank's last copy ended, or `None` while it runs.
+    /// Returns how the last child process of a rank ended, or `None` while it runs.
     ///
     /// # Errors
     /// When the group has no such rank.
@@ -144,31 +149,31 @@ impl ProcessGroup {
         self.ask(|done| Request::Look { rank, done })
     }
 
-    /// Starts a rank again after it has ended, and returns the new copy's attempt.
+    /// Starts a rank again after it has ended, and returns the attempt of the new child process.
     ///
     /// # Errors
-    /// When it still runs, when the group has no such rank, or when the system refuses: the
-    /// program's file may have been replaced or removed since.
+    /// When the rank still runs, when the group has no such rank, or when the system does not start the
+    /// process. (The file of the program may have been replaced or removed.)
     pub fn restart(&mut self, rank: u32) -> Result<u64, ProcessError> {
         let attempt = self.ask(|done| Request::Restart { rank, done })?;
         self.num_unreported += 1;
         Ok(attempt)
     }
 
-    /// Kills a rank's copy at once, if it runs: SIGKILL, which it cannot refuse.
+    /// Kills the child process of a rank with SIGKILL, if it runs.
     ///
-    /// Returns before it has ended; [`exited`](Self::exited) tells.
+    /// It returns before the process has ended. [`exited`](Self::exited) reports the end.
     ///
     /// # Errors
-    /// When the group has no such rank, or the system refuses.
+    /// When the group has no such rank, or when the system does not send the signal.
     pub fn kill(&self, rank: u32) -> Result<(), ProcessError> {
         self.ask(|done| Request::Kill { rank, done })
     }
 
-    /// Ends all copies: SIGTERM, and SIGKILL to those that still run after `grace`.
+    /// Ends all child processes: it sends SIGTERM, and SIGKILL to those that still run after `grace`.
     ///
-    /// Returns the ends that [`exited`](Self::exited) had not returned, when no copy is left. When
-    /// the future is dropped before, the group is dropped, and its grace is at most a second more.
+    /// When no child process is left, it returns the ends that [`exited`](Self::exited) had not returned. If
+    /// the future is dropped earlier, the group is dropped, and then the grace is at most 1 s more.
     pub async fn shutdown(mut self, grace: Duration) -> Vec<Exited> {
         self.stop(grace);
         let mut ends = Vec::new();
@@ -179,7 +184,7 @@ impl ProcessGroup {
     }
 
     fn stop(&self, grace: Duration) {
-        // Refused only when the thread has ended, and then no copy is left.
+        // This fails only if the thread has ended, and then no child process is left.
         let _ = self.requests.send(Request::Stop { grace });
     }
 
@@ -213,7 +218,7 @@ impl fmt::Debug for ProcessGroup {
     }
 }
 
-/// Tells a copy its place, and takes away what an outer launcher told this process.
+/// Sets the variables that tell a child process its place, and removes those of an outer launcher.
 fn set_variables(command: &mut Command, config: &ProcessConfig, rank: u32, attempt: u64) {
     for variable in variables() {
         command.env_remove(variable);
@@ -232,16 +237,16 @@ fn set_variables(command: &mut Command, config: &ProcessConfig, rank: u32, attem
     }
 }
 
-/// Makes this process end with the [`ProcessGroup`] that started it, and leave Ctrl-C, which a terminal
-/// sends to both, to that one; does nothing in any other.
+/// Makes a child process of a [`ProcessGroup`] end when its driver ends, and ignore Ctrl-C. (A terminal
+/// sends Ctrl-C to the driver, too, and the driver decides.) In all other processes it does nothing.
 ///
-/// Call it first thing in `main`, on the main thread: the kernel's promise to kill this process
-/// ends with the thread that asked for it. If the parent is gone already, this process exits with
-/// code 1 at once. Only Linux and Android make such a promise; elsewhere a copy whose driver was
-/// killed lives until it notices that nobody answers.
+/// Call it first in `main`, on the main thread, because the kernel's promise to kill this process ends with
+/// the thread that asked for it. If the driver has already ended, this process exits with code 1 at once.
+/// Only Linux and Android make this promise. On other systems, a child process whose driver was killed runs
+/// until it notices that the driver does not answer.
 ///
 /// # Errors
-/// When `PS_PARENT_PID` holds no process id, or the kernel refuses.
+/// When `PS_PARENT_PID` is not a process id, or when the kernel refuses.
 pub fn die_with_parent() -> io::Result<()> {
     let Some(value) = names::read(names::PARENT_PID) else {
         return Ok(());
@@ -250,14 +255,14 @@ pub fn die_with_parent() -> io::Result<()> {
         let message = format!("{}={value:?} is no process id", names::PARENT_PID);
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     };
-    // SIGKILL, because without a driver there is nobody to hand over to, and nobody who would
-    // follow a polite signal by a firm one.
+    // SIGKILL and not SIGTERM: without a driver there is no process to hand over to, and no process that
+    // would send SIGKILL later.
     #[cfg(any(target_os = "linux", target_os = "android"))]
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
-    // It may have died before the line above; then the kernel has given this process to another.
+    // The parent may have died before the line above. Then this process has another parent now.
     #[cfg(unix)]
     if std::os::unix::process::parent_id() != parent {
-        // Whoever read it may be gone, too.
+        // The reader of stderr may have ended, too, so errors are ignored.
         let message = format!("process {parent}, which started this one, is gone: leaving\n");
         let _ = io::Write::write_all(&mut io::stderr(), message.as_bytes());
         process::exit(1);
@@ -269,7 +274,7 @@ pub fn die_with_parent() -> io::Result<()> {
     Ok(())
 }
 
-/// With a handler, even one that nobody listens to any more, the signal does nothing by itself.
+/// Installs a handler for SIGINT. With any handler, the signal does not end the process.
 #[cfg(unix)]
 fn ignore_interrupts() -> io::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};

@@ -1,21 +1,21 @@
-//! Which of N copies this process is.
+//! The place of this process among the N copies of the program.
 
 use super::error::LaunchError;
 use super::launchers::Variables;
 use super::rendezvous::Rendezvous;
 
-/// Which of N copies of one program this process is.
+/// The place of this process among the N copies of a program.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
-    /// This copy's number, from 0; below `world_size`. Rank 0 is the driver.
+    /// This copy's number, from 0 to `world_size - 1`. Rank 0 is the driver.
     pub rank: u32,
-    /// How many copies there are; at least 1.
+    /// How many copies there are. At least 1.
     pub world_size: u32,
-    /// How often this rank has been started again, from 0, as far as the launcher says.
+    /// How often this rank has been started again, as the launcher says. 0 if it says nothing.
     pub attempt: u64,
-    /// Where rank 0 listens. `None` only when `world_size` is 1.
+    /// The address that rank 0 listens on. It is `None` only if `world_size` is 1.
     pub rendezvous: Option<Rendezvous>,
-    /// Who gave the rank, for messages: "torchrun", "Slurm", "flags", ….
+    /// The source of the rank, for messages: "torchrun", "Slurm", "flags", ….
     pub launcher: &'static str,
 }
 
@@ -26,21 +26,20 @@ impl Place {
     }
 }
 
-/// Returns what the log lines of a rank begin with: "driver 0", or "node 2".
+/// Returns the beginning of the log lines of a rank: "driver 0", or "node 2".
 pub fn log_prefix(rank: u32) -> String {
     let role = if rank == 0 { "driver" } else { "node" };
     format!("{role} {rank}")
 }
 
-/// Reads this process's place from a launcher's variables; `None` if no launcher set any.
+/// Reads this process's place from a launcher's variables. Returns `None` if no launcher set any.
 ///
-/// Looks for ours, torchrun's, Open MPI's, PMI's (MPICH, Intel MPI), Slurm's and Kubernetes', in
-/// this order; the first that gives both a rank and a world size wins.
+/// It looks for our own variables, then for those of torchrun, Open MPI, PMI (MPICH, Intel MPI), Slurm and
+/// Kubernetes, in this order. The first set of variables that has both a rank and a world size is used.
 ///
-/// `get` is [`env::read`](super::env::read), or a pretended environment in tests. An empty
-/// variable counts as not set. An address is required of several copies only: a single one that a
-/// launcher started is alone, unless [`env::RENDEZVOUS`](super::env::RENDEZVOUS) says where it
-/// should listen.
+/// `get` is [`env::read`](super::env::read); a test can pass a function of its own. An empty variable counts
+/// as not set. An address is needed only if there are several copies. A single copy that a launcher started
+/// is alone, unless [`env::RENDEZVOUS`](super::env::RENDEZVOUS) says where it should listen.
 ///
 /// ```
 /// use ps_runtime::launch::from_env;
@@ -59,8 +58,8 @@ pub fn log_prefix(rank: u32) -> String {
 /// ```
 ///
 /// # Errors
-/// When the variables contradict each other, hold no numbers, or leave out where rank 0 listens;
-/// the error names the variable to set.
+/// When the variables contradict each other, when a value is not a number, or when the address of rank 0 is
+/// missing. The error names the variable to set.
 pub fn from_env(get: impl Fn(&str) -> Option<String>) -> Result<Option<Place>, LaunchError> {
     let variables = Variables(get);
     match variables.seat()? {

@@ -1,4 +1,4 @@
-//! Where rank 0 listens: a host, by name or number, and a port.
+//! The address that rank 0 listens on: a host, by name or number, and a port.
 
 use std::fmt;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -6,14 +6,14 @@ use std::str::FromStr;
 
 use super::error::LaunchError;
 
-/// The port where none is given: PyTorch's default for `MASTER_PORT`.
+/// The port that is used if none is given. It is PyTorch's default for `MASTER_PORT`.
 pub const DEFAULT_PORT: u16 = 29500;
 
 const HOST_FORM: &str = "a host is a name, an IPv4 or an IPv6 address";
 
-/// A host and a port, not yet looked up.
+/// A host and a port. The host is not resolved yet.
 ///
-/// Prints, and is read, as `host:port`; an IPv6 address is in brackets there.
+/// The text form is `host:port`. An IPv6 address is written in brackets.
 ///
 /// ```
 /// use ps_runtime::launch::Rendezvous;
@@ -34,7 +34,7 @@ impl Rendezvous {
         &self.host
     }
 
-    /// The port; never 0.
+    /// The port. It is never 0.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -132,7 +132,7 @@ impl FromStr for Rendezvous {
 }
 
 impl From<SocketAddr> for Rendezvous {
-    /// The address of a listener; its port must be known, that is, not 0.
+    /// Converts the address of a listener. Its port must be known, so it must not be 0.
     fn from(address: SocketAddr) -> Self {
         Self {
             host: address.ip().to_string(),

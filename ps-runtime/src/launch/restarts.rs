@@ -1,4 +1,5 @@
-//! How often, and how soon, a process that has failed is started again. Pure: the caller has the clock.
+//! Decides how often, and how soon, a process that has failed is started again. It does no input or output:
+//! the caller passes the time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -9,16 +10,16 @@ const MAX_IN_WINDOW: usize = 10;
 /// How long a start counts.
 const WINDOW: Duration = Duration::from_secs(600);
 
-/// A process that fails within this time of its start has not got on: the next pause is longer.
+/// If a process fails within this time of its start, the failure is quick and the next pause is longer.
 const QUICK: Duration = Duration::from_secs(10);
 
-/// The pause after the second quick failure in a row; it doubles with each one more.
+/// The pause after the second quick failure in a row. It doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
 /// The longest pause.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
 
-/// The books of all ranks. Times count from any moment that stays the same.
+/// The restarts of all ranks. All times count from the same moment, which the caller chooses.
 #[derive(Debug, Default)]
 pub(crate) struct Restarts {
     ranks: BTreeMap<u32, Rank>,
@@ -26,14 +27,14 @@ pub(crate) struct Restarts {
 
 #[derive(Debug, Default)]
 struct Rank {
-    /// When it was started again, oldest first.
+    /// The times at which the rank was started again, oldest first.
     starts: VecDeque<Duration>,
     latest: Duration,
     num_quick: u32,
 }
 
 impl Restarts {
-    /// Notes that a rank failed `now`. Returns the pause after which to start it again; `None` when it
+    /// Records that a rank failed `now`. Returns the pause after which to start it again, or `None` if it
     /// has been started again 10 times in the last 10 minutes.
     pub(crate) fn after_failure(&mut self, rank: u32, now: Duration) -> Option<Duration> {
         let rank = self.ranks.entry(rank).or_default();
@@ -50,7 +51,7 @@ impl Restarts {
         let was_quick = now.saturating_sub(rank.latest) < QUICK;
         rank.num_quick = if was_quick { rank.num_quick + 1 } else { 0 };
         let pause = match rank.num_quick {
-            // One failure alone is made good at once.
+            // After a single failure the process is started again at once.
             0 | 1 => Duration::ZERO,
             more => {
                 let doubled = FIRST_PAUSE.saturating_mul(1 << (more - 2).min(16));

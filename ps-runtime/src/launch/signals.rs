@@ -1,7 +1,7 @@
-//! Being asked to leave, and what a process says with its exit code.
+//! The signals that ask a process to leave, and the meaning of exit codes.
 //!
-//! An engine sends SIGTERM and some time later SIGKILL; Ctrl-C sends SIGINT to every process of
-//! the terminal's foreground group, so to the driver and to the copies that it started.
+//! A launcher sends SIGTERM and some time later SIGKILL. Ctrl-C sends SIGINT to every process of the
+//! terminal's foreground group, so to the driver and to its child processes.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -9,25 +9,25 @@ use std::io;
 use std::process::ExitCode;
 use std::task::Poll;
 
-/// Exit code of a process that did what it was started for.
+/// Exit code of a process that has done its work.
 pub const EXIT_OK: u8 = 0;
 
 /// Exit code for a wrong configuration: starting the process again cannot help. 64 is `EX_USAGE` of
-/// `sysexits.h`. Every code but this and [`EXIT_OK`] means "start it again".
+/// `sysexits.h`. Every code other than this and [`EXIT_OK`] means "start it again".
 pub const EXIT_CONFIG: u8 = 64;
 
-/// A request to end. Printed by its name.
+/// A signal that asks a process to end. `Display` writes its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// SIGTERM: from an engine, or `kill`.
+    /// SIGTERM, from a launcher or from `kill`.
     Terminate,
-    /// SIGINT: Ctrl-C.
+    /// SIGINT, from Ctrl-C.
     Interrupt,
 }
 
 impl Signal {
-    /// What a program ends with that was to do more when the signal came: 128 and the signal's number,
-    /// as a shell shows it. A launcher takes it for "start it again".
+    /// The exit code of a program whose work was not done when the signal came: 128 plus the signal's
+    /// number, as in a shell. For a launcher it means "start it again".
     #[must_use]
     pub const fn exit_code(self) -> u8 {
         match self {
@@ -46,7 +46,7 @@ impl fmt::Display for Signal {
     }
 }
 
-/// The exit code of a program that did its work, or was to end before by a signal.
+/// Returns the exit code of a program that has done its work, or was ended before that by a signal.
 ///
 /// ```
 /// use std::process::ExitCode;
@@ -60,15 +60,16 @@ pub fn exit_code(ended_by: Option<Signal>) -> ExitCode {
     ended_by.map_or(EXIT_OK, Signal::exit_code).into()
 }
 
-/// Resolves when this process is asked to leave: finish the step, hand over, leave with [`EXIT_OK`].
-/// This is for a node; a driver has [`StopSignal`](super::StopSignal).
+/// Returns a future that becomes ready when this process is asked to leave. The process should then finish
+/// its step, hand over its work, and end with [`EXIT_OK`]. This is for nodes. A driver uses
+/// [`StopSignal`](super::StopSignal).
 ///
-/// A copy that a [`ProcessGroup`](super::ProcessGroup) has started leaves Ctrl-C to its driver, which
-/// the terminal sends it to as well: the driver may still need it to end in order.
+/// In a child process of a [`ProcessGroup`](super::ProcessGroup), Ctrl-C does not make the future ready. The
+/// terminal also sends Ctrl-C to the driver, and the driver may still need the child process.
 ///
-/// Listens from this call on, not from the first poll on. From then on, and for as long as the
-/// process lives, SIGTERM and SIGINT no longer end it by themselves. Several callers all hear of
-/// a signal; to let a second Ctrl-C end a process at once, call this again after the first.
+/// The process listens from this call on, not from the first poll on. From then on, for as long as it runs,
+/// SIGTERM and SIGINT do not end it by themselves. If there are several futures, all become ready. To let a
+/// second Ctrl-C end a process at once, call this again after the first.
 ///
 /// ```
 /// # actix_rt::System::new().block_on(async {
@@ -98,7 +99,7 @@ pub fn terminated() -> io::Result<impl Future<Output = Signal> + Send + 'static>
         if terminate.poll_recv(cx).is_ready() {
             return Poll::Ready(Signal::Terminate);
         }
-        // A copy's is taken and dropped.
+        // In a child process, SIGINT is read and ignored.
         while interrupt.poll_recv(cx).is_ready() {
             if !is_copy {
                 return Poll::Ready(Signal::Interrupt);
@@ -108,7 +109,7 @@ pub fn terminated() -> io::Result<impl Future<Output = Signal> + Send + 'static>
     }))
 }
 
-/// Resolves when Ctrl-C is pressed.
+/// Returns a future that becomes ready when Ctrl-C is pressed.
 ///
 /// # Errors
 /// When the system does not let this process handle it.
@@ -123,7 +124,7 @@ pub fn terminated() -> io::Result<impl Future<Output = Signal> + Send + 'static>
     }))
 }
 
-/// Whether a process of ours has started this one.
+/// Whether this is a child process of a `ProcessGroup`.
 fn is_copy() -> bool {
     super::env::read(super::env::PARENT_PID).is_some()
 }

@@ -1,4 +1,4 @@
-//! A driver that is asked to end: it finishes what it has begun, within bounds.
+//! Lets a driver that is asked to end finish its work within a time limit.
 
 use std::future::pending;
 use std::io;
@@ -13,18 +13,19 @@ use tokio::time::timeout;
 
 use super::signals::{Signal, terminated};
 
-/// How long a process may take to end in order. Engines that kill after SIGTERM wait for 30 s.
+/// How long a process may take to end in order. Launchers wait for 30 s between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(30);
 
-/// Whether this process was asked to end, by SIGTERM or Ctrl-C.
+/// Tells a program that it was asked to end, by SIGTERM or Ctrl-C.
 ///
-/// For as long as there is one of these, the first signal ends nothing by itself: the program is to
-/// look, to finish what it has begun, and to end with [`exit_code`](super::exit_code). A second signal
-/// ends it at once, and so do 30 s. Where there is none (any more), a signal ends the process at once
-/// with [`Signal::exit_code`].
+/// While a `StopSignal` exists, the first signal does not end the process. The program should check
+/// [`received`](Self::received), finish the work that it has begun, and end with
+/// [`exit_code`](super::exit_code). A second signal ends the process at once. So do 30 s after the first
+/// signal. When no `StopSignal` exists any more, a signal ends the process at once with
+/// [`Signal::exit_code`].
 ///
-/// It changes how this process takes signals for good. A program with signal handlers of its own is
-/// better off without.
+/// It changes the signal handlers of this process permanently. A program with signal handlers of its own
+/// should not use it.
 ///
 /// ```
 /// use ps_runtime::launch::{StopSignal, exit_code};
@@ -45,21 +46,21 @@ pub struct StopSignal {
     heard: watch::Receiver<Option<Signal>>,
 }
 
-/// How many heed the signals.
+/// How many `StopSignal`s exist.
 static NUM_HEEDING: AtomicUsize = AtomicUsize::new(0);
 
 impl StopSignal {
-    /// Heeds the signals from now on. What came before, while others heeded them, counts, too.
+    /// Starts to heed the signals. A signal that another `StopSignal` has received before counts, too.
     ///
     /// # Errors
-    /// When the system gives no thread for it or does not let this process handle the signals.
+    /// When the system gives no thread, or does not let this process handle the signals.
     pub fn heed() -> io::Result<Self> {
         let heard = heard()?.subscribe();
         NUM_HEEDING.fetch_add(1, Ordering::SeqCst);
         Ok(Self { heard })
     }
 
-    /// The first signal that came, if one did.
+    /// Returns the first signal that was received, if there was one.
     #[must_use]
     pub fn received(&self) -> Option<Signal> {
         *self.heard.borrow()
@@ -82,7 +83,7 @@ impl Drop for StopSignal {
     }
 }
 
-/// The signal that came first; a thread that listens is started with it.
+/// Returns the channel of the first signal. The first call starts the thread that listens.
 fn heard() -> io::Result<&'static watch::Sender<Option<Signal>>> {
     static HEARD: OnceLock<watch::Sender<Option<Signal>>> = OnceLock::new();
     static STARTING: Mutex<()> = Mutex::new(());
@@ -102,7 +103,7 @@ fn heard() -> io::Result<&'static watch::Sender<Option<Signal>>> {
                 .build();
             match event_loop {
                 Ok(event_loop) => event_loop.block_on(listen(&sender, &started)),
-                // The receiver waits for this.
+                // This cannot fail: the receiver waits for it.
                 Err(error) => drop(started.send(Err(error))),
             }
         })?;
@@ -113,7 +114,7 @@ fn heard() -> io::Result<&'static watch::Sender<Option<Signal>>> {
 async fn listen(heard: &watch::Sender<Option<Signal>>, started: &mpsc::Sender<io::Result<()>>) {
     let first = match terminated() {
         Ok(first) => first,
-        // The receiver waits for this, here and below.
+        // This cannot fail, here and below: the receiver waits for it.
         Err(error) => return drop(started.send(Err(error))),
     };
     let _ = started.send(Ok(()));

@@ -2,8 +2,8 @@
 //!
 //! One thread does all of it, for two reasons. The kernel's promise to kill a child with its parent
 //! is tied to the *thread* that started the child, so that thread must live as long as the group.
-//! And a process may be signalled only while nobody can have waited for it, because afterwards its
-//! number may belong to another: a single thread does one thing at a time.
+//! And a process may only be signalled before it has been waited for, because afterwards its number may
+//! belong to another process. A single thread never does both at the same time.
 
 use std::future::poll_fn;
 use std::io;
@@ -20,24 +20,24 @@ use tokio::time::{Instant, Sleep, sleep};
 use super::error::ProcessError;
 use super::processes::Exited;
 
-/// How long a killed process may take to go away. Only a broken device driver or file system keeps
-/// one longer.
+/// How long a killed process may take to end. Only a broken device driver or file system can delay it for
+/// longer.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
 type Answer<T> = mpsc::Sender<Result<T, ProcessError>>;
 
-/// What a group asks its thread for.
+/// A request of a group to its thread.
 pub(super) enum Request {
-    /// Start a rank again that has ended; the answer is its attempt.
+    /// Start a rank again that has ended. The answer is its attempt.
     Restart { rank: u32, done: Answer<u64> },
-    /// How the rank ended, if it has.
+    /// Return how the rank ended, if it has.
     Look {
         rank: u32,
         done: Answer<Option<Exited>>,
     },
-    /// SIGKILL, if the rank runs.
+    /// Send SIGKILL, if the rank runs.
     Kill { rank: u32, done: Answer<()> },
-    /// SIGTERM to all, SIGKILL after the grace. The second time it only shortens the grace.
+    /// Send SIGTERM to all, and SIGKILL after the grace. A second request can only shorten the grace.
     Stop { grace: Duration },
 }
 
@@ -45,12 +45,13 @@ pub(super) enum Request {
 struct Slot {
     rank: u32,
     attempt: u64,
-    /// There until it has been waited for.
+    /// Set until the process has been waited for.
     child: Option<Child>,
     exited: Option<Exited>,
 }
 
-/// When all that still runs is killed; or, once it has been, when nobody waits for it any more.
+/// The time at which the processes that still run are killed. After that, the time at which the thread stops
+/// waiting for them.
 struct Stopping {
     deadline: Pin<Box<Sleep>>,
     is_killed: bool,
@@ -59,7 +60,7 @@ struct Stopping {
 enum Event {
     Exited(Exited),
     Asked(Request),
-    /// The group is gone, and with it the sender of requests.
+    /// The group was dropped, and with it the sender of requests.
     Abandoned,
     TimeIsOver,
 }
@@ -71,8 +72,8 @@ struct Supervisor<C> {
     stopping: Option<Stopping>,
 }
 
-/// Starts ranks 1 to `num_copies`, says so to `started`, and serves requests until told to stop;
-/// then no process is left. `command` makes what to start from a rank and an attempt.
+/// Starts ranks 1 to `num_copies`, reports that to `started`, and serves requests until it is told to stop.
+/// When it returns, no process is left. `command` makes the command from a rank and an attempt.
 pub(super) fn run(
     command: impl Fn(u32, u64) -> Command,
     num_copies: u32,
@@ -127,11 +128,11 @@ impl<C: Fn(u32, u64) -> Command> Supervisor<C> {
         Ok(())
     }
 
-    /// Serves until a stop has been asked for and nothing runs.
+    /// Serves requests until a stop has been requested and no process runs.
     async fn serve(&mut self, requests: &mut UnboundedReceiver<Request>) {
         while self.stopping.is_none() || self.running().next().is_some() {
             match poll_fn(|cx| self.poll_event(cx, requests)).await {
-                // Fails only when the group is being dropped: nobody wants to know.
+                // This fails only when the group is being dropped. Then no one needs the report.
                 Event::Exited(exited) => drop(self.exits.send(exited)),
                 Event::Asked(request) => self.handle(request),
                 Event::Abandoned => self.stop(Duration::ZERO),
@@ -171,7 +172,7 @@ impl<C: Fn(u32, u64) -> Command> Supervisor<C> {
     }
 
     fn handle(&mut self, request: Request) {
-        // Whoever asked waits for the answer, so sending it cannot fail.
+        // The sender of the request waits for the answer, so sending it cannot fail.
         match request {
             Request::Restart { rank, done } => drop(done.send(self.restart(rank))),
             Request::Look { rank, done } => {
@@ -208,7 +209,7 @@ impl<C: Fn(u32, u64) -> Command> Supervisor<C> {
                 });
             }
             Some(stopping) if !stopping.is_killed => {
-                // A deadline that no clock can show is no earlier one.
+                // A deadline that the clock cannot represent is not earlier than the present one.
                 if let Some(deadline) = Instant::now().checked_add(grace)
                     && deadline < stopping.deadline.deadline()
                 {
@@ -263,7 +264,7 @@ impl Slot {
         let Some(child) = &mut self.child else {
             return Poll::Pending;
         };
-        // What it waits for is kept in the child, not in this short-lived future.
+        // The state of the wait is kept in the child, not in this short-lived future.
         let Poll::Ready(result) = pin!(child.wait()).poll(cx) else {
             return Poll::Pending;
         };
@@ -290,7 +291,7 @@ impl Slot {
         killed.map_err(|source| ProcessError::Kill { rank, source })
     }
 
-    /// Asks it to leave. Windows has no way to ask.
+    /// Asks the process to end. On Windows this is not possible.
     fn terminate(&mut self) {
         #[cfg(unix)]
         let asked = {
@@ -314,7 +315,7 @@ fn start(
 ) -> Result<Child, ProcessError> {
     let command = command(rank, attempt);
     let program = command.get_program().into();
-    // Killed on drop, so that a panic of this thread leaves nothing behind.
+    // Killed on drop, so that no process is left if this thread panics.
     let child = tokio::process::Command::from(command)
         .kill_on_drop(true)
         .spawn()
@@ -329,8 +330,8 @@ fn start(
 
 /// Makes sure that the system keeps an ended child until it has been waited for.
 ///
-/// A program inherits from whoever started it whether SIGCHLD is ignored; where it is, the kernel
-/// forgets ended children at once, and their numbers go to other processes. A handler ends that.
+/// A program inherits from its parent whether SIGCHLD is ignored. If it is, the kernel forgets ended
+/// children at once, and their numbers may go to other processes. Installing a handler prevents that.
 fn heed_children() -> io::Result<()> {
     #[cfg(unix)]
     drop(tokio::signal::unix::signal(

@@ -1,4 +1,4 @@
-//! Who may connect: whoever knows the token.
+//! The token: a process that knows it may connect.
 
 use std::fmt;
 use std::path::Path;
@@ -6,7 +6,18 @@ use std::sync::Arc;
 
 use subtle::ConstantTimeEq;
 
-/// A secret that all processes of a run share. It is never shown.
+/// A secret that all processes of a run share. `Debug` does not show it.
+///
+/// ```
+/// use ps_runtime::cluster::ClusterConfig;
+/// use ps_runtime::net::Token;
+///
+/// // `Cluster::launch` reads it from PS_TOKEN if the configuration has none.
+/// let token = Token::random();
+/// let config = ClusterConfig { token: Some(token), ..ClusterConfig::default() };
+/// # drop(config);
+/// assert!(Token::new("too short").is_err());
+/// ```
 #[derive(Clone)]
 pub struct Token(Arc<str>);
 
@@ -14,18 +25,18 @@ pub struct Token(Arc<str>);
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenError {
-    /// It would not be hard to guess.
+    /// The text has too few characters, so it could be guessed.
     #[error("a token must have at least {MIN_LEN} characters, not {0}")]
     TooShort(usize),
-    /// It could not be sent in an HTTP header.
+    /// The text cannot be sent in an HTTP header.
     #[error("a token may only have visible ASCII characters")]
     Characters,
-    /// Its file cannot be read.
+    /// The file of the token cannot be read.
     #[error("could not read the token from {path}")]
     File {
-        /// Which file.
+        /// The path of the file.
         path: String,
-        /// Why.
+        /// The error of the operating system.
         #[source]
         source: std::io::Error,
     },
@@ -34,10 +45,10 @@ pub enum TokenError {
 const MIN_LEN: usize = 16;
 
 impl Token {
-    /// Takes a token of at least 16 visible ASCII characters.
+    /// Makes a token from at least 16 visible ASCII characters.
     ///
     /// # Errors
-    /// When it is too short or has other characters.
+    /// When the text is too short or has other characters.
     pub fn new(text: impl AsRef<str>) -> Result<Self, TokenError> {
         let text = text.as_ref();
         if !text.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -49,10 +60,10 @@ impl Token {
         }
     }
 
-    /// Reads a token from a file; white space around it does not count.
+    /// Reads a token from a file. White space around it is ignored.
     ///
     /// # Errors
-    /// When the file cannot be read or holds no token.
+    /// When the file cannot be read, or when its text cannot be a token.
     pub fn from_file(path: &Path) -> Result<Self, TokenError> {
         let text = std::fs::read_to_string(path).map_err(|source| TokenError::File {
             path: path.display().to_string(),
@@ -61,7 +72,7 @@ impl Token {
         Self::new(text.trim())
     }
 
-    /// Makes a token that nobody can guess.
+    /// Makes a random token.
     ///
     /// # Panics
     /// When the system gives no random numbers.
@@ -72,13 +83,13 @@ impl Token {
         Self(bytes.map(|byte| format!("{byte:02x}")).concat().into())
     }
 
-    /// The token itself, to hand it to another process. Do not log it.
+    /// Returns the text of the token, to pass it to another process. Do not log it.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0
     }
 
-    /// Compares in a time that does not depend on where the two differ.
+    /// Compares in a time that does not depend on the place where the two differ.
     pub(crate) fn matches(&self, other: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(other).into()
     }
@@ -90,7 +101,7 @@ impl fmt::Debug for Token {
     }
 }
 
-/// Whether an HTTP request may pass: no token is asked for, or it brings the right one.
+/// Whether an HTTP request may pass: no token is needed, or the request has the right one.
 pub(crate) fn may_pass(token: Option<&Token>, authorization: Option<&[u8]>) -> bool {
     match (token, authorization) {
         (None, _) => true,

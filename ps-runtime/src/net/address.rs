@@ -1,4 +1,4 @@
-//! Where a process listens.
+//! The address at which a process listens.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Where a process of a cluster takes connections.
+/// An address at which a process of a cluster accepts connections.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Address {
     /// An IP address and port.

@@ -1,14 +1,15 @@
-//! Which large calls to one actor come in at the same time.
+//! Admission control of large calls: decides which large calls to one actor are read at the same time.
 //!
-//! Several callers that send a gradient at once would take as many buffers as they are, and so would
-//! the snapshots on their way out to them. A fast network gains nothing by that. So those
-//! who send large calls to one actor take turns: the next one is read when the handler of
-//! the last one has returned and no more than one large reply is still to be written. What
-//! was not read waits in the network, which stops its sender.
+//! If several callers send a gradient at the same time, each would take a buffer, and so would each
+//! snapshot that goes back. On a fast network nothing is gained by that. So large calls to one actor are
+//! read one after the other: the next one is read when the handler of the last one has returned and no
+//! more than one large reply is still to be written. A call that is not read waits in the network, which
+//! stops its sender.
 //!
-//! A turn is never waited for longer than a fast link needs for a few such messages, and then
-//! nobody waits for a while: a slow or stalled sender costs the others memory, not time. Replies are
-//! read at once, for who waits for one has room for it; so two processes never wait for each other.
+//! A call never waits longer than a fast link needs for a few such messages. If its wait ends without
+//! success, no call waits for some time. So a slow or stalled sender costs the others memory, but not
+//! time. Replies never wait, because their callers have memory for them. So two processes never wait for
+//! each other.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,36 +17,37 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 
-/// Messages of fewer numbers are not worth a wait.
+/// Messages with fewer numbers than this do not wait.
 const LARGE: usize = 1 << 18;
 
-/// A link that is slower than this, in numbers per microsecond (1 GB/s), gains from several at once.
+/// The speed of a fast link in numbers per microsecond (1 GB/s). On a slower link, reading several messages
+/// at the same time is faster.
 const FAST: u64 = 250;
 
-/// How many messages of the same size to wait for, at the speed of a fast link.
+/// A call waits for at most the time that this many messages of its size take on a fast link.
 const MAX_AHEAD: u32 = 8;
 
-/// How many large replies may be on their way out when the next large message is read.
+/// How many large replies may still have to be written when the next large message is read.
 const MAX_SENDING: usize = 1;
 
-/// After a wait in vain nobody waits for this many times as long.
+/// After a wait without success, no call waits for this many times the length of that wait.
 const REST: u32 = 16;
 
-/// Who may send an actor something large.
+/// The admission control of one actor.
 #[derive(Debug)]
 pub(crate) struct Admission {
     admitted: Arc<Semaphore>,
     num_sending: watch::Sender<usize>,
     rests_until: Mutex<Option<Instant>>,
-    /// Longer waits would cost a connection its lease.
+    /// The longest wait. With longer waits a connection could lose its process lease.
     longest: Duration,
 }
 
-/// Whose drop lets the next sender of a large message have its turn.
+/// The admission of one large call. Dropping it admits the next one.
 #[derive(Debug)]
 pub(crate) struct Admitted(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
 
-/// A large reply that is not written yet; its drop says that it is.
+/// Counts a large reply that is not written yet, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Sending(Arc<Admission>);
 
@@ -60,15 +62,15 @@ impl Admission {
         })
     }
 
-    /// Waits for the turn of a call with this many numbers; `None` when it needs none, or goes on
-    /// without.
+    /// Waits until a call with this many numbers is admitted. Returns `None` if the call needs no admission,
+    /// or if its wait has ended without success.
     pub(super) async fn admit(&self, num_numbers: usize) -> Option<Admitted> {
         if num_numbers < LARGE {
             return None;
         }
         let limit = self.limit(num_numbers);
         let wait = async {
-            // Never closed.
+            // The semaphore is never closed.
             let admitted = Arc::clone(&self.admitted).acquire_owned().await.ok()?;
             let mut num_sending = self.num_sending.subscribe();
             num_sending.wait_for(|num| *num <= MAX_SENDING).await.ok()?;
@@ -94,7 +96,7 @@ impl Admission {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Instant>> {
-        // A single value, so always whole.
+        // A single value, so it is always whole.
         self.rests_until
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -130,6 +132,7 @@ mod tests {
     /// So large that nobody goes on without a turn while the test runs.
     const HUGE: usize = 1 << 40;
 
+    ///
     #[tokio::test]
     async fn large_messages_come_one_after_the_other_and_small_ones_at_any_time() {
         let admission = admission(FOREVER);
@@ -147,6 +150,7 @@ mod tests {
         assert!(third.await.is_some());
     }
 
+    ///
     #[tokio::test]
     async fn nothing_large_is_read_while_two_large_replies_are_to_be_written() {
         let admission = admission(FOREVER);
@@ -166,6 +170,7 @@ mod tests {
         drop(second);
     }
 
+    ///
     #[tokio::test(start_paused = true)]
     async fn a_stalled_sender_holds_the_others_up_once_and_not_for_long() {
         let longest = Duration::from_millis(20);
@@ -186,6 +191,7 @@ mod tests {
         assert!(admission.admit(HUGE).await.is_some());
     }
 
+    ///
     #[test]
     fn a_wait_is_as_long_as_a_few_messages_take_on_a_fast_link() {
         let admission = admission(Duration::from_secs(1));

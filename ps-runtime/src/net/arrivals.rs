@@ -1,7 +1,9 @@
-//! What arrives on a connection: frames in their order, the numbers of large calls in their turn.
+//! Reads the frames that arrive on a connection, in their order. The numbers of large calls are read when
+//! they are admitted.
 //!
-//! The numbers of a lent call are not in the stream, so what comes behind it is read while it waits for
-//! its turn: above all the news that what this side lends was taken, which turns wait for.
+//! The numbers of a lent call are not in the stream. So the frames behind it are read while it waits for
+//! admission. This is necessary because one of these frames can say that the peer has taken what this side
+//! lends, and admission waits for that.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,23 +20,23 @@ use super::peer_memory::PeerMemory;
 use crate::buffer::{Buffer, BufferPool};
 use crate::deadline::Deadline;
 
-/// How many frames are read that wait behind a lent one.
+/// How many frames are read ahead behind a lent call that waits for admission.
 const MAX_WAITING: usize = 64;
 
-/// Where what arrives is put, and when.
+/// The reading side of a connection.
 pub(super) struct Arrivals<'a> {
     pub(super) buffers: &'a BufferPool,
     pub(super) max_numbers: u64,
     pub(super) admission: Option<Arc<Admission>>,
     pub(super) outbox: &'a Outbox,
-    /// Where lent numbers are copied from.
+    /// The memory that lent numbers are copied from.
     pub(super) memory: Option<PeerMemory>,
-    /// Nothing more is read while too much waits to be written, and the peer is lost when it takes
-    /// nothing for this long. `None` where what is written is not caused by what is read.
+    /// While too much waits to be written, nothing more is read. If the peer takes nothing for this long, it
+    /// is lost. `None` on the calling side, where frames that are read do not cause frames to be written.
     pub(super) patience: Option<Duration>,
 }
 
-/// A frame, but for what is lent with it.
+/// A frame without the numbers that are lent with it.
 struct Arrival {
     frame: Frame,
     lent: Option<Lent>,
@@ -47,7 +49,7 @@ struct Lent {
 }
 
 impl Arrivals<'_> {
-    /// Reads frames to the end of the stream and hands them on, in their order.
+    /// Reads frames to the end of the stream and passes them on, in their order.
     pub(super) async fn read_all(
         &self,
         read: &mut (impl AsyncBufRead + Unpin),
@@ -75,7 +77,7 @@ impl Arrivals<'_> {
                         hand_on(arrival.frame)?;
                     } else {
                         num_waiting.fetch_add(1, Ordering::Relaxed);
-                        // Open until this future is over: both are polled by one task.
+                        // The channel is open until this future is over: one task polls both.
                         let _ = sender.send(arrival).await;
                     }
                 }
@@ -106,7 +108,7 @@ impl Arrivals<'_> {
             Kind::Probe => {
                 let memory = self.memory.as_ref();
                 if memory.is_some_and(|memory| memory.shows(&frame.header)) {
-                    // Refused when no more is to be written: then nothing will be lent either.
+                    // This fails if nothing more is to be written. Then nothing will be lent either.
                     let _ = self.outbox.send(OutFrame::signal(Kind::Readable, 0));
                 }
             }
@@ -122,7 +124,7 @@ impl Arrivals<'_> {
         Ok(None)
     }
 
-    /// Waits for the turn of a large call.
+    /// Waits until a large call is admitted.
     async fn admit(&self, kind: Kind, lengths: &[usize]) -> Option<Admitted> {
         match (kind, &self.admission) {
             (Kind::Ask | Kind::Tell, Some(admission)) => {
@@ -132,7 +134,7 @@ impl Arrivals<'_> {
         }
     }
 
-    /// Copies lent numbers, and says so to their owner.
+    /// Copies lent numbers, and tells their sender so.
     async fn take(&self, call: u64, lent: Lent) -> Result<Vec<Buffer>, Ended> {
         let Some(memory) = &self.memory else {
             let why = "the peer lends memory that cannot be read";
@@ -146,7 +148,7 @@ impl Arrivals<'_> {
             buffer.set_norm_squared(norm_squared);
         }
         let bulk = bulk.done();
-        // Refused when no more is to be written, and the owner learns of that.
+        // This fails if nothing more is to be written. The sender then notices the end of the connection.
         let _ = self.outbox.send(OutFrame::signal(Kind::Taken, call));
         Ok(bulk)
     }
@@ -160,7 +162,7 @@ impl Arrivals<'_> {
         }
         read.read_exact(&mut fixed[first..]).await?;
         let head = Head::parse(&fixed)?;
-        // Before the rest of a large call is waited for.
+        // The deadline counts from here, before the wait for the rest of a large call.
         let deadline = head.limit.and_then(Deadline::within);
         let mut table = vec![0; 8 * head.num_buffers];
         read.read_exact(&mut table).await?;
@@ -182,14 +184,15 @@ impl Arrivals<'_> {
             let lent = Some(Lent { lengths, addresses });
             return Ok(Some(Arrival { frame, lent }));
         }
-        // What is lent to the peer is taken with a frame behind this one, so this one cannot wait for it.
+        // The peer reports behind this frame that it has taken what is lent to it. So while something is lent,
+        // this frame does not wait for admission.
         if !self.outbox.has_lent() {
             frame.admitted = self.admit(head.kind, &lengths).await;
         }
         let mut bulk = Filling::default();
         for len in lengths {
-            // Fresh memory costs nothing before something is written to it, so an
-            // announcement that nothing follows takes none.
+            // New memory costs nothing before it is written to. So numbers that are announced and never
+            // arrive take no memory.
             let buffer = bulk.begin(self.buffers.try_take(len)?);
             read.read_exact(bytemuck::cast_slice_mut(buffer)).await?;
         }
@@ -198,8 +201,8 @@ impl Arrivals<'_> {
     }
 }
 
-/// Buffers that are being filled. If they never are, their memory is given back: what was
-/// announced and did not come says nothing about what comes next.
+/// Buffers that are being filled. If they are not filled, their memory is freed and does not go back to
+/// the pool: later messages need not have the announced size.
 #[derive(Default)]
 struct Filling(Vec<Buffer>);
 
@@ -221,7 +224,7 @@ impl Drop for Filling {
 }
 
 impl Arrival {
-    /// Whether the next frame may be there as soon as a thread can be woken.
+    /// Whether the next frame may arrive within the time that waking a thread takes.
     fn may_have_successor(&self) -> bool {
         self.lent.is_none() && self.frame.is_small() && self.frame.kind != Kind::Ping
     }

@@ -2,22 +2,39 @@
 
 use std::time::Duration;
 
-/// How long to wait for peers, and how much to take from them.
+/// How long to wait for peers, and how much to accept from them. "Peer" means the process at the other
+/// end of a connection.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use ps_runtime::cluster::ClusterConfig;
+/// use ps_runtime::net::NetConfig;
+///
+/// // A silent peer counts as lost after 10 s. Messages have at most 16 Mi numbers (64 MiB).
+/// let net = NetConfig { max_numbers: 1 << 24, ..NetConfig::default() }
+///     .with_process_lease(Duration::from_secs(10));
+/// assert_eq!(net.heartbeat, Duration::from_secs(2));
+/// let config = ClusterConfig { net, ..ClusterConfig::default() };
+/// # drop(config);
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct NetConfig {
-    /// A peer that has nothing else to say says so this often. Default: 1 s.
+    /// How often this process sends a heartbeat on a connection on which it has nothing else to send.
+    /// Default: 1 s.
     pub heartbeat: Duration,
-    /// A peer of which nothing was heard for this long is lost. Default: 5 s.
+    /// How long nothing may arrive on a connection before it counts as lost. If it is too short, busy peers
+    /// are taken for lost; if it is long, lost peers are noticed late. Default: 5 s.
     pub process_lease: Duration,
     /// How long a handshake may take. Default: 5 s.
     pub handshake: Duration,
-    /// The most numbers (`f32`) in one message. Default: 2³⁰, which are 4 GiB.
+    /// How many numbers (`f32`) a message to this process may have. Default: 2³⁰ numbers, which are 4 GiB.
     pub max_numbers: u64,
-    /// How many connections may be open to this process at once. Default: 4,096.
+    /// How many connections to this process may be open at the same time. Default: 4,096.
     pub max_connections: usize,
-    /// Whether a process may copy large messages straight out of the memory of the one that sends them,
-    /// where both are of the same user on the same Linux host. Default: true; what the system forbids
-    /// is noticed, and then sockets are used.
+    /// Whether the receiver of a large message may copy its numbers directly from the memory of the sender.
+    /// This applies to two processes of the same user on one Linux host. If the system forbids it, sockets
+    /// are used. Default: `true`.
     pub read_peer_memory: bool,
 }
 
@@ -35,7 +52,7 @@ impl Default for NetConfig {
 }
 
 impl NetConfig {
-    /// Sets the lease, and a heartbeat of a fifth of it.
+    /// Sets the process lease, and sets the heartbeat to a fifth of it.
     #[must_use]
     pub fn with_process_lease(mut self, lease: Duration) -> Self {
         self.process_lease = lease;

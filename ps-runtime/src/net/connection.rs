@@ -22,10 +22,10 @@ use crate::buffer::{Buffer, BufferPool, OutOfMemory};
 use crate::busy_poll::BusyPoll;
 use crate::deadline::{Deadline, latest};
 
-/// Bytes read at once; larger pieces go straight to their buffer.
+/// How many bytes are read at once. Larger pieces are read directly into their buffer.
 const READ_BUFFER: usize = 16 << 10;
 
-/// The most numbers in a frame after which the next one may follow at once.
+/// After a frame of at most this many numbers, the connection busy-polls for the next one.
 const SMALL: usize = 16 << 10;
 
 /// A frame that has arrived.
@@ -36,34 +36,34 @@ pub(crate) struct Frame {
     pub(crate) code: u32,
     pub(crate) header: Vec<u8>,
     pub(crate) bulk: Vec<Buffer>,
-    /// Kept until the handler of a large call has returned.
+    /// The admission of a large call, kept until its handler has returned.
     pub(crate) admitted: Option<Admitted>,
-    /// After it the handler is not to begin.
+    /// The handler does not begin after this time.
     pub(crate) deadline: Option<Deadline>,
 }
 
 impl Frame {
-    /// Whether it took no longer than waking a thread does.
+    /// Whether the frame takes no longer than waking a thread.
     pub(super) fn is_small(&self) -> bool {
         let num_numbers: usize = self.bulk.iter().map(|buffer| buffer.len()).sum();
         num_numbers <= SMALL
     }
 }
 
-/// What a connection does with the frames that arrive, and at its end.
+/// Handles the frames that arrive on a connection, and its end.
 pub(crate) trait Peer: Send + 'static {
     /// The name of the actor that the connection leads to.
     fn actor(&self) -> Arc<str>;
 
-    /// Handles a frame, pings included; an error ends the connection.
+    /// Handles a frame. Pings are passed, too. An error ends the connection.
     fn receive(&mut self, frame: Frame) -> Result<(), Ended>;
 
-    /// What senders of large calls wait for.
+    /// The admission control for large calls on this connection, if there is one.
     fn admission(&self) -> Option<Arc<Admission>> {
         None
     }
 
-    /// The connection is over. Called exactly once.
+    /// Called exactly once, when the connection is over.
     fn disconnected(&mut self, why: &Arc<str>);
 }
 
@@ -78,14 +78,13 @@ pub(crate) enum Ended {
     NoMemory(#[from] OutOfMemory),
     #[error("{0}")]
     Peer(String),
-    /// As it should.
+    /// The connection ended as planned.
     #[error("{0}")]
     Done(&'static str),
 }
 
 impl Ended {
-    /// Says so, if somebody has to do something about it: the other side learns only that the connection
-    /// is lost.
+    /// Logs the reason if a user may have to act. The other side learns only that the connection is lost.
     fn log(&self, actor: &str) {
         static QUIET: Quiet = Quiet::new();
 
@@ -163,7 +162,7 @@ impl Connection {
     }
 }
 
-/// Reads and writes until one of the two sides has had enough.
+/// Reads and writes until one of the two ends.
 async fn both_ways(
     reading: impl Future<Output = Result<(), Ended>>,
     outbox: &Outbox,
@@ -174,8 +173,8 @@ async fn both_ways(
     tokio::select! {
         result = &mut reading => result,
         result = outbox.write(write) => {
-            // What the peer sent before it closed is still to be read: mostly it says why.
-            // And a socket closed with something unread would lose what was written last.
+            // The peer's last frames are still read, because they usually say why it closed. Also, if a
+            // socket is closed with unread bytes, the last bytes that were written can be lost.
             let rest = tokio::time::timeout(config.process_lease, reading).await;
             result.map_err(Ended::Io).and(rest.unwrap_or(Ok(())))
         }
@@ -183,7 +182,7 @@ async fn both_ways(
     }
 }
 
-/// Says that the connection is over even if its task is dropped or panics.
+/// Reports the end of the connection even if its task is dropped or panics.
 struct Farewell<P: Peer> {
     peer: P,
     is_said: bool,
@@ -203,21 +202,21 @@ impl<P: Peer> Drop for Farewell<P> {
     }
 }
 
-/// Waits for something to read, but only as long as it is worth to stay awake.
+/// Busy-polls for something to read.
 pub(super) async fn busy_poll(read: &mut (impl AsyncBufRead + Unpin)) {
     let busy_polling = BusyPoll::begin();
     loop {
-        // An error or the end of the stream is there, too, for whoever reads.
+        // An error or the end of the stream also counts: the reader will get it.
         let is_there = poll_fn(|cx| Poll::Ready(Pin::new(&mut *read).poll_fill_buf(cx).is_ready()));
         if is_there.await || !busy_polling.goes_on() {
             return;
         }
-        // The event loop looks for what has arrived, on its other connections, too.
+        // The event loop now checks for bytes that have arrived, on its other connections, too.
         tokio::task::yield_now().await;
     }
 }
 
-/// A reader that fails when nothing has arrived for the length of the lease.
+/// A reader that fails when nothing has arrived for one process lease.
 struct Watched {
     inner: ReadHalf,
     lease: Duration,
@@ -247,7 +246,7 @@ impl AsyncRead for Watched {
             this.last_heard = Instant::now();
             return Poll::Ready(result);
         }
-        // The timer is moved on only when it fires, not with every piece that arrives.
+        // The timer is reset only when it fires, not with every piece that arrives.
         while this.timer.as_mut().poll(cx).is_ready() {
             let until = latest(this.last_heard, this.lease);
             if Instant::now() >= until {
@@ -356,6 +355,7 @@ mod tests {
         }
     }
 
+    ///
     #[tokio::test]
     async fn a_peer_that_asks_and_does_not_read_binds_little_and_is_cut_off() {
         let (mut ours, theirs) = tokio::io::duplex(1 << 16);
@@ -400,6 +400,7 @@ mod tests {
         assert_eq!(all, b"here");
     }
 
+    ///
     #[tokio::test(start_paused = true)]
     async fn large_calls_are_read_one_after_the_other() {
         let admission = Admission::new(Duration::MAX);
@@ -426,6 +427,7 @@ mod tests {
         writing.await.unwrap();
     }
 
+    ///
     #[tokio::test(start_paused = true)]
     async fn a_stalled_sender_does_not_stop_the_others() {
         let admission = Admission::new(NetConfig::default().process_lease / 2);

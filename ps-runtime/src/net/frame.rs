@@ -1,4 +1,4 @@
-//! What travels on a connection: frames, each a head of fixed size, lengths, a header and bulk.
+//! The format of frames. Each frame has a head of fixed size, lengths, a header, and bulk numbers.
 //!
 //! ```text
 //! offset  size
@@ -15,12 +15,12 @@
 //!               unless lent: the buffers, f32, one after the other
 //! ```
 //!
-//! Lent buffers stay where they are until the receiver has copied them and says `Taken`.
-//! Only a peer that said `Readable` gets such frames.
+//! Lent buffers stay in the sender's memory until the receiver has copied them and sends `Taken`. Only a
+//! peer that has sent `Readable` gets such frames.
 //!
-//! All numbers are little-endian. A time is what was left when the frame was written, for the clocks
-//! of two hosts differ. [`Head::parse`] is pure and checks everything that can be
-//! checked before anything is allocated.
+//! All numbers are little-endian. A time is the time that was left when the frame was written, because the
+//! clocks of two hosts differ. [`Head::parse`] does no input or output. It checks everything that can be
+//! checked before memory is allocated.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,45 +30,45 @@ use super::peer_memory::{Probe, address};
 use crate::codec::{Bulk, Encoded, MAX_HEADER};
 use crate::deadline::Deadline;
 
-/// Bytes of a frame's fixed part.
+/// The length of a frame's fixed part in bytes.
 pub(crate) const HEAD_LEN: usize = 24;
 
-/// The most buffers in one frame: a message with more shards or gradients than this is split.
+/// The largest number of buffers in one frame. A message with more shards or gradients must be split.
 pub(crate) const MAX_BUFFERS: usize = 4096;
 
 const MARK: u8 = 0xA7;
 
-/// In the byte of the kind: the buffers are lent.
+/// The bit in the byte of the kind that says that the buffers are lent.
 const LENT: u8 = 0x80;
 
-/// The most bytes that [`OutFrame::next_chunk`] copies.
+/// The largest number of bytes that [`OutFrame::next_chunk`] copies.
 const MAX_CHUNK: usize = 64 << 10;
 
-/// What a frame is for.
+/// The kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Kind {
-    /// A call; a `Reply` follows.
+    /// A call. A `Reply` answers it.
     Ask = 1,
-    /// A call whose result nobody wants; a `Reply` without a result follows.
+    /// A message that was sent with `tell`. A `Reply` without a result answers it.
     Tell = 2,
     /// The caller has given up.
     Cancel = 3,
     /// The end of a call.
     Reply = 4,
-    /// A sign of life.
+    /// A heartbeat.
     Ping = 5,
-    /// The last reference of the calling process is gone.
+    /// The calling process has dropped its last reference.
     Release = 6,
     /// `ActorRef::stop`.
     Stop = 7,
     /// `ActorRef::kill`.
     Kill = 8,
-    /// The actor has ended; calls with a higher number than this were not taken by it.
+    /// The actor has ended. It did not take calls with a higher number than this.
     Ended = 9,
-    /// Where the sender's memory has a secret, and which.
+    /// The address of a secret in the sender's memory, and the secret.
     Probe = 10,
-    /// The secret was there: buffers may be lent.
+    /// The secret was found: buffers may be lent.
     Readable = 11,
     /// The buffers lent with this call's frame have been copied.
     Taken = 12,
@@ -94,23 +94,23 @@ impl Kind {
 /// The fixed part of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
-    /// What it is for.
+    /// The kind of the frame.
     pub kind: Kind,
-    /// Which call it belongs to.
+    /// The number of the call that the frame belongs to.
     pub call: u64,
-    /// Which message, or which kind of result.
+    /// The code of the message, or of the kind of result.
     pub code: u32,
-    /// How many buffers it has.
+    /// How many buffers the frame has.
     pub num_buffers: usize,
-    /// Whether they are lent: their addresses follow in place of their numbers.
+    /// Whether the buffers are lent. Then their addresses follow instead of their numbers.
     pub is_lent: bool,
     /// The header's length in bytes.
     pub header_len: usize,
-    /// How long the handler of a call may take to begin, in whole ms; `None` is no limit.
+    /// The time within which the handler of a call must begin, in whole ms. `None` means no limit.
     pub limit: Option<Duration>,
 }
 
-/// Why bytes are no frame. The connection cannot go on after it.
+/// Why bytes are not a frame. The connection cannot go on after such an error.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum FrameError {
     /// The first bytes cannot begin a frame.
@@ -122,7 +122,7 @@ pub(crate) enum FrameError {
     /// There are more buffers than allowed.
     #[error("{0} buffers are more than the {MAX_BUFFERS} that a message may have: split it")]
     TooManyBuffers(usize),
-    /// The numbers take more room than allowed.
+    /// There are more numbers than allowed.
     #[error(
         "{len} numbers are more than the {max} that a message may have: split it, or raise \
          NetConfig::max_numbers where it arrives"
@@ -130,7 +130,7 @@ pub(crate) enum FrameError {
     TooLong {
         /// How many numbers the buffers hold together.
         len: u64,
-        /// How many they may.
+        /// How many numbers are allowed.
         max: u64,
     },
 }
@@ -139,7 +139,7 @@ impl Head {
     /// Reads the fixed part of a frame.
     ///
     /// # Errors
-    /// When the bytes begin no frame, or one that is too large.
+    /// When the bytes are not the beginning of a frame, or when the frame is too large.
     pub(crate) fn parse(bytes: &[u8; HEAD_LEN]) -> Result<Self, FrameError> {
         let [
             kind,
@@ -202,16 +202,17 @@ impl Head {
     }
 }
 
-/// A time limit as a frame has it. Rounded down and saturating; one that is over is 1, not 0.
+/// Returns a time limit as a frame contains it: rounded down to whole ms, plus 1, saturating. A limit that
+/// is over is 1, and no limit is 0.
 fn limit_bytes(limit: Option<Duration>) -> [u8; 4] {
     let limit_ms = limit.map_or(0, |limit| limit.as_millis().saturating_add(1));
     u32::try_from(limit_ms).unwrap_or(u32::MAX).to_le_bytes()
 }
 
-/// Whether a message can be sent to a peer that takes so many numbers at once.
+/// Checks whether a message can be sent to a peer that accepts `max_numbers` numbers in one message.
 ///
 /// # Errors
-/// With what its receiver would end the connection.
+/// The error with which the receiver would end the connection.
 pub(crate) fn check(contents: &Encoded, max_numbers: u64) -> Result<(), FrameError> {
     let Encoded { header, bulk } = contents;
     if bulk.len() > MAX_BUFFERS {
@@ -261,12 +262,12 @@ pub(crate) fn parse_addresses(bytes: &[u8]) -> impl Iterator<Item = u64> {
 pub(crate) struct OutFrame {
     /// Fixed part, lengths and header.
     head: Vec<u8>,
-    /// Where the buffers are, if they are lent.
+    /// The addresses of the buffers, if they are lent.
     addresses: Option<Box<[u8]>>,
     bulk: Vec<Bulk>,
     num_written: usize,
     len: usize,
-    /// Says that the frame is still to be written.
+    /// Counts the frame as a large reply that is not written yet.
     sending: Option<Sending>,
     deadline: Option<Deadline>,
 }
@@ -317,7 +318,7 @@ impl OutFrame {
         Self::new(Kind::Probe, 0, 0, contents)
     }
 
-    /// How many numbers it has; all of its message, lent or not.
+    /// How many numbers the message has, whether they are lent or not.
     pub(crate) fn num_numbers(&self) -> u64 {
         self.bulk.iter().map(|bulk| bulk.len() as u64).sum()
     }
@@ -326,7 +327,7 @@ impl OutFrame {
         self.rest().map(<[u8]>::len).sum()
     }
 
-    /// Lends the buffers instead of writing them; nothing must have been written yet.
+    /// Lends the buffers instead of writing them. Nothing of the frame may have been written yet.
     pub(crate) fn lend(&mut self) {
         let addresses = self.bulk.iter().map(|bulk| address(bytes_of(bulk)));
         self.addresses = Some(addresses.flat_map(u64::to_le_bytes).collect());
@@ -334,7 +335,7 @@ impl OutFrame {
         self.len = self.num_bytes();
     }
 
-    /// Makes a frame whose buffers are lent one that can be written to any connection.
+    /// Turns a frame with lent buffers into a frame that can be written to any connection.
     pub(crate) fn take_home(&mut self) {
         self.addresses = None;
         self.head[0] &= !LENT;
@@ -351,21 +352,21 @@ impl OutFrame {
         self
     }
 
-    /// Notes how much time the call has left; to be called before the frame is written.
+    /// Writes the time that is left into the head. Must be called before the frame is written.
     pub(crate) fn stamp(&mut self) {
         if let (Some(deadline), 0) = (&self.deadline, self.num_written) {
             self.head[20..HEAD_LEN].copy_from_slice(&limit_bytes(Some(deadline.remaining())));
         }
     }
 
-    /// Counts the frame as one that is being sent until it is written or given up.
+    /// Counts the frame for admission until it is written or dropped.
     pub(crate) fn counted(mut self, admission: &Arc<Admission>) -> Self {
         let num_numbers = self.bulk.iter().map(|bulk| bulk.len()).sum();
         self.sending = admission.sending(num_numbers);
         self
     }
 
-    /// Sets the call's number; it must not have been written in part.
+    /// Sets the call's number. Nothing of the frame may have been written yet.
     pub(crate) fn set_call(&mut self, call: u64) {
         self.head[8..16].copy_from_slice(&call.to_le_bytes());
     }
@@ -384,7 +385,7 @@ impl OutFrame {
         self.head[0] & !LENT
     }
 
-    /// Whether the frame means the same on another connection.
+    /// Whether the frame must be sent on the next connection if this one is lost.
     pub(crate) fn must_arrive(&self) -> bool {
         self.is_call() || [Kind::Stop as u8, Kind::Kill as u8].contains(&self.kind())
     }
@@ -401,14 +402,14 @@ impl OutFrame {
         self.num_written == self.len
     }
 
-    /// Notes that `num_bytes` more were written, and returns those that belong to the next frame.
+    /// Records that `num_bytes` more bytes were written. Returns how many of them belong to the next frame.
     pub(crate) fn advance(&mut self, num_bytes: usize) -> usize {
         let step = num_bytes.min(self.len - self.num_written);
         self.num_written += step;
         num_bytes - step
     }
 
-    /// Takes a copy of the next bytes, which count as written.
+    /// Returns a copy of the next bytes. They count as written.
     pub(crate) fn next_chunk(&mut self) -> Vec<u8> {
         self.stamp();
         let chunk = self.rest().next().unwrap_or_default();
@@ -417,7 +418,7 @@ impl OutFrame {
         chunk
     }
 
-    /// Returns what is still to be written, in order.
+    /// Returns the bytes that are not written yet, in order.
     pub(crate) fn rest(&self) -> impl Iterator<Item = &[u8]> {
         let (heads, bulk) = match &self.addresses {
             Some(addresses) => {

@@ -153,6 +153,7 @@ async fn lends_to() -> (End, UnixStream) {
     (end, peer)
 }
 
+///
 #[tokio::test]
 async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_has_them() {
     let (ours, theirs) = UnixStream::pair().expect("the system gives sockets");
@@ -174,7 +175,7 @@ async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_h
     }
 }
 
-/// The system may forbid it.
+/// the system may forbid it.
 #[tokio::test]
 async fn a_peer_that_cannot_read_gets_everything_by_the_socket() {
     let (ours, mut peer) = UnixStream::pair().expect("the system gives sockets");
@@ -190,6 +191,7 @@ async fn a_peer_that_cannot_read_gets_everything_by_the_socket() {
     }
 }
 
+///
 #[tokio::test]
 async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     let (mut end, mut peer) = lends_to().await;
@@ -212,7 +214,7 @@ async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     assert!(read_raw(&mut peer).await.is_lent);
 }
 
-/// Turns wait until replies were taken, and the news of that comes behind the next call.
+/// turns wait until replies were taken, and the news of that comes behind the next call.
 #[tokio::test]
 async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     let (mut end, mut peer) = lends_to().await;
@@ -247,6 +249,7 @@ async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     assert_eq!(end.next().await.kind, Kind::Cancel);
 }
 
+///
 #[tokio::test]
 async fn a_connection_that_is_finished_waits_until_everything_lent_was_taken() {
     let (mut end, mut peer) = lends_to().await;

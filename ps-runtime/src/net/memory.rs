@@ -15,13 +15,13 @@ mod faults;
 #[cfg(any(test, feature = "test-util"))]
 pub use faults::{FaultCounts, Faults, Outage};
 
-/// Bytes in a pipe that its reader has not taken yet, as in a socket's buffer.
+/// The size of a pipe's buffer in bytes, similar to that of a socket.
 const PIPE: usize = 256 << 10;
 
-/// Connections that wait to be accepted.
+/// How many connections may wait to be accepted.
 const BACKLOG: usize = 128;
 
-/// Processes that can reach each other without sockets. Cloning gives the same network.
+/// A network in which processes reach each other without sockets. A clone is the same network.
 #[derive(Clone, Default)]
 pub struct MemoryNetwork {
     inner: Arc<Inner>,
@@ -53,7 +53,7 @@ impl Listener {
 }
 
 impl MemoryNetwork {
-    /// Makes a network without anyone in it.
+    /// Makes an empty network without faults.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -65,7 +65,7 @@ impl MemoryNetwork {
         listeners.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a place to listen at; the first place is 0.
+    /// Takes a place to listen at. The first place is 0.
     pub(crate) fn listen(&self) -> (u64, mpsc::Receiver<DuplexStream>) {
         let place = self.inner.next_place.fetch_add(1, Ordering::Relaxed);
         let (backlog, receiver) = mpsc::channel(BACKLOG);

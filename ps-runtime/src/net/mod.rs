@@ -1,21 +1,22 @@
 //! Connections between processes: frames, handshake, heartbeat.
 //!
-//! A connection begins as an HTTP/1.1 request that asks for an upgrade, so that one port serves
-//! other processes of the program, HTTP clients in any language, and health probes, all behind the
-//! same token. After the upgrade it carries frames. Each process opens one connection to each
-//! actor that it has a reference to; calls arrive in the order sent because the stream keeps it.
+//! This module moves bytes and knows no actor. A connection begins as an HTTP/1.1 request that asks for an upgrade. So one port serves other
+//! processes of the program, HTTP clients in any language, and health probes. All but the probes need the
+//! token. After the upgrade the connection carries frames. Each process opens one connection to each actor
+//! that it has a reference to. Calls arrive in the order in which they were sent, because the stream
+//! keeps the order.
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `frame` | the format of what is sent; pure |
+//! | `frame` | the format of frames; does no input or output |
 //! | `connection`, `arrivals`, `outbox` | heartbeat, reading and writing of one connection |
-//! | `peer_memory` | large numbers between processes of one host are copied once |
-//! | `admission` | large calls to one actor come in one after the other |
-//! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; who runs them |
-//! | `address` | where a process listens |
+//! | `peer_memory` | copies large numbers between processes of one host only once |
+//! | `admission` | admits large calls to one actor one after the other |
+//! | `stream`, `threads` | TCP, Unix sockets, pipes in memory; the threads that run them |
+//! | `address` | the address of a process |
 //! | `access`, [`tls`] | the token; certificates |
-//! | `quiet` | lines that a peer can cause are few |
-//! | `memory` | a network inside one process, with faults |
+//! | `quiet` | limits how often a peer can cause the same log line |
+//! | `memory` | a network inside one process, with faults, for tests |
 
 pub(crate) mod access;
 pub(crate) mod address;

@@ -1,11 +1,11 @@
 //! The frames that wait to be written to one connection.
 //!
-//! Whoever has a frame writes it to the socket at once, on its own thread, if nothing waits before
-//! it and it is small: that saves waking the network thread, which costs more than the write. What
-//! the socket does not take is left to the connection's [`write`](Outbox::write) task.
+//! A thread that sends a small frame writes it to the socket itself, at once, if no other frame waits.
+//! This saves waking the network thread, which costs more than the write. What the socket does not take
+//! is left to the connection's [`write`](Outbox::write) task.
 //!
-//! The numbers of large frames are lent to a peer that can read this process's memory: see
-//! [`peer_memory`](super::peer_memory). What is lent is kept here until the peer has it.
+//! The numbers of large frames are lent to a peer that can read this process's memory; see
+//! [`peer_memory`](super::peer_memory). Lent frames are kept here until the peer has copied them.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -22,55 +22,56 @@ use super::frame::{Kind, OutFrame};
 use super::peer_memory::Probe;
 use super::stream::{Socket, WriteHalf};
 
-/// The largest frame that its own thread writes.
+/// The largest frame, in bytes, that the sending thread writes itself.
 const MAX_DIRECT: usize = 64 << 10;
 
-/// The numbers of frames with this many bytes are lent.
+/// The numbers of frames with at least this many bytes are lent.
 pub(super) const MIN_LENT: usize = 128 << 10;
 
-/// How many replies may be lent at once; more are written, which waits for the peer. Calls are
-/// kept until their replies come in any case.
+/// How many replies may be lent at the same time. Further replies are written, which waits for the peer.
+/// Calls are not limited, because they are kept until their replies arrive in any case.
 pub(super) const MAX_LENT: usize = 4;
 
-/// So many frames, or a few with so many bytes, are all that may wait for a peer before nothing more is
-/// read from it: more calls than a caller has under way by default, and some large snapshots.
+/// If this many frames wait for a peer, or a few with this many bytes, nothing more is read from the peer.
+/// The limits allow more calls than a caller has under way by default, and some large snapshots.
 const MAX_WAITING: usize = 2048;
 const MAX_FEW: usize = 8;
 const MAX_WAITING_BYTES: usize = 64 << 20;
 
-/// How many pieces of memory, and how many bytes, go into one call of the system.
+/// How many pieces of memory, and how many bytes, one system call writes at most.
 const MAX_PIECES: usize = 32;
 const MAX_BYTES: usize = 1 << 20;
 
 pub(crate) struct Outbox {
-    // Before `state`: what is lent must not be dropped before the peer can see that we hang up.
+    // Declared before `state`, so that it is dropped first: lent memory must not be dropped before the
+    // peer can see that the connection is closed.
     socket: Option<Socket>,
     state: Mutex<State>,
     more: Notify,
-    /// Something was written.
+    /// Notified when frames were written.
     less: Notify,
 }
 
 struct State {
     queue: VecDeque<OutFrame>,
     peer: Borrower,
-    /// Written but for the numbers, which the peer has not taken yet.
+    /// Frames that are written except for their numbers, which the peer has not copied yet.
     lent: VecDeque<OutFrame>,
     last_write: Instant,
-    /// Set when no more frames are to come; the task ends when it has written those there are.
+    /// Set when no more frames will come. The task ends when it has written the frames that wait.
     is_finished: bool,
     closed: Option<Arc<str>>,
 }
 
 /// Whether the peer can read this process's memory.
 enum Borrower {
-    /// It may be able to.
+    /// The peer may be able to.
     Unknown,
-    /// It looks for a secret.
+    /// The peer was asked to look for a secret.
     Looks(#[expect(dead_code, reason = "kept where the peer looks for it")] Probe),
-    /// It can.
+    /// The peer can.
     Able,
-    /// It never gets anything lent.
+    /// Nothing is ever lent to the peer.
     Unable,
 }
 
@@ -109,7 +110,7 @@ impl Outbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes a frame, or queues it; gives it back if the connection is closed.
+    /// Writes a frame, or queues it. Returns the frame if the connection is closed.
     pub(crate) fn send(&self, mut frame: OutFrame) -> Result<(), OutFrame> {
         let mut state = self.lock();
         if state.closed.is_some() || state.is_finished {
@@ -122,7 +123,7 @@ impl Outbox {
         state.queue.push_back(frame);
         let mut done = Vec::new();
         let progress = match &self.socket {
-            // An error is met again, and reported, by the task.
+            // The task meets the same error again and reports it.
             Some(socket) if may_write => state.write_step(socket, &mut done).ok(),
             _ => None,
         };
@@ -134,10 +135,10 @@ impl Outbox {
         Ok(())
     }
 
-    /// Waits until not too much waits to be written.
+    /// Waits until the frames that wait to be written are below the limits.
     ///
     /// # Errors
-    /// When the peer has taken nothing for so long.
+    /// When the peer has taken nothing for `patience`.
     pub(super) async fn room(&self, patience: Duration) -> Result<(), Ended> {
         let begin = Instant::now();
         loop {
@@ -152,13 +153,13 @@ impl Outbox {
                 let why = format!("the peer has read no replies for {patience:?}");
                 return Err(Ended::Peer(why));
             };
-            // A sign that came before is kept. Late or not, the state is looked at again.
+            // A notification that came earlier is kept. In any case the state is checked again.
             let left = left.max(Duration::from_millis(1));
             let _ = tokio::time::timeout(left, self.less.notified()).await;
         }
     }
 
-    /// The peer can read this process's memory.
+    /// Records that the peer can read this process's memory.
     pub(crate) fn peer_can_read(&self) {
         let mut state = self.lock();
         if matches!(state.peer, Borrower::Looks(_)) {
@@ -166,7 +167,7 @@ impl Outbox {
         }
     }
 
-    /// Whether the peer has something to take.
+    /// Whether something is lent that the peer has not copied yet.
     pub(super) fn has_lent(&self) -> bool {
         !self.lock().lent.is_empty()
     }

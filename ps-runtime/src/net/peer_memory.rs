@@ -1,25 +1,25 @@
-//! Large numbers between two processes of one host: the reader copies them out of the sender's memory.
+//! Copies large numbers between two processes of one host: the receiver copies them from the sender's memory.
 //!
-//! A socket copies everything twice, into the system and out of it, with both processes at work. Linux
-//! lets a process copy straight out of another one of the same user (`process_vm_readv(2)`), which MPI
-//! libraries and TensorPipe do, too. The frame says where the numbers are; the sender keeps them
-//! unchanged until it hears that they were taken.
+//! A socket copies all bytes twice, into the kernel and out of it, and both processes work for that. Linux
+//! allows a process to copy directly from another process of the same user (`process_vm_readv(2)`). MPI
+//! libraries and TensorPipe use this, too. The frame contains the address of the numbers. The sender keeps
+//! them unchanged until it hears that they were copied.
 //!
-//! The system may forbid it (containers, `ptrace_scope`), and a peer may see other process numbers
-//! than ours. So each side shows the other one a secret in its memory first, and lends only to
-//! a peer that found it; to all others the numbers go through the socket.
+//! The system may forbid it (containers, `ptrace_scope`), and a peer may see other process ids than this
+//! process. So each side first tells the other where a secret is in its memory, and lends only to a peer
+//! that has found the secret. To all other peers the numbers go through the socket.
 
 use std::io;
 
 use super::stream::Stream;
 use crate::parallel::{PART, PART_LEN, for_each, sum_of_squares};
 
-/// Bytes that say where to look for a secret: address, secret.
+/// The length in bytes of a header with an address and the secret at it.
 const PROBE_LEN: usize = 8 + SECRET_LEN;
 
 const SECRET_LEN: usize = 16;
 
-/// Bytes copied before other connections have their turn: some milliseconds.
+/// How many bytes are copied before other connections of the thread run. It takes some milliseconds.
 const STEP: usize = 64 * PART;
 
 /// A secret at a place in this process's memory.
@@ -27,14 +27,14 @@ const STEP: usize = 64 * PART;
 pub(crate) struct Probe(Box<[u8; SECRET_LEN]>);
 
 impl Probe {
-    /// Makes a secret; an error when the system has no randomness.
+    /// Makes a secret. It fails if the system gives no random numbers.
     pub(crate) fn new() -> io::Result<Self> {
         let mut secret = Box::new([0; SECRET_LEN]);
         getrandom::fill(&mut *secret).map_err(io::Error::other)?;
         Ok(Self(secret))
     }
 
-    /// What tells a peer where to look and what to find.
+    /// Returns the address of the secret and the secret itself, for the peer.
     pub(crate) fn header(&self) -> Vec<u8> {
         let mut header = address(&*self.0).to_le_bytes().to_vec();
         header.extend(*self.0);
@@ -42,16 +42,16 @@ impl Probe {
     }
 }
 
-/// Returns where something is in this process's memory.
+/// Returns the address of bytes in this process's memory.
 pub(crate) fn address(bytes: &[u8]) -> u64 {
     bytes.as_ptr() as u64
 }
 
-/// The memory of the process at the other end of a connection, as far as it lets us read there.
+/// The memory of the process at the other end of a connection.
 pub(crate) struct PeerMemory(system::PeerMemory);
 
 impl PeerMemory {
-    /// Finds the process at the other end of a Unix socket; `None` for other streams and systems.
+    /// Finds the process at the other end of a Unix socket. Returns `None` for other streams and systems.
     pub(crate) fn of(stream: &Stream) -> Option<Self> {
         match stream {
             Stream::Unix(stream) => system::PeerMemory::of(stream).map(Self),
@@ -59,7 +59,7 @@ impl PeerMemory {
         }
     }
 
-    /// Whether the secret that a [`Probe`] speaks of is where it should be.
+    /// Whether the secret of a [`Probe`] is at its address in the peer's memory.
     pub(crate) fn shows(&self, header: &[u8]) -> bool {
         if header.len() != PROBE_LEN {
             return false;
@@ -70,10 +70,10 @@ impl PeerMemory {
         self.0.copy(address, &mut found).is_ok() && found == secret
     }
 
-    /// Copies what the peer lends at an address; a peer that is gone by then lends nothing.
-    /// Returns the sum of the squares, which costs next to nothing while a part is in a core's cache.
+    /// Copies the numbers that the peer lends at an address, and returns the sum of their squares, which
+    /// costs almost nothing while a part is in a core's cache. It fails if the peer has closed the connection.
     ///
-    /// Gives way to the other connections of its thread now and then.
+    /// From time to time it lets the other connections of its thread run.
     pub(crate) async fn read(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
         let mut from = address;
         let mut norm_squared = 0.0;
@@ -82,7 +82,7 @@ impl PeerMemory {
             from = from.saturating_add(size_of_val(step) as u64);
             tokio::task::yield_now().await;
         }
-        // A sender lets go of its memory only after it has hung up.
+        // A sender reuses its memory only after it has closed the connection.
         match self.0.has_hung_up() {
             false => Ok(norm_squared),
             true => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -122,7 +122,7 @@ mod system {
 
     impl PeerMemory {
         pub(super) fn of(stream: &UnixStream) -> Option<Self> {
-            // The system's word, not the peer's. It has no number for processes that we cannot see.
+            // The id comes from the system, not from the peer. It is 0 for processes that we cannot see.
             let peer = stream.peer_cred().ok()?.pid().filter(|pid| *pid > 0)?;
             let socket = stream.as_fd().try_clone_to_owned().ok()?;
             Some(Self {
@@ -158,7 +158,7 @@ mod system {
         pub(super) fn has_hung_up(&self) -> bool {
             let hung_up = PollFlags::from_bits_retain(nix::libc::POLLRDHUP);
             let mut sockets = [PollFd::new(self.socket.as_fd(), hung_up)];
-            // Whatever else the system may have to say of the socket is its end, too.
+            // Any event that the system reports means that the connection has ended.
             !matches!(poll(&mut sockets, PollTimeout::ZERO), Ok(0))
         }
     }
@@ -236,7 +236,7 @@ mod tests {
         }
     }
 
-    /// The sender may have used the memory for something else by then.
+    /// the sender may have used the memory for something else by then.
     #[tokio::test]
     async fn nothing_is_taken_from_a_peer_that_has_hung_up() {
         let (memory, theirs) = own_memory();

@@ -1,6 +1,6 @@
-//! Says the same thing no more often than every few seconds.
+//! Limits the same log line to one per 5 s.
 //!
-//! What a peer can cause as often as it likes must not fill a disk with lines.
+//! A peer that can cause a line as often as it likes must not fill a disk with it.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 /// The least time between two lines of one kind.
 const EVERY: Duration = Duration::from_secs(5);
 
-/// One kind of line.
+/// One kind of log line.
 #[derive(Debug)]
 pub(crate) struct Quiet(Mutex<State>);
 
@@ -26,7 +26,7 @@ impl Quiet {
         }))
     }
 
-    /// How many lines were left out since the last one, if it is time for another one.
+    /// If another line may be logged now, returns how many lines were suppressed since the last one.
     pub(crate) fn may_speak(&self) -> Option<u64> {
         self.may_speak_at(Instant::now())
     }

@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio_rustls::TlsStream;
 
-/// The longest time that the system takes for bytes on their way: it counts milliseconds in 31 bits.
+/// The longest time limit for unacknowledged bytes that the system accepts: it counts ms in 31 bits.
 #[cfg(target_os = "linux")]
 const LONGEST: Duration = Duration::from_millis(i32::MAX as u64);
 
@@ -31,7 +31,7 @@ impl Stream {
             Self::Tcp(stream) => Detached::Tcp(stream.into_std()?),
             Self::Unix(stream) => Detached::Unix(stream.into_std()?),
             Self::Memory(stream) => Detached::Memory(stream),
-            // Only sockets that were just accepted are moved.
+            // Only sockets that were just accepted are moved, and TLS begins later.
             Self::Tls(_) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
@@ -60,7 +60,7 @@ impl Stream {
 
 /// Makes the system notice a peer that is cut off, and send small messages at once.
 ///
-/// Our own heartbeat notices it, too; this is for bytes that are stuck in the send buffer.
+/// The heartbeat also notices such a peer. This setting is for bytes that stay in the send buffer.
 pub(crate) fn tune(stream: &TcpStream, lease: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
@@ -118,7 +118,7 @@ impl Socket {
 
     /// Lets the peer see that nothing more will come.
     pub(crate) fn hang_up(&self) {
-        // An error means that the peer has hung up before.
+        // An error means that the peer has already closed the connection.
         let _ = match self {
             Self::Tcp(socket) => SockRef::from(socket.as_ref()).shutdown(Shutdown::Write),
             Self::Unix(socket) => SockRef::from(socket.as_ref()).shutdown(Shutdown::Write),

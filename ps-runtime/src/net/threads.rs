@@ -1,8 +1,8 @@
-//! The threads that connections live on.
+//! The threads that run connections.
 //!
-//! Each is an event loop of its own: on two loops two gradients arrive at once, and a loop of one
-//! thread wakes faster than a pool that steals work. Actors compute on threads of their own, so
-//! a heartbeat never waits for a gradient.
+//! Each thread has an event loop of its own. Two gradients can arrive on two loops at the same time, and a
+//! loop of one thread wakes faster than a work-stealing pool. Actors compute on threads of their own, so a
+//! heartbeat never waits for a computation.
 
 use std::future::pending;
 use std::io;
@@ -12,7 +12,7 @@ use std::thread;
 
 use tokio::runtime::{Builder, Handle};
 
-/// More do not make a network faster.
+/// The largest number of threads. More threads do not make a network faster.
 const MAX_THREADS: usize = 4;
 
 static NEXT: AtomicUsize = AtomicUsize::new(0);
@@ -20,15 +20,15 @@ static NEXT: AtomicUsize = AtomicUsize::new(0);
 /// Starts the threads if they do not run yet.
 ///
 /// # Errors
-/// When the system gives not even one.
+/// When the system gives no thread at all.
 pub(crate) fn ready() -> io::Result<()> {
     all().map(drop)
 }
 
-/// The event loop whose turn it is to take a connection.
+/// Returns the event loop that takes the next connection. The loops take turns.
 ///
 /// # Panics
-/// When there is none; whoever can return an error asks whether they are [`ready`] first.
+/// When there are no threads. A caller that can return an error calls [`ready`] first.
 pub(crate) fn next() -> Handle {
     let threads = all().unwrap_or_else(|error| {
         panic!(
@@ -40,7 +40,7 @@ pub(crate) fn next() -> Handle {
     threads[turn % threads.len()].clone()
 }
 
-/// All event loops; at least one.
+/// Returns all event loops. There is at least one.
 fn all() -> io::Result<&'static [Handle]> {
     static THREADS: OnceLock<Vec<Handle>> = OnceLock::new();
     static STARTING: Mutex<()> = Mutex::new(());
@@ -53,7 +53,7 @@ fn all() -> io::Result<&'static [Handle]> {
         return Ok(started);
     }
     let cores = thread::available_parallelism().map_or(1, usize::from);
-    // Where threads are short, fewer do; without any, no process could do anything at all.
+    // If the system gives fewer threads, fewer are used. At least one is needed.
     let mut started = vec![start(0)?];
     started.extend((1..cores.min(MAX_THREADS)).filter_map(|index| start(index).ok()));
     Ok(THREADS.get_or_init(|| started))
@@ -67,7 +67,7 @@ fn start(index: usize) -> io::Result<Handle> {
             let runtime = Builder::new_current_thread().enable_all().build();
             match runtime {
                 Ok(runtime) => {
-                    // The receiver waits for this, so it is there.
+                    // This cannot fail: the receiver waits for it.
                     let _ = started.send(Ok(runtime.handle().clone()));
                     runtime.block_on(pending::<()>());
                 }

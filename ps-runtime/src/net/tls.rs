@@ -1,4 +1,5 @@
-//! TLS between processes: who is there is proved by certificates, and nobody else can listen.
+//! TLS between processes: certificates prove which processes belong to the cluster, and the connections
+//! are encrypted.
 
 use std::fmt;
 use std::io;
@@ -14,13 +15,13 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
-/// The name that all certificates of a cluster are issued for, unless another is given.
+/// The default for the name that all certificates of a cluster are issued for.
 pub const DEFAULT_NAME: &str = "ps";
 
-/// Certificates of one process. Cloning shares them.
+/// The certificates of one process. A clone shares them.
 ///
-/// All processes of a cluster use certificates of one authority of their own. They are issued for
-/// one name, not for addresses: nodes come and go, and where they are does not matter.
+/// All processes of a cluster use certificates of one authority, which belongs to the cluster. The
+/// certificates are issued for one name and not for addresses, because nodes may run on any host.
 #[derive(Clone)]
 pub struct Tls {
     acceptor: TlsAcceptor,
@@ -29,63 +30,63 @@ pub struct Tls {
     is_mutual: bool,
 }
 
-/// Where the certificates of a process are, as PEM files.
+/// The paths of a process's certificates, which are PEM files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsFiles {
-    /// The authority that has issued the certificates of all processes.
+    /// The certificate of the authority that has issued the certificates of all processes.
     pub authority: PathBuf,
-    /// This process's certificate, with those between it and the authority.
+    /// This process's certificate, followed by the certificates between it and the authority.
     pub certificate: PathBuf,
     /// The private key of the certificate.
     pub key: PathBuf,
     /// The name that the certificates are issued for.
     pub name: String,
-    /// Lets in only who has a certificate. Else whoever has the token.
+    /// If `true`, only processes that have a certificate can connect. If `false`, the token decides.
     pub mutual: bool,
 }
 
-/// What the library below says.
+/// An error of the TLS library.
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why certificates cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TlsError {
-    /// A file cannot be read, or holds something else.
+    /// A file cannot be read, or does not contain what it should.
     #[error("could not read {what} from {path}")]
     File {
-        /// What was looked for.
+        /// What should be in the file, such as "a certificate".
         what: &'static str,
-        /// Where.
+        /// The path of the file.
         path: PathBuf,
-        /// Why.
+        /// Why it cannot be read.
         #[source]
         source: Cause,
     },
-    /// The name is no host name.
+    /// The name is not a valid host name.
     #[error("`{name}` cannot be the name of a certificate")]
     Name {
-        /// Which.
+        /// The name as it was given.
         name: String,
-        /// Why.
+        /// Why it is not valid.
         #[source]
         source: Cause,
     },
-    /// Certificate and key do not fit, or the authority's certificate is of no use.
+    /// Certificate and key do not fit together, or the authority's certificate cannot be used.
     #[error("the certificates cannot be used")]
     Unusable(#[source] Cause),
-    /// The others would not believe this process.
+    /// Other processes would refuse the certificate of this process.
     #[error("{path} is not a valid certificate of the authority for `{name}`")]
     NotValid {
-        /// The certificate.
+        /// The path of the certificate.
         path: PathBuf,
-        /// The name that it has to be for.
+        /// The name that the certificate must be issued for.
         name: String,
-        /// Why not.
+        /// Why the certificate is not valid.
         #[source]
         source: Cause,
     },
-    /// Nobody could be checked against the authority.
+    /// The certificates of other processes cannot be checked against the authority.
     #[error("nobody can be checked against the authority")]
     Verifier(#[source] Cause),
 }
@@ -93,8 +94,26 @@ pub enum TlsError {
 impl Tls {
     /// Reads the certificates of this process.
     ///
+    /// ```no_run
+    /// use ps_runtime::cluster::ClusterConfig;
+    /// use ps_runtime::net::tls::DEFAULT_NAME;
+    /// use ps_runtime::net::{Tls, TlsFiles};
+    ///
+    /// let tls = Tls::from_files(&TlsFiles {
+    ///     authority: "authority.pem".into(),
+    ///     certificate: "node.pem".into(),
+    ///     key: "node.key".into(),
+    ///     name: DEFAULT_NAME.to_owned(),
+    ///     mutual: true,
+    /// })?;
+    /// let config = ClusterConfig { tls: Some(tls), ..ClusterConfig::default() };
+    /// # drop(config);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
-    /// When a file cannot be read, or certificate and key do not fit.
+    /// When a file cannot be read, when certificate and key do not fit together, or when the certificate is
+    /// not a valid one of the authority for the name.
     pub fn from_files(files: &TlsFiles) -> Result<Self, TlsError> {
         let authority = read_certificates(&files.authority, "the authority's certificate")?;
         let certificate = read_certificates(&files.certificate, "a certificate")?;
@@ -113,7 +132,7 @@ impl Tls {
             roots.add(certificate).map_err(unusable)?;
         }
         let roots = Arc::new(roots);
-        // A mistake shows here rather than as a process that nobody can reach.
+        // Checked here, so that a mistake is an error now and not a process that no other can reach.
         let checked =
             WebPkiServerVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider));
         let (own, between) = certificate
@@ -161,7 +180,7 @@ impl Tls {
         })
     }
 
-    /// Whether only who has a certificate is let in.
+    /// Whether only processes that have a certificate can connect.
     #[must_use]
     pub fn is_mutual(&self) -> bool {
         self.is_mutual

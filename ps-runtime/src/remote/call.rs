@@ -1,7 +1,7 @@
 //! One call to an actor of another process, from its frame to its reply.
 //!
-//! The message is kept until the reply is there, so that it can be handed back if it was not
-//! delivered. A reply is read by whoever waits for it, on its own thread.
+//! The message is kept until the reply arrives, so that it can be handed back if it was not delivered.
+//! The thread that waits for a reply also reads it.
 
 use std::any::type_name;
 use std::mem;
@@ -25,16 +25,16 @@ pub(super) trait RemoteCall: Send + Sync {
     fn lost(&self, reason: Lost);
 }
 
-/// How a call ends that gets no reply.
+/// Why a call gets no reply.
 pub(super) enum Lost {
     NotDelivered(NotDelivered),
     Unknown(UnknownOutcome),
 }
 
-/// A call that was begun, or an error that hands its message back.
+/// A call that was started, or an error that hands its message back.
 pub(super) type Called<M, R> = Result<Arc<Call<M, R>>, CallError>;
 
-/// One call to an actor elsewhere.
+/// One call to an actor of another process.
 pub(crate) struct Call<M, R> {
     remote: Arc<RemoteActor>,
     number: u64,
@@ -52,14 +52,14 @@ struct CallState<M> {
 enum Stage<M> {
     /// The message is kept, to be handed back if it cannot be delivered.
     Waiting(M),
-    /// Read by whoever waits, on its own thread.
+    /// The reply has arrived. The thread that waits for it reads it.
     Arrived(M, Frame),
     Lost(CallError),
     Over,
 }
 
 impl<M: Send + 'static, R> Call<M, R> {
-    /// Makes a call that waits; its number is that of its frame.
+    /// Makes a call that waits for its reply. Its number is that of its frame.
     pub(super) fn new(
         remote: Arc<RemoteActor>,
         number: u64,
@@ -80,7 +80,7 @@ impl<M: Send + 'static, R> Call<M, R> {
         }
     }
 
-    /// Notes what the caller's time limit is.
+    /// Sets the caller's time limit.
     pub(super) fn due(mut self, deadline: Option<Deadline>) -> Self {
         self.deadline = deadline;
         self
@@ -90,18 +90,18 @@ impl<M: Send + 'static, R> Call<M, R> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves the call on from waiting, and wakes whoever waits.
+    /// Moves the call from waiting to the next stage, and wakes the caller.
     fn conclude(&self, next: impl FnOnce(M) -> Stage<M>) {
         let mut state = self.lock();
         let stage = mem::replace(&mut state.stage, Stage::Over);
         let Stage::Waiting(message) = stage else {
-            // Given up meanwhile.
+            // The caller has given up.
             state.stage = stage;
             return;
         };
         state.stage = next(message);
         let waker = state.waker.take();
-        // Before anyone can see the reply and make the next call.
+        // The slot is free before the caller can see the reply and make the next call.
         self.remote.release_slot();
         drop(state);
         if let Some(waker) = waker {
@@ -128,7 +128,7 @@ impl<M: Send + 'static, R> Call<M, R> {
                     if let (NotDelivered::TimedOut { after }, Some(deadline)) =
                         (&mut reason, &self.deadline)
                     {
-                        // The other side knows what was left when the call was written.
+                        // The other side knows only the time that was left when the call was written.
                         *after = deadline.after();
                     }
                     self.remote.undelivered(message, reason)
@@ -139,7 +139,7 @@ impl<M: Send + 'static, R> Call<M, R> {
         })
     }
 
-    /// Ends the caller's interest in a call that waits; returns the message if it never left.
+    /// Ends a call whose caller gives up. Returns the message if nothing of it was written.
     fn withdraw(&self) -> Option<Result<M, ()>> {
         let mut state = self.lock();
         let Stage::Waiting(_) = &state.stage else {

@@ -1,8 +1,8 @@
-//! An actor of this process that is called from elsewhere.
+//! An actor of this process that other processes call.
 //!
-//! Messages are read on the network's thread and go into the actor's queue as any other. The
-//! result is written by whoever completes the call, which is the actor's own thread: its reply
-//! wakes nobody here.
+//! Messages are read on the network's thread and go into the actor's queue like any other. The thread
+//! that completes the call, which is the actor's own, also writes the result. No other thread is woken
+//! for it.
 
 use std::any::type_name;
 use std::collections::HashMap;
@@ -40,7 +40,7 @@ pub(crate) trait Callee: Send + Sync {
     fn kill(&self);
     fn ended(&self) -> watch::Receiver<bool>;
     fn admission(&self) -> &Arc<Admission>;
-    /// The `Arc<Handle<A>>`, as one of any type, while there is one.
+    /// The `Arc<Handle<A>>` without its type, while there is one.
     fn handle(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>>;
 }
 
@@ -105,13 +105,13 @@ pub(crate) struct Incoming {
     connection: Arc<Calls>,
 }
 
-/// What becomes of a result.
+/// What is done with a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Then {
     Send,
-    /// Nobody wants it.
+    /// It is dropped, because the message was sent with `tell`.
     Forget,
-    /// It stays here, and the caller gets a ticket.
+    /// It is kept here, and the caller gets a ticket.
     Keep,
 }
 
@@ -120,7 +120,7 @@ impl Incoming {
         self.frame.kind == Kind::Tell
     }
 
-    /// Tells the caller that its message was not taken.
+    /// Tells the caller that its message was refused.
     pub(crate) fn refuse(self, reason: String) {
         let actor = Arc::clone(&self.connection.actor_name);
         let error = CallError::NotDelivered {
@@ -162,7 +162,7 @@ where
             return connection.reply_error(number, &error);
         }
     };
-    // A told message, too, is answered, without its result: its loss is counted by its sender.
+    // A message sent with `tell` is answered, too, but without its result: the sender counts its loss.
     let admitted = admitted.map(|admitted| Box::new(admitted) as _);
     match mailbox.push_with(message, admitted, deadline) {
         Ok(call) => {
@@ -187,10 +187,10 @@ pub(crate) struct Calls {
     outbox: Arc<Outbox>,
     actor_name: Arc<str>,
     admission: Arc<Admission>,
-    /// How many numbers the caller takes at once.
+    /// How many numbers the caller accepts in one message.
     max_numbers: u64,
     running: Mutex<HashMap<u64, Arc<dyn Cancel>>>,
-    /// The number of the last call that was queued; they come in increasing order.
+    /// The number of the last call that was queued. The numbers increase.
     last_taken: AtomicU64,
 }
 
@@ -205,7 +205,7 @@ impl Calls {
     }
 
     fn reply(&self, call: u64, code: u32, contents: Encoded) {
-        // A caller whose connection is gone has been told so by its own side.
+        // If the connection is lost, the caller's own process tells the caller.
         let _ = self
             .outbox
             .send(OutFrame::new(Kind::Reply, call, code, contents).counted(&self.admission));
@@ -213,7 +213,7 @@ impl Calls {
 
     fn reply_error(&self, call: u64, error: &CallError) {
         let encoded = codec::encode(error).or_else(|_| {
-            // A panic's text can be longer than a header.
+            // The text of a panic can be longer than the limit of a header.
             let short = CallError::Unknown {
                 actor: Arc::clone(&self.actor_name),
                 reason: UnknownOutcome::BadReply {
@@ -226,7 +226,7 @@ impl Calls {
     }
 }
 
-/// Sends the result of a call when it is there.
+/// Sends the result of a call when it is ready.
 struct Answer<R> {
     slot: Arc<dyn ReplySlot<R>>,
     then: Then,
@@ -236,7 +236,7 @@ struct Answer<R> {
 }
 
 impl<R: Serialize + Send + 'static> Answer<R> {
-    /// Looks for the result; called once when the call was queued, and by its wake-up.
+    /// Checks for the result. Called once when the call was queued, and at each wake-up.
     fn poll(self: &Arc<Self>) {
         if self.is_over.load(Ordering::Acquire) {
             return;
@@ -294,7 +294,7 @@ impl<R: Send + 'static> Cancel for Answer<R> {
     }
 }
 
-/// Whether the caller may still speak; false once its node was declared lost.
+/// Whether the caller's frames are still accepted: `false` once its node was declared lost.
 pub(crate) type MaySpeak = Box<dyn Fn() -> bool + Send>;
 
 /// The called side of a connection.
@@ -303,7 +303,7 @@ pub(crate) struct Server {
     calls: Arc<Calls>,
     last_call: Option<u64>,
     may_speak: MaySpeak,
-    /// Ends the actor's export when the connection ends.
+    /// Keeps the actor exported until the connection ends.
     _hold: super::process::Hold,
 }
 
@@ -342,7 +342,7 @@ impl Server {
             // An error means that the actor's mailbox is gone, and the actor with it.
             let _ = ended.wait_for(|ended| *ended).await;
             if let Some(calls) = calls.upgrade() {
-                // It takes no more, so this is final.
+                // The actor takes no more calls, so this number is final.
                 let last_taken = calls.last_taken.load(Ordering::Relaxed);
                 let _ = calls.outbox.send(OutFrame::signal(Kind::Ended, last_taken));
                 calls.outbox.finish();
@@ -363,7 +363,7 @@ impl Peer for Server {
         }
         match frame.kind {
             Kind::Ask | Kind::Tell => {
-                // Two calls of one number would be one to whoever cancels it.
+                // A cancel could not tell two calls with the same number apart.
                 if let Some(last) = self.last_call.filter(|last| frame.call <= *last) {
                     let why = format!("call {} came after call {last}", frame.call);
                     return Err(Ended::Peer(why));

@@ -1,10 +1,10 @@
-//! An actor of another process: the connection to it, shared by all calls under way.
+//! An actor of another process, with the connection to it that all its calls share.
 //!
-//! One connection per actor keeps calls in order without numbering them, lets a small call to one
-//! actor pass a large one to another, and tells the other process that the actor is still wanted.
-//! It is opened at the first use, and again whenever it was lost, for as long as somebody holds a
-//! reference. A call of which nothing was written yet waits for the next connection; one that was
-//! is over (`Unknown`).
+//! There is one connection per actor. It keeps the calls in order without numbering them. It lets a small
+//! call to one actor pass a large call to another. And it tells the other process that references to the
+//! actor exist. It is opened at the first use, and again when it was lost, as long as this process holds
+//! a reference. When it is lost, calls of which nothing was written wait for the next connection. All
+//! other calls end as `Unknown`.
 
 use std::any::type_name;
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -34,19 +34,19 @@ use crate::net::outbox::Outbox;
 use crate::net::threads;
 use crate::remote::dial::DialError;
 
-/// An actor elsewhere, as all references to it in this process share it.
+/// An actor of another process. All references to it in this process share this value.
 pub(crate) struct RemoteActor {
-    /// Its number here; calls to it never block the thread they are made on.
+    /// Its id in this process. Calls to it never block the thread they are made on.
     id: ActorId,
     wire: Wire,
     process: Arc<Process>,
     slots: Semaphore,
     state: Mutex<State>,
-    /// Whether it has ended, or could not be reached for the length of the lease.
+    /// Whether it has ended, or could not be reached for one process lease.
     gone: watch::Sender<bool>,
     dead_letters: AtomicU64,
-    /// How many numbers its process takes at once, as it said last. Until it has, all are queued, and looked
-    /// at again when the connection is there.
+    /// How many numbers its process accepts in one message, as that process said last. Before it has said
+    /// so, all messages are queued, and checked when the connection is open.
     max_numbers: AtomicU64,
 }
 
@@ -54,17 +54,17 @@ struct State {
     link: Link,
     next_call: u64,
     calls: HashMap<u64, Arc<dyn RemoteCall>>,
-    /// What waits for a connection, in the order of the calls.
+    /// The frames that wait for a connection, in the order of the calls.
     unsent: VecDeque<OutFrame>,
     num_handles: usize,
-    /// No reference is left; the connection ends when the last call is over.
+    /// No reference is left, so the connection ends when the last call is over.
     is_released: bool,
-    /// Somebody waits for the time to connect again.
+    /// A task waits for the time to connect again.
     is_sought: bool,
 }
 
 enum Link {
-    /// Not connected, and nobody tries.
+    /// Not connected, and no task tries to connect.
     Down,
     Connecting,
     Up(Arc<Outbox>),
@@ -111,7 +111,7 @@ impl RemoteActor {
         &self.wire
     }
 
-    /// Waits until it has ended, or could not be reached for the length of the lease.
+    /// Waits until the actor has ended, or could not be reached for one process lease.
     pub(crate) async fn gone(&self) {
         // The sender lives as long as `self`.
         let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
@@ -193,8 +193,8 @@ impl RemoteActor {
         Err(self.undelivered(message, reason))
     }
 
-    /// `how` turns the message's code and codec into kind and code of the frame, and how to read
-    /// the reply.
+    /// Makes a call whose slot is taken. `how` turns the message's code and codec into the kind and code of
+    /// the frame and the function that reads the reply.
     fn call_in_slot<A: Actor, M: Message + Send + 'static, R: Send + 'static>(
         self: &Arc<Self>,
         table: &Table<A>,
@@ -249,7 +249,7 @@ impl RemoteActor {
         Ok(call)
     }
 
-    /// Sends a frame now or with the next connection.
+    /// Sends a frame now, or on the next connection.
     fn send(self: &Arc<Self>, state: &mut State, frame: OutFrame) {
         let unsent = match &state.link {
             Link::Up(outbox) => outbox.send(frame).err(),
@@ -260,7 +260,7 @@ impl RemoteActor {
         self.connect(state);
     }
 
-    /// Begins to connect if nobody does yet.
+    /// Starts to connect, unless a task already does.
     fn connect(self: &Arc<Self>, state: &mut State) {
         if let Link::Down = state.link {
             state.link = Link::Connecting;
@@ -274,14 +274,15 @@ impl RemoteActor {
         self.connect(&mut state);
     }
 
-    /// Stops or kills the actor, also if that has to wait for a connection.
+    /// Stops or kills the actor. The signal waits for a connection if there is none.
     pub(crate) fn signal(self: &Arc<Self>, kind: Kind) {
         let mut state = self.lock();
         let frame = OutFrame::signal(kind, 0);
         self.send(&mut state, frame);
     }
 
-    /// Counts one more holder; false if the last one has gone and the connection is about to end.
+    /// Counts one more reference. Returns `false` if the last one was dropped and the connection is about
+    /// to end.
     pub(crate) fn claim(&self) -> bool {
         let mut state = self.lock();
         if state.is_released && state.calls.is_empty() {
@@ -292,7 +293,7 @@ impl RemoteActor {
         true
     }
 
-    /// Counts one holder less; after the last one the actor is told.
+    /// Counts one reference less. After the last one, the actor's process is told.
     pub(crate) fn release(&self) {
         let mut state = self.lock();
         state.num_handles -= 1;
@@ -314,7 +315,7 @@ impl RemoteActor {
         self.slots.add_permits(1);
     }
 
-    /// Counts and logs the loss of a told message.
+    /// Counts and logs the loss of a message that was sent with `tell`.
     pub(super) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
         count_dead_letter(&self.dead_letters, self.name(), message, error);
     }
@@ -350,8 +351,9 @@ impl RemoteActor {
         }
     }
 
-    /// Nobody can be reached. The next call tries again; and so does this process by itself
-    /// now and then, if that `may_help`, for the actor is to know that it is still wanted.
+    /// Gives up: the actor's process cannot be reached. The next call tries again. If it `may_help`, this
+    /// process also tries again by itself from time to time, so that the actor's process learns that there
+    /// are still references.
     fn give_up(self: &Arc<Self>, why: Arc<str>, may_help: bool) {
         let (calls, unsent) = {
             let mut state = self.lock();
@@ -379,7 +381,7 @@ impl RemoteActor {
         self.disconnected(&outbox, why);
     }
 
-    /// The actor is gone for good; of what was sent, it took the calls up to `last_taken`.
+    /// The actor has ended for good. Of the calls that were sent, it took those up to `last_taken`.
     fn end(&self, why: Arc<str>, last_taken: u64) {
         tracing::debug!(actor = %self.name(), %why, "an actor elsewhere has ended");
         let (calls, unsent) = {
@@ -401,7 +403,7 @@ impl RemoteActor {
         });
     }
 
-    /// The connection is lost; what was written on it has an unknown outcome.
+    /// The connection is lost. Calls that were written on it have an unknown outcome.
     fn disconnected(self: &Arc<Self>, outbox: &Arc<Outbox>, why: &Arc<str>) {
         let unwritten = outbox.close(why);
         let mut state = self.lock();
@@ -422,7 +424,7 @@ impl RemoteActor {
             .into_iter()
             .partition(|(number, _)| kept.contains(number));
         state.calls = kept;
-        // A `stop` or `kill` is still to arrive when the last reference is gone.
+        // A `stop` or `kill` must still arrive after the last reference was dropped.
         if !state.is_released || !state.calls.is_empty() || !state.unsent.is_empty() {
             self.connect(&mut state);
         }
@@ -440,7 +442,8 @@ impl RemoteActor {
         call
     }
 
-    /// Takes a call back of which nothing was written; else says that nobody wants its reply.
+    /// Takes a call back if nothing of it was written. Otherwise tells the actor's process that nobody waits
+    /// for its reply.
     pub(super) fn cancel(&self, call: u64) -> bool {
         let mut state = self.lock();
         let place = state
@@ -502,7 +505,7 @@ impl AnyMailbox for RemoteActor {
     }
 }
 
-/// Connects again after a while, if somebody still has a reference.
+/// Connects again after a pause, if this process still has a reference.
 async fn seek(actor: Weak<RemoteActor>, pause: Duration) {
     tokio::time::sleep(pause).await;
     let Some(actor) = actor.upgrade() else {
@@ -515,7 +518,7 @@ async fn seek(actor: Weak<RemoteActor>, pause: Duration) {
     }
 }
 
-/// Connects, for as long as the lease allows; the connection then runs on the same thread.
+/// Tries to connect for one process lease. The connection then runs on the same thread.
 async fn connect(actor: Arc<RemoteActor>) {
     let process = Arc::clone(&actor.process);
     let config = process.config();
@@ -547,14 +550,14 @@ async fn connect(actor: Arc<RemoteActor>) {
             return;
         }
         for frame in mem::take(&mut state.unsent) {
-            // They were made before the other side said how much it takes.
+            // The frames were made before the other side said how much it accepts.
             let len = frame.num_numbers();
             if len > max {
                 let call = state.calls.remove(&frame.call());
                 too_large.extend(call.map(|call| (call, FrameError::TooLong { len, max })));
                 continue;
             }
-            // A fresh connection takes everything.
+            // A new connection takes all frames.
             let _ = outbox.send(frame);
         }
         state.link = Link::Up(Arc::clone(&outbox));
@@ -574,7 +577,8 @@ async fn connect(actor: Arc<RemoteActor>) {
 
 /// The calling side of a connection.
 struct Client {
-    /// Also when nobody else has it any more: what must arrive may need another connection.
+    /// Keeps the actor's data even if no reference is left: a frame that must arrive may need another
+    /// connection.
     actor: Arc<RemoteActor>,
     outbox: Arc<Outbox>,
 }
@@ -587,7 +591,7 @@ impl Peer for Client {
     fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
         match frame.kind {
             Kind::Reply => {
-                // A reply that nobody waits for any more is dropped.
+                // If nobody waits for the reply any more, it is dropped.
                 if let Some(call) = self.actor.forget(frame.call) {
                     call.arrived(frame);
                 }

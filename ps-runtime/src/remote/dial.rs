@@ -18,25 +18,25 @@ use crate::net::stream::{Stream, tune};
 /// The protocol's name in the upgrade, and its version.
 pub(crate) const PROTOCOL: &str = "ps/1";
 
-/// Headers of the handshake. All that a process of ours answers has the first one.
+/// The headers of the handshake. All answers of a process of ps have the first one.
 pub(crate) const VERSION: &str = "ps-protocol";
 pub(crate) const SCHEMA: &str = "ps-schema";
 pub(crate) const SESSION: &str = "ps-session";
 pub(crate) const NODE: &str = "ps-node";
-/// The place in the cluster that a caller without one wants.
+/// The rank that a caller wants that has not joined yet.
 pub(crate) const JOINING: &str = "ps-joining";
-/// How many numbers a message may have that is sent to whoever says so.
+/// How many numbers the sender of this header accepts in one message.
 pub(crate) const MAX_NUMBERS: &str = "ps-max-numbers";
 
-/// How much of a refusal's text is read.
+/// How many bytes of a refusal's text are read.
 const MAX_REFUSAL: usize = 4096;
 
 /// A connection whose handshake is over.
 pub(crate) struct Dialled {
     pub(crate) stream: Stream,
-    /// What came right behind the handshake.
+    /// Bytes that arrived right after the handshake.
     pub(crate) already_read: Vec<u8>,
-    /// How many numbers the other side takes at once.
+    /// How many numbers the other side accepts in one message.
     pub(crate) max_numbers: Option<u64>,
 }
 
@@ -46,10 +46,10 @@ pub(crate) enum DialError {
     /// Trying again may help.
     #[error("{0}")]
     Unreachable(String),
-    /// The other side does not want us.
+    /// The other side refused this process.
     #[error("{0}")]
     Refused(String),
-    /// What we look for is gone for good.
+    /// The actor or the node has ended for good.
     #[error("{0}")]
     Ended(String),
 }
@@ -71,10 +71,10 @@ impl From<hyper::Error> for DialError {
     }
 }
 
-/// How the reason begins why something that answers is not what is looked for.
+/// A part of the reason if the program that answers is not a process of ps.
 const NOT_OURS: &str = "what listens there is not a process of ps";
 
-/// Whether it is of no use to try again after this [`DialError::Refused`].
+/// Whether another try after this [`DialError::Refused`] cannot succeed.
 pub(crate) fn is_refusal(reason: &str) -> bool {
     reason.starts_with("refused") || reason.contains(NOT_OURS)
 }
@@ -133,7 +133,7 @@ pub(crate) async fn open(process: &Process, address: &Address) -> io::Result<Str
 async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<Dialled, DialError> {
     let (mut requests, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    // Ends by itself: with the upgrade, or when `requests` is dropped.
+    // The task ends by itself: with the upgrade, or when `requests` is dropped.
     tokio::spawn(connection.with_upgrades());
     let me = process.id();
     let mut request = Request::get(format!("/ps/v1/actors/{}", wire.actor))
@@ -168,7 +168,7 @@ async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<D
             let line = text.lines().next().unwrap_or_default();
             let line: String = line.chars().take(80).collect();
             let why = format!("{NOT_OURS}: it answered {version:?} {status} {line}");
-            // A proxy in between says so while nobody is behind it.
+            // A proxy answers so while the process behind it does not run.
             return Err(match status.is_server_error() {
                 true => DialError::Unreachable(why),
                 false => DialError::Refused(why.trim_end().to_owned()),
@@ -195,7 +195,7 @@ async fn shake_hands(process: &Process, wire: &Wire, stream: Stream) -> Result<D
     })
 }
 
-/// Reads a header's number.
+/// Reads the number in a header.
 pub(crate) fn number(value: &HeaderValue) -> Option<u64> {
     value.to_str().ok()?.parse().ok()
 }

@@ -1,8 +1,9 @@
-//! Results that stay where they were computed until somebody needs them.
+//! Kept results: they stay in the process that computed them until a process takes them.
 //!
-//! A driver that brings a worker's gradient to a server does not need the gradient. With
-//! [`ActorRef::ask_kept`] it gets a ticket for it, which it can send on; whoever takes the value
-//! fetches it from the process that made it. Inside one process the value itself is in the ticket.
+//! A driver that passes a worker's gradient to a server does not need the gradient itself. With
+//! [`ActorRef::ask_kept`] it gets a ticket for the gradient and sends the ticket on. The process that
+//! takes the value fetches it from the process that made it. Inside one process the ticket contains the
+//! value itself.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -28,17 +29,18 @@ use crate::actor::{ActorRef, CallError, Reply, Spawn};
 use crate::codec::{self, Blob, CodecError, Encoded};
 use crate::schema::is_tracing;
 
-/// How many values a process keeps for others at once.
+/// How many values a process keeps for other processes at the same time.
 pub const MAX_KEPT: usize = 4096;
 
-/// How long a value is kept that nobody takes: whoever had its ticket may have died.
+/// How long a value is kept if no process takes it: the process that had the ticket may have died.
 pub const KEPT_FOR: Duration = Duration::from_secs(600);
 
-/// A value that is kept where it was made; see [`ActorRef::ask_kept`].
+/// A ticket for a kept result: a value that stays in the process that made it; see
+/// [`ActorRef::ask_kept`].
 ///
-/// It can be sent to other actors, in messages and replies, and taken once, by whoever comes first.
-/// It is gone when it is taken, when the last receiver drops it, after [`KEPT_FOR`], and when its
-/// process loses the driver.
+/// It can be sent to other actors, in messages and replies. The first process that takes the value gets
+/// it, and the value can be taken once. The value is removed when it is taken, when a receiver drops its
+/// ticket without having sent it on, after [`KEPT_FOR`], and when its process loses the driver.
 pub struct Kept<T> {
     place: Mutex<Place<T>>,
 }
@@ -48,13 +50,13 @@ enum Place<T> {
     There {
         ticket: Ticket,
         process: Arc<Process>,
-        /// Whoever received it lets go of it, not this sender.
+        /// The ticket was sent on, so its receiver discards the value, not this sender.
         is_sent: bool,
     },
     Taken,
 }
 
-/// What travels in place of the value.
+/// The data that is sent in place of the value.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Ticket {
     store: ActorRef<KeptResults>,
@@ -65,13 +67,13 @@ pub(crate) struct Ticket {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KeptError {
-    /// Somebody else has taken it, or let go of it.
+    /// The value was taken already, or a ticket for it was dropped.
     #[error("the value is not kept any more: it was taken, or a ticket for it was dropped")]
     Gone,
-    /// The process that keeps it did not answer.
+    /// The process that keeps the value did not answer.
     #[error("the process that keeps the value did not answer")]
     Call(#[from] CallError),
-    /// What came is not the value.
+    /// The bytes that arrived cannot be read as the value.
     #[error("the value cannot be read")]
     Unreadable(#[from] CodecError),
 }
@@ -90,10 +92,31 @@ impl<T> Kept<T> {
 }
 
 impl<T: DeserializeOwned> Kept<T> {
-    /// Fetches the value, straight from the process that keeps it.
+    /// Fetches the value directly from the process that keeps it.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # use ps_runtime::remote::Kept;
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// let ticket: Kept<u64> = counter.ask_kept(Add(2)).wait()?;
+    /// // A driver would send the ticket to another actor here.
+    /// let sum = ps_runtime::actor::run(ticket.take())?;
+    /// assert_eq!(sum, 2);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// When it is gone, or its process cannot be reached.
+    /// When the value is not kept any more, when its process cannot be reached, or when the value cannot be
+    /// read.
     pub async fn take(self) -> Result<T, KeptError> {
         let place = mem::replace(&mut *self.lock(), Place::Taken);
         match place {
@@ -121,12 +144,12 @@ impl<T> Drop for Kept<T> {
         } = place
             && let Err(error) = store.tell(Discard(number))
         {
-            tracing::debug!(%error, "a kept value could not be let go of");
+            tracing::debug!(%error, "a kept value could not be discarded");
         }
     }
 }
 
-/// Sends the ticket; a value that is here is put aside for whoever brings it.
+/// Sends the ticket. If the value is still inside the ticket, it is first put into the object store.
 impl<T: Serialize> Serialize for Kept<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut place = self.lock();
@@ -182,10 +205,28 @@ impl<T> fmt::Debug for Kept<T> {
 }
 
 impl<A: Actor<Context = Context<A>>> ActorRef<A> {
-    /// Calls the actor, and leaves the result where it is computed until somebody takes it.
+    /// Calls the actor, and keeps the result in the actor's process until it is taken with
+    /// [`Kept::take`].
     ///
-    /// The ticket can be sent on inside a message; the result then goes straight from the process
-    /// that made it to the one that takes it, not through this one.
+    /// The reply is a ticket for the result. It can be sent on inside a message. The result then goes
+    /// directly from the actor's process to the process that takes it, not through this one.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// let counter = ps_runtime::spawn(|| Counter(0));
+    /// let ticket = counter.ask_kept(Add(2)).wait()?;
+    /// assert_eq!(ps_runtime::actor::run(ticket.take())?, 2);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn ask_kept<M>(&self, message: M) -> Reply<Kept<M::Result>>
     where
         A: Handler<M>,
@@ -228,12 +269,12 @@ impl<R: Send> ReplySlot<Kept<R>> for KeepHere<R> {
     }
 }
 
-/// Hands out what a process keeps for others.
+/// The actor that returns the values that a process keeps for others.
 pub(crate) struct KeptResults {
     values: Arc<Values>,
 }
 
-/// The values themselves, written already: whoever takes one gets the numbers without a copy.
+/// The kept values. They are stored as bytes, so that their numbers can be sent without a copy.
 #[derive(Default)]
 pub(crate) struct Values {
     next: AtomicU64,
@@ -249,14 +290,14 @@ impl Values {
     }
 }
 
-/// The shelf of one process, started when something is first put on it.
+/// The object store of one process. It is started when the first value is put into it.
 #[derive(Default)]
 pub(crate) struct ObjectStore {
     started: OnceLock<(ActorRef<KeptResults>, Arc<Values>)>,
 }
 
 impl ObjectStore {
-    /// Keeps a value for whoever brings the ticket.
+    /// Keeps a value and returns its ticket.
     pub(crate) fn put(&self, value: Encoded) -> Result<Ticket, String> {
         let (store, values) = match self.started.get() {
             Some(started) => started,
@@ -268,7 +309,7 @@ impl ObjectStore {
                     values: Arc::clone(&shared),
                 });
                 let store = store.map_err(|error| error.to_string())?;
-                // Of two at the same time, one stays.
+                // If two threads get here at the same time, one of the two stores stays.
                 self.started.get_or_init(|| (store, values))
             }
         };
@@ -287,7 +328,7 @@ impl ObjectStore {
 }
 
 impl ObjectStore {
-    /// Lets go of what nobody has come for.
+    /// Removes values that no process has taken for `KEPT_FOR`.
     pub(crate) fn sweep(&self, now: Instant) {
         let Some((_, values)) = self.started.get() else {
             return;
@@ -343,7 +384,7 @@ impl Handler<Discard> for KeptResults {
 pub(crate) mod tests {
     use super::*;
 
-    /// Some actor that can be exported.
+    /// An actor that can be exported.
     pub(crate) fn store() -> ActorRef<KeptResults> {
         let start = Spawn::new().start(|| KeptResults {
             values: Arc::default(),
@@ -372,6 +413,7 @@ pub(crate) mod tests {
         }
     }
 
+    /// R-15
     #[test]
     fn a_value_is_taken_once() {
         let ticket = shelved(&process(), 7);
@@ -380,6 +422,7 @@ pub(crate) mod tests {
         assert!(matches!(second, Err(KeptError::Gone)), "{second:?}");
     }
 
+    /// R-15
     #[test]
     fn a_value_goes_with_its_ticket_unless_that_was_sent_on() {
         let process = process();
@@ -393,6 +436,7 @@ pub(crate) mod tests {
         assert!(matches!(run(ticket().take()), Err(KeptError::Gone)));
     }
 
+    /// R-15
     #[test]
     fn what_nobody_comes_for_goes_after_a_while() {
         let process = process();

@@ -1,4 +1,4 @@
-//! The called side of the handshake: takes connections, asks who is there, serves HTTP or an actor.
+//! The called side of the handshake: accepts connections, checks the callers, and serves HTTP or an actor.
 
 use std::fmt;
 use std::io;
@@ -29,31 +29,31 @@ use crate::net::quiet::Quiet;
 use crate::net::stream::{Detached, Stream, tune};
 use crate::net::threads;
 
-/// Where connections come in.
+/// A socket or pipe that accepts connections.
 pub(crate) enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener),
     Memory(mpsc::Receiver<tokio::io::DuplexStream>),
 }
 
-/// Which nodes may speak; not those that were declared lost.
+/// Decides which nodes may send frames. Nodes that were declared lost may not.
 pub(crate) trait Incarnations: Send + Sync {
-    /// Whether a node may speak; `None` if that is not known here.
+    /// Whether a node may send frames. `None` if this process does not know.
     fn may_speak(&self, node: NodeId) -> Option<bool>;
 
-    /// Asks whoever knows; `None` if nobody answers.
+    /// Asks the driver. `None` if it does not answer.
     fn ask(&self, node: NodeId) -> BoxFuture<'static, Option<bool>>;
 
-    /// Hears that somebody who wants a place is refused for good before it can ask for it. It knows
-    /// the token, if there is one. Only a driver can be asked.
+    /// Is told that a process that wants to join was refused for good, before it could ask the driver's
+    /// agent. The process knows the token, if there is one. This happens only in a driver.
     fn note_refusal(&self, _: Joining, _reason: &str) {}
 }
 
-/// What a listener needs to know.
+/// The state that all connections of a listener share.
 pub(crate) struct Front {
     pub(crate) process: Arc<Process>,
     pub(crate) incarnations: Arc<dyn Incarnations>,
-    /// More that is served on the same port, behind the same token.
+    /// HTTP routes that are served on the same port, behind the same token.
     pub(crate) routes: Router,
 }
 
@@ -72,7 +72,7 @@ impl Listener {
         }
     }
 
-    /// Takes connections for as long as it is polled; its drop ends them all.
+    /// Accepts connections for as long as it is polled. Dropping it ends all of them.
     pub(crate) async fn serve(mut self, front: Front) {
         let Front {
             process,
@@ -89,7 +89,7 @@ impl Listener {
             .with_state(Arc::clone(&shared))
             .merge(routes)
             .layer(middleware::from_fn_with_state(shared, check_token))
-            // Probes of an orchestrator have no token.
+            // Health probes of an orchestrator have no token.
             .route("/healthz", get(|| async { last("ok\n") }))
             .layer(middleware::map_response(introduce));
         let room = Arc::new(Semaphore::new(config.max_connections));
@@ -98,7 +98,7 @@ impl Listener {
             let (stream, peer) = match self.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    // Mostly out of file descriptors: it goes on when some are free again.
+                    // Usually there are no free file descriptors. The next try comes after a pause.
                     if let Some(num_suppressed) = NOT_TAKEN.may_speak() {
                         tracing::warn!(%error, num_suppressed, "could not take a connection");
                     }
@@ -128,7 +128,7 @@ impl Listener {
             connections.spawn_on(
                 async move {
                     let begun = tokio::time::timeout(handshake, begin(stream, &process));
-                    // Who does not get through the first steps is not told why.
+                    // A peer that fails in the first steps gets no answer.
                     match begun.await {
                         Ok(Ok(stream)) => greet(stream, peer, routes, handshake, permit).await,
                         Ok(Err(error)) if !has_gone(&error) => refuse(&NO_TLS, peer, &error),
@@ -141,9 +141,9 @@ impl Listener {
     }
 }
 
-/// How much of what a peer sends is read ahead while it speaks HTTP, the head of a request included.
-/// Strangers can make each of `max_connections` take it. Less means more
-/// reads for a gradient over HTTP.
+/// How many bytes are read ahead from a peer that speaks HTTP, including the head of a request. Strangers
+/// can make each of `max_connections` connections take this much. With less, a gradient over HTTP needs
+/// more reads.
 const MAX_BUFFERED: usize = 64 << 10;
 
 static NOT_TAKEN: Quiet = Quiet::new();
@@ -153,7 +153,7 @@ static NO_TOKEN: Quiet = Quiet::new();
 static OTHER_TOKEN: Quiet = Quiet::new();
 static OTHER_BUILD: Quiet = Quiet::new();
 
-/// Who is at the other end.
+/// The address of the process at the other end, if it has one.
 #[derive(Clone, Copy, Debug)]
 struct Peer(Option<SocketAddr>);
 
@@ -166,14 +166,14 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Says in the log that somebody is not let in, whom a user may be looking for.
+/// Logs that a process was refused, because a user may wonder why it does not join.
 fn refuse(kind: &Quiet, peer: Peer, reason: &dyn fmt::Display) {
     if let Some(num_suppressed) = kind.may_speak() {
         tracing::warn!(%peer, %reason, num_suppressed, "refused a connection");
     }
 }
 
-/// Whether somebody only has hung up, as those do who look whether there is anybody.
+/// Whether the peer has only closed the connection, as port checks do.
 fn has_gone(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -186,13 +186,13 @@ fn has_gone(error: &io::Error) -> bool {
     )
 }
 
-/// An answer after which the connection is closed: who has shown no token must not keep its place by
-/// asking again and again.
+/// An answer after which the connection is closed. A peer that has not shown the token must not keep a
+/// connection by repeated requests.
 fn last(text: &'static str) -> impl IntoResponse {
     ([(CONNECTION, "close")], text)
 }
 
-/// Says that it is one of us who answers.
+/// Adds the header that shows that a process of ps answers.
 async fn introduce(mut response: Response) -> Response {
     let protocol = HeaderValue::from_static(PROTOCOL);
     response.headers_mut().insert(VERSION, protocol);
@@ -204,7 +204,7 @@ struct Shared {
     incarnations: Arc<dyn Incarnations>,
 }
 
-/// What a request that asks for an upgrade hands to the connection's task.
+/// Passes an upgrade from the request to the connection's task.
 type Upgrades = mpsc::Sender<Upgrade>;
 
 struct Upgrade {
@@ -213,11 +213,11 @@ struct Upgrade {
     process: Arc<Process>,
 }
 
-/// Puts an accepted stream on the event loop that runs this, and secures it.
+/// Moves an accepted stream to the event loop that runs this, and does the TLS handshake if TLS is used.
 async fn begin(stream: Detached, process: &Process) -> io::Result<Stream> {
     let stream = match stream.attach()? {
         Stream::Tcp(stream) => stream,
-        // Only this host can have come in here.
+        // Only processes of this host can connect here.
         local => return Ok(local),
     };
     tune(&stream, process.config().process_lease)?;
@@ -245,7 +245,7 @@ async fn greet(
         .max_buf_size(MAX_BUFFERED)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes))
         .with_upgrades();
-    // A peer that does not keep to HTTP has nothing to be told.
+    // A peer that violates HTTP gets no answer.
     let _ = serving.await;
     if let Ok(upgrade) = upgrades.try_recv() {
         run(upgrade).await;
@@ -271,7 +271,7 @@ async fn run(upgrade: Upgrade) {
         () = &mut running => return,
         () = watch => {}
     }
-    // The last replies are still on their way.
+    // The last replies are still being written.
     running.await;
 }
 
@@ -332,7 +332,7 @@ async fn upgrade(
 
 type MakeServer = Box<dyn FnOnce(Arc<crate::net::outbox::Outbox>) -> Server + Send>;
 
-/// Checks everything that can be checked about a caller.
+/// Checks a caller: its token, its run, its build and its incarnation.
 async fn admit(
     shared: &Arc<Shared>,
     peer: Peer,
@@ -352,7 +352,7 @@ async fn admit(
         return Err((StatusCode::UPGRADE_REQUIRED, why));
     }
     let session = hex(SESSION).unwrap_or(0);
-    // Only the driver is spoken to by those who have no place in the cluster yet.
+    // A process that has not joined yet may only connect to the driver.
     let is_driver = process.id() == NodeId::DRIVER;
     let is_joining = session == 0 && number == super::process::AGENT && is_driver;
     if session != process.session() && !is_joining {
@@ -401,7 +401,7 @@ async fn admit(
     let max_numbers = headers.get(MAX_NUMBERS).and_then(super::dial::number);
     let max_numbers = max_numbers.unwrap_or(process.config().max_numbers);
     let (process, shared) = (Arc::clone(process), Arc::clone(shared));
-    // Asked again with each frame: a node may be declared lost while it is connected.
+    // Checked again for each frame: a node may be declared lost while it is connected.
     let may_speak = Box::new(move || {
         node.is_none_or(|node| shared.incarnations.may_speak(node) != Some(false))
     });

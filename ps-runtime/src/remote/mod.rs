@@ -1,19 +1,18 @@
 //! Actors that other processes can call.
 //!
-//! An actor type says once which of its messages may come from elsewhere, by implementing
-//! [`Remote`]; the list is also what is checked when two processes connect. From then on an
-//! [`ActorRef`](crate::ActorRef) to such an actor can travel inside messages, and whoever receives
-//! it calls the actor as if it were its own.
+//! An actor type implements [`Remote`] to list the messages that may come from other processes. When two
+//! processes connect, they compare these lists. An [`ActorRef`](crate::ActorRef) to such an actor can be
+//! sent inside messages. The process that receives it calls the actor like one of its own.
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | `table` | the messages of an actor type: how to write, read and run each |
-//! | `caller`, `call` | an actor elsewhere, with its connection; one call to it |
-//! | `callee` | an actor here that is called from elsewhere |
-//! | `kept` | results that stay where they were made |
-//! | `reference` | how an `ActorRef` travels |
+//! | `table` | the messages of an actor type: how to write, read and run each of them |
+//! | `caller`, `call` | an actor of another process, with its connection; one call to it |
 //! | `dial`, `listen` | both sides of the handshake |
-//! | `process` | this process as others see it: what it exports, whom it knows |
+//! | `callee` | an actor of this process that other processes call |
+//! | `kept` | kept results: they stay in the process that made them |
+//! | `reference` | sends and receives an `ActorRef` |
+//! | `process` | this process as others see it: its id, the actors it exports, the nodes it knows |
 
 pub(crate) mod call;
 pub(crate) mod callee;
@@ -64,9 +63,10 @@ pub use table::{Messages, untraced};
 /// }
 /// ```
 pub trait Remote: Actor<Context = Context<Self>> {
-    /// Adds each message that may come from another process. The order is part of the protocol.
+    /// Adds each message that may come from another process.
     ///
-    /// So are the fields of the messages and of their results. To see them, each type is read from
-    /// made-up values, at the first use of the actor type; see [`untraced`].
+    /// The order of the messages is part of the protocol, and so are the fields of the messages and of
+    /// their results. To find the fields, each type is read from made-up values at the first use of the
+    /// actor type; see [`untraced`].
     fn messages(messages: &mut Messages<Self>);
 }

@@ -1,7 +1,8 @@
-//! This process as others see it: who it is, which actors it exports, how it reaches the others.
+//! This process as others see it: its id, the actors that it exports, and how it reaches the others.
 //!
-//! An actor that was named to another process is kept for as long as a connection to it is open,
-//! and for a grace period before the first and after the last one: a reference may be on its way.
+//! An actor whose reference was sent to another process is kept while a connection to it is open. It is
+//! also kept for a grace period before the first and after the last connection, because a reference may
+//! be on its way.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -31,20 +32,20 @@ use crate::net::{Address, NetConfig, Tls, Token};
 use crate::remote::dial::{self, DialError, Dialled};
 use crate::schema::Schema;
 
-/// A process of a cluster, in one of its lives.
+/// A process of a cluster, in one of its incarnations.
 ///
-/// A process that was lost and comes back is another node: what is said by or to its earlier incarnation
-/// is refused.
+/// A process that was lost and joins again is another node. Whatever its earlier incarnation sends, or is
+/// sent, is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct NodeId {
-    /// Its number among the copies of the program; the driver is 0.
+    /// The number of the process among the copies of the program. The driver has rank 0.
     pub rank: u32,
-    /// Counts the lives of this rank, as the driver has seen them; the driver's is 0.
+    /// How often this rank had joined before. The driver's incarnation is 0.
     pub incarnation: u64,
 }
 
 impl NodeId {
-    /// The process that the others connect to.
+    /// The driver: the process that the others join.
     pub const DRIVER: Self = Self {
         rank: 0,
         incarnation: 0,
@@ -64,21 +65,21 @@ impl fmt::Display for NodeId {
     }
 }
 
-/// The number under which each process exports the actor that speaks for it.
+/// The number under which each process exports its agent.
 pub(crate) const AGENT: u64 = 0;
 
-/// Idle receive buffers that are kept: one on the way in for each of a few workers.
+/// How many idle receive buffers are kept: one for each of a few workers.
 const NUM_IDLE_BUFFERS: usize = 8;
 
-/// Finds the address of a node, or says that it is gone.
+/// Finds the addresses of a node, or says that its incarnation is over.
 pub(crate) type Resolve =
     Box<dyn Fn(NodeId) -> BoxFuture<'static, Result<Vec<Address>, DialError>> + Send + Sync>;
 
-/// Which place a process wants that has none yet.
+/// The rank that a process asks for before it has joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Joining {
     pub(crate) rank: u32,
-    /// The mark of the run that it means, if it was told.
+    /// The mark of the run that it was started for, if it was told.
     pub(crate) run: Option<u64>,
 }
 
@@ -93,7 +94,7 @@ impl Joining {
     }
 }
 
-/// As in the header of a handshake.
+/// Writes the form that the header of a handshake contains.
 impl fmt::Display for Joining {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.run {
@@ -119,12 +120,12 @@ impl FromStr for Joining {
 pub(crate) struct Process {
     id: OnceLock<NodeId>,
     joining: OnceLock<Joining>,
-    /// Tells runs of a program apart, so that a node never ends up in another one's cluster.
+    /// Tells runs of a program apart, so that a node never joins the cluster of another run.
     session: OnceLock<u64>,
     config: NetConfig,
     token: Option<Token>,
     tls: Option<Tls>,
-    /// Where arriving weights and gradients are put.
+    /// The buffers for weights and gradients that arrive.
     buffers: BufferPool,
     memory: Option<MemoryNetwork>,
     resolve: OnceLock<Resolve>,
@@ -137,10 +138,10 @@ pub(crate) struct Process {
 
 struct Export {
     callee: Arc<dyn Callee>,
-    /// Tells it from an earlier export of the same number.
+    /// Tells this export from an earlier export of the same number.
     born: u64,
     num_connections: usize,
-    /// When it was last named to somebody, or its last connection ended.
+    /// When its reference was last sent, or its last connection ended.
     last_wanted: Instant,
     is_permanent: bool,
 }

@@ -1,4 +1,4 @@
-//! How an [`ActorRef`] travels: as the process that has the actor, and the actor's number there.
+//! Sends and receives an [`ActorRef`] as the process that has the actor and the actor's number there.
 
 use std::any::{Any, TypeId, type_name};
 use std::cell::RefCell;
@@ -24,7 +24,7 @@ use crate::net::NetConfig;
 use crate::net::frame::Kind;
 use crate::schema::is_tracing;
 
-/// A reference on the wire.
+/// A reference as it is sent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Wire {
     pub(crate) node: NodeId,
@@ -61,7 +61,7 @@ pub(crate) const NOT_IN_A_CALL: &str =
 
 /// A reference can be sent to other processes of its cluster, inside any message.
 ///
-/// The actor lives on while any process holds a reference to it.
+/// The actor lives while any process holds a reference to it.
 impl<A: Remote> Serialize for ActorRef<A> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let process = current().ok_or_else(|| S::Error::custom(NOT_IN_A_CALL))?;
@@ -84,7 +84,7 @@ impl<'de, A: Remote> Deserialize<'de> for ActorRef<A> {
     }
 }
 
-/// Makes a reference for a message that is made up, too: nothing is sent by it.
+/// Makes a reference for a made-up message. It can send nothing.
 fn nowhere<A: Remote>(wire: Wire) -> ActorRef<A> {
     let process = Process::new(NetConfig::default(), None, None, None);
     let actor = RemoteActor::new(process, wire);
@@ -92,7 +92,7 @@ fn nowhere<A: Remote>(wire: Wire) -> ActorRef<A> {
     Remotely::reference(actor, Table::empty())
 }
 
-/// Makes a reference to the actor that `wire` speaks of.
+/// Makes a reference to the actor that `wire` names.
 pub(crate) fn reference<A: Remote>(
     process: &Arc<Process>,
     wire: Wire,
@@ -114,7 +114,7 @@ pub(crate) fn reference<A: Remote>(
     Ok(Remotely::reference(process.remote(wire), table))
 }
 
-/// What a reference to an actor elsewhere holds.
+/// The data of a reference to an actor of another process.
 pub(crate) struct Remotely<A: Actor> {
     pub(super) actor: Arc<RemoteActor>,
     pub(super) table: Arc<Table<A>>,
@@ -133,7 +133,7 @@ impl<A: Actor> Remotely<A> {
 }
 
 impl<A: Actor> ActorRef<A> {
-    /// The process that the actor runs in; `None` if it is this one.
+    /// The process that the actor runs in, or `None` if it is this process.
     pub fn node(&self) -> Option<NodeId> {
         match self.target() {
             Target::Here(_) => None,

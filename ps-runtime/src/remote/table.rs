@@ -1,4 +1,4 @@
-//! The messages of an actor type: how to write, read and run each.
+//! The messages of an actor type, each with the functions that write, read and run it.
 
 use std::any::{Any, TypeId, type_name};
 use std::collections::HashMap;
@@ -23,12 +23,12 @@ use crate::schema::Schema;
 pub struct Messages<A: Actor> {
     by_code: Vec<Serve<A>>,
     by_type: HashMap<TypeId, Known<A>>,
-    /// What all types look like, which tells versions of a program apart.
+    /// The structure of all types. It tells builds of a program apart.
     schema: Schema,
     untraced: Vec<&'static str>,
 }
 
-/// Reads a message, hands it to the actor, and sees to the reply.
+/// Reads a message, hands it to the actor, and sends the reply.
 type Serve<A> = fn(&Arc<Mailbox<A>>, Incoming, Then);
 
 /// Begins a call with a message of a type that only it knows; see [`Port::begin`].
@@ -58,7 +58,7 @@ struct Known<A: Actor> {
 
 pub(crate) type Decode<T> = fn(&[u8], Vec<Buffer>) -> Result<T, CodecError>;
 
-/// How a caller writes a message and reads its result.
+/// The functions with which a caller writes a message and reads its result.
 pub(crate) struct Codec<M: Message> {
     pub(crate) encode: fn(&M) -> Result<Encoded, CodecError>,
     pub(crate) decode: Decode<M::Result>,
@@ -122,10 +122,12 @@ impl<A: Actor> Messages<A> {
     }
 }
 
-/// The messages and results of an actor type that processes compare by name and size when they
-/// connect, not by fields: their `Deserialize` refuses the values made up to look at them.
+/// Returns the messages and results of an actor type of which only name and size are compared when two
+/// processes connect.
 ///
-/// Of these, two builds may take each other's bytes for something else. Good for a test.
+/// For all other types the fields are compared, too. The `Deserialize` of the returned types refuses the
+/// made-up values that are used to find the fields. So for these types two different builds may connect
+/// and misread each other's bytes. A test can check that this list is empty.
 pub fn untraced<A: Remote>() -> Vec<&'static str> {
     Table::<A>::get().messages.untraced.clone()
 }
@@ -161,7 +163,7 @@ impl<A: Remote> Table<A> {
         if let Some(Ok(table)) = found.map(Arc::downcast) {
             return table;
         }
-        // Outside the lock, for `messages` is the user's code. Made twice it is the same.
+        // Outside the lock, because `messages` is the user's code. If it is made twice, both are equal.
         let mut messages = Messages::new();
         messages.schema.write(type_name::<A>());
         A::messages(&mut messages);
@@ -185,7 +187,7 @@ impl<A: Actor> Table<A> {
         self.schema
     }
 
-    /// How to write `M` and read its result, if the actor takes it.
+    /// Returns the code of `M` and how to write it and read its result, if the actor takes `M`.
     pub(crate) fn codec<M: Message + 'static>(&self) -> Option<(u32, Codec<M>)> {
         let known = self.messages.by_type.get(&TypeId::of::<M>())?;
         let codec = known.codec.downcast_ref::<Codec<M>>()?;

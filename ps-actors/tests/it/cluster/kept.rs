@@ -30,7 +30,7 @@ impl HostedSource for MinusOne {
     type Args = u32;
 }
 
-/// The driver takes no message of this size at all, so nothing can pass through it.
+/// the driver takes no message of this size at all, so nothing can pass through it.
 #[test]
 fn a_gradient_goes_from_worker_to_server_without_the_driver() {
     const NUM_WEIGHTS: usize = 10_000;

@@ -1,9 +1,9 @@
-//! What can go wrong in a [`MemoryNetwork`](super::MemoryNetwork): single frames, and all of it.
+//! The faults of a [`MemoryNetwork`](super::MemoryNetwork): of single frames, and of the whole network.
 //!
-//! Between the two ends of each pipe sits a relay that knows where frames begin and end, so that
-//! whatever it does to one, the next ones are sound. A real connection loses no single frame: to a
-//! caller with a timeout, a lost one looks like an actor or a network that is too slow, which is
-//! much harder to bring about. Connections to agents (joining, starting actors) lose none.
+//! A relay between the two ends of each pipe knows where frames begin and end. So a fault of one frame
+//! does not damage the next ones. A real connection loses no single frame. But for a caller with a
+//! timeout, a lost frame looks like an actor or a network that is too slow, and that is much harder to
+//! produce in a test. Connections to agents (joining, starting actors) lose no frames.
 
 use std::collections::HashMap;
 use std::io;
@@ -18,44 +18,44 @@ use super::{Inner, Listener, MemoryNetwork, PIPE};
 use crate::net::frame::{HEAD_LEN, Head, Kind, parse_lengths};
 use crate::net::threads;
 
-/// How often what goes wrong; each a probability for a frame, from 0 to 1.
+/// How often each fault happens. Each value is the probability per frame, from 0 to 1.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Faults {
     /// A call does not arrive.
     pub lose_request: f64,
-    /// The end of a call does not arrive.
+    /// A reply does not arrive.
     pub lose_reply: f64,
     /// A call arrives twice.
     pub duplicate_request: f64,
-    /// A frame, and all behind it, wait for up to [`max_delay`](Self::max_delay).
+    /// A frame, and all frames behind it, are delayed for up to [`max_delay`](Self::max_delay).
     pub delay: f64,
-    /// The longest such wait.
+    /// The longest delay.
     pub max_delay: Duration,
     /// The connection is cut in place of the frame.
     pub cut: f64,
 }
 
-/// How often it did.
+/// How often each fault has happened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FaultCounts {
     /// Calls that did not arrive.
     pub lost_requests: u64,
-    /// Ends of calls that did not arrive.
+    /// Replies that did not arrive.
     pub lost_replies: u64,
     /// Calls that arrived twice.
     pub duplicated_requests: u64,
-    /// Frames that had to wait.
+    /// Frames that were delayed.
     pub delays: u64,
-    /// Connections cut.
+    /// Connections that were cut.
     pub cuts: u64,
 }
 
-/// A network that fails as a whole, until it is set to `None`.
+/// A failure of the whole network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outage {
-    /// Connections are cut, new ones refused: the other processes are gone.
+    /// Connections are cut and new ones are refused, as if the other processes had ended.
     Refused,
-    /// Nothing arrives, nobody says so: a cable is unplugged.
+    /// Nothing arrives and no error is reported, as if a cable were unplugged.
     Silent,
 }
 
@@ -223,8 +223,8 @@ impl Trouble {
                 .wait_for(|outage| *outage == Some(Outage::Refused))
                 .await;
         };
-        // An end of one direction ends the other when the pipes are dropped; only an orderly end
-        // lets the other one finish.
+        // If one direction fails, the other one ends, because the pipes are dropped. If one direction ends
+        // in order, the other one can finish.
         tokio::select! {
             _ = futures_util::future::try_join(up, down) => {}
             () = refused => {}
@@ -255,7 +255,7 @@ impl Trouble {
         let head = read_http_head(&mut from).await?;
         self.pass(&mut to, &head).await?;
         if !head.starts_with(b"HTTP/1.1 101 ") {
-            // A refusal, with its text.
+            // The answer is a refusal with a text.
             tokio::io::copy(&mut from, &mut to).await?;
             return to.shutdown().await;
         }
@@ -284,7 +284,7 @@ impl Trouble {
         to.shutdown().await
     }
 
-    /// How often a frame is to arrive; an error cuts the connection.
+    /// Decides how often a frame arrives. An error cuts the connection.
     async fn fate(&self, kind: Kind, dice: &mut Dice) -> io::Result<u8> {
         let (faults, counters) = (&self.faults, &self.counters);
         let mut happens = |probability, counter: &AtomicU64| {
@@ -360,7 +360,7 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    /// At least 0, below 1.
+    /// Returns a random number from 0 to below 1.
     fn fraction(&mut self) -> f64 {
         (self.roll() >> 11) as f64 / (1u64 << 53) as f64
     }

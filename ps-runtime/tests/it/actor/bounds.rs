@@ -27,7 +27,8 @@ async fn is_pending<F: Future>(mut future: Pin<&mut F>) -> bool {
     poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await
 }
 
-///
+/// for an actor of another process, the bound is that of the calling process. R-13: the message
+/// that is handed back is the caller's.
 #[test]
 fn of_2000_calls_exactly_max_pending_are_taken() {
     let actor = bounded(16);

@@ -261,7 +261,7 @@ proptest! {
         ..ProptestConfig::default()
     })]
 
-    ///
+    /// A-1, A-3, A-4, A-6, A-7, A-11 to A-15; R-1 and R-13 for an actor of another process
     #[test]
     fn any_sequence_of_operations_ends_as_the_model_says(
         ops in prop::collection::vec(op(), 1..40)

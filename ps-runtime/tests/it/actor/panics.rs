@@ -21,13 +21,13 @@ fn budget(max_restarts: u32) -> Spawn {
     })
 }
 
-/// The count is kept in the actor's process only.
+/// the caller of an actor of another process sees 0.
 fn assert_restarts(actor: &ActorRef<Probe>, expected: u32) {
     let expected = if actor.is_local() { expected } else { 0 };
     assert_eq!(actor.restarts(), expected);
 }
 
-///
+///
 #[test]
 fn a_panicking_handler_fails_its_call_and_the_same_reference_works_again() {
     let name = format!("panics-a {ON:?}");
@@ -228,7 +228,7 @@ fn queued_messages_survive_a_restart_in_order() {
     assert_eq!(log.entries(), expected);
 }
 
-///
+///
 #[test]
 fn told_messages_that_are_lost_are_counted() {
     let before = ps_runtime::actor::dead_letters();

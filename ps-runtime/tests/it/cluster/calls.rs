@@ -31,7 +31,7 @@ fn a_call_to_an_actor_elsewhere_is_written_as_any_other() {
     }
 }
 
-/// A-1, over the wire.
+///
 #[test]
 fn calls_arrive_in_the_order_sent() {
     for transport in transports() {
@@ -58,7 +58,7 @@ fn numbers_of_any_size_come_back_bit_for_bit() {
     }
 }
 
-/// A-10, over the wire.
+/// A-10, for an actor of another process.
 #[test]
 fn a_panic_elsewhere_fails_the_call_and_the_actor_starts_again() {
     for transport in transports() {

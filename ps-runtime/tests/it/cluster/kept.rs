@@ -13,6 +13,7 @@ fn on_node(world: &World, rank: u32) -> ActorRef<Counter> {
     world.cluster.spawn_with(options, 0).wait().unwrap()
 }
 
+///
 #[test]
 fn a_kept_result_is_taken_once_wherever_it_is() {
     for transport in transports() {
@@ -35,6 +36,7 @@ fn a_kept_result_is_taken_once_wherever_it_is() {
     }
 }
 
+///
 #[test]
 fn a_ticket_can_be_sent_on_and_sent_back() {
     for transport in transports() {
@@ -50,6 +52,7 @@ fn a_ticket_can_be_sent_on_and_sent_back() {
     }
 }
 
+///
 #[test]
 fn a_ticket_that_is_dropped_frees_the_value() {
     let world = World::new(config(Transport::Tcp), 1);
@@ -61,6 +64,7 @@ fn a_ticket_that_is_dropped_frees_the_value() {
     }
 }
 
+///
 #[test]
 fn a_node_keeps_so_many_values_and_no_more() {
     let world = World::new(config(Transport::Tcp), 1);

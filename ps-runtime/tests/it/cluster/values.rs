@@ -121,6 +121,7 @@ fn tally(total: i64) -> Tally {
     }
 }
 
+///
 #[test]
 fn a_value_is_used_where_it_lives_by_all_who_have_a_handle() {
     for transport in transports() {
@@ -143,6 +144,7 @@ fn a_value_is_used_where_it_lives_by_all_who_have_a_handle() {
     }
 }
 
+///
 #[test]
 fn a_value_goes_with_its_last_handle() {
     let here = RemoteRef::new(tally(0)).unwrap();
@@ -180,6 +182,7 @@ fn impatient(transport: Transport) -> ps_runtime::cluster::ClusterConfig {
     config
 }
 
+///
 #[test]
 fn a_lost_process_holds_no_values() {
     let network = MemoryNetwork::with_faults(0, Faults::default());
@@ -198,6 +201,7 @@ fn a_lost_process_holds_no_values() {
     network.set_outage(None);
 }
 
+///
 #[test]
 fn a_method_that_panics_takes_the_value_with_it() {
     let world = World::new(config(Transport::Tcp), 1);
