@@ -10,7 +10,6 @@
 //! push. If it has not, or if a part was lost, the answer to the `Follow` names the missing gradients. The
 //! first server then sends them (S-9). For this, it keeps each gradient that it applied until all servers
 //! have it. So a group never waits for something that nobody will send.
-//! a group waits for nothing that nobody is going to send.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;

@@ -120,7 +120,7 @@ pub(super) enum Effect {
     Fence {
         /// The worker.
         worker: WorkerId,
-        /// The first life that is still valid.
+        /// The first incarnation that is still valid.
         below: Incarnation,
     },
     /// Answer a caller.
@@ -216,7 +216,7 @@ pub enum Refusal {
     },
     /// The incarnation of a worker that never joined is too far in the future.
     #[error(
-        "{worker} claims {got}, but no life has a number above {newest} yet: it is the time at which the \
+        "{worker} claims {got}, but at this time it can be at most {newest}: it is the time at which the \
          worker was made, in microseconds since 1970; compare the clocks of the machines"
     )]
     LifeAhead {
@@ -245,8 +245,8 @@ pub enum Refusal {
     },
     /// A call has gradients of two incarnations of one worker.
     #[error(
-        "{worker} has gradients of {one} and of {other}: only one life can count; drop the gradients \
-         of the other one, or, if {one} is a member, let it leave first"
+        "{worker} has gradients of {one} and of {other}: only one of them can count; drop the \
+         gradients of the other, or, if {one} is a member, let it leave first"
     )]
     TwoLives {
         /// The worker with two incarnations.
