@@ -73,8 +73,8 @@ pub enum ShardError {
     /// The worker's incarnation is not known here, and too many gradients of unknown incarnations are
     /// staged.
     #[error(
-        "{id} is of a life that is not known here (yet), and {MAX_STAGED_OF_STRANGERS} such gradients are \
-         staged already; join, or try again"
+        "{id} is of an incarnation that is not known here (yet), and {MAX_STAGED_OF_STRANGERS} such \
+         gradients are staged already; join, or try again"
     )]
     TooManyStrangers {
         /// The id of the gradient.

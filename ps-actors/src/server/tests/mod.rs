@@ -18,7 +18,7 @@ mod sharding;
 
 const LEN: usize = 40;
 
-/// The latest life that a worker can be in that never joined.
+/// The latest incarnation that a worker may have that never joined.
 const NEWEST: Incarnation = Incarnation(1_000);
 
 /// A coordinator with its shards. What the coordinator decides reaches shard 0 at once, and
