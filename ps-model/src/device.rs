@@ -1,7 +1,8 @@
 //! Chooses the device to compute on, among the backends compiled in.
 //!
-//! The only file with burn's deprecated calls (NdArray and LibTorch leave burn with 0.23), and beside
-//! `conv` and `pool` the only one with `cfg`s. A backend's cargo feature adds a device and changes nothing else.
+//! This is the only file with burn's deprecated calls (NdArray and LibTorch leave burn with 0.23). Besides
+//! `conv` and `pool` it is the only one with `cfg`s. The cargo feature of a backend adds a device and
+//! changes nothing else.
 //!
 //! | Name         | Feature   | Device                                                        |
 //! |--------------|-----------|---------------------------------------------------------------|
@@ -13,9 +14,9 @@
 //! | `wgpu`       | `wgpu`    | the best adapter that wgpu finds (Vulkan, Metal, DirectX, GL) |
 //! | `wgpu:N`     | `wgpu`    | discrete GPU number N; `wgpu:cpu` is a software adapter       |
 //!
-//! Parallelism comes from workers, so the CPU backends compute on one thread each. LibTorch would
-//! start one thread per core in every worker; selecting a `tch` device therefore sets its number
-//! of threads to 1, unless `OMP_NUM_THREADS` is set, which then counts.
+//! Parallelism comes from workers, so the CPU backends use one thread each. LibTorch would start one thread
+//! per core in every worker. So selecting a `tch` device sets its number of threads to 1, unless
+//! `OMP_NUM_THREADS` is set. Then that number is used.
 
 use burn::tensor::{Device, Tensor};
 

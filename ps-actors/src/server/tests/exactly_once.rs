@@ -263,7 +263,8 @@ fn no_number_of_a_peer_locks_a_worker_out() {
             let joined = world.join(0, request).unwrap();
             assert_eq!(joined.incarnation, Incarnation(life));
         }
-        // The same holds for a request that arrives again after its incarnation, and for an incarnation that was never assigned.
+        // The same holds for a request that arrives again after its incarnation, and for an incarnation
+        // that was never assigned.
         let (worker, got, least) = (WorkerId(0), Incarnation(1), Incarnation(2));
         let over = Refusal::Fenced { worker, got, least };
         assert_eq!(world.join(0, u64::MAX), Err(over));
