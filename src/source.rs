@@ -32,7 +32,7 @@ pub enum SetupError {
     #[error("the model has no usable layout")]
     Layout(#[from] LayoutError),
     /// The data cannot be split into batches for this many workers.
-    #[error("the training data cannot be dealt out to the workers")]
+    #[error("the training data cannot be split into batches for the workers")]
     Batches(#[from] SamplerError),
     /// The test data is empty.
     #[error("the test data is empty")]

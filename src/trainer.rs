@@ -161,7 +161,7 @@ pub enum TrainError {
     Evaluate(#[from] ModelError),
     /// The operating system does not let this process receive signals.
     #[error(
-        "could not prepare for signals that end the training; `heed_signals(false)` does without"
+        "could not prepare for signals that end the training; `heed_signals(false)` switches this off"
     )]
     Signals(#[source] std::io::Error),
 }

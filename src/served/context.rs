@@ -40,7 +40,7 @@ pub enum ContextError {
         source: ServedError,
     },
     /// The array from the part does not fit the part's tensors.
-    #[error("what the part returned does not fit")]
+    #[error("the array that the part returned does not fit")]
     Output(#[from] PartError),
     /// The backward pass in this process failed.
     #[error(transparent)]

@@ -161,7 +161,7 @@ pub enum ServedError {
         setting: String,
     },
     /// The context's gradient has already been pushed to the servers.
-    #[error("{context} takes no more computations: its gradient was handed to the servers")]
+    #[error("{context} takes no more computations: its gradient was pushed to the servers")]
     Stepped {
         /// The context that takes no more computations.
         context: ContextId,
@@ -183,7 +183,7 @@ pub enum ServedError {
     },
     /// The caller has gone before the answer was known. The pushed gradient stays, and the same message
     /// again gets its outcome.
-    #[error("the trainer of {context} has gone: send the same message again for what became of it")]
+    #[error("the trainer of {context} has gone: send the same message again to get the outcome")]
     CallerGone {
         /// The context of the message.
         context: ContextId,

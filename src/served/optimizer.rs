@@ -41,7 +41,7 @@ pub enum OptimizerError {
         source: ServedError,
     },
     /// The servers that hold a part's weights refused the trainer, or could not be reached.
-    #[error("the servers of {part} do not take this trainer")]
+    #[error("the servers of {part} do not accept this trainer")]
     Servers {
         /// The name of the part server.
         part: String,
