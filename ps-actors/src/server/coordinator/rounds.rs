@@ -145,7 +145,7 @@ impl Coordinator {
     ) {
         let Waiter { ticket, then_start } = waiter;
         if then_start {
-            // `release_answers` answers the caller at the end of this same step.
+            // `release_answers` decides when to answer, at the end of this same step.
             let (worker, clock) = (id.worker, id.clock);
             self.held_answers.push(HeldAnswer {
                 ticket,

@@ -61,7 +61,7 @@ proptest! {
                 clocks[worker] += 1;
                 waiting[worker] = None;
                 if clocks[worker] == STEPS {
-                    // Whoever is done leaves, or it would hold the others back.
+                    // A worker that has finished leaves. Otherwise it would hold the others back.
                     let ticket = world.ticket();
                     let (worker, incarnation) = (WorkerId(worker as u32), Incarnation(1));
                     world.event(Event::Leave { ticket, worker, incarnation });

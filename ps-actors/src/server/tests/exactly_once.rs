@@ -340,10 +340,10 @@ fn any_consistency() -> impl Strategy<Value = Consistency> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Workers run far ahead of what they have pending: bursts longer than the ledger's window, mostly
-    /// of gradients that are refused, jumps, repeats, deaths, and drivers that apply what workers
-    /// computed, of several lives at once. Whoever was told that its gradient is applied finds it
-    /// in the weights once, and nobody else does.
+    /// Workers run far ahead of their pending pushes. There are bursts longer than the ledger's window
+    /// (mostly of gradients that are refused), jumps, repeats, deaths, and drivers that apply gradients
+    /// of several incarnations at once. A gradient whose sender was told that it is applied is in the
+    /// weights once. No other gradient is.
     #[test]
     fn what_is_applied_is_what_was_answered_however_far_a_worker_runs_ahead(
         seed: u64, consistency in any_consistency(), num_shards in 1usize..3,
