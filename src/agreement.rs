@@ -1,8 +1,8 @@
-//! What the processes of a training must have alike, in words that an error can show.
+//! What all processes of a training must have in common, as text that an error can show.
 //!
-//! Every process has its own copy of model and data. What of them changes the result is stated here, in
-//! one place, by name; a node that states anything else than the driver is not let in, and the error
-//! names what differs. The same facts tell the trainings of one program apart (their *variants*).
+//! Every process has its own copy of model and data. Each property of them that changes the result is
+//! stated here, by name. If a node states something else than the driver, it cannot join, and the error
+//! names the difference. The same facts distinguish several trainings of one program (their *variants*).
 
 use std::collections::BTreeMap;
 use std::sync::Once;
@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::data::{Examples, hex};
 
-/// How many parameters a fact lists by name and shape, beside the digest of all.
+/// How many parameters a fact lists by name and shape. A digest covers all of them.
 const NUM_LISTED: usize = 8;
 
 /// Statements by name.
@@ -28,8 +28,8 @@ impl Facts {
         self
     }
 
-    /// A model's type, the names and shapes of its weights, and the values of what training does not
-    /// change. The weights themselves come from the servers.
+    /// States a model's type, the names and shapes of its weights, and the values of everything that
+    /// training does not change. The weights themselves come from the servers.
     pub(crate) fn model<M: Module>(self, model: &M, device: &Device) -> Self {
         let described = LocalModel::new(model.clone(), device)
             .and_then(|model| Ok((describe(model.layout()), fixed_values(&model)?)));
@@ -42,12 +42,12 @@ impl Facts {
                     None => facts,
                 }
             }
-            // Who makes a worker of it gets the error.
+            // The error appears when a worker is made of the model.
             Err(error) => facts.state("the model's layout", error),
         }
     }
 
-    /// The number of examples, and their content as far as it can be compared.
+    /// States the number of examples, and their fingerprint if there is one.
     pub(crate) fn data<E: Examples>(self, data: &E) -> Self {
         let facts = self.state("the number of training examples", data.num_examples());
         let Some(fingerprint) = data.fingerprint() else {
@@ -63,13 +63,13 @@ impl Facts {
         facts.state("the content of the training data", fingerprint)
     }
 
-    /// Lets in only nodes that state the same.
+    /// Lets only nodes join that state the same.
     pub(crate) fn must_agree(&self, hosts: Hosts) -> Hosts {
         let facts = self.0.iter();
         facts.fold(hosts, |hosts, (name, value)| hosts.must_agree(*name, value))
     }
 
-    /// A name for who hosts actors by these facts.
+    /// Returns a name for the variant that these facts describe.
     pub(crate) fn variant(&self, of: &str) -> String {
         let mut hash = Sha256::new();
         for text in self.0.iter().flat_map(|(name, value)| [*name, value]) {
@@ -80,14 +80,14 @@ impl Facts {
     }
 }
 
-/// Lets in only nodes whose `model` is the same: its type, the names and shapes of its weights, and the
-/// values of what training does not change.
+/// Lets a node join only if its `model` is the same: its type, the names and shapes of its weights, and the
+/// values of everything that training does not change.
 #[must_use]
 pub fn agree_on_model<M: Module>(hosts: Hosts, model: &M, device: &Device) -> Hosts {
     Facts::default().model(model, device).must_agree(hosts)
 }
 
-/// Lets in only nodes with the same training data: as many examples, with the same
+/// Lets a node join only if it has the same training data: the same number of examples, and the same
 /// [fingerprint](Examples::fingerprint).
 #[must_use]
 pub fn agree_on_data<E: Examples>(hosts: Hosts, data: &E) -> Hosts {
@@ -115,7 +115,7 @@ fn describe(layout: &[ParameterSpec]) -> String {
     listed.join(", ")
 }
 
-/// A digest of all values that training does not change; `None` if there are none.
+/// Returns a digest of all values that training does not change. `None` if there are none.
 fn fixed_values<M: Module>(model: &LocalModel<M>) -> Result<Option<String>, ModelError> {
     let (mut hash, mut num) = (Sha256::new(), 0);
     model.fixed_tensors(|name, shape, bytes| {

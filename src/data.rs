@@ -1,4 +1,4 @@
-//! Where batches come from: anything that can make a batch of given examples.
+//! Data sets that batches are made of.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -14,24 +14,24 @@ use sha2::{Digest as _, Sha256};
 
 use crate::source::WorkerConfig;
 
-/// A data set that can be cut into batches. Cloning it must be cheap: every worker has one.
+/// A data set that can be cut into batches. Cloning it must be cheap, because every worker has a clone.
 pub trait Examples: Clone + Send + 'static {
-    /// What a [`Model`](ps_model::Model) computes its loss on.
+    /// The type of a batch, which a [`Model`](ps_model::Model) computes its loss on.
     type Batch: Send + 'static;
 
-    /// Counts the examples.
+    /// Returns the number of examples.
     fn num_examples(&self) -> usize;
 
-    /// Makes a batch of the examples with these indexes, each below
+    /// Makes a batch of the examples with these indexes. Each index is below
     /// [`num_examples`](Self::num_examples).
     fn batch(&self, indices: &[usize]) -> Self::Batch;
 
-    /// Returns a text that is the same for the same content and another one for other content, such as a
-    /// digest; `None` if there is none, which is the default.
+    /// Returns a text that identifies the content, such as a digest: the same text for the same content,
+    /// and another text for other content. `None`, the default, if there is no such text.
     ///
-    /// The processes of a training compare it, and one with other data is not let in. Without it only
-    /// the number of examples is compared. It must not depend on the process, such as a time or an
-    /// address in memory does.
+    /// The processes of a training compare it. A process with other data cannot join. Without a
+    /// fingerprint, only the number of examples is compared. The text must not depend on the process, as a
+    /// time or an address in memory does.
     fn fingerprint(&self) -> Option<String> {
         None
     }
@@ -55,13 +55,14 @@ impl Examples for ImageDataset {
             .expect("the data set checked its images and labels when it was made")
     }
 
-    /// Of the whole content.
+    /// The digest of the whole content.
     fn fingerprint(&self) -> Option<String> {
         Some(hex(&self.digest()))
     }
 }
 
-/// The first 16 hexadecimal digits of a digest, which is enough to tell mistakes apart.
+/// Returns the first 16 hexadecimal digits of a digest. They are enough to tell data sets apart that differ
+/// by mistake.
 pub(crate) fn hex(digest: &[u8]) -> String {
     digest[..8]
         .iter()
@@ -69,7 +70,7 @@ pub(crate) fn hex(digest: &[u8]) -> String {
         .collect()
 }
 
-/// Any burn [`Dataset`] with a function that joins items to a batch. See [`collated`].
+/// A burn [`Dataset`] with a function that makes a batch of items. See [`collated`].
 pub struct Collated<I, D, F> {
     dataset: Arc<D>,
     collate: F,
@@ -77,13 +78,13 @@ pub struct Collated<I, D, F> {
     items: PhantomData<fn() -> I>,
 }
 
-/// How many items of a data set [`Collated::compared_by`] looks at.
+/// How many items of a data set [`Collated::compared_by`] compares.
 const NUM_COMPARED: usize = 1_000;
 
-/// Makes [`Examples`] of a burn data set and a function that joins its items to a batch.
+/// Makes [`Examples`] of a burn data set and a function that makes a batch of items.
 ///
-/// If a batch holds tensors, make them on a device with autodiff, as that of
-/// [`select_device`](ps_model::select_device): see [`batched`].
+/// If a batch contains tensors, make them on a device with autodiff, such as that of
+/// [`select_device`](ps_model::select_device). See [`batched`].
 ///
 /// ```
 /// use ps::data::{Examples, collated};
@@ -108,8 +109,9 @@ where
 }
 
 impl<I, D: Dataset<I>, F> Collated<I, D, F> {
-    /// Lets the processes of a training compare their data: by the bytes that `bytes` makes of an item,
-    /// for at most 1,000 items, spread evenly over the data set. They are read here.
+    /// Lets the processes of a training compare their data. `bytes` makes the bytes of an item that are
+    /// compared. At most 1,000 items are compared, spread evenly over the data set. They are read in this
+    /// call.
     ///
     /// ```
     /// use ps::data::{Examples, collated};
@@ -124,7 +126,7 @@ impl<I, D: Dataset<I>, F> Collated<I, D, F> {
     /// ```
     ///
     /// # Panics
-    /// When the data set cannot give an item.
+    /// If the data set cannot return an item.
     #[must_use]
     pub fn compared_by<T: AsRef<[u8]>>(mut self, bytes: impl Fn(&I) -> T) -> Self {
         let len = self.dataset.len();
@@ -144,8 +146,9 @@ impl<I, D: Dataset<I>, F> Collated<I, D, F> {
 
 /// Makes [`Examples`] of a burn data set and a burn [`Batcher`], which makes its tensors on `device`.
 ///
-/// Autodiff is on for the tensors, so that burn's layers know an input of training from one of an
-/// inference. The device must be the one to train on, with gradient checkpointing if it is on there.
+/// Autodiff is on for the tensors, so that burn's layers can tell the input of a training from that of an
+/// inference. The device must be the one to train on. If gradient checkpointing is on there, it must be on
+/// for `device` too.
 ///
 /// ```
 /// use ps::data::{Examples, batched};
@@ -196,7 +199,7 @@ where
     }
 
     /// # Panics
-    /// When the data set cannot give an example; a worker reports that as its source's error.
+    /// If the data set cannot return an example. A worker reports this as the error of its source.
     fn batch(&self, indices: &[usize]) -> B {
         let items = self.dataset.get_many(indices.to_vec());
         (self.collate)(items.unwrap_or_else(|error| panic!("the data set failed: {error}")))
@@ -227,18 +230,37 @@ impl<I, D, F> fmt::Debug for Collated<I, D, F> {
 
 /// A worker's share of a data set, cut into the batches of its steps.
 ///
-/// Which batch belongs to a step depends on seed, worker and clock only. Those that come next are
-/// prepared ahead, on a thread.
+/// The batch of a step depends only on the seed, the worker and the clock. The next batches are prepared in
+/// advance, on another thread.
+///
+/// ```
+/// use ps::model::burn::data::dataset::InMemDataset;
+/// use ps::prelude::*;
+///
+/// let data = collated(InMemDataset::new((0..10u32).collect()), |items: Vec<u32>| items);
+/// let share = |rank| {
+///     let config =
+///         WorkerConfig { worker: WorkerId(rank), num_workers: 2, batch_size: 2, seed: 0 };
+///     WorkerBatches::new(&data, config)
+/// };
+/// let mut first = share(0)?;
+/// assert_eq!(first.steps_per_epoch(), 2); // 8 of 10 examples fill 2 batches of each worker.
+/// let batch = first.batch(Clock(1))?;
+/// assert_eq!(batch.len(), 2);
+/// assert_eq!(share(0)?.batch(Clock(1))?, batch);
+/// assert_ne!(share(1)?.batch(Clock(1))?, batch);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct WorkerBatches<B> {
     batches: Batches<B>,
 }
 
 impl<B: Send + 'static> WorkerBatches<B> {
-    /// Deals out the worker's share of `data`. All batches are full; what does not fill one of every
-    /// worker is left out, and the order changes from epoch to epoch.
+    /// Makes the worker's share of `data`. All batches are full. Examples that do not fill one batch of
+    /// every worker are left out. The order changes from epoch to epoch.
     ///
     /// # Errors
-    /// When there are not enough examples for a batch of each worker.
+    /// If there are not enough examples for one batch of each worker.
     pub fn new<E>(data: &E, config: WorkerConfig) -> Result<Self, SamplerError>
     where
         E: Examples<Batch = B>,
@@ -248,7 +270,8 @@ impl<B: Send + 'static> WorkerBatches<B> {
             shard: config.worker.0 as usize,
             num_shards: config.num_workers,
             seed: config.seed,
-            // All batches full, and as many for each worker: a mean of means is then the mean.
+            // All batches are full, and all workers have as many of them. So a mean of their means is the
+            // mean.
             drop_last: true,
             ..SamplerConfig::new(data.num_examples(), config.batch_size)
         };
@@ -263,10 +286,10 @@ impl<B: Send + 'static> WorkerBatches<B> {
         self.batches.batches_per_epoch()
     }
 
-    /// Makes the batch of a step.
+    /// Makes the batch of step `clock`.
     ///
     /// # Errors
-    /// When the data set fails.
+    /// If the data set fails.
     pub fn batch(&mut self, clock: Clock) -> Result<B, BatchError> {
         let per_epoch = self.batches.batches_per_epoch();
         let cursor = Cursor {

@@ -1,4 +1,4 @@
-//! A worker for loops in a driver that goes on when its process is lost.
+//! A worker for a driver's own loop that is started again if its process is lost.
 
 use std::fmt;
 
@@ -13,8 +13,8 @@ use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 use crate::workers::MAX_LOSSES;
 
-/// A [`ModelWorker`] of a cluster that is started again, on another node if need be, when its process
-/// is lost, and goes on with the batch that it was lost with.
+/// A [`ModelWorker`] of a cluster. If its process is lost, it is started again, on another node if
+/// necessary. It then goes on with the batch that it was computing.
 ///
 /// ```
 /// use ps::prelude::*;
@@ -38,28 +38,28 @@ pub struct LastingWorker<M: Model> {
     config: WorkerConfig,
     actor: ActorRef<ModelWorker<M>>,
     clock: Clock,
-    /// The life that computed the latest gradient.
+    /// The incarnation that computed the latest gradient.
     life: Incarnation,
-    /// Since the last gradient.
+    /// How often the worker was lost since the latest gradient.
     num_losses: u32,
 }
 
-/// What a worker answers, or why it does not.
+/// The answer of a worker, or why there is none.
 type Answer = Result<Result<GradientUpdate, WorkerError>, CallError>;
 
 impl<M: Model> LastingWorker<M> {
     /// Starts a worker on the next node, or in this process if it is alone.
     ///
     /// # Errors
-    /// When no process can make it.
+    /// If no process can make the worker.
     pub fn spawn(cluster: &Cluster, config: WorkerConfig) -> Result<Self, SpawnOnError> {
         Self::spawn_with(cluster, SpawnOn::new(), config)
     }
 
-    /// Starts a worker where the options say, each time.
+    /// Starts a worker at the place that the options name. It is started again with the same options.
     ///
     /// # Errors
-    /// When no process can make it.
+    /// If no process can make the worker.
     pub fn spawn_with(
         cluster: &Cluster,
         spawn: SpawnOn,
@@ -77,24 +77,24 @@ impl<M: Model> LastingWorker<M> {
         })
     }
 
-    /// The step whose gradient comes next.
+    /// Returns the clock of the next gradient.
     #[must_use]
     pub fn clock(&self) -> Clock {
         self.clock
     }
 
-    /// Computes the gradient of the next batch at these weights. [`settle`](Self::settle) or
-    /// [`finish`](Self::finish) takes the answer; until then the worker is asked for nothing else.
+    /// Computes the gradient of the next batch at these weights. Give the answer to
+    /// [`settle`](Self::settle) or [`finish`](Self::finish) before the next call.
     pub fn compute(&self, weights: &Weights) -> Reply<Result<GradientUpdate, WorkerError>> {
         self.actor.ask(ComputeGradients(weights.clone()))
     }
 
-    /// Takes what became of a [`compute`](Self::compute): the gradient, or `None` if the worker was lost.
-    /// It has then been started again, and can be asked for the same gradient.
+    /// Takes the answer of a [`compute`](Self::compute). Returns the gradient, or `None` if the worker was
+    /// lost. It has then been started again, and can be asked for the same gradient.
     ///
     /// # Errors
-    /// When its model or data fail, it cannot be started again, or it was lost 21 times without a
-    /// gradient in between.
+    /// If the worker's model or data fail, if it cannot be started again, or if it was lost 21 times
+    /// without a gradient in between.
     pub fn settle(&mut self, answer: Answer) -> Result<Option<GradientUpdate>, TrainError> {
         let worker = self.config.worker;
         let lost = match answer {
@@ -113,13 +113,13 @@ impl<M: Model> LastingWorker<M> {
             return Err(TrainError::WorkerLost { worker, source });
         }
         tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
-        // If it lives after all, it must not go on beside the new one.
+        // If it is still alive, it must not go on beside the new one.
         self.actor.kill();
         self.actor = self
             .cluster
             .spawn_with(self.spawn.clone(), self.config)
             .wait()?;
-        // Comes before any call: messages of one sender keep their order.
+        // This arrives before any call, because messages of one sender keep their order.
         let (clock, after) = (self.clock, self.life);
         if let Err(error) = self.actor.tell(GoOnAt { clock, after }) {
             tracing::warn!(%worker, %error, "it is lost again");
@@ -127,7 +127,7 @@ impl<M: Model> LastingWorker<M> {
         Ok(None)
     }
 
-    /// Waits for the gradient, which is computed again each time that the worker is lost.
+    /// Waits for the gradient. If the worker is lost, it computes the gradient again.
     ///
     /// # Errors
     /// As [`settle`](Self::settle).

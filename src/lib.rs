@@ -1,13 +1,13 @@
 //! Parameter-server training in typed Rust, in the style of Ray.
 //!
-//! A driver program spawns a [`ParameterServer`](actors::server::ParameterServer), or several that
-//! share the weights, and some [`DataWorker`](actors::worker::DataWorker)s. They are actors: each
-//! has a thread of its own, and every call returns a future. Workers compute gradients of a
-//! [burn](https://burn.dev) model; servers apply them, synchronously, asynchronously, or anything
-//! between ([`Consistency`](actors::server::Consistency)), each gradient exactly once.
+//! A driver program spawns a [`ParameterServer`](actors::server::ParameterServer), or several that share
+//! the weights, and some [`DataWorker`](actors::worker::DataWorker)s. They are actors: each has a thread of
+//! its own, and every call returns a future. The workers compute gradients of a [burn](https://burn.dev)
+//! model. The servers apply each gradient exactly once: synchronously, asynchronously, or in a mode between
+//! the two ([`Consistency`](actors::server::Consistency)).
 //!
-//! There are two ways to write a driver. [`Trainer`] does everything in one call. Or send the
-//! messages yourself:
+//! There are two ways to write a driver. [`Trainer`] does everything in one call. Or you send the messages
+//! yourself:
 //!
 //! ```
 //! use ps::prelude::*;
@@ -29,7 +29,7 @@
 //!
 //! let mut weights = server.ask(GetWeights).wait()?;
 //! for _ in 0..3 {
-//!     // Both compute at the same time: a call starts when it is made.
+//! Both compute at the same time, because a call starts when it is made.
 //!     let first = one.ask(ComputeGradients(weights.clone()));
 //!     let second = other.ask(ComputeGradients(weights.clone()));
 //!     let gradients = [first.wait()??, second.wait()??];
@@ -41,13 +41,13 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`trainer`], [`report`] | training in one call, and what comes out |
+//! | [`trainer`], [`report`] | training in one call, and its result |
 //! | [`source`] | a burn model with data as a worker's source of gradients; evaluation |
 //! | [`served`] | models that live with a server: remote forward and backward |
-//! | [`lasting`] | workers that a driver's own loop keeps when processes are lost |
+//! | [`lasting`] | workers for a driver's own loop that are started again when their process is lost |
 //! | [`rule`] | a burn optimizer as a server's update rule |
 //! | [`data`] | data sets that can be cut into batches |
-//! | [`agreement`] | what the processes of a training must have alike |
+//! | [`agreement`] | checks that all processes of a training have the same model and data |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 

@@ -1,4 +1,4 @@
-//! What a training run tells its user: the result, the way there, and where the time went.
+//! The report of a training run: its result, the evaluations during the run, and how the time was spent.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -12,10 +12,10 @@ use ps_model::Evaluation;
 
 use crate::trainer::TrainError;
 
-/// The weights' quality at one moment.
+/// The quality of the weights at one moment of the run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CurvePoint {
-    /// How many updates had been applied.
+    /// The version of the weights: how many updates had been applied.
     pub version: Version,
     /// Time since the workers started.
     pub elapsed: Duration,
@@ -23,12 +23,31 @@ pub struct CurvePoint {
     pub evaluation: Evaluation,
 }
 
-/// The result of a [`Trainer`](crate::Trainer)'s run.
+/// The result of a [`Trainer`](crate::Trainer)'s run. Its `Display` is a summary of a few lines.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let mnist = Mnist::bundled_sample();
+/// let report = Trainer::new(ConvNet::init(1, &device), mnist.train)
+///     .device(&device)
+///     .test_data(mnist.test)
+///     .iterations(4)
+///     .evaluate_every(2)
+///     .on_evaluation(|point| println!("{}: {:?}", point.version, point.evaluation.accuracy()))
+///     .run()?;
+/// assert_eq!((report.num_updates, report.num_applied), (4, 4));
+/// assert_eq!(report.losses[0].len(), 4); // The losses of worker 0.
+/// assert!(report.final_accuracy().is_some());
+/// println!("{report}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// When gradients were applied.
+    /// The consistency mode of the run.
     pub consistency: Consistency,
-    /// How gradients of one update became one.
+    /// How the gradients of one update were combined.
     pub reduction: Reduction,
     /// The signal that ended the training before all steps were taken, if one did.
     pub interrupted: Option<Signal>,
@@ -39,79 +58,81 @@ pub struct Report {
     /// The final weights; [`model_with_weights`](crate::source::model_with_weights) puts them into
     /// a burn module.
     pub weights: Weights,
-    /// The final weights on the whole test set; `None` without test data.
+    /// The result of the final weights on the whole test set. `None` without test data.
     pub final_evaluation: Option<Evaluation>,
-    /// The evaluations on the way, oldest first. The final one is not among them.
+    /// The evaluations during the run, oldest first. The final evaluation is not included.
     pub curve: Vec<CurvePoint>,
-    /// The mean loss of each worker's batches, by worker and step. NaN where a worker was lost before
-    /// it could tell; if the run failed or was interrupted, the last ones may be missing.
+    /// The mean loss of each batch, by worker and then by step. NaN if a worker was lost before it could
+    /// report the loss. If the run failed or was interrupted, the last losses may be missing.
     pub losses: Vec<Vec<f32>>,
-    /// How many updates the weights went through.
+    /// How many updates were applied to the weights.
     pub num_updates: u64,
     /// How many gradients were applied.
     pub num_applied: u64,
-    /// How many were dropped because their round had closed without them.
+    /// How many gradients were dropped because their round had already closed.
     pub num_dropped_late: u64,
-    /// How many were refused because of their norm.
+    /// How many gradients were refused because of their norm.
     pub num_refused: u64,
-    /// How many examples were used in gradients.
+    /// How many examples the batches of all gradients had together.
     pub num_examples: u64,
-    /// Of how many gradients only the servers know, because their workers were lost before they could
-    /// tell about them.
+    /// How many gradients only the servers know of, because their workers were lost before they could
+    /// report them.
     pub num_untold: u64,
-    /// How many updates lay between the weights of a gradient and its own update.
+    /// The staleness of the applied gradients: how many updates were applied between the weights that a
+    /// gradient was computed on and its own update.
     pub staleness: Histogram,
     /// How often a worker had to be started again.
     pub num_worker_restarts: u32,
-    /// From the workers' start to their end, evaluations on the way included.
+    /// Time from the start of the workers to their end. It includes the evaluations during the run.
     pub elapsed: Duration,
-    /// Time that all workers together spent computing gradients; `None` if a worker was lost before it
-    /// could tell.
+    /// Total time that the workers spent computing gradients. `None` if a worker was lost before it could
+    /// report its time.
     pub compute_time: Option<Duration>,
-    /// Time that all workers together waited for servers and for each other; `None` as above.
+    /// Total time that the workers waited for servers and for each other. `None` in the same case.
     pub wait_time: Option<Duration>,
 }
 
 impl Report {
-    /// Returns the fraction of right answers of the final weights on the whole test set, 0 to 1.
+    /// Returns the fraction of right answers of the final weights on the whole test set, from 0 to 1.
+    /// `None` without test data, or if the model does not classify.
     #[must_use]
     pub fn final_accuracy(&self) -> Option<f64> {
         self.final_evaluation?.accuracy()
     }
 
-    /// Returns what a program ends with whose training this was: success, or, if it was interrupted,
-    /// [the signal's code](Signal::exit_code), so that a launcher does not take it for done.
+    /// Returns the exit code for the program: success, or [the signal's code](Signal::exit_code) if the
+    /// training was interrupted. So a launcher does not take an interrupted training for a finished one.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         exit_code(self.interrupted)
     }
 
-    /// Returns gradients applied per second.
+    /// Returns how many gradients were applied per second.
     #[must_use]
     pub fn gradients_per_second(&self) -> f64 {
         self.num_applied as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Returns examples used per second.
+    /// Returns how many examples were used per second.
     #[must_use]
     pub fn examples_per_second(&self) -> f64 {
         self.num_examples as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Returns the fraction of the workers' time that went into computing gradients, 0 to 1; `None` if
+    /// Returns the fraction of the workers' time that was spent computing gradients, from 0 to 1. `None` if
     /// it is not known.
     #[must_use]
     pub fn compute_fraction(&self) -> Option<f64> {
         let (compute, wait) = (self.compute_time?, self.wait_time?);
-        // Both may be sums of what peers said.
+        // The times may come from peers, so adding them must not overflow.
         let total = compute.saturating_add(wait);
         (!total.is_zero()).then(|| compute.as_secs_f64() / total.as_secs_f64())
     }
 
-    /// Says how the result shows that it is of no use.
+    /// Returns how the result shows that the training has diverged, if it does.
     pub(crate) fn find_divergence(&self) -> Option<String> {
         let losses = self.losses.iter();
-        // NaN may also stand for a loss that was not told.
+        // NaN may also mean that a loss was not reported.
         let mut last = losses.filter_map(|losses| losses.last()).peekable();
         let loss = self
             .final_evaluation

@@ -8,15 +8,28 @@ use ps_model::burn::tensor::Device;
 use ps_model::{BurnRule, ElementwiseConfig, RuleError, StateScalar, StateTensor, StateValue};
 
 /// A [`BurnRule`] that a server can use.
+///
+/// ```
+/// use ps::model::burn::optim::AdamConfig;
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let initial = initial_weights(&ConvNet::init(1, &device), &device)?;
+/// let rule = OptimizerRule::new(&AdamConfig::new(), &device)?;
+/// let server = ParameterServer::new(&initial, rule, ServerConfig::default())?.spawn()?;
+/// assert_eq!(server.ask(GetWeights).wait()?.version(), Version(0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct OptimizerRule<O: Optimizer> {
     rule: BurnRule<O>,
 }
 
 impl<O: Optimizer> OptimizerRule<O> {
-    /// Makes a rule of the optimizer that `config` describes, computing on `device`.
+    /// Makes a rule of the optimizer that `config` describes. It computes on `device`.
     ///
     /// # Errors
-    /// When the optimizer clips gradients by their norm: a server sees only its own part of them.
+    /// If the optimizer clips gradients by their norm. This is refused because a server has only a part of
+    /// each gradient.
     pub fn new<C>(config: &C, device: &Device) -> Result<Self, RuleError>
     where
         C: ElementwiseConfig<Optimizer = O>,
@@ -33,7 +46,7 @@ where
     O::State<1>: Send,
 {
     /// # Panics
-    /// When burn does. The server then stops, and all calls to it fail.
+    /// If burn panics. The server then stops, and all calls to it fail.
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
         if let Err(error) = self.rule.step(weights, gradient, learning_rate) {
             panic!("the optimizer failed: {error}");

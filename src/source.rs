@@ -1,4 +1,4 @@
-//! Joins a burn model with its data: the [`GradientSource`] of a worker, and an [`Evaluator`].
+//! Joins a burn model with data: as the [`GradientSource`] of a worker, and in an [`Evaluator`].
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::agreement::Facts;
 use crate::data::{Examples, WorkerBatches};
 
-/// How many examples an [`Evaluator`] looks at together.
+/// How many examples an [`Evaluator`] evaluates at a time.
 const EVALUATION_BATCH: usize = 256;
 
 /// Why a model and its data cannot be used for training.
@@ -31,10 +31,10 @@ pub enum SetupError {
     /// The model's parameters do not follow one another.
     #[error("the model has no usable layout")]
     Layout(#[from] LayoutError),
-    /// The data cannot be dealt out like this.
-    #[error("the training data cannot be dealt out to the workers")]
+    /// The data cannot be split into batches for this many workers.
+    #[error("the training data cannot be split into batches for the workers")]
     Batches(#[from] SamplerError),
-    /// There is nothing to evaluate on.
+    /// The test data is empty.
     #[error("the test data is empty")]
     NoTestData,
     /// The actor or its thread could not be started.
@@ -42,10 +42,10 @@ pub enum SetupError {
     Spawn(#[from] SpawnError),
 }
 
-/// Returns a model's trainable weights as the first version for a server.
+/// Returns the trainable weights of a model, as the first version for a server.
 ///
 /// # Errors
-/// When the model has no flat weights, or the device fails.
+/// If the model has no flat weights, or if the device fails.
 pub fn initial_weights<M: Module>(model: &M, device: &Device) -> Result<Weights, SetupError> {
     let model = LocalModel::new(model.clone(), device)?;
     Ok(Weights::initial(layout(model.layout())?, model.weights()?))
@@ -60,10 +60,10 @@ pub(crate) fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
     Layout::new(parameters.collect())
 }
 
-/// A model that takes its weights from a server's snapshots.
+/// A model that loads its weights from a server's snapshots.
 pub(crate) struct Loadable<M: Module> {
     pub(crate) model: LocalModel<M>,
-    /// That of the snapshot loaded last, or the model's own, which is equal.
+    /// The layout of the snapshot loaded last, or the model's own layout, which is equal.
     layout: Arc<Layout>,
 }
 
@@ -79,9 +79,9 @@ impl<M: Module> Loadable<M> {
         &self.layout
     }
 
-    /// Loads a snapshot without copying it to one place first.
+    /// Loads a snapshot without first joining its segments.
     pub(crate) fn load(&mut self, weights: &Weights) -> Result<(), ModelError> {
-        // Most snapshots share one layout, and then this costs nothing.
+        // Most snapshots share one layout. Then this check costs nothing.
         if !Arc::ptr_eq(&self.layout, weights.layout()) {
             check_layout(&self.layout, weights.layout())?;
             self.layout = Arc::clone(weights.layout());
@@ -95,7 +95,7 @@ impl<M: Module> Loadable<M> {
     }
 }
 
-/// Compares names and shapes.
+/// Compares the names and shapes of all parameters.
 fn check_layout(expected: &Layout, got: &Layout) -> Result<(), ModelError> {
     if expected == got {
         return Ok(());
@@ -114,12 +114,11 @@ fn check_layout(expected: &Layout, got: &Layout) -> Result<(), ModelError> {
     })
 }
 
-/// Returns `model` with these weights, on `device` and ready for inference: the way back from a
-/// server to an ordinary burn module, which burn can save, run or export. What is not trainable is as in
-/// `model`.
+/// Returns `model` with these weights, on `device` and ready for inference. The result is an ordinary burn
+/// module, which burn can save, run or export. Everything that is not trainable is as in `model`.
 ///
 /// # Errors
-/// When the weights are of another model, or the device fails.
+/// If the weights are of another model, or if the device fails.
 pub fn model_with_weights<M: Module>(
     model: &M,
     device: &Device,
@@ -130,23 +129,23 @@ pub fn model_with_weights<M: Module>(
     Ok(loadable.model.model().valid())
 }
 
-/// Which batches a worker computes.
+/// Settings of a worker, which decide the batches that it computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerConfig {
     /// The worker's rank, below `num_workers`.
     pub worker: WorkerId,
     /// How many workers share each epoch's examples.
     pub num_workers: usize,
-    /// Examples per batch.
+    /// The number of examples per batch.
     pub batch_size: usize,
-    /// Decides the order of examples, and dropout. The same for all workers of a run.
+    /// The seed of the order of examples and of dropout. It must be the same for all workers of a run.
     pub seed: u64,
 }
 
 /// A burn model with a worker's share of the data.
 ///
-/// Which batch belongs to a step depends on seed, worker and clock only. So does dropout in models
-/// that take their random numbers from [`Step`](ps_model::Step).
+/// The batch of a step depends only on the seed, the worker and the clock. So does dropout, in models that
+/// take their random numbers from [`Step`](ps_model::Step).
 pub struct ModelSource<M: Model> {
     loadable: Loadable<M>,
     batches: WorkerBatches<M::Batch>,
@@ -155,10 +154,10 @@ pub struct ModelSource<M: Model> {
 }
 
 impl<M: Model> ModelSource<M> {
-    /// Puts a copy of `model` on `device` and deals out the worker's share of `data`.
+    /// Puts a copy of `model` on `device`, and makes the worker's share of `data`.
     ///
     /// # Errors
-    /// When the model has no flat weights, or `config` does not fit the data.
+    /// If the model has no flat weights, or if `config` does not fit the data.
     pub fn new<E>(
         model: &M,
         device: &Device,
@@ -172,7 +171,7 @@ impl<M: Model> ModelSource<M> {
             loadable: Loadable::new(model, device)?,
             batches: WorkerBatches::new(data, config)?,
             config,
-            // One that is pushed, one that is computed, one spare.
+            // One buffer is being pushed, one is being computed, and one is spare.
             gradients: BufferPool::new(3),
         })
     }
@@ -214,11 +213,12 @@ impl<M: Model> fmt::Debug for ModelSource<M> {
     }
 }
 
-/// Starts a worker that computes gradients of `model` on its share of `data`, on a thread of its
-/// own. After a panic it is restarted with a fresh copy of the model.
+/// Starts a worker on a thread of its own. It computes gradients of `model` on its share of `data`. After a
+/// panic it is restarted with a fresh copy of the model.
 ///
 /// # Errors
-/// When the model has no flat weights, `config` does not fit the data, or the system gives no thread.
+/// If the model has no flat weights, if `config` does not fit the data, or if the operating system starts
+/// no thread.
 #[expect(
     clippy::missing_panics_doc,
     reason = "what can go wrong shows in the caller's thread first"
@@ -234,7 +234,7 @@ where
     M: Model,
     E: Examples<Batch = M::Batch>,
 {
-    // A mistake shows here, in the caller's thread, rather than as a worker that cannot start.
+    // A mistake is returned here, in the caller's thread. Otherwise it would be a worker that cannot start.
     ModelSource::new(model, device, data, config)?;
     let (model, device, data) = (model.clone(), device.clone(), data.clone());
     let worker = Spawn::new().start(move || {
@@ -254,11 +254,28 @@ impl<M: Model> HostedSource for ModelSource<M> {
     type Args = WorkerConfig;
 }
 
-/// Lets every process of a cluster make workers that compute gradients of `model` on their share of
-/// `data`: `cluster.spawn::<ModelWorker<_>>(config)`. Each process has its own copy of both; one with
-/// another model or other data is not let in, as far as [`Examples::fingerprint`] tells.
+/// Lets every process of a cluster make workers. They compute gradients of `model` on their share of
+/// `data`. Each process has its own copy of both. A process with another model or other data cannot join,
+/// as far as [`Examples::fingerprint`] shows the difference.
 ///
-/// Several models or data sets can be hosted for one type of model: a spawn then says which one, by
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let train = Mnist::bundled_sample().train;
+/// let model = ConvNet::init(1, &device);
+/// let hosts = host_workers(Hosts::new(), &model, &device, &train);
+/// let cluster = Cluster::alone(hosts); // Or `Cluster::listen`, and nodes with the same hosts.
+///
+/// let config = WorkerConfig { worker: WorkerId(0), num_workers: 1, batch_size: 64, seed: 1 };
+/// let worker = cluster.spawn::<ModelWorker<ConvNet>>(config).wait()?;
+/// let weights = initial_weights(&model, &device)?;
+/// let update = worker.ask(ComputeGradients(weights)).wait()??;
+/// assert_eq!(update.num_examples, 64);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// Several models or data sets can be hosted for one type of model. A spawn then names one of them, by
 /// [`SpawnOn::variant`](ps_actors::cluster::SpawnOn::variant) and [`worker_variant`].
 #[must_use]
 pub fn host_workers<M, E>(hosts: Hosts, model: &M, device: &Device, data: &E) -> Hosts
@@ -271,7 +288,7 @@ where
     host_variant(hosts, facts.variant(WORKERS), model, device, data)
 }
 
-/// The variant of the workers that [`host_workers`] hosts for this model and data.
+/// Returns the variant of the workers that [`host_workers`] hosts for this model and data.
 #[must_use]
 pub fn worker_variant<M, E>(model: &M, device: &Device, data: &E) -> String
 where
@@ -282,10 +299,10 @@ where
     facts.variant(WORKERS)
 }
 
-/// What the variants of workers are called.
+/// The name under which processes compare the variants of workers.
 pub(crate) const WORKERS: &str = "model and data";
 
-/// Hosts workers, without a word about what must agree.
+/// Hosts workers, without comparing anything with other processes.
 pub(crate) fn host_variant<M, E>(
     hosts: Hosts,
     variant: String,
@@ -297,7 +314,7 @@ where
     M: Model,
     E: Examples<Batch = M::Batch>,
 {
-    // Shared by all threads that make workers, whether or not a model can be.
+    // All threads that make workers share it, whether or not a model can be shared.
     let originals = Mutex::new((model.clone(), device.clone(), data.clone()));
     hosts.host_variant(variant, Spawn::new(), move |config: WorkerConfig| {
         let (model, device, data) = match originals.lock() {
@@ -309,17 +326,29 @@ where
     })
 }
 
-/// A model and a test set, to see how good some weights are.
+/// A model and a test set, to evaluate weights.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let model = ConvNet::init(1, &device);
+/// let mut evaluator = Evaluator::new(&model, &device, &Mnist::bundled_sample().test)?;
+/// let weights = initial_weights(&model, &device)?;
+/// let accuracy = evaluator.accuracy_percent(&weights)?;
+/// assert!((0.0..=100.0).contains(&accuracy));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Evaluator<M: Model> {
     loadable: Loadable<M>,
     batches: Vec<M::Batch>,
 }
 
 impl<M: Model> Evaluator<M> {
-    /// Takes all of `data`, made into batches once.
+    /// Makes the batches of all of `data`, once.
     ///
     /// # Errors
-    /// When the model has no flat weights, or there is no data.
+    /// If the model has no flat weights, or if there is no data.
     pub fn new<E>(model: &M, device: &Device, data: &E) -> Result<Self, SetupError>
     where
         E: Examples<Batch = M::Batch>,
@@ -335,24 +364,24 @@ impl<M: Model> Evaluator<M> {
         })
     }
 
-    /// Evaluates weights on every example.
+    /// Evaluates weights on all examples.
     ///
     /// # Errors
-    /// When the weights are of another model, or the model panics.
+    /// If the weights are of another model, or if the model panics.
     pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
         self.loadable.load(weights)?;
         let model = &self.loadable.model;
         self.batches.iter().map(|batch| model.evaluate(batch)).sum()
     }
 
-    /// Evaluates the first batch only, to see whether the model takes this data at all.
+    /// Evaluates only the first batch, to check that the model accepts this data.
     pub(crate) fn try_out(&mut self, weights: &Weights) -> Result<(), ModelError> {
         self.loadable.load(weights)?;
         let first = self.batches.first().expect("there is data");
         self.loadable.model.evaluate(first).map(drop)
     }
 
-    /// Returns the percentage of right answers, 0 to 100; NaN for a model that does not classify.
+    /// Returns the percentage of right answers, from 0 to 100. NaN for a model that does not classify.
     ///
     /// # Errors
     /// As [`evaluate`](Self::evaluate).

@@ -38,13 +38,13 @@ use crate::source::{
 };
 use crate::workers::{Worker, WorkerRun};
 
-/// How long workers are given to finish the step under way when the training is interrupted.
+/// How long workers may take to finish the current step when the training is interrupted.
 const LAST_STEP: Duration = Duration::from_secs(10);
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
 type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
 
-/// Settings of a training run, and [`run`](Self::run).
+/// The settings of a training run, and the methods that [run](Self::run) it.
 ///
 /// ```
 /// use ps::prelude::*;
@@ -70,7 +70,7 @@ pub struct Trainer<M: Model, E> {
     num_servers: usize,
     server: ServerConfig,
     make_rule: MakeRule,
-    /// The optimizer with its settings, in words.
+    /// Returns a text that describes the optimizer and its settings.
     describe_rule: Arc<dyn Fn() -> String + Send + Sync>,
     name: Option<String>,
     servers_on_nodes: bool,
@@ -92,10 +92,10 @@ enum Length {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
-    /// Nobody would compute gradients.
+    /// The number of workers is 0.
     #[error("training needs at least one worker")]
     NoWorkers,
-    /// More workers than can be numbered.
+    /// There are more workers than can be numbered.
     #[error("{0} workers are too many: at most {max} can take part", max = u16::MAX)]
     TooManyWorkers(usize),
     /// The consistency mode does not fit the number of workers.
@@ -113,7 +113,7 @@ pub enum TrainError {
     /// The servers could not be started.
     #[error("the servers could not be started")]
     Servers(#[from] GroupSpawnError),
-    /// The servers failed on the way.
+    /// The servers failed during the run.
     #[error("the servers failed")]
     Group(#[from] GroupError),
     /// The processes did not find each other.
@@ -122,52 +122,52 @@ pub enum TrainError {
     /// A worker or server could not be started on a node.
     #[error("an actor could not be started")]
     Spawn(#[from] SpawnOnError),
-    /// A worker could not go on.
+    /// A worker failed.
     #[error("a worker failed")]
     Worker(#[from] WorkerError),
     /// A worker panicked more often than is allowed, or could not be reached.
     #[error("{worker} was lost")]
     WorkerLost {
-        /// Which.
+        /// The worker that was lost.
         worker: WorkerId,
-        /// How its last call ended.
+        /// Why its last call failed.
         #[source]
         source: CallError,
     },
-    /// The model does not take the test data. Found before the first step.
+    /// The model does not accept the test data. This is found before the first step.
     #[error("the model cannot evaluate the test data")]
     TestData(#[source] ModelError),
-    /// What came out is of no use.
+    /// The training diverged.
     #[error(
         "training has diverged: {what}; a lower learning rate helps most often, then a smaller \
          initialization or clipping in the model; data that contain NaN do the same. Where \
          `max_gradient_norm` is set, it may be too low"
     )]
     Diverged {
-        /// What shows it.
+        /// How the result shows it.
         what: String,
     },
-    /// The run did not end well, but there are weights: what was trained until then.
+    /// The run failed, but there are weights that were trained until then.
     #[error("the training ended without success after {} updates", .report.num_updates)]
     Incomplete {
-        /// What was reached, the weights above all. Figures that only workers know can be missing.
+        /// The result until then, with the weights. Figures that only workers know may be missing.
         report: Box<Report>,
-        /// Why it ended.
+        /// Why the run failed.
         #[source]
         source: Box<Self>,
     },
     /// The weights could not be evaluated.
     #[error("the weights could not be evaluated")]
     Evaluate(#[from] ModelError),
-    /// The system does not let this process hear of signals.
+    /// The operating system does not let this process receive signals.
     #[error(
-        "could not prepare for signals that end the training; `heed_signals(false)` does without"
+        "could not prepare for signals that end the training; `heed_signals(false)` switches this off"
     )]
     Signals(#[source] std::io::Error),
 }
 
 impl TrainError {
-    /// Returns what was reached before the error, if anything was.
+    /// Returns the result until the error, if there is one.
     #[must_use]
     pub fn report(&self) -> Option<&Report> {
         match self {
@@ -182,9 +182,9 @@ where
     M: Model,
     E: Examples<Batch = M::Batch>,
 {
-    /// Starts from these weights and trains on this data: 1 worker, 1 server, batches of 32,
-    /// 1 epoch, plain SGD with learning rate 0.01, [`Consistency::Bsp`], [`Reduction::Mean`], seed
-    /// 0, the default device.
+    /// Starts from the weights of `model`, and trains on `train`. The defaults are: 1 worker, 1 server,
+    /// batches of 32 examples, 1 epoch, plain SGD with learning rate 0.01, [`Consistency::Bsp`],
+    /// [`Reduction::Mean`], seed 0, and the default device.
     #[must_use]
     pub fn new(model: M, train: E) -> Self {
         Self {
@@ -208,14 +208,15 @@ where
         }
     }
 
-    /// Evaluates on this data: the final weights, and on the way if asked to.
+    /// Sets the data to evaluate on. The final weights are evaluated, and the weights during the run if
+    /// [`evaluate_every`](Self::evaluate_every) is set.
     #[must_use]
     pub fn test_data(mut self, test: E) -> Self {
         self.test = Some(test);
         self
     }
 
-    /// Computes on this device.
+    /// Sets the device to compute on.
     #[must_use]
     pub fn device(mut self, device: &Device) -> Self {
         self.device = Some(device.clone());
@@ -236,21 +237,21 @@ where
         self
     }
 
-    /// Puts the servers on the nodes of a cluster, in turn, in place of the driver.
+    /// Puts the servers on the nodes of a cluster, in turn. By default they are in the driver.
     #[must_use]
     pub fn servers_on_nodes(mut self, on_nodes: bool) -> Self {
         self.servers_on_nodes = on_nodes;
         self
     }
 
-    /// Sets when gradients are applied.
+    /// Sets the consistency mode, which decides when gradients are applied.
     #[must_use]
     pub fn consistency(mut self, consistency: Consistency) -> Self {
         self.server.consistency = consistency;
         self
     }
 
-    /// Sets how the gradients of one update become one.
+    /// Sets how the gradients of one update are combined.
     #[must_use]
     pub fn reduction(mut self, reduction: Reduction) -> Self {
         self.server.reduction = reduction;
@@ -264,22 +265,23 @@ where
         self
     }
 
-    /// Refuses gradients with a norm above this one.
+    /// Refuses gradients with a Euclidean norm above `max_norm`.
     #[must_use]
     pub fn max_gradient_norm(mut self, max_norm: f64) -> Self {
         self.server.max_norm = max_norm;
         self
     }
 
-    /// Goes on without a worker that was not heard of for this long; it may come back. Must be
-    /// longer than a step takes.
+    /// Declares a worker lost if it was silent for longer than `lease`, which must be at least 10 ms. The
+    /// others go on without it, and it may join again. Workers send heartbeats while they compute, so a
+    /// step may take longer than the lease. By default there is no lease.
     #[must_use]
     pub fn worker_lease(mut self, lease: Duration) -> Self {
         self.server.worker_lease = Some(lease);
         self
     }
 
-    /// Uses a burn optimizer, such as `AdamConfig::new()`, in place of plain SGD.
+    /// Uses a burn optimizer, such as `AdamConfig::new()`, instead of plain SGD.
     #[must_use]
     pub fn optimizer<C, O>(mut self, config: C) -> Self
     where
@@ -295,8 +297,8 @@ where
         self
     }
 
-    /// Uses an update rule of your own, or [`Sgd::with_momentum`]; called once per server. What the
-    /// rule's `Debug` shows tells it from others, so that should be its settings.
+    /// Uses an update rule of your own, or [`Sgd::with_momentum`]. `rule` is called once per server.
+    /// Processes compare the text that the rule's `Debug` prints, so it should contain the rule's settings.
     #[must_use]
     pub fn update_rule<R: UpdateRule>(
         mut self,
@@ -309,97 +311,113 @@ where
         self
     }
 
-    /// Gives the training a name of its own, which all its processes must agree on.
+    /// Gives the training a name, which must be the same in all processes.
     ///
-    /// A program with several trainings on one cluster needs it for those that differ in nothing but
-    /// what cannot be seen from outside: the rate of a dropout layer, the loss function, the content
-    /// of a data set without a [fingerprint](Examples::fingerprint).
+    /// A name is needed if a program runs several trainings on one cluster that differ only in something
+    /// that cannot be compared: the rate of a dropout layer, the loss function, or the content of a data
+    /// set without a [fingerprint](Examples::fingerprint).
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = Some(name.into());
         self
     }
 
-    /// Sets the number of examples in a worker's batch.
+    /// Sets the number of examples in each batch of a worker.
     #[must_use]
     pub fn batch_size(mut self, batch_size: usize) -> Self {
         self.batch_size = batch_size;
         self
     }
 
-    /// Lets each worker take this many steps.
+    /// Sets how many steps each worker takes.
     #[must_use]
     pub fn iterations(mut self, num_iterations: u64) -> Self {
         self.length = Length::Iterations(num_iterations);
         self
     }
 
-    /// Lets the workers go through the data this many times, together. What does not fill a batch
-    /// of every worker is left out; the order changes from epoch to epoch.
+    /// Sets how many times the workers together go through the data. Examples that do not fill one batch of
+    /// every worker are left out. The order changes from epoch to epoch.
     #[must_use]
     pub fn epochs(mut self, num_epochs: u64) -> Self {
         self.length = Length::Epochs(num_epochs);
         self
     }
 
-    /// Sets the seed of the order of examples and of dropout. (That of the initial weights is the
-    /// model's.)
+    /// Sets the seed of the order of examples and of dropout. (The initial weights come from the model.)
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Evaluates on the whole test set every so many updates, while the workers go on; 0 for only
-    /// at the end. If updates come faster than they can be evaluated, some are skipped.
+    /// Evaluates the weights on the whole test set each time that `num_updates` more updates have been
+    /// applied, while the workers go on. 0, the default, means only at the end. If updates come faster than
+    /// evaluations, some are skipped.
     #[must_use]
     pub fn evaluate_every(mut self, num_updates: u64) -> Self {
         self.evaluate_every = num_updates;
         self
     }
 
-    /// Calls `on_evaluation` after each evaluation on the way.
+    /// Calls `on_evaluation` after each evaluation during the run. For an example, see [`Report`].
     #[must_use]
     pub fn on_evaluation(mut self, on_evaluation: impl FnMut(&CurvePoint) + 'static) -> Self {
         self.on_evaluation = Box::new(on_evaluation);
         self
     }
 
-    /// Says whether SIGTERM and Ctrl-C end the training in order, which they do unless this is `false`:
-    /// see [`StopSignal`]. For programs with signal handlers of their own.
+    /// Sets whether SIGTERM and Ctrl-C end the training in an orderly way; see [`StopSignal`]. The default
+    /// is `true`. Use `false` in a program with its own signal handlers.
     #[must_use]
     pub fn heed_signals(mut self, heeds_signals: bool) -> Self {
         self.heeds_signals = heeds_signals;
         self
     }
 
-    /// Trains, on this thread and those of the workers and servers, until all steps are taken.
+    /// Trains until all steps are taken, on this thread and on those of the workers and servers.
     ///
-    /// SIGTERM and Ctrl-C end it before: the workers finish the step under way, for which they have
-    /// 10 s, the weights are evaluated, and the report says that it was
-    /// [interrupted](Report::interrupted). A second signal, or 30 s, end the process at once.
+    /// SIGTERM and Ctrl-C end the training earlier. The workers then have 10 s to finish the current step,
+    /// the weights are evaluated, and the report says that it was [interrupted](Report::interrupted). A
+    /// second signal ends the process at once. The process also ends if it still runs 30 s after the first.
     ///
     /// # Errors
-    /// When a setting cannot work or the model does not take the test data (before anything is
-    /// started), a worker or server fails beyond repair, or training diverges: that is, a worker's
-    /// gradients are refused [100 times](ps_actors::worker::MAX_REFUSED) in a row while nobody's is
-    /// applied, or what comes out is not finite. Weights that were trained until then are in the
-    /// error: see [`TrainError::report`].
+    /// - If a setting cannot work, or the model does not accept the test data. This is found before
+    ///   anything is started.
+    /// - If a worker or server fails and cannot be replaced.
+    /// - If the training diverges: more than [100](ps_actors::worker::MAX_REFUSED) of a worker's gradients
+    ///   are refused in a row while no worker's gradient is applied, or the result is not finite.
+    ///
+    /// The error contains the weights that were trained until then; see [`TrainError::report`].
     ///
     /// # Panics
-    /// When called from asynchronous code; or when the system gives no threads.
+    /// If it is called from asynchronous code, or if the operating system starts no threads.
     pub fn run(self) -> Result<Report, TrainError> {
         self.run_on(&Cluster::alone(Hosts::new()))
     }
 
-    /// Trains with all processes that the command line and the environment speak of.
+    /// Trains with all processes that the command line and the environment name.
     ///
-    /// Every copy of the program calls this, with the same settings. The driver waits for the
-    /// others up to `config.join_timeout`, trains, and returns the report. A node returns `None`
-    /// when its work is over. See [`Cluster::launch`].
+    /// Every copy of the program calls this, with the same settings. The driver waits for the other
+    /// processes up to `config.join_timeout`, trains, and returns the report. A node returns `None` when
+    /// its work is over. See [`Cluster::launch`].
+    ///
+    /// ```no_run
+    /// use ps::prelude::*;
+    ///
+    /// # fn options() -> LaunchOptions { unimplemented!() }
+    /// let device = select_device(default_device_name())?;
+    /// let mnist = Mnist::bundled_sample();
+    /// let trainer = Trainer::new(ConvNet::init(1, &device), mnist.train).device(&device).workers(4);
+    /// let options: LaunchOptions = options(); // For example from the command line.
+    /// if let Some(report) = trainer.launch(&options, ClusterConfig::default())? {
+    ///     println!("{report}");
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// As [`run`](Self::run), and when the processes do not find each other.
+    /// As [`run`](Self::run), and if the processes do not find each other.
     ///
     /// # Panics
     /// As [`run`](Self::run).
@@ -408,7 +426,7 @@ where
         options: &LaunchOptions,
         config: ClusterConfig,
     ) -> Result<Option<Report>, TrainError> {
-        // In every process: a wrong setting ends them all before anything is started.
+        // Every process checks its settings, so a wrong one ends all processes before anything is started.
         self.check()?;
         let hosts = self.hosts(Hosts::new())?;
         match Cluster::launch(options, config, hosts)? {
@@ -432,14 +450,29 @@ where
         Ok(())
     }
 
-    /// Adds what the processes of a cluster must host to take part in this training, and what they
-    /// must agree on: model, data, optimizer, batch size, seed, learning rate and number of workers.
+    /// Adds what the processes of a cluster must host to take part in this training. Also adds what they
+    /// must agree on: model, data, optimizer, batch size, seed, learning rate and number of workers. A
+    /// process that is alone needs no hosts.
     ///
-    /// Several trainings can be hosted at once, each by its trainer:
-    /// `second.hosts(first.hosts(Hosts::new())?)?`. A process that is alone needs none.
+    /// Several trainings can be hosted at once:
+    ///
+    /// ```
+    /// use ps::prelude::*;
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// let train = Mnist::bundled_sample().train;
+    /// let trainer = |seed| {
+    ///     Trainer::new(ConvNet::init(seed, &device), train.clone()).device(&device).iterations(2)
+    /// };
+    /// let (first, second) = (trainer(1), trainer(2).name("with another seed"));
+    /// let cluster = Cluster::alone(second.hosts(first.hosts(Hosts::new())?)?);
+    /// let [one, other] = [first.run_on(&cluster)?, second.run_on(&cluster)?];
+    /// assert_ne!(one.weights.to_vec(), other.weights.to_vec());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// When the default device cannot be used.
+    /// If the default device cannot be used.
     pub fn hosts(&self, hosts: Hosts) -> Result<Hosts, TrainError> {
         let device = self.chosen_device()?;
         let (workers, servers) = (self.worker_facts(&device), self.server_facts());
@@ -454,13 +487,13 @@ where
         Ok(self.host(hosts, &device, &variants))
     }
 
-    /// What decides which worker is made, besides its [`WorkerConfig`].
+    /// What distinguishes the workers of this training, besides their [`WorkerConfig`].
     fn worker_facts(&self, device: &Device) -> Facts {
         let facts = Facts::default().model(&self.model, device);
         self.named(facts.data(&self.train))
     }
 
-    /// What decides which server is made, besides its [`ServerArgs`].
+    /// What distinguishes the servers of this training, besides their [`ServerArgs`].
     fn server_facts(&self) -> Facts {
         self.named(Facts::default().state("the optimizer", (self.describe_rule)()))
     }
@@ -491,11 +524,11 @@ where
         }
     }
 
-    /// Trains on a cluster whose nodes host what [`hosts`](Self::hosts) of this training adds; a node
-    /// that hosts other trainings only is an error. Workers go to the nodes in turn, or stay in this
-    /// process if there are none, which then needs nothing from `hosts`.
+    /// Trains on a cluster whose nodes have the [`hosts`](Self::hosts) of this training. A node that only
+    /// hosts other trainings is an error. The workers are placed on the nodes in turn. If there are no
+    /// nodes, they are in this process, which then needs no `hosts`.
     ///
-    /// Any number of trainings can be run on one cluster, at the same time, too.
+    /// One cluster can run any number of trainings, also at the same time.
     ///
     /// # Errors
     /// As [`run`](Self::run).
@@ -514,7 +547,7 @@ where
             Some(test) => Some(Evaluator::new(&self.model, &device, test)?),
             None => None,
         };
-        // A mistake shows here rather than as a worker that cannot start.
+        // A mistake is returned here. Otherwise it would be a worker that cannot start.
         let one = ModelSource::new(&self.model, &device, &self.train, self.worker_config(0))?;
         let num_steps = match self.length {
             Length::Iterations(iterations) => iterations,
@@ -523,11 +556,11 @@ where
         drop(one);
         let initial = initial_weights(&self.model, &device)?;
         if let Some(evaluator) = &mut evaluator {
-            // Not after hours of training.
+            // The test data is checked now, and not after hours of training.
             evaluator.try_out(&initial).map_err(TrainError::TestData)?;
         }
         let variants = match cluster.is_alone() {
-            // Nobody else could be asked, so there is nothing to compare.
+            // There are no other processes, so there is nothing to compare.
             true => Variants::here(),
             false => Variants::of(&self.worker_facts(&device), &self.server_facts()),
         };
@@ -571,7 +604,7 @@ where
             let spawn = ServerGroup::spawn_on(cluster, places, initial, self.server);
             return Ok(actor::run(spawn)?);
         }
-        // All rules first: a server that is started has to get one.
+        // All rules are made first, because a server that is started must get one.
         let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));
         let mut rules = rules.collect::<Result<Vec<_>, _>>()?.into_iter();
         let rule = |_: Range<usize>| rules.next().expect("one for each server");
@@ -612,7 +645,7 @@ where
                     _ => std::future::pending().await,
                 }
             });
-            // Also while a worker waits for something else than its steps.
+            // This also works while a worker waits for something else than its steps.
             let stopping = std::pin::pin!(given_up.then(|()| std::future::pending()));
             match select(runs, select(watch, stopping)).await {
                 Either::Left((outcome, _)) => outcome,
@@ -625,7 +658,7 @@ where
         let runs = match outcome {
             Ok(runs) => runs,
             Err(error) => {
-                // The others must not go on in the background, or wait for the one that failed.
+                // The other workers must not go on in the background, or wait for the one that failed.
                 workers.iter().for_each(Worker::kill);
                 return Err(self.incomplete(error, &servers, curve, elapsed).await);
             }
@@ -645,7 +678,7 @@ where
         }
     }
 
-    /// Adds to an error what was reached until then, as far as the servers can still say it.
+    /// Adds to an error the result until then, as far as the servers still know it.
     async fn incomplete(
         &self,
         error: TrainError,
@@ -658,7 +691,7 @@ where
             .collect();
         match self.report(servers, runs, curve, elapsed).await {
             Ok(report) if report.num_updates > 0 => report.incomplete(error),
-            // Nothing was trained, or it is lost with its servers.
+            // Nothing was trained, or the weights are lost with their servers.
             _ => error,
         }
     }
@@ -683,7 +716,7 @@ where
         let sum = |number: fn(&WorkerRun) -> u64| runs.iter().map(number).sum::<u64>();
         let (num_told, told_examples) =
             (sum(|run| run.num_told), sum(|run| run.report.num_examples));
-        // Every batch is full, so those of which nothing was heard had as many examples.
+        // Every batch is full, so the batches that were not reported had the same number of examples.
         let per_gradient = told_examples.checked_div(num_told);
         let per_gradient = per_gradient.unwrap_or(self.batch_size as u64);
         let num_untold = num_settled.saturating_sub(num_told);
@@ -715,7 +748,7 @@ where
     }
 }
 
-/// Which of the workers and servers that a process can make are those of one training.
+/// The variants of workers and servers that belong to one training.
 struct Variants {
     workers: String,
     servers: String,
@@ -737,7 +770,7 @@ impl Variants {
     }
 }
 
-/// Stops the workers after a signal, and is ready when they have had time enough for the step under way.
+/// Stops the workers after a signal. Becomes ready when their time for the current step is over.
 async fn stop_workers<M: Model>(stop: Option<&StopSignal>, workers: &[Worker<M>]) {
     let Some(stop) = stop else {
         return std::future::pending().await;
@@ -748,7 +781,8 @@ async fn stop_workers<M: Model>(stop: Option<&StopSignal>, workers: &[Worker<M>]
     tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
 }
 
-/// Evaluates every so many updates, for as long as it is polled. Returns only if that fails.
+/// Evaluates the weights every so many updates, as long as it is polled. Returns only if an evaluation
+/// fails.
 async fn watch<M: Model>(
     servers: &ServerGroup,
     evaluator: &mut Evaluator<M>,

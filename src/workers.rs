@@ -1,4 +1,4 @@
-//! Keeps the workers of a run going: through panics, and when their processes are lost or leave.
+//! Keeps the workers of a run going if they panic, and if their processes are lost or leave.
 
 use std::cell::{Cell, RefCell};
 use std::pin::pin;
@@ -15,27 +15,27 @@ use ps_model::Model;
 use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 
-/// How often in a row a worker is started anew after its process was lost, without a gradient of it
-/// settled in between.
+/// How often in a row a worker is started again after its process was lost, without a settled gradient in
+/// between.
 pub(crate) const MAX_LOSSES: u32 = 20;
 
-/// A worker of a run, and how to get another one in its place.
+/// A worker of a run. It can be replaced by another one.
 pub(crate) struct Worker<M: Model> {
     config: WorkerConfig,
-    /// Another one after its process was lost or left.
+    /// Replaced by another one when its process was lost or has left.
     actor: RefCell<ActorRef<ModelWorker<M>>>,
     cluster: Cluster,
     spawn: SpawnOn,
-    /// Whether it is to take no more steps.
+    /// Whether the worker must take no more steps.
     is_stopped: Cell<bool>,
 }
 
-/// What a worker has done, in all its lives.
+/// What a worker has done, in all its incarnations.
 #[derive(Default)]
 pub(crate) struct WorkerRun {
-    /// Of the lives that could tell it; losses of others are NaN.
+    /// The reports of the incarnations that could make one. The losses of the others are NaN.
     pub(crate) report: RunReport,
-    /// How many gradients they told about.
+    /// How many gradients these incarnations reported.
     pub(crate) num_told: u64,
     pub(crate) num_restarts: u32,
     /// Whether it was stopped before all steps were taken.
@@ -58,22 +58,22 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Lets the worker end after the step under way.
+    /// Lets the worker end after the current step.
     pub(crate) fn stop(&self) {
         self.is_stopped.set(true);
-        // One that cannot be reached is lost, and not started again.
+        // A worker that cannot be reached is lost. It is then not started again.
         let _ = self.actor.borrow().tell(StopSteps);
     }
 
-    /// Ends the worker, whatever it does.
+    /// Ends the worker at once.
     pub(crate) fn kill(&self) {
         self.actor.borrow().kill();
     }
 
-    /// Takes all steps; a worker that panics, is lost with its process, or was stopped because that
-    /// leaves, goes on with the first step that is not settled, for as long as its actor is restarted or another node makes one.
-    /// After [`stop`](Self::stop) it ends with what it has done until then, and when `given_up` is ready
-    /// after that without waiting for the step under way.
+    /// Takes all steps. The worker may panic, be lost with its process, or be stopped because its process
+    /// leaves. It then goes on with the first step that is not settled, as long as its actor is restarted
+    /// or another node makes one. After [`stop`](Self::stop) it ends with what it has done until then. When
+    /// `given_up` is ready after that, it ends without waiting for the current step.
     pub(crate) async fn run(
         &self,
         servers: &ServerGroup,
@@ -116,13 +116,13 @@ impl<M: Model> Worker<M> {
                     tracing::info!(%worker, "a worker's node leaves; it goes on elsewhere");
                     None
                 }
-                // Its node was cut off from the servers, though not from here.
+                // Its node was cut off from the servers, but not from this process.
                 Ok(Err(WorkerError::Servers {
                     source: GroupError::Call { source, .. },
                     ..
                 })) if !actor.is_local() => Some(source),
                 Ok(Err(error)) => return Err(error.into()),
-                // Its process ends as this one does.
+                // Its process ends at the same time as this one.
                 Err(_) if self.is_stopped.get() => continue,
                 Err(lost) => Some(lost),
             };
@@ -133,7 +133,7 @@ impl<M: Model> Worker<M> {
             told.num_restarts += 1;
             num_settled = settled(servers, worker).await?;
             if let Some(source) = lost.filter(|_| !is_panic) {
-                // Whoever gets on may be lost any number of times.
+                // A worker that makes progress may be lost any number of times.
                 if num_settled > settled_at_loss {
                     (num_losses, settled_at_loss) = (0, num_settled);
                 }
@@ -142,7 +142,7 @@ impl<M: Model> Worker<M> {
                     return Err(TrainError::WorkerLost { worker, source });
                 }
             }
-            // Of what was not told the losses are not known.
+            // The losses of steps that were not reported are not known.
             let num_losses_known = told.report.losses.len().max(num_settled as usize);
             told.report.losses.resize(num_losses_known, f32::NAN);
             if !is_panic {
@@ -151,9 +151,9 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Starts the worker on another node, or on its own if that has joined again.
+    /// Starts the worker on another node, or on its own node if that has joined again.
     async fn respawn(&self, lost: &ActorRef<ModelWorker<M>>) -> Result<(), SpawnOnError> {
-        // If it lives after all, it must not go on beside the new one.
+        // If it is still alive, it must not go on beside the new one.
         lost.kill();
         let spawn = self.spawn.clone();
         let actor = self.cluster.spawn_with(spawn, self.config).await?;
@@ -162,7 +162,7 @@ impl<M: Model> Worker<M> {
     }
 }
 
-/// How many steps of a worker are over.
+/// Returns how many steps of a worker are settled.
 async fn settled(servers: &ServerGroup, worker: WorkerId) -> Result<u64, GroupError> {
     let status = servers.status().await?;
     let status = status.into_iter().find_map(|status| status.coordinator);

@@ -1,10 +1,10 @@
 //! The servers of one model, as one thing to push to and pull from.
 //!
-//! With several servers a push has two steps: the parts of the gradient are *staged* on all
-//! servers but the first, in parallel, and then the first one gets the whole gradient, as the word that
-//! the others have theirs. Only then does it decide. So a worker that dies half way leaves no
-//! half gradient in the weights, and all servers go through the same versions (PS-3, PS-5). The first
-//! server sends on what another one turns out to lack (S-9).
+//! With several servers a push has two steps. First, the parts of the gradient are *staged* on all servers
+//! but the first one, in parallel. Then the whole gradient is pushed to the first server, which tells it
+//! that the others have their parts. Only then does the first server decide. So a worker that dies between
+//! the two steps leaves no part of its gradient in the weights, and all servers go through the same
+//! versions (PS-3, PS-5). If another server lacks its part, the first one sends it (S-9).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -26,21 +26,55 @@ use crate::weights::{BadPart, GradientUpdate, Weights};
 use ps_runtime::actor::{ActorRef, Spawn, SpawnError, sleep};
 use ps_runtime::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 
-/// How often a pull of one version starts again because the servers moved on meanwhile.
+/// How often a pull of one version is tried, if the servers move on in the meantime.
 const MAX_PULL_TRIES: usize = 100;
 
-/// How often a server is asked that cannot be reached; each try takes up to the lease. One that is known
-/// to have ended is not asked again.
+/// How often a server that cannot be reached is asked. Each try takes up to the lease of the connection. A
+/// server that is known to have ended is not asked again.
 const MAX_TRIES: usize = 10;
 
-/// The first pause before it is asked again, and the longest; each is twice the one before. With them, a
-/// message that breaks every connection is given up after 4 s.
+/// The first pause before a server is asked again, and the longest. Each pause is twice as long as the one
+/// before. So a message that breaks every connection is given up after 4 s.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 
-/// How many versions each server of a group of several keeps at least.
+/// How many versions each server keeps at least, if the group has several servers.
 const MIN_KEPT_VERSIONS: usize = 4;
 
-/// References to all servers of a model. Cheap to clone; can be sent to workers.
+/// References to all servers of a model. A group is cheap to clone, and can be sent to workers.
+///
+/// ```
+/// use ps_actors::actor::run;
+/// use ps_actors::group::ServerGroup;
+/// use ps_actors::ids::{Version, WorkerId};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{Outcome, PullVersion, ServerConfig};
+/// use ps_actors::session::Session;
+/// use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+///
+/// let initial = Weights::initial(Layout::flat(40), vec![0.0; 40]);
+/// let config = ServerConfig { learning_rate: 1.0, ..ServerConfig::default() };
+/// let servers = ServerGroup::spawn(&initial, 2, config, |_| Box::new(Sgd::new()))?;
+///
+/// run(async {
+///     let session = Session::join(&servers, WorkerId(0)).await?;
+///     let weights = servers.pull(PullVersion::Latest).await?;
+///     let update = GradientUpdate {
+///         id: session.gradient_id(session.next_clock()),
+///         computed_on: weights.version(),
+///         loss: 0.0,
+///         num_examples: 1,
+///         gradient: Gradient::new(vec![-0.5; 40]),
+///     };
+///     let (outcome, weights) = servers.push_pull(update).await?;
+///     assert_eq!(outcome, Outcome::Applied { version: Version(1), staleness: 0 });
+///     assert_eq!(weights.to_vec(), [0.5; 40]);
+///
+///     let status = servers.status().await?;
+///     assert_eq!(status[1].range, 32..40);
+///     session.leave().await
+/// })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Part>", into = "Vec<Part>")]
 pub struct ServerGroup {
@@ -50,7 +84,7 @@ pub struct ServerGroup {
 /// One server with its range.
 type Part = (Range<usize>, ActorRef<ParameterServer>);
 
-/// A group on the wire that does not hold together.
+/// The ranges of a group from another process do not follow one another.
 #[derive(Debug, thiserror::Error)]
 #[error("a group needs servers whose ranges follow one another from 0")]
 pub struct BadGroup;
@@ -85,7 +119,7 @@ impl From<ServerGroup> for Vec<Part> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GroupSpawnError {
-    /// There must be at least one.
+    /// The group would have no server.
     #[error("weights need at least one server")]
     NoServers,
     /// A setting cannot work.
@@ -94,37 +128,37 @@ pub enum GroupSpawnError {
     /// An actor could not be started.
     #[error("could not start server {index} of the group")]
     Spawn {
-        /// Which.
+        /// The index of the server in the group.
         index: usize,
-        /// Why.
+        /// Why its actor could not be started.
         #[source]
         source: SpawnError,
     },
     /// An actor could not be started on another node.
     #[error("could not start server {index} of the group")]
     SpawnOn {
-        /// Which.
+        /// The index of the server in the group.
         index: usize,
-        /// Why.
+        /// Why its actor could not be started.
         #[source]
         source: SpawnOnError,
     },
 }
 
-/// What a server is made of on another node; see [`ServerGroup::spawn_on`].
+/// What a node needs to make one server of a group; see [`ServerGroup::spawn_on`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ServerArgs {
-    /// The initial weights of its range.
+    /// The initial weights of the server's range.
     weights: Weights,
     config: ServerConfig,
-    /// What only the servers of this group know.
+    /// A number that only the servers of this group know.
     secret: GroupSecret,
-    /// The other servers, if it is the first one.
+    /// The other servers, if this is the first one.
     followers: Option<Vec<ActorRef<ParameterServer>>>,
 }
 
 impl ServerArgs {
-    /// The range of weights that the server will hold.
+    /// Returns the range of weights that the server will hold.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.weights.range()
@@ -133,7 +167,7 @@ impl ServerArgs {
     /// Makes the server, with the update rule of its range.
     ///
     /// # Errors
-    /// When a setting cannot work.
+    /// If a setting cannot work.
     pub fn into_server(self, rule: Box<dyn UpdateRule>) -> Result<ParameterServer, ConfigError> {
         let Self {
             weights,
@@ -162,12 +196,12 @@ impl Hosted for ParameterServer {
 }
 
 impl ServerGroup {
-    /// Splits `initial` over `num_servers` new servers, each an actor on a thread of its own.
+    /// Splits `initial` over `num_servers` new servers. Each is an actor on a thread of its own.
     ///
-    /// `rule` makes the update rule for each server's range.
+    /// `rule` makes the update rule for each server's range. For an example, see [`ServerGroup`].
     ///
     /// # Errors
-    /// When there are no servers, a setting cannot work, or a thread cannot be started.
+    /// If `num_servers` is 0, a setting cannot work, or a thread cannot be started.
     pub fn spawn(
         initial: &Weights,
         num_servers: usize,
@@ -206,11 +240,31 @@ impl ServerGroup {
         })
     }
 
-    /// Splits `initial` over servers at these places of a cluster ([`Placement`](ps_runtime::cluster::Placement)s,
-    /// or [`SpawnOn`] options), whose processes all host [`ParameterServer`] and say with which update rule.
+    /// Splits `initial` over new servers at these places of a cluster, one server per place. A place is a
+    /// [`Placement`](ps_runtime::cluster::Placement) or [`SpawnOn`] options. Each process at these places
+    /// must host [`ParameterServer`]. There it also says which update rule a server has.
+    ///
+    /// ```
+    /// use ps_actors::actor::run;
+    /// use ps_actors::cluster::{Cluster, Hosts, Placement};
+    /// use ps_actors::group::{ServerArgs, ServerGroup};
+    /// use ps_actors::rule::Sgd;
+    /// use ps_actors::server::{PullVersion, ServerConfig};
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let hosts = Hosts::new()
+    ///     .host(|args: ServerArgs| Ok(args.into_server(Box::new(Sgd::with_momentum(0.9)))?));
+    /// let cluster = Cluster::alone(hosts); // Or `Cluster::listen`, and nodes that join it.
+    /// let initial = Weights::initial(Layout::flat(40), vec![0.5; 40]);
+    /// let places = [Placement::RoundRobin, Placement::RoundRobin];
+    /// let servers = run(ServerGroup::spawn_on(&cluster, places, &initial, ServerConfig::default()))?;
+    /// let weights = run(servers.pull(PullVersion::Latest))?;
+    /// assert_eq!(weights.to_vec(), [0.5; 40]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
-    /// When there are no places, a setting cannot work, or a server cannot be started.
+    /// If there is no place, a setting cannot work, or a server cannot be started.
     pub async fn spawn_on(
         cluster: &Cluster,
         places: impl IntoIterator<Item = impl Into<SpawnOn>>,
@@ -248,7 +302,7 @@ impl ServerGroup {
         })
     }
 
-    /// Makes a group of the one server that holds all weights.
+    /// Makes a group of one server, which holds all weights.
     #[must_use]
     pub fn single(server: ActorRef<ParameterServer>) -> Self {
         Self {
@@ -256,13 +310,14 @@ impl ServerGroup {
         }
     }
 
-    /// Returns the servers in the order of their ranges; the first one decides.
+    /// Returns the servers in the order of their ranges. The first one decides which gradients make which
+    /// update.
     pub fn servers(&self) -> impl ExactSizeIterator<Item = &ActorRef<ParameterServer>> {
         self.servers.iter().map(|(_, server)| server)
     }
 
-    /// Asks a server, again if the connection to it was lost: whatever it had done already, the
-    /// same message gets the same answer.
+    /// Asks a server. If the connection is lost, it asks again. This is safe: whether or not the server has
+    /// handled the message already, the same message gets the same answer.
     async fn ask<M, T>(&self, index: usize, mut message: M) -> Result<T, GroupError>
     where
         ParameterServer: Handler<M>,
@@ -289,11 +344,11 @@ impl ServerGroup {
         answer.map_err(|source| GroupError::Server { index, source })
     }
 
-    /// Makes a worker a member, in the life that the answer says: an earlier one of the same worker
-    /// is over. The same request again gets the same answer.
+    /// Makes a worker a member, in the incarnation that the answer names. This ends an earlier membership
+    /// of the same worker. The same request again gets the same answer.
     ///
     /// # Errors
-    /// When the membership that this request began is over already, or the server cannot be reached.
+    /// If the membership that this request began is already over, or the server cannot be reached.
     pub async fn join(
         &self,
         worker: WorkerId,
@@ -302,10 +357,10 @@ impl ServerGroup {
         self.ask(0, Join { worker, request }).await
     }
 
-    /// Ends a worker's membership.
+    /// Ends a worker's membership. Its pending gradients are not applied.
     ///
     /// # Errors
-    /// When the server cannot be reached.
+    /// If the server cannot be reached.
     pub async fn leave(
         &self,
         worker: WorkerId,
@@ -321,10 +376,10 @@ impl ServerGroup {
         .await
     }
 
-    /// Says that a member is alive, and returns the server's lease, if it has one.
+    /// Tells the server that a member is alive. Returns the worker lease of the server, if it has one.
     ///
     /// # Errors
-    /// When the worker is no member in this life, or the server cannot be reached.
+    /// If the worker is not a member in this incarnation, or the server cannot be reached.
     pub async fn heartbeat(
         &self,
         worker: WorkerId,
@@ -337,21 +392,22 @@ impl ServerGroup {
         self.ask(0, beat).await
     }
 
-    /// Declares a worker dead, so that nobody waits for it.
+    /// Declares a worker dead, so that the others do not wait for it.
     ///
     /// # Errors
-    /// When the server cannot be reached.
+    /// If the server cannot be reached.
     pub async fn report_lost(&self, worker: WorkerId) -> Result<(), GroupError> {
         self.ask(0, ReportLost { worker }).await
     }
 
-    /// Pulls a snapshot of all weights: one version, the same on all servers.
+    /// Pulls a snapshot of all weights. All its parts have the same version.
     ///
     /// # Errors
-    /// When an exact version is no longer kept, or a server cannot be reached.
+    /// If [`PullVersion::Exactly`] names a version that is no longer kept, or a server cannot be reached.
     pub async fn pull(&self, wanted: PullVersion) -> Result<Weights, GroupError> {
         if let PullVersion::Exactly(_) = wanted {
-            // To all at once, so that none has passed the version when the last one is asked.
+            // All are asked at the same time, so that no server has passed the version when the last one is
+            // asked.
             let parts = self.servers().enumerate();
             let parts = parts.map(|(index, _)| self.ask(index, Pull(wanted)));
             return join_weights(&try_join_all(parts).await?);
@@ -360,14 +416,14 @@ impl ServerGroup {
         loop {
             let first = self.ask(0, Pull(wanted)).await?;
             match self.pull_rest(first).await {
-                // The others moved on by more versions than they keep.
+                // The other servers moved on by more versions than they keep.
                 Err(error) if is_version_gone(&error) && tries < MAX_PULL_TRIES => tries += 1,
                 other => return other,
             }
         }
     }
 
-    /// Adds the other servers' parts to the first one's.
+    /// Pulls the other servers' parts of the first one's version, and joins them.
     async fn pull_rest(&self, first: Weights) -> Result<Weights, GroupError> {
         let same = Pull(PullVersion::Exactly(first.version()));
         let rest = self.servers().enumerate().skip(1);
@@ -377,21 +433,23 @@ impl ServerGroup {
         join_weights(&parts)
     }
 
-    /// Pushes a gradient and waits until it is applied, or dropped or refused.
+    /// Pushes a gradient, and waits until it has been applied, dropped as late, or refused because of its
+    /// norm.
     ///
     /// # Errors
-    /// When the worker is no member, or a server refuses or cannot be reached. The same push
-    /// may then be tried again: it is applied once.
+    /// If the worker is not a member, or a server refuses the gradient or cannot be reached. You may then
+    /// make the same push again: it is applied at most once.
     pub async fn push(&self, gradients: GradientUpdate) -> Result<Outcome, GroupError> {
         self.stage(&gradients).await?;
         self.ask(0, Push(gradients)).await
     }
 
-    /// Pushes a gradient and returns the weights for the worker's next step, once the
-    /// consistency mode lets it start.
+    /// Pushes a gradient. Returns its outcome and the weights for the worker's next step, as soon as the
+    /// consistency mode lets this step start. For an example, see [`ServerGroup`].
     ///
     /// # Errors
-    /// As [`ServerGroup::push`].
+    /// If the worker is not a member, or a server refuses the gradient or cannot be reached. You may then
+    /// make the same push again: it is applied at most once.
     pub async fn push_pull(
         &self,
         gradients: GradientUpdate,
@@ -429,10 +487,10 @@ impl ServerGroup {
         Ok(())
     }
 
-    /// Applies gradients as one update at once, whatever the mode; returns the new weights.
+    /// Applies gradients as one update, at once and in any consistency mode. Returns the new weights.
     ///
     /// # Errors
-    /// When a gradient is not acceptable (then none is applied), or a server cannot be reached.
+    /// If a gradient is not acceptable (then none of them is applied), or a server cannot be reached.
     pub async fn apply(
         &self,
         gradients: Vec<GradientUpdate>,
@@ -456,7 +514,7 @@ impl ServerGroup {
     /// Changes the consistency mode from now on.
     ///
     /// # Errors
-    /// When the mode cannot work, or the server cannot be reached.
+    /// If the mode cannot work, or the server cannot be reached.
     pub async fn set_consistency(&self, consistency: Consistency) -> Result<(), GroupError> {
         self.ask(0, SetConsistency(consistency)).await
     }
@@ -464,15 +522,16 @@ impl ServerGroup {
     /// Changes the learning rate from now on.
     ///
     /// # Errors
-    /// When the rate is no usable number, or the server cannot be reached.
+    /// If the rate is not a usable number (see [`ServerConfig::learning_rate`]), or the server cannot be
+    /// reached.
     pub async fn set_learning_rate(&self, learning_rate: f64) -> Result<(), GroupError> {
         self.ask(0, SetLearningRate(learning_rate)).await
     }
 
-    /// Returns what each server knows about itself.
+    /// Returns the status of each server, in the order of their ranges.
     ///
     /// # Errors
-    /// When a server cannot be reached.
+    /// If a server cannot be reached.
     pub async fn status(&self) -> Result<Vec<ServerStatus>, GroupError> {
         let all = self
             .servers()

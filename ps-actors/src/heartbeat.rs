@@ -1,7 +1,8 @@
 //! Heartbeats of a member whose own thread computes.
 //!
-//! A [`DataWorker`](crate::worker::DataWorker) has them during each run; whoever has a [`Session`] for
-//! another reason makes them, too, or is lost when a step takes longer than the server's lease.
+//! A [`DataWorker`](crate::worker::DataWorker) sends heartbeats during each run. If you use a [`Session`]
+//! without a `DataWorker`, make [`Heartbeats`] too. Otherwise the worker counts as lost as soon as one of
+//! its steps takes longer than the server's worker lease.
 
 use std::time::Duration;
 
@@ -9,13 +10,13 @@ use crate::ids::GradientId;
 use crate::session::Session;
 use ps_runtime::actor::{Background, in_background, sleep};
 
-/// How soon a heartbeat that was lost is sent again, before the lease is known.
+/// The pause after a lost heartbeat, before the lease is known.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// The shortest time between two heartbeats.
 const SHORTEST: Duration = Duration::from_millis(1);
 
-/// Sends heartbeats until it is dropped, from another thread: a step may take as long as it likes,
+/// Sends heartbeats from another thread until it is dropped. So a step may take as long as it likes,
 /// whatever the lease of the server is (S-4).
 #[derive(Debug)]
 #[must_use = "the heartbeats end when this is dropped"]
@@ -24,10 +25,13 @@ pub struct Heartbeats {
 }
 
 impl Heartbeats {
-    /// Those of one membership, which is over when the worker joins again. The server says how often.
+    /// Starts the heartbeats of one membership. The server says how often they must come.
+    ///
+    /// They end by themselves when the membership is over. After [`Session::rejoin`], make new ones.
     ///
     /// # Panics
-    /// When the system gives no thread for timers, in a process that never started an actor.
+    /// If the operating system starts no thread for timers. This can only happen in a process that has
+    /// never started an actor.
     pub fn of(session: &Session) -> Self {
         let GradientId {
             worker,
@@ -39,11 +43,11 @@ impl Heartbeats {
             let mut pause = PAUSE;
             loop {
                 match servers.heartbeat(worker, incarnation).await {
-                    // The lease may be anything that a server says, also none at all.
+                    // The lease is a number from the server, so it may be anything, even 0.
                     Ok(Some(lease)) => pause = (lease / 4).max(SHORTEST),
-                    // Nobody is lost for being silent.
+                    // The server has no lease, so it does not need heartbeats.
                     Ok(None) => return,
-                    // The worker will hear it at its next push.
+                    // The worker gets the same error from its next push.
                     Err(error) if !error.is_for_now() => return,
                     Err(_) => {}
                 }

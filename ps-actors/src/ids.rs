@@ -16,8 +16,8 @@ macro_rules! id {
         pub struct $name(pub $int);
 
         impl $name {
-            /// Returns the value that follows this one; the last value follows itself, so that
-            /// a number from a peer neither panics nor starts again at 0 (PS-6).
+            /// Returns the value that follows this one. The last value follows itself, so that a number
+            /// from a peer neither panics nor starts again at 0 (PS-6).
             #[must_use]
             pub fn next(self) -> Self {
                 Self(self.0.saturating_add(1))
@@ -33,24 +33,26 @@ macro_rules! id {
 }
 
 id! {
-    /// A worker's rank, from 0. Stays the same when the worker is restarted.
+    /// A worker's rank, from 0. It stays the same when the worker is restarted.
     WorkerId(u32), "worker "
 }
 id! {
-    /// Tells one life of a worker from the next: a later life has a higher number. The servers hand
-    /// out those of members; a worker that never joins has the time at which it was made.
+    /// Counts how often a worker has joined: a later incarnation has a higher number. The servers assign
+    /// the incarnations of members. The incarnation of a worker that never joined is the time at which it
+    /// was made, in microseconds since 1970.
     Incarnation(u64), "incarnation "
 }
 id! {
-    /// A random number that names one request to join: the same request again is no second life.
+    /// A random number that names one request to join. If the same request arrives again, no new
+    /// incarnation begins.
     JoinRequest(u64), "join request "
 }
 id! {
-    /// The index of a worker's step, from 0: its n-th gradient has clock n.
+    /// The index of a worker's step, from 0. The gradient of step n has clock n.
     Clock(u64), "clock "
 }
 id! {
-    /// How many updates have been applied to the weights; the initial weights are version 0.
+    /// How many updates have been applied to the weights. The initial weights are version 0.
     Version(u64), "version "
 }
 id! {
@@ -58,16 +60,16 @@ id! {
     Epoch(u64), "epoch "
 }
 
-/// Identifies one gradient for ever: who computed it, in which life, at which step.
+/// Identifies one gradient: the worker that computed it, the worker's incarnation, and the step.
 ///
-/// Two pushes with the same id carry the same gradient, so the second is never applied.
+/// Two pushes with the same id carry the same gradient. The second one is never applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GradientId {
     /// The worker that computed the gradient.
     pub worker: WorkerId,
-    /// The worker's life at that time.
+    /// The worker's incarnation when it computed the gradient.
     pub incarnation: Incarnation,
-    /// The worker's step.
+    /// The step whose gradient it is.
     pub clock: Clock,
 }
 

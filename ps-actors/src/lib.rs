@@ -8,14 +8,14 @@
 //! |---|---|
 //! | [`server`] | the parameter server: consistency, exactly-once ledger, shards |
 //! | [`worker`] | the worker and its loop |
-//! | [`session`], [`heartbeat`] | a worker's membership in a group of servers; how it lasts |
+//! | [`session`], [`heartbeat`] | a worker's membership in a group of servers; the heartbeats that keep it |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`] | snapshots and gradients |
 //! | [`http`] | the parameter server for workers in any language |
-//! | [`rule`] | how a gradient changes the weights; SGD |
+//! | [`rule`] | update rules, which change the weights by a gradient; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
 //!
-//! The modules of the actor runtime are re-exported, so that a program needs one crate only: [`actor`],
+//! The modules of the actor runtime are re-exported, so a program needs only this crate: [`actor`],
 //! [`cluster`], [`launch`], [`remote`], [`net`], [`codec`], [`buffer`].
 
 #![warn(clippy::print_stdout)]

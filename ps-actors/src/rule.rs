@@ -1,25 +1,57 @@
-//! How a gradient changes the weights.
+//! Update rules, which change the weights by a gradient.
 //!
-//! An [`UpdateRule`] works on one server's contiguous range and keeps that range's state.
-//! A rule must be *elementwise*: what happens to one weight may depend on that weight, its
-//! gradient and its state only. Then any number of servers gives the same bits as one (PS-3).
+//! An [`UpdateRule`] works on one server's contiguous range and keeps the state of that range. A rule must
+//! be *elementwise*: what happens to one weight may depend only on that weight, its gradient and its state.
+//! Then any number of servers gives the same bits as one server (PS-3).
 //!
-//! [`Sgd`] is here as a straight loop, because it needs no tensor library and runs at
-//! memory speed; the crate `ps` makes a rule of any elementwise burn optimizer.
+//! [`Sgd`] is a plain loop in this crate, because it needs no tensor library and runs at the speed of the
+//! memory. The crate `ps` makes a rule of any elementwise optimizer of burn.
 
 use std::fmt;
 
 use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 
-/// Changes weights by a gradient. Implementations are deterministic.
+/// Changes weights by a gradient. Implementations must be deterministic and elementwise (see the
+/// [module](self)).
+///
+/// ```
+/// use ps_actors::rule::UpdateRule;
+/// use ps_actors::server::{ApplyGradients, ParameterServer, ServerConfig};
+/// # use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+/// # use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+///
+/// /// Moves each weight against the sign of its gradient.
+/// #[derive(Debug)]
+/// struct SignSgd;
+///
+/// impl UpdateRule for SignSgd {
+///     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
+///         for (weight, gradient) in weights.iter_mut().zip(gradient) {
+///             *weight -= learning_rate as f32 * gradient.signum();
+///         }
+///     }
+/// }
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![0.0, 0.0]);
+/// let config = ServerConfig { learning_rate: 0.5, ..ServerConfig::default() };
+/// let server = ParameterServer::new(&initial, SignSgd, config)?.spawn()?;
+/// # let id = GradientId { worker: WorkerId(0), incarnation: Incarnation(1), clock: Clock(0) };
+/// # let gradient = Gradient::new(vec![7.0, -0.1]);
+/// # let update =
+/// #     GradientUpdate { id, computed_on: Version(0), loss: 0.0, num_examples: 1, gradient };
+/// // `update` is a worker's gradient: [7.0, -0.1].
+/// let weights = server.ask(ApplyGradients::mean([update])).wait()??;
+/// assert_eq!(weights.to_vec(), [-0.5, 0.5]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub trait UpdateRule: Send + fmt::Debug + 'static {
     /// Updates `weights` in place.
     ///
-    /// `weights` and `gradient` always have the same length, the same in every call.
+    /// `weights` and `gradient` always have the same length, and it is the same in every call.
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64);
 
-    /// Writes the updated weights to `next` and leaves `weights` alone; used while somebody
-    /// still reads them. Must give the same bits as [`UpdateRule::update`].
+    /// Writes the updated weights to `next` and leaves `weights` unchanged. The server calls this while
+    /// somebody still reads `weights`. It must give the same bits as [`UpdateRule::update`].
     fn update_into(
         &mut self,
         weights: &[f32],
@@ -31,15 +63,15 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
         self.update(next, gradient, learning_rate);
     }
 
-    /// Returns the rule's own state, such as momentum, as named vectors.
+    /// Returns the rule's own state, such as momentum, as named vectors and numbers.
     fn save(&self) -> RuleState {
         RuleState::default()
     }
 
-    /// Takes back a state that [`UpdateRule::save`] returned.
+    /// Restores a state that [`UpdateRule::save`] returned.
     ///
     /// # Errors
-    /// When the state is not one of this rule.
+    /// If the state is not one of this rule.
     fn restore(&mut self, state: RuleState) -> Result<(), RuleStateError> {
         if state == RuleState::default() {
             return Ok(());
@@ -54,9 +86,9 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
 /// The state of an update rule, as plain data.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct RuleState {
-    /// Named vectors, each as long as the range of weights.
+    /// Vectors with their names. Each has one number for each weight of the range.
     pub vectors: Vec<(String, Vec<f32>)>,
-    /// Named single numbers, such as a step count.
+    /// Single numbers with their names, such as a step count.
     pub scalars: Vec<(String, Scalar)>,
 }
 
@@ -73,20 +105,21 @@ pub enum Scalar {
     Bool(bool),
 }
 
-/// A saved state that does not belong to the rule that it was given to.
+/// A saved state that does not belong to the rule that should restore it.
 #[derive(Debug, thiserror::Error)]
 #[error("this state cannot be restored into the update rule {rule}: {problem}")]
 pub struct RuleStateError {
-    /// The rule, as it prints itself.
+    /// The rule, as its `Debug` prints it.
     pub rule: String,
-    /// What does not fit.
+    /// Why the state does not fit the rule.
     pub problem: String,
 }
 
 /// Stochastic gradient descent, with or without momentum.
 ///
-/// `v ← μ·v + g; w ← w − η·v`, as in PyTorch's `torch.optim.SGD` without dampening
-/// (<https://pytorch.org/docs/stable/generated/torch.optim.SGD.html>); the first `v` is `g`.
+/// Without momentum: `w ← w − η·g`. With momentum: `v ← μ·v + g; w ← w − η·v`, where the first `v` is `g`.
+/// This is PyTorch's `torch.optim.SGD` without dampening
+/// (<https://pytorch.org/docs/stable/generated/torch.optim.SGD.html>).
 #[derive(Clone, Default)]
 pub struct Sgd {
     momentum: f32,
@@ -100,10 +133,21 @@ impl Sgd {
         Self::default()
     }
 
-    /// Makes SGD with momentum `μ`, usually 0.9.
+    /// Makes SGD with momentum `μ`. A usual value is 0.9.
+    ///
+    /// ```
+    /// use ps_actors::rule::{Sgd, UpdateRule};
+    ///
+    /// let mut rule = Sgd::with_momentum(0.5);
+    /// let mut weights = [1.0];
+    /// rule.update(&mut weights, &[1.0], 0.1); // v = 1.0
+    /// assert_eq!(weights, [0.9]);
+    /// rule.update(&mut weights, &[1.0], 0.1); // v = 0.5 · 1.0 + 1.0
+    /// assert!((weights[0] - 0.75).abs() < 1e-6);
+    /// ```
     ///
     /// # Panics
-    /// When `momentum` is not in `0.0..1.0`.
+    /// If `momentum` is not in `0.0..1.0`.
     #[must_use]
     pub fn with_momentum(momentum: f32) -> Self {
         assert!(

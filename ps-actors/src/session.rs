@@ -1,7 +1,7 @@
 //! A worker's membership in a group of servers.
 //!
-//! A [`DataWorker`](crate::worker::DataWorker) has one during each run; whoever pushes gradients
-//! in another way needs one, too.
+//! A [`DataWorker`](crate::worker::DataWorker) has a session during each run. A program that pushes
+//! gradients in another way must make a [`Session`] itself.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,11 +12,50 @@ use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, WorkerId};
 use crate::server::{GroupError, Leave, Refusal, ServerError, ShardError};
 use ps_runtime::actor::error_chain;
 
-/// How often joining is tried.
+/// How often one call of [`Session::join`] tries to join.
 const MAX_JOINS: usize = 4;
 
-/// A membership, which ends when this is dropped, whatever the reason: so that others do not wait
+/// A worker's membership in a group of servers.
+///
+/// The membership ends when the session is dropped, for whatever reason. So the other workers do not wait
 /// for a worker that has failed.
+///
+/// This is the loop of a worker that pulls, computes and pushes by itself:
+///
+/// ```
+/// use ps_actors::actor::run;
+/// use ps_actors::group::ServerGroup;
+/// use ps_actors::ids::WorkerId;
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{PullVersion, ServerConfig};
+/// use ps_actors::session::Session;
+/// use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![1.0, 2.0]);
+/// let config = ServerConfig { learning_rate: 0.5, ..ServerConfig::default() };
+/// let servers = ServerGroup::spawn(&initial, 1, config, |_| Box::new(Sgd::new()))?;
+///
+/// run(async {
+///     let session = Session::join(&servers, WorkerId(0)).await?;
+///     let mut weights = servers.pull(PullVersion::Latest).await?;
+///     let mut clock = session.next_clock();
+///     for _ in 0..2 {
+///         let update = GradientUpdate {
+///             id: session.gradient_id(clock),
+///             computed_on: weights.version(),
+///             loss: 0.0,
+///             num_examples: 1,
+///             gradient: Gradient::new(vec![1.0, -1.0]),
+///         };
+///         let (_outcome, next) = servers.push_pull(update).await?;
+///         weights = next;
+///         clock = clock.next();
+///     }
+///     assert_eq!(weights.to_vec(), [0.0, 3.0]);
+///     session.leave().await
+/// })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Session {
     servers: ServerGroup,
@@ -27,20 +66,21 @@ pub struct Session {
 }
 
 impl Session {
-    /// Makes a worker a member, in a life of its own: an earlier one of the same worker is over.
+    /// Makes a worker a member, in its next incarnation. This ends an earlier membership of the same
+    /// worker.
     ///
     /// # Errors
-    /// When the servers refuse or cannot be reached.
+    /// If the servers refuse the worker or cannot be reached.
     ///
     /// # Panics
-    /// When the system gives no random numbers.
+    /// If the operating system gives no random numbers.
     pub async fn join(servers: &ServerGroup, worker: WorkerId) -> Result<Self, GroupError> {
         let mut tries = 1;
         loop {
             let request = getrandom::u64().expect("the system gives random numbers");
             let membership = match servers.join(worker, JoinRequest(request)).await {
                 Ok(membership) => membership,
-                // The answer was lost, and the membership was over when it was asked for again.
+                // The answer was lost, and the membership had ended before the same request was sent again.
                 Err(error) if may_rejoin(&error) && tries < MAX_JOINS => {
                     tries += 1;
                     continue;
@@ -61,13 +101,13 @@ impl Session {
         }
     }
 
-    /// Joins again, if `error` says that this membership is over and another one possible.
+    /// Joins again, if `error` says that this membership is over and that the worker may join again.
     ///
     /// # Errors
-    /// The same error, if it says something else; or another one, of the new attempt.
+    /// Returns `error` itself if it says anything else. Returns another error if joining again fails.
     ///
     /// # Panics
-    /// As [`Session::join`].
+    /// If the operating system gives no random numbers.
     pub async fn rejoin(&mut self, error: GroupError) -> Result<(), GroupError> {
         if !may_rejoin(&error) {
             return Err(error);
@@ -79,19 +119,20 @@ impl Session {
         Ok(())
     }
 
-    /// The servers.
+    /// Returns the servers of this membership.
     #[must_use]
     pub fn servers(&self) -> &ServerGroup {
         &self.servers
     }
 
-    /// The clock of the first step to take: the one after the last settled in earlier lives.
+    /// Returns the clock of the first step to take. It follows the last clock that was settled in an
+    /// earlier incarnation of the worker.
     #[must_use]
     pub fn next_clock(&self) -> Clock {
         self.next_clock
     }
 
-    /// The name of this membership's gradient of a step.
+    /// Returns the id of this membership's gradient at step `clock`.
     #[must_use]
     pub fn gradient_id(&self, clock: Clock) -> GradientId {
         GradientId {
@@ -101,28 +142,28 @@ impl Session {
         }
     }
 
-    /// Ends the membership, and waits until the servers know.
+    /// Ends the membership, and waits until the servers have confirmed it.
     ///
     /// # Errors
-    /// When the servers cannot be reached.
+    /// If the servers cannot be reached.
     pub async fn leave(mut self) -> Result<(), GroupError> {
         self.leave = None;
         self.servers.leave(self.worker, self.incarnation).await
     }
 
-    /// Returns a number that no life of any worker in this process had, and at least `least`.
+    /// Returns an incarnation that no worker of this process has had, and that is at least `least`.
     ///
-    /// It names the gradients of a worker that is no member: those that a driver applies, or that belong
-    /// to a context. The first one is the time at which the process first asks (in microseconds since
-    /// 1970), so that a worker that was lost with its process is followed by one with a higher
-    /// number in another. A member's life is the servers' to number.
+    /// Use it for gradients of a worker that is not a member, such as those that a driver applies. The
+    /// first one that a process gets is the current time, in microseconds since 1970. So if a worker is
+    /// lost with its process and started in another process, its new incarnation has a higher number.
+    /// Incarnations of members are assigned by the servers instead.
     #[must_use]
     pub fn new_incarnation(least: Incarnation) -> Incarnation {
         static LATEST: LazyLock<AtomicU64> = LazyLock::new(|| {
             let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
             AtomicU64::new(since_1970.map_or(0, |time| time.as_micros() as u64))
         });
-        // The highest number there is must not wrap to the lowest.
+        // The highest number must not wrap to the lowest.
         let next = |latest: u64| latest.max(least.0.saturating_sub(1)).saturating_add(1);
         let before = LATEST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |latest| {
             Some(next(latest))
@@ -142,7 +183,7 @@ impl Drop for Session {
     }
 }
 
-/// Says whether a worker that was told so may come back as another life.
+/// Whether a worker that got this error may join again.
 fn may_rejoin(error: &GroupError) -> bool {
     let GroupError::Server { source, .. } = error else {
         return false;

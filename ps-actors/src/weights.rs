@@ -1,8 +1,8 @@
 //! Snapshots of the weights, and gradients, as flat `f32` vectors.
 //!
-//! Both are shared, never copied: cloning [`Weights`] or slicing a [`Gradient`] costs a
-//! reference count (PS-8). A snapshot is immutable (PS-5); the server writes the next
-//! version into another buffer while anybody still reads this one.
+//! Both are shared and not copied: cloning [`Weights`] or slicing a [`Gradient`] only increments a
+//! reference count (PS-8). A snapshot never changes (PS-5). While anybody still reads a snapshot, the
+//! server writes the next version into another buffer.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -15,25 +15,38 @@ use ps_runtime::buffer::Buffer;
 use ps_runtime::codec::Bulk;
 use ps_runtime::parallel::norm_squared;
 
-/// One parameter's place in the flat vector.
+/// The place of one parameter in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parameter {
     /// The path of the parameter in its model, such as `conv1.weight`.
     pub name: String,
-    /// The length of each axis; a scalar has none.
+    /// The length of each axis. A scalar has no axis.
     pub shape: Vec<usize>,
-    /// Where its numbers are, in row-major order.
+    /// The place of its numbers in the flat vector, in row-major order.
     pub range: Range<usize>,
 }
 
-/// The names and shapes of all parameters, in the order in which they are stored.
+/// The names and shapes of all parameters of a model, in the order in which they are stored.
+///
+/// ```
+/// use ps_actors::weights::{Layout, Parameter};
+///
+/// let weight = Parameter { name: "linear.weight".into(), shape: vec![4, 3], range: 0..12 };
+/// let bias = Parameter { name: "linear.bias".into(), shape: vec![3], range: 12..15 };
+/// let layout = Layout::new(vec![weight.clone(), bias])?;
+/// assert_eq!(layout.num_weights(), 15);
+///
+/// let too_long = Parameter { range: 0..13, ..weight };
+/// assert!(Layout::new(vec![too_long]).is_err());
+/// # Ok::<(), ps_actors::weights::LayoutError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<Parameter>", into = "Vec<Parameter>")]
 pub struct Layout {
     parameters: Vec<Parameter>,
 }
 
-/// A layout whose parameters do not follow one another, or whose shapes disagree with them.
+/// A layout whose parameters do not follow one another, or have shapes that do not match their ranges.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error(
     "parameter `{name}` must take the {expected} numbers from {start} on (shape {shape:?}), \
@@ -48,15 +61,15 @@ pub struct LayoutError {
 }
 
 impl Layout {
-    /// Makes a layout of parameters that follow one another from 0 without a gap.
+    /// Makes a layout of parameters that follow one another, from 0 and without a gap.
     ///
     /// # Errors
-    /// When a range does not start where the last one ended, or is not as long as its shape
-    /// says.
+    /// If a range does not start where the one before it ends, or if its length is not the product of the
+    /// axes of its shape.
     pub fn new(parameters: Vec<Parameter>) -> Result<Self, LayoutError> {
         let mut start = 0;
         for Parameter { name, shape, range } in &parameters {
-            // Shapes may come from a file or a peer: a product that overflows matches no range.
+            // Shapes may come from a file or a peer. A product that overflows matches no range.
             let expected = shape
                 .iter()
                 .try_fold(1usize, |n, &axis| n.checked_mul(axis));
@@ -76,7 +89,7 @@ impl Layout {
         Ok(Self { parameters })
     }
 
-    /// Makes the layout of a vector of `len` numbers without any further structure.
+    /// Makes the layout of one parameter of shape `[len]` with the name `weights`.
     #[must_use]
     pub fn flat(len: usize) -> Self {
         let parameter = Parameter {
@@ -116,7 +129,7 @@ impl From<Layout> for Vec<Parameter> {
     }
 }
 
-/// A contiguous part of the weights, as one server holds it.
+/// A contiguous part of the weights, which one server holds.
 #[derive(Clone, Debug)]
 pub struct Segment {
     pub(crate) start: usize,
@@ -124,13 +137,13 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Returns the place of this part in the whole vector.
+    /// Returns the range of this part in the whole vector.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.start..self.start + self.data.len()
     }
 
-    /// Returns the numbers.
+    /// Returns the numbers of this part.
     #[must_use]
     pub fn data(&self) -> &[f32] {
         &self.data
@@ -139,8 +152,17 @@ impl Segment {
 
 /// An immutable snapshot of the weights at one version.
 ///
-/// It has one segment per server, in order. A snapshot of the whole model covers
-/// `0..layout.num_weights()`; what a single server of several hands out covers its own range.
+/// It has one segment per server, in order. A snapshot of the whole model covers `0..layout.num_weights()`.
+/// A snapshot from one server of several covers the range of that server.
+///
+/// ```
+/// use ps_actors::ids::Version;
+/// use ps_actors::weights::{Layout, Weights};
+///
+/// let weights = Weights::initial(Layout::flat(4), vec![0.0, 1.0, 2.0, 3.0]);
+/// assert_eq!(weights.version(), Version(0));
+/// assert_eq!(weights.read(1..3), [1.0, 2.0].as_slice());
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(try_from = "wire::Weights", into = "wire::Weights")]
 pub struct Weights {
@@ -158,10 +180,10 @@ impl Weights {
         }
     }
 
-    /// Makes the initial weights of a whole model: version 0, in one segment.
+    /// Makes the initial weights of a whole model. They are version 0, in one segment.
     ///
     /// # Panics
-    /// When `values` has not as many numbers as the layout says.
+    /// If `values` does not have `layout.num_weights()` numbers.
     #[must_use]
     pub fn initial(layout: Layout, values: Vec<f32>) -> Self {
         assert_eq!(
@@ -176,10 +198,10 @@ impl Weights {
         Self::new(Version(0), Arc::new(layout), Arc::new([segment]))
     }
 
-    /// Joins the parts that several servers hold of one version: all weights of one model.
+    /// Joins the parts of one version that several servers hold to all weights of the model.
     ///
     /// # Errors
-    /// When they are no such parts: they may be from anybody.
+    /// If they are not such parts. This can happen because they may come from any process.
     pub(crate) fn join(parts: &[Self]) -> Result<Self, BadPart> {
         let bad = |index, reason| BadPart { index, reason };
         let first = parts.first();
@@ -212,10 +234,10 @@ impl Weights {
         Ok(Self::new(version, layout, segments.collect()))
     }
 
-    /// Copies a part, to be held by a server of its own.
+    /// Copies the weights of `range`, for another server.
     ///
     /// # Panics
-    /// When `range` is not within [`Weights::range`].
+    /// If `range` is not within [`Weights::range`].
     pub(crate) fn part(&self, range: Range<usize>) -> Self {
         let (start, values) = (range.start, self.read(range).into_owned());
         let data = Arc::new(Buffer::from(values));
@@ -235,7 +257,7 @@ impl Weights {
         &self.layout
     }
 
-    /// Returns the parts, one per server.
+    /// Returns the parts of the snapshot, one per server.
     #[must_use]
     pub fn segments(&self) -> &[Segment] {
         &self.segments
@@ -256,16 +278,16 @@ impl Weights {
         self.range().len()
     }
 
-    /// Says whether the snapshot holds no number at all.
+    /// Whether the snapshot holds no number.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Reads the weights of `range`; copies only if it spans two servers' segments.
+    /// Reads the weights of `range`. It copies them only if they are in more than one segment.
     ///
     /// # Panics
-    /// When `range` is not within [`Weights::range`].
+    /// If `range` is not within [`Weights::range`].
     #[must_use]
     pub fn read(&self, range: Range<usize>) -> Cow<'_, [f32]> {
         let own = self.range();
@@ -299,30 +321,41 @@ impl Weights {
     }
 }
 
-/// A part of the weights that does not fit to the others.
+/// A part of the weights that does not fit the other parts.
 #[derive(Debug)]
 pub(crate) struct BadPart {
-    /// Its place among the parts.
+    /// The index of the part, in the order of the servers.
     pub(crate) index: usize,
     pub(crate) reason: String,
 }
 
 /// The gradient of a loss with respect to all weights.
 ///
-/// Its norm is computed once, when it is made, in the thread that made it and while it is
-/// still in that core's cache. The server's guard against NaN, infinity and exploding
-/// gradients therefore costs no second pass over the numbers, and none can slip past it.
+/// Its Euclidean norm is computed once, when the gradient is made, because the numbers are then still in
+/// the cache of that core. The server checks the norm against NaN, infinity and exploding gradients. This
+/// needs no second pass over the numbers, and no gradient can avoid the check.
+///
+/// ```
+/// use ps_actors::weights::Gradient;
+///
+/// let gradient = Gradient::new(vec![3.0, 0.0, 4.0]);
+/// assert_eq!(gradient.norm(), 5.0);
+///
+/// let part = gradient.slice(1..3);
+/// assert_eq!(part.values(), [0.0, 4.0]);
+/// assert_eq!(part.norm(), 5.0); // A part has the norm of the whole gradient.
+/// ```
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(try_from = "wire::Gradient", into = "wire::Gradient")]
 pub struct Gradient {
-    /// The weight that the first of `values` belongs to.
+    /// The index of the weight that belongs to `values[0]`.
     start: usize,
     values: Bulk,
     norm_squared: f64,
 }
 
 impl Gradient {
-    /// Takes a gradient over weights `0..values.len()`.
+    /// Makes the gradient of the weights `0..values.len()`.
     #[must_use]
     pub fn new(values: impl Into<Buffer>) -> Self {
         let values: Buffer = values.into();
@@ -335,11 +368,11 @@ impl Gradient {
         }
     }
 
-    /// Returns the part for the weights of `range`, sharing the numbers with this one.
-    /// Its [`norm`](Self::norm) stays that of the whole gradient.
+    /// Returns the part for the weights of `range`, which shares the numbers with this gradient. The
+    /// [`norm`](Self::norm) of the part is that of the whole gradient.
     ///
     /// # Panics
-    /// When this gradient does not cover `range`.
+    /// If this gradient does not cover `range`.
     #[must_use]
     pub fn slice(&self, range: Range<usize>) -> Self {
         let own = self.range();
@@ -355,42 +388,44 @@ impl Gradient {
         }
     }
 
-    /// Returns the range of weights that it is the gradient of.
+    /// Returns the range of the weights that this is the gradient of.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.start..self.start + self.values.len()
     }
 
-    /// Returns the numbers of [`Gradient::range`].
+    /// Returns the numbers of the gradient, one for each weight of [`Gradient::range`].
     #[must_use]
     pub fn values(&self) -> &[f32] {
         &self.values
     }
 
-    /// Returns the Euclidean norm of the whole gradient; not finite if any number is not.
+    /// Returns the Euclidean norm of the whole gradient. It is not finite if any number of the gradient is
+    /// not finite.
     #[must_use]
     pub fn norm(&self) -> f64 {
         self.norm_squared.sqrt()
     }
 }
 
-/// A worker's gradient of one batch, with where it comes from.
+/// One worker's gradient of one step, with its id.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GradientUpdate {
-    /// Who computed it, and at which step.
+    /// The id of the gradient: the worker, its incarnation, and the step.
     pub id: GradientId,
     /// The version of the weights that it was computed on.
     pub computed_on: Version,
-    /// The batch's mean loss before the update.
+    /// The mean loss of the batch, at the weights before the update.
     pub loss: f32,
-    /// How many examples the batch had: the gradient's weight in a mean. 0 if that is not known; see
-    /// [`Reduction::Mean`](crate::server::Reduction::Mean).
+    /// How many examples the batch had. This is the gradient's weight in a mean, see
+    /// [`Reduction::Mean`](crate::server::Reduction::Mean). 0 if the number is not known.
     pub num_examples: usize,
-    /// The numbers.
+    /// The numbers of the gradient.
     pub gradient: Gradient,
 }
 
-/// How snapshots and gradients travel. What comes in is checked: it may be from anybody (PS-6).
+/// How snapshots and gradients travel. They are checked when they arrive, because any process may have sent
+/// them (PS-6).
 mod wire {
     use super::{Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version};
 

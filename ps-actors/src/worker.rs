@@ -1,9 +1,9 @@
-//! The worker: computes gradients, when asked or in a loop of its own.
+//! The worker, which computes gradients.
 //!
-//! Two ways to drive it. A Ray-style driver sends [`ComputeGradients`] and brings the result to
-//! the server itself. Or [`RunSteps`] hands the worker references to the servers, and it pulls,
-//! computes and pushes by itself; it joins at the beginning and leaves at the end, also when it
-//! fails or panics, so that the others do not wait for it.
+//! There are two ways to drive it. A Ray-style driver sends [`ComputeGradients`] and takes the result to
+//! the server itself. With [`RunSteps`], the worker gets references to the servers, and pulls, computes and
+//! pushes by itself. It joins the servers at the beginning and leaves them at the end. It also leaves if it
+//! fails or panics, so that the other workers do not wait for it.
 
 use std::cell::RefCell;
 use std::error::Error;
@@ -27,35 +27,53 @@ use ps_runtime::cluster::Hosted;
 use ps_runtime::codec::Bulk;
 use ps_runtime::remote::{Messages, Remote};
 
-/// How often in a row a worker joins again without getting a gradient settled in between.
+/// How often in a row a worker joins again without a settled gradient in between.
 const MAX_REJOINS: usize = 10;
 
-/// How long a push is repeated that the servers cannot take for now.
+/// How long a push is repeated if the servers cannot take it for now.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The pause before it is.
+/// The pause before a push is repeated.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// How many gradients in a row a worker may have refused while nobody's is applied, in a [`RunSteps`];
-/// with one more the run ends as [`WorkerError::Diverged`]. The weights do not change meanwhile, so what
-/// is refused on 100 batches is refused on any.
+/// How many gradients in a row of one worker a [`RunSteps`] allows to be refused while no worker's gradient
+/// is applied. With one more, the run ends with [`WorkerError::Diverged`]. The weights do not change in
+/// this time, so if the gradients of 100 batches are refused, those of further batches will be refused too.
 pub const MAX_REFUSED: u64 = 100;
 
 /// The error of a [`GradientSource`].
 pub type SourceError = Box<dyn Error + Send + Sync>;
 
-/// Computes gradients: a model with its data. Lives on its worker's thread.
+/// Computes gradients, from a model and its data. It lives on its worker's thread.
 ///
-/// Any closure from clock and weights to a gradient is one.
+/// Any closure from clock and weights to a gradient is a `GradientSource`:
+///
+/// ```
+/// use ps_actors::ids::{Clock, WorkerId};
+/// use ps_actors::weights::{Gradient, Weights};
+/// use ps_actors::worker::{DataWorker, LocalGradient};
+///
+/// /// Pulls each weight towards 1: the loss is the sum of (w − 1)² / 2.
+/// fn towards_one(_: Clock, weights: &Weights) -> LocalGradient {
+///     let errors: Vec<f32> = weights.to_vec().iter().map(|weight| weight - 1.0).collect();
+///     let loss = errors.iter().map(|error| error * error / 2.0).sum();
+///     LocalGradient { gradient: Gradient::new(errors), loss, num_examples: 1 }
+/// }
+///
+/// let worker = DataWorker::new(WorkerId(0), |clock: Clock, weights: &Weights| {
+///     Ok(towards_one(clock, weights))
+/// });
+/// # drop(worker);
+/// ```
 pub trait GradientSource: 'static {
-    /// Computes loss and gradient of the batch of step `clock` at `weights`.
+    /// Computes the loss and the gradient of the batch of step `clock`, at `weights`.
     ///
-    /// The batch depends on the clock only: a worker that was lost repeats a step after it has
-    /// joined again, and a step repeated must see the same examples. Clocks mostly come in
-    /// order, from 0.
+    /// The batch must depend only on the clock. A worker that was lost may repeat a step after it has
+    /// joined again, and the repeated step must use the same examples. The clocks usually come in order,
+    /// from 0.
     ///
     /// # Errors
-    /// Whatever prevents it; the worker's run ends.
+    /// If the gradient cannot be computed. The worker's run then ends with this error.
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError>;
 }
 
@@ -68,18 +86,41 @@ where
     }
 }
 
-/// What a [`GradientSource`] computes.
+/// The result of [`GradientSource::gradient`].
 #[derive(Clone, Debug)]
 pub struct LocalGradient {
-    /// The gradient with respect to all weights.
+    /// The gradient of the loss with respect to all weights of the model.
     pub gradient: Gradient,
-    /// The batch's mean loss.
+    /// The mean loss of the batch.
     pub loss: f32,
     /// How many examples the batch had.
     pub num_examples: usize,
 }
 
 /// An actor that computes gradients with its [`GradientSource`].
+///
+/// ```
+/// use ps_actors::ids::{Clock, WorkerId};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{ApplyGradients, GetWeights, ParameterServer, ServerConfig};
+/// use ps_actors::weights::{Gradient, Layout, Weights};
+/// use ps_actors::worker::{ComputeGradients, DataWorker, LocalGradient};
+///
+/// let initial = Weights::initial(Layout::flat(3), vec![0.0; 3]);
+/// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// let worker = ps_actors::spawn(|| {
+///     DataWorker::new(WorkerId(0), |_: Clock, weights: &Weights| {
+///         let gradient = Gradient::new(vec![-100.0; weights.len()]);
+///         Ok(LocalGradient { gradient, loss: 1.0, num_examples: 32 })
+///     })
+/// });
+///
+/// let weights = server.ask(GetWeights).wait()?;
+/// let update = worker.ask(ComputeGradients(weights)).wait()??;
+/// let weights = server.ask(ApplyGradients::mean([update])).wait()??;
+/// assert_eq!(weights.to_vec(), [1.0; 3]); // The default learning rate is 0.01.
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct DataWorker<S> {
     state: Rc<RefCell<State<S>>>,
 }
@@ -95,7 +136,8 @@ struct State<S> {
 }
 
 impl<S: GradientSource> DataWorker<S> {
-    /// Makes a worker of rank `id`. Every worker made is a life of its own.
+    /// Makes the worker with rank `id`. It gets an incarnation that no other worker of this process has
+    /// had.
     #[must_use]
     pub fn new(id: WorkerId, source: S) -> Self {
         let state = State {
@@ -150,14 +192,43 @@ impl<S: GradientSource> State<S> {
     }
 }
 
-/// Computes the gradient of the worker's next batch at these weights.
+/// Computes the gradient of the worker's next batch at these weights, and returns it.
+///
+/// For an example, see [`DataWorker`].
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<GradientUpdate, WorkerError>")]
 pub struct ComputeGradients(pub Weights);
 
-/// Takes steps against these servers: pull, compute, push.
+/// Takes `num_steps` steps with these servers. Each step pulls the weights, computes the gradient and
+/// pushes it.
 ///
-/// Each step counts that got settled, be it applied, dropped as late or refused.
+/// A step counts once its gradient has been applied, dropped as late, or refused.
+///
+/// ```
+/// use ps_actors::group::ServerGroup;
+/// use ps_actors::ids::{Clock, WorkerId};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::ServerConfig;
+/// use ps_actors::weights::{Gradient, Layout, Weights};
+/// use ps_actors::worker::{DataWorker, LocalGradient, RunSteps};
+///
+/// let initial = Weights::initial(Layout::flat(1), vec![4.0]);
+/// let config = ServerConfig { learning_rate: 0.5, ..ServerConfig::default() };
+/// let servers = ServerGroup::spawn(&initial, 1, config, |_| Box::new(Sgd::new()))?;
+/// let worker = ps_actors::spawn(|| {
+///     DataWorker::new(WorkerId(0), |_: Clock, weights: &Weights| {
+///         // The loss is w² / 2, so the gradient is w.
+///         let weight = weights.to_vec()[0];
+///         let gradient = Gradient::new(vec![weight]);
+///         Ok(LocalGradient { gradient, loss: weight * weight / 2.0, num_examples: 1 })
+///     })
+/// });
+///
+/// let report = worker.ask(RunSteps { servers, num_steps: 3 }).wait()??;
+/// assert_eq!(report.losses, [8.0, 2.0, 0.5]);
+/// assert_eq!(report.num_applied, 3);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<RunReport, WorkerError>")]
 pub struct RunSteps {
@@ -167,18 +238,18 @@ pub struct RunSteps {
     pub num_steps: u64,
 }
 
-/// Lets the next [`ComputeGradients`] be that of this step: for a worker that goes on in the place of one
-/// that was lost.
+/// Sets the step of the next [`ComputeGradients`]. Send it to a worker that replaces a lost worker. It has
+/// no effect while the worker runs steps.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub struct GoOnAt {
-    /// The step.
+    /// The clock of the next step.
     pub clock: Clock,
-    /// The life of the lost one: what this worker computes belongs to a later one.
+    /// The incarnation of the lost worker. The gradients of this worker get a later one.
     pub after: Incarnation,
 }
 
-/// Ends a [`RunSteps`] after the step under way.
+/// Ends a [`RunSteps`] after the current step.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub struct StopSteps;
@@ -188,39 +259,40 @@ pub struct StopSteps;
 #[rtype(result = "Progress")]
 pub struct GetProgress;
 
-/// What a worker has done since it was made.
+/// What a worker has done so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// How many gradients it computed.
+    /// How many gradients the worker has computed.
     pub num_computed: u64,
-    /// The loss of the latest batch.
+    /// The mean loss of the latest batch.
     pub latest_loss: f32,
 }
 
-/// What became of a [`RunSteps`].
+/// The result of a [`RunSteps`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunReport {
-    /// The loss of each step's batch, before its update.
+    /// The mean loss of each step's batch, at the weights before the step's update.
     #[serde(with = "losses")]
     pub losses: Vec<f32>,
     /// How many gradients were applied.
     pub num_applied: u64,
-    /// How many were dropped because their round had closed.
+    /// How many gradients were dropped because their round had already closed.
     pub num_dropped_late: u64,
-    /// How many were refused because of their norm.
+    /// How many gradients were refused because of their norm.
     pub num_refused: u64,
-    /// How many examples were used.
+    /// How many examples the batches of all steps had together.
     pub num_examples: u64,
-    /// Whether [`StopSteps`] ended it before all steps were taken.
+    /// Whether [`StopSteps`] ended the run before all steps were taken.
     pub was_stopped: bool,
-    /// Time spent computing gradients.
+    /// Total time of computing gradients.
     pub compute_time: Duration,
-    /// Time spent waiting for servers: transfer, queue, update, and other workers.
+    /// Total time of waiting for the servers. This includes transfers, queues, updates, and waiting for
+    /// other workers.
     pub wait_time: Duration,
 }
 
 impl RunReport {
-    /// Adds what became of a later run of the same worker.
+    /// Adds the report of a later run of the same worker to this one.
     pub fn append(&mut self, later: Self) {
         let Self {
             losses,
@@ -232,7 +304,7 @@ impl RunReport {
             compute_time,
             wait_time,
         } = later;
-        // The numbers may be a peer's.
+        // The numbers may come from a peer, so adding them must not overflow.
         let add = |sum: &mut u64, number| *sum = sum.saturating_add(number);
         let add_time = |sum: &mut Duration, time| *sum = sum.saturating_add(time);
         self.losses.extend(losses);
@@ -246,7 +318,7 @@ impl RunReport {
     }
 }
 
-/// Writes losses as bulk: those of a long run would not fit into a header.
+/// Writes the losses as bulk data, because those of a long run would not fit into a header.
 mod losses {
     use super::{Bulk, Deserialize, Deserializer, Serialize, Serializer};
 
@@ -264,56 +336,57 @@ mod losses {
     }
 }
 
-/// Why a worker could not do what it was asked to.
+/// Why a worker could not do what a message asked.
 #[derive(Debug, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum WorkerError {
-    /// Its model or data failed.
+    /// The worker's [`GradientSource`] failed.
     #[error("{worker} could not compute the gradient of {clock}")]
     Source {
-        /// Which worker.
+        /// The worker that failed.
         worker: WorkerId,
-        /// At which step.
+        /// The step whose gradient was being computed.
         clock: Clock,
-        /// Why. Of an error from another process the text is left, sources included.
+        /// The error of the [`GradientSource`]. If it comes from another process, it is only a text, which
+        /// includes the sources.
         #[source]
         #[serde(with = "source_text")]
         source: SourceError,
     },
-    /// The servers refused or were not to be reached.
+    /// The servers refused a call of the worker, or could not be reached.
     #[error("{worker} could not use its servers")]
     Servers {
-        /// Which worker.
+        /// The worker that made the call.
         worker: WorkerId,
-        /// Why.
+        /// The error of the call.
         #[source]
         source: GroupError,
     },
-    /// No gradient is accepted any more: see [`MAX_REFUSED`].
+    /// Too many gradients in a row were refused; see [`MAX_REFUSED`].
     #[error(
         "training has diverged: {num_refused} gradients of {worker} in a row were refused, and nobody's \
          was applied; the last one's norm was {norm} (the limit is {limit}). A lower learning rate helps \
          most often; check the data for NaN; a limit below infinity may be too low"
     )]
     Diverged {
-        /// Which worker.
+        /// The worker whose gradients were refused.
         worker: WorkerId,
-        /// How many.
+        /// How many gradients were refused in a row.
         num_refused: u64,
-        /// The norm of the last one.
+        /// The norm of the last refused gradient.
         norm: f64,
-        /// The largest norm allowed.
+        /// The largest norm that the servers accept.
         limit: f64,
     },
-    /// It runs steps already.
+    /// The worker already runs steps.
     #[error("{worker} runs steps already; stop them first")]
     Busy {
-        /// Which worker.
+        /// The worker that is busy.
         worker: WorkerId,
     },
 }
 
-/// Writes an error of any type as its text and those of its sources, and reads it as that text.
+/// Writes an error of any type as the text of it and its sources, and reads it as that text.
 mod source_text {
     use super::{Deserialize, Deserializer, Serializer, SourceError};
     use ps_runtime::actor::error_chain;
@@ -332,7 +405,8 @@ mod source_text {
     }
 }
 
-/// Takes the steps from where the membership begins.
+/// Sets the worker to the incarnation and the clock with which the membership begins, and pulls the
+/// weights.
 async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weights, GroupError> {
     {
         let mut state = state.borrow_mut();
@@ -343,7 +417,7 @@ async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weight
     session.servers().pull(PullVersion::Latest).await
 }
 
-/// Pushes, and again a little later where the servers say that this may help.
+/// Pushes a gradient. Repeats the push after a pause if the servers say that this may help.
 async fn push_patiently(
     servers: &ServerGroup,
     gradients: GradientUpdate,
@@ -379,11 +453,11 @@ async fn run<S: GradientSource>(
     report.wait_time += started.elapsed();
     let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
     let mut num_rejoins = 0;
-    // Refused gradients in a row, and the version at which they began.
+    // How many gradients in a row were refused, and at which version.
     let mut refused_in_a_row = (0, weights.version());
     while state.borrow().next_clock.0 < last_clock && !state.borrow().stop_requested {
         let started = Instant::now();
-        // The snapshot ends with the computation: the server can then update in place.
+        // `compute` drops the snapshot at its end, so that the server can then update in place.
         let gradients = state.borrow_mut().compute(weights)?;
         report.compute_time += started.elapsed();
         let (loss, num_examples) = (gradients.loss, gradients.num_examples as u64);
@@ -430,7 +504,7 @@ async fn run<S: GradientSource>(
         report.wait_time += started.elapsed();
     }
     report.was_stopped = state.borrow().next_clock.0 < last_clock;
-    // The steps are taken: what became of them is worth more than an orderly end.
+    // All steps are taken. Their report is worth more than an orderly end.
     if let Err(error) = session.leave().await {
         let error = error_chain(&error);
         tracing::warn!(%worker, error, "could not leave after the last step");
@@ -453,16 +527,17 @@ impl<S: GradientSource> Remote for DataWorker<S> {
     }
 }
 
-/// A [`GradientSource`] that a node can make by itself, out of a few settings.
+/// A [`GradientSource`] that a node can make from a few settings.
 pub trait HostedSource: GradientSource {
-    /// The settings; they are sent to the node.
+    /// The settings that the node makes the source from. They are sent to the node.
     type Args: Serialize + DeserializeOwned + Send + 'static;
 }
 
 impl<S: HostedSource> Hosted for DataWorker<S> {
     type Args = S::Args;
 
-    /// Lets the step under way be pushed; whoever waits for the run is told that it was stopped.
+    /// Stops the run after the current step has been pushed. The caller that waits for the run gets a
+    /// report that says that it was stopped.
     fn hand_over(actor: &ActorRef<Self>) -> bool {
         actor.tell(StopSteps).is_ok()
     }
@@ -482,7 +557,8 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
 
     fn handle(&mut self, message: RunSteps, _: &mut Self::Context) -> Self::Result {
         let state = Rc::clone(&self.state);
-        // Here, not in the future: a `StopSteps` that comes next may be handled before that begins.
+        // This happens here and not in the future, because the next `StopSteps` may be handled before the
+        // future begins.
         let was_running = {
             let mut state = state.borrow_mut();
             let was_running = std::mem::replace(&mut state.is_running, true);
@@ -497,8 +573,8 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
             let result = run(&state, &message.servers, message.num_steps).await;
             let mut state = state.borrow_mut();
             state.is_running = false;
-            // What comes now belongs to no membership. It is later than the one that has ended, and than
-            // any that other servers know.
+            // Gradients from now on belong to no membership. Their incarnation is later than that of the
+            // ended one, and than any that other servers know.
             state.incarnation = Session::new_incarnation(state.incarnation.next());
             result
         };
@@ -511,7 +587,7 @@ impl<S: GradientSource> Handler<GoOnAt> for DataWorker<S> {
 
     fn handle(&mut self, GoOnAt { clock, after }: GoOnAt, _: &mut Self::Context) {
         let mut state = self.state.borrow_mut();
-        // A run has its clocks from the servers.
+        // A run gets its clocks from the servers.
         if !state.is_running {
             state.next_clock = clock;
             state.incarnation = Session::new_incarnation(after.next());

@@ -1,4 +1,4 @@
-//! Tensors that go from one process to another in the middle of a computation.
+//! Tensors that travel from one process to another in the middle of a computation.
 
 use std::fmt::Debug;
 
@@ -10,9 +10,9 @@ use crate::part::PartError;
 /// A tensor in host memory, row-major.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Array {
-    /// The dimensions.
+    /// The length of each dimension.
     pub shape: Vec<usize>,
-    /// As many numbers as the product of the dimensions.
+    /// The numbers, as many as the product of the dimensions.
     pub values: Vec<f32>,
 }
 
@@ -30,15 +30,16 @@ impl Array {
     }
 }
 
-/// What goes in and out of a [`Part`](crate::Part): a float tensor of any rank.
+/// The input or output of a [`Part`](crate::Part): a float tensor of any rank.
 pub trait Activation: Clone + Debug + Send + sealed::Sealed + 'static {
     /// The number of dimensions.
     const RANK: usize;
 
-    /// Puts an array on a device.
+    /// Copies an array to a device.
     ///
     /// # Errors
     ///
+    /// If the array has another rank, or if the number of its values is not the product of its shape.
     /// If the array has another rank, or not as many numbers as its shape says.
     fn from_array(array: Array, device: &Device) -> Result<Self, PartError>;
 
@@ -62,11 +63,12 @@ pub trait Activation: Clone + Debug + Send + sealed::Sealed + 'static {
     #[doc(hidden)]
     fn is_recorded(&self) -> bool;
 
-    /// The gradient of a leaf.
+    /// Returns the gradient of a leaf.
     #[doc(hidden)]
     fn take_gradient(&self, gradients: &mut Gradients) -> Option<Array>;
 
-    /// A number whose gradient with respect to `self` is `gradient`, of the same shape.
+    /// Returns a tensor of one number. Its gradient with respect to `self` is `gradient`, which has the
+    /// shape of `self`.
     #[doc(hidden)]
     fn dot(self, gradient: Self) -> Tensor<1>;
 }

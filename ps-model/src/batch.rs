@@ -6,20 +6,20 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BatchError {
-    /// There is nothing in it.
+    /// There are no images.
     #[error("a batch needs at least one example")]
     Empty,
-    /// The numbers do not fill the dimensions exactly.
+    /// The number of values is not the product of the dimensions.
     #[error("images of dimensions {dims:?} have {expected} numbers, got {got}")]
     ImageLength {
         /// `[batch, channels, height, width]` as given.
         dims: [usize; 4],
-        /// Their product, or `usize::MAX` if that is larger still.
+        /// The product of the dimensions, or `usize::MAX` if it is larger.
         expected: usize,
         /// The length of `images`.
         got: usize,
     },
-    /// There is not one label for each image.
+    /// The number of labels differs from the number of images.
     #[error("{images} images need as many labels, got {labels}")]
     LabelCount {
         /// The number of images.
@@ -27,7 +27,7 @@ pub enum BatchError {
         /// The number of labels.
         labels: usize,
     },
-    /// A label is none of the classes. (burn would not notice on every backend.)
+    /// A label is not one of the classes. (On some backends, burn would not report this.)
     #[error("label {label} of example {example} is not in 0..{num_classes}")]
     LabelOutOfRange {
         /// The position in the batch.
@@ -49,7 +49,7 @@ pub struct ImageBatch {
 }
 
 impl ImageBatch {
-    /// Joins images and labels. Labels count from 0.
+    /// Makes a batch of images and labels. Labels count from 0.
     ///
     /// # Errors
     ///

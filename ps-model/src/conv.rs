@@ -1,8 +1,8 @@
-//! Convolutions: burn's, and on the backend `flex` a faster one with the same results up to rounding.
+//! Convolutions: burn's own, and on the backend `flex` a faster one with the same results up to rounding.
 //!
-//! `flex` copies the patches of an image beside each other, multiplies matrices, and copies again; its
-//! gradient of the weights has matrices of nine columns. `kernel` does without copies. The layer stays
-//! burn's [`Conv2d`], so that records and flat views know nothing of it.
+//! `flex` copies the patches of an image beside each other, multiplies matrices, and copies again. For its
+//! gradient of the weights, the matrices have nine columns. `kernel` makes no copies. The layer is still
+//! burn's [`Conv2d`], so records and flat views need no change.
 
 #[cfg(feature = "flex")]
 pub(crate) mod flex;
@@ -14,18 +14,18 @@ pub(crate) use kernel::tests::architectures;
 use burn::nn::conv::Conv2d;
 use burn::tensor::Tensor;
 
-/// Computes what `layer.forward(images)` does, and on the backend `flex` faster.
+/// Computes the same as `layer.forward(images)`, up to rounding, and faster on the backend `flex`.
 ///
-/// That is so for `f32`, stride and dilation 1, one group, a bias and no padding, as in the layers of
+/// It is faster for `f32`, stride and dilation 1, one group, a bias and no padding, as in the layers of
 /// [`seeded::conv2d`](crate::seeded::conv2d), and without gradient checkpointing. Everything else is
-/// left to burn.
+/// computed by burn.
 ///
-/// `images: [batch, channels, height, width]`; result: `[batch, outputs, ..]` with height and width
-/// less by the kernel's size minus 1.
+/// `images: [batch, channels, height, width]`; result: `[batch, outputs, height - kernel height + 1, width
+/// - kernel width + 1]` for a layer without padding and with stride and dilation 1.
 ///
 /// # Panics
 ///
-/// As `layer.forward` does: if the images have another number of channels.
+/// Like `layer.forward`: if the images have another number of channels than the layer.
 #[must_use]
 pub fn conv2d(layer: &Conv2d, images: Tensor<4>) -> Tensor<4> {
     #[cfg(feature = "flex")]

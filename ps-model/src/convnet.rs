@@ -18,8 +18,8 @@ use crate::step::Step;
 
 /// A classifier of 28×28 grey images into 10 classes, with 1,960 parameters.
 ///
-/// One convolution 1→3 of size 3, max-pool 3, ReLU, one fully connected layer 192→10,
-/// log-softmax: `ConvNet` of
+/// The layers are: one convolution 1→3 of size 3, max-pool 3, ReLU, one fully connected layer 192→10,
+/// log-softmax. This is `ConvNet` of
 /// <https://docs.ray.io/en/latest/ray-core/examples/plot_parameter_server.html>.
 #[derive(Module, Debug)]
 pub struct ConvNet {
@@ -31,7 +31,7 @@ impl ConvNet {
     /// The number of classes.
     pub const NUM_CLASSES: usize = 10;
 
-    /// Makes a net whose initial weights follow from `seed` alone ([`seeded`]).
+    /// Makes a net. Its initial weights follow from `seed` alone ([`seeded`]).
     #[must_use]
     pub fn init(seed: u64, device: &Device) -> Self {
         let rng = &mut Rng::new(seed);

@@ -1,7 +1,8 @@
 //! Chooses the device to compute on, among the backends compiled in.
 //!
-//! The only file with burn's deprecated calls (NdArray and LibTorch leave burn with 0.23), and beside
-//! `conv` and `pool` the only one with `cfg`s. A backend's cargo feature adds a device and changes nothing else.
+//! This is the only file with burn's deprecated calls (NdArray and LibTorch leave burn with 0.23). Besides
+//! `conv` and `pool` it is the only one with `cfg`s. The cargo feature of a backend adds a device and
+//! changes nothing else.
 //!
 //! | Name         | Feature   | Device                                                        |
 //! |--------------|-----------|---------------------------------------------------------------|
@@ -13,9 +14,9 @@
 //! | `wgpu`       | `wgpu`    | the best adapter that wgpu finds (Vulkan, Metal, DirectX, GL) |
 //! | `wgpu:N`     | `wgpu`    | discrete GPU number N; `wgpu:cpu` is a software adapter       |
 //!
-//! Parallelism comes from workers, so the CPU backends compute on one thread each. LibTorch would
-//! start one thread per core in every worker; selecting a `tch` device therefore sets its number
-//! of threads to 1, unless `OMP_NUM_THREADS` is set, which then counts.
+//! Parallelism comes from workers, so the CPU backends use one thread each. LibTorch would start one thread
+//! per core in every worker. So selecting a `tch` device sets its number of threads to 1, unless
+//! `OMP_NUM_THREADS` is set. Then that number is used.
 
 use burn::tensor::{Device, Tensor};
 
@@ -49,7 +50,7 @@ const KNOWN: &str = "flex, ndarray, tch, tch:cuda:N, cuda, cuda:N, wgpu, wgpu:N,
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// The name is none of those documented at [`select_device`].
+    /// The name is not one of those that the [module](self) lists.
     #[error("unknown device `{name}` (known: {KNOWN})")]
     Unknown {
         /// The name as given.
@@ -66,27 +67,37 @@ pub enum DeviceError {
         /// The cargo feature that adds it.
         feature: &'static str,
     },
-    /// The backend is compiled in but cannot compute on this machine: no such GPU, no driver.
+    /// The backend is compiled in but cannot compute on this machine, for example because it has no such
+    /// GPU or no driver.
     #[error("device `{name}` is not available on this machine: {reason}")]
     Unavailable {
         /// The name as given.
         name: String,
-        /// What the backend said.
+        /// What the backend reported.
         reason: String,
     },
 }
 
 /// Opens the device called `name`, and checks that it can compute.
 ///
-/// The [module](self) lists the names. The device has autodiff on: burn's layers take a tensor of a
-/// device without for one of an inference, and a `Dropout` does nothing to it, so batches made on this
-/// device can be trained on. Where nothing requires a gradient, nothing is recorded. `inner()` is the
-/// device without, and `gradient_checkpointing()` the one that saves memory.
+/// ```
+/// use ps_model::{DeviceError, default_device_name, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// # let _ = device;
+/// assert!(matches!(select_device("abacus"), Err(DeviceError::Unknown { .. })));
+/// # Ok::<(), DeviceError>(())
+/// ```
+///
+/// The [module](self) lists the names. Autodiff is on for the device. This matters for batches: if a tensor
+/// comes from a device without autodiff, burn's layers take it for the input of an inference, and a
+/// `Dropout` does nothing to it. Where nothing requires a gradient, nothing is recorded. `device.inner()`
+/// is the same device without autodiff. `device.gradient_checkpointing()` saves memory.
 ///
 /// # Errors
 ///
-/// Says whether the name is unknown, its backend not compiled in (and the feature to add), or the
-/// device not usable on this machine.
+/// If the name is unknown, if its backend is not compiled in (the error names the feature to add), or if
+/// the device cannot be used on this machine.
 pub fn select_device(name: &str) -> Result<Device, DeviceError> {
     let choice = Choice::parse(name).ok_or_else(|| DeviceError::Unknown {
         name: name.to_owned(),
@@ -113,9 +124,9 @@ pub fn select_device(name: &str) -> Result<Device, DeviceError> {
     }
 }
 
-/// Cuts a backend's message before the details that concern its developers: LibTorch appends a
-/// C++ stack trace, with escaped line ends. CubeCL's message is lost in a thread of its own, which
-/// has panicked and told the reason on standard error; what arrives here is `RecvError`.
+/// Keeps only the part of a backend's message that concerns users. LibTorch appends a C++ stack trace, with
+/// escaped line ends. CubeCL panics in a thread of its own and prints the reason there. Only `RecvError`
+/// arrives here.
 fn first_line(message: &str) -> String {
     if message.contains("RecvError") {
         return "the backend's thread panicked, for the reason printed above".to_owned();
@@ -128,16 +139,16 @@ fn first_line(message: &str) -> String {
     message[..end].to_owned()
 }
 
-/// Returns the device to use when nobody asks for another: the first compiled in of `flex`,
-/// `tch`, `ndarray`, `cuda`, `wgpu`.
+/// Returns the default device: the first one of `flex`, `tch`, `ndarray`, `cuda`, `wgpu` whose backend is
+/// compiled in.
 #[must_use]
 pub fn default_device_name() -> &'static str {
     compiled_devices()[0]
 }
 
-/// Lists a device name of each backend compiled in, the default first.
+/// Lists one device name of each backend that is compiled in, the default first.
 ///
-/// Those of `cuda` and `wgpu` may still be unavailable on this machine.
+/// The devices of `cuda` and `wgpu` may still be unavailable on this machine.
 #[must_use]
 pub fn compiled_devices() -> Vec<&'static str> {
     BACKENDS

@@ -1,15 +1,15 @@
 //! Flat views: the trainable parameters of any burn module as one sequence of `f32`.
 //!
-//! The order is that of the module's fields, depth first, each parameter in row-major order of its
-//! shape. It depends on the module's type and configuration only, so every process that builds the
-//! same model agrees on it. A server can cut the sequence anywhere.
+//! The order is that of the module's fields, depth first, and each parameter is in row-major order of its
+//! shape. It depends only on the module's type and configuration, so every process that builds the same
+//! model has the same order. A server can cut the sequence anywhere.
 //!
-//! What is not trainable has no place in it: parameters that are frozen, integers, booleans, quantized
-//! weights under a LoRA adapter. No update rule ever sees them, so none changes them, weight decay
-//! included. Each process keeps its own copy.
+//! What is not trainable is not in the sequence: frozen parameters, integers, booleans, and quantized
+//! weights under a LoRA adapter. No update rule sees them, so none changes them, not even by weight decay.
+//! Each process keeps its own copy of them.
 //!
-//! Weights go in and out of the tensors as they are, without the transformations that burn applies
-//! to saved records (a `Linear` of layout `Col` is seen as `[inputs, outputs]` too).
+//! The weights are copied from and to the tensors as they are, without the transformations that burn
+//! applies to saved records. (So a `Linear` of layout `Col` is seen as `[inputs, outputs]` too.)
 
 use std::ops::Range;
 use std::slice;
@@ -20,14 +20,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::survey;
 
-/// One trainable parameter's place in the flat sequence.
+/// The place of one trainable parameter in the flat sequence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParameterSpec {
     /// The path of field names, such as `conv1.weight`.
     pub name: String,
     /// The dimensions of the tensor.
     pub shape: Vec<usize>,
-    /// Where its numbers are; the ranges of a layout follow each other without gaps, from 0.
+    /// The place of its numbers. The ranges of a layout follow each other without gaps, from 0.
     pub range: Range<usize>,
 }
 
@@ -35,7 +35,7 @@ pub struct ParameterSpec {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FlatError {
-    /// Only 32-bit floats travel.
+    /// A trainable parameter is not a 32-bit float.
     #[error(
         "parameter `{name}` is of type {dtype}, only f32 can be trained: cast it to f32, or freeze it"
     )]
@@ -45,16 +45,16 @@ pub enum FlatError {
         /// Its element type.
         dtype: String,
     },
-    /// Two fields hold the same parameter, which a flat view would tear into two.
+    /// Two fields hold the same parameter. A flat view would split it into two.
     #[error("parameters `{first}` and `{second}` are one and the same, keep it in one field only")]
     Tied {
-        /// The path of the first.
+        /// The path of the first field.
         first: String,
-        /// The path of the second.
+        /// The path of the second field.
         second: String,
     },
-    /// A layer changes statistics of its own outside of any gradient, so a server would never learn of
-    /// them, and each worker would have others.
+    /// A layer changes running statistics outside of any gradient. A server would never learn of them, and
+    /// each worker would have different ones.
     #[error(
         "`{name}` is a running statistic, which no gradient trains, so what one worker learns of it \
          would be lost: use a normalization without it, such as GroupNorm or LayerNorm, or freeze the \
@@ -75,20 +75,20 @@ pub enum FlatError {
     NothingTrainable {
         /// The path of the first parameter.
         first: String,
-        /// How many there are.
+        /// How many parameters there are.
         count: usize,
     },
-    /// The source of the weights gave too many or too few numbers for a range.
+    /// The function that reads weights gave too many or too few numbers for a range.
     #[error("weights {range:?} have {expected} numbers, got {got}", expected = range.len())]
     WrongCount {
         /// The range that was asked for.
         range: Range<usize>,
-        /// How many numbers came.
+        /// How many numbers the function gave.
         got: usize,
     },
 }
 
-/// Where the trainable parameters of a module are in their flat sequence.
+/// The places of the trainable parameters of a module in their flat sequence.
 ///
 /// ```
 /// use ps_model::burn::module::Module;
@@ -105,30 +105,30 @@ pub enum FlatError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlatView {
     pub(crate) specs: Vec<ParameterSpec>,
-    /// Says of each float tensor that a visit of the module shows, in order, whether it is in the
-    /// view. The tensors do not say it themselves: without autodiff, none requires a gradient.
+    /// For each float tensor that a visit of the module shows, in order: whether it is in the view. The
+    /// tensors themselves do not tell, because without autodiff none requires a gradient.
     pub(crate) trainable: Vec<bool>,
 }
 
 impl FlatView {
-    /// Looks at a module's parameters. Trainable are those that the user has not frozen, whether or
-    /// not the module is in training mode or on a device with autodiff now.
+    /// Makes the view of a module. Parameters are trainable if the user has not frozen them, whether or not
+    /// the module is in training mode or on a device with autodiff now.
     ///
     /// # Errors
     ///
-    /// If there is nothing to train, a trainable parameter is not an `f32` tensor or occurs twice, or a
-    /// layer keeps statistics of its own.
+    /// If there is nothing to train, if a trainable parameter is not an `f32` tensor or occurs twice, or if
+    /// a layer keeps running statistics.
     pub fn new<M: Module>(module: &M) -> Result<Self, FlatError> {
         Ok(survey::survey(&module.clone().train())?.view)
     }
 
-    /// Returns the names, shapes and places of the parameters.
+    /// Returns the names, shapes and places of the trainable parameters.
     #[must_use]
     pub fn parameters(&self) -> &[ParameterSpec] {
         &self.specs
     }
 
-    /// Returns the length of the sequence.
+    /// Returns the number of weights in the sequence.
     #[must_use]
     pub fn num_weights(&self) -> usize {
         self.specs.last().map_or(0, |spec| spec.range.end)
@@ -153,14 +153,14 @@ impl FlatView {
 
     /// Replaces the weights of a module.
     ///
-    /// Calls `read` for each parameter in order; it appends the numbers of the range
-    /// to the (empty) vector, which becomes the tensor's memory on the CPU: one copy in all. The
-    /// source may be in pieces, say one for each server. Ids, devices and gradient settings of the
-    /// parameters stay, and so does everything that is not trainable.
+    /// Calls `read` for each parameter in order. `read` appends the numbers of the range to the (empty)
+    /// vector. On the CPU this vector becomes the memory of the tensor, so the numbers are copied once. The
+    /// source may be in pieces, for example one per server. Ids, devices and gradient settings of the
+    /// parameters do not change, and nothing changes that is not trainable.
     ///
     /// # Errors
     ///
-    /// If `read` gave another number of weights than asked for.
+    /// If `read` gives another number of weights than the range has.
     pub fn write_weights<M: Module>(
         &self,
         module: M,
@@ -179,13 +179,13 @@ impl FlatView {
         }
     }
 
-    /// Writes the gradients of a module's parameters to `out`. Parameters that had no part in the loss
-    /// give zeros. Returns whether any had one.
+    /// Writes the gradients of a module's parameters to `out`. The gradient of a parameter that the loss
+    /// does not depend on is zero. Returns whether the loss depends on any parameter.
     ///
     /// # Panics
     ///
-    /// If `out` is not [`num_weights`](Self::num_weights) long, or the view is of a module with other
-    /// fields.
+    /// If the length of `out` is not [`num_weights`](Self::num_weights), or if the view is of a module with
+    /// other fields.
     pub fn read_gradients<M: Module>(
         &self,
         module: &M,
@@ -203,7 +203,7 @@ impl FlatView {
         visitor.found_any
     }
 
-    /// Makes the trainable parameters leaves of a new graph, on the same numbers.
+    /// Makes the trainable parameters leaves of a new graph, with the same numbers.
     pub(crate) fn with_leaves<M: Module>(&self, module: M) -> M {
         module.map(&mut Leaves {
             trainable: self.trainable.iter(),
@@ -218,15 +218,15 @@ fn next(trainable: &mut slice::Iter<'_, bool>) -> bool {
         .expect("the module has the fields that the view was made of")
 }
 
-/// Hands on the numbers of a tensor in row-major order.
+/// Passes the numbers of a tensor to `take`, in row-major order.
 fn with_values<const D: usize>(tensor: Tensor<D>, take: impl FnOnce(&[f32])) {
     let data = tensor.into_data();
     let values = data.as_slice::<f32>();
     take(values.expect("a view has f32 parameters only"));
 }
 
-/// Makes a tensor a leaf of a new graph, which has nothing in common with that of any other tensor on
-/// the same numbers.
+/// Makes a tensor a leaf of a new graph. The graph shares nothing with those of other tensors with the same
+/// numbers.
 pub(crate) fn new_leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     let strategy = tensor.gradient_checkpointing_strategy();
     let leaf = tensor.inner().autodiff();
@@ -302,7 +302,7 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F>
 struct ReadGradients<'a> {
     trainable: slice::Iter<'a, bool>,
     gradients: Gradients,
-    /// What is still to be written.
+    /// The part that has not been written yet.
     rest: &'a mut [f32],
     found_any: bool,
 }

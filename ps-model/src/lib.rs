@@ -3,18 +3,18 @@
 //! A parameter server works on flat sequences of `f32` and knows no tensors. This crate is the
 //! bridge to [burn](https://burn.dev), and knows no actors.
 //!
-//! - [`Model`]: what to implement for a model of your own, a burn module with a loss.
-//!   [`ConvNet`] and [`Net`] are two, for 28×28 images.
-//! - [`LocalModel`]: a model on a device; takes flat weights, gives loss and flat gradient.
-//! - [`conv2d`]: a burn convolution, computed faster on the default device.
-//! - [`Part`], [`Pass`]: a part of a model that others compute through; [`Seams`]: the other side.
-//! - [`conv2d`], [`max_pool2d`]: burn's, and on the backend `flex` faster ones.
-//! - [`FlatView`]: the flat view itself, for any burn module.
+//! - [`Model`]: the trait to implement for a model of your own, a burn module with a loss. [`ConvNet`] and
+//!   [`Net`] are two such models, for 28×28 images.
+//! - [`LocalModel`]: a model on a device. It takes flat weights, and computes losses and flat gradients.
+//! - [`Part`], [`Pass`]: a part of a model that other processes compute through; [`Seams`]: their side of
+//!   it.
+//! - [`conv2d`], [`max_pool2d`]: the operations of burn, faster on the backend `flex`.
+//! - [`FlatView`]: the flat view of any burn module.
 //! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
-//! - [`select_device`]: the device to compute on, by name, among the backends compiled in
-//!   ([`device`] lists them).
-//! - [`Step`], [`Rng`], [`seeded`]: dropout and initial weights from seeds of our own, the same
-//!   bits in every process.
+//! - [`select_device`]: chooses the device to compute on by its name, among the backends compiled in
+//!   ([`device`] lists the names).
+//! - [`Step`], [`Rng`], [`seeded`]: dropout and initial weights from seeds, with the same bits in every
+//!   process.
 //!
 //! # Example
 //!
@@ -31,7 +31,7 @@
 //! let mut rule = BurnRule::new(&AdamConfig::new(), &device)?;
 //! let mut weights = model.weights()?;
 //!
-//! // What each worker sees: all-black zeros, all-white ones.
+//! The batch of each worker: eight black images of class 0, and eight white images of class 1.
 //! let batch = |pixel: f32, label: i64| {
 //!     ImageBatch::new(vec![pixel; 8 * 28 * 28], vec![label; 8], [8, 1, 28, 28], 10)
 //! };

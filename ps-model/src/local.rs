@@ -1,4 +1,4 @@
-//! One worker's copy of a model: takes weights, gives losses and gradients, all flat.
+//! One worker's copy of a model, with flat weights and gradients.
 
 use std::ops::Range;
 
@@ -22,10 +22,10 @@ pub enum ModelError {
     WeightCount {
         /// The number of the model's weights.
         expected: usize,
-        /// The number given.
+        /// The number of the given weights.
         got: usize,
     },
-    /// The loss of a batch is not one number.
+    /// The loss of a batch is not a single number.
     #[error(
         "the loss must be one number, a tensor of shape [1], but has shape {got:?}: return the mean \
          over the examples, `.mean()`"
@@ -48,20 +48,21 @@ pub enum ModelError {
     OtherModel {
         /// The position of the first difference, from 0.
         index: usize,
-        /// Name and shape in this model, or that there is none.
+        /// The name and shape in this model, or that there is none.
         expected: String,
-        /// Name and shape in the weights, or that there is none.
+        /// The name and shape in the weights, or that there is none.
         got: String,
     },
-    /// burn or the model panicked, say about a wrong shape. The weights are as before, and the
-    /// next call works.
+    /// burn or the model panicked, for example because of a wrong shape. The weights did not change, and
+    /// the next call works.
     #[error("the model panicked: {0}")]
     Panicked(String),
 }
 
 /// A model on a device, with flat weights and gradients.
 ///
-/// Flat are the trainable parameters ([`FlatView`]). All others stay as they were in the model given.
+/// The weights are those of the trainable parameters ([`FlatView`]). All other parameters keep the values
+/// of the given model.
 ///
 /// ```
 /// use ps_model::{ConvNet, ImageBatch, LocalModel, StepSeed, default_device_name, select_device};
@@ -94,10 +95,10 @@ pub struct LocalModel<M: Module> {
 }
 
 impl<M: Module> LocalModel<M> {
-    /// Puts a model on a device and in training mode.
+    /// Copies a model to a device, in training mode.
     ///
-    /// Parameters that were frozen before stay frozen. If gradient checkpointing is on for `device`, it
-    /// is on for the model, too.
+    /// Frozen parameters stay frozen. If gradient checkpointing is on for `device`, it is also on for the
+    /// model.
     ///
     /// # Errors
     ///
@@ -126,8 +127,8 @@ impl<M: Module> LocalModel<M> {
         self.view.num_weights()
     }
 
-    /// Returns the model with the weights loaded last, in training mode. Its parameters do not record
-    /// for gradients before `model().clone().train()`.
+    /// Returns the model with the weights loaded last, in training mode. Its parameters record nothing for
+    /// gradients. Those of `model().clone().train()` do.
     #[must_use]
     pub const fn model(&self) -> &M {
         &self.model
@@ -142,13 +143,12 @@ impl<M: Module> LocalModel<M> {
         panic::catch(|| self.view.read_weights(&self.model)).map_err(ModelError::Panicked)
     }
 
-    /// Hands on what training does not change: the values of all parameters that are not trainable, of
-    /// running statistics and of flags such as the `training` of a dropout layer, each with its path, its
-    /// dimensions and its bytes in row-major order, always in the same order.
+    /// Passes on what training does not change: the values of all parameters that are not trainable, of
+    /// running statistics, and of flags such as the `training` of a dropout layer. Each comes with its
+    /// path, its dimensions, and its bytes in row-major order. The order of the tensors is always the same.
     ///
-    /// They do not travel, so processes that train one model together must agree on them. Tensors that
-    /// are no parameters (fields of type `Tensor` rather than `Param`) are not among them: burn shows
-    /// them to nobody.
+    /// They do not travel, so processes that train one model together must agree on them. Fields of type
+    /// `Tensor` (not `Param`) are not included, because burn does not show them.
     ///
     /// # Errors
     ///
@@ -161,12 +161,12 @@ impl<M: Module> LocalModel<M> {
             .map_err(ModelError::Panicked)
     }
 
-    /// Replaces the weights by those of a slice.
+    /// Replaces all weights.
     ///
     /// # Errors
     ///
-    /// If their number is not [`num_weights`](Self::num_weights), or the device fails. The old
-    /// weights stay then.
+    /// If the number of `weights` is not [`num_weights`](Self::num_weights), or if the device fails. The
+    /// weights then do not change.
     pub fn load(&mut self, weights: &[f32]) -> Result<(), ModelError> {
         if weights.len() != self.num_weights() {
             return Err(ModelError::WeightCount {
@@ -177,14 +177,14 @@ impl<M: Module> LocalModel<M> {
         self.load_with(|range, out| out.extend_from_slice(&weights[range]))
     }
 
-    /// Replaces the weights by what `read` appends for the range of each parameter, in order.
+    /// Replaces all weights. Calls `read` for the range of each parameter in order; it appends the numbers.
     ///
-    /// For weights that come in pieces, see [`FlatView::write_weights`].
+    /// Use it for weights that come in pieces; see [`FlatView::write_weights`].
     ///
     /// # Errors
     ///
-    /// If `read` gives a wrong number of weights or panics, or the device fails. The old weights
-    /// stay then.
+    /// If `read` gives a wrong number of weights or panics, or if the device fails. The weights then do not
+    /// change.
     pub fn load_with(
         &mut self,
         read: impl FnMut(Range<usize>, &mut Vec<f32>),
@@ -198,15 +198,15 @@ impl<M: Module> LocalModel<M> {
 }
 
 impl<M: Model> LocalModel<M> {
-    /// Computes the mean loss of a batch, and its gradient, which is written to `out`.
+    /// Computes the mean loss of a batch. Writes the gradient to `out`.
     ///
-    /// The loss and the gradient may be infinite or NaN; it is the server's to refuse them.
+    /// The loss and the gradient may be infinite or NaN. The server refuses such gradients.
     ///
     /// # Errors
     ///
-    /// If `out` is not as long as [`num_weights`](Self::num_weights), the loss is not one number or
-    /// does not depend on the weights, or the model panics, for example about a batch of a wrong
-    /// shape. What `out` holds is unspecified then.
+    /// If the length of `out` is not [`num_weights`](Self::num_weights), if the loss is not a single number
+    /// or does not depend on the weights, or if the model panics, for example because of a batch of a wrong
+    /// shape. The content of `out` is then unspecified.
     pub fn gradient(
         &self,
         batch: &M::Batch,
@@ -241,11 +241,11 @@ impl<M: Model> LocalModel<M> {
         result.map_err(ModelError::Panicked)?
     }
 
-    /// Evaluates the model on a batch: without dropout, without recording for gradients.
+    /// Evaluates the model on a batch, without dropout and without recording anything for gradients.
     ///
     /// # Errors
     ///
-    /// If the model panics, for example about a batch of a wrong shape.
+    /// If the model panics, for example because of a batch of a wrong shape.
     pub fn evaluate(&self, batch: &M::Batch) -> Result<Evaluation, ModelError> {
         panic::catch(|| {
             let device = self.device.clone().inner();

@@ -1,4 +1,4 @@
-//! Loss and score of a classifier.
+//! The loss of a classifier, and the number of its right answers.
 
 use burn::tensor::{Int, Tensor};
 
@@ -20,14 +20,15 @@ pub fn nll_loss(log_probabilities: Tensor<2>, targets: Tensor<1, Int>) -> Tensor
     let [num_targets] = targets.dims();
     assert_eq!(batch, num_targets, "one target for each row");
     let indices = targets.clone().unsqueeze_dim::<2>(1);
-    // Looked at only when burn has failed: a GPU would have to wait for the copy in each step.
+    // Labels are checked only after burn has failed. To check them in each step, a GPU would have to wait
+    // for the copy.
     match panic::catch(|| log_probabilities.gather(1, indices)) {
         Ok(of_targets) => of_targets.mean().neg(),
         Err(message) => panic!("{}", wrong_target(targets, classes).unwrap_or(message)),
     }
 }
 
-/// Says which target is none of the classes.
+/// Returns a text that says which target is not one of the classes.
 fn wrong_target(targets: Tensor<1, Int>, classes: usize) -> Option<String> {
     let targets = targets.into_data();
     let wrong = |(_, label): &(usize, i64)| !(0..classes as i64).contains(label);

@@ -1,4 +1,4 @@
-//! What a model must say to be trained: its loss on a batch.
+//! The trait of models that can be trained: a burn module with a loss.
 
 use std::iter::Sum;
 use std::ops::{Add, AddAssign};
@@ -11,7 +11,7 @@ use crate::local::ModelError;
 use crate::loss::{nll_loss, num_correct};
 use crate::step::Step;
 
-/// A burn module with a loss.
+/// A burn module with a loss. Implement it for a model of your own.
 ///
 /// ```
 /// use burn::module::Module;
@@ -45,25 +45,29 @@ pub trait Model: Module + 'static {
     /// The data of one batch, in host memory.
     type Batch: Send + 'static;
 
-    /// Returns the mean loss over the examples of the batch, a tensor of one number.
+    /// Returns the mean loss over the examples of the batch: a tensor of shape `[1]`.
     ///
-    /// Random choices such as dropout come from `step`, which also names the device for the
-    /// tensors of the batch. (Tensors of a device without autodiff are inputs of an inference to burn's
-    /// layers: a `Dropout` does nothing to them, in training either.) Called for training, and by the default [`evaluate`](Self::evaluate)
-    /// with a step that is not [training](Step::is_training).
+    /// Take random choices, such as dropout, from `step`. Make the tensors of the batch on `step.device()`:
+    /// if a tensor comes from a device without autodiff, burn's layers take it for the input of an
+    /// inference, and a `Dropout` does nothing to it.
+    ///
+    /// It is called for training. The default [`evaluate`](Self::evaluate) calls it too, with a step that
+    /// is not [training](Step::is_training).
     fn loss(&self, batch: &Self::Batch, step: &mut Step) -> Tensor<1>;
 
     /// Counts the examples of a batch.
     fn num_examples(batch: &Self::Batch) -> usize;
 
-    /// Evaluates without training: the sum of the losses and, for a classifier, the right answers.
+    /// Evaluates the model without training it: the sum of the losses and, for a classifier, the number of
+    /// right answers.
     ///
-    /// The default takes the mean from [`loss`](Self::loss) and counts no right answers. Called on
-    /// the module in validation mode ([`Module::valid`]), on a device without autodiff.
+    /// The default computes the sum from the mean that [`loss`](Self::loss) returns, and counts no right
+    /// answers. It is called on the module in validation mode ([`Module::valid`]), on a device without
+    /// autodiff.
     ///
     /// # Panics
     ///
-    /// If the loss is not one number.
+    /// If the loss is not a single number.
     fn evaluate(&self, batch: &Self::Batch, device: &Device) -> Evaluation {
         let loss = self.loss(batch, &mut Step::evaluation(device));
         let got = loss.dims().to_vec();
@@ -72,19 +76,20 @@ pub trait Model: Module + 'static {
     }
 }
 
-/// The result of evaluating a model on some examples. Results on disjoint examples add up.
+/// The result of evaluating a model on some examples. The results on disjoint sets of examples can be
+/// added.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// The number of examples.
     pub num_examples: usize,
-    /// How many were classified correctly; `None` for a model that does not classify.
+    /// How many examples were classified correctly. `None` for a model that does not classify.
     pub num_correct: Option<usize>,
     /// The sum of the losses of the examples.
     pub loss_sum: f64,
 }
 
 impl Evaluation {
-    /// Records the mean loss of a model that does not classify.
+    /// Makes the result of a model that does not classify, from the mean loss of `num_examples` examples.
     #[must_use]
     pub fn from_mean_loss(mean_loss: f32, num_examples: usize) -> Self {
         Self {
@@ -94,7 +99,7 @@ impl Evaluation {
         }
     }
 
-    /// Scores a classifier's answers by [`nll_loss`] and [`num_correct`].
+    /// Makes the result of a classifier, by [`nll_loss`] and [`num_correct`].
     ///
     /// `log_probabilities: [batch, classes]`, `targets: [batch]`.
     ///
@@ -111,7 +116,7 @@ impl Evaluation {
         }
     }
 
-    /// Returns the fraction of right answers, in `0.0..=1.0`; `None` if nothing was classified.
+    /// Returns the fraction of right answers, in `0.0..=1.0`. `None` if nothing was classified.
     #[must_use]
     pub fn accuracy(&self) -> Option<f64> {
         match self.num_correct {
@@ -122,7 +127,7 @@ impl Evaluation {
         }
     }
 
-    /// Returns the mean loss; NaN without examples.
+    /// Returns the mean loss. NaN if there are no examples.
     #[must_use]
     pub fn mean_loss(&self) -> f64 {
         self.loss_sum / self.num_examples as f64
@@ -130,8 +135,8 @@ impl Evaluation {
 }
 
 impl AddAssign for Evaluation {
-    /// Adds the result on other examples. The default value is neutral; a classified and an
-    /// unclassified part together have no accuracy.
+    /// Adds the result on other examples. Adding the default value changes nothing. If only one of two
+    /// results is of a classifier, their sum has no accuracy.
     fn add_assign(&mut self, other: Self) {
         self.num_correct = match (*self, other) {
             (

@@ -18,11 +18,12 @@ use crate::step::Step;
 
 /// A classifier of 28×28 grey images into 10 classes, with 1,199,882 parameters.
 ///
-/// Convolutions 1→32 and 32→64 of size 3 with ReLU between, max-pool 2, dropout 0.25 of whole
-/// channels, fully connected 9216→128, ReLU, dropout 0.5, fully connected 128→10, log-softmax:
-/// `Net` of <https://docs.pytorch.org/tutorials/intermediate/rpc_param_server_tutorial.html>. Like
-/// there, no ReLU follows the second convolution, and both dropouts are `Dropout2d`, which on the
-/// second one's input, `[batch, 128]`, is the ordinary one.
+/// The layers are: convolutions 1→32 and 32→64 of size 3 with ReLU between them, max-pool 2, dropout of
+/// whole channels with probability 0.25, fully connected 9216→128, ReLU, dropout with probability 0.5,
+/// fully connected 128→10, log-softmax. This is `Net` of
+/// <https://docs.pytorch.org/tutorials/intermediate/rpc_param_server_tutorial.html>. As there, no ReLU
+/// follows the second convolution, and both dropouts are `Dropout2d`. For the input of the second one,
+/// `[batch, 128]`, that is ordinary dropout.
 #[derive(Module, Debug)]
 pub struct Net {
     conv1: Conv2d,
@@ -37,7 +38,7 @@ impl Net {
     /// The number of classes.
     pub const NUM_CLASSES: usize = 10;
 
-    /// Makes a net whose initial weights follow from `seed` alone ([`seeded`]).
+    /// Makes a net. Its initial weights follow from `seed` alone ([`seeded`]).
     #[must_use]
     pub fn init(seed: u64, device: &Device) -> Self {
         let rng = &mut Rng::new(seed);

@@ -1,7 +1,7 @@
 //! Turns the panics of burn into error messages.
 //!
-//! burn reports wrong shapes, missing devices and the like by panicking; it unwinds and stays
-//! usable. Callers that run it for somebody else (an actor for its users) need an error instead.
+//! burn panics if a shape is wrong or a device is missing, for example. It unwinds and stays usable. A
+//! caller that runs burn for somebody else, such as an actor for its users, needs an error instead.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -10,21 +10,20 @@ use std::sync::Once;
 
 /// Runs `work`, returning the message of its panic if it panics.
 ///
-/// The panic hook runs as usual. The caller must not go on with values that `work` left half
-/// changed.
+/// The panic hook runs as usual. The caller must not continue to use values that `work` left half changed.
 pub(crate) fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     panic::catch_unwind(AssertUnwindSafe(work)).map_err(message)
 }
 
 thread_local! {
-    /// How many calls of [`catch_quietly`] this thread is in.
+    /// How many calls of [`catch_quietly`] are running on this thread.
     static DEPTH: Cell<u32> = const { Cell::new(0) };
 }
 
 /// Like [`catch`], without the panic hook's output for this thread.
 ///
-/// The hook that is there at the first call goes on for all other threads. It is wrapped once: a hook
-/// that somebody sets later is the only one, and is not kept quiet.
+/// For all other threads, the hook of the first call stays in use. It is wrapped once. If another hook is
+/// set later, that one replaces the wrapper, and its output is not suppressed.
 pub(crate) fn catch_quietly<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static WRAPPED: Once = Once::new();
     WRAPPED.call_once(|| {

@@ -1,8 +1,8 @@
-//! A model, or a part of one, that others compute through: forward now, backward later.
+//! A model, or a part of one, that other processes compute through: forward now, backward later.
 //!
-//! Who calls has neither the weights nor the graph; it sends an input and gets an output, computes
-//! a loss, sends the gradient of the output and gets the gradient of the input, all as [`Array`]s.
-//! In between, a [`Pass`] holds the graph and the weights that it was computed with, whatever is
+//! The caller has neither the weights nor the graph. It sends an input and gets an output. It computes a
+//! loss, sends the gradient of the output, and gets the gradient of the input. All of these are [`Array`]s.
+//! In between, a [`Pass`] holds the graph and the weights that it was computed with, whatever weights are
 //! loaded meanwhile.
 
 use burn::module::Module;
@@ -39,21 +39,21 @@ use crate::{panic, stream};
 /// }
 /// ```
 pub trait Part: Module + 'static {
-    /// The tensor that goes in.
+    /// The type of the input.
     type Input: Activation;
-    /// The tensor that comes out.
+    /// The type of the output.
     type Output: Activation;
 
-    /// Computes the output. Random choices such as dropout come from `step`.
+    /// Computes the output. Take random choices, such as dropout, from `step`.
     fn forward(&self, input: Self::Input, step: &mut Step) -> Self::Output;
 
-    /// Looks at the shape of an input before it is computed with, so that a wrong one gets an error
-    /// that says what is expected. What is not refused here and fails in [`forward`](Self::forward)
-    /// is an error, too, but shows as a panic in the log.
+    /// Checks the shape of an input before the computation, so that a wrong shape gets an error that says
+    /// what is expected. If a wrong input is accepted here and fails in [`forward`](Self::forward), that is
+    /// an error too, but it shows as a panic in the log.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, and what would be right.
+    /// If the shape is wrong. The text says what is wrong and what would be right.
     fn check_input(&self, shape: &[usize]) -> Result<(), String> {
         let _ = shape;
         Ok(())
@@ -63,7 +63,7 @@ pub trait Part: Module + 'static {
 /// How many forward computations one [`Pass`] may hold.
 pub const MAX_CALLS: usize = 64;
 
-/// Why a part did not compute. What the pass had before is still there.
+/// Why a part did not compute. The content of the pass did not change.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum PartError {
@@ -72,52 +72,52 @@ pub enum PartError {
     WrongRank {
         /// The number of dimensions of the tensor.
         expected: usize,
-        /// The shape that came.
+        /// The shape of the array.
         got: Vec<usize>,
     },
-    /// An array is not what it says.
+    /// The number of an array's values is not the product of its shape.
     #[error("an array of shape {shape:?} cannot have {got} numbers")]
     WrongCount {
-        /// The shape that it claims.
+        /// The shape of the array.
         shape: Vec<usize>,
-        /// How many numbers it has.
+        /// The number of its values.
         got: usize,
     },
-    /// The part does not take inputs of this shape.
-    #[error("an input of shape {got:?} cannot be taken: {reason}")]
+    /// The part does not accept inputs of this shape.
+    #[error("the part does not accept an input of shape {got:?}: {reason}")]
     WrongInput {
-        /// The shape that came.
+        /// The shape of the input.
         got: Vec<usize>,
-        /// What is wrong with it.
+        /// What is wrong with the shape.
         reason: String,
     },
-    /// A gradient does not have the shape of the output that it is of.
+    /// The gradient of an output does not have the shape of the output.
     #[error("the output has shape {expected:?}, its gradient {got:?}")]
     WrongGradient {
         /// The shape of the output.
         expected: Vec<usize>,
-        /// The shape that came.
+        /// The shape of the gradient.
         got: Vec<usize>,
     },
-    /// There is a forward computation of that number already.
-    #[error("call {call} was made before; number calls anew")]
+    /// `forward` was already called with this number.
+    #[error("forward was already called for call {call}: give each call a new number")]
     CallRepeated {
-        /// The number.
+        /// The number of the call.
         call: u32,
     },
-    /// No forward computation of that number was made.
-    #[error("there is no call {call} to go back through")]
+    /// `forward` was not called with this number.
+    #[error("forward was not called for call {call}")]
     NoSuchCall {
-        /// The number.
+        /// The number of the call.
         call: u32,
     },
-    /// The gradient of that call was computed already; its graph is gone.
-    #[error("call {call} was gone back through before; its graph is gone: call forward again")]
+    /// `backward` was already called for this call, and its graph is gone.
+    #[error("backward was already called for call {call}: call forward again, with a new number")]
     AlreadyBackward {
-        /// The number.
+        /// The number of the call.
         call: u32,
     },
-    /// More calls than a pass may hold.
+    /// The pass already holds as many calls as it may.
     #[error("one pass holds at most {MAX_CALLS} calls")]
     TooManyCalls,
     /// burn or the part panicked.
@@ -126,15 +126,15 @@ pub enum PartError {
 }
 
 impl<P: Part> LocalModel<P> {
-    /// Starts a pass on the weights loaded last. Weights loaded later do not change it.
+    /// Starts a pass with the current weights. Weights that are loaded later do not change it.
     ///
-    /// `seed` decides dropout in its calls.
+    /// `seed` decides dropout in the calls of the pass.
     ///
     /// # Errors
     ///
     /// If the device fails.
     pub fn begin(&self, seed: StepSeed) -> Result<Pass<P>, PartError> {
-        // Graphs of different passes have nothing in common.
+        // The graphs of different passes share nothing.
         let part = panic::catch(|| self.view.with_leaves(self.model.clone()));
         Ok(Pass {
             part: part.map_err(PartError::Panicked)?,
@@ -147,11 +147,11 @@ impl<P: Part> LocalModel<P> {
         })
     }
 
-    /// Computes an output for its own sake: without dropout, without recording for gradients.
+    /// Computes an output, without dropout and without recording anything for gradients.
     ///
     /// # Errors
     ///
-    /// If the input does not fit, or the part panics.
+    /// If the part does not accept the input, or if it panics.
     pub fn infer(&self, input: Array) -> Result<Array, PartError> {
         check_input(&self.model, &input)?;
         let device = self.device.clone().inner();
@@ -172,7 +172,7 @@ fn check_input<P: Part>(part: &P, input: &Array) -> Result<(), PartError> {
         })
 }
 
-/// Computations through a part at one state of its weights, and their gradient.
+/// Computations through a part with one version of its weights, and their gradient.
 #[derive(Debug)]
 pub struct Pass<P: Part> {
     part: P,
@@ -188,7 +188,7 @@ pub struct Pass<P: Part> {
 #[derive(Debug)]
 enum Call<P: Part> {
     Forward {
-        /// If its gradient is wanted.
+        /// Kept if the gradient of the input is wanted.
         input: Option<P::Input>,
         output: P::Output,
     },
@@ -196,15 +196,15 @@ enum Call<P: Part> {
 }
 
 impl<P: Part> Pass<P> {
-    /// Computes the output for an input and keeps the graph under the number `call`.
+    /// Computes the output for an input, and keeps the graph under the number `call`.
     ///
-    /// Call 0 draws the same dropout masks as [`LocalModel::gradient`] with the pass's seed; every
-    /// other number draws its own. Without `wants_input_gradient`, [`backward`](Self::backward)
-    /// saves the work for it, as for a batch of images.
+    /// Call 0 draws the same dropout masks as [`LocalModel::gradient`] with the seed of the pass. Every
+    /// other number draws other masks. If `wants_input_gradient` is false, [`backward`](Self::backward)
+    /// does not compute the gradient of the input. A batch of images, for example, needs none.
     ///
     /// # Errors
     ///
-    /// If the input does not fit, the number was used before, or the part panics.
+    /// If the part does not accept the input, if the number was used before, or if the part panics.
     pub fn forward(
         &mut self,
         call: u32,
@@ -237,14 +237,14 @@ impl<P: Part> Pass<P> {
         Ok(array)
     }
 
-    /// Goes back through a call, given the gradient of a loss with respect to its output. Adds to
-    /// the [`gradient`](Self::gradient) of the weights, and returns that of the input if it was
-    /// wanted.
+    /// Computes the backward pass of a call, from the gradient of a loss with respect to its output. Adds
+    /// the gradient of the weights to [`gradient`](Self::gradient). Returns the gradient of the input, if
+    /// it was wanted.
     ///
     /// # Errors
     ///
-    /// If there was no such call or it was gone back through before, the gradient has another shape
-    /// than the output, or burn panics.
+    /// If there was no such call, if `backward` was already called for it, if the gradient has another
+    /// shape than the output, or if burn panics.
     pub fn backward(
         &mut self,
         call: u32,
@@ -271,7 +271,7 @@ impl<P: Part> Pass<P> {
         };
         let mut gradient = vec![0.0; self.view.num_weights()];
         let input_gradient = panic::catch(|| {
-            // Where nothing can be trained there is no graph.
+            // If nothing can be trained, there is no graph.
             if !output.is_recorded() {
                 return None;
             }
@@ -289,20 +289,20 @@ impl<P: Part> Pass<P> {
         Ok(input_gradient)
     }
 
-    /// Returns the sum of the gradients of all calls gone back through, flat in the order of
-    /// [`LocalModel::layout`]; `None` before the first.
+    /// Returns the sum of the gradients of all calls whose backward pass was computed. It is flat, in the
+    /// order of [`LocalModel::layout`]. `None` before the first backward pass.
     #[must_use]
     pub fn gradient(&self) -> Option<&[f32]> {
         self.gradient.as_deref()
     }
 
-    /// Takes the gradient out; the next call gone back through begins another.
+    /// Takes the gradient out of the pass. The next backward pass begins another sum.
     pub const fn take_gradient(&mut self) -> Option<Vec<f32>> {
         self.gradient.take()
     }
 }
 
-/// Each call has numbers of its own, or two dropout layers would draw the same mask.
+/// Each call gets its own random numbers. Otherwise two dropout layers would draw the same mask.
 fn seed_of_call(seed: StepSeed, call: u32) -> StepSeed {
     match call {
         0 => seed,

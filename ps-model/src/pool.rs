@@ -1,8 +1,8 @@
 //! Max-pooling for the models of this crate: burn's own, and on the backend `flex` a faster one.
 //!
-//! Windows follow one another without overlap or padding; what does not fill one is left out. The
-//! numbers are burn's; among equal ones in a window the first gets the gradient, as in PyTorch, and NaN
-//! stays NaN.
+//! The windows follow one another without overlap or padding. Numbers that do not fill a window are left
+//! out. The results are burn's. If several numbers of a window are equal, the first one gets the gradient,
+//! as in PyTorch. NaN stays NaN.
 
 #[cfg(feature = "flex")]
 mod flex;
@@ -13,13 +13,14 @@ use burn::tensor::Tensor;
 use burn::tensor::module;
 use burn::tensor::ops::MaxPoolOptions;
 
-/// Takes the largest number of each window of `[size, size]`.
+/// Returns the largest number of each window of `[size, size]`.
 ///
-/// `x: [batch, channels, height, width]`; result: `[batch, channels, height / size, width / size]`.
+/// `x: [batch, channels, height, width]`; result: `[batch, channels, height / size, width / size]`, rounded
+/// down.
 ///
 /// # Panics
 ///
-/// As burn's: if `size` is 0, or larger than the height or the width.
+/// Like burn's operation: if `size` is 0, or larger than the height or the width.
 #[must_use]
 pub fn max_pool2d(x: Tensor<4>, size: usize) -> Tensor<4> {
     #[cfg(feature = "flex")]

@@ -1,9 +1,9 @@
-//! Brings a module to a device and to rest: with autodiff on, but with nothing that burn would keep a
-//! graph of. A step makes leaves of its own ([`FlatView::with_leaves`](crate::flat::FlatView)).
+//! Moves a module to a device and to a state in which autodiff is on, but burn keeps no graph of the
+//! module. A step makes its own leaves ([`FlatView::with_leaves`](crate::flat::FlatView)).
 //!
-//! burn registers every tensor that requires a gradient in a table of the process, and clears that
-//! table in `backward` only. A process that never goes backward, because it evaluates or serves, must
-//! make no such tensors.
+//! burn registers every tensor that requires a gradient in a table of the process. Only `backward` clears
+//! that table. So a process that never calls `backward`, because it only evaluates or serves, must not make
+//! such tensors.
 
 use std::collections::HashSet;
 
@@ -13,16 +13,17 @@ use burn::tensor::{Bool, Device, GradientCheckpointingStrategy, Int, Tensor};
 use crate::flat::FlatError;
 use crate::survey::{Survey, survey};
 
-/// Returns the module in training mode, on `device`, which has autodiff, and what its fields say.
+/// Returns the module in training mode on `device`, which has autodiff, together with a survey of its
+/// fields.
 pub(crate) fn to_rest<M: Module>(model: &M, device: &Device) -> Result<(M, Survey), FlatError> {
-    // Whatever device the model was made on, and for whatever kind of autodiff.
+    // This works whatever device the model was made on, and whatever kind of autodiff that has.
     let model = model.valid().fork(&device.clone().inner()).train();
     let survey = survey(&model);
     let model = survey.map(|survey| match device.gradient_checkpointing_strategy() {
         Some(strategy) if strategy != GradientCheckpointingStrategy::default() => {
             let flags = &survey.enabled_flags;
-            // Tensors that are no parameters cannot be reached, and burn refuses to compute with two
-            // strategies at a time. Without autodiff they go together with everything.
+            // Tensors that are not parameters cannot be reached, and burn refuses to compute with two
+            // strategies at a time. Without autodiff they can be combined with everything.
             let model = model.valid().map(&mut Checkpointed { strategy, flags });
             (model, survey)
         }
@@ -32,10 +33,10 @@ pub(crate) fn to_rest<M: Module>(model: &M, device: &Device) -> Result<(M, Surve
     model
 }
 
-/// Lets burn forget the tensors that required a gradient and are gone.
+/// Makes burn forget the tensors that required a gradient and no longer exist.
 fn sweep(device: &Device) {
     let leaf = Tensor::<1>::zeros([1], device).require_grad();
-    // It goes through the table of the whole process at the end of each way back.
+    // burn goes through the table of the whole process at the end of each backward pass.
     drop(leaf.backward());
 }
 

@@ -1,10 +1,9 @@
-//! The random numbers of this crate: small, seeded, the same bits on every machine.
+//! The random numbers of this crate, from a small seeded generator with the same bits on every machine.
 //!
-//! burn's own stream is one per process, so two workers in one process would disturb each other.
-//! Everything random here (initial weights, dropout masks) comes from an [`Rng`] that its user
-//! owns.
+//! burn's own stream is one for the whole process, so two workers in one process would disturb each other.
+//! All random numbers here (initial weights, dropout masks) come from an [`Rng`] that its user owns.
 
-/// A stream of random numbers, determined by its seed and by nothing else.
+/// A stream of random numbers that depends only on its seed.
 ///
 /// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014,
 /// figure 17, with the constants of java.util.SplittableRandom). Fast and statistically sound
@@ -17,13 +16,13 @@ pub struct Rng {
 const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Rng {
-    /// Starts the stream that belongs to `seed`.
+    /// Starts the stream of `seed`.
     #[must_use]
     pub const fn new(seed: u64) -> Self {
         Self { state: seed }
     }
 
-    /// Starts the stream that belongs to several numbers in order, such as (seed, worker, clock).
+    /// Starts the stream of several numbers in order, such as (seed, worker, clock).
     #[must_use]
     pub fn from_parts(parts: &[u64]) -> Self {
         // Each part is hashed together with all before it, so that (1, 0) and (0, 1) differ and

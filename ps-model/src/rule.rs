@@ -1,11 +1,11 @@
-//! Any burn optimizer that works elementwise, as the update rule of a flat shard of parameters.
+//! Any elementwise burn optimizer, as the update rule of a flat shard of parameters.
 //!
-//! Such an optimizer treats each weight by itself, so one flat tensor for a shard gives the same
-//! numbers as one tensor for each parameter, wherever the shards are cut. (A difference: a module's
-//! optimizer skips a parameter without a gradient, here it gets a gradient of zeros.)
+//! Such an optimizer treats each weight by itself. So one flat tensor for a shard gives the same numbers as
+//! one tensor for each parameter, wherever the shards are cut. (There is one difference: a module's
+//! optimizer skips a parameter without a gradient. Here the parameter gets a gradient of zeros.)
 //!
-//! Optimizers that look at a whole parameter at once (LAMB, Muon, AdaFactor, L-BFGS) and clipping
-//! by norm would mean something else on a shard, and are refused.
+//! Optimizers that use a whole parameter at once (LAMB, Muon, AdaFactor, L-BFGS) and clipping by norm would
+//! compute something else on a shard. They are refused.
 
 use std::fmt;
 
@@ -30,7 +30,7 @@ pub enum RuleError {
          clip by value, or guard the norm where the whole gradient is known"
     )]
     ClippingByNorm,
-    /// Weights and gradient differ in length.
+    /// The numbers of weights and of gradients differ.
     #[error("{weights} weights cannot take a gradient of length {gradient}")]
     GradientLength {
         /// The number of weights.
@@ -38,12 +38,12 @@ pub enum RuleError {
         /// The length of the gradient.
         gradient: usize,
     },
-    /// The rule's state belongs to a shard of another size.
+    /// The state of the rule belongs to a shard of another size.
     #[error("the state of the update rule is for {expected} weights, got {got}")]
     ShardLength {
-        /// The number of weights of the steps before, or of the state loaded.
+        /// The number of weights in the steps before, or in the loaded state.
         expected: usize,
-        /// The number given.
+        /// The number of the given weights.
         got: usize,
     },
     /// The learning rate is infinite or NaN.
@@ -52,22 +52,22 @@ pub enum RuleError {
     /// The state does not belong to this optimizer.
     #[error("the state is not one of this optimizer: {0}")]
     ForeignState(String),
-    /// burn panicked, say because the device failed. The weights are as before, but the
-    /// optimizer's state is lost: load one, or make the rule anew.
+    /// burn panicked, for example because the device failed. The weights did not change, but the
+    /// optimizer's state is lost. Load a state, or make a new rule.
     #[error("the update rule panicked: {0}")]
     Panicked(String),
 }
 
-/// The configuration of a burn optimizer that works elementwise.
+/// The configuration of an elementwise burn optimizer.
 ///
-/// Implemented for those of SGD (with momentum, Nesterov), Adam (AMSGrad), AdamW, RMSProp,
-/// AdaGrad, Lion and Adan. Sealed; [`BurnRule::assume_elementwise`] takes any other optimizer.
+/// It is implemented for SGD (with momentum, Nesterov), Adam (AMSGrad), AdamW, RMSProp, AdaGrad, Lion and
+/// Adan. The trait is sealed. For any other optimizer, use [`BurnRule::assume_elementwise`].
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not the configuration of an elementwise burn optimizer",
     note = "a shard holds pieces of parameters, so only optimizers that treat each weight by itself are supported: SGD, Adam, AdamW, RMSProp, AdaGrad, Lion and Adan"
 )]
 pub trait ElementwiseConfig: sealed::Sealed {
-    /// The optimizer that it configures.
+    /// The optimizer that the configuration describes.
     type Optimizer: Optimizer;
 
     #[doc(hidden)]
@@ -144,12 +144,12 @@ enum State<O: Optimizer> {
     Fresh,
     /// After a step on a shard of this many weights. (Some optimizers need no state.)
     Stepped(usize, Option<O::State<1>>),
-    /// A step has panicked and taken the state along.
+    /// A step has panicked, and the state is lost.
     Lost,
 }
 
 impl<O: Optimizer> BurnRule<O> {
-    /// Makes a rule without state, which computes on `device`.
+    /// Makes a rule without state that computes on `device`.
     ///
     /// # Errors
     ///
@@ -166,11 +166,11 @@ impl<O: Optimizer> BurnRule<O> {
         Ok(Self { clipping, ..rule })
     }
 
-    /// Makes a rule of a burn optimizer that the caller knows to work elementwise.
+    /// Makes a rule of a burn optimizer that is elementwise, although the type system does not know it.
     ///
-    /// Each new weight must depend only on the gradient and the state of this very weight, or
-    /// results depend on where the shards are cut. The state must have the same parts after each
-    /// step, or it cannot be loaded.
+    /// Each new weight must depend only on the gradient and the state of this same weight. Otherwise the
+    /// results depend on where the shards are cut. The state must have the same parts after each step.
+    /// Otherwise it cannot be loaded.
     #[must_use]
     pub fn assume_elementwise(optimizer: O, device: &Device) -> Self {
         Self {
@@ -188,9 +188,8 @@ impl<O: Optimizer> BurnRule<O> {
     ///
     /// # Errors
     ///
-    /// If the lengths differ from each other or from those of the steps before, or the learning
-    /// rate is not finite: nothing has changed then. Or if burn panics: see
-    /// [`RuleError::Panicked`].
+    /// If the lengths differ from each other or from those of the steps before, or if the learning rate is
+    /// not finite. Then nothing has changed. Or if burn panics; see [`RuleError::Panicked`].
     pub fn step(
         &mut self,
         weights: &mut [f32],
@@ -246,7 +245,7 @@ impl<O: Optimizer> BurnRule<O> {
         Ok(())
     }
 
-    /// Copies the optimizer's state into plain data, empty before the first step.
+    /// Copies the optimizer's state into plain data. It is empty before the first step.
     ///
     /// # Errors
     ///
@@ -270,8 +269,8 @@ impl<O: Optimizer> BurnRule<O> {
     ///
     /// # Errors
     ///
-    /// If it is of another optimizer or damaged: names that are missing or too many, tensors of a
-    /// wrong length. The old state stays then.
+    /// If the state is of another optimizer or is damaged: names are missing or superfluous, or a tensor
+    /// has a wrong length. Then the old state stays.
     pub fn load_state(&mut self, saved: RuleState) -> Result<(), RuleError> {
         if saved == RuleState::default() {
             self.state = State::Fresh;

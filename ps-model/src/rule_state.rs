@@ -1,4 +1,4 @@
-//! The state of an update rule as plain data, for a checkpoint to hold.
+//! The state of an update rule as plain data, to be saved in a checkpoint.
 
 use burn::optim::{StateSink, StateSource};
 use burn::tensor::TensorData;
@@ -6,39 +6,39 @@ use serde::{Deserialize, Serialize};
 
 use crate::rule::RuleError;
 
-/// The state of a [`BurnRule`](crate::BurnRule): a few tensors, each of the shard's length (the
-/// moments of Adam, say), and a few numbers (the count of its steps).
+/// The state of a [`BurnRule`](crate::BurnRule). It has some tensors, each with one number per weight of
+/// the shard, such as the moments of Adam. And it has some single numbers, such as the count of steps.
 ///
-/// The default is that of a rule that has taken no step.
+/// The default is the state of a rule that has taken no step.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RuleState {
-    /// The length of the shard.
+    /// The number of weights of the shard.
     pub num_weights: usize,
-    /// In the order of burn's fields.
+    /// The tensors, in the order of burn's fields.
     pub tensors: Vec<StateTensor>,
-    /// In the order of burn's fields.
+    /// The single numbers, in the order of burn's fields.
     pub scalars: Vec<StateScalar>,
 }
 
 /// One tensor of a rule's state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StateTensor {
-    /// burn's name, such as `momentum.moment_1`.
+    /// The name in burn, such as `momentum.moment_1`.
     pub name: String,
-    /// One number for each weight of the shard.
+    /// The numbers, one for each weight of the shard.
     pub values: Vec<f32>,
 }
 
 /// One number of a rule's state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StateScalar {
-    /// burn's name, such as `momentum.time`.
+    /// The name in burn, such as `momentum.time`.
     pub name: String,
     /// The number.
     pub value: StateValue,
 }
 
-/// A number as burn's optimizers keep them.
+/// A number of one of the types that burn's optimizers use.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum StateValue {
     /// A count.
@@ -47,7 +47,7 @@ pub enum StateValue {
     Signed(i64),
     /// A real number.
     Float(f64),
-    /// A switch.
+    /// A truth value.
     Bool(bool),
 }
 
@@ -65,7 +65,7 @@ impl RuleState {
             .scalars
             .into_iter()
             .map(|(name, scalar)| {
-                // burn does not export the type of `scalar`, but its conversions. Integers come
+                // burn does not export the type of `scalar`, only its conversions. Integers are tried
                 // first, because they convert to floats too.
                 let value = u64::try_from(scalar)
                     .map(StateValue::Unsigned)
@@ -103,7 +103,7 @@ impl RuleState {
         source
     }
 
-    /// Lists all names in order, to compare two states.
+    /// Returns all names in order, to compare two states.
     pub(crate) fn names(&self) -> Vec<String> {
         let tensors = self.tensors.iter().map(|tensor| &tensor.name);
         let scalars = self.scalars.iter().map(|scalar| &scalar.name);

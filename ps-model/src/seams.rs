@@ -1,9 +1,9 @@
-//! Joins this process's autograd graph with what is computed elsewhere.
+//! Joins the autograd graph of this process with computations in other processes.
 //!
-//! Where a computation leaves this process and comes back there is a seam: the tensor that goes out
-//! ends one graph, the tensor that comes back begins another. [`Seams::backward`] goes through them
-//! in reverse order. At each it says the gradient of what came back; whoever computed that part
-//! answers with the gradient of what went out. No input or output happens here.
+//! At a seam, a computation leaves this process and comes back. The tensor that goes out ends one graph,
+//! and the tensor that comes back begins another. [`Seams::backward`] goes through the seams in reverse
+//! order. At each seam it names the gradient of the tensor that came back. The process that computed this
+//! part answers with the gradient of the tensor that went out. This module does no input or output.
 
 use std::fmt;
 use std::mem;
@@ -16,14 +16,14 @@ use crate::activation::{Activation, Array};
 use crate::panic;
 use crate::part::PartError;
 
-/// Why a loss could not be gone back from.
+/// Why the backward pass of a loss failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SeamError {
-    /// The answer is not the gradient of what went out.
+    /// The answer is not the gradient of the tensor that went out.
     #[error("the gradient that came back does not fit what went out")]
     Answer(#[from] PartError),
-    /// burn panicked: most likely a tensor is used both before a seam and behind it.
+    /// burn panicked, most likely because a tensor is used both before a seam and behind it.
     #[error(
         "the backward pass panicked: {0} (a tensor that is used on more than one side of a remote \
          call has to be cut first)"
@@ -37,20 +37,20 @@ pub struct Seams {
     seams: Vec<Box<dyn Seam>>,
 }
 
-/// A seam, whatever the ranks of its two tensors.
+/// A seam with two tensors of any ranks.
 trait Seam: Send {
-    /// Whether nothing was computed in between.
+    /// Whether the seam is only a cut, with no computation in between.
     fn is_cut(&self) -> bool;
 
-    /// The gradient of what came back.
+    /// Returns the gradient of the tensor that came back.
     fn output_gradient(&self, gradients: &mut [Gradients]) -> Option<Array>;
 
-    /// Goes on backward from what went out.
+    /// Continues the backward pass from the tensor that went out.
     fn resume(&self, input_gradient: Array) -> Result<Option<Gradients>, PartError>;
 }
 
 struct Between<I, O> {
-    /// Where a gradient is wanted.
+    /// Present if its gradient is wanted.
     input: Option<I>,
     output: O,
     is_cut: bool,
@@ -93,15 +93,15 @@ impl Seams {
         Self::default()
     }
 
-    /// Says whether a seam for this tensor would need its gradient: whether anything that can be
-    /// trained here went into it.
+    /// Whether a seam for this tensor needs its gradient: whether the tensor depends on anything that can
+    /// be trained here.
     #[must_use]
     pub fn wants_gradient(input: &impl Activation) -> bool {
         input.is_recorded()
     }
 
-    /// Goes on with what came back for `input`. The new tensor is on the same device as `input`,
-    /// with autodiff. Returns the number of the seam, too.
+    /// Adds a seam: `input` went out, and the array came back. Returns it as a new tensor, on the device of
+    /// `input` and with autodiff, together with the number of the seam.
     ///
     /// # Errors
     ///
@@ -121,8 +121,9 @@ impl Seams {
         Ok((number, output))
     }
 
-    /// Cuts a graph where a tensor goes several ways, of which one leaves this process: with the
-    /// tensor returned in place of `input`, each piece of the graph is gone through once.
+    /// Cuts a graph at a tensor that is used several times, once of them outside of this process. Use the
+    /// returned tensor instead of `input`. Then the backward pass goes through each piece of the graph
+    /// once.
     #[must_use]
     pub fn cut<A: Activation>(&mut self, input: A) -> A {
         let output = input.clone().into_leaf();
@@ -134,11 +135,11 @@ impl Seams {
         output
     }
 
-    /// Goes back from a loss. It can be done once.
+    /// Begins the backward pass of a loss. This can be done once.
     ///
     /// # Errors
     ///
-    /// If burn panics, say because nothing in the loss can be trained.
+    /// If burn panics, for example because nothing in the loss can be trained.
     pub fn backward(&mut self, loss: &Tensor<1>) -> Result<Backward, SeamError> {
         let first = panic::catch(|| loss.backward()).map_err(SeamError::Panicked)?;
         Ok(Backward {
@@ -148,26 +149,26 @@ impl Seams {
     }
 }
 
-/// A way back under way.
+/// A backward pass that has begun.
 pub struct Backward {
-    /// Those still ahead; the next one last.
+    /// The remaining seams. The last one is next.
     seams: Vec<Box<dyn Seam>>,
     gradients: Vec<Gradients>,
 }
 
-/// One seam on the way back.
+/// One seam of a backward pass.
 pub struct AtSeam<'a> {
-    /// Its number.
+    /// The number of the seam.
     pub number: usize,
-    /// The gradient of the loss with respect to what came back.
+    /// The gradient of the loss with respect to the tensor that came back.
     pub output_gradient: Array,
     seam: Box<dyn Seam>,
     gradients: &'a mut Vec<Gradients>,
 }
 
 impl Backward {
-    /// Returns the next seam that the loss depends on, from the last to the first. After an error
-    /// there is no way on.
+    /// Returns the next seam that the loss depends on, from the last to the first. After an error the
+    /// backward pass cannot go on.
     ///
     /// # Errors
     ///
@@ -192,11 +193,11 @@ impl Backward {
         Ok(None)
     }
 
-    /// Returns the gradients of what can be trained here.
+    /// Returns the gradients of everything that is trained in this process.
     ///
     /// # Panics
     ///
-    /// If there are seams left.
+    /// If seams remain.
     #[must_use]
     pub fn finish(self) -> LocalGradients {
         assert!(self.seams.is_empty(), "there are seams left to go through");
@@ -207,12 +208,12 @@ impl Backward {
 }
 
 impl AtSeam<'_> {
-    /// Goes on with the gradient of the loss with respect to what went out; `None` if it was not
-    /// wanted.
+    /// Continues with the gradient of the loss with respect to the tensor that went out; `None` if it was
+    /// not wanted.
     ///
     /// # Errors
     ///
-    /// If the gradient has another shape than what went out, or burn panics.
+    /// If the gradient has another shape than the tensor that went out, or if burn panics.
     pub fn resume(self, input_gradient: Option<Array>) -> Result<(), SeamError> {
         let Some(input_gradient) = input_gradient else {
             return Ok(());
@@ -233,8 +234,8 @@ pub struct LocalGradients {
 }
 
 impl LocalGradients {
-    /// Takes out those of a module's parameters, for a burn optimizer. Empty for one that had no
-    /// part in the loss.
+    /// Takes out the gradients of a module's parameters, for a burn optimizer. Empty if the loss does not
+    /// depend on the module.
     pub fn take<M: Module>(&mut self, module: &M) -> GradientsParams {
         let mut sum = GradientsAccumulator::new();
         for gradients in &mut self.gradients {

@@ -1,8 +1,8 @@
-//! Layers whose initial weights come from a seed of ours.
+//! Layers whose initial weights come from a given [`Rng`].
 //!
-//! burn draws initial weights from a stream that the whole process shares, and not before a
-//! parameter is first touched. These layers draw at once from the [`Rng`] given, in the order of
-//! their parameters, so the same seed gives the same bits in every process and on every backend.
+//! burn draws initial weights from a stream that the whole process shares, and only when a parameter is
+//! first used. These layers draw at once from the given [`Rng`], in the order of their parameters. So the
+//! same seed gives the same bits in every process and on every backend.
 //!
 //! The rule is PyTorch's default: weight and bias uniform in ±1/√fan_in
 //! (<https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html> and
@@ -15,9 +15,9 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::rng::Rng;
 
-/// Makes a fully connected layer with bias; weight: `[inputs, outputs]`.
+/// Makes a fully connected layer with a bias. Weight: `[inputs, outputs]`.
 ///
-/// (PyTorch keeps the transposed matrix, `[outputs, inputs]`.)
+/// (PyTorch stores the transposed matrix, `[outputs, inputs]`.)
 #[must_use]
 pub fn linear(rng: &mut Rng, [inputs, outputs]: [usize; 2], device: &Device) -> Linear {
     // `init` is lazy: it draws no number from burn's stream.
@@ -27,7 +27,7 @@ pub fn linear(rng: &mut Rng, [inputs, outputs]: [usize; 2], device: &Device) -> 
     linear
 }
 
-/// Makes a convolution with stride 1, bias and no padding; weight: `[outputs, inputs, size, size]`.
+/// Makes a convolution with stride 1, a bias and no padding. Weight: `[outputs, inputs, size, size]`.
 #[must_use]
 pub fn conv2d(
     rng: &mut Rng,

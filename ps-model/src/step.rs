@@ -1,15 +1,15 @@
-//! What a model's loss may depend on besides its weights and the batch: the device, whether it
-//! trains, and random numbers of its own.
+//! What a model's loss may depend on besides the weights and the batch: the device, whether it trains, and
+//! the random numbers of the step.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::rng::Rng;
 
-/// Names the random numbers of one training step.
+/// Identifies the random numbers of one training step.
 ///
-/// Equal seeds give the same dropout masks in any process and on any backend; a step of another
-/// worker or another clock gets others.
+/// Equal seeds give the same dropout masks in any process and on any backend. Another worker or another
+/// clock gets other masks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StepSeed {
     /// The seed of the whole run.
@@ -20,7 +20,7 @@ pub struct StepSeed {
     pub clock: u64,
 }
 
-/// The surroundings of one evaluation of a loss.
+/// The context in which a loss is computed once.
 #[derive(Debug)]
 pub struct Step {
     device: Device,
@@ -55,7 +55,7 @@ impl Step {
         &self.device
     }
 
-    /// Tells a training step from an evaluation.
+    /// Whether this is a training step and not an evaluation.
     #[must_use]
     pub const fn is_training(&self) -> bool {
         self.training
@@ -66,17 +66,32 @@ impl Step {
         &mut self.rng
     }
 
-    /// Sets each element of `x` to zero with `probability` and scales the others to keep the mean.
+    /// Sets each element of `x` to zero with `probability`, and scales the others so that the mean stays
+    /// the same. Does nothing in an evaluation.
     ///
-    /// The mask is drawn on the host from this step's own numbers, 16 bits for each element, so
-    /// the probability is rounded to a multiple of 2⁻¹⁶ (0.25 and 0.5 are exact), and the scale,
-    /// `1 / (1 - probability)`, is that of the rounded one. In an evaluation, and where the
-    /// probability rounds to 0, `x` is returned as it is and no number is drawn. (Srivastava et
-    /// al., "Dropout", JMLR 15, 2014; scaled in training as in
-    /// <https://docs.pytorch.org/docs/stable/generated/torch.nn.Dropout.html>.)
+    /// ```
+    /// use ps_model::burn::tensor::Tensor;
+    /// use ps_model::{Step, StepSeed, default_device_name, select_device};
     ///
-    /// burn's own `Dropout` layer works too, but draws from a stream that all threads share: the same
-    /// seed gives the same bits only where one worker at a time computes in the process.
+    /// let device = select_device(default_device_name())?;
+    /// let x = Tensor::<1>::ones([64], &device);
+    /// let drop = |clock| {
+    ///     let seed = StepSeed { seed: 1, worker: 0, clock };
+    ///     Step::training(&device, seed).dropout(x.clone(), 0.5).into_data()
+    /// };
+    /// assert_eq!(drop(0), drop(0)); // The mask follows from the seed of the step.
+    /// assert_ne!(drop(0), drop(1));
+    /// # Ok::<(), ps_model::DeviceError>(())
+    /// ```
+    ///
+    /// The mask is drawn on the host from the random numbers of this step, with 16 bits for each element.
+    /// So the probability is rounded to a multiple of 2⁻¹⁶ (0.25 and 0.5 are exact). The scale is `1 / (1 -
+    /// probability)`, with the rounded probability. If the probability rounds to 0, and in an evaluation,
+    /// `x` is returned as it is, and no number is drawn. (Srivastava et al., "Dropout", JMLR 15, 2014;
+    /// scaled in training as in <https://docs.pytorch.org/docs/stable/generated/torch.nn.Dropout.html>.)
+    ///
+    /// burn's own `Dropout` layer works too, but it draws from a stream that all threads share. The same
+    /// seed gives the same bits only if one worker at a time computes in the process.
     ///
     /// # Panics
     ///

@@ -1,8 +1,8 @@
 //! The device's stream of random numbers, for burn's layers that draw from it.
 //!
-//! The stream is one for the whole process. As long as one step at a time draws from it, each starts it
-//! anew from its own seed, so the same seed gives the same bits. Steps that draw at the same time, of
-//! several workers of one process, disturb each other: a warning says so, once.
+//! The whole process has one stream. If one step at a time draws from it, each step starts the stream again
+//! from its own seed, so the same seed gives the same bits. If several workers of one process draw at the
+//! same time, their steps disturb each other. A warning then says so, once.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, TryLockError};
@@ -18,7 +18,7 @@ static WARNED: AtomicBool = AtomicBool::new(false);
 /// Keeps the seeds of this stream apart from those of [`Step`](crate::Step).
 const DEVICE_STREAM: u64 = 0x6465_7669_6365;
 
-/// Runs `compute`, during which the `layers` draw from the device's stream.
+/// Runs `compute`, in which the `layers` draw from the device's stream.
 pub(crate) fn seeded<T>(
     layers: &[String],
     device: &Device,
@@ -30,7 +30,7 @@ pub(crate) fn seeded<T>(
     };
     let turn = match IN_USE.try_lock() {
         Ok(turn) => Some(turn),
-        // It guards no data that a panic could have left half changed.
+        // The lock guards no data, so a panic cannot have left anything half changed.
         Err(TryLockError::Poisoned(turn)) => Some(turn.into_inner()),
         Err(TryLockError::WouldBlock) => None,
     };

@@ -1,5 +1,5 @@
-//! Looks at the fields of a module: what is trainable, what is fixed, what cannot be trained by
-//! gradients from elsewhere, and which layers draw random numbers from the device.
+//! Looks at the fields of a module: which are trainable, which are fixed, which cannot be trained by
+//! gradients from other processes, and which layers draw random numbers from the device.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,7 +8,7 @@ use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 
 use crate::flat::{FlatError, FlatView, ParameterSpec};
 
-/// What the fields of a module say.
+/// The result of a survey of a module's fields.
 #[derive(Debug)]
 pub(crate) struct Survey {
     pub(crate) view: FlatView,
@@ -21,8 +21,8 @@ pub(crate) struct Survey {
 /// burn's layers that draw random numbers from the device while they train.
 const RANDOM_LAYERS: [&str; 3] = ["Struct:Dropout", "Struct:GaussianNoise", "Struct:RRelu"];
 
-/// The field by which burn's layers, and any that follow them, are told to leave their statistics and
-/// their input alone. `Module::freeze` switches it off.
+/// The name of the field that tells burn's layers, and any that follow their example, whether they may
+/// change their statistics and their input. `Module::freeze` switches it off.
 const TRAINING_FLAG: &str = "training";
 
 /// Looks at a module in training mode.
@@ -37,8 +37,8 @@ pub(crate) fn survey<M: Module>(module: &M) -> Result<Survey, FlatError> {
     visitor.finish()
 }
 
-/// Asks of everything to become trainable. What is a parameter does; a running statistic, which burn
-/// shows as if it were a frozen parameter, does not.
+/// Tries to make everything trainable. A parameter becomes trainable. A running statistic does not; burn
+/// shows it as if it were a frozen parameter.
 struct Probe;
 
 impl ModuleMapper for Probe {
@@ -56,7 +56,8 @@ impl ModuleVisitor for Probed {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let tensor = param.base();
         let is_quantized = matches!(tensor.dtype(), DType::QFloat(_));
-        // Quantized ones never require a gradient. Statistics are not quantized: a layer adds to them.
+        // Quantized tensors never require a gradient. They are parameters and not statistics, because a
+        // layer adds to those.
         self.is_parameter
             .push(tensor.is_require_grad() || is_quantized);
     }
@@ -65,17 +66,17 @@ impl ModuleVisitor for Probed {
 #[derive(Default)]
 struct Surveyor {
     is_parameter: std::vec::IntoIter<bool>,
-    /// Names of fields, and the types of what they are in.
+    /// The names of the fields on the path, each with the type that contains the field.
     path: Vec<(String, String)>,
     specs: Vec<ParameterSpec>,
     trainable: Vec<bool>,
-    /// The names of all parameters, fixed ones too.
+    /// The names of all parameters, including the fixed ones.
     names: Vec<String>,
     /// Where a parameter was first seen, and whether it is trainable there.
     seen: HashMap<ParamId, (String, bool)>,
     /// The layers and fields of running statistics.
     statistics: Vec<(String, String)>,
-    /// The layers that are told not to train.
+    /// The layers whose flag says that they must not train.
     frozen_layers: HashSet<String>,
     enabled_flags: HashSet<ParamId>,
     random_layers: Vec<String>,
@@ -87,12 +88,12 @@ impl Surveyor {
         join(&self.path)
     }
 
-    /// The path of what the present field is in.
+    /// Returns the path of the layer that contains the current field.
     fn layer(&self) -> String {
         join(self.path.split_last().map_or(&[], |(_, layer)| layer))
     }
 
-    /// Keeps the first error, which says most about the cause.
+    /// Keeps the first error, because it says most about the cause.
     fn fail(&mut self, error: FlatError) {
         self.error.get_or_insert(error);
     }
@@ -130,9 +131,9 @@ fn join(path: &[(String, String)]) -> String {
     names.join(".")
 }
 
-/// Whether the user wants a parameter trained, whatever its tensor can do.
+/// Whether the user wants a parameter to be trained, even if its present tensor cannot be.
 fn is_active<const D: usize>(param: &Param<Tensor<D>>) -> bool {
-    // The setting stays with the parameter and comes to light with a tensor that can be trained.
+    // The parameter keeps the setting. It shows with a tensor that can be trained.
     let other = |tensor: Tensor<D>| Tensor::zeros([1; D], &tensor.device().inner());
     param.clone().map(other).train().base().is_require_grad()
 }
@@ -207,12 +208,12 @@ impl ModuleVisitor for Surveyor {
     }
 }
 
-/// Hands on what training does not change: the values of all parameters that are not trainable, of
-/// running statistics and of flags such as the `training` of a dropout layer, each with its path, its
-/// dimensions and its bytes in row-major order, in the order of the module's fields.
+/// Passes on what training does not change: the values of all parameters that are not trainable, of running
+/// statistics, and of flags such as the `training` of a dropout layer. Each comes with its path, its
+/// dimensions, and its bytes in row-major order. They come in the order of the module's fields.
 ///
-/// Processes that train one model must agree on these. Tensors that are no parameters (fields of type
-/// `Tensor` rather than `Param`) are not among them: burn shows them to nobody.
+/// Processes that train one model must agree on them. Fields of type `Tensor` (not `Param`) are not
+/// included, because burn does not show them.
 pub(crate) fn fixed_tensors<M: Module>(
     module: &M,
     view: &FlatView,

@@ -1,4 +1,4 @@
-//! One step of a trainer: forward and backward through local layers and parts elsewhere.
+//! One step of a trainer: forward and backward through local layers and remote parts.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,40 +17,56 @@ use super::messages::{
 };
 use super::server::PartServer;
 
-/// Why a step could not be computed. The context is of no use any more: drop it, begin another.
+/// Why a step could not be computed. Drop the context and begin another one.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ContextError {
     /// A part server could not be reached, or did not answer.
     #[error("the part server {part} did not answer")]
     Call {
-        /// Its name.
+        /// The name of the part server.
         part: String,
-        /// What became of the call.
+        /// Why the call failed.
         #[source]
         source: CallError,
     },
-    /// A part server refused, or failed.
+    /// A part server refused the call, or failed.
     #[error("the part server {part} did not compute")]
     Served {
-        /// Its name.
+        /// The name of the part server.
         part: String,
-        /// Why.
+        /// Why it did not compute.
         #[source]
         source: ServedError,
     },
-    /// What came back is not a tensor of the part.
-    #[error("what the part returned does not fit")]
+    /// The array from the part does not fit the part's tensors.
+    #[error("the array that the part returned does not fit")]
     Output(#[from] PartError),
-    /// The local part of the backward pass failed.
+    /// The backward pass in this process failed.
     #[error(transparent)]
     Local(#[from] SeamError),
 }
 
 /// Computes a part's output at the latest weights, without dropout and without a gradient.
 ///
+/// ```
+/// use ps::prelude::*;
+/// use ps::served::{PartConfig, infer, serve_part};
+///
+/// let device = select_device(default_device_name())?;
+/// let net = ConvNet::init(1, &device);
+/// let weights = initial_weights(&net, &device)?;
+/// let server = ParameterServer::new(&weights, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// let part = serve_part(&net, &device, &server.into(), PartConfig::default())?;
+///
+/// let batch = Examples::batch(&Mnist::bundled_sample().test, &[0, 1, 2]);
+/// let output = run(infer(&part, batch.images_on(&device)))?;
+/// assert_eq!(output.dims(), [3, 10]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
-/// When the part server cannot be reached, or the input does not fit.
+/// If the part server cannot be reached, or if the part does not accept the input.
 pub async fn infer<P: Part>(
     part: &ActorRef<PartServer<P>>,
     input: P::Input,
@@ -85,7 +101,7 @@ pub(super) fn flat_answer<P: Part, T>(
     })
 }
 
-/// A part server of any type, as a context uses it.
+/// A part server with a part of any type, as a context uses it.
 pub(super) trait UsedPart {
     fn id(&self) -> ActorId;
 
@@ -135,33 +151,33 @@ impl<P: Part> UsedPart for ActorRef<PartServer<P>> {
     }
 
     fn release(&self, context: ContextId) {
-        // Nobody to tell is as good.
+        // If nobody can be told, the context is gone anyway.
         if let Err(error) = self.tell(ReleaseContext(context)) {
             tracing::debug!(%context, %error, "could not be released");
         }
     }
 }
 
-/// One step of a trainer, begun by [`DistributedOptimizer::begin`](super::DistributedOptimizer::begin).
+/// One step of a trainer. [`DistributedOptimizer::begin`](super::DistributedOptimizer::begin) makes it.
 ///
-/// Its drop lets all parts forget it.
+/// When it is dropped, all parts forget it.
 pub struct Context {
     id: ContextId,
     seed: StepSeed,
     seams: Seams,
     next_call: u32,
-    /// By the number of the seam.
+    /// The calls, by the number of the seam.
     calls: HashMap<usize, Call>,
     parts: Vec<Box<dyn UsedPart>>,
     loss: f32,
-    /// 0 if that is not known.
+    /// The number of examples; 0 if it is not known.
     num_examples: usize,
 }
 
-/// A forward computation elsewhere.
+/// A forward computation of a part server.
 #[derive(Clone, Copy)]
 struct Call {
-    /// Its place among the context's parts.
+    /// The index of the part among the context's parts.
     part: usize,
     number: u32,
 }
@@ -180,36 +196,37 @@ impl Context {
         }
     }
 
-    /// The name under which part servers know it.
+    /// Returns the id under which part servers know this context.
     #[must_use]
     pub fn id(&self) -> ContextId {
         self.id
     }
 
-    /// Decides all that is random in this step.
+    /// Returns the seed of all random numbers of this step.
     #[must_use]
     pub fn seed(&self) -> StepSeed {
         self.seed
     }
 
-    /// Says how many examples the batch of this step has, of which the loss is the mean.
+    /// Sets how many examples the batch of this step has. The loss is their mean.
     ///
-    /// With [`Reduction::Mean`](ps_actors::server::Reduction::Mean) that is the weight of this trainer's
-    /// gradient among those of one update. If it is not said, it is not known, and then all gradients of
-    /// the update weigh the same: right where all trainers' batches have one size.
+    /// With [`Reduction::Mean`](ps_actors::server::Reduction::Mean) this is the weight of the trainer's
+    /// gradient among those of one update. If it is not set, all gradients of the update have the same
+    /// weight. This is right if the batches of all trainers have the same size.
     pub fn set_num_examples(&mut self, num_examples: usize) {
         self.num_examples = num_examples;
     }
 
-    /// Sends a tensor through a part, in training mode, and returns what comes out, on the device of
-    /// `input` and with autodiff.
+    /// Sends a tensor through a part, in training mode. Returns the output, on the device of `input` and
+    /// with autodiff.
     ///
-    /// The part takes the latest weights at the context's first call, and the same for later ones.
+    /// At the context's first call, the part takes the latest weights. Later calls use the same weights.
     /// The first call of a context draws the dropout masks that
     /// [`LocalModel::gradient`](ps_model::LocalModel::gradient) draws with the same seed.
     ///
     /// # Errors
-    /// When the part server cannot be reached or has too many contexts, or the input does not fit.
+    /// If the part server cannot be reached or has too many contexts, or if the part does not accept the
+    /// input.
     pub async fn forward<P: Part>(
         &mut self,
         part: &ActorRef<PartServer<P>>,
@@ -233,21 +250,23 @@ impl Context {
         Ok(output)
     }
 
-    /// Cuts the graph at a tensor that goes to a part and also somewhere else. Use what is returned
-    /// in its place; it has the same numbers.
+    /// Cuts the graph at a tensor that goes to a part and also somewhere else. Use the returned tensor
+    /// instead of `tensor`. It has the same numbers.
     #[must_use]
     pub fn cut<A: Activation>(&mut self, tensor: A) -> A {
         self.seams.cut(tensor)
     }
 
-    /// Goes back from a loss, through this process and all parts that it depends on. Returns the
-    /// gradients of what can be trained here; those of the parts stay there.
+    /// Computes the backward pass of a loss, through this process and all parts that the loss depends on.
+    /// Returns the gradients of what is trained in this process. The gradients of the parts stay with the
+    /// part servers.
     ///
-    /// A second loss may follow, of computations made after this; gradients of parts add up.
+    /// You may call it again, with a loss of computations made after this call. The gradients of a part are
+    /// added up.
     ///
     /// # Errors
-    /// When a part server cannot be reached or has forgotten the context, or nothing in the loss can
-    /// be trained.
+    /// If a part server cannot be reached or has forgotten the context, or if nothing in the loss can be
+    /// trained.
     pub async fn backward(&mut self, loss: &Tensor<1>) -> Result<LocalGradients, ContextError> {
         let mut backward = self.seams.backward(loss)?;
         let calls = std::mem::take(&mut self.calls);
@@ -262,11 +281,11 @@ impl Context {
         Ok(backward.finish())
     }
 
-    /// Returns a part's gradient so far, of all its weights in the order of its layout. (PyTorch's
-    /// `get_gradients`.)
+    /// Returns a part's gradient so far: one number for each of its weights, in the order of its layout.
+    /// (In PyTorch, this is `get_gradients`.)
     ///
     /// # Errors
-    /// When the part server cannot be reached, has forgotten the context, or has no gradient for it.
+    /// If the part server cannot be reached, has forgotten the context, or has no gradient for it.
     pub async fn gradient<P: Part>(
         &self,
         part: &ActorRef<PartServer<P>>,
@@ -274,12 +293,12 @@ impl Context {
         flat_answer(part, part.ask(GetGradient(self.id)).await)
     }
 
-    /// The loss gone back from last.
+    /// Returns the loss of the latest backward pass.
     pub(super) fn loss(&self) -> f32 {
         self.loss
     }
 
-    /// How many examples that loss is the mean of; 0 if nobody said.
+    /// Returns how many examples that loss is the mean of; 0 if it is not known.
     pub(super) fn num_examples(&self) -> usize {
         self.num_examples
     }
@@ -288,7 +307,7 @@ impl Context {
         &self.parts
     }
 
-    /// The place of a part among those that this context has to do with, from now on.
+    /// Returns the index of a part among the parts of this context. Adds the part if it is new.
     fn index_of<P: Part>(&mut self, part: &ActorRef<PartServer<P>>) -> usize {
         let known = self.parts.iter().position(|used| used.id() == part.id());
         known.unwrap_or_else(|| {

@@ -1,4 +1,4 @@
-//! Whose computations a part server remembers, and for how long. Knows of no clock or thread.
+//! Which computations a part server remembers, and for how long. This module uses no clock or thread.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 use super::messages::ServedError;
 use super::server::PartConfig;
 
-/// One trainer's computation of one step, on any number of parts.
+/// Identifies one trainer's computation of one step, on any number of parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ContextId {
-    /// Whose.
+    /// The trainer.
     pub trainer: WorkerId,
-    /// Which life of the trainer.
+    /// The incarnation of the trainer.
     pub life: Incarnation,
-    /// Its number in that life.
+    /// The number of the context in that incarnation.
     pub number: u64,
 }
 
@@ -60,7 +60,7 @@ impl<T> Contexts<T> {
         self.by_id.contains_key(&id)
     }
 
-    /// Returns a context, which lives on for another lease.
+    /// Returns a context, and starts its lease again.
     pub(super) fn get(&mut self, id: ContextId, now: Instant) -> Result<&mut T, ServedError> {
         let Some(entry) = self.by_id.get_mut(&id) else {
             let lease = self.config.context_lease.as_millis();
@@ -73,7 +73,8 @@ impl<T> Contexts<T> {
         Ok(&mut entry.value)
     }
 
-    /// Makes room for a context that is to begin. What earlier lives of its trainer left goes.
+    /// Makes room for a context that is about to begin. Forgets what earlier incarnations of its trainer
+    /// left.
     pub(super) fn admit(&mut self, id: ContextId) -> Result<(), ServedError> {
         let is_over = |old: &ContextId| old.trainer == id.trainer && old.life < id.life;
         self.by_id.retain(|old, _| !is_over(old));
@@ -96,7 +97,7 @@ impl<T> Contexts<T> {
         Ok(())
     }
 
-    /// Remembers a context that was admitted.
+    /// Remembers an admitted context.
     pub(super) fn insert(&mut self, id: ContextId, value: T, now: Instant) {
         let last_used = now;
         self.by_id.insert(id, Entry { value, last_used });
@@ -106,7 +107,7 @@ impl<T> Contexts<T> {
         self.by_id.remove(&id);
     }
 
-    /// Forgets contexts that nobody has used for the lease.
+    /// Forgets contexts that were not used for the length of the lease.
     pub(super) fn expire(&mut self, now: Instant) {
         let lease = self.config.context_lease;
         let before = self.by_id.len();
@@ -120,7 +121,7 @@ impl<T> Contexts<T> {
         self.num_expired += (before - self.by_id.len()) as u64;
     }
 
-    /// How often to look for contexts to forget.
+    /// Returns the time between two looks for contexts to forget.
     pub(super) fn sweep_every(&self) -> Duration {
         let (shortest, longest) = (Duration::from_millis(1), Duration::from_secs(3600));
         (self.config.context_lease / 4).clamp(shortest, longest)

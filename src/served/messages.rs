@@ -1,4 +1,4 @@
-//! What a [`PartServer`](super::PartServer) can be asked.
+//! The messages of a [`PartServer`](super::PartServer).
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::contexts::ContextId;
 
-/// A tensor on its way; its numbers travel as they are.
+/// A tensor inside a message. Its numbers are sent as they are.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ArrayMessage {
     shape: Vec<usize>,
@@ -34,60 +34,60 @@ impl From<ArrayMessage> for Array {
     }
 }
 
-/// Computes the part's output for an input, and remembers how until [`Backward`].
+/// Computes the part's output for an input. The part keeps the graph until [`Backward`].
 ///
-/// The first call of a context takes the latest weights; its later ones see the same.
+/// The first call of a context takes the latest weights. Its later calls use the same weights.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<ArrayMessage, ServedError>")]
 pub struct Forward {
-    /// Whose computation it belongs to.
+    /// The context of the computation.
     pub context: ContextId,
-    /// Its number among the context's calls, on all parts.
+    /// The number of this call among all calls of the context, on all parts.
     pub call: u32,
-    /// Decides dropout. The same for all calls of a context.
+    /// The seed of dropout. It is the same for all calls of a context.
     pub seed: StepSeed,
-    /// What goes in.
+    /// The input.
     pub input: ArrayMessage,
     /// Whether [`Backward`] is to return the gradient of the input.
     pub wants_input_gradient: bool,
 }
 
-/// Goes back through a [`Forward`]: adds to the context's gradient of the weights, and returns that
-/// of the input if it was wanted.
+/// Computes the backward pass of a [`Forward`]. Adds to the context's gradient of the weights. Returns the
+/// gradient of the input, if it was wanted.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Option<ArrayMessage>, ServedError>")]
 pub struct Backward {
-    /// Whose computation it belongs to.
+    /// The context of the computation.
     pub context: ContextId,
-    /// The number of the call.
+    /// The number of the [`Forward`] call.
     pub call: u32,
-    /// The gradient of the loss with respect to what came out.
+    /// The gradient of the loss with respect to the output.
     pub output_gradient: ArrayMessage,
 }
 
-/// Computes an output at the latest weights, without dropout, and remembers nothing.
+/// Computes an output at the latest weights, without dropout. Remembers nothing.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<ArrayMessage, ServedError>")]
 pub struct Infer(pub ArrayMessage);
 
-/// Returns a context's gradient of the part's weights so far, and leaves it there.
+/// Returns a context's gradient of the part's weights so far. The part server keeps it.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Gradient, ServedError>")]
 pub struct GetGradient(pub ContextId);
 
-/// Pushes a context's gradient to the servers of the part's weights, and says what became of it. The
-/// context takes no further part in computations. The same message again gets the same answer.
+/// Pushes a context's gradient to the servers of the part's weights, and returns its outcome. The context
+/// takes no further computations. The same message again gets the same answer.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Outcome, ServedError>")]
 pub struct ApplyContext {
-    /// Whose gradient.
+    /// The context whose gradient is pushed.
     pub context: ContextId,
-    /// The name under which the servers know it.
+    /// The id under which the gradient is pushed to the servers.
     pub id: GradientId,
-    /// The loss that it is the gradient of.
+    /// The loss that this is the gradient of.
     pub loss: f32,
-    /// How many examples that loss is the mean of: the gradient's weight in a mean. 0 if that is not known;
-    /// see [`Reduction::Mean`](ps_actors::server::Reduction::Mean).
+    /// How many examples the loss is the mean of. This is the gradient's weight in a mean. 0 if it is not
+    /// known; see [`Reduction::Mean`](ps_actors::server::Reduction::Mean).
     pub num_examples: usize,
 }
 
@@ -101,7 +101,7 @@ pub struct ReleaseContext(pub ContextId);
 #[rtype(result = "Layout")]
 pub struct GetLayout;
 
-/// Returns some of the latest weights, as one row.
+/// Returns a range of the latest weights, as an array of one dimension.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<ArrayMessage, ServedError>")]
 pub struct GetParameter(pub Range<usize>);
@@ -114,35 +114,35 @@ impl Message for GetServers {
     type Result = ServerGroup;
 }
 
-/// Returns what a part server knows about itself.
+/// Returns the status of a part server.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "PartStatus")]
 pub struct GetPartStatus;
 
-/// A part server's view of itself.
+/// The status of a part server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartStatus {
-    /// How many contexts it remembers now.
+    /// How many contexts the part server remembers now.
     pub num_contexts: usize,
-    /// How many it has forgotten because their trainers were not heard of.
+    /// How many contexts it has forgotten because they were not used for the length of the lease.
     pub num_expired: u64,
-    /// The version of the weights that it computed with last.
+    /// The version of the weights that it loaded last. `None` before the first computation.
     pub version: Option<Version>,
 }
 
-/// Why a part server did not do what it was asked to.
+/// Why a part server did not do what a message asked.
 #[derive(Debug, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ServedError {
-    /// It does not know the context.
+    /// The part server does not know the context.
     #[error(
         "{context} is not known here: it was released, or not used for longer than {lease_ms} ms \
          (`PartConfig::context_lease`), or the part server was started anew; begin another one"
     )]
     UnknownContext {
-        /// Which.
+        /// The unknown context.
         context: ContextId,
-        /// How long contexts are remembered that nobody uses, in milliseconds.
+        /// How long an unused context is remembered, in milliseconds.
         lease_ms: u64,
     },
     /// There are too many contexts.
@@ -151,25 +151,25 @@ pub enum ServedError {
          them, or raise `PartConfig::{setting}`"
     )]
     TooManyContexts {
-        /// Which.
+        /// The context that was refused.
         context: ContextId,
-        /// How many there may be.
+        /// How many contexts there may be.
         limit: usize,
-        /// Of whom.
+        /// Whether the limit is for all trainers or for one.
         whose: String,
-        /// The setting with the limit.
+        /// The name of the setting with the limit.
         setting: String,
     },
-    /// The context's gradient is with the servers already.
-    #[error("{context} takes no more computations: its gradient was handed to the servers")]
+    /// The context's gradient has already been pushed to the servers.
+    #[error("{context} takes no more computations: its gradient was pushed to the servers")]
     Stepped {
-        /// Which.
+        /// The context that takes no more computations.
         context: ContextId,
     },
-    /// Nobody has gone back through the context's computations.
+    /// There was no backward pass through the context's computations of this part.
     #[error("{context} has no gradient here: call backward on a loss that depends on this part")]
     NoGradient {
-        /// Which.
+        /// The context without a gradient.
         context: ContextId,
     },
     /// The input or gradient does not fit, or the part failed.
@@ -178,17 +178,17 @@ pub enum ServedError {
     /// The servers' weights are not those of this part.
     #[error("the weights of the servers are not those of this part: {reason}")]
     Weights {
-        /// What is wrong with them.
+        /// How the weights differ.
         reason: String,
     },
-    /// Nobody waited for the answer any more. What was pushed stays, and the same message again gets its
-    /// answer.
-    #[error("the trainer of {context} has gone: send the same message again for what became of it")]
+    /// The caller has gone before the answer was known. The pushed gradient stays, and the same message
+    /// again gets its outcome.
+    #[error("the trainer of {context} has gone: send the same message again to get the outcome")]
     CallerGone {
-        /// Which.
+        /// The context of the message.
         context: ContextId,
     },
-    /// The servers of the part's weights refused, or were not to be reached.
+    /// The servers of the part's weights refused the call, or could not be reached.
     #[error("the servers of the part's weights failed")]
     Servers(#[from] GroupError),
 }

@@ -1,21 +1,21 @@
 //! Models, or parts of one, that live with a server: trainers send inputs, not gradients.
 //!
-//! What PyTorch's RPC guide does with remote references, distributed autograd and a distributed
-//! optimizer. A [`PartServer`] runs a [`Part`](ps_model::Part) for others. Its weights are those of
-//! an ordinary [`ServerGroup`](ps_actors::group::ServerGroup), of one or several servers with any
-//! update rule and consistency mode, so several part servers can compute for the same weights.
-//! A trainer goes through [`Context`]s, one for each step:
+//! These are the counterparts of remote references, distributed autograd and the distributed optimizer in
+//! PyTorch's RPC guide. A [`PartServer`] runs a [`Part`](ps_model::Part) for trainers. Its weights are
+//! those of an ordinary [`ServerGroup`](ps_actors::group::ServerGroup), with one or several servers, any
+//! update rule and any consistency mode. So several part servers can compute with the same weights. A
+//! trainer uses one [`Context`] for each step:
 //!
-//! 1. [`Context::forward`] sends a tensor to a part and goes on with what comes back. The part keeps
-//!    the graph, and the weights that it was computed with, under the context's name (PT-1).
-//! 2. [`Context::backward`] goes back from a loss, through this process and all parts, however they
-//!    alternate. Local layers get their gradients here, those of a part stay there.
-//! 3. [`DistributedOptimizer::step`] has each part push the context's gradient to its servers, where
-//!    it is applied once, however often that is tried (PT-2).
+//! 1. [`Context::forward`] sends a tensor to a part, and returns the part's output. The part keeps the
+//!    graph, and the weights that it was computed with, under the context's id (PT-1).
+//! 2. [`Context::backward`] computes the backward pass of a loss, through this process and all parts in any
+//!    order. The gradients of local layers are returned. Those of a part stay with the part server.
+//! 3. [`DistributedOptimizer::step`] makes each part push the context's gradient to its servers. Each
+//!    gradient is applied once, however often this is tried (PT-2).
 //!
-//! A context that is dropped, or whose trainer is not heard of for
-//! [`context_lease`](PartConfig::context_lease), leaves nothing behind (PT-3), and nobody can fill a
-//! part's memory with contexts (PT-4).
+//! A part forgets a context that is dropped, or that is not used for the length of
+//! [`context_lease`](PartConfig::context_lease) (PT-3). The number of contexts is bounded, so nobody can
+//! fill the memory of a part server with them (PT-4).
 //!
 //! ```
 //! use ps::prelude::*;
@@ -54,8 +54,8 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `server` | the actor that computes |
-//! | `messages` | what it can be asked |
-//! | `contexts` | whose computations it remembers, and for how long |
+//! | `messages` | its messages |
+//! | `contexts` | which computations it remembers, and for how long |
 //! | `context`, `optimizer` | the trainer's side |
 //! | `parameter` | references to single parameters |
 

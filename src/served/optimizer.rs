@@ -1,4 +1,4 @@
-//! Has the gradients of a step applied, wherever they are, once.
+//! Applies the gradients of a step, on all part servers that have one, once.
 
 use futures_util::future::try_join_all;
 use ps_actors::actor::{ActorId, ActorRef, CallError};
@@ -13,43 +13,43 @@ use super::contexts::ContextId;
 use super::messages::{ApplyContext, GetServers, ServedError};
 use super::server::PartServer;
 
-/// How often a step is tried on one part: when the connection was lost, or the servers had given the
-/// trainer up.
+/// How often a step is tried on one part, if the connection was lost or if the servers had declared the
+/// trainer lost.
 const MAX_TRIES: usize = 4;
 
-/// Why a step was not taken on all parts. Trying again with another context of the same clock applies
-/// it only where it was not.
+/// Why a step was not taken on all parts. If you try again with another context of the same clock, the step
+/// is applied only where it was not applied before.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OptimizerError {
     /// A part server could not be reached, or did not answer.
     #[error("the part server {part} did not answer")]
     Call {
-        /// Its name.
+        /// The name of the part server.
         part: String,
-        /// What became of the call.
+        /// Why the call failed.
         #[source]
         source: CallError,
     },
-    /// A part server refused, or has no gradient.
+    /// A part server refused the step, or has no gradient.
     #[error("the part server {part} did not take the step")]
     Served {
-        /// Its name.
+        /// The name of the part server.
         part: String,
-        /// Why.
+        /// Why it did not take the step.
         #[source]
         source: ServedError,
     },
-    /// The servers that hold a part's weights refused, or were not to be reached.
-    #[error("the servers of {part} do not take this trainer")]
+    /// The servers that hold a part's weights refused the trainer, or could not be reached.
+    #[error("the servers of {part} do not accept this trainer")]
     Servers {
         /// The name of the part server.
         part: String,
-        /// Why.
+        /// The error of the servers.
         #[source]
         source: GroupError,
     },
-    /// Two parts would push different gradients under one name.
+    /// Two parts have the same weights, so they would push different gradients under one id.
     #[error("the weights of {part} are those of another part that was added before")]
     SharedServers {
         /// The name of the part server.
@@ -60,10 +60,10 @@ pub enum OptimizerError {
     NothingToStep,
 }
 
-/// One trainer's steps, over all parts whose weights it trains.
+/// One trainer's steps, over all parts whose weights it trains. For an example, see the [module](super).
 ///
-/// Which rule changes the weights, at which learning rate and when, is a matter of the servers of each
-/// part. A part that is not added computes and passes gradients on, but is not trained.
+/// The servers of each part decide by which rule, at which learning rate and when the weights change. A
+/// part that is not added computes outputs and gradients of its inputs, but is not trained.
 pub struct DistributedOptimizer {
     trainer: WorkerId,
     life: Incarnation,
@@ -78,13 +78,13 @@ struct Trained {
     name: String,
     session: Session,
     _heartbeats: Heartbeats,
-    /// So that its id stays.
+    /// Kept so that the actor's id stays in use.
     _part: Box<dyn UsedPart>,
 }
 
 impl DistributedOptimizer {
-    /// Makes the optimizer of a trainer; `seed` decides dropout, and is the same for all trainers of
-    /// a run.
+    /// Makes the optimizer of a trainer. `seed` decides dropout. It must be the same for all trainers of a
+    /// run.
     #[must_use]
     pub fn new(trainer: WorkerId, seed: u64) -> Self {
         Self {
@@ -97,12 +97,12 @@ impl DistributedOptimizer {
         }
     }
 
-    /// Trains this part, too: makes the trainer a member of its servers. One that was a member in an
-    /// earlier life goes on at the clock after its last step.
+    /// Adds a part to train: makes the trainer a member of the part's servers. If it was a member in an
+    /// earlier incarnation, it goes on at the clock after its last step.
     ///
     /// # Errors
-    /// When the part server or its servers cannot be reached or refuse, or their weights are those of
-    /// another part.
+    /// If the part server or its servers refuse or cannot be reached, or if their weights are those of a
+    /// part that was added before.
     pub async fn add<P: Part>(
         &mut self,
         part: &ActorRef<PartServer<P>>,
@@ -136,13 +136,13 @@ impl DistributedOptimizer {
         Ok(())
     }
 
-    /// The number of the next step, counted over the trainer's lives.
+    /// Returns the clock of the next step. It also counts the steps of the trainer's earlier incarnations.
     #[must_use]
     pub fn clock(&self) -> Clock {
         self.next_clock
     }
 
-    /// Begins the computation of the next step. There may be several attempts at one.
+    /// Begins the computation of the next step. A step may be computed several times.
     pub fn begin(&mut self) -> Context {
         let id = ContextId {
             trainer: self.trainer,
@@ -158,15 +158,15 @@ impl DistributedOptimizer {
         Context::new(id, seed)
     }
 
-    /// Has the gradients of a context applied, on all its parts at the same time, and returns what
-    /// became of each, in the order in which the context used them.
+    /// Applies the gradients of a context, on all its parts at the same time. Returns their outcomes, in
+    /// the order in which the context used the parts.
     ///
-    /// Each is applied once, whatever has to be tried again. In the synchronous modes it waits for the
-    /// other trainers.
+    /// Each gradient is applied once, even if the step has to be tried again. In the synchronous modes the
+    /// call waits for the other trainers.
     ///
     /// # Errors
-    /// When a part has no gradient or has forgotten the context, or cannot be reached. The clock then
-    /// stays, and the step may be tried again with another context.
+    /// If a part has no gradient, has forgotten the context, or cannot be reached. The clock then stays,
+    /// and you may try the step again with another context.
     pub async fn step(&mut self, context: Context) -> Result<Vec<Outcome>, OptimizerError> {
         let clock = self.next_clock;
         let steps = self.parts.iter_mut().filter_map(|trained| {
@@ -182,10 +182,10 @@ impl DistributedOptimizer {
         Ok(outcomes)
     }
 
-    /// Ends the trainer's membership, and waits until all servers know.
+    /// Ends the trainer's membership, and waits until all servers have confirmed it.
     ///
     /// # Errors
-    /// When servers cannot be reached.
+    /// If servers cannot be reached.
     pub async fn leave(self) -> Result<(), OptimizerError> {
         let left = self
             .parts

@@ -11,8 +11,8 @@ use super::context::{Context, ContextError, flat_answer};
 use super::messages::{GetLayout, GetParameter};
 use super::server::PartServer;
 
-/// A parameter of a part that lives elsewhere. Can be sent inside messages; keeps the part server
-/// alive, as any reference to it. (PyTorch's `RRef` to a parameter.)
+/// A reference to a parameter of a part on a part server. It can be sent in messages. Like any reference to
+/// the part server, it keeps that alive. (In PyTorch, this is an `RRef` to a parameter.)
 #[derive(Serialize, Deserialize)]
 #[serde(bound = "")]
 pub struct ParameterRef<P: Part> {
@@ -20,10 +20,10 @@ pub struct ParameterRef<P: Part> {
     parameter: Parameter,
 }
 
-/// Returns references to all parameters of a part. (PyTorch's `get_param_rrefs`.)
+/// Returns references to all parameters of a part. (In PyTorch, this is `get_param_rrefs`.)
 ///
 /// # Errors
-/// When the part server cannot be reached.
+/// If the part server cannot be reached.
 pub async fn parameters<P: Part>(
     part: &ActorRef<PartServer<P>>,
 ) -> Result<Vec<ParameterRef<P>>, ContextError> {
@@ -37,28 +37,28 @@ pub async fn parameters<P: Part>(
 }
 
 impl<P: Part> ParameterRef<P> {
-    /// The part server that computes with it.
+    /// Returns the part server that computes with the parameter.
     #[must_use]
     pub fn owner(&self) -> &ActorRef<PartServer<P>> {
         &self.owner
     }
 
-    /// Its path in the part, such as `conv1.weight`.
+    /// Returns the path of the parameter in the part, such as `conv1.weight`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.parameter.name
     }
 
-    /// Its dimensions.
+    /// Returns the dimensions of the parameter.
     #[must_use]
     pub fn shape(&self) -> &[usize] {
         &self.parameter.shape
     }
 
-    /// Fetches its numbers as they are now.
+    /// Fetches the current numbers of the parameter.
     ///
     /// # Errors
-    /// When the part server or its servers cannot be reached.
+    /// If the part server or its servers cannot be reached.
     pub async fn fetch(&self) -> Result<Array, ContextError> {
         let range = self.parameter.range.clone();
         let row = self.owner.ask(GetParameter(range)).await;
@@ -66,13 +66,13 @@ impl<P: Part> ParameterRef<P> {
         self.shaped(row.values)
     }
 
-    /// Fetches its gradient in a context.
+    /// Fetches the gradient of the parameter in a context.
     ///
     /// # Errors
     /// As [`Context::gradient`].
     pub async fn gradient(&self, context: &Context) -> Result<Array, ContextError> {
         let gradient = context.gradient(&self.owner).await?;
-        // It may be over anything: it comes from elsewhere.
+        // The gradient comes from another process, so it may cover any range.
         let (all, own) = (gradient.range(), self.parameter.range.clone());
         let covers = all.start <= own.start && own.end <= all.end;
         let values = covers.then(|| gradient.slice(own).values().to_vec());

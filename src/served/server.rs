@@ -1,4 +1,4 @@
-//! The actor that computes through a part for others.
+//! The actor that computes through a part for trainers.
 
 use std::fmt;
 use std::pin::pin;
@@ -27,17 +27,17 @@ use super::messages::{
 use crate::agreement::agree_on_model;
 use crate::source::{Loadable, SetupError};
 
-/// How much a part server remembers.
+/// The limits of what a part server remembers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartConfig {
-    /// How many contexts of all trainers it remembers at once. Each holds the activations of its
+    /// How many contexts of all trainers together it remembers at once. Each holds the activations of its
     /// batch. Default: 64.
     pub max_contexts: usize,
-    /// How many contexts of one trainer. Default: 8.
+    /// How many contexts of one trainer it remembers at once. Default: 8.
     pub max_contexts_per_trainer: usize,
-    /// How long a context is remembered that nobody uses. Too short: a trainer that takes longer
-    /// between forward and backward must begin again. Too long: what a dead trainer leaves takes
-    /// memory for longer. Default: 60 s.
+    /// How long an unused context is remembered. Too short: a trainer that takes longer between forward and
+    /// backward must begin again. Too long: the contexts of a dead trainer take memory for longer. Default:
+    /// 60 s.
     pub context_lease: Duration,
 }
 
@@ -51,12 +51,12 @@ impl Default for PartConfig {
     }
 }
 
-/// An actor that computes through a part, for trainers anywhere, with the weights of a group of
+/// An actor that computes through a part for trainers in any process. The weights are those of a group of
 /// parameter servers.
 pub struct PartServer<P: Part> {
-    /// In a box, as the passes, for actors can be moved and parts need not be.
+    /// Boxed, like the passes, because an actor must be `Unpin` and a part need not be.
     loadable: Box<Loadable<P>>,
-    /// The weights that the model has now.
+    /// The version of the weights that the model has now.
     version: Option<Version>,
     servers: ServerGroup,
     contexts: Contexts<State<P>>,
@@ -74,10 +74,12 @@ enum State<P: Part> {
     Stepped(Outcome),
 }
 
-/// Starts a part server on a thread of its own, with a copy of `part`. Its weights are those of
-/// `servers`, which [`initial_weights`](crate::source::initial_weights) of the same part have made.
+/// Starts a part server on a thread of its own, with a copy of `part`. Its weights are those of `servers`.
+/// The servers must have been started with the [`initial_weights`](crate::source::initial_weights) of the
+/// same part. For an example, see the [module](super).
 ///
 /// # Errors
+/// If the part has no flat weights, if the device fails, or if the operating system starts no thread.
 /// When the part has no flat weights, the device fails, or the system gives no thread.
 #[expect(
     clippy::missing_panics_doc,
@@ -89,7 +91,7 @@ pub fn serve_part<P: Part>(
     servers: &ServerGroup,
     config: PartConfig,
 ) -> Result<ActorRef<PartServer<P>>, SetupError> {
-    // A mistake shows here, in the caller's thread, rather than as an actor that cannot start.
+    // A mistake is returned here, in the caller's thread. Otherwise it would be an actor that cannot start.
     PartServer::new(part, device, servers, config)?;
     let (part, device, servers) = (part.clone(), device.clone(), servers.clone());
     let started = Spawn::new().start(move || {
@@ -99,12 +101,12 @@ pub fn serve_part<P: Part>(
     Ok(started?)
 }
 
-/// Lets every process of a cluster serve copies of `part`:
-/// `cluster.spawn::<PartServer<_>>(servers)`. One with another part is not let in.
+/// Lets every process of a cluster make part servers with copies of `part`, by
+/// `cluster.spawn::<PartServer<_>>(servers)`. A process with another part cannot join.
 #[must_use]
 pub fn host_parts<P: Part>(hosts: Hosts, part: &P, device: &Device, config: PartConfig) -> Hosts {
     let hosts = agree_on_model(hosts, part, device);
-    // Shared by all threads that make part servers, whether or not a model can be.
+    // All threads that make part servers share it, whether or not a model can be shared.
     let originals = Mutex::new((part.clone(), device.clone()));
     hosts.host(move |servers: ServerGroup| {
         let (part, device) = match originals.lock() {
@@ -130,9 +132,9 @@ impl<P: Part> PartServer<P> {
         })
     }
 
-    /// Puts a snapshot into the model, unless it is there.
+    /// Loads a snapshot into the model, unless this version is already loaded.
     fn load(&mut self, weights: &Weights) -> Result<(), ServedError> {
-        // A slow pull must not bring back what a faster one has replaced.
+        // A slow pull must not bring back weights that a faster one has replaced.
         if self.version >= Some(weights.version()) {
             return Ok(());
         }
@@ -175,7 +177,7 @@ impl<P: Part> PartServer<P> {
         Ok(())
     }
 
-    /// Takes the gradient of a context out of its graph.
+    /// Takes a context's gradient out of its pass.
     fn gradient_to_apply(
         &mut self,
         apply: ApplyContext,
@@ -243,7 +245,7 @@ impl<P: Part> Hosted for PartServer<P> {
     type Args = ServerGroup;
 }
 
-/// The weights that the servers have now.
+/// Pulls the latest weights from the servers.
 async fn latest(servers: ServerGroup) -> Result<Weights, ServedError> {
     Ok(servers.pull(PullVersion::Latest).await?)
 }
@@ -324,14 +326,14 @@ impl<P: Part> Handler<ApplyContext> for PartServer<P> {
                 Ok(gradients) => gradients,
                 Err(outcome) => return Ok(outcome),
             };
-            // In a synchronous mode it waits for other trainers, perhaps for ever.
+            // In a synchronous mode the push waits for other trainers, perhaps for ever.
             match select(pin!(servers.push(gradients)), gone).await {
                 Either::Left((outcome, _)) => Ok(outcome?),
                 Either::Right(((), _)) => Err(ServedError::CallerGone { context }),
             }
         };
         Box::pin(pushed.into_actor(self).map(move |outcome, server, _| {
-            // The trainer may have let go of the context meanwhile.
+            // The trainer may have dropped the context in the meantime.
             if let Ok(outcome) = outcome
                 && let Ok(state) = server.contexts.get(apply.context, Instant::now())
             {

@@ -1,4 +1,5 @@
-//! Numbers in and out: a request's body into a recycled buffer, a snapshot into a reply's body.
+//! Numbers in and out: from a request's body into a recycled buffer, and from a snapshot into a reply's
+//! body.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -22,22 +23,22 @@ use super::problem::Problem;
 use crate::weights::Weights;
 use ps_runtime::buffer::{Buffer, BufferPool};
 
-/// Idle receive buffers that are kept: those of one round of a few workers.
+/// How many idle receive buffers are kept: enough for one round of a few workers.
 const NUM_IDLE_BUFFERS: usize = 16;
 
-/// How long a body is watched before it can be called too slow.
+/// How long a body is measured before it can count as too slow.
 const TRIAL: Duration = Duration::from_secs(1);
 
-/// A gradient that a client is about to send, of the right length.
+/// A gradient of the right length that a client is about to send.
 #[derive(Debug)]
 pub(super) struct Upload {
     body: Body,
-    /// In numbers.
+    /// The length, counted in numbers.
     len: usize,
 }
 
 impl Upload {
-    /// Nothing is taken, neither room nor memory, before the declared length is right.
+    /// Checks the declared length first. A wrong request takes neither a place nor memory.
     pub(super) fn new(request: Request, len: usize) -> Result<Self, Problem> {
         check_length(&request, len)?;
         let body = request.into_body();
@@ -45,28 +46,29 @@ impl Upload {
     }
 }
 
-/// Takes gradients in.
+/// Receives gradients.
 #[derive(Debug)]
 pub(super) struct Uploads {
     config: HttpConfig,
     room: Semaphore,
     buffers: BufferPool,
-    /// Those that have a place.
+    /// The uploads that have a place.
     under_way: Mutex<Vec<Arc<Progress>>>,
 }
 
-/// How far an upload has come.
+/// The progress of an upload.
 #[derive(Debug)]
 struct Progress {
     since: Instant,
     num_bytes: usize,
     filled: AtomicUsize,
-    /// Its place is wanted by another one.
+    /// Tells the upload that it must give its place to another one.
     must_go: Notify,
 }
 
 impl Progress {
-    /// How long it will have taken at its end if it goes on as it does; unknown at the beginning.
+    /// Returns how many seconds the whole upload will take at its current speed. Returns `None` at the
+    /// beginning.
     fn expected(&self, now: Instant) -> Option<f64> {
         let took = now.saturating_duration_since(self.since);
         let filled = self.filled.load(Ordering::Relaxed) as f64;
@@ -74,7 +76,7 @@ impl Progress {
     }
 }
 
-/// A place for an upload; free again at its drop.
+/// A place for an upload. Dropping it frees the place.
 struct Place<'a> {
     uploads: &'a Uploads,
     progress: Arc<Progress>,
@@ -104,8 +106,8 @@ impl Uploads {
         under_way.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for a place. The slowest of those that have one loses it, if at its speed it could not be
-    /// done in time anyway.
+    /// Waits for a place. If none is free, the slowest upload loses its place, provided that it could not
+    /// be finished in time at its current speed.
     async fn place(&self, num_bytes: usize) -> Result<Place<'_>, Problem> {
         let HttpConfig {
             silence,
@@ -152,7 +154,7 @@ impl Uploads {
         }
     }
 
-    /// Receives exactly as many numbers as were announced.
+    /// Receives exactly the announced number of numbers.
     pub(super) async fn receive(&self, upload: Upload) -> Result<Buffer, Problem> {
         let Upload { mut body, len } = upload;
         let num_bytes = len.saturating_mul(4);
@@ -191,7 +193,7 @@ impl Uploads {
                 None if filled == bytes.len() => break,
                 None => return Err(cut("")),
                 Some(Err(error)) => return Err(cut(&format!(": {error}"))),
-                // Trailers say nothing that is asked for.
+                // Trailers contain nothing that the API asks for.
                 Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
             };
             let Some(place) = bytes.get_mut(filled..filled + data.len()) else {
@@ -206,7 +208,7 @@ impl Uploads {
     }
 }
 
-/// Checks what the client says about its body against what it has to be.
+/// Checks the declared length of the body.
 fn check_length(request: &Request, len: usize) -> Result<(), Problem> {
     let expected = (len as u64).saturating_mul(4);
     let what = format!("a gradient of the {len} weights has {expected} bytes");
@@ -238,7 +240,7 @@ fn to_native(numbers: &mut [f32]) {
     }
 }
 
-/// The body that consists of all numbers of a snapshot, in the server's own memory.
+/// Makes the body from all numbers of a snapshot, without copying them out of the server's memory.
 pub(super) fn of_weights(weights: &Weights) -> Body {
     let segments = weights.segments().iter();
     let pieces: VecDeque<Bytes> = segments
@@ -248,7 +250,7 @@ pub(super) fn of_weights(weights: &Weights) -> Body {
     Body::new(Pieces { pieces })
 }
 
-/// Shares the numbers with whoever else reads them.
+/// Returns the numbers as bytes. Other readers may share them.
 fn in_bytes(numbers: &Arc<Buffer>) -> Bytes {
     struct Numbers(Arc<Buffer>);
 
@@ -266,7 +268,7 @@ fn in_bytes(numbers: &Arc<Buffer>) -> Bytes {
     Bytes::from_owner(Numbers(Arc::clone(numbers)))
 }
 
-/// A body in pieces, whose length is known.
+/// A body in pieces with a known length.
 struct Pieces {
     pieces: VecDeque<Bytes>,
 }

@@ -1,4 +1,4 @@
-//! One function per route: read the request, ask the servers, say what came out.
+//! One function per route. Each reads the request, asks the servers, and writes the reply.
 
 use axum::body::Body;
 use axum::extract::{Request, State};
@@ -102,7 +102,7 @@ pub(super) async fn push_pull(State(api): State<Api>, request: Request) -> Answe
     Ok(response)
 }
 
-/// Reads a push: headers first, so that the numbers of a wrong one are not even read.
+/// Reads a push. The headers are checked first, so that the numbers of a wrong push are not even read.
 async fn receive(api: &Api, model: &Model, request: Request) -> Result<GradientUpdate, Problem> {
     let Stamp {
         id,
@@ -112,7 +112,7 @@ async fn receive(api: &Api, model: &Model, request: Request) -> Result<GradientU
     } = Stamp::read(request.headers())?;
     let len = model.layout().await?.num_weights();
     let upload = Upload::new(request, len)?;
-    // Only members take a place, and memory, for what they send.
+    // Only a member's gradient takes a place and memory.
     model.group.heartbeat(id.worker, id.incarnation).await?;
     let values = api.shared.uploads.receive(upload).await?;
     Ok(GradientUpdate {

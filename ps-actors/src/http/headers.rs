@@ -21,13 +21,13 @@ pub(super) const NUM_WEIGHTS: &str = "ps-num-weights";
 pub(super) const OUTCOME: &str = "ps-outcome";
 pub(super) const STALENESS: &str = "ps-staleness";
 
-/// Reads who wants to join, by which request.
+/// Reads which worker wants to join, and with which request.
 pub(super) fn newcomer(headers: &HeaderMap) -> Result<(WorkerId, JoinRequest), Problem> {
     let worker = WorkerId(number(headers, WORKER)?);
     Ok((worker, JoinRequest(number(headers, REQUEST)?)))
 }
 
-/// Who asks.
+/// The member that makes a request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Caller {
     pub(super) worker: WorkerId,
@@ -43,7 +43,7 @@ impl Caller {
     }
 }
 
-/// What a push says about its gradient.
+/// What the headers of a push say about its gradient.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stamp {
     pub(super) id: GradientId,

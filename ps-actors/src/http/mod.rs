@@ -1,14 +1,14 @@
 //! A parameter server for workers in any language: plain HTTP/1.1, raw little-endian `f32`.
 //!
-//! [`routes`] answers `/v1/join`, `/v1/push` and the others of `docs/http-api.md`. What comes in
-//! goes through a [`ServerGroup`] like anything a Rust worker sends, so exactly-once (PS-2), the
-//! consistency modes, fences and leases are the same for both, and both can train together.
+//! [`routes`] answers `/v1/join`, `/v1/push` and the other paths of `docs/http-api.md`. Requests go through
+//! a [`ServerGroup`], like the calls of a Rust worker. So exactly-once (PS-2), the consistency modes,
+//! fences and leases are the same for both, and both can train together.
 //!
-//! Numbers are never converted: a gradient's body is received into the recycled buffer that the
-//! server then adds up, and a snapshot is written from the server's own memory (PS-8). A body is
-//! read only if its length is that of the weights (PS-6), and only so many at a time (PS-7).
+//! Numbers are never converted. A gradient's body is received into the recycled buffer that the server then
+//! adds up. A snapshot is written from the server's own memory (PS-8). A body is read only if its length is
+//! that of the weights (PS-6). The number of bodies that are read at a time is limited (PS-7).
 //!
-//! There is no access control in here: serve the routes behind the token of
+//! This module has no access control. Serve the routes behind the token of
 //! [`Cluster::listen_with`](ps_runtime::cluster::Cluster::listen_with).
 //!
 //! ```
@@ -46,15 +46,15 @@ use self::model::{Model, Opening};
 use self::problem::Problem;
 use crate::group::ServerGroup;
 
-/// How much to take from clients, and how long to wait for them.
+/// How many gradients are received at a time, and how long the server waits for their bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct HttpConfig {
-    /// How many gradients may be on their way in at once; each takes a buffer as large as the
-    /// weights. More wait, for at most [`silence`](Self::silence). Default: 64.
+    /// How many gradients may be received at the same time. Each takes a buffer as large as the weights.
+    /// Further ones wait, for at most [`silence`](Self::silence). Default: 64.
     pub max_uploads: usize,
-    /// A gradient of which nothing comes for this long is given up. Default: 10 s.
+    /// How long a client may send nothing of its gradient before the upload is given up. Default: 10 s.
     pub silence: Duration,
-    /// The longest that a whole gradient may take. Default: 5 minutes.
+    /// How long the upload of a whole gradient may take. Default: 5 minutes.
     pub max_upload_time: Duration,
 }
 
@@ -68,9 +68,9 @@ impl Default for HttpConfig {
     }
 }
 
-/// The routes of a model that may be there only later, or for a while. Cheap to clone.
+/// The routes of a model that may come later, or be there only for a while. Cheap to clone.
 ///
-/// Without a model, requests are answered with 503.
+/// Without a model, requests are answered with status 503.
 #[derive(Clone, Debug)]
 pub struct Api {
     shared: Arc<Shared>,
@@ -82,9 +82,9 @@ struct Shared {
     open: RwLock<Option<Opening>>,
 }
 
-/// Makes the routes of one model, which they keep alive, with the default limits.
+/// Makes the routes of one model, with the default limits. The routes keep the servers of the model alive.
 ///
-/// Several models on one port: `Router::new().nest("/other", routes(other))`.
+/// For several models on one port, use `Router::new().nest("/other", routes(other))`.
 pub fn routes(group: ServerGroup) -> Router {
     let api = Api::new(HttpConfig::default());
     api.open(group);
@@ -92,7 +92,7 @@ pub fn routes(group: ServerGroup) -> Router {
 }
 
 impl Api {
-    /// Makes the routes of no model yet.
+    /// Makes routes without a model.
     #[must_use]
     pub fn new(config: HttpConfig) -> Self {
         Self {
@@ -103,12 +103,12 @@ impl Api {
         }
     }
 
-    /// Lets clients train this model from now on, and no other one.
+    /// Lets clients train this model from now on. It replaces a model that was opened before.
     pub fn open(&self, group: ServerGroup) {
         self.replace(Some(Opening::new(group)));
     }
 
-    /// Lets go of the model: requests under way are answered with 503.
+    /// Closes the model. Requests that are being handled are answered with status 503.
     pub fn close(&self) {
         self.replace(None);
     }
@@ -128,7 +128,7 @@ impl Api {
         model.ok_or_else(|| Problem::unavailable("no model is being trained here now"))
     }
 
-    /// Returns the routes, to be served by any axum server.
+    /// Returns the routes. Any axum server can serve them.
     pub fn routes(&self) -> Router {
         Router::new()
             .route("/v1/join", post(handlers::join))

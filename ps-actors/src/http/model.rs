@@ -1,4 +1,4 @@
-//! The model that is served: its servers, what never changes about it, and who waits for it.
+//! The model that is served: its servers, what never changes about it, and which clients wait for it.
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +13,7 @@ use crate::ids::Version;
 use crate::server::{GroupError, Pull, PullVersion};
 use crate::weights::{Layout, Weights};
 
-/// A model while clients may use it; its drop ends what they wait for.
+/// A model that clients may use now. Dropping it ends the waiting calls of clients.
 #[derive(Debug)]
 pub(super) struct Opening {
     model: Arc<Model>,
@@ -45,24 +45,24 @@ pub(super) struct Model {
     closed: watch::Receiver<()>,
 }
 
-/// Ends when a version is there.
+/// A future that ends when the servers have a certain version.
 type NextUpdate = Shared<BoxFuture<'static, Result<(), Problem>>>;
 
 impl Model {
-    /// Does some work for a client, for as long as the model is open.
+    /// Does some work for a client, as long as the model is open.
     pub(super) async fn while_open<T>(
         &self,
         work: impl Future<Output = Result<T, Problem>>,
     ) -> Result<T, Problem> {
         let mut open = self.closed.clone();
         tokio::select! {
-            // Nothing is ever sent: this is the end.
+            // Nothing is ever sent on this channel. It changes only when the model is closed.
             _ = open.changed() => Err(Problem::unavailable("the training has ended")),
             done = work => done,
         }
     }
 
-    /// Returns the names and shapes of the parameters, asking for them the first time.
+    /// Returns the names and shapes of the parameters. The first call asks the servers for them.
     pub(super) async fn layout(&self) -> Result<&Arc<Layout>, Problem> {
         let ask = async || {
             let weights = self.group.pull(PullVersion::Latest).await?;
@@ -71,7 +71,7 @@ impl Model {
         self.layout.get_or_try_init(ask).await
     }
 
-    /// Returns a snapshot, once there is one as wanted.
+    /// Returns a snapshot of the wanted version. Waits until this version exists.
     pub(super) async fn pull(&self, wanted: PullVersion) -> Result<Weights, Problem> {
         let version = match wanted {
             PullVersion::Latest => Version(0),
@@ -92,17 +92,17 @@ impl Model {
         }
     }
 
-    /// Waits until the servers have `version`, which is later than one that they were seen at.
+    /// Waits until the servers have `version`, which is later than a version that they were seen at.
     ///
-    /// All clients that wait share one call. A call that waits takes one of the server's slots,
-    /// and keeps it when its caller goes away: with a call each, clients that ask for a version in
-    /// the far future and hang up would fill them all.
+    /// All waiting clients share one call. A waiting call takes one of the server's slots, and keeps it
+    /// even if its caller has gone. If each client had its own call, clients that ask for a version in the
+    /// far future and hang up would fill all slots.
     async fn await_update(&self, version: Version) -> Result<(), Problem> {
         let update = {
             let next = self.next_update.lock();
             let mut next = next.unwrap_or_else(PoisonError::into_inner);
             match &*next {
-                // Somebody has seen this version already.
+                // Somebody has already seen this version.
                 Some((asked, _)) if *asked > version => return Ok(()),
                 Some((_, update)) if update.peek().is_none() => update.clone(),
                 _ => {
@@ -118,7 +118,7 @@ impl Model {
     fn ask_for(&self, version: Version) -> NextUpdate {
         let first = self.group.servers().next().cloned();
         let ask = async move {
-            // A group without servers cannot be made.
+            // This cannot happen: a group has at least one server.
             let Some(first) = first else { return Ok(()) };
             let reply = first.ask(Pull(PullVersion::AtLeast(version))).await;
             let (index, reply) = (

@@ -1,4 +1,4 @@
-//! What a client is told when it does not get what it asked for.
+//! What a client gets instead of the answer that it asked for.
 
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -94,7 +94,7 @@ impl Problem {
                 ShardError::VersionGone { oldest, .. } => {
                     Self::new(StatusCode::GONE, text).version(*oldest)
                 }
-                // Only a server of the group can be told so.
+                // Only servers of the group get this error.
                 ShardError::WrongUpdate { .. } | ShardError::BadUpdate { .. } => {
                     Self::unavailable(text)
                 }

@@ -1,4 +1,4 @@
-//! The JSON of the API, apart from the types of the program, which may change.
+//! The JSON of the API. It is separate from the program's own types, which may change.
 
 use serde::Serialize;
 
@@ -15,7 +15,7 @@ struct Layout<'a> {
 struct Parameter<'a> {
     name: &'a str,
     shape: &'a [usize],
-    /// The place of its first number, counted in numbers.
+    /// The index of its first number.
     start: usize,
     /// How many numbers it has.
     len: usize,
@@ -31,7 +31,7 @@ struct Status {
     reduction: Option<String>,
     epoch: u64,
     num_pending: usize,
-    /// How many workers have to join before the first round closes.
+    /// How many workers must join before the first round closes.
     num_to_join: usize,
     /// The members whose gradients the others wait for.
     awaited: Vec<u32>,
@@ -64,7 +64,7 @@ pub(super) fn layout(layout: &weights::Layout) -> String {
     })
 }
 
-/// The first server's view, with the size of all.
+/// Writes the status of the first server, with the size of the weights of all servers.
 pub(super) fn status(servers: &[ServerStatus]) -> String {
     let first = servers.first();
     let run = first.and_then(|first| first.coordinator.as_ref());

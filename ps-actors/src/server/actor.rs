@@ -1,8 +1,8 @@
-//! The actor around the pure core: takes a message, steps the core, performs the effects.
+//! The actor around the pure core: it takes a message, steps the core, and performs the effects.
 //!
-//! The first server of a group holds the coordinator besides its shard. Its decisions go to
-//! the other servers in order (`followers`). A caller whose answer has to wait is kept under its
-//! ticket (`waiting`), until it has gone away; members that are silent are lost (`leases`).
+//! The first server of a group holds the coordinator besides its shard. Its decisions go to the other
+//! servers in order (`followers`). A caller whose answer has to wait is kept under its ticket until it is
+//! answered or has gone (`waiting`). Members that are silent for too long are declared lost (`leases`).
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -25,13 +25,28 @@ use crate::rule::UpdateRule;
 use crate::weights::{GradientUpdate, Weights};
 use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 
-/// Holds weights, or a contiguous range of them, and applies gradients to them.
+/// An actor that holds weights, or a contiguous range of them, and applies gradients to them.
+///
+/// ```
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{Consistency, GetStatus, ParameterServer, ServerConfig, SetConsistency};
+/// use ps_actors::weights::{Layout, Weights};
+///
+/// let initial = Weights::initial(Layout::flat(3), vec![0.5; 3]);
+/// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+///
+/// server.ask(SetConsistency(Consistency::Asp)).wait()??;
+/// let status = server.ask(GetStatus).wait()?;
+/// assert_eq!(status.range, 0..3);
+/// assert_eq!(status.coordinator.unwrap().consistency, Consistency::Asp);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct ParameterServer {
     pub(super) shard: Shard,
     pub(super) role: Role,
     pub(super) waiting: Waiting,
-    /// How many messages fetch their gradients from elsewhere.
+    /// How many messages are fetching their gradients from other processes.
     pub(super) num_fetching: usize,
     stall: Stall,
 }
@@ -46,16 +61,16 @@ pub(super) enum Role {
 pub(super) struct First {
     pub(super) coordinator: Coordinator,
     pub(super) followers: Vec<Follower>,
-    /// What shows the followers that it is the first.
+    /// Shows the followers that this is the first server.
     pub(super) secret: GroupSecret,
     pub(super) leases: Leases,
 }
 
 impl ParameterServer {
-    /// Makes a server that holds all of `initial`.
+    /// Makes a server that holds all weights of `initial`.
     ///
     /// # Errors
-    /// When a setting cannot work.
+    /// If a setting cannot work.
     pub fn new(
         initial: &Weights,
         rule: impl UpdateRule,
@@ -65,7 +80,7 @@ impl ParameterServer {
         Self::first(initial, initial.range(), rule, config, secret, Vec::new())
     }
 
-    /// Makes the first server of a group: it decides, and `followers` hold the other ranges.
+    /// Makes the first server of a group, which decides. `followers` hold the other ranges.
     pub(crate) fn first(
         initial: &Weights,
         range: Range<usize>,
@@ -124,20 +139,20 @@ impl ParameterServer {
 
     /// Starts the server as an actor on a thread of its own.
     ///
-    /// It is not restarted after a panic, because a restart would silently go back to the
-    /// initial weights: calls fail instead.
+    /// It is not restarted after a panic, because a restart would silently go back to the initial weights.
+    /// Calls fail instead (S-8).
     ///
     /// # Errors
-    /// When the thread cannot be started.
+    /// If the thread cannot be started.
     pub fn spawn(self) -> Result<ActorRef<Self>, SpawnError> {
         self.spawn_with(Spawn::new())
     }
 
-    /// Starts the server with a name or other options of the actor; its restart policy and its bound
-    /// on pending calls are replaced, see [`ParameterServer::options`].
+    /// Starts the server with a name or other options of the actor. Its restart policy and its bound on
+    /// pending calls are replaced; see [`ParameterServer::options`].
     ///
     /// # Errors
-    /// When the name is taken, or the thread cannot be started.
+    /// If the name is taken, or the thread cannot be started.
     #[expect(
         clippy::missing_panics_doc,
         reason = "an actor that is never restarted is made once"
@@ -147,9 +162,9 @@ impl ParameterServer {
         Self::options(options).start(move || server.take().expect("a server is never restarted"))
     }
 
-    /// Adds to the options of an actor what a server needs, wherever it is hosted: no restart, because
-    /// that would silently go back to the initial weights, and slots for as many calls as may wait and
-    /// more, so that status, heartbeats, joining and leaving never queue behind calls that wait.
+    /// Adds the options that a server needs, wherever it is hosted. There is no restart, because a restart
+    /// would silently go back to the initial weights. There are more slots than calls that may wait, so
+    /// that status, heartbeats, joining and leaving never queue behind waiting calls.
     pub fn options(options: Spawn) -> Spawn {
         options.restart(RestartPolicy::NEVER).max_pending(MAX_CALLS)
     }
@@ -188,7 +203,7 @@ impl ParameterServer {
         Ok(())
     }
 
-    /// Follows a decision of its own and queues it for the others.
+    /// Follows a decision of this server, and queues it for the other servers.
     fn decide(&mut self, decision: Decision) -> Result<(), ServerError> {
         let Role::First(first) = &mut self.role else {
             return Err(ServerError::NotFirst);
@@ -228,7 +243,7 @@ impl ParameterServer {
             return;
         };
         let answer = answer.map_err(|refusal| first.leases.explain(refusal));
-        // A caller that has gone away will ask again, and get the same answer.
+        // A caller that has gone will ask again, and get the same answer.
         match self.waiting.remove(ticket) {
             Some(Caller::Worker(_, caller)) => _ = caller.send(answer),
             Some(Caller::PushPull(_, caller)) => {
@@ -251,8 +266,7 @@ impl ParameterServer {
         }
     }
 
-    /// Hands `event` to the coordinator on behalf of a worker and returns where its answer will
-    /// arrive.
+    /// Gives `event` to the coordinator for a worker. Returns the receiver of its answer.
     pub(super) fn step_for(
         &mut self,
         worker: WorkerId,
@@ -283,14 +297,15 @@ impl ParameterServer {
             leases,
             ..
         } = self.coordinate()?;
-        // Of others no books are kept: there may be any number of them (PS-7).
+        // Nothing is recorded about workers that are not members, because there may be any number of them
+        // (PS-7).
         if coordinator.incarnation(worker).is_some() {
             leases.heard(worker, Instant::now());
         }
         Ok(ticket)
     }
 
-    /// Takes a push in; its answer goes to `caller`, now or later.
+    /// Takes a push. Its answer goes to `caller`, now or later.
     pub(super) fn push(
         &mut self,
         gradients: GradientUpdate,
@@ -322,7 +337,8 @@ impl ParameterServer {
         }
     }
 
-    /// Stages a gradient here, unless its worker is no member: then the coordinator says so.
+    /// Stages a gradient here. If its worker is not a member, nothing is staged, and the coordinator
+    /// refuses the push.
     fn stage_own(&mut self, gradients: &GradientUpdate) -> Result<(), ServerError> {
         if !self.is_pending(gradients.id)? {
             self.shard.discard(gradients.id);
@@ -335,8 +351,8 @@ impl ParameterServer {
         Ok(())
     }
 
-    /// Whether a push of this name was accepted and waits. Otherwise, what is staged under the name was
-    /// judged by nobody, and makes room for what is judged now (PS-6).
+    /// Whether a push with this id was accepted and waits. If not, nobody has checked what is staged under
+    /// the id, and the gradient that is checked now replaces it (PS-6).
     fn is_pending(&mut self, id: GradientId) -> Result<bool, ServerError> {
         Ok(self.coordinate()?.coordinator.is_pending(id))
     }
@@ -348,11 +364,11 @@ impl ParameterServer {
     ) -> Result<Weights, ServerError> {
         self.check_followers()?;
         for gradients in &message.gradients {
-            // Checked for all before anything is staged anywhere.
+            // All gradients are checked before any is staged.
             self.check_range(gradients)?;
         }
         for GradientUpdate { id, gradient, .. } in &message.gradients {
-            // What is pending was judged as it was pushed, and this call will be refused.
+            // A pending gradient was checked when it was pushed, and this call will be refused.
             if !self.is_pending(*id)? {
                 self.decide(Decision::Discard(*id))?;
                 self.decide(Decision::Stage(*id, gradient.clone()))?;
@@ -383,14 +399,14 @@ impl ParameterServer {
         }
     }
 
-    /// Forgets calls whose callers have gone. What they pushed stays: it may be pushed again.
+    /// Forgets calls whose callers have gone. Their gradients stay. They may be pushed again.
     fn forget_callers(&mut self, tickets: Vec<Ticket>) {
         let mut pushes = BTreeSet::new();
         for ticket in tickets {
             match self.waiting.remove(ticket) {
                 Some(Caller::Pull(_)) => self.shard.cancel_pull(ticket),
                 Some(Caller::Worker(..) | Caller::PushPull(..)) => _ = pushes.insert(ticket),
-                // Answered meanwhile.
+                // The call was answered in the meantime.
                 None => {}
             }
         }
@@ -399,7 +415,7 @@ impl ParameterServer {
         }
     }
 
-    /// Declares members lost that were silent for longer than the lease.
+    /// Declares members lost that were silent for longer than the worker lease.
     fn check_leases(&mut self, ctx: &mut Context<Self>) {
         let waiting = self.waiting.workers();
         let Role::First(first) = &mut self.role else {
@@ -414,14 +430,14 @@ impl ParameterServer {
         let lost = leases.lost(members, &waiting, Instant::now());
         let lease = leases.lease();
         for worker in lost {
-            tracing::warn!(%worker, ?lease, "lost: not heard of within its lease");
+            tracing::warn!(%worker, ?lease, "lost: silent for longer than its lease");
             if let Err(error) = self.step(Event::Lost { worker }, ctx) {
                 tracing::error!(%error, "could not declare a worker lost");
             }
         }
     }
 
-    /// Says for whom a round waits that does not close.
+    /// Logs which workers the server waits for, if a round does not close.
     fn look_for_stall(&mut self, _: &mut Context<Self>) {
         if let Role::First(first) = &self.role {
             let coordinator = &first.coordinator;
@@ -436,8 +452,8 @@ impl ParameterServer {
     }
 }
 
-/// The latest life that a worker which never joined can be in: it was made an hour ahead of this
-/// machine's clock at most.
+/// The latest incarnation that a worker may have that never joined. Such a worker was made at most an hour
+/// ahead of this machine's clock.
 fn newest_life() -> Incarnation {
     const TOLERANCE: Duration = Duration::from_secs(3600);
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -468,20 +484,20 @@ pub(super) fn outcome(answer: Answer) -> Outcome {
     }
 }
 
-/// How long no update is made, although pushes wait for one, before the server says so.
+/// How long pushes wait without an update before the server logs it.
 const STALL: Duration = Duration::from_secs(5);
 
-/// Notices that pushes are held up and no update is made.
+/// Detects that pushes wait and no update is made.
 #[derive(Debug, Default)]
 struct Stall {
     held_up_at: Option<Version>,
-    /// How many looks in a row nothing has moved.
+    /// How many looks in a row found no progress.
     num_looks: u32,
 }
 
 impl Stall {
-    /// Returns how many looks in a row nothing has moved, the first time, and each time that this is
-    /// twice as many: steps may be long, and a log is not to be filled.
+    /// Returns how many looks in a row found no progress, if this number is a power of two. So a long step
+    /// does not fill the log.
     fn look(&mut self, num_held_up: usize, version: Version) -> Option<u32> {
         let held_up_at = (num_held_up > 0).then_some(version);
         let is_same = held_up_at.is_some() && held_up_at == self.held_up_at;
@@ -499,7 +515,7 @@ impl StreamHandler<Vec<Ticket>> for ParameterServer {
         self.forget_callers(left);
     }
 
-    /// Never, for the server has the sending end. It would stop the actor.
+    /// This never happens, because the server owns the sending end. The default would stop the actor.
     fn finished(&mut self, _: &mut Self::Context) {}
 }
 
@@ -512,7 +528,7 @@ impl Actor for ParameterServer {
         }
         if let Role::First(first) = &self.role {
             if let Some(lease) = first.leases.lease() {
-                // A timer's time has to have an end.
+                // An interval must not be so long that adding it to the current time overflows.
                 let every = (lease / 4).min(Duration::from_secs(3600));
                 ctx.run_interval(every, Self::check_leases);
             }

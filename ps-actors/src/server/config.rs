@@ -6,33 +6,53 @@ use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
 
-/// The shortest lease: it is looked after four times as often, and timers have milliseconds.
+/// The shortest worker lease. Leases are checked four times per lease, by timers that count in
+/// milliseconds.
 const MIN_LEASE: Duration = Duration::from_millis(10);
 
-/// What a parameter server does with gradients.
+/// The settings of a parameter server.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use ps_actors::server::{Consistency, ServerConfig};
+///
+/// let config = ServerConfig {
+///     consistency: Consistency::Ssp { bound: 3 },
+///     learning_rate: 1e-3,
+///     max_norm: 1e3,
+///     worker_lease: Some(Duration::from_secs(10)),
+///     ..ServerConfig::default()
+/// };
+/// assert_eq!(config.check(), Ok(()));
+///
+/// let wrong = ServerConfig { learning_rate: -1.0, ..config };
+/// assert!(wrong.check().is_err());
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServerConfig {
     /// When gradients are applied. Default: [`Consistency::Bsp`].
     pub consistency: Consistency,
-    /// How the gradients of one update become one. Default: [`Reduction::Mean`].
+    /// How the gradients of one update are combined. Default: [`Reduction::Mean`].
     pub reduction: Reduction,
-    /// The learning rate. Default: 0.01.
+    /// The learning rate: a number from 0 to the largest `f32`. Default: 0.01.
     pub learning_rate: f64,
-    /// The largest norm that a gradient may have. Default: infinity, which still refuses
-    /// gradients that contain NaN or infinity.
+    /// The largest Euclidean norm that a gradient may have; a positive number. A gradient with a larger
+    /// norm is refused. Too low: useful gradients are refused. Too high: one bad batch can spoil the
+    /// weights. Default: infinity. Gradients that contain NaN or infinity are refused in any case.
     pub max_norm: f64,
     /// How long a member may be silent before it counts as lost; at least 10 ms. Workers send heartbeats
     /// while they compute. Too short: a worker on a busy machine or a slow network must join again and
-    /// again. Too long: a dead worker holds up synchronous rounds.
-    /// Default: `None`, for ever; then a driver must send [`ReportLost`](super::ReportLost).
+    /// again. Too long: a dead worker holds up synchronous rounds. Default: `None`, which means for ever. A
+    /// driver must then send [`ReportLost`](super::ReportLost) for each dead worker.
     pub worker_lease: Option<Duration>,
-    /// How many different workers must have joined before the first round of
-    /// [`Consistency::Bsp`] or [`Consistency::KofN`] closes, so that who comes first does not train
-    /// alone. A worker that is reported lost is not waited for. Default: 0.
+    /// How many different workers must have joined before the first round of [`Consistency::Bsp`] or
+    /// [`Consistency::KofN`] closes, so that the first worker does not train alone. The server does not
+    /// wait for a worker that is reported lost. Default: 0.
     pub wait_for_workers: usize,
-    /// How many versions are kept besides the current one, for pulls that want one version of
-    /// several servers. Each costs as much memory as the weights. Default: 0; a group of
-    /// several servers keeps at least 4.
+    /// How many versions of the weights are kept besides the current one. They are for pulls that need the
+    /// same version from several servers. Each version takes as much memory as the weights. Default: 0. A
+    /// group of several servers keeps at least 4.
     pub num_kept_versions: usize,
 }
 
@@ -54,16 +74,16 @@ impl Default for ServerConfig {
 #[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// Not a usable learning rate.
+    /// The learning rate is negative, NaN, or too large for `f32`.
     #[error("the learning rate must be a number from 0 to {max:.1e}, but is {0:?}", max = f32::MAX)]
     LearningRate(f64),
-    /// Not a usable limit.
+    /// The largest gradient norm is NaN, zero, or negative.
     #[error("the largest gradient norm must be a positive number or infinity, but is {0}")]
     MaxNorm(f64),
-    /// A lease that is over at once.
+    /// The worker lease is too short.
     #[error("the lease must be at least {MIN_LEASE:?}, but is {0:?}")]
     Lease(Duration),
-    /// No round could close.
+    /// `k` is 0 in [`Consistency::KofN`].
     #[error("k-of-n needs k of at least 1")]
     NoQuorum,
 }
@@ -72,7 +92,7 @@ impl ServerConfig {
     /// Checks every setting that can be checked without knowing the workers.
     ///
     /// # Errors
-    /// When a setting cannot work; the error says what it has to be.
+    /// If a setting cannot work. The error says which values the setting may have.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_learning_rate(self.learning_rate)?;
         check_consistency(self.consistency)?;

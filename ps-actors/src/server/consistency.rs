@@ -5,38 +5,51 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// When a pushed gradient is applied, and how far workers may drift apart.
+/// When a pushed gradient is applied, and how many steps the workers may be apart.
 ///
-/// Written as `bsp`, `asp`, `ssp:3`, `k-of-n:2`.
+/// It is written as `bsp`, `asp`, `ssp:3` or `k-of-n:2`:
+///
+/// ```
+/// use ps_actors::server::Consistency;
+///
+/// assert_eq!("ssp:3".parse(), Ok(Consistency::Ssp { bound: 3 }));
+/// assert_eq!(Consistency::KofN { k: 2 }.to_string(), "k-of-n:2");
+///
+/// let error = "ssp".parse::<Consistency>().unwrap_err();
+/// assert_eq!(
+///     error.to_string(),
+///     "`ssp` is no consistency mode: use bsp, asp, ssp:BOUND or k-of-n:K with K ≥ 1"
+/// );
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Consistency {
-    /// Bulk synchronous: one update per round, of one gradient of every live worker. The same
-    /// result as one worker on the joined batch, if the reduction is [`Reduction::Mean`].
+    /// Bulk synchronous: each round is one update, made of one gradient of every live worker. With
+    /// [`Reduction::Mean`], the result is that of one worker on the joined batch, up to rounding.
     Bsp,
-    /// Asynchronous: every gradient is applied when it arrives. Nobody waits; fast workers
-    /// push gradients that slow ones then push stale ones on top of.
+    /// Asynchronous: each gradient is applied when it arrives. No worker waits. Slow workers push gradients
+    /// that they computed on old weights.
     Asp,
-    /// Stale synchronous: as `Asp`, but a worker waits before its step gets more than `bound`
-    /// steps ahead of the slowest live worker's (Ho et al., NIPS 2013,
-    /// <https://papers.nips.cc/paper/4894>). `bound` 0 keeps all at the same step.
+    /// Stale synchronous: like `Asp`, but a worker waits before it starts a step that is more than `bound`
+    /// steps ahead of the slowest live worker's step (Ho et al., NIPS 2013,
+    /// <https://papers.nips.cc/paper/4894>). With `bound` 0 all workers take the same step.
     Ssp {
-        /// How many steps the fastest worker may be ahead of the slowest.
+        /// How many steps a worker may be ahead of the slowest live worker.
         bound: u64,
     },
-    /// Backup workers: a round closes with the first `k` distinct workers; gradients that come
-    /// later were computed on old weights, and are dropped and counted (Chen et al., 2016,
-    /// <https://arxiv.org/abs/1604.00981>). With fewer than `k` live workers, all of them.
+    /// Backup workers: a round closes with the gradients of the first `k` distinct workers. Gradients that
+    /// arrive later were computed on old weights. They are dropped and counted (Chen et al., 2016,
+    /// <https://arxiv.org/abs/1604.00981>). With fewer than `k` live workers, a round needs all of them.
     KofN {
-        /// How many workers close a round, at least 1.
+        /// How many distinct workers close a round; at least 1.
         k: usize,
     },
 }
 
 impl Consistency {
-    /// Checks the choice against the number of workers that will take part.
+    /// Checks the mode against the number of workers that will take part.
     ///
     /// # Errors
-    /// When `k` is 0 or more than `num_workers`.
+    /// If `k` is 0 or more than `num_workers`.
     pub fn check(self, num_workers: usize) -> Result<(), ConsistencyError> {
         match self {
             Self::KofN { k } if k == 0 || k > num_workers => {
@@ -84,32 +97,35 @@ impl FromStr for Consistency {
 #[derive(Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ConsistencyError {
-    /// The text names no mode.
+    /// The text does not name a mode.
     #[error("`{text}` is no consistency mode: use bsp, asp, ssp:BOUND or k-of-n:K with K ≥ 1")]
     Unknown {
-        /// What was given.
+        /// The text.
         text: String,
     },
-    /// A round that could never close, or closes with nothing.
+    /// `k` is 0 or more than the number of workers.
     #[error("k-of-n:{k} needs k between 1 and the number of workers, which is {num_workers}")]
     NotAmongWorkers {
-        /// What was given.
+        /// The `k` of the mode.
         k: usize,
         /// How many workers there are.
         num_workers: usize,
     },
 }
 
-/// How the gradients of one update become one gradient.
+/// How the gradients of one update are combined into one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reduction {
-    /// Their mean, weighted with how many examples each batch had, as one worker computes on the joined
-    /// batch: the learning rate means the same for any number of workers. If it is not known how many
-    /// examples a batch had (0), all gradients of its update weigh the same. Batches of one size give the
-    /// bits of the plain mean. More than 2³² examples of a batch are refused.
+    /// The mean of the gradients, weighted with the number of examples of each batch. This is what one
+    /// worker computes on the joined batch, so a learning rate means the same for any number of workers.
+    ///
+    /// If the number of examples of one batch is not known (0), all gradients of the update have the same
+    /// weight. If all batches have the same size, the bits are those of the plain mean. A gradient of a
+    /// batch with more than 2³² examples is refused.
     #[default]
     Mean,
-    /// Their sum, as Ray's parameter-server example does: with n workers an n times longer step.
+    /// The sum of the gradients, as in Ray's parameter-server example. With n workers, a step is n times as
+    /// long.
     Sum,
 }
 
@@ -136,7 +152,7 @@ impl FromStr for Reduction {
     }
 }
 
-/// A reduction that does not exist.
+/// The text does not name a reduction.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("`{text}` is no reduction: use mean or sum")]
 pub struct ReductionError {

@@ -1,15 +1,14 @@
 //! Decides which gradients make which update, as a pure state machine.
 //!
-//! `step(state, event) → effects`: no clock, randomness, input, output or actor in here, and
-//! no weights either. The coordinator sees a gradient's [`Stamp`] only; the numbers wait in
-//! the [`Shard`](super::shard::Shard)s, which follow the coordinator's decisions in order.
-//! So the weights of all shards pass through the same versions, made of the same gradients,
-//! in every consistency mode: any number of servers computes the same bits as one (PS-3), and
-//! a version means the same everywhere (PS-5).
+//! `step(state, event) → effects`: this module uses no clock, randomness, input, output or actor, and holds
+//! no weights. The coordinator sees only a gradient's [`Stamp`]. The numbers wait in the
+//! [`Shard`](super::shard::Shard)s, which follow the coordinator's decisions in order. So the weights of
+//! all shards pass through the same versions, made of the same gradients, in every consistency mode. Any
+//! number of servers computes the same bits as one (PS-3), and a version means the same everywhere (PS-5).
 //!
-//! A push is *new*, then *pending* (it waits for its round, or for slower workers), then
-//! *settled* with an [`Outcome`] in the worker's ledger (PS-2). Everything that may happen
-//! next is decided in `rounds`, after every event.
+//! A push is *new*, then *pending* (it waits for its round, or for slower workers), then *settled* with an
+//! [`Outcome`] in the worker's ledger (PS-2). After every event, `rounds` decides everything that may
+//! happen next.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,12 +28,13 @@ struct Member {
     /// The clock of its first step, and the progress that this step counts as.
     first_clock: Clock,
     first_progress: u64,
-    /// The clock that it works on: after the latest settled one.
+    /// The clock of the current step: the one after the latest settled clock.
     next_clock: Clock,
 }
 
 impl Member {
-    /// Steps done before `clock`, comparable between workers that joined at different times.
+    /// The number of steps before `clock`. It can be compared between workers that joined at different
+    /// times.
     fn progress(&self, clock: Clock) -> u64 {
         let steps = clock.0.saturating_sub(self.first_clock.0);
         self.first_progress.saturating_add(steps)
@@ -62,29 +62,29 @@ struct HeldAnswer {
     outcome: Outcome,
 }
 
-/// The state machine. See the module's text.
+/// The state machine; see the module's text.
 #[derive(Clone, Debug)]
 pub(super) struct Coordinator {
     consistency: Consistency,
     reduction: Reduction,
     max_norm: f64,
-    /// How many workers more must have come before the first round closes.
+    /// How many more workers must join, or be declared lost, before the first round closes.
     num_awaited: usize,
-    /// Those that were counted down already: no more than were awaited.
+    /// The workers that have already been subtracted from the number that was awaited.
     arrived: BTreeSet<WorkerId>,
     version: Version,
     epoch: Epoch,
     members: BTreeMap<WorkerId, Member>,
     ledgers: BTreeMap<WorkerId, Ledger>,
-    /// In order of arrival.
+    /// The pending pushes, in order of arrival.
     pending: Vec<PendingPush>,
     held_answers: Vec<HeldAnswer>,
     stats: BTreeMap<WorkerId, WorkerStatus>,
 }
 
 impl Coordinator {
-    /// Starts at version 0 with no members. Gradients with a norm above `max_norm` are refused
-    /// (infinity: only those that are not finite).
+    /// Starts at version 0 with no members. Gradients with a norm above `max_norm` are refused. If
+    /// `max_norm` is infinite, only gradients whose norm is not finite are refused.
     #[must_use]
     pub(super) fn new(consistency: Consistency, reduction: Reduction, max_norm: f64) -> Self {
         Self {
@@ -103,15 +103,15 @@ impl Coordinator {
         }
     }
 
-    /// Lets no round of [`Consistency::Bsp`] or [`Consistency::KofN`] close before this many
-    /// different workers have joined, or were declared lost without ever coming.
+    /// Lets no round of [`Consistency::Bsp`] or [`Consistency::KofN`] close before this many different
+    /// workers have joined, or have been declared lost without ever joining.
     #[must_use]
     pub(super) fn wait_for_workers(mut self, num_workers: usize) -> Self {
         self.num_awaited = num_workers;
         self
     }
 
-    /// Takes one event and returns what is to be done.
+    /// Takes one event and returns what the server must do.
     pub(super) fn step(&mut self, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
         match event {
@@ -153,8 +153,8 @@ impl Coordinator {
                 then_start,
             } => {
                 if let Err(refusal) = self.push(ticket, stamp, then_start, &mut effects) {
-                    // A push that is to come again needs what is staged for it: a follower that was
-                    // told to forget it only after it was staged again would wait for it for ever.
+                    // A push that will be repeated needs its staged numbers. A follower might be told to
+                    // forget them after they have been staged again, and would then wait for them for ever.
                     if !matches!(refusal, Refusal::TooManyPending { .. }) {
                         self.discard_unless_pending(stamp.id, &mut effects);
                     }
@@ -191,14 +191,14 @@ impl Coordinator {
         self.version
     }
 
-    /// Returns the workers that take part, each with its life.
+    /// Returns the members, each with its incarnation.
     pub(super) fn members(&self) -> impl Iterator<Item = (WorkerId, Incarnation)> + '_ {
         self.members
             .iter()
             .map(|(&worker, member)| (worker, member.incarnation))
     }
 
-    /// How many entries the largest book about workers has.
+    /// Returns the number of entries of the largest record about workers.
     #[cfg(test)]
     pub(in crate::server) fn largest_book(&self) -> usize {
         let Self {
@@ -240,7 +240,7 @@ impl Coordinator {
     ) -> Result<Membership, Refusal> {
         let ledger = self.ledgers.get(&worker);
         if let Some(got) = ledger.and_then(|ledger| ledger.life_of(request)) {
-            // The same request once more: the same answer, and nothing changes.
+            // The same request again gets the same answer, and nothing changes.
             let member = self.members.get(&worker);
             return match member.filter(|member| member.incarnation == got) {
                 Some(member) => Ok(self.membership(member)),
@@ -256,8 +256,8 @@ impl Coordinator {
         let ledger = self.ledgers.entry(worker).or_default();
         ledger.join(request);
         let (incarnation, first_clock) = (ledger.incarnation, ledger.first_clock());
-        // A newcomer counts as being where the slowest is: it holds nobody back for steps
-        // that others took before it came.
+        // A new member counts as being at the step of the slowest one. So it does not hold the others back
+        // for steps that they took before it joined.
         let first_progress = self.slowest_progress().unwrap_or(0);
         let member = Member {
             incarnation,
@@ -265,7 +265,7 @@ impl Coordinator {
             first_progress,
             next_clock: first_clock,
         };
-        // It is seen from now on, though it may never push.
+        // The status lists the worker from now on, even if it never pushes.
         self.stat(worker);
         self.epoch = self.epoch.next();
         effects.push(Effect::Fence {
@@ -286,15 +286,15 @@ impl Coordinator {
         }
     }
 
-    /// Counts a worker down that has come, or never will, the first time that it is heard of.
+    /// Reduces the number of awaited workers, the first time that a worker joins or is declared lost.
     fn no_longer_await(&mut self, worker: WorkerId) {
         if self.num_awaited > 0 && self.arrived.insert(worker) {
             self.num_awaited -= 1;
         }
     }
 
-    /// Ends a worker's membership. What it has pending is not applied, so that its next life
-    /// can push it again.
+    /// Ends a worker's membership. Its pending gradients are not applied, so its next incarnation can push
+    /// them again.
     fn remove(&mut self, worker: WorkerId, effects: &mut Vec<Effect>) {
         let Some(member) = self.members.remove(&worker) else {
             return;

@@ -1,15 +1,15 @@
-//! How the first server of a group tells the others what it decided, and how they know that it is the
-//! first.
+//! How the first server of a group tells the others its decisions, and how they know that it is the first.
 //!
-//! Decisions go out in order, one [`Follow`] at a time per server, so that they pile up here, where
-//! their number is bounded, rather than there. Each `Follow` has a number: one that was taken already is
-//! answered as the first time and changes nothing, so a lost connection ends nothing, and the first
-//! server asks again. Each also carries the group's secret: nobody else decides (PS-6).
+//! Decisions are sent in order, one [`Follow`] at a time per server. So they pile up here, where their
+//! number is bounded, and not at the other servers. Each `Follow` has a number. If a follower has already
+//! taken this number, it gives the same answer again and changes nothing. So a lost connection ends
+//! nothing: the first server sends the `Follow` again. Each `Follow` also carries the group's secret, so
+//! nobody else can decide (PS-10).
 //!
-//! The numbers of a gradient are not among the decisions: whoever pushes it has staged its parts before.
-//! If it has not, or a part was lost, the answer to the `Follow` says which gradients are missing, and the
-//! first server, which keeps each gradient that it applied until all servers have it, sends them (S-9). So
-//! a group waits for nothing that nobody is going to send.
+//! The numbers of a gradient are not part of a decision, because the worker has staged the parts before its
+//! push. If it has not, or if a part was lost, the answer to the `Follow` names the missing gradients. The
+//! first server then sends them (S-9). For this, it keeps each gradient that it applied until all servers
+//! have it. So a group never waits for something that nobody will send.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
@@ -26,40 +26,41 @@ use crate::ids::GradientId;
 use crate::weights::Gradient;
 use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
 
-/// How many decisions another server may be behind before gradients are refused.
+/// How many decisions another server may be behind. If it is further behind, gradients are refused.
 const MAX_BEHIND: usize = 4096;
 
-/// How many bytes of gradients are kept for another server, besides those of the two latest updates, before
-/// gradients are refused.
+/// How many bytes of gradients are kept for another server, not counting those of the two latest updates.
+/// If there are more, gradients are refused.
 const MAX_KEPT: usize = 1 << 30;
 
-/// What one message to another server may hold (see [`weight`]), unless one decision alone is more.
+/// How many bytes of numbers one message to another server may hold (see [`weight`]), unless a single
+/// decision needs more.
 const MAX_TOLD: usize = 64 << 20;
 
-/// How many gradients another server says at once that it lacks.
+/// How many missing gradients another server names in one answer.
 const MAX_LACKING: usize = 1024;
 
-/// How long another server may be out of reach before the group is broken. It is broken at once when
-/// the server is known to have ended.
+/// How long another server may be out of reach before the group is broken. If the server is known to have
+/// ended, the group is broken at once.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The shortest and the longest time between two tries to tell it.
+/// The shortest and the longest pause before a `Follow` is sent again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// What the servers of one group know, and nobody else.
+/// A random number that only the servers of one group know.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct GroupSecret([u8; 16]);
 
 impl GroupSecret {
     /// # Panics
-    /// When the system gives no random numbers.
+    /// If the operating system gives no random numbers.
     pub(crate) fn random() -> Self {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).expect("the system gives random numbers");
         Self(bytes)
     }
 
-    /// One that is the same every time.
+    /// Returns a secret that is always the same for the same number.
     #[cfg(test)]
     pub(crate) fn made_of(number: u64) -> Self {
         Self(u128::from(number).to_le_bytes())
@@ -72,19 +73,19 @@ impl fmt::Debug for GroupSecret {
     }
 }
 
-/// Another server of the group, as the first one sees it.
+/// Another server of the group, from the point of view of the first one.
 #[derive(Debug)]
 pub(super) struct Follower {
     server: ActorRef<ParameterServer>,
-    /// Decisions that it was not told yet.
+    /// Decisions that have not been sent to it yet.
     undelivered: VecDeque<Decision>,
-    /// Those that it is being told, until it is known to have them.
+    /// Decisions that are being sent, until it is known to have them.
     telling: Vec<Decision>,
     /// The gradients of updates that it is not known to have made.
     kept: BTreeMap<GradientId, Gradient>,
-    /// Those of them whose update it was told.
+    /// Those of the kept gradients whose update has been sent.
     unconfirmed: Vec<GradientId>,
-    /// The number of the `Follow` under way, or of the next one.
+    /// The number of the `Follow` that is under way, or of the next one.
     number: u64,
     out_of_reach_since: Option<Instant>,
     gone: Option<String>,
@@ -104,10 +105,11 @@ impl Follower {
         }
     }
 
-    /// Takes a decision that is to be told, and keeps the gradients that an update is made of, which the
-    /// first server still has in its own shard.
+    /// Queues a decision. If it is an update, also keeps its gradients, which are still in the first
+    /// server's own shard.
     pub(super) fn queue(&mut self, decision: Decision, own: &Shard) {
-        // Nobody is told any more, and nothing is decided either, but for what is under way.
+        // Nothing more is sent to this server. And nothing more is decided, except for calls that are
+        // already being handled.
         if self.gone.is_some() {
             return;
         }
@@ -119,7 +121,7 @@ impl Follower {
         self.undelivered.push_back(decision);
     }
 
-    /// Says why the group as a whole cannot do what it would be asked to.
+    /// Returns an error if this server prevents the group from doing its work.
     pub(super) fn check(&self, index: usize) -> Result<(), ServerError> {
         if let Some(reason) = &self.gone {
             let reason = reason.clone();
@@ -132,17 +134,18 @@ impl Follower {
         }
     }
 
-    /// Whether its delay costs too much memory. What the two latest updates are made of has to be kept in
-    /// any case: a round may have thousands of gradients.
+    /// Whether this server's delay costs too much memory. The gradients of the two latest updates do not
+    /// count, because they have to be kept in any case: a round may have thousands of gradients.
     fn keeps_too_much(&self) -> bool {
-        // All are over the whole model.
+        // All gradients have the same size, because each covers the whole model.
         let size = self.kept.values().next().map_or(0, num_bytes);
         let told = self.telling.iter().chain(&self.undelivered);
         let updates = || told.filter(|decision| matches!(decision, Decision::Update { .. }));
         size.saturating_mul(self.kept.len()) > MAX_KEPT && updates().count() > 2
     }
 
-    /// Whether there is something to tell it now: as many decisions as fit into one message.
+    /// Moves as many decisions as fit into one message to `telling`. Returns whether there is something to
+    /// send now.
     fn take_undelivered(&mut self) -> bool {
         if !self.telling.is_empty() || self.gone.is_some() {
             return false;
@@ -159,7 +162,7 @@ impl Follower {
         !self.telling.is_empty()
     }
 
-    /// Notes that it has what it was told, and queues what it lacks.
+    /// Notes that the server has taken the decisions, and queues the gradients that it lacks.
     fn taken(&mut self, lacking: Vec<GradientId>) -> Result<(), String> {
         self.number += 1;
         let mut completed = BTreeSet::new();
@@ -183,7 +186,7 @@ impl Follower {
             let Some(gradient) = kept else {
                 return Err(format!("it says that it lacks {id}, which it has"));
             };
-            tracing::debug!(%id, "was not staged on another server, which is sent its numbers");
+            tracing::debug!(%id, "was not staged on another server; sending it the numbers");
             let complete = Decision::Complete(id, gradient.clone());
             self.undelivered.push_front(complete);
         }
@@ -203,8 +206,8 @@ fn num_bytes(gradient: &Gradient) -> usize {
     size_of_val(gradient.values())
 }
 
-/// How much of a message a decision takes, in bytes of numbers. What stands in its header, where there is
-/// little room, and the number of buffers count as more than they have.
+/// The size of a decision in a message, in bytes of numbers. The header and the number of buffers are
+/// limited more tightly than the numbers. So what they need is counted as more bytes than it has.
 fn weight(decision: &Decision) -> usize {
     const EACH: usize = 64 << 10;
     const EACH_NAME: usize = 2 << 10;
@@ -215,17 +218,17 @@ fn weight(decision: &Decision) -> usize {
     }
 }
 
-/// What became of a `Follow`.
+/// The outcome of sending a `Follow`.
 enum Told {
-    /// These gradients are lacking.
+    /// It was taken, and these gradients are missing.
     Taken(Vec<GradientId>),
-    /// It may have been taken, and can be sent again.
+    /// It may have been taken. It can be sent again.
     Again(String),
     Gone(String),
 }
 
 impl ParameterServer {
-    /// Sends each follower what it was not told yet.
+    /// Sends each follower the decisions that it does not have yet.
     pub(super) fn tell_followers(&mut self, ctx: &mut Context<Self>) {
         let Role::First(first) = &mut self.role else {
             return;
@@ -239,7 +242,7 @@ impl ParameterServer {
         }
     }
 
-    /// Tells a follower what it is to be told, for the first time or again.
+    /// Sends a follower its decisions, for the first time or again.
     fn tell(&mut self, index: usize, ctx: &mut Context<Self>) {
         let Role::First(first) = &mut self.role else {
             return;
@@ -292,14 +295,14 @@ impl ParameterServer {
         }
     }
 
-    /// Refuses work that the group as a whole could not do.
+    /// Refuses a call if the group as a whole cannot handle it.
     pub(super) fn check_followers(&mut self) -> Result<(), ServerError> {
         let mut followers = self.coordinate()?.followers.iter().enumerate();
         followers.try_for_each(|(index, follower)| follower.check(index + 1))
     }
 }
 
-/// Whether a call may go better next time, and the called actor may well be alive.
+/// Whether the call may succeed next time, because the called actor may still be alive.
 fn is_passing(error: &CallError) -> bool {
     let is_full = matches!(
         error,
@@ -311,12 +314,12 @@ fn is_passing(error: &CallError) -> bool {
     is_full || error.is_connection_lost()
 }
 
-/// What a follower knows about who decides.
+/// What a follower knows about the first server.
 #[derive(Debug)]
 pub(super) struct Following {
     secret: GroupSecret,
     next_number: u64,
-    /// The answer to the last `Follow` that was taken. After an error nothing more is.
+    /// The answer to the last `Follow` that was taken. After an error no other `Follow` is taken.
     last: Result<(), ServerError>,
 }
 
@@ -329,8 +332,8 @@ impl Following {
         }
     }
 
-    /// Returns the answer to a `Follow` that is not to be taken, or is taken already; else it is to be
-    /// taken now.
+    /// Returns the answer to a `Follow` that must not be taken, or has already been taken. Returns `None`
+    /// if it must be taken now.
     fn answer(&self, follow: &Follow) -> Option<Result<(), ServerError>> {
         let refused = |reason: String| Some(Err(ServerError::NotFollowed { reason }));
         let is_first: bool = self.secret.0.ct_eq(&follow.secret.0).into();
@@ -349,7 +352,7 @@ impl Following {
 }
 
 impl ParameterServer {
-    /// Follows the first server's decisions, once, and returns the gradients that are lacking.
+    /// Follows the first server's decisions, once. Returns the ids of the missing gradients.
     pub(super) fn take(&mut self, follow: Follow) -> Result<Vec<GradientId>, ServerError> {
         self.take_decisions(follow)?;
         Ok(self.shard.lacking(MAX_LACKING))

@@ -21,7 +21,7 @@ use crate::weights::Weights;
 use ps_runtime::actor::error_chain;
 use ps_runtime::remote::{Messages, Remote};
 
-/// Answers at once if the answer is there, else when it comes, for as long as the caller waits.
+/// Answers at once if the answer is already known. Otherwise answers later, if the caller still waits.
 fn now_or_later<T: 'static, R: 'static>(
     server: &ParameterServer,
     ticket: Ticket,

@@ -1,4 +1,4 @@
-//! Who was heard of when, and who is lost for having been silent (S-4).
+//! When each member was last heard, and which members are lost because they were silent for too long (S-4).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 use super::protocol::Refusal;
 use crate::ids::WorkerId;
 
-/// The books of one server's lease, of members only.
+/// The record of the members and the worker lease of one server.
 #[derive(Debug)]
 pub(super) struct Leases {
     lease: Option<Duration>,
     last_heard: BTreeMap<WorkerId, Instant>,
-    /// Those that were lost in this way and have not come back.
+    /// The workers that were lost in this way and have not joined again.
     silent: BTreeSet<WorkerId>,
 }
 
@@ -24,7 +24,7 @@ impl Leases {
         }
     }
 
-    /// How many entries the larger of its books has.
+    /// Returns the number of entries of the larger of the two records.
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.last_heard.len().max(self.silent.len())
@@ -40,8 +40,8 @@ impl Leases {
         self.last_heard.insert(worker, now);
     }
 
-    /// Returns the members that were silent for longer than the lease. Whoever waits for the server is
-    /// not silent.
+    /// Returns the members that were silent for longer than the lease. A member that waits for the server
+    /// is not silent.
     pub(super) fn lost(
         &mut self,
         members: impl Iterator<Item = WorkerId>,
@@ -67,7 +67,7 @@ impl Leases {
         lost
     }
 
-    /// Tells a worker that is no member why.
+    /// Replaces `NotMember` by `Silent` if the worker was lost because it was silent.
     pub(super) fn explain(&self, refusal: Refusal) -> Refusal {
         match (refusal, self.lease) {
             (Refusal::NotMember { worker }, Some(lease)) if self.silent.contains(&worker) => {

@@ -1,9 +1,9 @@
-//! What became of each gradient: the memory that makes pushes exactly-once (PS-2).
+//! The outcome of each gradient. This record makes pushes exactly-once (PS-2).
 //!
-//! Per worker it keeps the outcome of the latest [`WINDOW`] clocks, so that a push that
-//! arrives again gets the answer that the first one got. Below the window it only knows
-//! that the clock is over. Clocks may arrive in any order and with gaps. What waits to be settled is
-//! the coordinator's to know: it may be settled here also when the window has passed it meanwhile.
+//! For each worker it keeps the outcomes of the latest [`WINDOW`] clocks. So a push that arrives again gets
+//! the answer that the first one got. Of a clock below the window it knows only that it is over. Clocks may
+//! arrive in any order and with gaps. Pending pushes are known to the coordinator only. Such a push may be
+//! settled here even if the window has moved past its clock in the meantime.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -11,31 +11,32 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{Clock, Incarnation, JoinRequest, Version};
 
-/// How many outcomes are remembered per worker: far more than a worker has in flight.
+/// How many outcomes are remembered per worker. This is far more than the gradients that a worker has under
+/// way.
 pub(super) const WINDOW: usize = 1024;
 
-/// What became of a gradient.
+/// The outcome of a gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Outcome {
-    /// It is part of the update that made `version`.
+    /// The gradient is part of the update that made `version`.
     Applied {
         /// The version that the update made.
         version: Version,
-        /// How many updates were applied between the weights it was computed on and it.
+        /// How many updates were applied between the weights that it was computed on and its own update.
         staleness: u64,
     },
-    /// It came after its round had closed without it ([`super::Consistency::KofN`]).
+    /// The gradient arrived after its round had closed ([`super::Consistency::KofN`]).
     DroppedLate {
-        /// The version at that time; compute the next gradient on this or a later one.
+        /// The version when it arrived. Compute the next gradient on this version or a later one.
         version: Version,
-        /// How many versions too old its weights were.
+        /// How many versions its weights were too old.
         staleness: u64,
     },
-    /// Its norm is NaN, infinite or above the limit; the weights stayed as they were.
+    /// The norm of the gradient is NaN, infinite or above the limit. The weights did not change.
     RefusedNorm {
-        /// The version at that time.
+        /// The version when it was refused.
         version: Version,
-        /// The norm found.
+        /// The norm of the gradient.
         norm: f64,
         /// The largest norm that is accepted.
         limit: f64,
@@ -43,7 +44,8 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// Returns the version of the weights when the outcome was decided, the gradient included.
+    /// Returns the version of the weights after the outcome was decided. It includes this gradient if it
+    /// was applied.
     #[must_use]
     pub fn version(&self) -> Version {
         match *self {
@@ -54,21 +56,22 @@ impl Outcome {
     }
 }
 
-/// One worker's record.
+/// The record of one worker.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Ledger {
-    /// The latest life of the worker that is known.
+    /// The latest known incarnation of the worker.
     pub(crate) incarnation: Incarnation,
-    /// The clock with which that life began: those below were over before it.
+    /// The first clock of that incarnation. Clocks below it are over.
     first_clock: Clock,
-    /// All clocks below are over or pending; the outcomes of most of them are forgotten.
+    /// All clocks below this one are over or pending. The outcomes of most of them are forgotten.
     floor: Clock,
     settled: BTreeMap<Clock, Outcome>,
-    /// Which request began which of the latest lives.
+    /// The requests that began the latest incarnations.
     joins: VecDeque<(JoinRequest, Incarnation)>,
 }
 
-/// How many requests to join are remembered per worker: one that was delayed is no new one.
+/// How many requests to join are remembered per worker. A delayed repeat of one of them is not a new
+/// request.
 const MAX_JOINS: usize = 8;
 
 /// What the ledger knows of a clock.
@@ -78,12 +81,13 @@ pub(crate) enum Entry {
     New,
     /// Settled like this.
     Settled(Outcome),
-    /// So long ago, or in an earlier life, that only this is known: it must not be applied now.
+    /// The clock is so old, or of such an early incarnation, that only this is known: it must not be
+    /// applied now.
     Forgotten,
 }
 
 impl Ledger {
-    /// Begins a life that counts its clocks from the beginning.
+    /// Begins an incarnation whose clocks start at 0.
     pub(crate) fn begin(&mut self, incarnation: Incarnation) {
         *self = Self {
             incarnation,
@@ -92,8 +96,9 @@ impl Ledger {
         };
     }
 
-    /// Begins the life that a request asks for: the one after the latest. It goes on at the clock after
-    /// the latest settled one, and none of its gradients can be a step that an earlier life took.
+    /// Begins the incarnation that a request asks for: the one after the latest. It goes on at the clock
+    /// after the latest settled one. None of its gradients can be of a step that an earlier incarnation
+    /// took.
     pub(crate) fn join(&mut self, request: JoinRequest) {
         self.incarnation = self.incarnation.next();
         self.first_clock = self.next_clock();
@@ -103,7 +108,7 @@ impl Ledger {
         }
     }
 
-    /// Returns the life that a request began, if it is one of the latest.
+    /// Returns the incarnation that a request began, if it is one of the latest.
     pub(crate) fn life_of(&self, request: JoinRequest) -> Option<Incarnation> {
         let known = self.joins.iter().find(|(known, _)| *known == request);
         known.map(|&(_, incarnation)| incarnation)
@@ -122,9 +127,9 @@ impl Ledger {
         }
     }
 
-    /// Records the outcome of a clock that is new or was new when it began to wait. When there are too
-    /// many, the lowest clock's is forgotten; never the one that comes now, since whoever sent it may
-    /// have to ask once more.
+    /// Records the outcome of a clock that is new, or was new when it began to wait. When there are too
+    /// many outcomes, that of the lowest clock is forgotten. The one that is recorded now is never
+    /// forgotten, because its sender may have to ask for it again.
     pub(crate) fn settle(&mut self, clock: Clock, outcome: Outcome) {
         let before = self.settled.insert(clock, outcome);
         assert!(before.is_none(), "a gradient is settled once (PS-2)");
@@ -136,7 +141,7 @@ impl Ledger {
         }
     }
 
-    /// The clock after the latest settled one: where the worker's next life goes on.
+    /// Returns the clock after the latest settled one. The worker's next incarnation goes on there.
     pub(crate) fn next_clock(&self) -> Clock {
         let after_latest = self.settled.last_key_value().map(|(clock, _)| clock.next());
         after_latest.unwrap_or_default().max(self.floor)

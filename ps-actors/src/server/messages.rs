@@ -1,9 +1,8 @@
-//! What a [`ParameterServer`](super::ParameterServer) can be asked.
+//! The messages of a [`ParameterServer`](super::ParameterServer).
 //!
-//! Data only: no channel in any message or answer, errors included, so each can cross a wire
-//! (see [`codec`](ps_runtime::codec)). A worker of a group of
-//! several servers speaks to them through a [`ServerGroup`](crate::group::ServerGroup), which
-//! knows what to send where.
+//! They are data only. No message, answer or error contains a channel, so each can cross a wire (see
+//! [`codec`](ps_runtime::codec)). A worker of a group of several servers uses a
+//! [`ServerGroup`](crate::group::ServerGroup), which sends the right messages to each server.
 
 use actix::Message;
 use serde::{Deserialize, Serialize};
@@ -25,27 +24,53 @@ use ps_runtime::remote::Kept;
 #[rtype(result = "Weights")]
 pub struct GetWeights;
 
-/// Returns the weights of the server's range at a certain version, waiting for it if need be.
+/// Returns the weights of the server's range at a certain version. Waits until this version exists.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct Pull(pub PullVersion);
 
-/// Applies some gradients as one update at once, whatever the consistency mode, and returns
-/// the new weights: what a Ray-style driver does with what its workers computed.
+/// Applies some gradients as one update, at once and in any consistency mode. Returns the new weights. A
+/// Ray-style driver sends it with the gradients that its workers computed.
 ///
-/// A gradient is applied once however often it is sent: the same call again returns the current
+/// A gradient is applied at most once, however often it is sent. The same call again returns the current
 /// weights.
+///
+/// ```
+/// use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{ApplyGradients, ParameterServer, ServerConfig};
+/// use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+///
+/// let initial = Weights::initial(Layout::flat(1), vec![1.0]);
+/// let config = ServerConfig { learning_rate: 0.5, ..ServerConfig::default() };
+/// let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
+///
+/// let update = |rank, number: f32| GradientUpdate {
+///     id: GradientId { worker: WorkerId(rank), incarnation: Incarnation(1), clock: Clock(0) },
+///     computed_on: Version(0),
+///     loss: 0.0,
+///     num_examples: 1,
+///     gradient: Gradient::new(vec![number]),
+/// };
+/// let both = ApplyGradients::mean([update(0, 1.0), update(1, 3.0)]);
+/// let weights = server.ask(both.clone()).wait()??;
+/// assert_eq!(weights.to_vec(), [0.0]); // 1.0 − 0.5 · (1.0 + 3.0) / 2
+///
+/// let again = server.ask(both).wait()??;
+/// assert_eq!(again.version(), Version(1));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct ApplyGradients {
-    /// The gradients, of distinct steps.
+    /// The gradients. No two of them may have the same id.
     pub gradients: Vec<GradientUpdate>,
-    /// How they become one.
+    /// How the gradients are combined into one.
     pub reduction: Reduction,
 }
 
 impl ApplyGradients {
-    /// Applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
+    /// Makes a call that applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
     pub fn mean(gradients: impl IntoIterator<Item = GradientUpdate>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
@@ -53,7 +78,7 @@ impl ApplyGradients {
         }
     }
 
-    /// Applies the sum of the gradients.
+    /// Makes a call that applies the sum of the gradients.
     pub fn sum(gradients: impl IntoIterator<Item = GradientUpdate>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
@@ -62,14 +87,15 @@ impl ApplyGradients {
     }
 }
 
-/// As [`ApplyGradients`], for gradients that are still where they were computed: the server fetches
-/// them, so they do not pass through the driver. See [`ActorRef::ask_kept`](ps_runtime::ActorRef::ask_kept).
+/// The same as [`ApplyGradients`], for gradients that are still in the processes that computed them. The
+/// server fetches them there, so they do not pass through the driver. See
+/// [`ActorRef::ask_kept`](ps_runtime::ActorRef::ask_kept).
 #[derive(Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct ApplyKept {
-    /// What the workers' calls return, of distinct steps.
+    /// The kept results of the workers' calls. No two of the gradients may have the same id.
     pub gradients: Vec<KeptGradients>,
-    /// How they become one.
+    /// How the gradients are combined into one.
     pub reduction: Reduction,
 }
 
@@ -77,7 +103,7 @@ pub struct ApplyKept {
 pub type KeptGradients = Kept<Result<GradientUpdate, WorkerError>>;
 
 impl ApplyKept {
-    /// Applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
+    /// Makes a call that applies the mean of the gradients, weighted as [`Reduction::Mean`] says.
     pub fn mean(gradients: impl IntoIterator<Item = KeptGradients>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
@@ -85,7 +111,7 @@ impl ApplyKept {
         }
     }
 
-    /// Applies the sum of the gradients.
+    /// Makes a call that applies the sum of the gradients.
     pub fn sum(gradients: impl IntoIterator<Item = KeptGradients>) -> Self {
         Self {
             gradients: gradients.into_iter().collect(),
@@ -94,68 +120,70 @@ impl ApplyKept {
     }
 }
 
-/// Makes a worker a member, in the life that the answer says: an earlier one of the same worker is over.
-/// Sent to the first server of a group.
+/// Makes a worker a member, in the incarnation that the answer names. This ends an earlier membership of
+/// the same worker. Sent to the first server of a group.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Membership, ServerError>")]
 pub struct Join {
-    /// Who.
+    /// The worker that joins.
     pub worker: WorkerId,
-    /// A random number. The same `Join` again gets the same answer, one with another number
-    /// begins another life.
+    /// A random number. The same `Join` again gets the same answer. A `Join` with another number begins
+    /// another incarnation.
     pub request: JoinRequest,
 }
 
-/// Ends a worker's membership; what it has pending is not applied. Sent to the first server.
+/// Ends a worker's membership. Its pending gradients are not applied. Sent to the first server.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct Leave {
-    /// Who.
+    /// The worker that leaves.
     pub worker: WorkerId,
-    /// Which life; a `Leave` of an earlier life changes nothing.
+    /// The incarnation that leaves. A `Leave` of an earlier incarnation changes nothing.
     pub incarnation: Incarnation,
 }
 
-/// Declares a member dead, as a driver does that saw its call fail. Sent to the first server.
+/// Declares a member dead. A driver sends it when its call to the worker has failed. Sent to the first
+/// server.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct ReportLost {
-    /// Who.
+    /// The worker that is dead.
     pub worker: WorkerId,
 }
 
-/// Tells the first server that a member is alive, and returns the server's lease: the next heartbeat,
-/// or another message of the worker, has to come within it. Needed only if a step takes longer.
+/// Tells the first server that a member is alive. Returns the server's worker lease, if it has one. The
+/// next heartbeat, or another message of the worker, must arrive within this time. Needed only if a step
+/// takes longer than the lease.
 ///
-/// A [`DataWorker`](crate::worker::DataWorker) that runs steps sends them by itself.
+/// A [`DataWorker`](crate::worker::DataWorker) that runs steps sends heartbeats by itself.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Option<std::time::Duration>, ServerError>")]
 pub struct Heartbeat {
-    /// Who.
+    /// The member that is alive.
     pub worker: WorkerId,
-    /// Which life.
+    /// The incarnation of the member.
     pub incarnation: Incarnation,
 }
 
-/// Keeps a gradient until the first server decides what becomes of it. Sent to every other
-/// server of a group, before the [`Push`] to the first.
+/// Keeps a gradient until the first server decides whether it is applied. Sent to every other server of a
+/// group, before the [`Push`] to the first one.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct Stage {
-    /// Which gradient.
+    /// The id of the gradient.
     pub id: GradientId,
-    /// The numbers, over exactly the server's range or exactly the whole model's.
+    /// The numbers. They cover exactly the server's range, or exactly all weights of the model.
     pub gradient: Gradient,
 }
 
-/// Pushes a gradient over exactly the weights of the model, to be applied as the consistency mode says.
-/// Sent to the first server.
+/// Pushes a gradient over exactly the weights of the model. It is applied when the consistency mode says
+/// so. Sent to the first server.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Outcome, ServerError>")]
 pub struct Push(pub GradientUpdate);
 
-/// Pushes a gradient and returns the weights for the worker's next step, once the consistency
-/// mode lets it start. Sent to the first server.
+/// Pushes a gradient. Returns its outcome and the weights for the worker's next step, as soon as the
+/// consistency mode lets this step start. Sent to the first server.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Pushed, ServerError>")]
 pub struct PushPull(pub GradientUpdate);
@@ -163,7 +191,7 @@ pub struct PushPull(pub GradientUpdate);
 /// The answer to a [`PushPull`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pushed {
-    /// What became of the gradient.
+    /// The outcome of the gradient.
     pub outcome: Outcome,
     /// The current weights of the server's range.
     pub weights: Weights,
@@ -179,36 +207,36 @@ pub struct SetConsistency(pub Consistency);
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetLearningRate(pub f64);
 
-/// Returns what a server knows about itself.
+/// Returns the status of a server.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "ServerStatus")]
 pub struct GetStatus;
 
-/// A server's view of itself.
+/// The status of a server.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServerStatus {
-    /// The version of its weights; those of other servers of the group may lag a little.
+    /// The version of the server's weights. Other servers of the group may be a few versions behind.
     pub version: Version,
-    /// The range of weights that it holds.
+    /// The range of weights that the server holds.
     pub range: std::ops::Range<usize>,
-    /// How many gradients wait here for a decision.
+    /// How many gradients wait at this server for a decision.
     pub num_staged: usize,
-    /// How many calls wait here for their answers.
+    /// How many calls wait at this server for their answers.
     pub num_waiting: usize,
     /// The learning rate of the next update.
     pub learning_rate: f64,
-    /// The run as a whole, if this is the first server of its group.
+    /// The status of the whole run, if this is the first server of its group.
     pub coordinator: Option<CoordinatorStatus>,
 }
 
-/// What the first server of a group decided, for the others to follow, in order. Returns the gradients
-/// that are missing: those of updates that cannot be made yet.
+/// Decisions of the first server of a group, which the other servers follow in order. Returns the ids of
+/// the gradients that are missing, so that their updates cannot be made yet.
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Vec<GradientId>, ServerError>")]
 pub struct Follow {
-    /// Shows that it comes from the first server.
+    /// Shows that the decisions come from the first server.
     pub(crate) secret: GroupSecret,
-    /// One more than that of the `Follow` before; one that comes again has the same.
+    /// One more than the number of the `Follow` before. A `Follow` that is sent again has the same number.
     pub(crate) number: u64,
     pub(crate) decisions: Vec<Decision>,
 }
@@ -230,14 +258,14 @@ pub(crate) enum Decision {
     },
 }
 
-/// Why a server did not do what it was asked to. The weights are as they were.
+/// Why a server did not do what a message asked. The weights did not change.
 #[derive(Clone, Debug, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ServerError {
-    /// The gradient or worker is not acceptable.
+    /// The worker or its gradient was refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The gradient does not fit, or the version is gone.
+    /// The gradient does not fit the weights, or the version is no longer kept.
     #[error(transparent)]
     Shard(#[from] ShardError),
     /// The gradient's norm is NaN, infinite or above the limit.
@@ -245,49 +273,49 @@ pub enum ServerError {
         "the gradient's norm is {norm}, above the limit of {limit}; the weights were not changed"
     )]
     BadNorm {
-        /// What it is.
+        /// The norm of the gradient.
         norm: f64,
-        /// What it may be at most.
+        /// The largest norm that is accepted.
         limit: f64,
     },
-    /// Only the first server of a group takes this message.
+    /// Only the first server of a group accepts this message.
     #[error("this server follows the first one of its group: send the message there")]
     NotFirst,
-    /// The server was started with, or asked for, a setting that cannot work.
+    /// A setting, of the server or in the message, cannot work.
     #[error("{0}")]
     Config(#[from] super::config::ConfigError),
-    /// Another server of the group is gone, and with it a part of the weights.
+    /// Another server of the group is gone, and a part of the weights with it.
     #[error("server {index} of the group is gone: {reason}")]
     GroupBroken {
-        /// Which.
+        /// The index of that server in the group.
         index: usize,
-        /// Why its last call failed.
+        /// Why the last call to that server failed.
         reason: String,
     },
-    /// Another server of the group does not keep up.
+    /// Another server of the group is too slow.
     #[error("server {index} of the group is {num_behind} decisions behind; try again later")]
     FollowerBehind {
-        /// Which.
+        /// The index of that server in the group.
         index: usize,
-        /// How far.
+        /// How many decisions that server is behind.
         num_behind: usize,
     },
     /// Too many calls wait for their answers.
     #[error("{limit} calls wait for this server already; try again later")]
     TooManyWaiting {
-        /// How many may.
+        /// How many calls may wait.
         limit: usize,
     },
-    /// A decision that is not the first server's, or cannot be followed.
+    /// A decision does not come from the first server, or cannot be followed.
     #[error("not followed: {reason}")]
     NotFollowed {
-        /// Why.
+        /// Why the decision was not followed.
         reason: String,
     },
-    /// A gradient that was to be fetched did not come, or was not computed.
+    /// A kept gradient did not arrive, or was not computed.
     #[error("a gradient could not be fetched: {reason}")]
     NotFetched {
-        /// Why.
+        /// Why there is no gradient.
         reason: String,
     },
     /// The server stopped before it could answer.
@@ -302,36 +330,36 @@ pub enum GroupError {
     /// A server could not be reached, or did not answer.
     #[error("server {index} of the group did not answer")]
     Call {
-        /// Which.
+        /// The index of the server in the group.
         index: usize,
-        /// What happened to the call.
+        /// Why the call failed.
         #[source]
         source: CallError,
     },
-    /// A server refused.
+    /// A server refused the call.
     #[error("server {index} of the group refused")]
     Server {
-        /// Which.
+        /// The index of the server in the group.
         index: usize,
-        /// Why.
+        /// Why the server refused.
         #[source]
         source: ServerError,
     },
-    /// A server sent weights that are not its part of the model's.
+    /// A server sent weights that are not its part of the model's weights.
     #[error(
         "server {index} of the group sent weights that are of no use: {reason}; all servers must be of one \
          group, in the order of their ranges"
     )]
     BadWeights {
-        /// Which.
+        /// The index of the server in the group.
         index: usize,
-        /// What is wrong with them.
+        /// What is wrong with the weights.
         reason: String,
     },
 }
 
 impl ServerError {
-    /// Whether the same message may be taken if it is sent again a little later.
+    /// Whether the server may accept the same message a little later.
     #[must_use]
     pub fn is_for_now(&self) -> bool {
         matches!(
@@ -345,8 +373,8 @@ impl ServerError {
 }
 
 impl GroupError {
-    /// Whether the same call may succeed if it is made again a little later. Of a server that cannot be
-    /// reached the calls were made again already.
+    /// Whether the same call may succeed a little later. If a server cannot be reached, the answer is no,
+    /// because the group has already repeated the call.
     #[must_use]
     pub fn is_for_now(&self) -> bool {
         match self {
@@ -362,7 +390,7 @@ impl GroupError {
         }
     }
 
-    /// Returns the refusal, if the first server refused the worker or its gradient.
+    /// Returns why the first server refused the worker or its gradient, if it did.
     #[must_use]
     pub fn refusal(&self) -> Option<&Refusal> {
         match self {

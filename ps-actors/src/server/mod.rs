@@ -1,17 +1,18 @@
-//! The parameter server: holds weights and applies gradients to them.
+//! The parameter server, which holds weights and applies gradients to them.
 //!
-//! [`ParameterServer`] is the actor; its heart is pure. The `coordinator` decides which
-//! gradients make which update, by [`Consistency`] mode, membership and exactly-once
-//! `ledger`; a `shard` holds a range of the weights and follows those decisions. Neither
-//! knows of time, threads or actix, so both run in tests under any schedule.
+//! [`ParameterServer`] is the actor. It is a thin shell around two pure state machines. The `coordinator`
+//! decides which gradients make which update. It does so by [`Consistency`] mode, by membership, and by the
+//! `ledger` that makes each push count exactly once. A `shard` holds a range of the weights and follows
+//! those decisions. Neither of the two knows of time, threads or actix, so tests can run both under any
+//! schedule.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `actor`, `config` | the actor, its settings |
-//! | `messages`, `handlers` | what it can be asked, and what it does then |
-//! | `coordinator`, `protocol` | who is in which update; events and effects |
-//! | `ledger` | what became of each gradient |
-//! | `shard`, `partition` | the numbers; how they are split |
+//! | `messages`, `handlers` | the messages to it, and what it does with each |
+//! | `coordinator`, `protocol` | which gradients are in which update; events and effects |
+//! | `ledger` | the outcome of each gradient |
+//! | `shard`, `partition` | the weights; how they are split |
 //! | `consistency`, `status` | modes; what is reported |
 
 mod actor;

@@ -5,14 +5,14 @@
 
 use std::ops::Range;
 
-/// Weights per cache line: no two servers write into the same one.
+/// Weights per cache line. Ranges begin at a multiple of it, so no two servers write into the same line.
 const LINE: usize = 16;
 
-/// Splits `0..len` into one range per server, in order. With more servers than cache lines
-/// of weights, the last ranges are empty.
+/// Splits `0..len` into one range per server, in order. If there are more servers than cache lines of
+/// weights, the last ranges are empty.
 ///
 /// # Panics
-/// When `num_servers` is 0.
+/// If `num_servers` is 0.
 #[must_use]
 pub fn partition(len: usize, num_servers: usize) -> Vec<Range<usize>> {
     assert!(num_servers > 0, "weights need at least one server");

@@ -1,4 +1,4 @@
-//! What goes in and out of the [`Coordinator`](super::coordinator::Coordinator): plain data.
+//! The events and effects of the [`Coordinator`](super::coordinator::Coordinator): plain data.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,25 +9,26 @@ use crate::ids::{Clock, Epoch, GradientId, Incarnation, JoinRequest, Version, Wo
 /// How many pushes of one worker may be pending, and how many callers may wait for each.
 pub(crate) const MAX_PENDING: usize = 16;
 
-/// How many different workers a server keeps books of.
+/// How many different workers a server keeps records of.
 pub(crate) const MAX_WORKERS: usize = 1 << 16;
 
-/// How far a gradient's clock may be ahead of the next one of its worker. A trainer of several models
-/// counts for all of them, and a driver may drop what it does not apply, so there are gaps; but no
-/// number of a peer brings a worker's clock near its end.
+/// How far a gradient's clock may be ahead of the next clock of its worker. There may be gaps, because a
+/// trainer of several models counts one clock for all of them, and a driver may drop gradients. But no
+/// number from a peer may bring a worker's clock near its end.
 pub(crate) const MAX_CLOCKS_AHEAD: u64 = 1 << 32;
 
-/// How many examples a batch may have: more than any has, and few enough for exact sums of them.
+/// How many examples a batch may have. This is more than any batch has, and few enough for exact sums.
 pub(crate) const MAX_EXAMPLES: u64 = 1 << 32;
 
-/// Whom an answer is for. Chosen by the caller of [`Coordinator::step`](super::coordinator::Coordinator::step); answers may come much later.
+/// The caller that an answer is for. The caller of
+/// [`Coordinator::step`](super::coordinator::Coordinator::step) chooses it. The answer may come much later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
 
-/// What the coordinator needs to know of a gradient.
+/// What the coordinator knows about a gradient.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Stamp {
-    /// Which gradient it is.
+    /// The id of the gradient.
     pub id: GradientId,
     /// The version of the weights that it was computed on.
     pub computed_on: Version,
@@ -61,72 +62,72 @@ impl Stamp {
 /// What happened outside.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Event {
-    /// A worker wants to take part, in a new life.
+    /// A worker wants to join, in a new incarnation.
     Join {
-        /// Whom to answer.
+        /// The caller to answer.
         ticket: Ticket,
-        /// Who.
+        /// The worker that joins.
         worker: WorkerId,
-        /// Which request this is.
+        /// The number of this request.
         request: JoinRequest,
     },
-    /// A worker takes no further part.
+    /// A worker leaves.
     Leave {
-        /// Whom to answer.
+        /// The caller to answer.
         ticket: Ticket,
-        /// Who.
+        /// The worker that leaves.
         worker: WorkerId,
-        /// Which life.
+        /// The incarnation that leaves.
         incarnation: Incarnation,
     },
-    /// A member was not heard of within its lease, or is known to be dead.
+    /// A member was silent for longer than its lease, or is known to be dead.
     Lost {
-        /// Who.
+        /// The worker that is lost.
         worker: WorkerId,
     },
     /// A member pushes a gradient, to be applied as the consistency mode says.
     Push {
-        /// Whom to answer.
+        /// The caller to answer.
         ticket: Ticket,
         /// The gradient.
         stamp: Stamp,
         /// Whether the answer has to wait until the worker may start its next step.
         then_start: bool,
     },
-    /// A driver has some gradients applied as one update, at once, whatever the mode.
+    /// A driver applies some gradients as one update, at once and in any mode.
     Apply {
-        /// Whom to answer.
+        /// The caller to answer.
         ticket: Ticket,
         /// The gradients.
         stamps: Vec<Stamp>,
-        /// How they become one.
+        /// How the gradients are combined into one.
         reduction: Reduction,
-        /// The latest life that a worker which never joined can be in by now.
+        /// The latest incarnation that a worker may have now that never joined.
         newest: Incarnation,
     },
-    /// Another mode is to be used from now on.
+    /// Another mode is used from now on.
     SetConsistency(Consistency),
 }
 
-/// What is to be done, in this order.
+/// What the server must do, in this order.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Effect {
     /// Apply these gradients to the weights.
     Update(Update),
-    /// This gradient will not be applied: forget its numbers.
+    /// This gradient will not be applied. Forget its numbers.
     Discard(GradientId),
-    /// Forget all gradients of earlier lives of this worker, and accept no more of them.
+    /// Forget all gradients of earlier incarnations of this worker, and accept no more of them.
     Fence {
-        /// Whose.
+        /// The worker.
         worker: WorkerId,
-        /// The first life that is still valid.
+        /// The first incarnation that is still valid.
         below: Incarnation,
     },
     /// Answer a caller.
     Answer {
-        /// Whom.
+        /// The caller.
         ticket: Ticket,
-        /// What.
+        /// The answer.
         answer: Result<Answer, Refusal>,
     },
 }
@@ -134,159 +135,160 @@ pub(super) enum Effect {
 /// One update of the weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Update {
-    /// The version that it makes: one more than the last.
+    /// The version that the update makes: one more than the version before it.
     pub version: Version,
-    /// Its gradients, ordered by worker, so that their sum does not depend on arrival.
+    /// Its gradients, ordered by worker, so that their sum does not depend on the order of arrival (S-7).
     pub gradients: Vec<Summand>,
-    /// How they become one.
+    /// How the gradients are combined into one.
     pub reduction: Reduction,
 }
 
 /// A gradient's part in an update.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Summand {
-    /// Which gradient.
+    /// The id of the gradient.
     pub id: GradientId,
-    /// The norm of the numbers that were judged: it tells them from others that somebody staged under the
-    /// same name (PS-6).
+    /// The norm of the numbers that were checked. It tells them from other numbers that somebody staged
+    /// under the same id (PS-6).
     pub norm: f64,
-    /// How many examples its batch had, which is its weight in a mean; see [`Reduction::Mean`].
+    /// How many examples the gradient's batch had. This is its weight in a mean; see [`Reduction::Mean`].
     pub num_examples: u64,
 }
 
-/// What a caller gets.
+/// The answer to a caller.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Answer {
-    /// The worker takes part.
+    /// The worker has joined.
     Joined(Membership),
-    /// The worker takes no further part.
+    /// The worker has left.
     Left,
-    /// What became of the gradient, or of the latest one if there were several.
+    /// The outcome of the gradient, or of the latest one if there were several.
     Settled(Outcome),
 }
 
-/// What a worker needs to know to take part.
+/// The answer to a worker that joins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Membership {
-    /// The worker's life, which is part of the name of each of its gradients.
+    /// The worker's incarnation, which is part of the id of each of its gradients.
     pub incarnation: Incarnation,
-    /// The epoch that began with the worker's coming.
+    /// The epoch that began when the worker joined.
     pub epoch: Epoch,
-    /// The clock of the first step to take: the one after the last settled in earlier lives.
+    /// The clock of the first step to take. It follows the last clock that was settled in an earlier
+    /// incarnation.
     pub next_clock: Clock,
-    /// The version of the weights.
+    /// The current version of the weights.
     pub version: Version,
 }
 
-/// Why an event changed nothing.
+/// Why the server refused a worker or its gradient. Nothing changed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Refusal {
     /// The worker has not joined, or has left or been lost.
     #[error("{worker} is not a member: it must join (again)")]
     NotMember {
-        /// Who.
+        /// The worker that is not a member.
         worker: WorkerId,
     },
-    /// The worker was a member and silent for too long.
+    /// The worker was a member, but was silent for longer than the worker lease.
     #[error(
         "{worker} is no longer a member: it was silent for longer than the lease of {lease:?}; it must \
          join again, and send heartbeats while it computes, or the server needs a longer \
-         `ServerConfig::lease`"
+         `ServerConfig::worker_lease`"
     )]
     Silent {
-        /// Who.
+        /// The worker that was silent.
         worker: WorkerId,
-        /// The server's lease.
+        /// The server's worker lease.
         lease: std::time::Duration,
     },
-    /// A later life of the worker is known: this one is over.
+    /// A later incarnation of the worker is known, so this one is over.
     #[error(
         "{worker} is fenced off: {got} is over, the valid one is at least {least}; it must join again"
     )]
     Fenced {
-        /// Who.
+        /// The worker whose incarnation is over.
         worker: WorkerId,
-        /// The life that asked.
+        /// The incarnation of the call.
         got: Incarnation,
         /// The lowest incarnation that is still valid.
         least: Incarnation,
     },
-    /// The life claims to have begun in the future.
+    /// The incarnation of a worker that never joined is too far in the future.
     #[error(
-        "{worker} claims {got}, but no life has a number above {newest} yet: it is the time at which the \
+        "{worker} claims {got}, but at this time it can be at most {newest}: it is the time at which the \
          worker was made, in microseconds since 1970; compare the clocks of the machines"
     )]
     LifeAhead {
-        /// Who.
+        /// The worker with this incarnation.
         worker: WorkerId,
-        /// What it claims.
+        /// The incarnation of the call.
         got: Incarnation,
-        /// The highest that is accepted now.
+        /// The highest incarnation that is accepted now.
         newest: Incarnation,
     },
-    /// The gradient's step is too far ahead of its worker's.
+    /// The clock of the gradient is too far ahead of its worker's clock.
     #[error("{id} is too far ahead: its worker's clocks may go up to {most} now")]
     ClockAhead {
-        /// Which.
+        /// The id of the gradient.
         id: GradientId,
         /// The highest clock that is accepted now.
         most: Clock,
     },
-    /// The batch claims to have more examples than any batch has.
+    /// The gradient says that its batch has more examples than any batch has.
     #[error("{id} claims a batch of {claimed} examples, more than {MAX_EXAMPLES}")]
     TooManyExamples {
-        /// Which.
+        /// The id of the gradient.
         id: GradientId,
-        /// What it claims.
+        /// The number of examples that the gradient names.
         claimed: u64,
     },
-    /// Gradients of two lives of a worker would count at once.
+    /// A call has gradients of two incarnations of one worker.
     #[error(
-        "{worker} has gradients of {one} and of {other}: only one life can count; drop the gradients \
-         of the other one, or, if {one} is a member, let it leave first"
+        "{worker} has gradients of {one} and of {other}: only one of them can count; drop the \
+         gradients of the other, or, if {one} is a member, let it leave first"
     )]
     TwoLives {
-        /// Who.
+        /// The worker with two incarnations.
         worker: WorkerId,
-        /// The earlier life.
+        /// The earlier incarnation.
         one: Incarnation,
-        /// The later life.
+        /// The later incarnation.
         other: Incarnation,
     },
-    /// The gradient is older than what is remembered, or than its worker's life; what had that
-    /// clock may or may not have been applied.
+    /// The gradient is older than what the server remembers, or than its worker's incarnation. A gradient
+    /// with this clock may or may not have been applied earlier.
     #[error("{id} is over, and its outcome is forgotten; it is not applied")]
     Forgotten {
-        /// Which.
+        /// The id of the gradient.
         id: GradientId,
     },
-    /// The gradient was already applied, or refused, or is waiting for its round.
+    /// The gradient has already been applied or refused, or is waiting for its round.
     #[error("{id} was pushed before; the other gradients of this call were not applied")]
     AlreadyPushed {
-        /// Which.
+        /// The id of the gradient.
         id: GradientId,
     },
-    /// The gradient names weights that do not exist yet.
+    /// The gradient names a version of the weights that does not exist yet.
     #[error("{id} claims to be computed on {claimed}, but the weights are at {version}")]
     FromTheFuture {
-        /// Which.
+        /// The id of the gradient.
         id: GradientId,
-        /// What it says.
+        /// The version that the gradient names.
         claimed: Version,
-        /// What is.
+        /// The current version.
         version: Version,
     },
-    /// A worker has more pushes, or more callers for one push, waiting than is allowed.
+    /// The worker has too many waiting pushes, or too many callers wait for one of its pushes.
     #[error("{worker} has {MAX_PENDING} pushes waiting already; wait for their answers first")]
     TooManyPending {
-        /// Who.
+        /// The worker with the waiting pushes.
         worker: WorkerId,
     },
-    /// More different workers than a server keeps books of.
+    /// The server already has records of as many workers as it may have.
     #[error("{worker} cannot take part: {MAX_WORKERS} different workers were seen already")]
     TooManyWorkers {
-        /// Who.
+        /// The worker that is one too many.
         worker: WorkerId,
     },
     /// The call has no gradient.

@@ -1,12 +1,11 @@
 //! One server's part of the weights, as a pure state machine.
 //!
-//! Gradients are *staged* here first, then the coordinator's [`Update`]s name those that are
-//! applied, in an order that is the same for all shards. No clock, randomness, input, output
-//! or actor in here.
+//! Gradients are *staged* here first. Then the coordinator's [`Update`]s name those that are applied, in an
+//! order that is the same for all shards. This module uses no clock, randomness, input, output or actor.
 //!
-//! The current weights are updated in place if nobody holds a snapshot of them, else written
-//! into a recycled buffer. With several shards the latest few versions are kept, so that a
-//! pull of all shards can get one version although they are not updated at the same instant.
+//! The current weights are updated in place if nobody holds a snapshot of them. Otherwise the new weights
+//! are written into a recycled buffer. With several shards, the latest few versions are kept. So a pull of
+//! all shards can get one version although the shards are not updated at the same instant.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
@@ -22,97 +21,99 @@ use crate::weights::{Gradient, Segment, Weights};
 use ps_runtime::buffer::{Buffer, BufferPool};
 use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 
-/// How many gradients of one worker may be staged and not yet decided upon.
+/// How many undecided gradients of one worker may be staged.
 pub(super) const MAX_STAGED: usize = 32;
 
-/// How many gradients may be staged of all lives that the coordinator has not said are valid. Its word may
-/// come a little later than a new member's first gradient; but anybody can make up a life.
+/// How many gradients may be staged of incarnations that the coordinator has not confirmed, for all workers
+/// together. The confirmation may arrive a little later than a new member's first gradient. But any process
+/// can make up an incarnation.
 pub(super) const MAX_STAGED_OF_STRANGERS: usize = 32;
 
-/// Which version a pull wants.
+/// The version of the weights that a pull asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PullVersion {
-    /// Whatever is current.
+    /// The current version.
     Latest,
-    /// This version or a later one; waits until it exists.
+    /// This version or a later one. The pull waits until it exists.
     AtLeast(Version),
-    /// Exactly this version; waits until it exists.
+    /// Exactly this version. The pull waits until it exists.
     Exactly(Version),
 }
 
-/// Why a shard did not do what it was asked to.
+/// Why a shard did not do what a message asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum ShardError {
-    /// The gradient is of a model with more or fewer weights.
+    /// The gradient is of a model with another number of weights.
     #[error(
         "{id} is over weights {got:?}, but must be over {expected:?}: its model is another one"
     )]
     WrongRange {
-        /// Which gradient.
+        /// The id of the gradient.
         id: GradientId,
-        /// What it covers.
+        /// The range that the gradient covers.
         got: Range<usize>,
-        /// What it must cover.
+        /// The range that the gradient must cover.
         expected: Range<usize>,
     },
-    /// The worker's life is over.
+    /// The worker's incarnation is over.
     #[error("{id} is fenced off: valid is {least} or later")]
     Fenced {
-        /// Which gradient.
+        /// The id of the gradient.
         id: GradientId,
-        /// The lowest valid incarnation.
+        /// The lowest incarnation that is still valid.
         least: Incarnation,
     },
-    /// The worker staged gradients without having them applied.
+    /// The worker has staged too many gradients that it has not pushed.
     #[error("{worker} has {MAX_STAGED} gradients staged already; push them first")]
     TooManyStaged {
-        /// Who.
+        /// The worker with the staged gradients.
         worker: WorkerId,
     },
-    /// The worker's life is not known here, and too many gradients of such lives are staged.
+    /// The worker's incarnation is not known here, and too many gradients of unknown incarnations are
+    /// staged.
     #[error(
-        "{id} is of a life that is not known here (yet), and {MAX_STAGED_OF_STRANGERS} such gradients are \
-         staged already; join, or try again"
+        "{id} is of an incarnation that is not known here (yet), and {MAX_STAGED_OF_STRANGERS} such \
+         gradients are staged already; join, or try again"
     )]
     TooManyStrangers {
-        /// Which gradient.
+        /// The id of the gradient.
         id: GradientId,
     },
     /// The version is no longer kept.
     #[error("version {asked:?} is gone: the oldest that is kept is {oldest:?}; pull a later one")]
     VersionGone {
-        /// What was wanted.
+        /// The version that the pull asked for.
         asked: Version,
-        /// What could be had.
+        /// The oldest version that is kept.
         oldest: Version,
     },
     /// An update does not follow the one before it.
     #[error("an update would make version {got:?}, but the next one is {expected:?}")]
     WrongUpdate {
-        /// What it makes.
+        /// The version that the update would make.
         got: Version,
-        /// What is next.
+        /// The version that the next update must make.
         expected: Version,
     },
-    /// An update cannot be made of its gradients.
+    /// An update names no gradient, or names one of them twice.
     #[error("the update that makes version {version:?} names no gradient, or one of them twice")]
     BadUpdate {
-        /// What it would make.
+        /// The version that the update would make.
         version: Version,
     },
 }
 
-/// The answer to a pull that could not be given at once.
+/// The answer to a pull that had to wait.
 #[derive(Debug)]
 pub(super) struct PullAnswer {
-    /// Whom it is for.
+    /// The caller that the answer is for.
     pub ticket: Ticket,
     /// The snapshot of this shard's range, or [`ShardError::VersionGone`].
     pub weights: Result<Weights, ShardError>,
 }
 
-/// The state machine. See the module's text.
+/// The state machine; see the module's text.
 #[derive(Debug)]
 pub(super) struct Shard {
     current: Weights,
@@ -124,16 +125,16 @@ pub(super) struct Shard {
     pool: BufferPool,
     staged: BTreeMap<GradientId, Gradient>,
     fences: BTreeMap<WorkerId, Incarnation>,
-    /// Updates whose gradients are not all here yet, in order.
+    /// Updates that wait for at least one of their gradients, in order.
     undone_updates: VecDeque<(Update, f64)>,
     waiting_pulls: BTreeMap<Ticket, PullVersion>,
 }
 
 impl Shard {
-    /// Takes the part `range` of `initial`, and keeps `num_kept` versions besides the current.
+    /// Takes the part `range` of `initial`, and keeps `num_kept` versions besides the current one.
     ///
     /// # Panics
-    /// When `initial` does not cover `range`.
+    /// If `initial` does not cover `range`.
     #[must_use]
     pub(super) fn new(
         initial: &Weights,
@@ -142,7 +143,8 @@ impl Shard {
         learning_rate: f64,
         num_kept: usize,
     ) -> Self {
-        // One buffer for the next version, one for a sum, and those that readers give back.
+        // One buffer is for the next version, one is for a sum, and the others are those that readers give
+        // back.
         let pool = BufferPool::new(num_kept + 4);
         let mut data = pool.take(range.len());
         data.copy_from_slice(&initial.read(range.clone()));
@@ -188,7 +190,7 @@ impl Shard {
         self.learning_rate = learning_rate;
     }
 
-    /// How many workers something is remembered of.
+    /// Returns how many workers the shard has records of.
     #[cfg(test)]
     pub(in crate::server) fn num_fences(&self) -> usize {
         self.fences.len()
@@ -200,14 +202,15 @@ impl Shard {
         self.staged.len()
     }
 
-    /// Keeps a gradient until the coordinator decides what becomes of it. It is over all weights of the
-    /// model, or over those of this shard. Staging it again
-    /// changes nothing. One with a number that is not finite is not kept: no coordinator takes it
-    /// (PS-6). May make updates possible that waited for it: answer what is returned.
+    /// Keeps a gradient until the coordinator decides whether it is applied. The gradient covers all
+    /// weights of the model, or those of this shard. Staging it again changes nothing. A gradient with a
+    /// norm that is not finite is not kept, because no coordinator accepts it (PS-6). If updates waited for
+    /// this gradient, they may be possible now: the caller must send the answers that are returned.
     ///
     /// # Errors
-    /// When the gradient is over other weights, its worker's life is over, or the worker, or all
-    /// whose life is not known here, have too many staged already.
+    /// If the gradient covers other weights, its worker's incarnation is over, or too many gradients are
+    /// staged. The last applies to one worker, and to all workers together whose incarnation is not known
+    /// here.
     pub(super) fn stage(
         &mut self,
         id: GradientId,
@@ -241,10 +244,10 @@ impl Shard {
         self.stage_decided(id, gradient)
     }
 
-    /// Keeps a gradient that the coordinator itself sent and will decide upon at once.
+    /// Keeps a gradient that the coordinator itself sent and will decide on at once.
     ///
     /// # Errors
-    /// When the gradient is over other weights.
+    /// If the gradient covers other weights.
     pub(crate) fn stage_decided(
         &mut self,
         id: GradientId,
@@ -255,17 +258,17 @@ impl Shard {
             return Err(ShardError::WrongRange { id, got, expected });
         }
         if gradient.norm().is_finite() {
-            // As it came: the first server may have to send it on.
+            // It is kept as it arrived, because the first server may have to send it on.
             self.staged.entry(id).or_insert_with(|| gradient.clone());
         }
         Ok(self.do_updates())
     }
 
-    /// Takes a gradient that an update still waits for, in the place of whatever is staged under its name.
-    /// One that was applied already changes nothing.
+    /// Takes a gradient that an update waits for. It replaces whatever is staged under its id. A gradient
+    /// that has already been applied changes nothing.
     ///
     /// # Errors
-    /// When the gradient is over other weights.
+    /// If the gradient covers other weights.
     pub(crate) fn complete(
         &mut self,
         id: GradientId,
@@ -280,12 +283,13 @@ impl Shard {
         }
     }
 
-    /// Returns a staged gradient as it came: over the model's weights or over those of this shard.
+    /// Returns a staged gradient as it arrived: over all weights of the model, or over those of this shard.
     pub(crate) fn staged(&self, id: GradientId) -> Option<&Gradient> {
         self.staged.get(&id)
     }
 
-    /// Returns gradients that updates wait for, the earliest update's first, but not more than these.
+    /// Returns the ids of at most `most` gradients that updates wait for. Those of the earliest update come
+    /// first.
     pub(crate) fn lacking(&self, most: usize) -> Vec<GradientId> {
         let updates = self.undone_updates.iter();
         let named = updates.flat_map(|(update, _)| &update.gradients);
@@ -293,7 +297,8 @@ impl Shard {
         lacking.take(most).collect()
     }
 
-    /// Whether a gradient is here as it was judged. Each part of it has the norm of the whole.
+    /// Whether the numbers of a gradient are staged here that were checked. Each part of a gradient has the
+    /// norm of the whole gradient, so the norms are compared.
     fn has(&self, one: &Summand) -> bool {
         let staged = self.staged.get(&one.id);
         staged.is_some_and(|staged| staged.norm().to_bits() == one.norm.to_bits())
@@ -306,7 +311,7 @@ impl Shard {
         }
     }
 
-    /// Forgets the gradients of a worker's earlier lives and accepts no more of them.
+    /// Forgets the gradients of a worker's earlier incarnations, and accepts no more of them.
     pub(super) fn fence(&mut self, worker: WorkerId, below: Incarnation) {
         self.fences.insert(worker, below);
         let over = |id: &GradientId| id.worker == worker && id.incarnation < below;
@@ -315,11 +320,12 @@ impl Shard {
         self.staged = staged;
     }
 
-    /// Applies an update, with this learning rate. If a gradient of it is not staged here yet, or with
-    /// other numbers than those that were judged, it and all later updates wait. Returns the pulls that can be answered now.
+    /// Applies an update with this learning rate. If one of its gradients is not staged here yet, or has
+    /// other numbers than those that were checked, this update and all later ones wait. Returns the pulls
+    /// that can be answered now.
     ///
     /// # Errors
-    /// When it is not the next one (PS-5), or names no gradient or one twice.
+    /// If the update is not the next one (PS-5), or names no gradient, or names one twice.
     pub(super) fn update(
         &mut self,
         update: Update,
@@ -328,7 +334,7 @@ impl Shard {
         let version = update.version;
         let latest = self.undone_updates.back();
         let latest = latest.map_or(self.current.version(), |(update, _)| update.version);
-        // The last version follows itself: nothing follows it.
+        // The last possible version has no next version: `next` returns the same one.
         let expected = latest.next();
         if version != expected || version == latest {
             let got = version;
@@ -373,7 +379,7 @@ impl Shard {
         }
     }
 
-    /// Says whether an update that was decided upon still has to apply this gradient.
+    /// Whether an update that has been decided still has to apply this gradient.
     fn is_awaited(&self, id: GradientId) -> bool {
         self.undone_updates
             .iter()
@@ -389,7 +395,7 @@ impl Shard {
             let (update, learning_rate) =
                 self.undone_updates.pop_front().expect("there is a front");
             self.apply(&update, learning_rate);
-            // After every single version: somebody may wait for exactly this one.
+            // Pulls are answered after every single version, because one may wait for exactly this version.
             self.answer_pulls(&mut answers);
         }
         answers
@@ -460,20 +466,21 @@ impl Shard {
     }
 }
 
-/// Returns the share of each gradient in a mean of batches of different size; none if all weigh the same.
+/// Returns the weight of each gradient in a mean of batches of different sizes. Returns `None` if all have
+/// the same weight.
 fn shares(update: &Update) -> Option<Vec<f32>> {
     let sizes = update.gradients.iter().map(|one| one.num_examples);
     let smallest = sizes.clone().min().unwrap_or(0);
     if update.reduction == Reduction::Sum || smallest == 0 || sizes.clone().all(|n| n == smallest) {
         return None;
     }
-    // Exact: each is checked to be small (`MAX_EXAMPLES`).
+    // This sum is exact, because each number is at most `MAX_EXAMPLES`.
     let all: f64 = sizes.clone().map(|n| n as f64).sum();
     Some(sizes.map(|n| (n as f64 / all) as f32).collect())
 }
 
-/// Adds gradients up in their order, element by element: each times its weight, if they have any, else
-/// divided by their number for a mean.
+/// Adds gradients element by element, in their order. Each is multiplied by its weight, if there are
+/// weights. Otherwise the sum is divided by the number of gradients for a mean.
 fn reduce(
     gradients: &[Gradient],
     weights: Option<&[f32]>,

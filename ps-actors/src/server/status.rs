@@ -1,4 +1,4 @@
-//! What a server tells people and metrics about itself: plain data.
+//! What a server reports about itself to people and metrics: plain data.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,43 +9,43 @@ use super::consistency::{Consistency, Reduction};
 use super::ledger::Outcome;
 use crate::ids::{Clock, Epoch, Version, WorkerId};
 
-/// The coordinator's view of a run.
+/// The status of a run, from the coordinator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CoordinatorStatus {
-    /// The mode in use.
+    /// The current consistency mode.
     pub consistency: Consistency,
-    /// How gradients of one update become one.
+    /// How the gradients of one update are combined.
     pub reduction: Reduction,
     /// The number of updates so far.
     pub version: Version,
-    /// The membership's epoch.
+    /// The epoch of the membership, which counts its changes.
     pub epoch: Epoch,
-    /// How many pushes wait for their round or for slower workers.
+    /// How many pushes wait for their round, or for slower workers.
     pub num_pending: usize,
-    /// For whom pushes wait that are held up.
+    /// The workers that the waiting pushes wait for.
     pub awaited: Awaited,
-    /// Every worker that was ever seen.
+    /// The status of every worker that the server has seen.
     pub workers: BTreeMap<WorkerId, WorkerStatus>,
 }
 
-/// For whom the others wait.
+/// The workers that the other workers wait for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Awaited {
-    /// How many workers have to join before the first round closes.
+    /// How many workers must join before the first round closes.
     pub num_to_join: usize,
-    /// The members whose gradients are waited for, if any others are.
+    /// The members whose gradients others wait for.
     pub workers: Vec<WorkerId>,
 }
 
 impl Awaited {
-    /// Whether nobody is waited for.
+    /// Whether no worker is waited for.
     #[must_use]
     pub fn is_nobody(&self) -> bool {
         self.num_to_join == 0 && self.workers.is_empty()
     }
 }
 
-/// Names a few, and how many more there are.
+/// Names a few of the workers, and the number of the others.
 impl fmt::Display for Awaited {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const NUM_NAMED: usize = 8;
@@ -66,30 +66,32 @@ impl fmt::Display for Awaited {
     }
 }
 
-/// What became of one worker's gradients.
+/// The status of one worker, with the outcomes of its gradients.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WorkerStatus {
-    /// Whether it takes part now.
+    /// Whether the worker is a member now.
     pub is_member: bool,
-    /// The step that it works on, while it is a member.
+    /// The clock of the step that the worker works on, while it is a member.
     pub next_clock: Clock,
-    /// How many gradients were applied.
+    /// How many of its gradients were applied.
     pub num_applied: u64,
-    /// How many came too late for their round and were dropped.
+    /// How many of its gradients arrived too late for their round and were dropped.
     pub num_dropped_late: u64,
-    /// How many were refused because of their norm.
+    /// How many of its gradients were refused because of their norm.
     pub num_refused: u64,
-    /// How many pushes were repetitions of earlier ones.
+    /// How many of its pushes repeated earlier pushes.
     pub num_duplicates: u64,
-    /// The staleness of the applied gradients, in updates.
+    /// The staleness of the applied gradients: the number of updates between the weights that a gradient
+    /// was computed on and its own update.
     pub staleness: Histogram,
 }
 
 impl WorkerStatus {
-    /// Returns how many of its gradients are over, whatever became of them.
+    /// Returns how many of its gradients were settled: applied, dropped as late, or refused because of
+    /// their norm.
     #[must_use]
     pub fn num_settled(&self) -> u64 {
-        // They may be a peer's.
+        // The numbers may come from a peer, so adding them must not overflow.
         let late_or_refused = self.num_dropped_late.saturating_add(self.num_refused);
         self.num_applied.saturating_add(late_or_refused)
     }
@@ -106,7 +108,7 @@ impl WorkerStatus {
     }
 }
 
-/// Counts of small whole numbers; those from [`Histogram::LIMIT`] on are counted together.
+/// Counts of small whole numbers. All numbers from [`Histogram::LIMIT`] on are counted together.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Histogram {
     counts: Vec<u64>,
@@ -115,7 +117,7 @@ pub struct Histogram {
 }
 
 impl Histogram {
-    /// The first value that is not counted exactly.
+    /// The smallest number that is counted together with all larger ones.
     pub const LIMIT: u64 = 256;
 
     /// Counts one value.
@@ -141,7 +143,8 @@ impl Histogram {
         self.max = self.max.max(other.max);
     }
 
-    /// Returns how many values were counted, by value; the last may stand for larger ones too.
+    /// Returns how many times each value was counted: item `n` is the count of value `n`. The item at index
+    /// [`Histogram::LIMIT`] also counts all larger values.
     #[must_use]
     pub fn counts(&self) -> &[u64] {
         &self.counts
@@ -150,7 +153,7 @@ impl Histogram {
     /// Returns how many values were counted.
     #[must_use]
     pub fn num_values(&self) -> u64 {
-        // They may be a peer's.
+        // The counts may come from a peer, so adding them must not overflow.
         let add = |sum: u64, count: &u64| sum.saturating_add(*count);
         self.counts.iter().fold(0, add)
     }

@@ -1,8 +1,8 @@
-//! The calls that wait here for their answers: whose they are, how many there may be, and their end.
+//! The calls that wait for their answers: their callers, how many there may be, and their end.
 //!
-//! A call that waits keeps a slot of the actor. So that those that need not wait always find
-//! one, the actor has more slots than may wait: status, heartbeats, joining and leaving never queue
-//! behind calls that wait (PS-9). A call whose caller has gone waits no longer.
+//! A waiting call occupies a slot of the actor. The actor has more slots than calls that may wait. So
+//! status, heartbeats, joining and leaving never queue behind waiting calls (PS-9). A call whose caller has
+//! gone stops waiting.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -16,20 +16,20 @@ use crate::ids::WorkerId;
 use crate::weights::Weights;
 use ps_runtime::actor::caller_gone;
 
-/// How many pulls may wait, and how many pushes: one of each worker that there may be.
+/// How many pulls may wait, and how many pushes. This is enough for one push of every possible worker.
 pub(super) const MAX_WAITING: usize = MAX_WORKERS;
 
-/// How many messages that fetch their gradients from elsewhere may be under way.
+/// How many messages may be fetching their gradients from other processes.
 pub(super) const MAX_FETCHING: usize = 1024;
 
-/// Slots for everything that does not wait.
+/// Slots for the calls that do not wait.
 const RESERVE: usize = 4096;
 
-/// How many calls of a server may be queued or running. A worker's only push waits in any case, so
-/// twice as many pushes may.
+/// How many calls of a server may be queued or running. A worker's only push may always wait, so up to
+/// twice `MAX_WAITING` pushes may wait.
 pub(super) const MAX_CALLS: usize = 3 * MAX_WAITING + MAX_FETCHING + RESERVE;
 
-/// Where an answer goes.
+/// The caller that an answer goes to.
 #[derive(Debug)]
 pub(super) enum Caller {
     Pull(oneshot::Sender<Result<Weights, ServerError>>),
@@ -53,13 +53,13 @@ pub(super) struct Waiting {
     num_pulls: usize,
     next_ticket: u64,
     left: mpsc::UnboundedSender<Ticket>,
-    /// Until the actor listens.
+    /// The receiver of `left`, until the actor takes it.
     leaving: Option<mpsc::UnboundedReceiver<Ticket>>,
 }
 
 impl Waiting {
     pub(super) fn new() -> Self {
-        // Bounded by the calls that wait.
+        // The number of waiting calls bounds this channel.
         let (left, leaving) = mpsc::unbounded_channel();
         Self {
             callers: BTreeMap::new(),
@@ -90,17 +90,18 @@ impl Waiting {
         Some(caller)
     }
 
-    /// The workers whose calls wait.
+    /// Returns the workers whose calls wait.
     pub(super) fn workers(&self) -> BTreeSet<WorkerId> {
         self.callers.values().filter_map(Caller::worker).collect()
     }
 
-    /// Whether one more pull may wait.
+    /// Checks that one more pull may wait.
     pub(super) fn check_room_for_pull(&self) -> Result<(), ServerError> {
         check_room(self.num_pulls < MAX_WAITING, MAX_WAITING)
     }
 
-    /// Whether a push of this worker may wait: its only one always, for others may wait for that.
+    /// Checks that a push of this worker may wait. Its only push may always wait, because others may wait
+    /// for it.
     pub(super) fn check_room_for_push(&self, worker: WorkerId) -> Result<(), ServerError> {
         let has_room = self.callers.len() - self.num_pulls < MAX_WAITING;
         let is_only = || {
@@ -110,8 +111,8 @@ impl Waiting {
         check_room(has_room || is_only(), MAX_WAITING)
     }
 
-    /// Waits for the answer under this ticket, for as long as its caller does. To be called by the
-    /// handler itself.
+    /// Waits for the answer with this ticket, as long as the caller waits. Must be called by the handler
+    /// itself.
     pub(super) fn answer<T: 'static>(
         &self,
         ticket: Ticket,
@@ -123,7 +124,7 @@ impl Waiting {
                 biased;
                 answer = answer => answer.map_err(|_| ServerError::Stopping),
                 () = gone => {
-                    // The actor ends otherwise, and forgets everything.
+                    // This fails only when the actor ends, and then it forgets all calls.
                     let _ = left.send(ticket);
                     Err(ServerError::Stopping)
                 }
@@ -131,7 +132,7 @@ impl Waiting {
         }
     }
 
-    /// The tickets of callers that have gone, some at a time; for the actor to listen to.
+    /// Returns the tickets of callers that have gone, as a stream of small groups for the actor.
     pub(super) fn leaving(&mut self) -> Option<impl Stream<Item = Vec<Ticket>> + 'static> {
         let leaving = self.leaving.take()?;
         Some(stream::unfold(leaving, |mut leaving| async move {

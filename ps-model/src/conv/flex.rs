@@ -13,10 +13,11 @@ use pulp::Arch;
 
 use super::kernel::{self, Sizes};
 
-/// `flex` as it records what is computed, without gradient checkpointing.
+/// The backend `flex` with autodiff, without gradient checkpointing.
 type Recorded = Autodiff<Flex, NoCheckpointing>;
 
-/// Convolves on `flex`, with or without autodiff; `None` where this module does not apply.
+/// Convolves on `flex`, with or without autodiff. Returns `None` for tensors or layers that this module
+/// does not support.
 pub(super) fn conv2d(layer: &Conv2d, images: &Tensor<4>) -> Option<Tensor<4>> {
     let weight = layer.weight.val();
     let bias = layer.bias.as_ref()?.val();

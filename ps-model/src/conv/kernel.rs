@@ -8,14 +8,16 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Up to so many output channels are computed in low blocks, of three rows and three columns. Of a usual
-/// block, of six rows and two columns, half would be superfluous; and a filter of 3 × 3 has nine taps.
+/// Up to this number of output channels, blocks have three rows and three columns. Larger convolutions use
+/// blocks of six rows and two columns. With three channels, half of such a block would be superfluous.
+/// Also, a filter of 3 × 3 has nine taps, a multiple of three.
 ///
-/// `ROWS` are the output channels that are computed together; `COLUMNS` the vectors along the image, or
-/// the filter taps of the weights' gradient. `ROWS * COLUMNS` sums, a vector of each column and one more
-/// fit the 16 registers of AVX2; more would go through memory, which takes three times as long.
+/// `ROWS` is the number of output channels that are computed together. `COLUMNS` is the number of vectors
+/// along the image, or of filter taps in the gradient of the weights. `ROWS * COLUMNS` sums, one vector per
+/// column, and one more vector fit into the 16 registers of AVX2. Larger blocks would go through memory,
+/// which takes three times as long.
 const FEW: usize = 3;
-/// The most numbers in a vector of any machine; the length of rows is a multiple.
+/// The largest number of `f32` in a vector on any machine. The length of rows is a multiple of it.
 const MAX_LANES: usize = 16;
 
 /// The sizes of a convolution with stride 1 and without padding.
@@ -88,8 +90,8 @@ fn forward_in<const ROWS: usize, const COLUMNS: usize>(
     y
 }
 
-/// Computes the gradient of `x` from that of the output: a convolution of it, padded, with the
-/// filters turned round and their channels swapped.
+/// Computes the gradient of `x` from that of the output. It is a convolution of the padded gradient of the
+/// output, with turned filters and swapped channels.
 pub(super) fn input_gradient(arch: Arch, sizes: &Sizes, weight: &[f32], dy: &[f32]) -> Vec<f32> {
     if sizes.input[0] <= FEW {
         input_gradient_in::<3, 3>(arch, sizes, weight, dy)
@@ -158,8 +160,8 @@ fn weight_gradient_in<const ROWS: usize, const COLUMNS: usize>(
     let offsets = offsets(sizes.input, sizes.kernel);
     let length = (height * wide_width).next_multiple_of(MAX_LANES);
     let last = offsets.last().copied().unwrap_or(0);
-    // Zero where there is no output, so that what the image has there does not count. (An infinity
-    // there would; but as every pixel lies under some tap, it makes NaN of the gradient anyway.)
+    // These are zero where there is no output, so the image does not count there. (An infinity in the image
+    // would count. But every pixel lies under some tap, so an infinity makes the gradient NaN anyway.)
     let mut wide = vec![0.0; outputs.next_multiple_of(ROWS) * length];
     let mut padded = vec![0.0; last + length];
     let mut dw = vec![0.0; outputs.next_multiple_of(ROWS) * offsets.len()];
@@ -190,8 +192,8 @@ fn weight_gradient_in<const ROWS: usize, const COLUMNS: usize>(
     (dw, db)
 }
 
-/// Sums in as many lanes as the widest vectors have, so that no addition waits for the one before, and
-/// in the same order on every machine. The length is a multiple of [`MAX_LANES`].
+/// Sums in as many lanes as the widest vectors have. So no addition waits for the one before, and the order
+/// is the same on every machine. The length is a multiple of [`MAX_LANES`].
 fn sum(numbers: &[f32]) -> f32 {
     let mut sums = [0.0; MAX_LANES];
     for numbers in numbers.chunks_exact(MAX_LANES) {
@@ -202,7 +204,7 @@ fn sum(numbers: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// Where the taps of a filter are, from the place of the output.
+/// The offsets of a filter's taps from the position of the output.
 fn offsets([channels, height, width]: [usize; 3], kernel: [usize; 2]) -> Vec<usize> {
     let mut offsets = Vec::with_capacity(channels * kernel[0] * kernel[1]);
     for channel in 0..channels {
@@ -215,17 +217,17 @@ fn offsets([channels, height, width]: [usize; 3], kernel: [usize; 2]) -> Vec<usi
     offsets
 }
 
-/// Sums of shifted planes: what the output and the gradient of the input have in common.
+/// Sums of shifted planes. The output and the gradient of the input are both computed in this way.
 struct Correlation<const ROWS: usize, const COLUMNS: usize> {
     offsets: Vec<usize>,
-    /// For each `ROWS` output channels, for each tap, a weight for each of the channels.
+    /// For each group of `ROWS` output channels and each tap: one weight per output channel of the group.
     panels: Vec<[f32; ROWS]>,
     outputs: usize,
-    /// Of the output, `[height, width]`.
+    /// `[height, width]` of the output.
     size: [usize; 2],
-    /// Of the input, and of the output with its superfluous columns.
+    /// The width of the input. It is also that of the output with its superfluous columns.
     wide_width: usize,
-    /// Numbers in a plane of that output, in whole tiles.
+    /// The length of a plane of that output, rounded up to whole tiles.
     length: usize,
 }
 
@@ -262,7 +264,7 @@ impl<const ROWS: usize, const COLUMNS: usize> Correlation<ROWS, COLUMNS> {
         }
     }
 
-    /// The length of an image with what the last vectors read behind it.
+    /// The length of an image, together with the numbers behind it that the last vectors read.
     fn padded_input(&self) -> usize {
         self.offsets.last().copied().unwrap_or(0) + self.length
     }
@@ -374,7 +376,7 @@ impl<const ROWS: usize, const COLUMNS: usize> WithSimd for WeightGradient<'_, RO
         for (block, dw) in blocks.zip(self.dw.chunks_exact_mut(ROWS * taps)) {
             let rows: [_; ROWS] = std::array::from_fn(|row| vectors(&block[row * self.length..]));
             for (group, offsets) in self.offsets.chunks(COLUMNS).enumerate() {
-                // In a last group that is not full, the first tap stands in for those missing.
+                // If the last group is not full, its first tap takes the place of the missing ones.
                 let columns: [_; COLUMNS] = std::array::from_fn(|column| {
                     let offset = offsets.get(column).unwrap_or(&offsets[0]);
                     vectors(&self.image[*offset..])
@@ -398,7 +400,7 @@ fn sum_of_products<S: Simd, const ROWS: usize, const COLUMNS: usize>(
     rows: [&[S::f32s]; ROWS],
     columns: [&[S::f32s]; COLUMNS],
 ) -> [[S::f32s; COLUMNS]; ROWS] {
-    // The compiler leaves out bounds checks where it sees one length.
+    // The compiler removes bounds checks if it sees that all have the same length.
     let count = rows[0].len();
     let rows = rows.map(|row| &row[..count]);
     let columns = columns.map(|column| &column[..count]);

@@ -14,11 +14,11 @@ use pulp::Arch;
 use super::kernel::Windows;
 use crate::conv::flex::{numbers, tensor};
 
-/// Pools on `flex`, with or without autodiff; `None` where this module does not apply.
+/// Pools on `flex`, with or without autodiff. Returns `None` for tensors that this module does not support.
 pub(super) fn max_pool2d(x: &Tensor<4>, size: usize) -> Option<Tensor<4>> {
     type Recorded = Autodiff<Flex>;
     let [batch, channels, height, width] = x.dims();
-    // A place in a window is a byte.
+    // A position in a window is stored in one byte.
     if x.dtype() != DType::F32 || !(1..=16).contains(&size) || size > height.min(width) {
         return None;
     }

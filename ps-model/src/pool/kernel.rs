@@ -1,38 +1,39 @@
 //! The arithmetic of max-pooling and of its gradient, on slices, one thread.
 //!
-//! The largest number of a window is looked for at every place of a row, also where no window begins:
-//! vectors then run along whole rows, and what is superfluous is left out at the end. Without branches on
-//! numbers, which nobody can predict.
+//! The largest number of a window is computed for every position of a row, even if no window begins there.
+//! So vectors run along whole rows. The superfluous results are dropped at the end. There are no branches
+//! that depend on the numbers, because the processor could not predict them.
 
 use pulp::{Arch, Simd, WithSimd};
 
-/// Planes cut into windows.
+/// Planes that are cut into windows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Windows {
     pub(super) planes: usize,
     pub(super) height: usize,
     pub(super) width: usize,
-    /// From 1 to 16, so that a place in a window is a byte, and not above height or width.
+    /// The side of a window: from 1 to 16, so that a position in a window fits a byte, and not above height
+    /// or width.
     pub(super) size: usize,
 }
 
 impl Windows {
-    /// `[rows, columns]` of windows in a plane.
+    /// Returns the number of windows in a plane, `[rows, columns]`.
     pub(super) const fn output(&self) -> [usize; 2] {
         [self.height / self.size, self.width / self.size]
     }
 
-    /// The largest number of each window, and its place there: row by row, from 0.
+    /// Returns the largest number of each window, and its position in the window: row by row, from 0.
     pub(super) fn largest(&self, arch: Arch, x: &[f32]) -> (Vec<f32>, Vec<u8>) {
         let windows = *self;
         arch.dispatch(Largest { windows, x })
     }
 
-    /// Puts each number where the largest one of its window was, and zeros elsewhere.
+    /// Puts each number at the position where the largest number of its window was, and zeros elsewhere.
     pub(super) fn spread(&self, dy: &[f32], places: &[u8]) -> Vec<f32> {
         let [rows, columns] = self.output();
         let (size, width) = (self.size, self.width);
-        // Looked up, because a division for each number takes longer than the rest.
+        // The offsets are looked up, because a division for each number would take longer than the rest.
         let offsets: [usize; 256] =
             std::array::from_fn(|place| place / size * width + place % size);
         let mut dx = vec![0.0; self.planes * self.height * width];
@@ -73,12 +74,12 @@ impl WithSimd for Largest<'_> {
         let [rows, columns] = windows.output();
         let mut largest = Vec::with_capacity(planes * rows * columns);
         let mut places = Vec::with_capacity(planes * rows * columns);
-        // The numbers of a row that are in windows, in whole vectors; what these read beyond the row does
-        // not get into the result.
+        // This is the length of the part of a row that is in windows, in whole vectors. Numbers that these
+        // read beyond the row do not get into the result.
         let wide = (columns * size).next_multiple_of(S::F32_LANES);
         let reach = (rows * size - 1) * width + wide;
         let mut last = vec![0.0; reach.max(height * width)];
-        // One window's width longer, for vectors that begin inside of the last window.
+        // The length includes one more window, for vectors that begin inside the last window.
         let length = rows * wide + size;
         let (mut best, mut place) = (vec![0.0; length], vec![0; length]);
         for plane in 0..planes {
@@ -133,17 +134,17 @@ fn columns_of_band<S: Simd>(
     }
 }
 
-/// Makes of the largest number of each column that of the window which begins there.
+/// Replaces the largest number of each column by that of the window that begins at this column.
 #[inline(always)]
 fn windows_of_columns<S: Simd>(simd: S, size: usize, best: &mut [f32], place: &mut [u32]) {
-    // A vector is written when nobody reads it any more: those to come begin behind it.
+    // A vector is written when it is no longer read: later vectors begin behind it.
     for at in (0..best.len() - size).step_by(S::F32_LANES) {
         let (mut so_far, mut places) = (load(simd, &best[at..]), load_places(simd, &place[at..]));
         for column in 1..size {
             let x = load(simd, &best[at + column..]);
             let rows = load_places(simd, &place[at + column..]);
             let at = simd.add_u32s(rows, simd.splat_u32s(column as u32));
-            // Of equal ones, the one in the higher row comes first.
+            // Of equal numbers, the one in the higher row comes first.
             let is_equal = simd.equal_f32s(x, so_far);
             let is_first = simd.and_m32s(is_equal, simd.less_than_u32s(at, places));
             let is_better = simd.or_m32s(is_larger(simd, x, so_far), is_first);
@@ -165,11 +166,11 @@ fn load_places<S: Simd>(_: S, places: &[u32]) -> S::u32s {
     S::as_simd_u32s(places).0[0]
 }
 
-/// NaN is larger than all numbers, and the first one stays.
+/// NaN counts as larger than all numbers, and the first NaN stays.
 #[inline(always)]
 fn is_larger<S: Simd>(simd: S, x: S::f32s, best: S::f32s) -> S::m32s {
     let is_number = simd.equal_f32s(best, best);
-    // Not `greater_than`: that is false of NaN.
+    // This is not `greater_than`, because that is false for NaN.
     let is_smaller_or_equal = simd.less_than_or_equal_f32s(x, best);
     simd.and_m32s(is_number, simd.not_m32s(is_smaller_or_equal))
 }

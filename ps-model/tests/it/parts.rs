@@ -30,7 +30,7 @@ where
     let (_, output): (_, Tensor<2>) = seams.cross(images, output).unwrap();
     let loss = nll_loss(output, batch.labels_on(&device.clone().autodiff()));
     go_back(&mut seams, &loss, |_, gradient| pass.backward(0, gradient));
-    let gradient = pass.take_gradient().expect("it was gone back through");
+    let gradient = pass.take_gradient().expect("backward was called");
     (loss.into_scalar::<f32>(), gradient)
 }
 
@@ -256,6 +256,7 @@ fn residual_loss(
     around.behind.forward(x).square().mean()
 }
 
+/// PT-6
 #[test]
 fn layers_before_behind_and_around_a_part_get_their_gradients() {
     let device = default_device().autodiff();
@@ -296,6 +297,7 @@ fn layers_before_behind_and_around_a_part_get_their_gradients() {
     assert_close(&got, &expected, "middle, before, behind");
 }
 
+/// PT-6
 #[test]
 fn a_graph_shared_by_two_sides_of_a_part_is_an_error_that_says_to_cut_it() {
     let device = default_device().autodiff();
@@ -347,6 +349,7 @@ fn array(shape: &[usize]) -> Array {
     }
 }
 
+/// PT-5
 #[test]
 fn what_does_not_fit_is_an_error_and_the_pass_goes_on() {
     let mut pass = pass_of_middle();
@@ -393,6 +396,7 @@ fn what_does_not_fit_is_an_error_and_the_pass_goes_on() {
     assert_eq!(error, PartError::TooManyCalls);
 }
 
+/// PT-5
 #[test]
 fn a_part_that_panics_gives_an_error() {
     let device = default_device();
@@ -455,6 +459,7 @@ fn passes_keep_the_weights_and_graphs_that_they_began_with() {
     }
 }
 
+/// PT-7
 #[test]
 fn inference_switches_dropout_off_and_each_call_draws_its_own() {
     let device = default_device();

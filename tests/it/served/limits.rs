@@ -106,6 +106,7 @@ fn contexts_are_bounded_and_a_greedy_trainer_does_not_keep_others_out() {
     drop(other);
 }
 
+/// PT-5
 #[test]
 fn what_does_not_fit_is_refused_and_the_context_goes_on() {
     let part = convnet(PartConfig::default());

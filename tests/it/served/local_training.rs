@@ -215,6 +215,7 @@ fn synchronous_trainers_wait_for_each_other() {
     }
 }
 
+/// PT-7
 #[test]
 fn inference_is_without_dropout_at_the_latest_weights() {
     let model = Net::init(1, &device());

@@ -1,4 +1,4 @@
-//! What comes in: which gradients are new, who may push them, and which are refused.
+//! Admission: which gradients are new, which workers may push them, and which are refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,7 +22,8 @@ impl Coordinator {
         let worker = id.worker;
         let waiter = Waiter { ticket, then_start };
         self.check_member(worker, id.incarnation)?;
-        // Before the ledger is asked: its window may have passed what waits.
+        // Pending pushes are looked up before the ledger, because its window may have moved past a pending
+        // push.
         if let Some(pending) = self.pending.iter_mut().find(|push| push.stamp.id == id) {
             if pending.waiters.len() >= MAX_PENDING {
                 return Err(Refusal::TooManyPending { worker });
@@ -70,10 +71,10 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Whether a worker takes part in this life.
+    /// Checks that a worker is a member in this incarnation.
     ///
     /// # Errors
-    /// When it does not.
+    /// If it is not.
     pub(crate) fn check_member(
         &self,
         worker: WorkerId,
@@ -99,7 +100,7 @@ impl Coordinator {
     ) -> Result<Outcome, Refusal> {
         let settled = self.check_all(stamps, newest)?;
         if settled.len() == stamps.len() {
-            // The same call once more gets the same answer.
+            // The same call again gets the same answer.
             for (id, _) in &settled {
                 self.stat(id.worker).num_duplicates += 1;
             }
@@ -116,7 +117,7 @@ impl Coordinator {
             self.begin_life(stamp.id, effects);
         }
         for stamp in stamps {
-            // One bad gradient spoils the call; the others may be applied again without it.
+            // One bad gradient makes the whole call fail. The caller may apply the others again without it.
             if let Some(refused) = self.norm_outcome(stamp) {
                 let push = PendingPush {
                     stamp: *stamp,
@@ -136,8 +137,8 @@ impl Coordinator {
         Ok(self.update(pushes, reduction, effects))
     }
 
-    /// Checks gradients that need no membership, all of them before anything changes. Returns what
-    /// became of those that are over.
+    /// Checks gradients that need no membership. All are checked before anything changes. Returns the
+    /// outcomes of those that are already settled.
     fn check_all(
         &self,
         stamps: &[Stamp],
@@ -154,7 +155,8 @@ impl Coordinator {
             if let Some(least) = known.filter(|&known| got < known) {
                 return Err(Refusal::Fenced { worker, got, least });
             }
-            // The servers themselves may have handed out what is known.
+            // A known incarnation is accepted in any case, because the servers themselves may have assigned
+            // it.
             if got > newest.max(known.unwrap_or_default()) {
                 return Err(Refusal::LifeAhead {
                     worker,
@@ -162,7 +164,8 @@ impl Coordinator {
                     newest,
                 });
             }
-            // A member counts in the life in which it joined, until that is over.
+            // A member's gradients count only in the incarnation in which it joined, until its membership
+            // is over.
             let member = self.members.get(&worker).map(|member| member.incarnation);
             let is_new = known.is_none() && !lives.contains_key(&worker);
             num_new_workers += usize::from(is_new);
@@ -189,7 +192,7 @@ impl Coordinator {
         Ok(settled)
     }
 
-    /// Begins the record of a life that was checked, and fences earlier lives of its worker.
+    /// Begins the record of an incarnation that was checked, and fences earlier incarnations of its worker.
     fn begin_life(&mut self, id: GradientId, effects: &mut Vec<Effect>) {
         let GradientId {
             worker,
@@ -199,14 +202,14 @@ impl Coordinator {
         let is_new = !self.ledgers.contains_key(&worker);
         let ledger = self.ledgers.entry(worker).or_default();
         if is_new || ledger.incarnation < incarnation {
-            // A worker that never joins counts its clocks from 0 in every life.
+            // The clocks of a worker that never joins start at 0 in every incarnation.
             ledger.begin(incarnation);
             let below = incarnation;
             effects.push(Effect::Fence { worker, below });
         }
     }
 
-    /// Bounds the memory that made-up worker numbers could take.
+    /// Limits the memory that made-up worker numbers could take.
     pub(super) fn check_room(&self, worker: WorkerId) -> Result<(), Refusal> {
         if self.ledgers.len() >= MAX_WORKERS && !self.ledgers.contains_key(&worker) {
             return Err(Refusal::TooManyWorkers { worker });
@@ -214,19 +217,20 @@ impl Coordinator {
         Ok(())
     }
 
-    /// Whether a push was accepted and waits to be applied.
+    /// Whether a push with this id was accepted and waits to be applied.
     pub(in crate::server) fn is_pending(&self, id: GradientId) -> bool {
         self.pending.iter().any(|push| push.stamp.id == id)
     }
 
-    /// Frees what was staged for a call that changed nothing, or is applied already.
+    /// Frees what was staged for a call that changed nothing, or whose gradient has already been applied.
     pub(super) fn discard_unless_pending(&self, id: GradientId, effects: &mut Vec<Effect>) {
         if !self.is_pending(id) {
             effects.push(Effect::Discard(id));
         }
     }
 
-    /// What is known of a gradient; of one of a later life than any before, nothing.
+    /// Returns what is known of a gradient. Nothing is known of a gradient of a later incarnation than any
+    /// before.
     fn entry(&self, id: GradientId) -> Entry {
         let ledger = self.ledgers.get(&id.worker);
         let ledger = ledger.filter(|ledger| ledger.incarnation == id.incarnation);

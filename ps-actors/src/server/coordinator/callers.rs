@@ -1,4 +1,4 @@
-//! Who waits: callers for their answers, and the run for its workers.
+//! Who waits: callers that wait for answers, and workers that the run waits for.
 
 use std::collections::BTreeSet;
 
@@ -9,14 +9,13 @@ use super::Coordinator;
 use crate::ids::{Incarnation, WorkerId};
 
 impl Coordinator {
-    /// Returns the life in which a worker is a member.
+    /// Returns the incarnation in which a worker is a member.
     #[must_use]
     pub(crate) fn incarnation(&self, worker: WorkerId) -> Option<Incarnation> {
         self.members.get(&worker).map(|member| member.incarnation)
     }
 
-    /// Answers nobody under these tickets any more, because those who waited have gone. What they pushed
-    /// stays pending.
+    /// Forgets these tickets, because their callers have gone. The pushes of these callers stay pending.
     pub(crate) fn forget_callers(&mut self, tickets: &BTreeSet<Ticket>) {
         for push in &mut self.pending {
             push.waiters
@@ -32,7 +31,7 @@ impl Coordinator {
         self.pending.len() + self.held_answers.len()
     }
 
-    /// Returns for whom the pushes wait that are held up.
+    /// Returns the workers that the waiting pushes wait for.
     #[must_use]
     pub(crate) fn awaited(&self) -> Awaited {
         let waits_for_rounds = matches!(
@@ -66,7 +65,7 @@ impl Coordinator {
         }
     }
 
-    /// Bounds the callers that wait until their worker may start its next step.
+    /// Limits the number of callers that wait until their worker may start its next step.
     pub(super) fn check_room_to_hold(&self, worker: WorkerId) -> Result<(), Refusal> {
         let held = self.held_answers.iter();
         match held.filter(|held| held.worker == worker).count() {

@@ -1,4 +1,4 @@
-//! What happens next: which pending gradients make an update now, and who hears of it.
+//! What happens next: which pending gradients make an update now, and which callers are answered.
 
 use std::collections::BTreeMap;
 
@@ -9,8 +9,7 @@ use super::{Coordinator, HeldAnswer, PendingPush, Waiter};
 use crate::ids::{Clock, GradientId, WorkerId};
 
 impl Coordinator {
-    /// Makes everything happen that can happen now. After it, whatever is pending waits for
-    /// another event.
+    /// Does everything that can be done now. Afterwards, every pending push waits for another event.
     pub(super) fn advance(&mut self, effects: &mut Vec<Effect>) {
         loop {
             let progress = match self.consistency {
@@ -56,7 +55,7 @@ impl Coordinator {
         }
         let mut round: BTreeMap<WorkerId, GradientId> = BTreeMap::new();
         for push in &self.pending {
-            // A worker's second push waits for the next round: it never stands in for another.
+            // A worker's second push waits for the next round. It never counts for another worker (S-1).
             let id = push.stamp.id;
             round.entry(id.worker).or_insert(id);
             if round.len() == quorum {
@@ -146,7 +145,7 @@ impl Coordinator {
     ) {
         let Waiter { ticket, then_start } = waiter;
         if then_start {
-            // `release_answers` decides, at the end of this very step.
+            // `release_answers` decides when to answer, at the end of this same step.
             let (worker, clock) = (id.worker, id.clock);
             self.held_answers.push(HeldAnswer {
                 ticket,
@@ -186,13 +185,13 @@ impl Coordinator {
         }
     }
 
-    /// Says whether a worker's step is within the bound of the slowest live member (PS-4).
+    /// Whether a worker's step is within the bound of the slowest live member (PS-4).
     fn may_start(&self, worker: WorkerId, clock: Clock, bound: u64) -> bool {
         match (self.members.get(&worker), self.slowest_progress()) {
             (Some(member), Some(slowest)) => {
                 member.progress(clock) <= slowest.saturating_add(bound)
             }
-            // Whoever is no member any more learns what became of its push.
+            // A worker that is no longer a member gets the outcome of its push at once.
             _ => true,
         }
     }

@@ -63,7 +63,7 @@ fn made_up_workers_do_not_fill_the_books() {
             let worker = WorkerId(made_up);
             for coordinator in [&mut alone, &mut all] {
                 let mut effects = coordinator.step(event(kind, made_up, Ticket(0)));
-                // Whoever has joined is lost again: it stays in the books.
+                // A worker that has joined is lost again. Its record stays.
                 effects.extend(coordinator.step(Event::Lost { worker }));
                 let fence = |effect: &Effect| matches!(effect, Effect::Fence { .. });
                 if effects.iter().any(fence) {
@@ -71,7 +71,7 @@ fn made_up_workers_do_not_fill_the_books() {
                 }
             }
         }
-        // Whoever was let in is in the books, and nobody else.
+        // Only workers that were accepted have records.
         let most = if kind < 3 { 3 } else { MAX_WORKERS };
         assert!(alone.largest_book() <= most, "kind {kind}");
         assert!(all.largest_book() <= MAX_WORKERS, "kind {kind}");

@@ -61,7 +61,7 @@ proptest! {
                 clocks[worker] += 1;
                 waiting[worker] = None;
                 if clocks[worker] == STEPS {
-                    // Whoever is done leaves, or it would hold the others back.
+                    // A worker that has finished leaves. Otherwise it would hold the others back.
                     let ticket = world.ticket();
                     let (worker, incarnation) = (WorkerId(worker as u32), Incarnation(1));
                     world.event(Event::Leave { ticket, worker, incarnation });
@@ -79,6 +79,7 @@ proptest! {
     }
 }
 
+/// S-1, S-2
 #[test]
 fn one_workers_duplicates_do_not_close_a_k_of_n_round() {
     let mut world = World::new(1, Consistency::KofN { k: 2 }, Reduction::Mean);
@@ -109,6 +110,7 @@ fn one_workers_duplicates_do_not_close_a_k_of_n_round() {
     assert_eq!(world.shards[0].num_staged(), 0);
 }
 
+/// S-2
 #[test]
 fn k_of_n_goes_on_with_fewer_than_k_workers() {
     let mut world = World::new(1, Consistency::KofN { k: 3 }, Reduction::Mean);
@@ -123,6 +125,7 @@ fn k_of_n_goes_on_with_fewer_than_k_workers() {
     assert!(pushed.iter().all(|&ticket| world.outcome(ticket).is_some()));
 }
 
+/// S-3
 #[test]
 fn a_bsp_round_closes_without_a_worker_that_dies_in_it() {
     let mut world = World::new(1, Consistency::Bsp, Reduction::Mean);

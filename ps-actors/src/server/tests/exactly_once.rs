@@ -122,6 +122,7 @@ fn a_drivers_update_called_twice_is_applied_once() {
     assert_eq!(world.weights(), vec![2.0; LEN]);
 }
 
+/// S-5
 #[test]
 fn a_zombie_is_fenced_off_and_its_next_life_goes_on_where_it_was() {
     let mut world = World::new(2, Consistency::Bsp, Reduction::Sum);
@@ -145,7 +146,7 @@ fn a_zombie_is_fenced_off_and_its_next_life_goes_on_where_it_was() {
         Err(Refusal::Fenced { worker, got, least })
     );
 
-    // Clock 1 was pending, not applied: the next life starts with it, and it counts once.
+    // Clock 1 was pending, not applied. The next incarnation starts with it, and it counts once.
     assert_eq!(world.join(0, 2).unwrap().next_clock, Clock(1));
     let again = world.push(id(0, 2, 1), 1, vec![10.0; LEN]);
     let zombie = world.push(id(0, 1, 1), 1, vec![10.0; LEN]);
@@ -257,12 +258,13 @@ fn no_number_of_a_peer_locks_a_worker_out() {
         let mut world = World::new(2, consistency, Reduction::Sum);
         world.join(1, 1).unwrap();
         world.push(id(1, 1, 0), 0, vec![1.0; LEN]);
-        // The number of a request claims nothing: the next life is the next one.
+        // The number of a request does not matter: each new request begins the next incarnation.
         for (request, life) in [(u64::MAX, 1), (0, 2), (7, 3)] {
             let joined = world.join(0, request).unwrap();
             assert_eq!(joined.incarnation, Incarnation(life));
         }
-        // Nor do a request that comes once more after its life, and a life that nobody was given.
+        // The same holds for a request that arrives again after its incarnation, and for an incarnation
+        // that was never assigned.
         let (worker, got, least) = (WorkerId(0), Incarnation(1), Incarnation(2));
         let over = Refusal::Fenced { worker, got, least };
         assert_eq!(world.join(0, u64::MAX), Err(over));
@@ -280,7 +282,7 @@ fn no_number_of_a_peer_locks_a_worker_out() {
                 assert_eq!(world.answers[&ticket], refused);
             }
         }
-        // A driver's worker numbers its life itself, but not beyond the time.
+        // A driver's worker chooses its incarnation itself, but it may not be in the future.
         for got in [NEWEST.next(), Incarnation(u64::MAX)] {
             let ticket = world.apply(&[id(2, got.0, 0)], 1, |_| 1.0);
             let (worker, newest) = (WorkerId(2), NEWEST);
@@ -305,6 +307,7 @@ fn no_number_of_a_peer_locks_a_worker_out() {
     }
 }
 
+/// S-5
 #[test]
 fn a_request_to_join_that_was_delayed_does_not_end_a_later_life() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Sum);
@@ -337,10 +340,10 @@ fn any_consistency() -> impl Strategy<Value = Consistency> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Workers run far ahead of what they have pending: bursts longer than the ledger's window, mostly
-    /// of gradients that are refused, jumps, repeats, deaths, and drivers that apply what workers
-    /// computed, of several lives at once. Whoever was told that its gradient is applied finds it
-    /// in the weights once, and nobody else does.
+    /// Workers run far ahead of their pending pushes. There are bursts longer than the ledger's window
+    /// (mostly of gradients that are refused), jumps, repeats, deaths, and drivers that apply gradients
+    /// of several incarnations at once. A gradient whose sender was told that it is applied is in the
+    /// weights once. No other gradient is.
     #[test]
     fn what_is_applied_is_what_was_answered_however_far_a_worker_runs_ahead(
         seed: u64, consistency in any_consistency(), num_shards in 1usize..3,
@@ -457,7 +460,7 @@ fn a_push_that_waits_is_applied_although_more_clocks_than_are_remembered_came_af
     }
 }
 
-/// The gradients of a worker that was started again, gathered by a driver that knew nothing of it.
+/// S-5: a driver gathered gradients of a worker that was started again, without knowing of the restart.
 #[test]
 fn two_lives_of_a_worker_in_one_call_are_refused_and_nothing_changes() {
     // The same clock in both, and different ones: the silent half.
@@ -472,7 +475,7 @@ fn two_lives_of_a_worker_in_one_call_are_refused_and_nothing_changes() {
             assert_eq!(world.answers[&ticket], Err(refused));
         }
         assert!(world.coordinator.status().workers.is_empty());
-        // Each alone is applied; then the earlier life is over.
+        // Each alone is applied. Then the earlier incarnation is over.
         for (id, sum) in [
             (id(3, 10, earlier), 1.0),
             (id(3, 11, later), 2.0),
@@ -500,6 +503,7 @@ fn two_lives_of_a_worker_in_one_call_are_refused_and_nothing_changes() {
     }
 }
 
+/// S-5
 #[test]
 fn a_driver_cannot_apply_for_a_member_in_another_life() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Sum);

@@ -18,7 +18,7 @@ mod sharding;
 
 const LEN: usize = 40;
 
-/// The latest life that a worker can be in that never joined.
+/// The latest incarnation that a worker may have that never joined.
 const NEWEST: Incarnation = Incarnation(1_000);
 
 /// A coordinator with its shards. What the coordinator decides reaches shard 0 at once, and
@@ -110,8 +110,8 @@ impl World {
         (0..self.shards.len()).for_each(|shard| self.deliver(shard));
     }
 
-    /// Joins by the request of this number. Lives are numbered from 1, so a test that numbers its
-    /// requests so, too, knows which life each begins.
+    /// Joins by the request of this number. Incarnations are numbered from 1. If a test numbers its
+    /// requests in the same way, it knows which incarnation each request begins.
     fn join(&mut self, worker: u32, request: u64) -> Result<Membership, Refusal> {
         let ticket = self.ticket();
         let (worker, request) = (WorkerId(worker), JoinRequest(request));

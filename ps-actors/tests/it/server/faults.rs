@@ -6,6 +6,7 @@ use ps_actors::server::{Pull, ReportLost};
 
 use super::*;
 
+/// S-3: a worker that panics leaves by itself.
 #[test]
 fn the_others_go_on_when_a_worker_panics_in_the_middle_of_its_run() {
     let servers = group(2, config(Consistency::Bsp));
@@ -35,6 +36,7 @@ fn the_others_go_on_when_a_worker_panics_in_the_middle_of_its_run() {
     assert_eq!(status.workers[&WorkerId(2)].num_applied, 5);
 }
 
+/// S-3: a worker whose run fails leaves by itself.
 #[test]
 fn a_source_that_fails_ends_its_run_with_the_reason_and_lets_the_others_go_on() {
     let servers = group(1, config(Consistency::Bsp));
@@ -66,6 +68,7 @@ fn a_source_that_fails_ends_its_run_with_the_reason_and_lets_the_others_go_on() 
     assert_eq!(good.wait().unwrap().unwrap().num_applied, 10);
 }
 
+/// S-4
 #[test]
 fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
     let lease = Some(Duration::from_millis(40));
@@ -91,6 +94,7 @@ fn a_silent_member_holds_a_round_up_no_longer_than_its_lease() {
     }
 }
 
+/// S-5: `RunSteps` joins again by itself.
 #[test]
 fn a_worker_declared_dead_by_mistake_comes_back_and_nothing_is_lost_or_counted_twice() {
     let servers = group(2, config(Consistency::Bsp));

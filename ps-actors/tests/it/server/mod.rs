@@ -123,6 +123,7 @@ fn coordinator(servers: &ServerGroup) -> CoordinatorStatus {
     first.ask(GetStatus).wait().unwrap().coordinator.unwrap()
 }
 
+/// S-7: the gradients arrive in any order, and the sum is that of the order of the workers.
 #[test]
 fn synchronous_workers_compute_what_one_thread_computes_on_any_number_of_servers() {
     for num_servers in [1, 2, 5] {
