@@ -1,8 +1,8 @@
 //! Turns a [`Sampler`]'s indexes into batches, ahead of time on a thread.
 //!
-//! The thread prepares at most `depth + 1` batches more than were taken: `depth` in the queue and
-//! one in its hands. Batches arrive in the sampler's order whatever the depth, so prefetching never
-//! changes results. The cursor is the consumer's: batches prepared but not taken do not count.
+//! The thread prepares at most `depth + 1` batches more than were taken: `depth` in the queue and one that
+//! waits for room. Batches always arrive in the sampler's order, so prefetching never changes results. The
+//! cursor is the consumer's: batches that were prepared but not taken do not count.
 
 use std::fmt;
 use std::io;
@@ -20,20 +20,20 @@ const DEFAULT_DEPTH: usize = 2;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BatchError {
-    /// The data set failed to give an example. The position has not moved: asking again tries the
-    /// same batch.
+    /// The data set could not return an example. The position has not moved: the next call tries the same
+    /// batch again.
     #[error("the data set cannot give the examples of a batch")]
     Dataset(#[source] DatasetError),
-    /// The collate function panicked. These `Batches` are of no further use.
+    /// The collate function panicked. These `Batches` cannot be used any more.
     #[error("the function that makes batches panicked: {message}")]
     Panicked {
         /// The panic's message.
         message: String,
     },
-    /// The system gave no thread. These `Batches` are of no further use.
+    /// The system gave no thread. These `Batches` cannot be used any more.
     #[error("cannot start the thread that prepares batches")]
     SpawnThread(#[source] io::Error),
-    /// An earlier panic or thread failure, reported then, has ended these `Batches`.
+    /// An earlier panic or thread failure has ended these `Batches`. It was reported when it happened.
     #[error("batches ended by an earlier failure; make new ones")]
     Ended,
     /// The cursor does not fit the configuration.
@@ -41,35 +41,47 @@ pub enum BatchError {
     Seek(#[source] SamplerError),
 }
 
-/// An endless sequence of batches of type `T`, seeded, sharded, resumable and prefetched.
+/// An endless sequence of batches of type `T`. It is seeded, sharded, resumable and prefetched.
 ///
 /// Dropping it stops the thread, after the batch that the thread is working on.
+///
+/// ```
+/// use ps_data::{Batches, SamplerConfig};
+///
+/// // Ten examples in batches of 4, in order. The function makes a batch from its indexes.
+/// let config = SamplerConfig { shuffle: false, ..SamplerConfig::new(10, 4) };
+/// let squares = |indexes: &[usize]| indexes.iter().map(|i| i * i).collect::<Vec<_>>();
+/// let mut batches = Batches::new(config, squares)?.prefetch(1);
+/// assert_eq!(batches.next_batch()?, [0, 1, 4, 9]);
+/// assert_eq!(batches.batches_per_epoch(), 3);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Batches<T> {
     config: SamplerConfig,
     batches_per_epoch: u64,
-    /// Position of the next batch that the consumer gets.
+    /// The position of the next batch that the consumer gets.
     cursor: Cursor,
     depth: usize,
     state: State<T>,
 }
 
 enum State<T> {
-    /// No thread; the producer stands at the consumer's cursor.
+    /// There is no thread. The producer is at the consumer's cursor.
     Idle(Producer<T>),
-    /// A thread is ahead of the consumer.
+    /// A thread prepares batches ahead of the consumer.
     Prefetching(Prefetcher<T>),
     /// The producer was lost.
     Ended,
 }
 
 impl<T: Send + 'static> Batches<T> {
-    /// Makes batches by calling `collate` with the indexes of each.
+    /// Makes each batch by calling `collate` with the indexes of its examples.
     ///
     /// `collate` runs on the prefetching thread, one call at a time and in order.
     ///
     /// # Errors
     ///
-    /// If `config` cannot be met.
+    /// If `config` is invalid; see [`Sampler::new`].
     pub fn new(
         config: SamplerConfig,
         mut collate: impl FnMut(&[usize]) -> T + Send + 'static,
@@ -77,11 +89,11 @@ impl<T: Send + 'static> Batches<T> {
         Self::with_fallible(config, move |indices| Ok(collate(indices)))
     }
 
-    /// Makes batches of the items of any burn `Dataset`; `collate` joins them.
+    /// Makes batches from any burn `Dataset`. `collate` joins the items of a batch.
     ///
     /// # Errors
     ///
-    /// If `config` cannot be met or its `num_examples` is not the data set's length.
+    /// If `config` is invalid, or if its `num_examples` is not the data set's length.
     pub fn of_dataset<I>(
         dataset: impl Dataset<I> + 'static,
         config: SamplerConfig,
@@ -114,20 +126,21 @@ impl<T: Send + 'static> Batches<T> {
 
     /// Sets how many finished batches may wait in the queue. Default: 2.
     ///
-    /// 0 makes each batch when it is asked for, without a thread. More hides slower and more uneven
-    /// collate functions and costs the memory of that many batches. Set it before the first batch;
-    /// later it counts from the next [`seek`](Self::seek) on.
+    /// With 0, each batch is made when it is asked for, without a thread. With more, slow and uneven collate
+    /// functions delay the consumer less, but more batches take memory. Set it before the first batch. If it
+    /// is set later, it takes effect at the next [`seek`](Self::seek).
     #[must_use]
     pub fn prefetch(mut self, depth: usize) -> Self {
         self.depth = depth;
         self
     }
 
-    /// Waits for the next batch.
+    /// Waits for the next batch and returns it.
     ///
     /// # Errors
     ///
-    /// If the batch could not be made; each [`BatchError`] says whether asking again can help.
+    /// If the batch could not be made. The documentation of each [`BatchError`] says whether another call
+    /// can help.
     pub fn next_batch(&mut self) -> Result<T, BatchError> {
         let (batch, next) = match std::mem::replace(&mut self.state, State::Ended) {
             State::Ended => return Err(BatchError::Ended),
@@ -148,7 +161,7 @@ impl<T: Send + 'static> Batches<T> {
         Ok(batch)
     }
 
-    /// Takes the oldest batch in the queue. After an error the thread ends, so it is called back.
+    /// Takes the oldest batch in the queue. After an error the thread ends, so its producer is taken back.
     fn receive(&mut self, prefetcher: Prefetcher<T>) -> Result<(T, Cursor), BatchError> {
         let result = prefetcher.receiver.recv().unwrap_or(Err(BatchError::Ended));
         self.state = match &result {
@@ -158,18 +171,18 @@ impl<T: Send + 'static> Batches<T> {
         result
     }
 
-    /// Position of the next batch: save it to resume there.
+    /// Returns the position of the next batch. Save it to resume there.
     pub fn cursor(&self) -> Cursor {
         self.cursor
     }
 
-    /// Continues at `cursor`; batches prepared for elsewhere are thrown away.
+    /// Continues at `cursor`. Batches that were prepared for another position are dropped.
     ///
-    /// Waits for the batch that the thread is working on.
+    /// It waits for the batch that the thread is working on.
     ///
     /// # Errors
     ///
-    /// [`BatchError::Seek`] if `cursor` points behind the end of its epoch; the position stays.
+    /// [`BatchError::Seek`] if `cursor` is behind the end of its epoch; the position does not change then.
     /// [`BatchError::Ended`] after a panic of the collate function.
     pub fn seek(&mut self, cursor: Cursor) -> Result<(), BatchError> {
         let stopped = match std::mem::replace(&mut self.state, State::Ended) {
@@ -181,19 +194,19 @@ impl<T: Send + 'static> Batches<T> {
         let moved = producer.sampler.seek(cursor);
         match moved {
             Ok(()) => self.cursor = cursor,
-            // Back from where prefetching had taken it.
+            // Moves the sampler back from the position that prefetching had reached.
             Err(_) => producer.sampler.rewind(self.cursor),
         }
         self.state = State::Idle(producer);
         moved.map_err(BatchError::Seek)
     }
 
-    /// Batches of this shard per epoch.
+    /// Returns how many batches this shard has per epoch.
     pub fn batches_per_epoch(&self) -> u64 {
         self.batches_per_epoch
     }
 
-    /// Which examples these batches are made of.
+    /// Returns the configuration of the sampler.
     pub fn config(&self) -> &SamplerConfig {
         &self.config
     }
@@ -204,7 +217,7 @@ impl Batches<ImageBatch> {
     ///
     /// # Errors
     ///
-    /// If `config` cannot be met or its `num_examples` is not the data set's length.
+    /// If `config` is invalid, or if its `num_examples` is not the data set's length.
     pub fn of_images(images: &ImageDataset, config: SamplerConfig) -> Result<Self, SamplerError> {
         check_length(&config, images.len())?;
         let images = images.clone();
@@ -215,7 +228,7 @@ impl Batches<ImageBatch> {
 impl<T: Send + 'static> Iterator for Batches<T> {
     type Item = Result<T, BatchError>;
 
-    /// Never returns `None`: stop by `take`, by the cursor's epoch, or at an error.
+    /// Never returns `None`. End the iteration with `take`, at an epoch of the cursor, or at an error.
     fn next(&mut self) -> Option<Self::Item> {
         Some(self.next_batch())
     }
@@ -241,7 +254,7 @@ fn check_length(config: &SamplerConfig, found: usize) -> Result<(), SamplerError
 
 type Collate<T> = Box<dyn FnMut(&[usize]) -> Result<T, BatchError> + Send>;
 
-/// Makes batches one after the other.
+/// Makes one batch after the other.
 struct Producer<T> {
     sampler: Sampler,
     collate: Collate<T>,
@@ -249,11 +262,12 @@ struct Producer<T> {
 }
 
 impl<T> Producer<T> {
-    /// Makes one batch; returns it with the position behind it. Stays at it if that fails.
+    /// Makes one batch and returns it with the position behind it. If that fails, the position does not
+    /// change.
     fn produce(&mut self) -> Result<(T, Cursor), BatchError> {
         let start = self.sampler.cursor();
         self.sampler.next_into(&mut self.indices);
-        // After a panic the producer, and all that might be inconsistent, is dropped.
+        // After a panic the producer is dropped, because its state may be inconsistent.
         let collated = catch_unwind(AssertUnwindSafe(|| (self.collate)(&self.indices)));
         match collated {
             Ok(Ok(batch)) => Ok((batch, self.sampler.cursor())),
@@ -274,14 +288,14 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     text.unwrap_or("no message").to_owned()
 }
 
-/// The thread and the queue of what it has made.
+/// The thread and the queue of its batches.
 struct Prefetcher<T> {
     receiver: Receiver<Result<(T, Cursor), BatchError>>,
     thread: Stopper<T>,
 }
 
-/// Joins its thread when dropped. Fields drop in order, so the queue is closed by then and the
-/// thread cannot be waiting for room in it.
+/// Joins its thread when it is dropped. Fields are dropped in order, so the queue is already closed then, and
+/// the thread cannot be waiting for room in it.
 struct Stopper<T>(Option<JoinHandle<Option<Producer<T>>>>);
 
 impl<T: Send + 'static> Prefetcher<T> {
@@ -292,7 +306,7 @@ impl<T: Send + 'static> Prefetcher<T> {
                 let result = producer.produce();
                 let failed = result.is_err();
                 let panicked = matches!(result, Err(BatchError::Panicked { .. }));
-                // Refused once the consumer has gone or wants the producer back.
+                // This fails if the consumer was dropped or takes the producer back.
                 let refused = sender.send(result).is_err();
                 if panicked {
                     return None;
@@ -314,7 +328,7 @@ impl<T: Send + 'static> Prefetcher<T> {
 }
 
 impl<T> Prefetcher<T> {
-    /// Ends the thread and returns its producer, unless that was lost in a panic.
+    /// Ends the thread and returns its producer. Returns `None` if the producer was lost in a panic.
     fn stop(self) -> Option<Producer<T>> {
         let Self {
             receiver,
@@ -328,7 +342,7 @@ impl<T> Prefetcher<T> {
 impl<T> Drop for Stopper<T> {
     fn drop(&mut self) {
         if let Some(thread) = self.0.take() {
-            // A panic outside the collate function has nobody to go to here.
+            // A panic outside the collate function cannot be reported here.
             let _ = thread.join();
         }
     }

@@ -1,8 +1,8 @@
 //! Downloads the files of a data set into a cache directory that processes share.
 //!
-//! One process holds the cache's lock and fetches; the others wait for it, then find the files
-//! there. A file gets its final name only after its checksum has been verified, so readers, which
-//! take no lock, see a whole file or none. Every wait ends at the caller's deadline.
+//! One process holds the cache's lock and downloads. The others wait for it and then find the files in the
+//! cache. A file gets its final name only after its checksum has been verified. So readers, which take no
+//! lock, see a whole file or none. Every wait ends at the caller's deadline.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IsTerminal, Read, Write};
@@ -18,22 +18,23 @@ use crate::idx::Kind;
 use crate::load::{cached_path, read_file};
 use crate::spec::{DataFile, Spec};
 
-/// Largest body accepted; the largest published file, FashionMNIST's training images, has 26 MB.
+/// Size in bytes of the largest body that is accepted. The largest published file, FashionMNIST's training
+/// images, has 26 MB.
 const MAX_BODY_BYTES: u64 = 100_000_000;
 
-/// A mirror that sends nothing for this long is given up.
+/// If a mirror sends nothing for this long, the next one is tried.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Longer timeouts are cut to this: an hour from now is a point in time on every platform.
+/// Longer timeouts are cut to this, because every platform can represent the time an hour from now.
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// Pause between two attempts at the lock; the standard library has no wait with a limit.
+/// Pause between two attempts at the lock. The standard library cannot wait for a lock with a time limit.
 const LOCK_POLL: Duration = Duration::from_millis(50);
 
 const PART_PREFIX: &str = ".download-";
 const PART_SUFFIX: &str = ".part";
 
-/// Fetches the files that are missing from `cache` or damaged there; returns how many those were.
+/// Downloads the files that are missing from `cache` or damaged there. Returns how many files it downloaded.
 pub(crate) fn fetch(spec: &Spec, cache: &Path, options: &MnistOptions) -> Result<usize, DataError> {
     let started = Instant::now();
     std::fs::create_dir_all(cache).map_err(cache_error("create the cache directory", cache))?;
@@ -59,7 +60,7 @@ fn cache_error<'a>(action: &'static str, path: &'a Path) -> impl Fn(io::Error) -
     }
 }
 
-/// Takes the cache's lock, which the operating system releases with the file or the process.
+/// Takes the cache's lock. The operating system releases it when the file is closed or the process ends.
 fn lock(cache: &Path, started: Instant, timeout: Duration) -> Result<File, DataError> {
     let path = cache.join(".lock");
     let file = OpenOptions::new()
@@ -86,8 +87,8 @@ fn lock(cache: &Path, started: Instant, timeout: Duration) -> Result<File, DataE
                 }
                 std::thread::sleep(LOCK_POLL.min(timeout - waited));
             }
-            // Some network file systems cannot lock. Then processes may fetch the same file twice,
-            // and whichever renames last wins with the same content.
+            // Some network file systems cannot lock. Then two processes may download the same file. The last
+            // one to rename it replaces the other's file by one with the same content.
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
                 return Ok(file);
             }
@@ -98,31 +99,32 @@ fn lock(cache: &Path, started: Instant, timeout: Duration) -> Result<File, DataE
     }
 }
 
-/// Removes what killed processes left; the lock is held, so no live process owns such a file.
+/// Removes the files that killed processes have left. The lock is held, so no running process owns such a
+/// file.
 fn remove_leftovers(cache: &Path) {
     let entries = std::fs::read_dir(cache).into_iter().flatten().flatten();
     for entry in entries {
         let name = entry.file_name();
         let name = name.to_string_lossy();
         if name.starts_with(PART_PREFIX) && name.ends_with(PART_SUFFIX) {
-            // One that cannot be removed does no harm.
+            // A file that cannot be removed does no harm.
             let _ = std::fs::remove_file(entry.path());
         }
     }
 }
 
-/// Why one mirror did not give one file.
+/// Why one mirror did not deliver one file.
 enum Failure {
-    /// The mirror's fault: the next one may do better.
+    /// The mirror has failed. Another mirror may succeed.
     Mirror(String),
-    /// This machine's fault: no mirror can help.
+    /// This machine has failed. No mirror can help.
     Local(DataError),
 }
 
-/// The places that have the files.
+/// The mirrors that have the files.
 struct Mirrors {
     agent: Agent,
-    /// Base URLs without a final slash; one that delivered moves to the front.
+    /// Base URLs without a final slash. A mirror that has delivered a file moves to the front.
     bases: Vec<String>,
     started: Instant,
     timeout: Duration,
@@ -198,7 +200,7 @@ impl Mirrors {
             .map_err(|error| Failure::Mirror(chain(&error)))?;
         let body = response.into_body();
         let bar = progress_bar(file.name, body.content_length());
-        // In the same directory as the final file, as only then renaming is atomic.
+        // In the same directory as the final file, because only then is renaming atomic.
         let mut part = new_part(cache)
             .map_err(|source| Failure::Local(cache_error("write into", cache)(source)))?;
         let copied = copy(body.into_reader(), part.as_file_mut(), cache, &bar);
@@ -206,7 +208,7 @@ impl Mirrors {
         copied?;
         read_file(part.path(), kind, Some(file.checksum)).map_err(refusal)?;
         let path = cached_path(cache, file);
-        // No fsync: a file torn by a power cut fails its checksum and is fetched again.
+        // No fsync: a file that a power cut has damaged fails its checksum and is downloaded again.
         part.persist(&path)
             .map_err(|error| Failure::Local(cache_error("create", &path)(error.error)))?;
         Ok(())
@@ -216,7 +218,7 @@ impl Mirrors {
 fn new_part(cache: &Path) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(PART_PREFIX).suffix(PART_SUFFIX);
-    // A temporary file is its owner's alone, but users may share a cache. The umask still counts.
+    // By default only its owner can read a temporary file, but users may share a cache. The umask applies.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     builder.tempfile_in(cache)
@@ -244,7 +246,7 @@ fn copy(body: impl Read, part: &mut File, cache: &Path, bar: &ProgressBar) -> Re
     }
 }
 
-/// Says what is wrong with a delivered file, without the name of the temporary file.
+/// Turns the error of a delivered file into one without the name of the temporary file.
 fn refusal(error: DataError) -> Failure {
     match error {
         DataError::Corrupt { source, .. } => {
@@ -259,7 +261,7 @@ fn refusal(error: DataError) -> Failure {
     }
 }
 
-/// Shown on a terminal only; a log gets one line.
+/// Returns a progress bar, which is shown on a terminal only. Otherwise the log gets one line.
 fn progress_bar(name: &str, length: Option<u64>) -> ProgressBar {
     if !io::stderr().is_terminal() {
         tracing::info!("downloading {name}.gz");

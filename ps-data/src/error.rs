@@ -1,6 +1,6 @@
-//! What can go wrong between asking for a data set and having it in memory.
+//! The errors of loading and building data sets.
 //!
-//! Messages never repeat their source; print the whole chain to see the cause.
+//! A message never contains its source. Print the whole chain to see the cause.
 
 use std::io;
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ pub enum DataError {
     Directory {
         /// The directory.
         path: PathBuf,
-        /// Why not.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -27,11 +27,11 @@ pub enum DataError {
         if found.is_empty() { "nothing".to_owned() } else { found.join(", ") }
     )]
     MissingFile {
-        /// The directory searched.
+        /// The directory that was searched.
         directory: PathBuf,
         /// The file's name without `.gz`.
         file: String,
-        /// The first names of what the directory holds.
+        /// The names of the first entries of the directory.
         found: Vec<String>,
     },
 
@@ -40,12 +40,12 @@ pub enum DataError {
     ReadFile {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
 
-    /// A file's content is not the IDX data that its name promises.
+    /// A file's content is not the IDX data that its name stands for.
     #[error("{} is damaged or not the expected IDX file; replace it", path.display())]
     Corrupt {
         /// The file.
@@ -55,7 +55,7 @@ pub enum DataError {
         source: IdxError,
     },
 
-    /// A file is well formed but not the published one.
+    /// A file has the right format, but it is not the published one.
     #[error("{} has SHA-256 {found}, expected {expected}; replace it", path.display())]
     Checksum {
         /// The file.
@@ -77,9 +77,9 @@ pub enum DataError {
         images: PathBuf,
         /// The label file.
         labels: PathBuf,
-        /// Images found.
+        /// The number of images.
         num_images: usize,
-        /// Labels found.
+        /// The number of labels.
         num_labels: usize,
     },
 
@@ -97,11 +97,11 @@ pub enum DataError {
     /// The cache directory cannot be created, locked or written.
     #[error("cannot {action} {}", path.display())]
     Cache {
-        /// What was tried.
+        /// The action that failed, such as "lock".
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
-        /// Why it failed.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
@@ -153,7 +153,7 @@ pub enum IdxError {
     /// The gzip stream is damaged or ends too early.
     #[error("the gzip stream cannot be decompressed")]
     Gzip {
-        /// The decompressor's complaint.
+        /// The error of the decompressor.
         #[source]
         source: io::Error,
     },
@@ -161,7 +161,7 @@ pub enum IdxError {
     /// The file is larger than any data set this crate reads.
     #[error("the file is larger than {limit} bytes")]
     FileTooLarge {
-        /// Largest file read, in bytes.
+        /// The size of the largest file that is read, in bytes.
         limit: u64,
     },
 

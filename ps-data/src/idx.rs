@@ -1,9 +1,9 @@
 //! Reads IDX, the format of the MNIST files, from plain or gzip-compressed bytes.
 //!
-//! The header is not trusted: memory grows with the bytes that are really there and
-//! decompression stops one byte after the announced end, so neither a giant count nor a gzip
-//! bomb costs more than the data set itself could. Format: <http://yann.lecun.com/exdb/mnist/>,
-//! big-endian magic number, one `u32` per dimension, then `u8` values, last dimension fastest.
+//! The header is not trusted. Memory grows with the bytes that are really read, and decompression stops one
+//! byte after the announced end. So neither a giant count nor a gzip bomb takes more memory than the
+//! largest accepted data set. Format (<http://yann.lecun.com/exdb/mnist/>): a big-endian magic number, one
+//! `u32` per dimension, then `u8` values, last dimension fastest.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,15 +14,16 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{DataError, IdxError};
 
-/// Largest number of items accepted; EMNIST, the largest of the family, has 814,255.
+/// Largest number of items that is accepted. EMNIST, the largest data set of the family, has 814,255.
 pub(crate) const MAX_ITEMS: u32 = 1_000_000;
 
-/// Largest file read: `MAX_ITEMS` uncompressed images of 28×28 pixels and some room.
+/// Size in bytes of the largest file that is read: `MAX_ITEMS` uncompressed images of 28×28 pixels, and some
+/// room.
 const MAX_FILE_BYTES: u64 = 800_000_000;
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 
-/// What a file has to hold.
+/// The contents that a file must have.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Kind {
     /// `u8` pixels, dimensions `[count, height, width]`.
@@ -73,13 +74,13 @@ impl Idx {
     }
 }
 
-/// Reads a whole file, compressed or not, refusing anything but a regular file of sane size.
+/// Reads a whole file, compressed or not. It refuses everything but regular files of a plausible size.
 pub(crate) fn read_raw(path: &Path) -> Result<Vec<u8>, DataError> {
     let read_error = |source| DataError::ReadFile {
         path: path.to_owned(),
         source,
     };
-    // Asked before opening: opening a named pipe would wait for a writer.
+    // Checked before opening, because opening a named pipe would wait for a writer.
     let metadata = std::fs::metadata(path).map_err(read_error)?;
     if !metadata.is_file() {
         let found = match metadata.is_dir() {
@@ -103,12 +104,12 @@ pub(crate) fn read_raw(path: &Path) -> Result<Vec<u8>, DataError> {
     Ok(raw)
 }
 
-/// Tells a compressed file by its first bytes.
+/// Whether the file is compressed, according to its first bytes.
 pub(crate) fn is_gzip(raw: &[u8]) -> bool {
     raw.starts_with(&GZIP_MAGIC)
 }
 
-/// Decodes the bytes of a file; gzip is recognized by its magic number, not by the file's name.
+/// Decodes the bytes of a file. Gzip is recognized by its magic number, not by the file's name.
 pub(crate) fn decode(raw: &[u8], kind: Kind) -> Result<Idx, IdxError> {
     if is_gzip(raw) {
         decode_stream(MultiGzDecoder::new(raw), kind)
@@ -188,7 +189,7 @@ fn check_header(header: &[u8], kind: Kind) -> Result<(usize, usize), IdxError> {
     Ok((count as usize, item_len))
 }
 
-/// Reads up to `limit` bytes, growing with what arrives.
+/// Reads up to `limit` bytes. The memory grows with the bytes that are read.
 fn read_at_most(reader: &mut impl Read, limit: usize) -> Result<Vec<u8>, IdxError> {
     let mut bytes = Vec::with_capacity(limit.min(1 << 20));
     reader

@@ -1,7 +1,7 @@
 //! Labelled images in memory, and the normalized batches made from them.
 //!
-//! Pixels stay `u8` and are normalized while a batch is copied out, by a table of 256 entries.
-//! A clone shares the pixels, so every worker of a process can own a data set.
+//! Pixels are stored as `u8`. They are normalized with a table of 256 entries while they are copied into a
+//! batch. A clone shares the pixels, so every worker of a process can own a data set.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -35,7 +35,7 @@ impl Normalization {
         std: 0.3530,
     };
 
-    /// Leaves pixels as fractions in `0.0..=1.0`.
+    /// Maps pixels to fractions in `0.0..=1.0`.
     pub const UNIT: Self = Self {
         mean: 0.0,
         std: 1.0,
@@ -48,12 +48,12 @@ impl Normalization {
     }
 }
 
-/// Training or test half of a data set.
+/// A part of a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Split {
-    /// Examples to learn from.
+    /// The examples for training.
     Train,
-    /// Examples to evaluate on.
+    /// The examples for testing.
     Test,
 }
 
@@ -66,7 +66,7 @@ pub struct ImageItem {
     pub label: u8,
 }
 
-/// A normalized batch, laid out as tensor libraries want it.
+/// A normalized batch, in the layout that tensor libraries use.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ImageBatch {
     /// Normalized pixels, row-major `[batch, channels, height, width]`.
@@ -100,7 +100,7 @@ pub struct ImageDataset {
     num_classes: usize,
     normalization: Normalization,
     table: Arc<[f32; 256]>,
-    /// Of all the above, once somebody has asked for it.
+    /// The digest of all the above. It is computed when it is first asked for.
     digest: Arc<OnceLock<[u8; 32]>>,
 }
 
@@ -144,7 +144,7 @@ impl ImageDataset {
         .with_normalization(normalization)
     }
 
-    /// Shares the same images under another normalization.
+    /// Returns a data set with another normalization that shares the same images.
     ///
     /// # Errors
     ///
@@ -178,20 +178,20 @@ impl ImageDataset {
         self.dims
     }
 
-    /// Number of classes; every label is below it.
+    /// Number of classes. Every label is below it.
     pub fn num_classes(&self) -> usize {
         self.num_classes
     }
 
-    /// How pixels become floats.
+    /// The normalization that maps pixels to floats.
     pub fn normalization(&self) -> Normalization {
         self.normalization
     }
 
-    /// SHA-256 of everything that decides what a batch holds: pixels, labels, dimensions, number of
+    /// SHA-256 of everything that determines the contents of batches: pixels, labels, dimensions, number of
     /// classes and normalization. Two data sets with the same digest give the same batches.
     ///
-    /// Reads all pixels the first time; clones share the result.
+    /// The first call reads all pixels. Clones share the result.
     pub fn digest(&self) -> [u8; 32] {
         *self.digest.get_or_init(|| {
             let Normalization { mean, std } = self.normalization;
@@ -243,7 +243,7 @@ impl ImageDataset {
         batch
     }
 
-    /// Like [`batch`](Self::batch), reusing the memory of an earlier batch.
+    /// Like [`batch`](Self::batch), but reuses the memory of an earlier batch.
     ///
     /// # Panics
     ///

@@ -1,13 +1,14 @@
 //! Training data: MNIST and FashionMNIST, and seeded, sharded, resumable batches of any data.
 //!
-//! - [`Mnist`], [`FashionMnist`]: found in a directory, the user's cache or the network, verified;
-//!   without any of them MNIST falls back to a bundled sample of real images.
-//! - [`ImageDataset`]: labelled images in memory; a burn `Dataset`, and normalized [`ImageBatch`]es.
-//! - [`Sampler`]: decides which examples form which batch. A pure function of [`SamplerConfig`] and
-//!   [`Cursor`], the same on every platform and in every process.
-//! - [`Batches`]: a sampler and a function from indexes to a batch, prefetched on a thread.
+//! - [`Mnist`], [`FashionMnist`]: loaded from a directory, the user's cache or the network, and verified.
+//!   If none of them has MNIST, a bundled sample of the real images is used.
+//! - [`ImageDataset`]: labelled images in memory. It is a burn `Dataset`, and makes normalized
+//!   [`ImageBatch`]es.
+//! - [`Sampler`]: decides which examples form which batch. The decision depends only on [`SamplerConfig`]
+//!   and [`Cursor`]. It is the same on every platform and in every process.
+//! - [`Batches`]: a sampler and a function from indexes to a batch, which runs ahead on a thread.
 //!
-//! The crate knows no tensor library, no actors and no model; batches are flat `Vec<f32>`.
+//! The crate uses no tensor library, no actors and no model. Batches are flat `Vec<f32>`.
 //!
 //! ```
 //! use ps_data::{Batches, Mnist, SamplerConfig};
@@ -26,7 +27,7 @@
 //! let batch = batches.next_batch()?;
 //! assert_eq!(batch.dims, [128, 1, 28, 28]);
 //!
-//! // Saved with a checkpoint, the cursor resumes with exactly the batch that would have followed.
+//! // A cursor that was saved with a checkpoint resumes with exactly the batch that would have followed.
 //! let saved = batches.cursor();
 //! let expected = batches.next_batch()?;
 //! let mut resumed = Batches::of_images(&mnist.train, config)?;

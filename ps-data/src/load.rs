@@ -1,10 +1,10 @@
 //! Finds the files of a data set: directory, environment, cache, download, bundled sample.
 //!
-//! A directory that the user named (argument, then environment) is used or the load fails; it is
-//! never skipped in silence. Its files must have the right form; it may hold any data set of that
-//! form, so another checksum than the published one is a warning only, which names the data set if
-//! it is another one that is known. Cached and downloaded files
-//! must match the published checksums; a cached file that does not is fetched again.
+//! If the user named a directory (argument, then environment), it is used or the load fails; it is never
+//! skipped silently. Its files must have the right format. It may hold any data set of that format, so a
+//! checksum that differs from the published one is only a warning. The warning names the data set if it is
+//! another known one. Cached and downloaded files must match the published checksums. A cached file that
+//! does not match is fetched again.
 
 use std::path::{Path, PathBuf};
 
@@ -24,10 +24,10 @@ fn fetch(_: &Spec, _: &Path, _: &MnistOptions) -> Result<usize, DataError> {
     Err(DataError::DownloadDisabled)
 }
 
-/// Training and test half.
+/// The training examples and the test examples.
 type Splits = (ImageDataset, ImageDataset);
 
-/// The environment variables that count, read in one place so that tests can replace them.
+/// The environment variables that are used. They are read in one place so that tests can replace them.
 #[derive(Debug, Default)]
 pub(crate) struct Environment {
     pub(crate) directory: Option<PathBuf>,
@@ -44,7 +44,7 @@ impl Environment {
     }
 }
 
-/// Loads both halves from the first place that has them.
+/// Loads training and test examples from the first place that has them.
 pub(crate) fn load(
     spec: &Spec,
     options: &MnistOptions,
@@ -87,7 +87,7 @@ pub(crate) fn load(
     Ok((train, test, source))
 }
 
-/// Reads the cache, after filling it if that is needed and allowed.
+/// Reads the cache. If necessary and allowed, it downloads the files first.
 fn read_or_fetch(
     spec: &Spec,
     options: &MnistOptions,
@@ -142,7 +142,7 @@ fn read_cache(spec: &Spec, cache: &Path) -> Result<Splits, DataError> {
     })
 }
 
-/// Cached files are kept compressed, as the mirrors send them.
+/// Returns the path of a cached file. Cached files are compressed, as the mirrors send them.
 pub(crate) fn cached_path(cache: &Path, file: &DataFile) -> PathBuf {
     cache.join(format!("{}.gz", file.name))
 }
@@ -191,7 +191,7 @@ fn dataset(
     )
 }
 
-/// Reads one file and verifies its form and, if one is given, its checksum.
+/// Reads one file and verifies its format. If a checksum is given, it verifies that, too.
 pub(crate) fn read_file(
     path: &Path,
     kind: Kind,
@@ -208,7 +208,7 @@ pub(crate) fn read_file(
     }
 }
 
-/// Returns a file's bytes and what they hold.
+/// Returns a file's bytes and its decoded contents.
 fn read_decoded(path: &Path, kind: Kind) -> Result<(Vec<u8>, Idx), DataError> {
     let raw = read_raw(path)?;
     let idx = decode(&raw, kind).map_err(|source| DataError::Corrupt {

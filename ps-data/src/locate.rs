@@ -1,9 +1,9 @@
-//! Finds the files of a data set in a directory, under the names and in the folders that people have.
+//! Finds the files of a data set in a directory, with the usual names and in the usual folders.
 //!
-//! The published names have a hyphen (`train-images-idx3-ubyte`), many copies a dot
-//! (`train-images.idx3-ubyte`). torchvision keeps them in `MNIST/raw`; Kaggle's archive puts each
-//! file into a folder of the file's name. All files are taken from one of these folders: nothing is
-//! put together from two copies.
+//! The published names have a hyphen (`train-images-idx3-ubyte`); many copies have a dot
+//! (`train-images.idx3-ubyte`). torchvision keeps the files in `MNIST/raw`. Kaggle's archive puts each file
+//! into a folder with the file's name. All files are taken from one of these folders: files of two copies
+//! are never mixed.
 
 use std::path::{Path, PathBuf};
 
@@ -37,7 +37,7 @@ impl Located {
             let folder = folder.clone();
             return Ok(Self { folder });
         }
-        // The error is about the folder that the files seem to be in.
+        // The error names the folder that seems to have the files.
         let has_any = |folder: &&PathBuf| spec.names().any(|name| find(folder, name).is_some());
         let folder = folders.iter().find(has_any).unwrap_or(&folders[0]);
         let missing = spec.names().find(|name| find(folder, name).is_none());
@@ -47,12 +47,12 @@ impl Located {
 
     /// Returns the path of one of the files.
     pub(crate) fn path(&self, file: &DataFile) -> Result<PathBuf, DataError> {
-        // It was there; it may have been removed since.
+        // The file was found before, but it may have been removed since.
         find(&self.folder, file.name).ok_or_else(|| missing_file(&self.folder, file.name))
     }
 }
 
-/// Says what a directory lacks, and what it has.
+/// Returns the error for a missing file. It lists what the directory contains.
 pub(crate) fn missing_file(directory: &Path, file: &str) -> DataError {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     let mut found: Vec<_> = entries
@@ -81,6 +81,6 @@ fn find(folder: &Path, name: &str) -> Option<PathBuf> {
         .clone()
         .chain(nested)
         .find(|path| path.is_file())
-        // Reading it says what it is in place of a file.
+        // Reading this path gives an error that says what it is instead of a file.
         .or_else(|| direct.clone().find(|path| path.exists()))
 }

@@ -1,7 +1,7 @@
-//! MNIST and FashionMNIST: the options of loading them, and what loading returns.
+//! MNIST and FashionMNIST: the options for loading them, and the loaded data sets.
 //!
-//! Both have the same format and one loader, the module `load`, which says in what order places
-//! are searched and what is verified.
+//! Both have the same format and the same loader. The module `load` says in which order places are
+//! searched and what is verified.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,30 +11,33 @@ use crate::load::{Environment, load, read_sample};
 use crate::spec::{self, NUM_CLASSES};
 use crate::{DataError, ImageDataset, Normalization, Split};
 
-/// Where to look for MNIST or FashionMNIST. Build it with `..Default::default()`.
+/// The options for loading MNIST or FashionMNIST. Build them with `..Default::default()`.
 #[derive(Debug, Clone)]
 pub struct MnistOptions {
-    /// Directory with the four IDX files, each with or without `.gz`, named
-    /// `train-images-idx3-ubyte` or `train-images.idx3-ubyte`; or torchvision's `root` (they are in
-    /// `MNIST/raw` or `FashionMNIST/raw`), or what Kaggle's archive unpacks to (each in a folder of
-    /// its name). If set, nothing else is tried. May hold any data set of the same format: other data
-    /// than the published is reported by a warning through `tracing`, not refused; so is MNIST in
-    /// place of FashionMNIST, and the other way round. Default: none; then `PS_MNIST_DIR` or
-    /// `PS_FASHION_MNIST_DIR` counts in its place.
+    /// The directory with the four IDX files. Each may end in `.gz`, and may be named
+    /// `train-images-idx3-ubyte` or `train-images.idx3-ubyte`. The directory may also be torchvision's
+    /// `root` (with the files in `MNIST/raw` or `FashionMNIST/raw`), or the unpacked Kaggle archive (with
+    /// each file in a folder of its name).
+    ///
+    /// If it is set, no other place is tried. It may hold any data set of the same format. Data that is
+    /// not the published data set is not refused, but a warning through `tracing` reports it. MNIST
+    /// instead of FashionMNIST, or the other way round, is also reported. Default: `None`; then the
+    /// variable `PS_MNIST_DIR` or `PS_FASHION_MNIST_DIR` is used.
     pub directory: Option<PathBuf>,
-    /// Never touches the network. `PS_OFFLINE`, set to anything but `0`, `false` or nothing, has
-    /// the same effect. Default: `false`.
+    /// Whether the network must not be used. `PS_OFFLINE` has the same effect, if it is set to anything
+    /// but `0`, `false` or an empty text. Default: `false`.
     pub offline: bool,
-    /// Where downloads are kept. Default: `ps/mnist` or `ps/fashion-mnist` in the user's cache.
+    /// The directory in which downloads are kept. Default: `ps/mnist` or `ps/fashion-mnist` in the user's
+    /// cache.
     pub cache_directory: Option<PathBuf>,
-    /// Base URLs tried in order in place of the built-in ones, if there are any. The checksums
-    /// stay the same. Default: empty.
+    /// Base URLs that are tried in order, instead of the built-in ones. If it is empty, the built-in ones
+    /// are used. The checksums stay the same. Default: empty.
     pub mirrors: Vec<String>,
-    /// Time allowed for reaching a mirror: for its name, and again for its connection. Too low
-    /// gives up on slow networks; too high lets a machine behind a silent firewall wait. Default:
-    /// 3 seconds.
+    /// How long reaching a mirror may take: once for resolving its name, and once for connecting. If it is
+    /// too low, slow networks fail. If it is too high, a machine behind a silent firewall waits long.
+    /// Default: 3 s.
     pub connect_timeout: Duration,
-    /// Time allowed for all downloads together, waiting for another process included. Default:
+    /// How long all downloads together may take, including the wait for another process. Default:
     /// 10 minutes.
     pub download_timeout: Duration,
 }
@@ -52,18 +55,18 @@ impl Default for MnistOptions {
     }
 }
 
-/// Where a loaded data set came from. Its `Display` is fit for one line of a program's output.
+/// The place that a data set was loaded from. `Display` writes it as one line for a program's output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DataSource {
-    /// The directory named by the caller or the environment.
+    /// The directory that the caller or the environment named.
     Directory(PathBuf),
-    /// Files that an earlier run or another process had downloaded.
+    /// A cache directory, with files that an earlier run or another process had downloaded.
     Cache(PathBuf),
-    /// Files downloaded now and kept in this directory.
+    /// A cache directory, with files that were downloaded now.
     Downloaded(PathBuf),
     /// The part of MNIST that is compiled into this crate.
     BundledSample {
-        /// Why nothing better was available.
+        /// Why the full data set was not available.
         reason: String,
     },
 }
@@ -81,30 +84,40 @@ impl fmt::Display for DataSource {
     }
 }
 
-/// MNIST: handwritten digits, 28×28 grey, 60,000 for training and 10,000 for testing.
+/// MNIST: images of handwritten digits, 28×28 grey pixels each. 60,000 images are for training and 10,000
+/// for testing.
 ///
-/// The bundled sample has 4,000 and 1,000, the same number of each digit.
+/// The bundled sample has 4,000 training images and 1,000 test images, with the same number of each digit.
 #[derive(Debug, Clone)]
 pub struct Mnist {
-    /// Examples to learn from.
+    /// The examples for training.
     pub train: ImageDataset,
-    /// Examples to evaluate on.
+    /// The examples for testing.
     pub test: ImageDataset,
-    /// Where they came from.
+    /// The place that the data set was loaded from.
     pub source: DataSource,
 }
 
 impl Mnist {
-    /// Loads MNIST from the first place that has it: the directory given, `PS_MNIST_DIR`, the
-    /// user's cache, a download, else the bundled sample. The sample is announced by one warning
-    /// through `tracing` and by [`source`](Self::source).
+    /// Loads MNIST from the first place that has it: the directory in `options`, `PS_MNIST_DIR`, the user's
+    /// cache, a download, the bundled sample. If the sample is used, one warning through `tracing` and
+    /// [`source`](Self::source) say so.
     ///
-    /// Blocks while it downloads; any number of processes may do so at once, one of them fetches.
+    /// It blocks while it downloads. Any number of processes may call it at the same time; one of them
+    /// downloads the files.
+    ///
+    /// ```no_run
+    /// use ps_data::{Mnist, MnistOptions};
+    ///
+    /// let mnist = Mnist::load(&MnistOptions::default())?;
+    /// println!("{} training images from {}", mnist.train.len(), mnist.source);
+    /// # Ok::<(), ps_data::DataError>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// If a directory was named, by the caller or the environment, and one of its files cannot be
-    /// read or is not what it should be.
+    /// If the caller or the environment named a directory, and one of its files cannot be read or does not
+    /// have the expected format.
     pub fn load(options: &MnistOptions) -> Result<Self, DataError> {
         let spec = &spec::MNIST;
         let (train, test, source) = load(spec, options, &Environment::of_process(spec))?;
@@ -117,7 +130,7 @@ impl Mnist {
 
     /// Returns the bundled sample: 4,000 training and 1,000 test images of the real MNIST.
     ///
-    /// Needs neither files nor network and is the same everywhere, which suits tests.
+    /// It needs no files and no network and is the same everywhere. Use it in tests.
     pub fn bundled_sample() -> Self {
         let (train, test) = read_sample(&spec::MNIST_SAMPLE, Normalization::MNIST);
         let reason = "asked for".to_owned();
@@ -138,20 +151,20 @@ impl Mnist {
     }
 }
 
-/// FashionMNIST: articles of clothing in the format of MNIST,
+/// FashionMNIST: images of articles of clothing in the format of MNIST,
 /// <https://github.com/zalandoresearch/fashion-mnist>.
 #[derive(Debug, Clone)]
 pub struct FashionMnist {
-    /// Examples to learn from.
+    /// The examples for training.
     pub train: ImageDataset,
-    /// Examples to evaluate on.
+    /// The examples for testing.
     pub test: ImageDataset,
-    /// Where they came from.
+    /// The place that the data set was loaded from.
     pub source: DataSource,
 }
 
 impl FashionMnist {
-    /// Names of the classes, by label.
+    /// The names of the classes. The index is the label.
     pub const CLASSES: [&'static str; NUM_CLASSES] = [
         "T-shirt/top",
         "Trouser",
@@ -165,12 +178,22 @@ impl FashionMnist {
         "Ankle boot",
     ];
 
-    /// Loads FashionMNIST as [`Mnist::load`] does; the variable is `PS_FASHION_MNIST_DIR`.
+    /// Loads FashionMNIST like [`Mnist::load`]. The variable is `PS_FASHION_MNIST_DIR`, and there is no
+    /// bundled sample.
+    ///
+    /// ```no_run
+    /// use ps_data::{FashionMnist, MnistOptions};
+    ///
+    /// let clothes = FashionMnist::load(&MnistOptions::default())?;
+    /// let label = clothes.test.label(0);
+    /// println!("The first test image is: {}", FashionMnist::CLASSES[usize::from(label)]);
+    /// # Ok::<(), ps_data::DataError>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// As [`Mnist::load`]; and, as there is no bundled sample, [`DataError::Unavailable`] if it is
-    /// neither in the cache nor can be downloaded.
+    /// Those of [`Mnist::load`], and [`DataError::Unavailable`] if the data set is not in the cache and
+    /// cannot be downloaded.
     pub fn load(options: &MnistOptions) -> Result<Self, DataError> {
         let spec = &spec::FASHION_MNIST;
         let (train, test, source) = load(spec, options, &Environment::of_process(spec))?;

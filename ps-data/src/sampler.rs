@@ -1,51 +1,51 @@
 //! Decides which examples form which batch, for any data set that is indexed from zero.
 //!
-//! One permutation per epoch, drawn from (seed, epoch), is cut into blocks of
-//! `num_shards * batch_size` examples; shard `s` takes the `s`-th part of every block. So:
+//! Each epoch has one permutation, which depends on the seed and the epoch. It is cut into blocks of
+//! `num_shards * batch_size` examples. Shard `s` takes the `s`-th part of every block. So:
 //!
-//! - (DATA-1) the shards' batches of an epoch are disjoint and cover every example exactly once,
-//!   unless `drop_last` leaves out a final incomplete block;
-//! - (DATA-2) the shards' `b`-th batches together are the `b`-th batch of a single shard with
-//!   `num_shards` times the batch size: workers in step with each other see what one worker would;
-//! - (DATA-3) a sampler sought to a cursor continues as the one that the cursor came from.
+//! - (DATA-1) The batches of all shards in an epoch are disjoint and cover every example exactly once,
+//!   unless `drop_last` leaves out a final incomplete block.
+//! - (DATA-2) The `b`-th batches of all shards together are the `b`-th batch of a single shard with
+//!   `num_shards` times the batch size. So workers that are in step use the same examples as one worker.
+//! - (DATA-3) A sampler that was moved to a cursor continues like the sampler that the cursor came from.
 //!
-//! The order is part of the crate's contract, not of a random number library's. The generator is
-//! ChaCha with 8 rounds, block counter and nonce starting at zero; its 32-byte key is the seed and
-//! the epoch, each as little-endian `u64`, and the ASCII text `ps-data shuffle` ended by a zero.
-//! Two 32-bit words, low one first, make a number; Lemire's method
-//! (<https://arxiv.org/abs/1805.10941>) reduces it without bias; Fisher and Yates' shuffle, from
-//! the last position down, does the rest.
+//! The order is part of this crate's contract and does not depend on a random number library. The
+//! generator is ChaCha with 8 rounds; block counter and nonce start at zero. Its 32-byte key is the seed
+//! and the epoch, each as little-endian `u64`, followed by the ASCII text `ps-data shuffle` and a zero
+//! byte. Two 32-bit words, the low one first, make a number. Lemire's method
+//! (<https://arxiv.org/abs/1805.10941>) reduces the number without bias. The shuffle is that of Fisher and
+//! Yates, from the last position down.
 
 use chacha20::ChaCha8Rng;
 use chacha20::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-/// Which examples a [`Sampler`] deals out, and how.
+/// The configuration of a [`Sampler`]: which examples it returns, and in which order.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SamplerConfig {
-    /// Size of the whole data set, all shards together.
+    /// The number of examples in the whole data set, all shards together.
     pub num_examples: usize,
-    /// Examples per batch of one shard. The last batch of an epoch may be smaller; see
+    /// The number of examples per batch of one shard. The last batch of an epoch may be smaller; see
     /// `drop_last`.
     pub batch_size: usize,
-    /// Index of this shard, below `num_shards`; usually the worker's index. Default: 0.
+    /// The index of this shard, below `num_shards`. Usually it is the worker's index. Default: 0.
     pub shard: usize,
-    /// Number of shards that share every epoch. Default: 1.
+    /// The number of shards that share every epoch. Default: 1.
     pub num_shards: usize,
-    /// Together with the epoch decides the order. All shards need the same one. Default: 0.
+    /// The seed. The order depends on the seed and the epoch. All shards need the same seed. Default: 0.
     pub seed: u64,
-    /// Whether to permute the examples anew in every epoch; otherwise they come by index. Default:
-    /// `true`.
+    /// Whether the examples get a new permutation in every epoch. If not, they come in the order of their
+    /// indexes. Default: `true`.
     pub shuffle: bool,
-    /// Whether to leave out the incomplete end of an epoch. If so, all shards have the same number
-    /// of batches, all of them full, so synchronous rounds line up and their mean weighs every
-    /// example alike; other examples are left out in every epoch. If not, the end is spread over
-    /// the shards as evenly as possible. Default: `false`.
+    /// Whether the incomplete end of an epoch is left out. If `true`, all shards have the same number of
+    /// batches, and all batches are full. So the shards' rounds match, and every example has the same
+    /// weight in a mean. With `shuffle`, each epoch leaves out other examples. If `false`, the end is
+    /// divided among the shards as evenly as possible. Default: `false`.
     pub drop_last: bool,
 }
 
 impl SamplerConfig {
-    /// One shard, shuffled with seed 0, nothing left out.
+    /// Returns the configuration of a single shard that is shuffled with seed 0 and leaves out nothing.
     pub fn new(num_examples: usize, batch_size: usize) -> Self {
         Self {
             num_examples,
@@ -58,7 +58,7 @@ impl SamplerConfig {
         }
     }
 
-    /// Examples in one block: a batch of every shard.
+    /// Returns the number of examples in one block, which is one batch of every shard.
     fn block(&self) -> Result<usize, SamplerError> {
         if self.num_examples == 0 {
             return Err(SamplerError::NoExamples);
@@ -92,18 +92,18 @@ impl SamplerConfig {
 
 /// A position in the endless sequence of batches: the batch that comes next.
 ///
-/// Valid only with the configuration it was taken under; another one gives other batches.
+/// It is valid only with the same configuration. With another configuration it stands for other batches.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
 )]
 pub struct Cursor {
-    /// Epochs completed.
+    /// The number of completed epochs.
     pub epoch: u64,
-    /// Batches of this shard completed in the epoch.
+    /// The number of completed batches of this shard in the epoch.
     pub batch: u64,
 }
 
-/// A [`SamplerConfig`] that cannot be met, or a [`Cursor`] that does not fit.
+/// A [`SamplerConfig`] is invalid, or a [`Cursor`] does not fit it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SamplerError {
@@ -116,17 +116,17 @@ pub enum SamplerError {
     /// `shard` is not below `num_shards`.
     #[error("shard {shard} does not exist; with num_shards {num_shards} it must be below that")]
     ShardOutOfRange {
-        /// Shard asked for.
+        /// The index that was asked for.
         shard: usize,
-        /// Shards there are.
+        /// The number of shards.
         num_shards: usize,
     },
     /// Some shards would have no examples.
     #[error("{num_shards} shards cannot share {num_examples} examples; use fewer shards")]
     TooManyShards {
-        /// Shards there are.
+        /// The number of shards.
         num_shards: usize,
-        /// Examples there are.
+        /// The number of examples.
         num_examples: usize,
     },
     /// `drop_last` would leave out everything.
@@ -136,55 +136,68 @@ pub enum SamplerError {
         .batch_size.saturating_mul(*num_shards), .num_examples / .num_shards
     )]
     NoFullBatch {
-        /// Batch size asked for.
+        /// The batch size that was asked for.
         batch_size: usize,
-        /// Shards there are.
+        /// The number of shards.
         num_shards: usize,
-        /// Examples there are.
+        /// The number of examples.
         num_examples: usize,
     },
     /// The configuration was made for a data set of another size.
     #[error("num_examples is {configured}, but the data set has {found} examples")]
     WrongLength {
-        /// Size in the configuration.
+        /// The number of examples in the configuration.
         configured: usize,
-        /// Size of the data set.
+        /// The number of examples in the data set.
         found: usize,
     },
-    /// The cursor points behind the end of its epoch, so it was taken under another configuration.
+    /// The cursor is behind the end of its epoch, so it belongs to another configuration.
     #[error(
         "cursor points at batch {batch}, but an epoch has {batches_per_epoch}; was it saved with \
          another batch size, number of shards or data set?"
     )]
     CursorOutOfRange {
-        /// Batch in the cursor.
+        /// The batch in the cursor.
         batch: u64,
-        /// Batches that this shard has per epoch.
+        /// The number of batches that this shard has per epoch.
         batches_per_epoch: u64,
     },
 }
 
-/// Deals out batches of example indexes, epoch after epoch, without end.
+/// Returns batches of example indexes, epoch after epoch, without end.
 ///
-/// Holds one permutation, eight bytes per example of the whole data set, made when the first batch
-/// of an epoch is asked for.
+/// It holds one permutation, which takes 8 bytes per example of the whole data set. The permutation is made
+/// when the first batch of an epoch is asked for.
+///
+/// ```
+/// use ps_data::{Sampler, SamplerConfig};
+///
+/// let config = SamplerConfig { shuffle: false, num_shards: 2, ..SamplerConfig::new(8, 2) };
+/// let mut first = Sampler::new(config.clone())?;
+/// let mut second = Sampler::new(SamplerConfig { shard: 1, ..config })?;
+/// assert_eq!((first.next_batch(), second.next_batch()), (vec![0, 1], vec![2, 3]));
+/// assert_eq!((first.next_batch(), second.next_batch()), (vec![4, 5], vec![6, 7]));
+/// assert_eq!(first.cursor().epoch, 1);
+/// # Ok::<(), ps_data::SamplerError>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
     config: SamplerConfig,
     block: usize,
     batches_per_epoch: u64,
     cursor: Cursor,
-    /// The permutation and its epoch; empty without `shuffle`.
+    /// The permutation. It is empty without `shuffle`.
     order: Vec<usize>,
     order_epoch: Option<u64>,
 }
 
 impl Sampler {
-    /// Starts at the first batch of epoch 0.
+    /// Makes a sampler that starts at the first batch of epoch 0.
     ///
     /// # Errors
     ///
-    /// If the configuration would give no batches, or none to some shard.
+    /// If the configuration is invalid: a size is zero, the shard does not exist, or a shard would get no
+    /// batches.
     pub fn new(config: SamplerConfig) -> Result<Self, SamplerError> {
         let block = config.block()?;
         let mut sampler = Self {
@@ -205,12 +218,13 @@ impl Sampler {
         &self.config
     }
 
-    /// Batches of this shard per epoch. Without `drop_last` shards may differ by one.
+    /// Returns the number of batches of this shard per epoch. Without `drop_last` it may differ by one between
+    /// shards.
     pub fn batches_per_epoch(&self) -> u64 {
         self.batches_per_epoch
     }
 
-    /// Position of the batch that comes next.
+    /// Returns the position of the next batch.
     pub fn cursor(&self) -> Cursor {
         self.cursor
     }
@@ -219,7 +233,7 @@ impl Sampler {
     ///
     /// # Errors
     ///
-    /// If `cursor` points behind the end of its epoch; the sampler stays where it was.
+    /// If `cursor` is behind the end of its epoch. The position does not change then.
     pub fn seek(&mut self, cursor: Cursor) -> Result<(), SamplerError> {
         if cursor.batch >= self.batches_per_epoch {
             return Err(SamplerError::CursorOutOfRange {
@@ -231,7 +245,7 @@ impl Sampler {
         Ok(())
     }
 
-    /// Returns to a position that this sampler has had.
+    /// Moves back to an earlier position of this sampler.
     pub(crate) fn rewind(&mut self, cursor: Cursor) {
         debug_assert!(cursor.batch < self.batches_per_epoch);
         self.cursor = cursor;
@@ -244,7 +258,7 @@ impl Sampler {
         indices
     }
 
-    /// Replaces `indices` by those of the next batch.
+    /// Replaces the contents of `indices` by the indexes of the next batch.
     pub fn next_into(&mut self, indices: &mut Vec<usize>) {
         let Cursor { epoch, batch } = self.cursor;
         let range = if batch < self.full_batches() {
@@ -263,7 +277,7 @@ impl Sampler {
         }
         let last = batch + 1 == self.batches_per_epoch;
         self.cursor = match last {
-            // A cursor read from a file may hold any epoch; the last one is followed by the first.
+            // A cursor that was read from a file may have any epoch, so the number wraps around.
             true => Cursor {
                 epoch: epoch.wrapping_add(1),
                 batch: 0,
@@ -279,7 +293,7 @@ impl Sampler {
         (self.config.num_examples / self.block) as u64
     }
 
-    /// Positions of this shard's part of the incomplete last block; it may be empty.
+    /// Returns the positions of this shard's part of the incomplete last block. The part may be empty.
     fn last_batch(&self) -> std::ops::Range<usize> {
         let rest = self.config.num_examples % self.block;
         let (share, extra) = (rest / self.config.num_shards, rest % self.config.num_shards);
@@ -308,13 +322,14 @@ impl Sampler {
     }
 }
 
-/// Draws a uniform number below `bound`, which is not zero.
+/// Returns a uniform random number below `bound`, which is not zero.
 fn below(bound: u64, rng: &mut ChaCha8Rng) -> u64 {
     loop {
         let (low, high) = (u64::from(rng.next_u32()), u64::from(rng.next_u32()));
         let product = u128::from(high << 32 | low) * u128::from(bound);
         let fraction = product as u64;
-        // 2^64 mod bound values of the fraction are one too many; the modulo is rarely needed.
+        // The lowest `2^64 mod bound` values of the fraction are rejected to avoid a bias. The second
+        // condition, with the slow modulo, is rarely evaluated.
         if fraction >= bound || fraction >= bound.wrapping_neg() % bound {
             return (product >> 64) as u64;
         }

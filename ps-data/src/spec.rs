@@ -1,4 +1,4 @@
-//! What identifies a data set of the MNIST family: file names, mirrors, checksums, sample.
+//! The data sets of the MNIST family: file names, mirrors, checksums, sample.
 
 use sha2::{Digest, Sha256};
 
@@ -12,13 +12,13 @@ pub(crate) const IMAGE_SIZE: u32 = 28;
 pub(crate) const NUM_CLASSES: usize = 10;
 
 impl Kind {
-    /// What the family's image files hold.
+    /// The contents of the family's image files.
     pub(crate) const IMAGES: Self = Self::Images {
         height: IMAGE_SIZE,
         width: IMAGE_SIZE,
     };
 
-    /// What the family's label files hold.
+    /// The contents of the family's label files.
     pub(crate) const LABELS: Self = Self::Labels {
         num_classes: NUM_CLASSES,
     };
@@ -81,7 +81,7 @@ pub(crate) struct DataFile {
 /// SHA-256 of a published file.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Checksum {
-    /// Of the uncompressed file: holds however a mirror compresses it.
+    /// Of the uncompressed file. It does not depend on how a mirror compresses the file.
     Content([u8; 32]),
     /// Of the gzip file as published.
     Gzip([u8; 32]),
@@ -98,10 +98,10 @@ impl Checksum {
     }
 }
 
-/// Says what to warn of if a file of a user's directory is not, or may not be, the published one.
+/// Returns a warning if a file in a user's directory is not, or may not be, the published one.
 ///
-/// MNIST and FashionMNIST have files of the same names, so a file is compared with those of all
-/// data sets in `known`.
+/// MNIST and FashionMNIST have files with the same names, so a file is compared with those of all data
+/// sets in `known`.
 pub(crate) fn suspicion(
     known: &[&Spec],
     spec: &Spec,
@@ -149,8 +149,8 @@ pub(crate) struct Sample {
 /// All data sets whose published files are known.
 pub(crate) static KNOWN: [&Spec; 2] = [&MNIST, &FASHION_MNIST];
 
-/// Checksums computed from the published files; their MD5 agree with those that torchvision and
-/// others list for the uncompressed files.
+/// The checksums were computed from the published files. The MD5 sums of these files are those that
+/// torchvision and others list for the uncompressed files.
 pub(crate) static MNIST: Spec = Spec {
     name: "MNIST",
     folder: "mnist",

@@ -4,7 +4,7 @@
 //! cargo run -p ps-runtime --example counter
 //! ```
 //!
-//! Prints `2 and 5`, then what a caller is told whose call fails, and then `restarted, counts from 1`.
+//! It prints `2 and 5`, then the error of a call that fails, and then `restarted, counts from 1`.
 
 use actix::{Actor, Context, Handler, Message};
 use ps_runtime::{ActorRef, CallError, Spawn};
@@ -31,7 +31,8 @@ impl Handler<Add> for Counter {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // On a thread of its own. After a panic the closure makes it anew, behind the same reference.
+    // The actor has a thread of its own. After a panic the closure makes a new actor, and the reference stays
+    // valid.
     let counter: ActorRef<Counter> = Spawn::new().name("counter").start(|| Counter(0))?;
     // Both calls are under way before either is waited for.
     let (first, second) = (counter.ask(Add(2)), counter.ask(Add(3)));

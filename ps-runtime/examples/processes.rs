@@ -4,8 +4,8 @@
 //! cargo run -p ps-runtime --example processes
 //! ```
 //!
-//! Starts itself a second time. Prints two different process numbers and `2 and 5`. With `--world-size`
-//! and `--rank` in place of `StartProcesses`, the two run on two machines; see `LaunchOptions`.
+//! The program starts a second copy of itself. It prints two different process ids and `2 and 5`. With
+//! `world_size` and `rank` instead of `processes`, the two copies run on two machines; see `LaunchOptions`.
 
 use actix::{Actor, Context, Handler, Message};
 use ps_runtime::cluster::{Cluster, ClusterConfig, Hosted, Hosts};
@@ -33,14 +33,14 @@ impl Handler<Add> for Counter {
     }
 }
 
-/// Which messages may come from other processes.
+/// Lists the messages that may come from other processes.
 impl Remote for Counter {
     fn messages(messages: &mut Messages<Self>) {
         messages.add::<Add>();
     }
 }
 
-/// What an actor of this type is made of, wherever it is made.
+/// The arguments from which each process makes an actor of this type.
 impl Hosted for Counter {
     type Args = u64;
 }
@@ -51,7 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         processes: Some(2),
         ..LaunchOptions::default()
     };
-    // The driver gets the cluster. The other process makes actors for it, and returns when it is let go.
+    // The driver gets the cluster. The other process makes actors for it, and returns when it is released.
     let Some(cluster) = Cluster::launch(&options, ClusterConfig::default(), hosts)? else {
         return Ok(());
     };

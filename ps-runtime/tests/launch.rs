@@ -22,10 +22,10 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group
 /// What copies do: see [`copy`].
 const ROLE: &str = "PS_LAUNCH_TEST_ROLE";
 
-/// What is waited for comes in a moment; only a failing test waits this long.
+/// The limit of all waits. Only a failing test waits this long.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A grace that nobody waits out, or the test fails.
+/// A grace that is so long that a test which waits for its end fails.
 const LONG: Duration = Duration::from_secs(600);
 
 // The driver and its copies.
@@ -78,7 +78,8 @@ fn copy(role: &str, place: &launch::Place) {
     exit(launch::EXIT_OK.into());
 }
 
-/// Starts copies, unless its role does that by itself, and does what its standard input says, a command a line; leaves at its end.
+/// Starts copies, unless its role does that by itself. Then it runs the commands of its standard input, one
+/// per line, and ends at the end of the input.
 fn driver(role: &str) {
     let runtime = actix_rt::System::new();
     let mut group = (role != "refused").then(|| runtime.block_on(async { start_group() }));
@@ -232,7 +233,7 @@ impl Driver {
         writeln!(commands, "{command}").unwrap();
     }
 
-    /// What is said next.
+    /// Returns the next line.
     fn line(&self) -> String {
         let line = self.lines.recv_timeout(PATIENCE);
         line.expect("the driver, or a copy, says something")
@@ -286,7 +287,7 @@ fn play(role: &str) -> Command {
     command
 }
 
-/// Passes on what is said, until all who could say something are gone.
+/// Passes lines on until all processes that could write have ended.
 fn listen(process: &mut Child) -> Receiver<String> {
     let output = BufReader::new(process.stdout.take().unwrap());
     let (sender, lines) = channel();
@@ -329,7 +330,7 @@ fn copies_are_told_their_places_and_nothing_of_an_outer_launcher() {
     driver.expect("the group has no rank 3: it started ranks 1 to 2, rank 0 is the driver");
 }
 
-/// A start that would fail again does not keep the driver waiting for those who will not come.
+/// If a start would fail again, the driver does not wait for that copy.
 #[test]
 fn a_driver_whose_copies_are_refused_does_not_wait_for_them() {
     let mut driver = Driver::start_unready("refused");
@@ -444,7 +445,7 @@ fn a_restarted_rank_has_a_higher_attempt() {
     driver.expect("2#1 died of 9");
     driver.tell("look 2");
     driver.expect("2#1 died of 9");
-    // To kill what is gone is no mistake.
+    // Killing a process that has ended is not an error.
     driver.tell("kill 2");
     driver.tell("restart 2");
     driver.expect_all(&[

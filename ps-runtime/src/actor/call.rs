@@ -499,7 +499,7 @@ mod tests {
         second_dropped.recv().unwrap();
     }
 
-    /// A waker that says on its channel when nobody has it any more.
+    /// A waker that closes its channel when its last clone is dropped.
     fn wakes_nobody() -> (Waker, mpsc::Receiver<()>) {
         struct Nobody(#[expect(dead_code, reason = "kept for its end")] Witness);
 
@@ -525,7 +525,7 @@ mod tests {
             let (waker, dropped) = wakes_nobody();
             assert!(call.poll(&mut TaskContext::from_waker(&waker)).is_pending());
             end(call);
-            // Whoever looks once more is not kept either.
+            // A later poll does not keep its waker either.
             assert!(call.poll(&mut TaskContext::from_waker(&waker)).is_pending());
             drop(waker);
             assert_eq!(dropped.try_recv(), Ok(()));

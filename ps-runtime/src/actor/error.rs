@@ -381,7 +381,7 @@ pub enum AskError<E> {
 pub struct NoReply {
     /// The time that was allowed.
     pub after: Duration,
-    /// How many replies are still out.
+    /// How many replies are still awaited.
     pub num_out: usize,
 }
 

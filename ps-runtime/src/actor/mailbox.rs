@@ -59,7 +59,7 @@ pub(crate) fn count_dead_letter(
 ) {
     of_actor.fetch_add(1, Ordering::Relaxed);
     DEAD_LETTERS.fetch_add(1, Ordering::Relaxed);
-    tracing::warn!(actor, message, %error, "told message lost");
+    tracing::warn!(actor, message, %error, "a message sent with tell was lost");
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

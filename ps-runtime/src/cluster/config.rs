@@ -175,7 +175,7 @@ pub enum ClusterError {
         reason: String,
     },
     /// Child processes of this process have ended before they joined.
-    #[error("{joined} of {wanted} nodes have joined; the others have ended: see what they say")]
+    #[error("{joined} of {wanted} nodes have joined; the others have ended: see their output")]
     Refusals {
         /// How many nodes have joined.
         joined: usize,

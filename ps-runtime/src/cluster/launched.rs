@@ -43,7 +43,7 @@ pub enum StartError {
     #[error("processes need a transport with sockets")]
     NotSockets,
     /// The system gave no way to hear the signals that end the process.
-    #[error("could not prepare for the end of the process")]
+    #[error("could not listen for the signals that end the process")]
     Signals(#[source] std::io::Error),
 }
 

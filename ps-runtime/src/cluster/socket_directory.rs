@@ -54,7 +54,7 @@ impl SocketDirectory {
         SWEPT.call_once(|| {
             // Nothing depends on the search, so an error is only logged.
             if let Err(error) = sweep(&parent) {
-                tracing::debug!(%error, parent = %parent.display(), "old sockets were not looked for");
+                tracing::debug!(%error, parent = %parent.display(), "could not look for old sockets");
             }
         });
         Self::new_in(&parent)

@@ -25,7 +25,7 @@ impl<T: Send + 'static> Task<T> {
     pub(crate) fn start(work: impl Future<Output = T> + Send + 'static) -> Self {
         let (sender, result) = oneshot::channel();
         threads::next().spawn(async move {
-            // Nobody may wait any more.
+            // This fails if the task was dropped.
             let _ = sender.send(work.await);
         });
         Self { result }

@@ -1,5 +1,5 @@
-//! What only an inside view shows: who may speak to nodes, that nothing of an incarnation stays behind, and
-//! what is too large to be sent.
+//! Tests that need private parts of the crate: which processes may send to nodes, that nothing of an
+//! incarnation stays in memory, and which messages are too large to be sent.
 
 mod refusals;
 
@@ -39,7 +39,7 @@ fn eventually(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-/// The lease tells the processes of one test from those of the others.
+/// Each test has its own lease, by which its processes are told from those of other tests.
 fn config(network: &MemoryNetwork, lease: Duration) -> ClusterConfig {
     ClusterConfig {
         transport: Transport::Memory(network.clone()),
@@ -49,7 +49,7 @@ fn config(network: &MemoryNetwork, lease: Duration) -> ClusterConfig {
     }
 }
 
-/// Long, so that nobody is lost on a busy machine.
+/// Long, so that no process is lost on a busy machine.
 fn patient(micros: u64) -> Duration {
     Duration::from_secs(20) + Duration::from_micros(micros)
 }
@@ -130,7 +130,7 @@ fn carry(lengths: &[usize], num_back: usize) -> Carry {
     }
 }
 
-/// what a node does that is over counts nowhere, not at other nodes either.
+/// an incarnation that is over is refused everywhere, also by other nodes.
 #[test]
 fn a_life_that_is_over_is_refused_by_other_nodes() {
     let (network, alive) = (MemoryNetwork::new(), Arc::default());
@@ -189,7 +189,7 @@ fn a_life_that_is_over_is_refused_by_other_nodes() {
     else {
         panic!("{refused:?}");
     };
-    // An incarnation that the other node cannot have heard of is nobody's.
+    // The other node cannot have heard of this incarnation, because there is none.
     let made_up = config.process();
     made_up.enter(
         NodeId {
@@ -250,7 +250,7 @@ fn a_reference_that_was_given_up_connects_again() {
     network.set_outage(None);
     eventually("it connects again", is_connected);
     there.ask(carry(&[1], 1)).wait_timeout(SOON).unwrap();
-    // And no more once it is gone.
+    // It does not connect again once the last reference was dropped.
     drop(there);
     eventually("it is let go of", || !is_connected());
 }
@@ -362,7 +362,7 @@ fn what_was_being_made_for_a_lost_driver_ends_and_nothing_of_that_life_stays() {
     });
 }
 
-/// Answers whatever comes with this, and returns where.
+/// Listens, answers every request with this text, and returns its address.
 fn answer_with(answer: &'static [u8]) -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -370,7 +370,7 @@ fn answer_with(answer: &'static [u8]) -> String {
         use std::io::{Read, Write};
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
-            // The first connection only looks at the way, and says nothing.
+            // A node's first connection only finds out its local address and sends nothing.
             if stream.read(&mut [0; 4096]).is_ok_and(|len| len > 0) {
                 let _ = stream.write_all(answer);
             }
@@ -394,7 +394,7 @@ fn who_is_not_a_driver_is_named_at_once() {
         let address = answer_with(answer);
         let config = ClusterConfig {
             transport: Transport::Tcp,
-            // Nobody waits for that.
+            // The test does not wait for this timeout.
             join_timeout: SOON * 60,
             ..ClusterConfig::default()
         };
@@ -413,7 +413,7 @@ fn who_is_not_a_driver_is_named_at_once() {
     }
 }
 
-/// The answer to the first one may have been lost with its connection.
+/// The answer to the first order may have been lost with its connection.
 #[test]
 fn an_order_that_comes_again_gets_the_actor_that_was_made() {
     let alive = Arc::default();
@@ -439,7 +439,7 @@ fn an_order_that_comes_again_gets_the_actor_that_was_made() {
     assert!(make(3).wait().is_err(), "this incarnation is over");
 }
 
-/// The sender says so, to whoever called, and the connection goes on.
+/// the sender's process refuses the message, its caller gets the error, and the connection goes on.
 #[test]
 fn what_is_too_large_to_be_sent_is_refused_with_the_limit_and_its_setting() {
     let (network, alive) = (MemoryNetwork::new(), Arc::default());
@@ -484,7 +484,7 @@ fn what_is_too_large_to_be_sent_is_refused_with_the_limit_and_its_setting() {
     let mut long = carry(&[1], 0);
     long.text = "x".repeat(1 << 20);
     check(long, &["1048576", "split"]);
-    // A reply goes to who has called.
+    // A reply that is too large is an error for its caller.
     for num_back in [4097, 70_000] {
         let error = porter
             .ask(carry(&[1], num_back))

@@ -224,7 +224,7 @@ impl<C: Fn(u32, u64) -> Command> Supervisor<C> {
         for slot in self.running() {
             tracing::warn!(rank = slot.rank, "did not leave when asked to: killing it");
             if let Err(error) = slot.kill() {
-                tracing::error!(rank = slot.rank, %error, "not killed");
+                tracing::error!(rank = slot.rank, %error, "could not kill it");
             }
         }
         self.stopping = Some(Stopping {
@@ -237,7 +237,7 @@ impl<C: Fn(u32, u64) -> Command> Supervisor<C> {
         for slot in self.running() {
             tracing::error!(
                 rank = slot.rank,
-                "still there {KILL_TIMEOUT:?} after it was killed"
+                "still running {KILL_TIMEOUT:?} after it was killed"
             );
         }
         let exits: Vec<Exited> = self.running().map(|slot| slot.ended(None)).collect();
@@ -269,7 +269,7 @@ impl Slot {
             return Poll::Pending;
         };
         if let Err(error) = &result {
-            tracing::error!(rank = self.rank, %error, "somebody else waited for this process");
+            tracing::error!(rank = self.rank, %error, "other code waited for this process");
         }
         Poll::Ready(self.ended(result.ok()))
     }
@@ -303,7 +303,7 @@ impl Slot {
         #[cfg(not(unix))]
         let asked = self.kill();
         if let Err(error) = asked {
-            tracing::error!(rank = self.rank, %error, "not asked to leave");
+            tracing::error!(rank = self.rank, %error, "could not ask it to end");
         }
     }
 }

@@ -129,7 +129,7 @@ mod tests {
         Admission::new(longest)
     }
 
-    /// So large that nobody goes on without a turn while the test runs.
+    /// So large that no call goes on without admission while the test runs.
     const HUGE: usize = 1 << 40;
 
     ///

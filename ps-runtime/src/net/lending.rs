@@ -1,5 +1,5 @@
-//! Tests of lent memory, with a whole connection at one end, and a connection or a peer that does
-//! as it likes at the other.
+//! Tests of lent memory. One end is a whole connection. The other end is a connection, or a peer that the
+//! test plays itself.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use super::stream::Stream;
 use crate::buffer::{Buffer, BufferPool};
 use crate::codec::{Bulk, Encoded};
 
-/// Numbers in a frame that is worth lending.
+/// How many numbers a frame must have to be lent.
 const LARGE: usize = MIN_LENT / 4;
 
 struct Receiver {
@@ -32,7 +32,7 @@ impl Peer for Receiver {
     }
 
     fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
-        // Signs of life come when they like.
+        // Heartbeats can come at any time.
         if frame.kind != Kind::Ping {
             let _ = self.arrived.send(frame);
         }
@@ -83,7 +83,7 @@ impl End {
         }
     }
 
-    /// What arrives next.
+    /// Returns the next frame that arrives.
     async fn next(&mut self) -> Frame {
         self.arrived.recv().await.expect("the connection goes on")
     }
@@ -104,7 +104,7 @@ fn large(first: f32) -> Bulk {
     Bulk::from(Buffer::from(values))
 }
 
-/// How many share the numbers, this one included.
+/// How many `Bulk`s share the numbers, including this one.
 fn num_holders(bulk: &Bulk) -> usize {
     Arc::strong_count(&bulk.data)
 }
@@ -138,7 +138,8 @@ async fn write_signal(stream: &mut UnixStream, kind: Kind, call: u64) {
     stream.write_all(&bytes).await.unwrap();
 }
 
-/// An end, and a peer that was shown the secret, says that it found it, and has the first frame.
+/// Returns an end and a peer. The peer was told the secret, has answered that it found it, and has the first
+/// frame.
 async fn lends_to() -> (End, UnixStream) {
     let (ours, mut peer) = UnixStream::pair().expect("the system gives sockets");
     let mut end = End::run(Stream::Unix(ours));
@@ -147,7 +148,7 @@ async fn lends_to() -> (End, UnixStream) {
     let first = read_raw(&mut peer).await;
     assert!(first.kind == Kind::Ask && !first.is_lent);
     write_signal(&mut peer, Kind::Readable, 0).await;
-    // The end has read it when it has read something that came later.
+    // The end has read the answer when it has read a later frame.
     write_signal(&mut peer, Kind::Cancel, 0).await;
     assert_eq!(end.next().await.kind, Kind::Cancel);
     (end, peer)
@@ -164,7 +165,7 @@ async fn large_numbers_are_lent_as_soon_as_the_peer_can_read_them_and_until_it_h
         let got = receiver.arrived.recv().await.expect("it arrives");
         assert_eq!((got.call, &got.header[..]), (call, &[call as u8; 3][..]));
         assert_eq!(&got.bulk[0][..], &bulk[..]);
-        // What comes back shows that the sender has read all that the receiver said before.
+        // The frame that comes back shows that the sender has read all earlier frames of the receiver.
         receiver
             .outbox
             .send(OutFrame::signal(Kind::Cancel, call))
@@ -214,7 +215,8 @@ async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     assert!(read_raw(&mut peer).await.is_lent);
 }
 
-/// turns wait until replies were taken, and the news of that comes behind the next call.
+/// admission waits until replies were taken, and the frame that says so comes behind the next
+/// call.
 #[tokio::test]
 async fn what_comes_behind_a_lent_call_is_read_while_that_waits_for_its_turn() {
     let (mut end, mut peer) = lends_to().await;

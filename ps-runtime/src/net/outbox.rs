@@ -177,7 +177,8 @@ impl Outbox {
         matches!(self.lock().peer, Borrower::Able)
     }
 
-    /// The peer has taken what was lent with a call's frame; false if that is not what it has to take.
+    /// Records that the peer has copied the numbers that were lent with a call's frame. Returns `false` if
+    /// that was not lent.
     pub(crate) fn taken(&self, call: u64) -> bool {
         let mut state = self.lock();
         let is_next = state.lent.front().is_some_and(|lent| lent.call() == call);
@@ -195,7 +196,7 @@ impl Outbox {
         is_next
     }
 
-    /// Takes no more frames; the connection ends when those there are have been written.
+    /// Takes no more frames. The connection ends when the frames that wait have been written.
     pub(crate) fn finish(&self) {
         self.lock().is_finished = true;
         self.more.notify_one();
@@ -220,7 +221,7 @@ impl Outbox {
         self.more.notify_one();
         self.less.notify_one();
         if let Some(socket) = &self.socket {
-            // What is lent may be used for something else from now on, and the peer has to see that.
+            // Lent memory may be used for something else from now on. The peer must see that.
             socket.hang_up();
         }
         drop(lent);
@@ -230,7 +231,7 @@ impl Outbox {
         whole
     }
 
-    /// Writes what is queued until the outbox is finished and empty, or closed.
+    /// Writes queued frames until the outbox is finished and empty, or closed.
     pub(crate) async fn write(&self, writer: TaskWriter) -> io::Result<()> {
         match (&self.socket, writer) {
             (Some(socket), _) => self.write_to_socket(socket).await,
@@ -247,14 +248,14 @@ impl Outbox {
                 let progress = state.write_step(socket, &mut done)?;
                 (progress, state.is_over())
             };
-            // Not under the lock, which callers wait for: it may free 100 MB.
+            // Dropped outside the lock, because callers wait for the lock and this may free 100 MB.
             drop(done);
             self.less.notify_one();
             match (progress, is_over) {
                 (_, true) => return Ok(()),
                 (Progress::Empty, false) => self.more.notified().await,
                 (Progress::Full, false) => socket.writable().await?,
-                // Callers and other connections have their turn within a long frame, too.
+                // Lets callers and other connections run within a long frame, too.
                 (Progress::Some, false) => tokio::task::yield_now().await,
             }
         }
@@ -262,7 +263,7 @@ impl Outbox {
 
     async fn write_as_task(&self, mut writer: Pin<Box<dyn AsyncWrite + Send>>) -> io::Result<()> {
         loop {
-            // Copied once here; the pipe or the cipher behind copies them anyway.
+            // The bytes are copied once here. The pipe or the cipher that gets them copies them anyway.
             let chunk = self.lock().queue.front_mut().map(OutFrame::next_chunk);
             match chunk {
                 Some(bytes) => {
@@ -287,7 +288,7 @@ impl Outbox {
         }
     }
 
-    /// Sends a sign of life whenever nothing else was written for a while, until it is dropped.
+    /// Sends a heartbeat whenever nothing else was written for some time, until it is dropped.
     pub(crate) async fn ping(&self, every: Duration) -> Infallible {
         loop {
             let silent_for = self.lock().last_write.elapsed();
@@ -296,7 +297,7 @@ impl Outbox {
                 _ => {
                     let is_idle = self.lock().queue.is_empty();
                     if is_idle {
-                        // Refused when no more is to be written; reading goes on for a moment.
+                        // This fails if nothing more is to be written. Reading goes on for a moment.
                         let _ = self.send(OutFrame::signal(Kind::Ping, 0));
                     }
                     tokio::time::sleep(every).await;
@@ -312,14 +313,14 @@ impl State {
         self.closed.is_some() || (self.is_finished && is_done)
     }
 
-    /// Whether so much waits that the peer must read first.
+    /// Whether so many frames wait that the peer must read first.
     fn is_full(&self) -> bool {
         let num_waiting = self.queue.len();
         let num_bytes = || self.queue.iter().map(OutFrame::len).sum::<usize>();
         num_waiting >= MAX_WAITING || (num_waiting >= MAX_FEW && num_bytes() >= MAX_WAITING_BYTES)
     }
 
-    /// Lends the numbers of a large frame, or begins to find out whether the peer can read them.
+    /// Lends the numbers of a large frame, or starts to find out whether the peer can read them.
     fn try_to_lend(&mut self, frame: &mut OutFrame) {
         match &self.peer {
             Borrower::Able => {
@@ -341,7 +342,7 @@ impl State {
         }
     }
 
-    /// Writes as much as goes into one call of the system; puts what is finished into `finished`.
+    /// Writes as much as one system call takes. Puts finished frames into `finished`.
     fn write_step(
         &mut self,
         socket: &Socket,
@@ -393,10 +394,10 @@ impl State {
     }
 }
 
-/// How far the writing to a socket got.
+/// The result of writing to a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
-    /// Nothing is left.
+    /// Nothing is left to write.
     Empty,
     /// There is more, and the socket may take it.
     Some,

@@ -170,7 +170,7 @@ mod system {
 
     use tokio::net::UnixStream;
 
-    /// Nobody's.
+    /// There is none: other systems cannot read the memory of a peer.
     pub(super) enum PeerMemory {}
 
     impl PeerMemory {

@@ -87,7 +87,7 @@ pub enum TlsError {
         source: Cause,
     },
     /// The certificates of other processes cannot be checked against the authority.
-    #[error("nobody can be checked against the authority")]
+    #[error("other processes cannot be checked against the authority")]
     Verifier(#[source] Cause),
 }
 

@@ -383,7 +383,7 @@ impl RemoteActor {
 
     /// The actor has ended for good. Of the calls that were sent, it took those up to `last_taken`.
     fn end(&self, why: Arc<str>, last_taken: u64) {
-        tracing::debug!(actor = %self.name(), %why, "an actor elsewhere has ended");
+        tracing::debug!(actor = %self.name(), %why, "an actor of another process has ended");
         let (calls, unsent) = {
             let mut state = self.lock();
             state.link = Link::Ended;

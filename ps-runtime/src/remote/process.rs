@@ -174,29 +174,30 @@ impl Process {
         process
     }
 
-    /// Says which place this process wants, so that a driver knows whom it refuses. Once only.
+    /// Sets the rank that this process asks for, so that a driver that refuses it can name the rank. Only the
+    /// first call counts.
     pub(crate) fn wants(&self, place: Joining) {
         let _ = self.joining.set(place);
     }
 
-    /// Which place it wants, until it has one.
+    /// Returns the rank that this process asks for, until it has joined.
     pub(crate) fn joining(&self) -> Option<Joining> {
         let wanted = self.joining.get().copied();
         wanted.filter(|_| self.id.get().is_none())
     }
 
-    /// Takes the place in the cluster that the driver has assigned. Once only.
+    /// Takes the place in the cluster that the driver has assigned. Only the first call counts.
     pub(crate) fn enter(&self, id: NodeId, session: u64) {
         let _ = self.id.set(id);
         let _ = self.session.set(session);
     }
 
-    /// Sets how other nodes are found. Once only.
+    /// Sets the function that finds other nodes. Only the first call counts.
     pub(crate) fn resolve_with(&self, resolve: Resolve) {
         let _ = self.resolve.set(resolve);
     }
 
-    /// Who this process is; until it has joined, nobody.
+    /// Returns the id of this process. Before it has joined, that is an id that no process has.
     pub(crate) fn id(&self) -> NodeId {
         const NOBODY: NodeId = NodeId {
             rank: u32::MAX,
@@ -205,7 +206,7 @@ impl Process {
         self.id.get().copied().unwrap_or(NOBODY)
     }
 
-    /// 0 until it has joined.
+    /// Returns the session, or 0 before this process has joined.
     pub(crate) fn session(&self) -> u64 {
         self.session.get().copied().unwrap_or(0)
     }
@@ -235,17 +236,17 @@ impl Process {
         self.exports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes an actor of this process known to others.
+    /// Allows other processes to call an actor of this process.
     ///
     /// # Panics
-    /// When the reference is to an actor elsewhere.
+    /// When the actor is in another process.
     pub(crate) fn export<A: Remote>(&self, actor: &ActorRef<A>) -> Wire {
         let number = actor.id().number();
         self.export_as(number, actor, false)
     }
 
-    /// Exports the actor that speaks for this process. It is kept by whoever has a reference to it, not by
-    /// the export: it has a hold on the process itself.
+    /// Exports the agent of this process. The export does not keep the agent alive, because the agent keeps
+    /// the process alive.
     pub(crate) fn export_agent<A: Remote>(&self, actor: &ActorRef<A>) {
         self.export_as(AGENT, actor, true);
     }
@@ -262,7 +263,7 @@ impl Process {
         };
         let mut exports = self.exports();
         if self.is_closed() {
-            // Nobody can come for it, and it would stay for ever.
+            // No process can connect to it any more, and the export would stay for ever.
             return wire;
         }
         let export = exports.entry(number).or_insert_with(|| Export {
@@ -273,7 +274,7 @@ impl Process {
                 },
                 mailbox: Arc::clone(mailbox),
                 table,
-                // TCP gives up a peer that takes nothing for a lease.
+                // TCP gives up a peer that takes nothing for one process lease.
                 admission: Admission::new(self.config.process_lease / 2),
             }),
             born: self.num_exported.fetch_add(1, Ordering::Relaxed),
@@ -285,14 +286,14 @@ impl Process {
         wire
     }
 
-    /// An exported actor as its own process sees it.
+    /// Returns a reference to an exported actor of this process.
     pub(crate) fn exported<A: Actor>(&self, number: u64) -> Option<ActorRef<A>> {
         let handle = self.exports().get(&number)?.callee.handle()?;
         let handle: Arc<Handle<A>> = handle.downcast().ok()?;
         Some(ActorRef::new(handle))
     }
 
-    /// Takes a connection to an exported actor.
+    /// Opens a connection to an exported actor.
     pub(crate) fn open(self: &Arc<Self>, number: u64) -> Option<(Arc<dyn Callee>, Hold)> {
         let mut exports = self.exports();
         let export = exports.get_mut(&number)?;
@@ -305,12 +306,12 @@ impl Process {
         Some((Arc::clone(&export.callee), hold))
     }
 
-    /// Lets go of kept values that nobody has taken for long.
+    /// Removes kept values that no process has taken for `KEPT_FOR`.
     pub(crate) fn sweep_kept(&self, now: Instant) {
         self.object_store.sweep(now);
     }
 
-    /// Lets go of actors that nobody elsewhere wants any more.
+    /// Drops the exports of actors to which no other process has had a connection for the grace period.
     pub(crate) fn sweep(&self) {
         let both = self
             .config
@@ -330,7 +331,7 @@ impl Process {
             is_kept
         });
         drop(exports);
-        // Outside the lock: the drop of the last reference ends the actor.
+        // Dropped outside the lock, because the drop of the last reference ends the actor.
         drop(unwanted);
         let mut remotes = self.remotes();
         remotes.retain(|_, remote| remote.strong_count() > 0);
@@ -352,7 +353,7 @@ impl Process {
         }
     }
 
-    /// Lets go of all actors but the agent, and exports no more: this incarnation is over.
+    /// Drops all exports except the agent's and makes no more, because this incarnation is over.
     pub(crate) fn withdraw_all(&self) {
         let mut withdrawn = Vec::new();
         self.is_closed.store(true, Ordering::Release);
@@ -365,7 +366,7 @@ impl Process {
         drop(withdrawn);
     }
 
-    /// Keeps a value for whoever brings the ticket.
+    /// Keeps a value in the object store and returns its ticket.
     pub(crate) fn keep_result(&self, value: Encoded) -> Result<Ticket, String> {
         self.object_store.put(value)
     }
@@ -374,7 +375,7 @@ impl Process {
         self.remotes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The actor elsewhere that `wire` speaks of, with one more holder.
+    /// Returns the actor of another process that `wire` names, and counts one more reference to it.
     pub(crate) fn remote(self: &Arc<Self>, wire: Wire) -> Arc<RemoteActor> {
         let key = (wire.node, wire.actor);
         let mut remotes = self.remotes();
@@ -390,7 +391,7 @@ impl Process {
         remote
     }
 
-    /// Connects to an actor elsewhere.
+    /// Connects to an actor of another process.
     pub(crate) async fn dial(self: &Arc<Self>, wire: &Wire) -> Result<Dialled, DialError> {
         let resolve = self.resolve.get().ok_or_else(|| {
             DialError::Refused("this process is not part of a cluster".to_owned())
@@ -400,7 +401,7 @@ impl Process {
     }
 }
 
-/// A connection to an exported actor; its drop lets go of the actor.
+/// Counts one connection to an exported actor, until it is dropped.
 pub(crate) struct Hold {
     process: Weak<Process>,
     number: u64,
@@ -411,7 +412,7 @@ impl Drop for Hold {
     fn drop(&mut self) {
         if let Some(process) = self.process.upgrade()
             && let Some(export) = process.exports().get_mut(&self.number)
-            // It may have been withdrawn, and exported again.
+            // The actor may have been withdrawn and exported again.
             && export.born == self.born
         {
             export.num_connections -= 1;
@@ -432,7 +433,7 @@ pub(crate) mod tests {
         all.push(Arc::downgrade(process));
     }
 
-    /// How many lives of processes with this lease something is left of.
+    /// Returns how many incarnations of processes with this lease still exist in memory.
     pub(crate) fn num_living(lease: std::time::Duration) -> usize {
         let all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
         let living = all.iter().filter_map(Weak::upgrade);

@@ -17,7 +17,7 @@ fn of<T: DeserializeOwned>() -> (Vec<String>, bool) {
     (lines.collect(), is_traced)
 }
 
-/// Two versions of a type of the same name and size, and whether they are to differ.
+/// Checks whether two versions of a type with the same name and size have different schemas.
 fn check<A: DeserializeOwned, B: DeserializeOwned>(differ: bool) {
     assert_eq!(mem::size_of::<A>(), mem::size_of::<B>());
     let (a, b) = (of::<A>(), of::<B>());
@@ -217,11 +217,11 @@ fn a_type_that_refuses_is_known_by_what_it_asked_for_and_by_its_size() {
     assert!(notes.contains(&"[1, 1, 0] u16".to_owned()), "{notes:?}");
     let mut schema = Schema::new();
     assert!(!schema.add::<(u8, Stubborn)>());
-    // Zeros are not the only thing that is tried.
+    // Not only zeros are tried.
     assert!(schema.add::<NonZeroU32>());
 }
 
-/// As it was when it was written: a schema must not depend on the build.
+/// The value was computed once and must not change: a schema must not depend on the build.
 #[test]
 fn a_schema_is_the_same_in_every_build() {
     let mut schema = Schema::new();

@@ -11,7 +11,7 @@ use crate::remote::table::Table;
 
 const TOKEN: &str = "the-token-of-the-refusals";
 
-/// Nobody waits for that in a test that passes.
+/// A test that passes does not wait for this timeout.
 const FOREVER: Duration = Duration::from_secs(600);
 
 /// Long enough to be refused.
@@ -41,7 +41,7 @@ fn start(
     Node::new(config.clone(), rank, 0, address, facts(examples)).serve()
 }
 
-/// Is refused.
+/// Joins and expects to be refused.
 fn knock(config: &ClusterConfig, address: &str, rank: u32, examples: u32) {
     let refused = start(config, address, rank, examples).wait();
     assert!(
@@ -97,7 +97,7 @@ fn it_goes_on_with_those_that_have_joined_and_the_others_may_still_come() {
     assert_eq!(cluster.nodes().len(), 1);
     let second = start(&config, &address, 2, 60_000);
     cluster.wait_for_nodes(2, SOON).wait().unwrap();
-    // Who has joined is not to be refused after the fact.
+    // A node that has joined must not be refused afterwards.
     knock(&config, &address, 2, 4_000);
     assert!(cluster.refusal(2).is_none());
     drop(cluster);
@@ -134,7 +134,7 @@ fn who_states_the_same_run_is_of_this_run_also_without_a_token() {
     );
 }
 
-/// Whoever can connect could end this run's wait otherwise.
+/// Otherwise any process that can connect could end the driver's wait.
 #[test]
 fn strangers_do_not_end_the_wait() {
     let config = driver_config();

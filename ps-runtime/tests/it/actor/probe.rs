@@ -233,7 +233,7 @@ impl Handler<Atomic> for Probe {
     }
 }
 
-/// Waits until nobody waits for it, and then says so.
+/// Waits until its caller has gone, and then reports that.
 #[derive(Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub(crate) struct UntilCallerGone(pub(crate) Parked<mpsc::Sender<()>>);
@@ -250,7 +250,7 @@ impl Handler<UntilCallerGone> for Probe {
     }
 }
 
-/// A message that nobody can read: an actor elsewhere refuses it before it is queued.
+/// A message that cannot be read: the process of an actor refuses it before it is queued.
 #[derive(Message, Serialize)]
 #[rtype(result = "()")]
 struct Unreadable;
@@ -276,8 +276,8 @@ pub(crate) fn wait_until_arrived(actor: &ActorRef<Probe>) {
     }
 }
 
-/// Checks what a caller is told whose call timed out before its handler began: an actor of this
-/// process hands the message back; nobody knows what one elsewhere has done with it.
+/// Checks the error of a call that timed out before its handler began. An actor of this process hands the
+/// message back. For an actor of another process the outcome is unknown.
 pub(crate) fn assert_gave_up_before_it_began(
     actor: &ActorRef<Probe>,
     after: Duration,
@@ -298,7 +298,7 @@ pub(crate) fn assert_gave_up_before_it_began(
     }
 }
 
-/// A future that is ready when the test says so, and the sender to say it.
+/// Returns a future and the sender that makes it ready.
 pub(crate) fn response() -> (oneshot::Sender<u64>, BoxedFuture) {
     let (sender, receiver) = oneshot::channel();
     let future = receiver.map(|value| value.expect("the test sends a value"));
@@ -335,7 +335,7 @@ impl Gate {
             .expect("the actor gets to the gate");
     }
 
-    /// Holds the actor at a new gate, told so that no reply is out.
+    /// Holds the actor at a new gate. The message is sent with `tell`, so there is no reply.
     pub(crate) fn hold(actor: &ActorRef<Probe>) -> Self {
         let (gate, hold) = Self::new();
         actor.tell(hold).expect("the actor takes the message");

@@ -1,7 +1,7 @@
-//! Where the actor of a test is: in this process, or elsewhere as far as its caller can tell.
+//! Decides how the caller of a test reaches the actor: in this process, or through a network.
 //!
-//! An actor elsewhere is one of this process, too, since its factory and messages are closures; but
-//! its reference has gone through a cluster, and every call goes through a pipe or a socket.
+//! In both cases the actor is in this process, because its factory and messages are closures. For the second
+//! case its reference was sent through a cluster, so every call goes through a pipe or a socket.
 
 use std::sync::LazyLock;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Calls to actors elsewhere: what callers can rely on is what they can rely on here.
+//! Calls to actors of other processes. Callers have the same guarantees as in one process.
 
 use std::time::Duration;
 
@@ -138,8 +138,8 @@ fn a_timeout_ends_the_wait_and_frees_the_slot() {
     }
 }
 
-/// of two calls that were given up, and that no `Cancel` followed, the one that took its time
-/// limit along does not begin.
+/// two calls are given up, and no `Cancel` arrives. The call that was sent with its time limit does not
+/// begin.
 #[test]
 fn a_call_whose_time_is_over_never_begins_though_its_connection_is_silent() {
     let network = MemoryNetwork::with_faults(0, Faults::default());

@@ -1,4 +1,4 @@
-//! strangers and broken peers at a real listener, while somebody else is served.
+//! strangers and broken peers connect to a real listener, which serves another client meanwhile.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -18,7 +18,7 @@ const MAX_NUMBERS: u64 = 1 << 26;
 
 const TOKEN: &str = "a-token-for-the-hostile-tests";
 
-/// A driver with an actor that everybody attacks, and one on a node that is a client of it.
+/// A driver with an actor that is attacked, and a node with an actor that is a client of it.
 struct Server {
     world: World,
     here: ActorRef<Counter>,
@@ -97,7 +97,7 @@ impl Server {
 fn connect(address: &str, bytes: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(address).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
-    // The other side may have had enough before all is written.
+    // The other side may close the connection before everything is written.
     let _ = stream.write_all(bytes);
     stream
 }
@@ -254,7 +254,7 @@ fn a_peer_that_does_not_speak_http_is_cut_off() {
     server.assert_serves_its_client();
 }
 
-/// With a request now and then it would keep one of the places that those need who are let in.
+/// Otherwise a stranger could keep a connection with a request from time to time, and others need it.
 #[test]
 fn who_has_no_token_is_answered_once() {
     let server = Server::new();

@@ -1,4 +1,4 @@
-//! Results that stay where they were computed, and go straight to whoever takes them.
+//! Kept results: they stay in the process that computed them, and go directly to the process that takes them.
 
 use ps_runtime::actor::{UnknownOutcome, run};
 use ps_runtime::cluster::{Placement, SpawnOn, Transport};

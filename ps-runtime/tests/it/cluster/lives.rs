@@ -176,7 +176,7 @@ fn shut_down(config: fn(Transport) -> ClusterConfig, after: Duration, outage: Op
     eventually("the kill ends it", || census.count() == 0);
 }
 
-/// Passes connections on, and notes how each began.
+/// Passes connections on, and records the beginning of each.
 fn listen_in(driver: String) -> (String, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -253,7 +253,7 @@ fn a_rank_that_lives_is_not_given_to_another_process() {
     }
 }
 
-/// who is killed is not there to say so; the next process gets its place within the lease.
+/// a killed process cannot leave in order. The next process gets its rank within two process leases.
 #[test]
 fn a_rank_whose_process_is_dead_is_given_to_the_next_one() {
     let network = MemoryNetwork::with_faults(0, Faults::default());

@@ -1,4 +1,4 @@
-//! TLS: who has a certificate of the cluster's authority takes part, nobody else.
+//! TLS: only processes that have a certificate of the cluster's authority can join.
 
 use std::path::Path;
 use std::time::Duration;
@@ -106,13 +106,13 @@ fn certificates_for_both_sides_open_a_driver_to_other_hosts() {
     let authority = Authority::new();
     let open = |tls| Cluster::listen(with_tls(tls), anywhere, hosts());
     assert!(matches!(open(None), Err(ClusterError::NoToken(_))));
-    // The server proves who it is, but anybody may call it.
+    // The server proves its identity, but any process may call it.
     let one_sided = open(Some(authority.tls(false)));
     assert!(matches!(one_sided, Err(ClusterError::NoToken(_))));
     open(Some(authority.tls(true))).unwrap();
 }
 
-/// Else the process would join and never be reached.
+/// Otherwise the process would join, but no other process could connect to it.
 #[test]
 fn a_certificate_that_the_others_would_not_believe_is_refused_at_the_start() {
     let (authority, other) = (Authority::new(), Authority::new());

@@ -18,7 +18,7 @@ use ps_runtime::test_util::Parked;
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Tally {
     total: i64,
-    /// Says whether the value lives; not part of copies.
+    /// Counts whether the value exists. Copies do not have it.
     #[serde(skip)]
     citizen: Option<Citizen>,
 }
@@ -60,7 +60,7 @@ impl Value for Tally {
     }
 }
 
-/// Keeps a handle until it is told to let go.
+/// Keeps a handle until it is told to drop it.
 #[derive(Debug, Default)]
 pub(crate) struct Holder {
     held: Option<RemoteRef<Tally>>,
