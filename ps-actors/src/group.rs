@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use actix::{Handler, Message};
 use futures_util::future::try_join_all;
+use ps_runtime::actor::{ActorRef, Spawn, SpawnError, sleep};
+use ps_runtime::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Incarnation, JoinRequest, WorkerId};
@@ -23,8 +25,6 @@ use crate::server::{
     ShardError, Stage, partition,
 };
 use crate::weights::{BadPart, GradientUpdate, Weights};
-use ps_runtime::actor::{ActorRef, Spawn, SpawnError, sleep};
-use ps_runtime::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 
 /// How often a pull of one version is tried, if the servers move on in the meantime.
 const MAX_PULL_TRIES: usize = 100;

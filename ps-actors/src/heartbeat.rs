@@ -6,9 +6,10 @@
 
 use std::time::Duration;
 
+use ps_runtime::actor::{Background, in_background, sleep};
+
 use crate::ids::GradientId;
 use crate::session::Session;
-use ps_runtime::actor::{Background, in_background, sleep};
 
 /// The pause after a lost heartbeat, before the lease is known.
 const PAUSE: Duration = Duration::from_millis(100);

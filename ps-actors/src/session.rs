@@ -7,10 +7,11 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ps_runtime::actor::error_chain;
+
 use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, WorkerId};
 use crate::server::{GroupError, Leave, Refusal, ServerError, ShardError};
-use ps_runtime::actor::error_chain;
 
 /// How often one call of [`Session::join`] tries to join.
 const MAX_JOINS: usize = 4;

@@ -8,12 +8,12 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use crate::ids::{GradientId, Version};
 use ps_runtime::buffer::Buffer;
 use ps_runtime::codec::Bulk;
 use ps_runtime::parallel::norm_squared;
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{GradientId, Version};
 
 /// The place of one parameter in the flat vector.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,6 +12,11 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, WrapFuture};
+use ps_runtime::actor::error_chain;
+use ps_runtime::actor::{ActorRef, sleep};
+use ps_runtime::cluster::Hosted;
+use ps_runtime::codec::Bulk;
+use ps_runtime::remote::{Messages, Remote};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -21,11 +26,6 @@ use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 use crate::server::{GroupError, Outcome, PullVersion};
 use crate::session::Session;
 use crate::weights::{Gradient, GradientUpdate, Weights};
-use ps_runtime::actor::error_chain;
-use ps_runtime::actor::{ActorRef, sleep};
-use ps_runtime::cluster::Hosted;
-use ps_runtime::codec::Bulk;
-use ps_runtime::remote::{Messages, Remote};
 
 /// How often in a row a worker joins again without a settled gradient in between.
 const MAX_REJOINS: usize = 10;

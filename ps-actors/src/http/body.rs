@@ -15,13 +15,13 @@ use axum::http::StatusCode;
 use axum::http::header::CONTENT_LENGTH;
 use http_body_util::BodyExt;
 use hyper::body::{Frame, SizeHint};
+use ps_runtime::buffer::{Buffer, BufferPool};
 use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use super::HttpConfig;
 use super::problem::Problem;
 use crate::weights::Weights;
-use ps_runtime::buffer::{Buffer, BufferPool};
 
 /// How many idle receive buffers are kept: enough for one round of a few workers.
 const NUM_IDLE_BUFFERS: usize = 16;

@@ -3,12 +3,12 @@
 use axum::http::StatusCode;
 use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
 use axum::response::{IntoResponse, Response};
+use ps_runtime::actor::error_chain;
+use ps_runtime::actor::{CallError, NotDelivered};
 
 use super::headers::{JOIN_AGAIN, VERSION};
 use crate::ids::Version;
 use crate::server::{GroupError, Refusal, ServerError, ShardError};
-use ps_runtime::actor::error_chain;
-use ps_runtime::actor::{CallError, NotDelivered};
 
 /// A status code, a sentence for people, and what a program needs to go on.
 #[derive(Clone, Debug)]

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use actix::{Actor, AsyncContext, Context, StreamHandler};
+use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 use tokio::sync::oneshot;
 
 use super::config::{ConfigError, ServerConfig, check_learning_rate};
@@ -23,7 +24,6 @@ use super::waiting::{Caller, MAX_CALLS, Waiting};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{GradientUpdate, Weights};
-use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 
 /// An actor that holds weights, or a contiguous range of them, and applies gradients to them.
 ///

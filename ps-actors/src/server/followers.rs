@@ -16,6 +16,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use actix::{ActorFutureExt, AsyncContext, Context};
+use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
@@ -24,7 +25,6 @@ use super::messages::{Decision, Follow, ServerError};
 use super::shard::Shard;
 use crate::ids::GradientId;
 use crate::weights::Gradient;
-use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
 
 /// How many decisions another server may be behind. If it is further behind, gradients are refused.
 const MAX_BEHIND: usize = 4096;

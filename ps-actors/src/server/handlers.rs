@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use actix::{ActorFutureExt, Handler, MessageResult, Response, ResponseActFuture, WrapFuture};
 use futures_util::future::try_join_all;
+use ps_runtime::actor::error_chain;
+use ps_runtime::remote::{Messages, Remote};
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::actor::{First, ParameterServer, Role, outcome};
@@ -18,8 +20,6 @@ use super::protocol::{Answer, Event, Membership, Ticket};
 use super::waiting::{Caller, MAX_FETCHING, check_room};
 use crate::ids::GradientId;
 use crate::weights::Weights;
-use ps_runtime::actor::error_chain;
-use ps_runtime::remote::{Messages, Remote};
 
 /// Answers at once if the answer is already known. Otherwise answers later, if the caller still waits.
 fn now_or_later<T: 'static, R: 'static>(

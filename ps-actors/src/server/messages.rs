@@ -5,6 +5,8 @@
 //! [`ServerGroup`](crate::group::ServerGroup), which sends the right messages to each server.
 
 use actix::Message;
+use ps_runtime::actor::{CallError, NotDelivered};
+use ps_runtime::remote::Kept;
 use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
@@ -16,8 +18,6 @@ use super::status::CoordinatorStatus;
 use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::weights::{Gradient, GradientUpdate, Weights};
 use crate::worker::WorkerError;
-use ps_runtime::actor::{CallError, NotDelivered};
-use ps_runtime::remote::Kept;
 
 /// Returns the current weights of the server's range.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]

@@ -11,6 +11,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
+use ps_runtime::buffer::{Buffer, BufferPool};
+use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 use serde::{Deserialize, Serialize};
 
 use super::consistency::Reduction;
@@ -18,8 +20,6 @@ use super::protocol::{Summand, Ticket, Update};
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradient, Segment, Weights};
-use ps_runtime::buffer::{Buffer, BufferPool};
-use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 
 /// How many undecided gradients of one worker may be staged.
 pub(super) const MAX_STAGED: usize = 32;

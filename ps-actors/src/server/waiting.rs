@@ -8,13 +8,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 
 use futures_util::{Stream, stream};
+use ps_runtime::actor::caller_gone;
 use tokio::sync::{mpsc, oneshot};
 
 use super::messages::{Pushed, ServerError};
 use super::protocol::{Answer, MAX_WORKERS, Refusal, Ticket};
 use crate::ids::WorkerId;
 use crate::weights::Weights;
-use ps_runtime::actor::caller_gone;
 
 /// How many pulls may wait, and how many pushes. This is enough for one push of every possible worker.
 pub(super) const MAX_WAITING: usize = MAX_WORKERS;

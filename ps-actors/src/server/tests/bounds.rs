@@ -1,6 +1,7 @@
 //! PS-7: nothing that anybody can make up lets a server grow for ever.
 
 use actix::{Handler, Message, MessageResult};
+use ps_runtime::actor::ActorRef;
 
 use super::*;
 use crate::server::actor::{ParameterServer, Role};
@@ -9,7 +10,6 @@ use crate::server::protocol::MAX_WORKERS;
 use crate::server::shard::MAX_STAGED_OF_STRANGERS;
 use crate::server::{ApplyGradients, Heartbeat, Leave, Push, ReportLost, ServerConfig, Stage};
 use crate::weights::GradientUpdate;
-use ps_runtime::actor::ActorRef;
 
 /// More workers than a server keeps books of.
 const MANY: u32 = 70_000;
