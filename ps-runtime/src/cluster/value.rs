@@ -142,8 +142,7 @@ impl<T: Clone + 'static> Method<T> for Fetch<T> {
 /// its state is unknown then.
 ///
 /// ```
-/// use ps_runtime::cluster::{Cluster, Hosts, SpawnOn};
-/// use ps_runtime::remote::{RemoteRef, Value};
+/// use ps_runtime::cluster::{Cluster, Hosts, RemoteRef, SpawnOn, Value};
 /// use serde::{Deserialize, Serialize};
 ///
 /// #[derive(Clone, Serialize, Deserialize)]

@@ -45,9 +45,12 @@ fn files(path: &Path, found: &mut Vec<PathBuf>) {
 
 /// The parts that a file's product code uses.
 fn used(text: &str) -> BTreeSet<String> {
-    let product = text.split("#[cfg(test)]\nmod tests").next();
-    let lines = product.expect("a split has a first part").lines();
-    let code = lines.filter(|line| !line.trim_start().starts_with("//"));
+    // The tests of a file stand at its end.
+    let is_test = |line: &&str| {
+        line.starts_with("#[cfg(") && line.contains("test") && !line.contains("feature")
+    };
+    let product = text.lines().take_while(|line| !is_test(line));
+    let code = product.filter(|line| !line.trim_start().starts_with("//"));
     let mut used = BTreeSet::new();
     for line in code {
         for path in line.split("crate::").skip(1) {
