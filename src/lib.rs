@@ -29,7 +29,7 @@
 //!
 //! let mut weights = server.ask(GetWeights).wait()?;
 //! for _ in 0..3 {
-//! Both compute at the same time, because a call starts when it is made.
+//!     // Both compute at the same time, because a call starts when it is made.
 //!     let first = one.ask(ComputeGradients(weights.clone()));
 //!     let second = other.ask(ComputeGradients(weights.clone()));
 //!     let gradients = [first.wait()??, second.wait()??];

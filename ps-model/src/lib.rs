@@ -31,7 +31,7 @@
 //! let mut rule = BurnRule::new(&AdamConfig::new(), &device)?;
 //! let mut weights = model.weights()?;
 //!
-//! The batch of each worker: eight black images of class 0, and eight white images of class 1.
+//! // The batch of each worker: eight black images of class 0, and eight white images of class 1.
 //! let batch = |pixel: f32, label: i64| {
 //!     ImageBatch::new(vec![pixel; 8 * 28 * 28], vec![label; 8], [8, 1, 28, 28], 10)
 //! };
