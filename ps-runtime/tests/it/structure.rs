@@ -24,7 +24,10 @@ const PARTS: [(&str, &[&str]); 11] = [
         "remote",
         &["actor", "buffer", "codec", "deadline", "net", "schema"],
     ),
-    ("cluster", &["actor", "codec", "launch", "net", "remote"]),
+    (
+        "cluster",
+        &["actor", "codec", "launch", "net", "remote", "schema"],
+    ),
 ];
 
 /// The files of a part that are in the product.
