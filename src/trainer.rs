@@ -405,7 +405,7 @@ where
     /// ```no_run
     /// use ps::prelude::*;
     ///
-    /// # fn options() -> LaunchOptions { unimplemented!() }
+    /// # fn options() -> LaunchOptions { LaunchOptions::default() }
     /// let device = select_device(default_device_name())?;
     /// let mnist = Mnist::bundled_sample();
     /// let trainer = Trainer::new(ConvNet::init(1, &device), mnist.train).device(&device).workers(4);

@@ -392,10 +392,9 @@ fn an_interrupt_of_all_processes_is_the_drivers_matter() {
     assert!(output.contains("Final accuracy is"), "{output}");
 }
 
-/// A worker that does not come to the end of its step costs the driver some seconds, not the result.
+/// One of two workers is in the middle of a step, and stays there.
 #[cfg(target_os = "linux")]
-#[test]
-fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
+fn start_with_a_worker_that_hangs() -> Run {
     let arguments = ["--iterations", "1000000", "--consistency", "asp"];
     let arguments = [
         &arguments[..],
@@ -406,6 +405,14 @@ fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
     stop_all_threads(node);
+    run
+}
+
+/// A worker that does not come to the end of its step costs the driver some seconds, not the result.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
+    let mut run = start_with_a_worker_that_hangs();
     signal("TERM", run.driver.id());
     run.wait_for(&["ending before all steps are finished"]);
     let (status, output) = run.finish();
@@ -417,16 +424,7 @@ fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_driver_that_is_interrupted_twice_ends_at_once() {
-    let arguments = ["--iterations", "1000000", "--consistency", "asp"];
-    let arguments = [
-        &arguments[..],
-        &["--processes", "3", "--process-lease", "60"],
-    ]
-    .concat();
-    let mut run = Run::start("sharded_ps", &arguments);
-    let node = run.wait_for_node("node=node 2");
-    run.wait_for(&["Iter ", "accuracy is"]);
-    stop_all_threads(node);
+    let mut run = start_with_a_worker_that_hangs();
     signal("INT", run.driver.id());
     run.wait_for(&["ending in order; a second signal"]);
     signal("TERM", run.driver.id());
