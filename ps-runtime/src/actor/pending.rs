@@ -134,7 +134,10 @@ impl<K, R> Pending<K, R> {
     }
 
     /// `None` when the time is over.
-    #[allow(clippy::option_option, clippy::type_complexity, reason = "see above")]
+    #[allow(
+        clippy::type_complexity,
+        reason = "as above, and `None` when the time is over"
+    )]
     fn wait_until(
         &mut self,
         deadline: Option<Instant>,

@@ -81,6 +81,7 @@ impl<R> Reply<R> {
     /// # impl Handler<Sleep> for Counter {
     /// #     type Result = ();
     /// #     fn handle(&mut self, _: Sleep, _: &mut Context<Self>) {
+    /// #         // Stands for work that takes longer than the caller's limit.
     /// #         std::thread::sleep(std::time::Duration::from_millis(200));
     /// #     }
     /// # }
