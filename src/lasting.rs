@@ -39,7 +39,7 @@ pub struct LastingWorker<M: Model> {
     actor: ActorRef<ModelWorker<M>>,
     clock: Clock,
     /// The incarnation that computed the latest gradient.
-    life: Incarnation,
+    incarnation: Incarnation,
     /// How often the worker was lost since the latest gradient.
     num_losses: u32,
 }
@@ -72,7 +72,7 @@ impl<M: Model> LastingWorker<M> {
             config,
             actor,
             clock: Clock(0),
-            life: Incarnation(0),
+            incarnation: Incarnation(0),
             num_losses: 0,
         })
     }
@@ -102,7 +102,7 @@ impl<M: Model> LastingWorker<M> {
                 self.num_losses = 0;
                 self.clock = self.clock.next();
                 let gradients = gradients?;
-                self.life = gradients.id.incarnation;
+                self.incarnation = gradients.id.incarnation;
                 return Ok(Some(gradients));
             }
             Err(lost) => lost,
@@ -120,7 +120,7 @@ impl<M: Model> LastingWorker<M> {
             .spawn_with(self.spawn.clone(), self.config)
             .wait()?;
         // This arrives before any call, because messages of one sender keep their order.
-        let (clock, after) = (self.clock, self.life);
+        let (clock, after) = (self.clock, self.incarnation);
         if let Err(error) = self.actor.tell(GoOnAt { clock, after }) {
             tracing::warn!(%worker, %error, "it is lost again");
         }

@@ -249,7 +249,7 @@ fn run(name: &str, cluster: &Cluster) -> Result<(), Box<dyn Error>> {
         let server = server(cluster, len, 1)?;
         let mut clock = 0;
         let mut push_pull = || {
-            // The first life of a worker.
+            // The first incarnation of a worker.
             let (worker, incarnation) = (WorkerId(0), Incarnation(1));
             let gradients = GradientUpdate {
                 id: GradientId {

@@ -83,7 +83,7 @@ impl BusyPoll {
 pub(crate) enum Awaiting {
     #[default]
     Begins,
-    Lingers(BusyPoll),
+    BusyPolls(BusyPoll),
     Sleeps,
 }
 
@@ -104,11 +104,11 @@ impl Awaiting {
                 true => Self::Sleeps,
                 false => {
                     TAKEN_UNTIL.set(Some(begun.until));
-                    Self::Lingers(begun)
+                    Self::BusyPolls(begun)
                 }
             };
         }
-        if let Self::Lingers(busy_polling) = self {
+        if let Self::BusyPolls(busy_polling) = self {
             match busy_polling.goes_on() {
                 true => cx.waker().wake_by_ref(),
                 false => *self = Self::Sleeps,
@@ -118,7 +118,7 @@ impl Awaiting {
 
     /// Must be called when the wait is over.
     pub(crate) fn is_over(&mut self) {
-        if let Self::Lingers(_) = std::mem::replace(self, Self::Sleeps) {
+        if let Self::BusyPolls(_) = std::mem::replace(self, Self::Sleeps) {
             TAKEN_UNTIL.set(None);
         }
     }
@@ -187,7 +187,7 @@ mod tests {
         second.stay_awake(&cx);
         assert!(matches!(second, Awaiting::Sleeps));
 
-        let mut third = Awaiting::Lingers(BusyPoll::begin());
+        let mut third = Awaiting::BusyPolls(BusyPoll::begin());
         third.is_over();
         assert_eq!(TAKEN_UNTIL.get(), None, "the next one may busy_poll");
     }

@@ -16,7 +16,7 @@ pub struct ContextId {
     /// The trainer.
     pub trainer: WorkerId,
     /// The incarnation of the trainer.
-    pub life: Incarnation,
+    pub incarnation: Incarnation,
     /// The number of the context in that incarnation.
     pub number: u64,
 }
@@ -76,7 +76,8 @@ impl<T> Contexts<T> {
     /// Makes room for a context that is about to begin. Forgets what earlier incarnations of its trainer
     /// left.
     pub(super) fn admit(&mut self, id: ContextId) -> Result<(), ServedError> {
-        let is_over = |old: &ContextId| old.trainer == id.trainer && old.life < id.life;
+        let is_over =
+            |old: &ContextId| old.trainer == id.trainer && old.incarnation < id.incarnation;
         self.by_id.retain(|old, _| !is_over(old));
         let too_many = |limit, whose: &str, setting: &str| ServedError::TooManyContexts {
             context: id,
@@ -132,10 +133,10 @@ impl<T> Contexts<T> {
 mod tests {
     use super::*;
 
-    fn id(trainer: u32, life: u64, number: u64) -> ContextId {
+    fn id(trainer: u32, incarnation: u64, number: u64) -> ContextId {
         ContextId {
             trainer: WorkerId(trainer),
-            life: Incarnation(life),
+            incarnation: Incarnation(incarnation),
             number,
         }
     }
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_life_of_a_trainer_ends_the_contexts_of_the_earlier_ones() {
+    fn a_new_incarnation_of_a_trainer_ends_the_contexts_of_the_earlier_ones() {
         let mut contexts = contexts();
         begin(&mut contexts, id(0, 1, 0)).unwrap();
         begin(&mut contexts, id(0, 1, 1)).unwrap();

@@ -66,7 +66,7 @@ pub enum OptimizerError {
 /// part that is not added computes outputs and gradients of its inputs, but is not trained.
 pub struct DistributedOptimizer {
     trainer: WorkerId,
-    life: Incarnation,
+    incarnation: Incarnation,
     seed: u64,
     parts: Vec<Trained>,
     next_clock: Clock,
@@ -89,7 +89,7 @@ impl DistributedOptimizer {
     pub fn new(trainer: WorkerId, seed: u64) -> Self {
         Self {
             trainer,
-            life: Session::new_incarnation(Incarnation(0)),
+            incarnation: Session::new_incarnation(Incarnation(0)),
             seed,
             parts: Vec::new(),
             next_clock: Clock(0),
@@ -146,7 +146,7 @@ impl DistributedOptimizer {
     pub fn begin(&mut self) -> Context {
         let id = ContextId {
             trainer: self.trainer,
-            life: self.life,
+            incarnation: self.incarnation,
             number: self.num_contexts,
         };
         self.num_contexts += 1;

@@ -124,9 +124,9 @@ impl Problem {
                 Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()
             }
             Refusal::Forgotten { .. }
-            | Refusal::LifeAhead { .. }
+            | Refusal::IncarnationAhead { .. }
             | Refusal::ClockAhead { .. }
-            | Refusal::TwoLives { .. }
+            | Refusal::TwoIncarnations { .. }
             | Refusal::AlreadyPushed { .. }
             | Refusal::TooManyWorkers { .. }
             | Refusal::Empty => conflict,

@@ -387,7 +387,7 @@ impl ParameterServer {
                 ticket,
                 stamps,
                 reduction: message.reduction,
-                newest: newest_life(),
+                newest: newest_incarnation(),
             },
             ctx,
         )?;
@@ -454,7 +454,7 @@ impl ParameterServer {
 
 /// The latest incarnation that a worker may have that never joined. Such a worker was made at most an hour
 /// ahead of this machine's clock.
-fn newest_life() -> Incarnation {
+fn newest_incarnation() -> Incarnation {
     const TOLERANCE: Duration = Duration::from_secs(3600);
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let micros = (now.unwrap_or_default() + TOLERANCE).as_micros();

@@ -239,7 +239,7 @@ impl Coordinator {
         effects: &mut Vec<Effect>,
     ) -> Result<Membership, Refusal> {
         let ledger = self.ledgers.get(&worker);
-        if let Some(got) = ledger.and_then(|ledger| ledger.life_of(request)) {
+        if let Some(got) = ledger.and_then(|ledger| ledger.incarnation_of(request)) {
             // The same request again gets the same answer, and nothing changes.
             let member = self.members.get(&worker);
             return match member.filter(|member| member.incarnation == got) {

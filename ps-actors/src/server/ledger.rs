@@ -109,7 +109,7 @@ impl Ledger {
     }
 
     /// Returns the incarnation that a request began, if it is one of the latest.
-    pub(crate) fn life_of(&self, request: JoinRequest) -> Option<Incarnation> {
+    pub(crate) fn incarnation_of(&self, request: JoinRequest) -> Option<Incarnation> {
         let known = self.joins.iter().find(|(known, _)| *known == request);
         known.map(|&(_, incarnation)| incarnation)
     }

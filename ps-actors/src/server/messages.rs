@@ -429,7 +429,7 @@ mod tests {
                 lease: std::time::Duration::MAX,
             },
             Refusal::Fenced { worker, got, least },
-            Refusal::LifeAhead {
+            Refusal::IncarnationAhead {
                 worker,
                 got: LEAST,
                 newest: got,
@@ -442,7 +442,7 @@ mod tests {
                 id,
                 claimed: u64::MAX,
             },
-            Refusal::TwoLives {
+            Refusal::TwoIncarnations {
                 worker,
                 one: got,
                 other: LEAST,

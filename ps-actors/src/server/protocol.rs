@@ -219,7 +219,7 @@ pub enum Refusal {
         "{worker} claims {got}, but at this time it can be at most {newest}: it is the time at which the \
          worker was made, in microseconds since 1970; compare the clocks of the machines"
     )]
-    LifeAhead {
+    IncarnationAhead {
         /// The worker with this incarnation.
         worker: WorkerId,
         /// The incarnation of the call.
@@ -248,7 +248,7 @@ pub enum Refusal {
         "{worker} has gradients of {one} and of {other}: only one of them can count; drop the \
          gradients of the other, or, if {one} is a member, let it leave first"
     )]
-    TwoLives {
+    TwoIncarnations {
         /// The worker with two incarnations.
         worker: WorkerId,
         /// The earlier incarnation.

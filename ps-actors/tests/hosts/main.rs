@@ -100,7 +100,7 @@ fn training_on_three_hosts_applies_every_gradient_once() {
 }
 
 #[test]
-fn a_host_that_is_cut_off_is_lost_and_comes_back_in_another_life() {
+fn a_host_that_is_cut_off_is_lost_and_comes_back_in_another_incarnation() {
     with_and_without_tls(|certificates| {
         let plan = Plan {
             certificates,

@@ -449,7 +449,7 @@ mod tests {
 
     ///
     #[tokio::test]
-    async fn who_waits_for_a_turn_gives_signs_of_life() {
+    async fn a_connection_that_waits_for_admission_sends_heartbeats() {
         let admission = Admission::new(Duration::MAX);
         let config = NetConfig::default().with_process_lease(Duration::from_millis(50));
         let _before = admission

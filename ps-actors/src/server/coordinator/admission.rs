@@ -114,7 +114,7 @@ impl Coordinator {
             return Err(Refusal::AlreadyPushed { id });
         }
         for stamp in stamps {
-            self.begin_life(stamp.id, effects);
+            self.begin_incarnation(stamp.id, effects);
         }
         for stamp in stamps {
             // One bad gradient makes the whole call fail. The caller may apply the others again without it.
@@ -144,7 +144,7 @@ impl Coordinator {
         stamps: &[Stamp],
         newest: Incarnation,
     ) -> Result<Vec<(GradientId, Outcome)>, Refusal> {
-        let mut lives: BTreeMap<WorkerId, Incarnation> = BTreeMap::new();
+        let mut incarnations: BTreeMap<WorkerId, Incarnation> = BTreeMap::new();
         let mut seen = BTreeSet::new();
         let mut num_new_workers = 0;
         let mut settled = Vec::new();
@@ -158,7 +158,7 @@ impl Coordinator {
             // A known incarnation is accepted in any case, because the servers themselves may have assigned
             // it.
             if got > newest.max(known.unwrap_or_default()) {
-                return Err(Refusal::LifeAhead {
+                return Err(Refusal::IncarnationAhead {
                     worker,
                     got,
                     newest,
@@ -167,15 +167,15 @@ impl Coordinator {
             // A member's gradients count only in the incarnation in which it joined, until its membership
             // is over.
             let member = self.members.get(&worker).map(|member| member.incarnation);
-            let is_new = known.is_none() && !lives.contains_key(&worker);
+            let is_new = known.is_none() && !incarnations.contains_key(&worker);
             num_new_workers += usize::from(is_new);
             if is_new && self.ledgers.len() + num_new_workers > MAX_WORKERS {
                 return Err(Refusal::TooManyWorkers { worker });
             }
-            let life = *lives.entry(worker).or_insert(member.unwrap_or(got));
-            if life != got {
-                let (one, other) = (life.min(got), life.max(got));
-                return Err(Refusal::TwoLives { worker, one, other });
+            let incarnation = *incarnations.entry(worker).or_insert(member.unwrap_or(got));
+            if incarnation != got {
+                let (one, other) = (incarnation.min(got), incarnation.max(got));
+                return Err(Refusal::TwoIncarnations { worker, one, other });
             }
             if !seen.insert(id) || self.is_pending(id) {
                 return Err(Refusal::AlreadyPushed { id });
@@ -193,7 +193,7 @@ impl Coordinator {
     }
 
     /// Begins the record of an incarnation that was checked, and fences earlier incarnations of its worker.
-    fn begin_life(&mut self, id: GradientId, effects: &mut Vec<Effect>) {
+    fn begin_incarnation(&mut self, id: GradientId, effects: &mut Vec<Effect>) {
         let GradientId {
             worker,
             incarnation,

@@ -124,7 +124,7 @@ fn a_drivers_update_called_twice_is_applied_once() {
 
 /// S-5
 #[test]
-fn a_zombie_is_fenced_off_and_its_next_life_goes_on_where_it_was() {
+fn a_zombie_is_fenced_off_and_its_next_incarnation_goes_on_where_it_was() {
     let mut world = World::new(2, Consistency::Bsp, Reduction::Sum);
     world.join(0, 1).unwrap();
     world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
@@ -259,9 +259,9 @@ fn no_number_of_a_peer_locks_a_worker_out() {
         world.join(1, 1).unwrap();
         world.push(id(1, 1, 0), 0, vec![1.0; LEN]);
         // The number of a request does not matter: each new request begins the next incarnation.
-        for (request, life) in [(u64::MAX, 1), (0, 2), (7, 3)] {
+        for (request, incarnation) in [(u64::MAX, 1), (0, 2), (7, 3)] {
             let joined = world.join(0, request).unwrap();
-            assert_eq!(joined.incarnation, Incarnation(life));
+            assert_eq!(joined.incarnation, Incarnation(incarnation));
         }
         // The same holds for a request that arrives again after its incarnation, and for an incarnation
         // that was never assigned.
@@ -286,7 +286,7 @@ fn no_number_of_a_peer_locks_a_worker_out() {
         for got in [NEWEST.next(), Incarnation(u64::MAX)] {
             let ticket = world.apply(&[id(2, got.0, 0)], 1, |_| 1.0);
             let (worker, newest) = (WorkerId(2), NEWEST);
-            let refused = Err(Refusal::LifeAhead {
+            let refused = Err(Refusal::IncarnationAhead {
                 worker,
                 got,
                 newest,
@@ -309,7 +309,7 @@ fn no_number_of_a_peer_locks_a_worker_out() {
 
 /// S-5
 #[test]
-fn a_request_to_join_that_was_delayed_does_not_end_a_later_life() {
+fn a_request_to_join_that_was_delayed_does_not_end_a_later_incarnation() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Sum);
     let first = world.join(0, 1).unwrap();
     assert_eq!(world.join(0, 1), Ok(first), "repeated");
@@ -350,7 +350,7 @@ proptest! {
     ) {
         let mut dice = Dice(seed);
         let mut world = World::new(num_shards, consistency, Reduction::Sum);
-        let mut lives = [0u64; 3];
+        let mut incarnations = [0u64; 3];
         let mut next = [0u64; 3];
         let mut calls: Vec<(Vec<GradientId>, Ticket)> = Vec::new();
         // Two gradients of one name are the same.
@@ -358,20 +358,20 @@ proptest! {
         for step in 0..60u64 {
             let worker = dice.roll(3);
             let version = world.coordinator.version().0;
-            if lives[worker] == 0 {
+            if incarnations[worker] == 0 {
                 let joined = world.join(worker as u32, step).unwrap();
-                (next[worker], lives[worker]) = (joined.next_clock.0, joined.incarnation.0);
+                (next[worker], incarnations[worker]) = (joined.next_clock.0, joined.incarnation.0);
                 continue;
             }
             match dice.roll(12) {
                 0 => {
                     world.event(Event::Lost { worker: WorkerId(worker as u32) });
-                    lives[worker] = 0;
+                    incarnations[worker] = 0;
                 }
                 1 => next[worker] += dice.roll(2_000) as u64,
                 2 => {
                     for _ in 0..dice.roll(WINDOW + 200) {
-                        let id = id(worker as u32, lives[worker], next[worker]);
+                        let id = id(worker as u32, incarnations[worker], next[worker]);
                         let ticket = world.push(id, version, vec![f32::NAN; LEN]);
                         // An answer may be held in `Ssp`, but no such gradient waits.
                         prop_assert!(!world.coordinator.is_pending(id), "{:?}", ticket);
@@ -381,8 +381,8 @@ proptest! {
                 3 => {
                     let ids: Vec<_> = (0..1 + dice.roll(3)).map(|_| {
                         let worker = dice.roll(3);
-                        let life = lives[worker].max(1) + dice.roll(2) as u64;
-                        id(worker as u32, life, next[worker] + dice.roll(2) as u64)
+                        let incarnation = incarnations[worker].max(1) + dice.roll(2) as u64;
+                        id(worker as u32, incarnation, next[worker] + dice.roll(2) as u64)
                     }).collect();
                     let before = (world.weights(), format!("{:?}", world.coordinator));
                     let ticket = world.apply(&ids, version, number);
@@ -394,7 +394,7 @@ proptest! {
                 repeats => {
                     let back = dice.roll(4).saturating_sub(2) as u64;
                     let clock = next[worker].saturating_sub(back);
-                    let id = id(worker as u32, lives[worker], clock);
+                    let id = id(worker as u32, incarnations[worker], clock);
                     for _ in 0..1 + repeats / 11 {
                         let ticket = world.push(id, version, vec![number(id); LEN]);
                         calls.push((vec![id], ticket));
@@ -467,11 +467,11 @@ fn two_lives_of_a_worker_in_one_call_are_refused_and_nothing_changes() {
     for (earlier, later) in [(0, 0), (5, 0)] {
         let mut world = World::new(2, Consistency::Asp, Reduction::Sum);
         for order in [[0, 1], [1, 0]] {
-            let lives = [id(3, 10, earlier), id(3, 11, later)];
-            let ticket = world.apply(&order.map(|i| lives[i]), 0, |_| 1.0);
+            let incarnations = [id(3, 10, earlier), id(3, 11, later)];
+            let ticket = world.apply(&order.map(|i| incarnations[i]), 0, |_| 1.0);
             let (one, other) = (Incarnation(10), Incarnation(11));
             let worker = WorkerId(3);
-            let refused = Refusal::TwoLives { worker, one, other };
+            let refused = Refusal::TwoIncarnations { worker, one, other };
             assert_eq!(world.answers[&ticket], Err(refused));
         }
         assert!(world.coordinator.status().workers.is_empty());
@@ -505,14 +505,17 @@ fn two_lives_of_a_worker_in_one_call_are_refused_and_nothing_changes() {
 
 /// S-5
 #[test]
-fn a_driver_cannot_apply_for_a_member_in_another_life() {
+fn a_driver_cannot_apply_for_a_member_in_another_incarnation() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Sum);
     world.join(3, 1).unwrap();
     let ticket = world.apply(&[id(3, 2, 0)], 0, |_| 1.0);
     let refused = world.answers[&ticket].clone().unwrap_err().to_string();
     assert!(refused.contains("worker 3"), "{refused}");
     let pushed = world.push(id(3, 1, 0), 0, vec![1.0; LEN]);
-    assert!(world.outcome(pushed).is_some(), "its own life goes on");
+    assert!(
+        world.outcome(pushed).is_some(),
+        "its own incarnation goes on"
+    );
 }
 
 /// PS-7: callers of a push that is settled, and whose worker has to wait before its next step.

@@ -147,7 +147,7 @@ fn a_node_that_is_to_leave_finishes_the_step_under_way_and_begins_no_other() {
 
 /// R-18, PS-2: what was finished counts, and the worker goes on behind it.
 #[test]
-fn a_worker_goes_on_where_its_earlier_life_was_stopped() {
+fn a_worker_goes_on_where_its_earlier_incarnation_was_stopped() {
     let transport = Transport::Memory(MemoryNetwork::new());
     let scene = Scene::new(config(transport));
     scene.leave.send(()).unwrap();

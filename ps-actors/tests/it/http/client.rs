@@ -228,7 +228,7 @@ impl Client {
         self.receive()
     }
 
-    /// Joins by the request of this number. Lives are numbered from 1.
+    /// Joins by the request of this number. Incarnations are numbered from 1.
     pub(crate) fn join(&mut self, worker: u32, request: u64) -> Response {
         let headers = format!("ps-worker: {worker}\r\nps-request: {request}\r\n");
         self.post("/v1/join", &headers, &[])

@@ -84,7 +84,7 @@ fn a_worker_that_dies_holds_up_its_round_no_longer_than_the_lease() {
         .post("/v1/push", &stamp(1, 1, 0, 0), &good())
         .expect(200);
     assert_eq!(pushed.header("ps-version"), "1");
-    // Who was lost is told to join again, and that it is another life now.
+    // A lost worker is told to join again, in another incarnation.
     let mut again = world.client();
     let fenced = again
         .post("/v1/push", &stamp(0, 1, 0, 0), &good())

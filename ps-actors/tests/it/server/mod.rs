@@ -414,7 +414,10 @@ fn nobody_takes_a_workers_place_for_ever() {
         made_up.id.incarnation = Incarnation(compute().id.incarnation.0 + ahead);
         let refused = first.ask(ApplyGradients::sum([made_up.clone()])).wait();
         let refused = refused.unwrap().unwrap_err();
-        let ahead = matches!(refused, ServerError::Refused(Refusal::LifeAhead { .. }));
+        let ahead = matches!(
+            refused,
+            ServerError::Refused(Refusal::IncarnationAhead { .. })
+        );
         assert!(ahead, "{refused}");
     }
     for request in [JoinRequest(u64::MAX), JoinRequest(0)] {
@@ -433,7 +436,7 @@ fn nobody_takes_a_workers_place_for_ever() {
         server.ask(apply).wait().unwrap().unwrap().version()
     };
     assert_eq!(applied(first), Version(4));
-    // On other servers its lives have other numbers, which is nothing to it.
+    // On other servers its incarnations have other numbers. That does not matter.
     let others = group(1, config(Consistency::Asp));
     let other = others.servers().next().unwrap();
     assert_eq!(applied(other), Version(1));

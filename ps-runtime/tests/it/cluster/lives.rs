@@ -25,7 +25,7 @@ fn config(transport: Transport) -> ClusterConfig {
     config
 }
 
-fn life_of(world: &World, rank: u32) -> Option<u64> {
+fn incarnation_of(world: &World, rank: u32) -> Option<u64> {
     let nodes = world.cluster.nodes().into_iter();
     let mut lives = nodes.map(|info| info.node).filter(|node| node.rank == rank);
     lives.next().map(|node| node.incarnation)
@@ -38,7 +38,7 @@ fn assert_not_delivered(error: CallError) {
 
 ///
 #[test]
-fn a_lost_node_ends_its_calls_within_the_lease_and_comes_back_in_another_life() {
+fn a_lost_node_ends_its_calls_within_the_lease_and_comes_back_in_another_incarnation() {
     thread::scope(|scope| {
         for outage in [Outage::Silent, Outage::Refused] {
             scope.spawn(move || lose_a_node(outage));
@@ -71,14 +71,14 @@ fn lose_a_node(outage: Outage) {
     let unsent = mortal.ask(Greet);
     assert_not_delivered(unsent.wait_timeout(SOON).unwrap_err());
     eventually("the driver gives the node up", || {
-        life_of(&world, 1).is_none()
+        incarnation_of(&world, 1).is_none()
     });
     eventually("the node ends what it made for the driver", || {
         census.count() == 0
     });
 
     network.set_outage(None);
-    eventually("the node is back", || life_of(&world, 1) == Some(2));
+    eventually("the node is back", || incarnation_of(&world, 1) == Some(2));
     let error = mortal.ask(Greet).wait_timeout(SOON).unwrap_err();
     let stopped = matches!(
         error,
@@ -102,7 +102,9 @@ fn a_higher_attempt_replaces_a_node_and_a_lower_one_is_refused() {
         let census = Census::default();
         let mortal = Mortal::on_node(&world, 1, &census);
         let second = world.node(1, 1).serve();
-        eventually("the second has joined", || life_of(&world, 1) == Some(2));
+        eventually("the second has joined", || {
+            incarnation_of(&world, 1) == Some(2)
+        });
         // The first finds out by itself, ends its actors, and is not taken again.
         let Err(ClusterError::Refused { reason, .. }) = world.nodes.remove(0).wait() else {
             panic!("two nodes have the same rank");
@@ -228,7 +230,9 @@ fn connections_of_an_earlier_life_are_refused() {
     let replay = || status_of(&world.driver(), head.as_bytes());
     assert_eq!(replay(), "101");
     let _second = world.node(1, 1).serve();
-    eventually("the second has joined", || life_of(&world, 1) == Some(2));
+    eventually("the second has joined", || {
+        incarnation_of(&world, 1) == Some(2)
+    });
     assert_eq!(replay(), "410");
     assert!(matches!(first.wait(), Err(ClusterError::Refused { .. })));
 }
@@ -248,7 +252,7 @@ fn a_rank_that_lives_is_not_given_to_another_process() {
             text.contains(&holder) && text.contains("has rank 1 since"),
             "{text}"
         );
-        assert_eq!(life_of(&world, 1), Some(1));
+        assert_eq!(incarnation_of(&world, 1), Some(1));
         mortal.ask(Greet).wait_timeout(SOON).unwrap();
     }
 }
@@ -272,7 +276,9 @@ fn a_rank_whose_process_is_dead_is_given_to_the_next_one() {
     assert_eq!(first.wait().unwrap(), NodeExit::Left);
     network.set_outage(None);
     let _second = world.node(1, 0).serve();
-    eventually("the second has joined", || life_of(&world, 1) == Some(2));
+    eventually("the second has joined", || {
+        incarnation_of(&world, 1) == Some(2)
+    });
 }
 
 #[test]
