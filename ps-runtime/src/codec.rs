@@ -6,6 +6,9 @@
 //! header and numbers again. (Pickle's protocol 5, PEP 574, has the same idea.) Messages inside one
 //! process are not encoded at all.
 //!
+//! Whatever else is large goes beside the header too: bytes as [`BulkBytes`], and a value of any type as a
+//! [`BulkValue`].
+//!
 //! Only this module knows bincode, so that replacing it touches one file.
 
 use std::cell::RefCell;
@@ -13,27 +16,27 @@ use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::thread::LocalKey;
 
-use serde::de::{DeserializeOwned, Error as _};
-use serde::ser::Error as _;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::buffer::Buffer;
 use crate::parallel::norm_squared;
 use crate::schema::is_tracing;
 
+pub use self::beside::{BulkBytes, BulkValue, MAX_VALUE};
+
+mod beside;
+
 /// The longest header, in bytes. Usual messages need far less, because their bulk numbers are not in it.
 pub const MAX_HEADER: usize = 1 << 20;
 
-/// How many bytes a header may claim when it is read. bincode counts numbers by their size in memory,
-/// which is up to 16 bytes for each byte that was written. With a lower limit, some headers could be
+/// How many bytes may be claimed for each byte that is read. bincode counts numbers by their size in
+/// memory, which is up to 16 bytes for each byte that was written. With a lower limit, some values could be
 /// written but not read.
-const MAX_CLAIM: usize = 16 * MAX_HEADER;
+const CLAIM: usize = 16;
 
-const CONFIG: bincode::config::Configuration<
-    bincode::config::LittleEndian,
-    bincode::config::Varint,
-    bincode::config::Limit<MAX_CLAIM>,
-> = bincode::config::standard().with_limit::<MAX_CLAIM>();
+/// How many bytes a header may claim when it is read.
+const MAX_CLAIM: usize = CLAIM * MAX_HEADER;
 
 /// An error of the serialization library.
 type Cause = Box<dyn std::error::Error + Send + Sync>;
@@ -52,11 +55,11 @@ pub enum CodecError {
         source: Cause,
     },
     /// The bytes cannot be read as such a message.
-    #[error("cannot decode a {message} of a header of {len} bytes")]
+    #[error("cannot decode a {message} from {len} bytes")]
     Decode {
         /// The message's type.
         message: &'static str,
-        /// The header's length in bytes.
+        /// The length in bytes of the header, or of the value beside it.
         len: usize,
         /// Why it cannot be read.
         #[source]
@@ -80,6 +83,14 @@ pub enum CodecError {
     )]
     TooLong {
         /// The header's length in bytes.
+        len: usize,
+    },
+    /// A value beside the header is longer than allowed.
+    #[error("a {value} takes {len} bytes beside the header, and {MAX_VALUE} is the most: split it")]
+    ValueTooLong {
+        /// The value's type.
+        value: &'static str,
+        /// The value's length in bytes.
         len: usize,
     },
 }
@@ -265,17 +276,9 @@ impl<T> Drop for Lent<T> {
 /// # Errors
 /// When the message contains a value that bincode cannot write, or when its header is too long.
 pub fn encode<T: Serialize>(message: &T) -> Result<Encoded, CodecError> {
-    let name = std::any::type_name::<T>();
-    // A value may encode another value while it is written, so the outer runs are put aside.
-    let lent = Lent::new(&OUTGOING, Vec::new());
-    let header = bincode::serde::encode_to_vec(message, CONFIG);
-    let bulk = lent.take();
-    let header = header.map_err(|source| CodecError::Encode {
-        message: name,
-        source: source.into(),
-    })?;
-    match header.len() {
-        0..=MAX_HEADER => Ok(Encoded { header, bulk }),
+    let encoded = write(message)?;
+    match encoded.header.len() {
+        0..=MAX_HEADER => Ok(encoded),
         len => Err(CodecError::TooLong { len }),
     }
 }
@@ -285,12 +288,34 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Encoded, CodecError> {
 /// # Errors
 /// When the bytes are not such a message: from a peer they can be anything.
 pub fn decode<T: DeserializeOwned>(header: &[u8], bulk: Vec<Buffer>) -> Result<T, CodecError> {
-    let (message, len) = (std::any::type_name::<T>(), header.len());
-    if len > MAX_HEADER {
-        return Err(CodecError::TooLong { len });
+    match header.len() {
+        0..=MAX_HEADER => read::<T, MAX_CLAIM>(header, bulk),
+        len => Err(CodecError::TooLong { len }),
     }
+}
+
+/// Writes a value of any length.
+fn write<T: Serialize>(value: &T) -> Result<Encoded, CodecError> {
+    // A value may encode another value while it is written, so the outer runs are put aside.
+    let lent = Lent::new(&OUTGOING, Vec::new());
+    let header = bincode::serde::encode_to_vec(value, bincode::config::standard());
+    let bulk = lent.take();
+    let header = header.map_err(|source| CodecError::Encode {
+        message: std::any::type_name::<T>(),
+        source: source.into(),
+    })?;
+    Ok(Encoded { header, bulk })
+}
+
+/// Reads a value that may claim `MAX_CLAIM` bytes.
+fn read<T: DeserializeOwned, const MAX_CLAIM: usize>(
+    bytes: &[u8],
+    bulk: Vec<Buffer>,
+) -> Result<T, CodecError> {
+    let (message, len) = (std::any::type_name::<T>(), bytes.len());
     let lent = Lent::new(&INCOMING, bulk.into_iter().rev().collect());
-    let decoded = bincode::serde::decode_from_slice(header, CONFIG);
+    let config = bincode::config::standard().with_limit::<MAX_CLAIM>();
+    let decoded = bincode::serde::decode_from_slice(bytes, config);
     let left = lent.take();
     let (value, used) = decoded.map_err(|source| CodecError::Decode {
         message,
@@ -308,18 +333,36 @@ pub fn decode<T: DeserializeOwned>(header: &[u8], bulk: Vec<Buffer>) -> Result<T
     }
 }
 
+/// Hands out a run of numbers beside the header that is being written.
+fn put_beside<E: serde::ser::Error>(run: Bulk) -> Result<(), E> {
+    OUTGOING.with_borrow_mut(|outgoing| match outgoing {
+        Some(bulk) => {
+            bulk.push(run);
+            Ok(())
+        }
+        None => Err(E::custom(
+            "what is beside a header is encoded by `codec` only",
+        )),
+    })
+}
+
+/// Takes the next run of numbers beside the header that is being read. It must have `len` numbers.
+fn take_beside<E: serde::de::Error>(len: usize) -> Result<Bulk, E> {
+    let next = INCOMING.with_borrow_mut(|incoming| incoming.as_mut().and_then(Vec::pop));
+    let data = next.ok_or_else(|| E::custom("a buffer is missing"))?;
+    match data.len() == len {
+        true => Ok(Bulk::from(data)),
+        false => {
+            let got = data.len();
+            Err(E::custom(format!("a buffer has {got} numbers, not {len}")))
+        }
+    }
+}
+
 /// Writes the length into the header and hands the numbers out beside it.
 impl Serialize for Bulk {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        OUTGOING.with_borrow_mut(|outgoing| match outgoing {
-            Some(bulk) => {
-                bulk.push(self.clone());
-                Ok(())
-            }
-            None => Err(S::Error::custom(
-                "weights and gradients are encoded by `codec` only",
-            )),
-        })?;
+        put_beside(self.clone())?;
         self.len().serialize(serializer)
     }
 }
@@ -327,21 +370,10 @@ impl Serialize for Bulk {
 impl<'de> Deserialize<'de> for Bulk {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let len = usize::deserialize(deserializer)?;
-        if is_tracing() {
-            return Ok(Self::from(Vec::new()));
+        match is_tracing() {
+            true => Ok(Self::from(Vec::new())),
+            false => take_beside(len),
         }
-        let next = INCOMING.with_borrow_mut(|incoming| incoming.as_mut().and_then(Vec::pop));
-        let data = next.ok_or_else(|| D::Error::custom("a buffer is missing"))?;
-        if data.len() != len {
-            let got = data.len();
-            return Err(D::Error::custom(format!(
-                "a buffer has {got} numbers, not {len}"
-            )));
-        }
-        Ok(Self {
-            data: Arc::new(data),
-            range: 0..len,
-        })
     }
 }
 

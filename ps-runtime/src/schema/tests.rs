@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 
 use super::*;
+use crate::codec::{Bulk, BulkValue, CodecError};
 
 /// The schema of a type, without the path of its module, and whether it is complete.
 fn of<T: DeserializeOwned>() -> (Vec<String>, bool) {
@@ -227,4 +228,29 @@ fn a_schema_is_the_same_in_every_build() {
     let mut schema = Schema::new();
     schema.add::<(u32, Option<String>)>();
     assert_eq!(schema.finish(), 11_680_610_940_564_820_680);
+}
+
+/// The value is beside the header, but two builds must still agree on its type.
+#[test]
+fn the_type_of_a_value_beside_the_header_is_compared() {
+    check::<BulkValue<u32>, BulkValue<i32>>(true);
+    check::<BulkValue<Vec<String>>, BulkValue<Vec<String>>>(false);
+}
+
+/// A type that reads such a value while it is read itself is traced as a whole.
+#[test]
+fn a_made_up_value_beside_the_header_can_be_read() {
+    #[derive(Deserialize)]
+    #[serde(try_from = "BulkValue<(Option<String>, Bulk)>")]
+    struct Checked;
+    impl TryFrom<BulkValue<(Option<String>, Bulk)>> for Checked {
+        type Error = CodecError;
+
+        fn try_from(value: BulkValue<(Option<String>, Bulk)>) -> Result<Self, CodecError> {
+            value.read().map(|_| Self)
+        }
+    }
+    let (notes, is_traced) = of::<(Checked, u8)>();
+    assert!(is_traced, "{notes:?}");
+    assert!(notes.contains(&"[0, 0, 0, 0] str".to_owned()), "{notes:?}");
 }
