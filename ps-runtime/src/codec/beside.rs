@@ -196,6 +196,17 @@ impl<T: DeserializeOwned> BulkValue<T> {
     }
 }
 
+/// Takes over an encoded value, for example from a file. Whether it is one shows when it is read.
+impl<T> From<BulkBytes> for BulkValue<T> {
+    fn from(bytes: BulkBytes) -> Self {
+        Self {
+            bytes,
+            bulk: Vec::new(),
+            value: PhantomData,
+        }
+    }
+}
+
 impl<T> BulkValue<T> {
     /// Returns the encoded value, without the numbers in it.
     #[must_use]
