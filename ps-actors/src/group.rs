@@ -16,13 +16,14 @@ use ps_runtime::actor::{ActorRef, Spawn, SpawnError, sleep};
 use ps_runtime::cluster::{Cluster, Hosted, SpawnOn, SpawnOnError};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::{Checkpoint, Rest, Start};
 use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::{
-    ApplyGradients, ConfigError, Consistency, GetStatus, GroupError, GroupSecret, Heartbeat, Join,
-    Leave, Membership, Outcome, ParameterServer, Pull, PullVersion, Push, PushPull, Reduction,
-    ReportLost, ServerConfig, ServerError, ServerStatus, SetConsistency, SetLearningRate,
-    ShardError, Stage, partition,
+    ApplyGradients, ConfigError, Consistency, ForgetSavedStates, GetSavedState, GetStatus,
+    GroupError, GroupSecret, Heartbeat, Join, Leave, Membership, Outcome, ParameterServer, Pull,
+    PullVersion, Push, PushPull, Reduction, ReportLost, ServerConfig, ServerError, ServerStatus,
+    SetConsistency, SetLearningRate, ShardError, Stage, TakeCheckpoint, partition,
 };
 use crate::weights::{BadPart, GradientUpdate, Weights};
 
@@ -148,8 +149,9 @@ pub enum GroupSpawnError {
 /// What a node needs to make one server of a group; see [`ServerGroup::spawn_on`].
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ServerArgs {
-    /// The initial weights of the server's range.
+    /// The weights of the server's range.
     weights: Weights,
+    rest: Rest,
     config: ServerConfig,
     /// A number that only the servers of this group know.
     secret: GroupSecret,
@@ -167,10 +169,11 @@ impl ServerArgs {
     /// Makes the server, with the update rule of its range.
     ///
     /// # Errors
-    /// If a setting cannot work.
+    /// If a setting cannot work, or the server goes on from the state of another update rule.
     pub fn into_server(self, rule: Box<dyn UpdateRule>) -> Result<ParameterServer, ConfigError> {
         let Self {
             weights,
+            rest,
             config,
             secret,
             followers,
@@ -178,11 +181,9 @@ impl ServerArgs {
         let range = weights.range();
         match followers {
             Some(followers) => {
-                ParameterServer::first(&weights, range, rule, config, secret, followers)
+                ParameterServer::first(&weights, range, rest, rule, config, secret, followers)
             }
-            None => Ok(ParameterServer::follower(
-                &weights, range, rule, config, secret,
-            )),
+            None => ParameterServer::follower(&weights, range, rest, rule, config, secret),
         }
     }
 }
@@ -196,14 +197,16 @@ impl Hosted for ParameterServer {
 }
 
 impl ServerGroup {
-    /// Splits `initial` over `num_servers` new servers. Each is an actor on a thread of its own.
+    /// Splits the weights of `start` over `num_servers` new servers: initial weights, or a
+    /// [`Checkpoint`] from which they go on. Each server is an actor on a thread of its own.
     ///
     /// `rule` makes the update rule for each server's range. For an example, see [`ServerGroup`].
     ///
     /// # Errors
-    /// If `num_servers` is 0, a setting cannot work, or a thread cannot be started.
-    pub fn spawn(
-        initial: &Weights,
+    /// If `num_servers` is 0, a setting cannot work, a thread cannot be started, or the checkpoint is of
+    /// another update rule.
+    pub fn spawn<'a>(
+        start: impl Into<Start<'a>>,
         num_servers: usize,
         mut config: ServerConfig,
         mut rule: impl FnMut(Range<usize>) -> Box<dyn UpdateRule>,
@@ -216,6 +219,8 @@ impl ServerGroup {
             config.num_kept_versions = config.num_kept_versions.max(MIN_KEPT_VERSIONS);
         }
         let secret = GroupSecret::random();
+        let from = start.into();
+        let initial = from.weights();
         let ranges = partition(initial.len(), num_servers);
         let start = |index: usize, server: ParameterServer| {
             let options = Spawn::new().thread_name(format!("server-{index}"));
@@ -225,22 +230,23 @@ impl ServerGroup {
         };
         let mut followers = Vec::new();
         for (index, range) in ranges.iter().enumerate().skip(1) {
-            let rule = rule(range.clone());
-            let server =
-                ParameterServer::follower(initial, range.clone(), rule, config, secret.clone());
+            let (range, secret) = (range.clone(), secret.clone());
+            let (rule, rest) = (rule(range.clone()), from.rest(range.clone(), false));
+            let server = ParameterServer::follower(initial, range, rest, rule, config, secret)?;
             followers.push(start(index, server)?);
         }
         let range = ranges[0].clone();
-        let rule = rule(range.clone());
-        let first =
-            ParameterServer::first(initial, range, rule, config, secret, followers.clone())?;
+        let (rule, rest) = (rule(range.clone()), from.rest(range.clone(), true));
+        let others = followers.clone();
+        let first = ParameterServer::first(initial, range, rest, rule, config, secret, others)?;
         let servers = [start(0, first)?].into_iter().chain(followers);
         Ok(Self {
             servers: ranges.into_iter().zip(servers).collect(),
         })
     }
 
-    /// Splits `initial` over new servers at these places of a cluster, one server per place. A place is a
+    /// Splits the weights of `start` (initial weights, or a [`Checkpoint`]) over new servers at these places
+    /// of a cluster, one server per place. A place is a
     /// [`Placement`](ps_runtime::cluster::Placement) or [`SpawnOn`] options. Each process at these places
     /// must host [`ParameterServer`]. There it also says which update rule a server has.
     ///
@@ -265,10 +271,10 @@ impl ServerGroup {
     ///
     /// # Errors
     /// If there is no place, a setting cannot work, or a server cannot be started.
-    pub async fn spawn_on(
+    pub async fn spawn_on<'a>(
         cluster: &Cluster,
         places: impl IntoIterator<Item = impl Into<SpawnOn>>,
-        initial: &Weights,
+        start: impl Into<Start<'a>>,
         mut config: ServerConfig,
     ) -> Result<Self, GroupSpawnError> {
         let places: Vec<SpawnOn> = places.into_iter().map(Into::into).collect();
@@ -280,10 +286,14 @@ impl ServerGroup {
             config.num_kept_versions = config.num_kept_versions.max(MIN_KEPT_VERSIONS);
         }
         let secret = GroupSecret::random();
+        let from = start.into();
+        let initial = from.weights();
         let ranges = partition(initial.len(), places.len());
         let start = |index: usize, followers| {
+            let range = ranges[index].clone();
             let args = ServerArgs {
-                weights: initial.part(ranges[index].clone()),
+                weights: initial.part(range.clone()),
+                rest: from.rest(range, index == 0),
                 config,
                 secret: secret.clone(),
                 followers,
@@ -528,6 +538,53 @@ impl ServerGroup {
         self.ask(0, SetLearningRate(learning_rate)).await
     }
 
+    /// Takes a checkpoint: the state of all servers at one version, while workers push. The servers copy the
+    /// state of their update rules. They do not wait until the checkpoint is written.
+    ///
+    /// ```
+    /// use ps_actors::actor::run;
+    /// use ps_actors::group::ServerGroup;
+    /// use ps_actors::rule::Sgd;
+    /// use ps_actors::server::ServerConfig;
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let initial = Weights::initial(Layout::flat(40), vec![0.5; 40]);
+    /// let config = ServerConfig::default();
+    /// let servers = ServerGroup::spawn(&initial, 2, config, |_| Box::new(Sgd::new()))?;
+    /// let checkpoint = run(servers.checkpoint())?;
+    /// assert_eq!(checkpoint.weights().to_vec(), [0.5; 40]);
+    ///
+    /// // Another number of servers goes on from it.
+    /// let servers = ServerGroup::spawn(&checkpoint, 3, config, |_| Box::new(Sgd::new()))?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If a server cannot be reached, or is too far behind the first one.
+    pub async fn checkpoint(&self) -> Result<Checkpoint, GroupError> {
+        let mut tries = 1;
+        loop {
+            let first = self.ask(0, TakeCheckpoint).await?;
+            let version = first.weights.version();
+            let rest = self.servers().enumerate().skip(1);
+            let rest = rest.map(|(index, _)| self.ask(index, GetSavedState { version }));
+            let rest = try_join_all(rest).await;
+            for server in self.servers().skip(1) {
+                // If it does not arrive, the next checkpoint frees the memory.
+                let _ = server.tell(ForgetSavedStates { until: version });
+            }
+            match rest {
+                Ok(rest) => {
+                    let states = [first].into_iter().chain(rest).collect();
+                    return Checkpoint::join(states).map_err(bad_part);
+                }
+                // Another checkpoint was taken meanwhile, and its caller was faster.
+                Err(error) if is_version_gone(&error) && tries < MAX_PULL_TRIES => tries += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     /// Returns the status of each server, in the order of their ranges.
     ///
     /// # Errors
@@ -551,8 +608,11 @@ impl From<ActorRef<ParameterServer>> for ServerGroup {
 }
 
 fn join_weights(parts: &[Weights]) -> Result<Weights, GroupError> {
-    Weights::join(parts)
-        .map_err(|BadPart { index, reason }| GroupError::BadWeights { index, reason })
+    Weights::join(parts).map_err(bad_part)
+}
+
+fn bad_part(BadPart { index, reason }: BadPart) -> GroupError {
+    GroupError::BadWeights { index, reason }
 }
 
 fn is_version_gone(error: &GroupError) -> bool {

@@ -11,6 +11,7 @@
 //! | [`session`], [`heartbeat`] | a worker's membership in a group of servers; the heartbeats that keep it |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`] | snapshots and gradients |
+//! | [`checkpoint`] | the state of a run in files, and how a run goes on from it |
 //! | [`http`] | the parameter server for workers in any language |
 //! | [`rule`] | update rules, which change the weights by a gradient; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
@@ -20,6 +21,7 @@
 
 #![warn(clippy::print_stdout)]
 
+pub mod checkpoint;
 pub mod group;
 pub mod heartbeat;
 pub mod http;

@@ -9,7 +9,9 @@
 
 use std::fmt;
 
+use ps_runtime::codec::Bulk;
 use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
+use serde::{Deserialize, Serialize};
 
 /// Changes weights by a gradient. Implementations must be deterministic and elementwise (see the
 /// [module](self)).
@@ -84,7 +86,7 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
 }
 
 /// The state of an update rule, as plain data.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RuleState {
     /// Vectors with their names. Each has one number for each weight of the range.
     pub vectors: Vec<(String, Vec<f32>)>,
@@ -93,7 +95,7 @@ pub struct RuleState {
 }
 
 /// A single number of an update rule's state.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Scalar {
     /// A count.
     Unsigned(u64),
@@ -103,6 +105,44 @@ pub enum Scalar {
     Float(f64),
     /// A switch.
     Bool(bool),
+}
+
+/// A [`RuleState`] whose vectors are shared and not copied, and travel beside the header of a message.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct SavedRule {
+    pub(crate) vectors: Vec<(String, Bulk)>,
+    pub(crate) scalars: Vec<(String, Scalar)>,
+}
+
+impl SavedRule {
+    /// Whether it is the state of a rule that has made no update.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.vectors.is_empty() && self.scalars.is_empty()
+    }
+}
+
+impl From<RuleState> for SavedRule {
+    fn from(RuleState { vectors, scalars }: RuleState) -> Self {
+        let vectors = vectors.into_iter();
+        Self {
+            vectors: vectors
+                .map(|(name, numbers)| (name, Bulk::from(numbers)))
+                .collect(),
+            scalars,
+        }
+    }
+}
+
+impl From<SavedRule> for RuleState {
+    fn from(SavedRule { vectors, scalars }: SavedRule) -> Self {
+        let vectors = vectors.into_iter();
+        Self {
+            vectors: vectors
+                .map(|(name, numbers)| (name, numbers.into()))
+                .collect(),
+            scalars,
+        }
+    }
 }
 
 /// A saved state that does not belong to the rule that should restore it.

@@ -198,6 +198,11 @@ impl Weights {
         Self::new(Version(0), Arc::new(layout), Arc::new([segment]))
     }
 
+    /// Returns these weights as those of another version.
+    pub(crate) fn at(self, version: Version) -> Self {
+        Self { version, ..self }
+    }
+
     /// Joins the parts of one version that several servers hold to all weights of the model.
     ///
     /// # Errors

@@ -19,10 +19,11 @@ use super::leases::Leases;
 use super::ledger::Outcome;
 use super::messages::{ApplyGradients, Decision, Pushed, ServerError};
 use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
-use super::shard::{PullAnswer, Shard, ShardError};
+use super::shard::{Shard, ShardAnswer, ShardError};
 use super::waiting::{Caller, MAX_CALLS, Waiting};
+use crate::checkpoint::{Rest, Start};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
-use crate::rule::UpdateRule;
+use crate::rule::{SavedRule, UpdateRule};
 use crate::weights::{GradientUpdate, Weights};
 
 /// An actor that holds weights, or a contiguous range of them, and applies gradients to them.
@@ -67,23 +68,28 @@ pub(super) struct First {
 }
 
 impl ParameterServer {
-    /// Makes a server that holds all weights of `initial`.
+    /// Makes a server that holds all weights of `start`: initial weights, or a
+    /// [`Checkpoint`](crate::checkpoint::Checkpoint) from which it goes on.
     ///
     /// # Errors
-    /// If a setting cannot work.
-    pub fn new(
-        initial: &Weights,
+    /// If a setting cannot work, or the checkpoint has the state of another update rule.
+    pub fn new<'a>(
+        start: impl Into<Start<'a>>,
         rule: impl UpdateRule,
         config: ServerConfig,
     ) -> Result<Self, ConfigError> {
+        let start = start.into();
         let (rule, secret) = (Box::new(rule), GroupSecret::random());
-        Self::first(initial, initial.range(), rule, config, secret, Vec::new())
+        let (initial, range) = (start.weights(), start.weights().range());
+        let rest = start.rest(range.clone(), true);
+        Self::first(initial, range, rest, rule, config, secret, Vec::new())
     }
 
     /// Makes the first server of a group, which decides. `followers` hold the other ranges.
     pub(crate) fn first(
         initial: &Weights,
         range: Range<usize>,
+        mut rest: Rest,
         rule: Box<dyn UpdateRule>,
         config: ServerConfig,
         secret: GroupSecret,
@@ -92,49 +98,65 @@ impl ParameterServer {
         config.check()?;
         let coordinator = Coordinator::new(config.consistency, config.reduction, config.max_norm)
             .wait_for_workers(config.wait_for_workers);
+        let coordinator = match rest.coordinator.take() {
+            Some(state) if state.version == initial.version() => coordinator.restore(state),
+            Some(state) => {
+                let (of, weights) = (state.version, initial.version());
+                return Err(ConfigError::Versions { of, weights });
+            }
+            None => coordinator,
+        };
         let first = First {
             coordinator,
             followers: followers.into_iter().map(Follower::new).collect(),
             secret,
             leases: Leases::new(config.worker_lease),
         };
-        Ok(Self::with_role(
-            initial,
-            range,
-            rule,
-            config,
-            Role::First(Box::new(first)),
-        ))
+        let role = Role::First(Box::new(first));
+        Self::with_role(initial, range, rest.rule, rule, config, role)
     }
 
     /// Makes another server of a group.
     pub(crate) fn follower(
         initial: &Weights,
         range: Range<usize>,
+        rest: Rest,
         rule: Box<dyn UpdateRule>,
         config: ServerConfig,
         secret: GroupSecret,
-    ) -> Self {
+    ) -> Result<Self, ConfigError> {
         let role = Role::Follower(Following::new(secret));
-        Self::with_role(initial, range, rule, config, role)
+        Self::with_role(initial, range, rest.rule, rule, config, role)
     }
 
     fn with_role(
         initial: &Weights,
         range: Range<usize>,
-        rule: Box<dyn UpdateRule>,
+        saved_rule: SavedRule,
+        mut rule: Box<dyn UpdateRule>,
         config: ServerConfig,
         role: Role,
-    ) -> Self {
+    ) -> Result<Self, ConfigError> {
+        if !saved_rule.is_fresh() && !range.is_empty() {
+            // It may come from a file or from another process.
+            let mut vectors = saved_rule.vectors.iter();
+            if let Some((name, numbers)) = vectors.find(|(_, n)| n.len() != range.len()) {
+                let (len, expected) = (numbers.len(), range.len());
+                let reason = format!("`{name}` has {len} numbers, not {expected}");
+                return Err(ConfigError::RuleState(reason));
+            }
+            let restored = rule.restore(saved_rule.into());
+            restored.map_err(|error| ConfigError::RuleState(error.to_string()))?;
+        }
         let rate = config.learning_rate;
         let shard = Shard::new(initial, range, rule, rate, config.num_kept_versions);
-        Self {
+        Ok(Self {
             shard,
             role,
             waiting: Waiting::new(),
             num_fetching: 0,
             stall: Stall::default(),
-        }
+        })
     }
 
     /// Starts the server as an actor on a thread of its own.
@@ -225,6 +247,7 @@ impl ParameterServer {
                 check_learning_rate(learning_rate)?;
                 self.shard.update(update, learning_rate)?
             }
+            Decision::Save(version) => self.shard.save_at(version),
             Decision::Discard(id) => {
                 self.shard.discard(id);
                 Vec::new()
@@ -254,14 +277,24 @@ impl ParameterServer {
                 });
                 _ = caller.send(pushed);
             }
-            Some(Caller::Pull(_)) | None => {}
+            Some(Caller::Pull(_) | Caller::State(_)) | None => {}
         }
     }
 
-    pub(super) fn answer_pulls(&mut self, answers: Vec<PullAnswer>) {
-        for PullAnswer { ticket, weights } in answers {
-            if let Some(Caller::Pull(caller)) = self.waiting.remove(ticket) {
-                let _ = caller.send(weights.map_err(ServerError::from));
+    /// Answers the calls that waited for a version.
+    pub(super) fn answer_pulls(&mut self, answers: Vec<ShardAnswer>) {
+        for answer in answers {
+            let (ShardAnswer::Pull(ticket, _) | ShardAnswer::State(ticket, _)) = &answer;
+            // A caller that has gone takes no answer.
+            match (self.waiting.remove(*ticket), answer) {
+                (Some(Caller::Pull(caller)), ShardAnswer::Pull(_, weights)) => {
+                    let _ = caller.send(weights.map_err(ServerError::from));
+                }
+                (Some(Caller::State(caller)), ShardAnswer::State(_, state)) => {
+                    let state = state.map(|state| self.server_state(state, None));
+                    let _ = caller.send(state.map_err(ServerError::from));
+                }
+                _ => {}
             }
         }
     }
@@ -404,7 +437,7 @@ impl ParameterServer {
         let mut pushes = BTreeSet::new();
         for ticket in tickets {
             match self.waiting.remove(ticket) {
-                Some(Caller::Pull(_)) => self.shard.cancel_pull(ticket),
+                Some(Caller::Pull(_) | Caller::State(_)) => self.shard.cancel(ticket),
                 Some(Caller::Worker(..) | Caller::PushPull(..)) => _ = pushes.insert(ticket),
                 // The call was answered in the meantime.
                 None => {}

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
+use crate::ids::Version;
 
 /// The shortest worker lease. Leases are checked four times per lease, by timers that count in
 /// milliseconds.
@@ -86,6 +87,17 @@ pub enum ConfigError {
     /// `k` is 0 in [`Consistency::KofN`].
     #[error("k-of-n needs k of at least 1")]
     NoQuorum,
+    /// The checkpoint has the state of another update rule.
+    #[error("the checkpoint is of another update rule: {0}")]
+    RuleState(String),
+    /// The parts of the checkpoint are of different versions.
+    #[error("the record of gradients is of {of}, but the weights are of {weights}")]
+    Versions {
+        /// The version of the record.
+        of: Version,
+        /// The version of the weights.
+        weights: Version,
+    },
 }
 
 impl ServerConfig {

@@ -12,6 +12,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
+
 use super::consistency::{Consistency, Reduction};
 use super::ledger::{Ledger, Outcome};
 use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Ticket};
@@ -80,6 +82,82 @@ pub(super) struct Coordinator {
     pending: Vec<PendingPush>,
     held_answers: Vec<HeldAnswer>,
     stats: BTreeMap<WorkerId, WorkerStatus>,
+    /// No worker that joins begins at an earlier clock.
+    least_clock: Clock,
+}
+
+/// The part of a coordinator's state that a checkpoint has. Members and their pending pushes are not part
+/// of it: no pending push was answered, so after a restart its worker joins again and repeats the step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct CoordinatorState {
+    /// The version of the weights that the state belongs to.
+    pub(crate) version: Version,
+    epoch: Epoch,
+    pub(crate) consistency: Consistency,
+    ledgers: BTreeMap<WorkerId, Ledger>,
+    stats: BTreeMap<WorkerId, WorkerStatus>,
+    least_clock: Clock,
+}
+
+/// Sends the state beside the header of a message, because the record of many workers is long.
+pub(crate) mod beside_header {
+    use ps_runtime::codec::BulkValue;
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::CoordinatorState;
+
+    type Encoded = Option<BulkValue<CoordinatorState>>;
+
+    pub(crate) fn serialize<S: Serializer>(
+        state: &Option<CoordinatorState>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        let encoded: Encoded = match state {
+            Some(state) => Some(BulkValue::new(state).map_err(S::Error::custom)?),
+            None => None,
+        };
+        encoded.serialize(serializer)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<CoordinatorState>, D::Error> {
+        let encoded = Encoded::deserialize(deserializer)?;
+        let state = encoded.map(BulkValue::read).transpose();
+        state.map_err(D::Error::custom)
+    }
+}
+
+impl CoordinatorState {
+    /// Returns the clock of the first step that is not settled, for each worker that had a gradient
+    /// settled or has joined.
+    pub(crate) fn next_clocks(&self) -> impl Iterator<Item = (WorkerId, Clock)> + '_ {
+        let ledgers = self.ledgers.iter();
+        ledgers.map(|(&worker, ledger)| (worker, ledger.next_clock().max(self.least_clock)))
+    }
+
+    /// Returns the clock of the first step of a worker that is not settled.
+    pub(crate) fn next_clock(&self, worker: WorkerId) -> Clock {
+        let ledger = self.ledgers.get(&worker);
+        let settled = ledger.map_or(Clock(0), Ledger::next_clock);
+        settled.max(self.least_clock)
+    }
+
+    /// Returns the latest incarnation of a worker that is known.
+    pub(crate) fn incarnation(&self, worker: WorkerId) -> Incarnation {
+        let ledger = self.ledgers.get(&worker);
+        ledger.map_or(Incarnation(0), |ledger| ledger.incarnation)
+    }
+
+    /// Lets all workers go on at the same clock.
+    pub(crate) fn restart_at(&mut self, clock: Clock) {
+        self.least_clock = clock;
+        for ledger in self.ledgers.values_mut() {
+            ledger.restart_at(clock);
+        }
+    }
 }
 
 impl Coordinator {
@@ -100,6 +178,43 @@ impl Coordinator {
             pending: Vec::new(),
             held_answers: Vec::new(),
             stats: BTreeMap::new(),
+            least_clock: Clock(0),
+        }
+    }
+
+    /// Goes on from the state of a checkpoint, without members. The settings stay those of this
+    /// coordinator.
+    #[must_use]
+    pub(super) fn restore(self, state: CoordinatorState) -> Self {
+        let CoordinatorState {
+            version,
+            epoch,
+            consistency: _,
+            ledgers,
+            mut stats,
+            least_clock,
+        } = state;
+        stats.values_mut().for_each(|worker| worker.num_joins = 0);
+        Self {
+            version,
+            epoch,
+            ledgers,
+            stats,
+            least_clock,
+            ..self
+        }
+    }
+
+    /// Returns the state for a checkpoint. It belongs to the weights of the current version.
+    #[must_use]
+    pub(super) fn save(&self) -> CoordinatorState {
+        CoordinatorState {
+            version: self.version,
+            epoch: self.epoch,
+            consistency: self.consistency,
+            ledgers: self.ledgers.clone(),
+            stats: self.stats.clone(),
+            least_clock: self.least_clock,
         }
     }
 
@@ -216,6 +331,10 @@ impl Coordinator {
     #[must_use]
     pub(super) fn status(&self) -> CoordinatorStatus {
         let mut workers = self.stats.clone();
+        for (worker, status) in &mut workers {
+            let settled = self.ledgers.get(worker).map(Ledger::next_clock);
+            status.next_clock = settled.unwrap_or_default().max(self.least_clock);
+        }
         for (worker, member) in &self.members {
             let status = workers.entry(*worker).or_default();
             status.is_member = true;
@@ -254,7 +373,7 @@ impl Coordinator {
         self.no_longer_await(worker);
         self.remove(worker, effects);
         let ledger = self.ledgers.entry(worker).or_default();
-        ledger.join(request);
+        ledger.join(request, self.least_clock);
         let (incarnation, first_clock) = (ledger.incarnation, ledger.first_clock());
         // A new member counts as being at the step of the slowest one. So it does not hold the others back
         // for steps that they took before it joined.
@@ -266,7 +385,8 @@ impl Coordinator {
             next_clock: first_clock,
         };
         // The status lists the worker from now on, even if it never pushes.
-        self.stat(worker);
+        let status = self.stat(worker);
+        status.num_joins = status.num_joins.saturating_add(1);
         self.epoch = self.epoch.next();
         effects.push(Effect::Fence {
             worker,

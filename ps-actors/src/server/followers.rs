@@ -23,7 +23,7 @@ use subtle::ConstantTimeEq;
 use super::actor::{ParameterServer, Role};
 use super::messages::{Decision, Follow, ServerError};
 use super::shard::Shard;
-use crate::ids::GradientId;
+use crate::ids::{GradientId, Version};
 use crate::weights::Gradient;
 
 /// How many decisions another server may be behind. If it is further behind, gradients are refused.
@@ -121,6 +121,13 @@ impl Follower {
         self.undelivered.push_back(decision);
     }
 
+    /// Lets the server save its state at this version, once it has followed all decisions until then.
+    pub(super) fn queue_save(&mut self, version: Version) {
+        if self.gone.is_none() {
+            self.undelivered.push_back(Decision::Save(version));
+        }
+    }
+
     /// Returns an error if this server prevents the group from doing its work.
     pub(super) fn check(&self, index: usize) -> Result<(), ServerError> {
         if let Some(reason) = &self.gone {
@@ -214,7 +221,7 @@ fn weight(decision: &Decision) -> usize {
     EACH + match decision {
         Decision::Stage(_, gradient) | Decision::Complete(_, gradient) => num_bytes(gradient),
         Decision::Update { update, .. } => EACH_NAME.saturating_mul(update.gradients.len()),
-        Decision::Discard(_) | Decision::Fence { .. } => 0,
+        Decision::Discard(_) | Decision::Fence { .. } | Decision::Save(_) => 0,
     }
 }
 
@@ -382,6 +389,7 @@ mod tests {
     use super::super::consistency::Reduction;
     use super::super::protocol::{Summand, Update};
     use super::*;
+    use crate::checkpoint::Rest;
     use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
     use crate::rule::Sgd;
     use crate::weights::{Gradient, Layout, Weights};
@@ -389,7 +397,10 @@ mod tests {
     fn follower(secret: &GroupSecret) -> ParameterServer {
         let initial = Weights::initial(Layout::flat(2), vec![1.0; 2]);
         let (rule, config) = (Box::new(Sgd::new()), ServerConfig::default());
-        ParameterServer::follower(&initial, 0..2, rule, config, secret.clone())
+        let rest = Rest::default();
+        let follower =
+            ParameterServer::follower(&initial, 0..2, rest, rule, config, secret.clone());
+        follower.expect("the settings work")
     }
 
     fn id(clock: u64) -> GradientId {

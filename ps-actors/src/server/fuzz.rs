@@ -12,14 +12,15 @@ use ps_runtime::codec::{Encoded, encode};
 use ps_runtime::net::NetConfig;
 use ps_runtime::test_util::{CALLER_FRAMES, Fed, frame};
 
+use crate::checkpoint::Rest;
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::messages::{Decision, Follow};
 use crate::server::protocol::{Summand, Update};
 use crate::server::{
-    ApplyGradients, Consistency, GetStatus, GetWeights, GroupSecret, Heartbeat, Join, Leave,
-    ParameterServer, Pull, PullVersion, Push, PushPull, Reduction, ReportLost, ServerConfig,
-    SetConsistency, SetLearningRate, Stage,
+    ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
+    GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull,
+    Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, Stage, TakeCheckpoint,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Weights};
 
@@ -70,6 +71,7 @@ fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gra
             update,
             learning_rate: 0.1,
         },
+        Decision::Save(Version(rng.next_u64() % 3)),
         Decision::Complete(id, gradient),
     ];
     let kept = |_: &Decision| !rng.next_u32().is_multiple_of(4);
@@ -123,6 +125,13 @@ fn messages(rng: &mut TestRng, secret: &GroupSecret) -> Vec<Encoded> {
         encode(&SetConsistency(Consistency::Ssp { bound: 1 })),
         encode(&SetLearningRate(0.1)),
         encode(&GetStatus),
+        encode(&TakeCheckpoint),
+        encode(&GetSavedState {
+            version: Version(rng.next_u64() % 4),
+        }),
+        encode(&ForgetSavedStates {
+            until: Version(rng.next_u64() % 4),
+        }),
         encode(&follow),
     ];
     all.map(|message| message.expect("each can be written"))
@@ -218,8 +227,11 @@ fn nothing_that_a_peer_sends_harms_a_server() {
         let fresh = match is_first {
             true => ParameterServer::new(&initial, Checked, config).expect("the settings work"),
             false => {
-                let (range, rule) = (0..NUM_WEIGHTS, Box::new(Checked));
-                ParameterServer::follower(&initial, range, rule, config, secret.clone())
+                let (range, rest, rule) = (0..NUM_WEIGHTS, Rest::default(), Box::new(Checked));
+                let secret = secret.clone();
+                let follower =
+                    ParameterServer::follower(&initial, range, rest, rule, config, secret);
+                follower.expect("the settings work")
             }
         };
         fresh.spawn().expect("there is a thread")

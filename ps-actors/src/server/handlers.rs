@@ -17,12 +17,13 @@ use super::messages::{
     Stage,
 };
 use super::protocol::{Answer, Event, Membership, Ticket};
+use super::saving::{ForgetSavedStates, GetSavedState, TakeCheckpoint};
 use super::waiting::{Caller, MAX_FETCHING, check_room};
 use crate::ids::GradientId;
 use crate::weights::Weights;
 
 /// Answers at once if the answer is already known. Otherwise answers later, if the caller still waits.
-fn now_or_later<T: 'static, R: 'static>(
+pub(super) fn now_or_later<T: 'static, R: 'static>(
     server: &ParameterServer,
     ticket: Ticket,
     mut answer: oneshot::Receiver<T>,
@@ -55,6 +56,9 @@ impl Remote for ParameterServer {
             .add::<SetConsistency>()
             .add::<SetLearningRate>()
             .add::<GetStatus>()
+            .add::<TakeCheckpoint>()
+            .add::<GetSavedState>()
+            .add::<ForgetSavedStates>()
             .add::<Follow>();
     }
 }
@@ -73,10 +77,10 @@ impl Handler<Pull> for ParameterServer {
     fn handle(&mut self, Pull(wanted): Pull, _: &mut Self::Context) -> Self::Result {
         let ticket = self.waiting.ticket();
         if let Some(answer) = self.shard.pull(ticket, wanted) {
-            return Response::reply(answer.weights.map_err(ServerError::from));
+            return Response::reply(answer.map_err(ServerError::from));
         }
         if let Err(full) = self.waiting.check_room_for_pull() {
-            self.shard.cancel_pull(ticket);
+            self.shard.cancel(ticket);
             return Response::reply(Err(full));
         }
         let (caller, weights) = oneshot::channel();

@@ -97,11 +97,11 @@ impl Ledger {
     }
 
     /// Begins the incarnation that a request asks for: the one after the latest. It goes on at the clock
-    /// after the latest settled one. None of its gradients can be of a step that an earlier incarnation
-    /// took.
-    pub(crate) fn join(&mut self, request: JoinRequest) {
+    /// after the latest settled one, or at `least` if that is later. None of its gradients can be of a step
+    /// that an earlier incarnation took.
+    pub(crate) fn join(&mut self, request: JoinRequest, least: Clock) {
         self.incarnation = self.incarnation.next();
-        self.first_clock = self.next_clock();
+        self.first_clock = self.next_clock().max(least);
         self.joins.push_back((request, self.incarnation));
         if self.joins.len() > MAX_JOINS {
             self.joins.pop_front();
@@ -116,6 +116,15 @@ impl Ledger {
 
     pub(crate) fn first_clock(&self) -> Clock {
         self.first_clock
+    }
+
+    /// Forgets all outcomes, and lets the next incarnation begin at `clock`. For a run that goes on with
+    /// another number of workers: there the clocks stand for other batches. No gradient of an earlier
+    /// incarnation is accepted any more, so none can be applied twice.
+    pub(crate) fn restart_at(&mut self, clock: Clock) {
+        self.settled.clear();
+        self.floor = clock;
+        self.first_clock = clock;
     }
 
     pub(crate) fn entry(&self, clock: Clock) -> Entry {

@@ -251,6 +251,8 @@ pub(crate) enum Decision {
         update: Update,
         learning_rate: f64,
     },
+    /// Save the state at this version for a checkpoint. It follows the update that makes the version.
+    Save(Version),
     Discard(GradientId),
     Fence {
         worker: WorkerId,
@@ -484,6 +486,11 @@ mod tests {
             ConfigError::MaxNorm(-0.5),
             ConfigError::Lease(std::time::Duration::from_nanos(1)),
             ConfigError::NoQuorum,
+            ConfigError::RuleState("it keeps no state".to_owned()),
+            ConfigError::Versions {
+                of: Version(3),
+                weights: version,
+            },
         ]
         .map(ServerError::from);
         let own = [

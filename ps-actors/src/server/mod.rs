@@ -12,6 +12,7 @@
 //! | `messages`, `handlers` | the messages to it, and what it does with each |
 //! | `coordinator`, `protocol` | which gradients are in which update; events and effects |
 //! | `ledger` | the outcome of each gradient |
+//! | `saving` | how all servers fix their state at one version, for a checkpoint |
 //! | `shard`, `partition` | the weights; how they are split |
 //! | `consistency`, `status` | modes; what is reported |
 
@@ -28,6 +29,7 @@ mod ledger;
 mod messages;
 mod partition;
 mod protocol;
+mod saving;
 mod shard;
 mod status;
 #[cfg(test)]
@@ -38,6 +40,7 @@ mod waiting;
 pub use actor::ParameterServer;
 pub use config::{ConfigError, ServerConfig};
 pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};
+pub(crate) use coordinator::{CoordinatorState, beside_header};
 pub(crate) use followers::GroupSecret;
 pub use ledger::Outcome;
 pub use messages::{
@@ -47,5 +50,6 @@ pub use messages::{
 };
 pub use partition::partition;
 pub use protocol::{Membership, Refusal};
+pub use saving::{ForgetSavedStates, GetSavedState, ServerState, TakeCheckpoint};
 pub use shard::{PullVersion, ShardError};
 pub use status::{Awaited, CoordinatorStatus, Histogram, WorkerStatus};

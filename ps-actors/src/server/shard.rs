@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::consistency::Reduction;
 use super::protocol::{Summand, Ticket, Update};
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
-use crate::rule::UpdateRule;
+use crate::rule::{SavedRule, UpdateRule};
 use crate::weights::{Gradient, Segment, Weights};
 
 /// How many undecided gradients of one worker may be staged.
@@ -28,6 +28,10 @@ pub(super) const MAX_STAGED: usize = 32;
 /// together. The confirmation may arrive a little later than a new member's first gradient. But any process
 /// can make up an incarnation.
 pub(super) const MAX_STAGED_OF_STRANGERS: usize = 32;
+
+/// How many saved states are kept until the checkpoint that they are for has been written. The state of an
+/// older checkpoint is no longer fetched when a newer one has begun.
+const MAX_SAVED: usize = 2;
 
 /// The version of the weights that a pull asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,13 +108,22 @@ pub enum ShardError {
     },
 }
 
-/// The answer to a pull that had to wait.
+/// The answer to a call that had to wait for a version.
 #[derive(Debug)]
-pub(super) struct PullAnswer {
-    /// The caller that the answer is for.
-    pub ticket: Ticket,
-    /// The snapshot of this shard's range, or [`ShardError::VersionGone`].
-    pub weights: Result<Weights, ShardError>,
+pub(super) enum ShardAnswer {
+    /// The snapshot of this shard's range for a pull, or [`ShardError::VersionGone`].
+    Pull(Ticket, Result<Weights, ShardError>),
+    /// The state for a checkpoint.
+    State(Ticket, Result<ShardState, ShardError>),
+}
+
+/// All state of a shard at one version. A clone shares the numbers.
+#[derive(Clone, Debug)]
+pub(super) struct ShardState {
+    /// The weights of the shard's range.
+    pub weights: Weights,
+    /// The state of the update rule for this range.
+    pub rule: SavedRule,
 }
 
 /// The state machine; see the module's text.
@@ -128,6 +141,11 @@ pub(super) struct Shard {
     /// Updates that wait for at least one of their gradients, in order.
     undone_updates: VecDeque<(Update, f64)>,
     waiting_pulls: BTreeMap<Ticket, PullVersion>,
+    /// The versions whose state must be saved when they are made.
+    unsaved: BTreeSet<Version>,
+    /// Saved states that nobody has asked this shard to forget; at most [`MAX_SAVED`].
+    saved: BTreeMap<Version, ShardState>,
+    waiting_for_states: BTreeMap<Ticket, Version>,
 }
 
 impl Shard {
@@ -164,6 +182,9 @@ impl Shard {
             fences: BTreeMap::new(),
             undone_updates: VecDeque::new(),
             waiting_pulls: BTreeMap::new(),
+            unsaved: BTreeSet::new(),
+            saved: BTreeMap::new(),
+            waiting_for_states: BTreeMap::new(),
         }
     }
 
@@ -215,7 +236,7 @@ impl Shard {
         &mut self,
         id: GradientId,
         gradient: &Gradient,
-    ) -> Result<Vec<PullAnswer>, ShardError> {
+    ) -> Result<Vec<ShardAnswer>, ShardError> {
         let fence = self
             .fences
             .get(&id.worker)
@@ -252,7 +273,7 @@ impl Shard {
         &mut self,
         id: GradientId,
         gradient: &Gradient,
-    ) -> Result<Vec<PullAnswer>, ShardError> {
+    ) -> Result<Vec<ShardAnswer>, ShardError> {
         let (got, expected) = (gradient.range(), self.range());
         if got != expected && got != (0..self.current.layout().num_weights()) {
             return Err(ShardError::WrongRange { id, got, expected });
@@ -273,7 +294,7 @@ impl Shard {
         &mut self,
         id: GradientId,
         gradient: &Gradient,
-    ) -> Result<Vec<PullAnswer>, ShardError> {
+    ) -> Result<Vec<ShardAnswer>, ShardError> {
         match self.is_awaited(id) {
             true => {
                 self.staged.remove(&id);
@@ -330,7 +351,7 @@ impl Shard {
         &mut self,
         update: Update,
         learning_rate: f64,
-    ) -> Result<Vec<PullAnswer>, ShardError> {
+    ) -> Result<Vec<ShardAnswer>, ShardError> {
         let version = update.version;
         let latest = self.undone_updates.back();
         let latest = latest.map_or(self.current.version(), |(update, _)| update.version);
@@ -349,19 +370,87 @@ impl Shard {
     }
 
     /// Answers a pull at once, or, if its version does not exist yet, later under `ticket`.
-    pub(super) fn pull(&mut self, ticket: Ticket, wanted: PullVersion) -> Option<PullAnswer> {
-        match self.look_up(wanted) {
-            Some(weights) => Some(PullAnswer { ticket, weights }),
-            None => {
-                self.waiting_pulls.insert(ticket, wanted);
-                None
+    pub(super) fn pull(
+        &mut self,
+        ticket: Ticket,
+        wanted: PullVersion,
+    ) -> Option<Result<Weights, ShardError>> {
+        let answer = self.look_up(wanted);
+        if answer.is_none() {
+            self.waiting_pulls.insert(ticket, wanted);
+        }
+        answer
+    }
+
+    /// Forgets a waiting call whose caller has gone.
+    pub(super) fn cancel(&mut self, ticket: Ticket) {
+        self.waiting_pulls.remove(&ticket);
+        self.waiting_for_states.remove(&ticket);
+    }
+
+    /// Returns all state of the shard as it is now.
+    pub(super) fn state(&self) -> ShardState {
+        ShardState {
+            weights: self.current.clone(),
+            rule: SavedRule::from(self.rule.save()),
+        }
+    }
+
+    /// Saves the state at this version, now or when the version is made. It is kept for
+    /// [`saved_state`](Self::saved_state). Returns the calls that can be answered now.
+    pub(super) fn save_at(&mut self, version: Version) -> Vec<ShardAnswer> {
+        let mut answers = Vec::new();
+        if version >= self.current.version() {
+            self.unsaved.insert(version);
+            self.save_if_asked(&mut answers);
+        }
+        answers
+    }
+
+    /// Answers with the state at this version, at once or later under `ticket`. It is an error if the state
+    /// was not saved, or is no longer kept.
+    pub(super) fn saved_state(
+        &mut self,
+        ticket: Ticket,
+        version: Version,
+    ) -> Option<Result<ShardState, ShardError>> {
+        let answer = self.look_up_state(version);
+        if answer.is_none() {
+            self.waiting_for_states.insert(ticket, version);
+        }
+        answer
+    }
+
+    /// Forgets the saved state of this version and of earlier ones.
+    pub(super) fn forget_states(&mut self, until: Version) {
+        self.saved.retain(|&version, _| version > until);
+    }
+
+    fn save_if_asked(&mut self, answers: &mut Vec<ShardAnswer>) {
+        let version = self.current.version();
+        if self.unsaved.remove(&version) {
+            self.saved.insert(version, self.state());
+            while self.saved.len() > MAX_SAVED {
+                self.saved.pop_first();
+            }
+        }
+        let waiting = std::mem::take(&mut self.waiting_for_states);
+        for (ticket, version) in waiting {
+            match self.look_up_state(version) {
+                Some(state) => answers.push(ShardAnswer::State(ticket, state)),
+                None => _ = self.waiting_for_states.insert(ticket, version),
             }
         }
     }
 
-    /// Forgets a waiting pull whose caller has gone.
-    pub(super) fn cancel_pull(&mut self, ticket: Ticket) {
-        self.waiting_pulls.remove(&ticket);
+    fn look_up_state(&self, asked: Version) -> Option<Result<ShardState, ShardError>> {
+        if let Some(state) = self.saved.get(&asked) {
+            return Some(Ok(state.clone()));
+        }
+        // The decision to save it may not have arrived yet.
+        let may_come = asked >= self.current.version();
+        let oldest = self.current.version();
+        (!may_come).then_some(Err(ShardError::VersionGone { asked, oldest }))
     }
 
     fn look_up(&self, wanted: PullVersion) -> Option<Result<Weights, ShardError>> {
@@ -386,7 +475,7 @@ impl Shard {
             .any(|(update, _)| update.gradients.iter().any(|one| one.id == id))
     }
 
-    fn do_updates(&mut self) -> Vec<PullAnswer> {
+    fn do_updates(&mut self) -> Vec<ShardAnswer> {
         let mut answers = Vec::new();
         while let Some((update, _)) = self.undone_updates.front() {
             if !update.gradients.iter().all(|one| self.has(one)) {
@@ -395,17 +484,18 @@ impl Shard {
             let (update, learning_rate) =
                 self.undone_updates.pop_front().expect("there is a front");
             self.apply(&update, learning_rate);
-            // Pulls are answered after every single version, because one may wait for exactly this version.
+            // Calls are answered after every single version, because one may wait for exactly this version.
             self.answer_pulls(&mut answers);
+            self.save_if_asked(&mut answers);
         }
         answers
     }
 
-    fn answer_pulls(&mut self, answers: &mut Vec<PullAnswer>) {
+    fn answer_pulls(&mut self, answers: &mut Vec<ShardAnswer>) {
         let waiting = std::mem::take(&mut self.waiting_pulls);
         for (ticket, wanted) in waiting {
             match self.look_up(wanted) {
-                Some(weights) => answers.push(PullAnswer { ticket, weights }),
+                Some(weights) => answers.push(ShardAnswer::Pull(ticket, weights)),
                 None => _ = self.waiting_pulls.insert(ticket, wanted),
             }
         }

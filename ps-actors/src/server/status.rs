@@ -71,8 +71,11 @@ impl fmt::Display for Awaited {
 pub struct WorkerStatus {
     /// Whether the worker is a member now.
     pub is_member: bool,
-    /// The clock of the step that the worker works on, while it is a member.
+    /// The clock of the step that the worker works on, if it is a member. Otherwise the clock at which it
+    /// would go on if it joined.
     pub next_clock: Clock,
+    /// How often the worker has joined since its servers were started, or went on from a checkpoint.
+    pub num_joins: u64,
     /// How many of its gradients were applied.
     pub num_applied: u64,
     /// How many of its gradients arrived too late for their round and were dropped.
@@ -97,14 +100,16 @@ impl WorkerStatus {
     }
 
     pub(crate) fn count(&mut self, outcome: Outcome) {
-        match outcome {
+        let number = match outcome {
             Outcome::Applied { staleness, .. } => {
-                self.num_applied += 1;
                 self.staleness.record(staleness);
+                &mut self.num_applied
             }
-            Outcome::DroppedLate { .. } => self.num_dropped_late += 1,
-            Outcome::RefusedNorm { .. } => self.num_refused += 1,
-        }
+            Outcome::DroppedLate { .. } => &mut self.num_dropped_late,
+            Outcome::RefusedNorm { .. } => &mut self.num_refused,
+        };
+        // The numbers may come from a file.
+        *number = number.saturating_add(1);
     }
 }
 
@@ -126,7 +131,7 @@ impl Histogram {
         if self.counts.len() <= bucket {
             self.counts.resize(bucket + 1, 0);
         }
-        self.counts[bucket] += 1;
+        self.counts[bucket] = self.counts[bucket].saturating_add(1);
         self.sum = self.sum.saturating_add(value);
         self.max = self.max.max(value);
     }

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::messages::{Pushed, ServerError};
 use super::protocol::{Answer, MAX_WORKERS, Refusal, Ticket};
+use super::saving::ServerState;
 use crate::ids::WorkerId;
 use crate::weights::Weights;
 
@@ -33,6 +34,7 @@ pub(super) const MAX_CALLS: usize = 3 * MAX_WAITING + MAX_FETCHING + RESERVE;
 #[derive(Debug)]
 pub(super) enum Caller {
     Pull(oneshot::Sender<Result<Weights, ServerError>>),
+    State(oneshot::Sender<Result<ServerState, ServerError>>),
     Worker(WorkerId, oneshot::Sender<Result<Answer, Refusal>>),
     PushPull(WorkerId, oneshot::Sender<Result<Pushed, ServerError>>),
 }
@@ -41,8 +43,13 @@ impl Caller {
     fn worker(&self) -> Option<WorkerId> {
         match self {
             Self::Worker(worker, _) | Self::PushPull(worker, _) => Some(*worker),
-            Self::Pull(_) => None,
+            Self::Pull(_) | Self::State(_) => None,
         }
+    }
+
+    /// Whether it waits for a version of the weights.
+    fn is_pull(&self) -> bool {
+        matches!(self, Self::Pull(_) | Self::State(_))
     }
 }
 
@@ -80,13 +87,13 @@ impl Waiting {
     }
 
     pub(super) fn insert(&mut self, ticket: Ticket, caller: Caller) {
-        self.num_pulls += usize::from(matches!(caller, Caller::Pull(_)));
+        self.num_pulls += usize::from(caller.is_pull());
         self.callers.insert(ticket, caller);
     }
 
     pub(super) fn remove(&mut self, ticket: Ticket) -> Option<Caller> {
         let caller = self.callers.remove(&ticket)?;
-        self.num_pulls -= usize::from(matches!(caller, Caller::Pull(_)));
+        self.num_pulls -= usize::from(caller.is_pull());
         Some(caller)
     }
 

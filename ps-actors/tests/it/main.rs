@@ -1,5 +1,6 @@
 //! Servers and workers as actors.
 
+mod checkpoints;
 mod cluster;
 mod codec;
 mod http;

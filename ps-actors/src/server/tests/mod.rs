@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::consistency::{Consistency, Reduction};
 use super::coordinator::Coordinator;
 use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Summand, Ticket, Update};
-use super::shard::{PullVersion, Shard, ShardError};
+use super::shard::{PullVersion, Shard, ShardAnswer, ShardError};
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::Sgd;
 use crate::weights::{Gradient, Layout, Weights};
@@ -192,7 +192,7 @@ impl World {
         let mut values = Vec::new();
         for shard in &mut self.shards {
             let answer = shard.pull(Ticket(0), PullVersion::Exactly(version));
-            values.extend(answer.expect("all is delivered").weights.unwrap().to_vec());
+            values.extend(answer.expect("all is delivered").unwrap().to_vec());
         }
         values
     }

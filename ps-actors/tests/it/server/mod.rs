@@ -7,7 +7,7 @@ use futures_util::future::join3;
 use ps_actors::actor::{self, ActorRef, CallError};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
-use ps_actors::rule::{Sgd, UpdateRule};
+use ps_actors::rule::{RuleState, Scalar, Sgd, UpdateRule};
 use ps_actors::server::{
     ApplyGradients, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights, Join,
     Outcome, ParameterServer, PullVersion, Push, PushPull, Reduction, Refusal, ServerConfig,
@@ -20,6 +20,7 @@ use ps_actors::worker::{
 };
 
 mod callers;
+mod checkpoints;
 mod faults;
 mod links;
 
