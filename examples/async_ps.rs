@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use ps::cli::{self, ClusterArgs, DataArgs, TrainArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, TrainArgs, say};
 use ps::prelude::*;
 
 /// Asynchronous parameter-server training on MNIST, driven by this program.
@@ -32,12 +32,15 @@ struct Args {
     data: DataArgs,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
 }
 
 const EXAMPLES: &str = "Examples:
   async_ps                                two workers in this process
   async_ps --processes 3                  two workers in processes of their own
-  async_ps --num-workers 4 --iterations 500 --learning-rate 0.005";
+  async_ps --num-workers 4 --iterations 500 --learning-rate 0.005
+  async_ps --checkpoint-dir runs/one --resume   go on after an interruption";
 
 fn main() -> ExitCode {
     cli::main(train)
@@ -48,6 +51,7 @@ fn train(
         train: args,
         data,
         cluster,
+        checkpoints,
     }: Args,
 ) -> Result<ExitCode> {
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
@@ -65,11 +69,16 @@ fn train(
         ..ServerConfig::default()
     };
     let initial = initial_weights(&model, &device)?;
-    let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
+    let (mut checkpoints, found) = checkpoints.open_for(&initial, &args, mnist.train.len())?;
+    let start = found.as_ref().map_or(Start::from(&initial), Start::from);
+    let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
     // A worker whose process is lost is started again, on another one if need be.
     let mut workers = (0..args.num_workers as u32)
         .map(|number| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(number)))
         .collect::<Result<Vec<_>, _>>()?;
+    if let Some(found) = &found {
+        workers.iter_mut().for_each(|worker| worker.go_on(found));
+    }
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
     say!("Running asynchronous parameter server training.");
@@ -80,7 +89,7 @@ fn train(
     }
     // SIGTERM and Ctrl-C end the loop, not the process.
     let stop = StopSignal::heed()?;
-    let mut i = 0;
+    let mut i = weights.version().0;
     while i < args.iterations * args.num_workers as u64 {
         if let Some(signal) = stop.received() {
             say!("Interrupted by {signal} after {i} updates.");
@@ -100,6 +109,9 @@ fn train(
             .wait()?;
         gradients.insert(rank, workers[rank].compute(&weights));
 
+        if checkpoints.is_due(weights.version()) {
+            checkpoints.save(&server);
+        }
         if i % 10 == 0 {
             say!(
                 "Iter {i}: \taccuracy is {:.1}",
@@ -112,5 +124,7 @@ fn train(
         "Final accuracy is {:.1}.",
         evaluator.accuracy_percent(&weights)?
     );
-    Ok(exit_code(stop.received()))
+    checkpoints.save(&server);
+    let is_saved = checkpoints.finish().has(weights.version());
+    Ok(cli::end_of_training(stop.received(), is_saved))
 }

@@ -20,7 +20,7 @@ use burn::optim::AdamConfig;
 use burn::tensor::activation::tanh;
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
-use ps::cli::{self, ClusterArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, say};
 use ps::prelude::*;
 
 /// Training a model and data of your own.
@@ -35,6 +35,8 @@ struct Args {
     epochs: u64,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
 }
 
 fn main() -> ExitCode {
@@ -57,7 +59,8 @@ fn train(args: Args) -> Result<ExitCode> {
         .optimizer(AdamConfig::new())
         .learning_rate(5e-3)
         .batch_size(50)
-        .epochs(args.epochs);
+        .epochs(args.epochs)
+        .checkpoints(args.checkpoints.config());
     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
         return Ok(ExitCode::SUCCESS);
     };
@@ -67,7 +70,10 @@ fn train(args: Args) -> Result<ExitCode> {
         .map_or(f64::NAN, |result| result.mean_loss());
     say!("{report}");
     say!("Final mean squared error is {error:.4}.");
-    Ok(report.exit_code())
+    Ok(cli::end_of_training(
+        report.interrupted,
+        report.saved_all().is_some(),
+    ))
 }
 
 /// A point (x, y) and its height.

@@ -24,7 +24,7 @@ use ps::actors::http;
 use ps::actors::net::Token;
 use ps::actors::server::{CoordinatorStatus, GroupError};
 use ps::actors::worker::MAX_REFUSED;
-use ps::cli::{self, say};
+use ps::cli::{self, CheckpointArgs, say};
 use ps::prelude::*;
 
 /// A parameter server for workers that speak HTTP.
@@ -49,6 +49,8 @@ struct Args {
     /// Directory with the four MNIST files, as in the other examples.
     #[arg(long)]
     data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
 }
 
 fn main() -> ExitCode {
@@ -74,7 +76,10 @@ fn serve(args: Args) -> Result<ExitCode> {
         ..ServerConfig::default()
     };
     let initial = initial_weights(&model, &device)?;
-    let servers = ServerGroup::spawn(&initial, 1, config, |_| Box::new(Sgd::new()))?;
+    let (mut checkpoints, found) = args.checkpoints.open(&initial)?;
+    let start = found.as_ref().map_or(Start::from(&initial), Start::from);
+    let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
+    let servers = ServerGroup::from(server.clone());
     let token = std::env::var("PS_TOKEN").ok().map(Token::new).transpose()?;
     let cluster = ClusterConfig {
         token,
@@ -107,8 +112,10 @@ fn serve(args: Args) -> Result<ExitCode> {
         };
         let status = status[0].coordinator.as_ref().context("it decides")?;
         let workers = &status.workers;
+        // Of workers that came before a restart, only the gradients count.
+        let num_seen = workers.values().filter(|w| w.num_joins > 0).count();
         let have_all_left =
-            workers.len() >= args.num_workers.max(1) && workers.values().all(|w| !w.is_member);
+            num_seen >= args.num_workers.max(1) && workers.values().all(|w| !w.is_member);
         let update = weights.version().0;
         let what = refused.find_divergence(status, have_all_left);
         if let Some(what) = what.or_else(|| check_weights(&weights)) {
@@ -119,16 +126,20 @@ fn serve(args: Args) -> Result<ExitCode> {
             say!("Update {update}: \taccuracy is {accuracy:.1}");
             next_update = update / 50 * 50 + 50;
         }
-        if have_all_left {
-            return Ok(ExitCode::SUCCESS);
+        if have_all_left || interrupted.is_some() {
+            if let Some(signal) = interrupted {
+                say!("Interrupted by {signal}.");
+            }
+            checkpoints.save(&server);
+            let is_saved = checkpoints.finish().latest.is_some();
+            return Ok(cli::end_of_training(interrupted, is_saved));
         }
-        if let Some(signal) = interrupted {
-            say!("Interrupted by {signal}.");
-            return Ok(exit_code(interrupted));
+        if checkpoints.is_due(weights.version()) {
+            checkpoints.save(&server);
         }
         if waits.are_to_be_named(update) {
             let num_members = workers.values().filter(|w| w.is_member).count();
-            let (num_seen, num_workers) = (workers.len(), args.num_workers);
+            let num_workers = args.num_workers;
             say!(
                 "Update {update}: \twaiting for {}; {num_seen} of {num_workers} workers have come, \
                  {num_members} are here (a silent one is lost after {} s)",

@@ -27,7 +27,7 @@ use clap::Parser;
 use futures_util::future::{Either, select, try_join_all};
 use ps::actors::server::Outcome;
 use ps::actors::worker::MAX_REFUSED;
-use ps::cli::{self, ClusterArgs, DataArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, say};
 use ps::prelude::*;
 use ps::served::{DistributedOptimizer, PartConfig, PartServer, infer, serve_part};
 use serde::{Deserialize, Serialize};
@@ -42,6 +42,8 @@ struct Args {
     data: DataArgs,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -103,8 +105,11 @@ fn serve(args: Args) -> Result<ExitCode> {
         learning_rate: args.train.learning_rate,
         ..ServerConfig::default()
     };
-    let server = ParameterServer::new(&initial_weights(&net, &device)?, Sgd::new(), config)?;
-    let servers = ServerGroup::from(server.spawn()?);
+    let initial = initial_weights(&net, &device)?;
+    let (mut checkpoints, found) = args.checkpoints.open(&initial)?;
+    let start = found.as_ref().map_or(Start::from(&initial), Start::from);
+    let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
+    let servers = ServerGroup::from(server.clone());
     // One for each trainer, so that they need not wait for each other; the weights are the same.
     let num_trainers = cluster.nodes().len().max(1);
     let trainers = (0..num_trainers).map(|index| {
@@ -120,9 +125,13 @@ fn serve(args: Args) -> Result<ExitCode> {
     // SIGTERM and Ctrl-C end the training, not the process.
     let stop = StopSignal::heed()?;
     let trained = run(async {
-        match select(try_join_all(trainers), pin!(stop.wait())).await {
+        let saving = pin!(checkpoints.save_when_due(&servers));
+        let stopped = pin!(stop.wait());
+        let interrupted = pin!(select(stopped, saving));
+        match select(try_join_all(trainers), interrupted).await {
             Either::Left((trained, _)) => trained.map(|_| None),
-            Either::Right((signal, _)) => Ok(Some(signal)),
+            Either::Right((Either::Left((signal, _)), _)) => Ok(Some(signal)),
+            Either::Right((Either::Right((never, _)), _)) => match never {},
         }
     });
     let interrupted = trained?;
@@ -131,7 +140,9 @@ fn serve(args: Args) -> Result<ExitCode> {
         say!("Interrupted by {signal}.");
     }
     say!("{} updates by {num_trainers} trainers.", version.0);
-    Ok(exit_code(interrupted))
+    checkpoints.save(&server);
+    let is_saved = checkpoints.finish().latest.is_some();
+    Ok(cli::end_of_training(interrupted, is_saved))
 }
 
 /// Keeps a trainer going, on whatever node there is: it goes on after its last step.

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use ps::cli::{self, ClusterArgs, DataArgs, TrainArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, TrainArgs, say};
 use ps::prelude::*;
 
 /// Training on MNIST with the weights split over several servers, in any consistency mode.
@@ -29,12 +29,15 @@ struct Args {
     data: DataArgs,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
 }
 
 const EXAMPLES: &str = "Examples:
   sharded_ps --num-servers 3 --consistency ssp:3
   sharded_ps --processes 4 --num-workers 3 --consistency asp
-  sharded_ps --processes 3 --servers-on-nodes --net";
+  sharded_ps --processes 3 --servers-on-nodes --net
+  sharded_ps --checkpoint-dir runs/one --resume   go on after an interruption";
 
 // No doc comment: `--help` would take it for the program's.
 #[derive(clap::Args)]
@@ -82,6 +85,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .batch_size(args.train.batch_size)
         .iterations(args.train.iterations)
         .seed(args.train.seed)
+        .checkpoints(args.checkpoints.config())
         .evaluate_every(10)
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
@@ -94,5 +98,8 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
     let report = trainer.run_on(&cluster)?;
     let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
     say!("Final accuracy is {accuracy:.1}.\n{report}");
-    Ok(report.exit_code())
+    Ok(cli::end_of_training(
+        report.interrupted,
+        report.saved_all().is_some(),
+    ))
 }

@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use ps::cli::{self, ClusterArgs, DataArgs, TrainArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, TrainArgs, say};
 use ps::prelude::*;
 
 /// Synchronous parameter-server training on MNIST, driven by this program.
@@ -31,12 +31,15 @@ struct Args {
     data: DataArgs,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    checkpoints: CheckpointArgs,
 }
 
 const EXAMPLES: &str = "Examples:
   sync_ps                                two workers in this process
   sync_ps --processes 3                  two workers in processes of their own
-  sync_ps --num-workers 4 --iterations 500 --learning-rate 0.005";
+  sync_ps --num-workers 4 --iterations 500 --learning-rate 0.005
+  sync_ps --checkpoint-dir runs/one --resume   go on after an interruption";
 
 fn main() -> ExitCode {
     cli::main(train)
@@ -47,6 +50,7 @@ fn train(
         train: args,
         data,
         cluster,
+        checkpoints,
     }: Args,
 ) -> Result<ExitCode> {
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
@@ -64,18 +68,23 @@ fn train(
         ..ServerConfig::default()
     };
     let initial = initial_weights(&model, &device)?;
-    let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
+    let (mut checkpoints, found) = checkpoints.open_for(&initial, &args, mnist.train.len())?;
+    let start = found.as_ref().map_or(Start::from(&initial), Start::from);
+    let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
     // A worker whose process is lost is started again, on another one if need be.
     let mut workers = (0..args.num_workers as u32)
         .map(|number| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(number)))
         .collect::<Result<Vec<_>, _>>()?;
+    if let Some(found) = &found {
+        workers.iter_mut().for_each(|worker| worker.go_on(found));
+    }
     let mut evaluator = Evaluator::new(&model, &device, &mnist.test)?;
 
     say!("Running synchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;
     // SIGTERM and Ctrl-C end the loop, not the process.
     let stop = StopSignal::heed()?;
-    for i in 0..args.iterations {
+    for i in weights.version().0..args.iterations {
         if let Some(signal) = stop.received() {
             say!("Interrupted by {signal} after {i} updates.");
             break;
@@ -94,6 +103,9 @@ fn train(
             .flatten()
             .wait()?;
 
+        if checkpoints.is_due(weights.version()) {
+            checkpoints.save(&server);
+        }
         if i % 10 == 0 {
             say!(
                 "Iter {i}: \taccuracy is {:.1}",
@@ -105,5 +117,7 @@ fn train(
         "Final accuracy is {:.1}.",
         evaluator.accuracy_percent(&weights)?
     );
-    Ok(exit_code(stop.received()))
+    checkpoints.save(&server);
+    let is_saved = checkpoints.finish().has(weights.version());
+    Ok(cli::end_of_training(stop.received(), is_saved))
 }

@@ -63,6 +63,16 @@ impl Facts {
         facts.state("the content of the training data", fingerprint)
     }
 
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.0.iter().map(|(&name, value)| (name, value.as_str()))
+    }
+
+    /// Leaves out a statement that is not needed.
+    pub(crate) fn without(mut self, name: &str) -> Self {
+        self.0.remove(name);
+        self
+    }
+
     /// Lets only nodes join that state the same.
     pub(crate) fn must_agree(&self, hosts: Hosts) -> Hosts {
         let facts = self.0.iter();

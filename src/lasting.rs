@@ -3,6 +3,7 @@
 use std::fmt;
 
 use ps_actors::actor::{ActorRef, CallError, Reply};
+use ps_actors::checkpoint::Checkpoint;
 use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
 use ps_actors::ids::{Clock, Incarnation};
 use ps_actors::weights::{GradientUpdate, Weights};
@@ -83,6 +84,22 @@ impl<M: Model> LastingWorker<M> {
         self.clock
     }
 
+    /// Lets the worker go on at its first step that is not settled in this checkpoint. Call it before the
+    /// first [`compute`](Self::compute).
+    pub fn go_on(&mut self, from: &Checkpoint) {
+        let GoOnAt { clock, after } = from.go_on_at(self.config.worker);
+        (self.clock, self.incarnation) = (clock, after);
+        self.tell_clock();
+    }
+
+    fn tell_clock(&self) {
+        // This arrives before any call, because messages of one sender keep their order.
+        let (clock, after, worker) = (self.clock, self.incarnation, self.config.worker);
+        if let Err(error) = self.actor.tell(GoOnAt { clock, after }) {
+            tracing::warn!(%worker, %error, "it is lost again");
+        }
+    }
+
     /// Computes the gradient of the next batch at these weights. Give the answer to
     /// [`settle`](Self::settle) or [`finish`](Self::finish) before the next call.
     pub fn compute(&self, weights: &Weights) -> Reply<Result<GradientUpdate, WorkerError>> {
@@ -119,11 +136,7 @@ impl<M: Model> LastingWorker<M> {
             .cluster
             .spawn_with(self.spawn.clone(), self.config)
             .wait()?;
-        // This arrives before any call, because messages of one sender keep their order.
-        let (clock, after) = (self.clock, self.incarnation);
-        if let Err(error) = self.actor.tell(GoOnAt { clock, after }) {
-            tracing::warn!(%worker, %error, "it is lost again");
-        }
+        self.tell_clock();
         Ok(None)
     }
 

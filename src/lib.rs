@@ -59,6 +59,7 @@ pub mod cli;
 pub mod data;
 pub mod lasting;
 pub mod report;
+mod resume;
 pub mod rule;
 pub mod served;
 pub mod source;
@@ -80,6 +81,7 @@ struct Readme;
 /// What a driver program usually needs.
 pub mod prelude {
     pub use ps_actors::actor::{ActorRef, CallError, Pending, Reply, Spawn, lookup, run, spawn};
+    pub use ps_actors::checkpoint::{Checkpoint, CheckpointConfig, Checkpoints, Start};
     pub use ps_actors::cluster::{
         Cluster, ClusterConfig, Hosted, Hosts, Placement, RemoteRef, Resources, SpawnOn,
     };
@@ -91,6 +93,7 @@ pub mod prelude {
     pub use ps_actors::server::{
         ApplyGradients, ApplyKept, Consistency, GetStatus, GetWeights, ParameterServer, Pull,
         PullVersion, Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
+        TakeCheckpoint,
     };
     pub use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
     pub use ps_actors::worker::{

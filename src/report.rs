@@ -1,15 +1,18 @@
 //! The report of a training run: its result, the evaluations during the run, and how the time was spent.
 
 use std::fmt;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use ps_actors::checkpoint::SaveReport;
 use ps_actors::ids::Version;
 use ps_actors::launch::{Signal, exit_code};
 use ps_actors::server::{Consistency, Histogram, Reduction};
 use ps_actors::weights::Weights;
 use ps_model::Evaluation;
 
+pub use crate::resume::Resumed;
 use crate::trainer::TrainError;
 
 /// The quality of the weights at one moment of the run.
@@ -51,6 +54,11 @@ pub struct Report {
     pub reduction: Reduction,
     /// The signal that ended the training before all steps were taken, if one did.
     pub interrupted: Option<Signal>,
+    /// Where the training went on, if it went on from a checkpoint. The counts below are those of the whole
+    /// training. Times, losses and evaluations are those of this process.
+    pub resumed: Option<Resumed>,
+    /// The checkpoints that were saved. `None` if none were asked for.
+    pub checkpoints: Option<SaveReport>,
     /// The number of workers.
     pub num_workers: usize,
     /// The number of servers.
@@ -101,22 +109,36 @@ impl Report {
     }
 
     /// Returns the exit code for the program: success, or [the signal's code](Signal::exit_code) if the
-    /// training was interrupted. So a launcher does not take an interrupted training for a finished one.
+    /// training was interrupted and its result is not in a checkpoint. So a launcher does not take a lost
+    /// training for a finished one.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
-        exit_code(self.interrupted)
+        match self.saved_all() {
+            Some(_) => ExitCode::SUCCESS,
+            None => exit_code(self.interrupted),
+        }
     }
 
-    /// Returns how many gradients were applied per second.
+    /// Returns the checkpoint that has the final weights, if there is one.
+    #[must_use]
+    pub fn saved_all(&self) -> Option<&Path> {
+        let saved = self.checkpoints.as_ref()?;
+        let (_, path) = saved.latest.as_ref()?;
+        saved.has(self.weights.version()).then_some(path)
+    }
+
+    /// Returns how many gradients this process applied per second.
     #[must_use]
     pub fn gradients_per_second(&self) -> f64 {
-        self.num_applied as f64 / self.elapsed.as_secs_f64()
+        let before = self.resumed.map_or(0, |resumed| resumed.num_applied);
+        self.num_applied.saturating_sub(before) as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// Returns how many examples were used per second.
+    /// Returns how many examples this process used per second.
     #[must_use]
     pub fn examples_per_second(&self) -> f64 {
-        self.num_examples as f64 / self.elapsed.as_secs_f64()
+        let before = self.resumed.map_or(0, |resumed| resumed.num_examples);
+        self.num_examples.saturating_sub(before) as f64 / self.elapsed.as_secs_f64()
     }
 
     /// Returns the fraction of the workers' time that was spent computing gradients, from 0 to 1. `None` if
@@ -129,6 +151,11 @@ impl Report {
         (!total.is_zero()).then(|| compute.as_secs_f64() / total.as_secs_f64())
     }
 
+    pub(crate) fn has_finite_weights(&self) -> bool {
+        let mut numbers = self.weights.segments().iter().flat_map(|part| part.data());
+        numbers.all(|weight| weight.is_finite())
+    }
+
     /// Returns how the result shows that the training has diverged, if it does.
     pub(crate) fn find_divergence(&self) -> Option<String> {
         let losses = self.losses.iter();
@@ -137,12 +164,7 @@ impl Report {
         let loss = self
             .final_evaluation
             .map(|evaluation| evaluation.mean_loss());
-        if self
-            .weights
-            .to_vec()
-            .iter()
-            .any(|weight| !weight.is_finite())
-        {
+        if !self.has_finite_weights() {
             Some("the weights are not finite".to_owned())
         } else if let Some(loss) = loss.filter(|loss| !loss.is_finite()) {
             Some(format!("the loss on the test data is {loss}"))
@@ -176,6 +198,24 @@ impl fmt::Display for Report {
                 "Interrupted by {signal} after {} updates",
                 self.num_updates
             )?;
+        }
+        if let Some(resumed) = self.resumed {
+            writeln!(
+                f,
+                "Went on after {} updates of an earlier process",
+                resumed.version.0
+            )?;
+        }
+        if let Some(saved) = &self.checkpoints {
+            let num_saved = counted(saved.num_saved as usize, "checkpoint");
+            write!(f, "Saved {num_saved}")?;
+            if let Some((_, path)) = &saved.latest {
+                write!(f, ", the latest is {}", path.display())?;
+            }
+            match saved.num_failed {
+                0 => writeln!(f)?,
+                n => writeln!(f, "; {n} could not be saved")?,
+            }
         }
         writeln!(
             f,

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{Either, select, try_join_all};
+use futures_util::future::{Either, join, select, try_join_all};
 use ps_actors::actor::{self, CallError, RestartPolicy, Spawn};
+use ps_actors::checkpoint::{CheckpointConfig, CheckpointError, Checkpoints, SaveReport, Start};
 use ps_actors::cluster::{
     Cluster, ClusterConfig, Hosts, Placement, SpawnOn, SpawnOnError, StartError,
 };
@@ -16,10 +17,9 @@ use ps_actors::ids::{Version, WorkerId};
 use ps_actors::launch::{LaunchOptions, StopSignal};
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
-    Consistency, ConsistencyError, GroupError, Histogram, PullVersion, Reduction, ServerConfig,
-    WorkerStatus,
+    Consistency, ConsistencyError, CoordinatorStatus, GroupError, Histogram, PullVersion,
+    Reduction, ServerConfig, WorkerStatus,
 };
-use ps_actors::weights::Weights;
 use ps_actors::worker::WorkerError;
 use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
@@ -31,6 +31,7 @@ use ps_model::{
 use crate::agreement::Facts;
 use crate::data::Examples;
 use crate::report::{CurvePoint, Report};
+use crate::resume::{self, Dealing, Resumed};
 use crate::rule::OptimizerRule;
 use crate::source::{
     Evaluator, ModelSource, ModelWorker, SetupError, WORKERS, WorkerConfig, host_variant,
@@ -80,6 +81,7 @@ pub struct Trainer<M: Model, E> {
     evaluate_every: u64,
     on_evaluation: OnEvaluation,
     heeds_signals: bool,
+    checkpoints: Option<CheckpointConfig>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -110,6 +112,10 @@ pub enum TrainError {
     /// The optimizer cannot be used.
     #[error("the optimizer cannot be used")]
     Rule(#[from] RuleError),
+    /// The directory for checkpoints cannot be used, or has no checkpoint from which this training can go
+    /// on.
+    #[error("checkpoints cannot be used")]
+    Checkpoint(#[from] CheckpointError),
     /// The servers could not be started.
     #[error("the servers could not be started")]
     Servers(#[from] GroupSpawnError),
@@ -205,6 +211,7 @@ where
             evaluate_every: 0,
             on_evaluation: Box::new(|_| {}),
             heeds_signals: true,
+            checkpoints: None,
         }
     }
 
@@ -375,6 +382,41 @@ where
         self
     }
 
+    /// Saves checkpoints during the training and at its end, and goes on from the newest one if
+    /// [`resume`](CheckpointConfig::resume) is set. By default there are none.
+    ///
+    /// A training that goes on has the same result as one that was never interrupted: the same bits for
+    /// [`Consistency::Bsp`]. Model, optimizer, data, batch size and seed must be the same. The learning
+    /// rate, the consistency mode, the number of servers and the number of steps may be others. So may the
+    /// number of workers: then some examples of the epoch under way may come twice.
+    ///
+    /// A checkpoint that cannot be written is logged and counted, and the training goes on.
+    ///
+    /// ```
+    /// use ps::prelude::*;
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// # let temporary = tempfile::tempdir()?;
+    /// # let directory = temporary.path();
+    /// let trainer = |num_iterations| {
+    ///     Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+    ///         .device(&device)
+    ///         .iterations(num_iterations)
+    ///         .checkpoints(CheckpointConfig { resume: true, ..CheckpointConfig::new(directory) })
+    /// };
+    /// let first = trainer(3).run()?;
+    /// let second = trainer(5).run()?; // Takes steps 4 and 5.
+    /// assert_eq!((second.losses[0].len(), second.num_updates), (2, 5));
+    /// # assert_eq!(first.resumed, None);
+    /// # assert_eq!(second.resumed.map(|resumed| resumed.version), Some(Version(3)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn checkpoints(mut self, config: impl Into<Option<CheckpointConfig>>) -> Self {
+        self.checkpoints = config.into();
+        self
+    }
+
     /// Trains until all steps are taken, on this thread and on those of the workers and servers.
     ///
     /// SIGTERM and Ctrl-C end the training earlier. The workers then have 10 s to finish the current step,
@@ -493,6 +535,19 @@ where
         self.named(facts.data(&self.train))
     }
 
+    /// What a checkpoint and this training must have in common, besides the layout of the model.
+    fn checkpoint_facts(&self, device: &Device) -> Facts {
+        let facts = self.worker_facts(device);
+        // The layout is compared in full. The type's name may change, as a program grows.
+        let facts = facts
+            .without("the model's type")
+            .without("the model's layout");
+        facts
+            .state("the optimizer", (self.describe_rule)())
+            .state("the batch size", self.batch_size)
+            .state("the seed", self.seed)
+    }
+
     /// What distinguishes the servers of this training, besides their [`ServerArgs`].
     fn server_facts(&self) -> Facts {
         self.named(Facts::default().state("the optimizer", (self.describe_rule)()))
@@ -559,13 +614,25 @@ where
             // The test data is checked now, and not after hours of training.
             evaluator.try_out(&initial).map_err(TrainError::TestData)?;
         }
+        let dealing = Dealing {
+            num_workers: self.num_workers,
+            batch_size: self.batch_size,
+            num_examples: self.train.num_examples(),
+        };
+        let config = self.checkpoints.take();
+        let facts = match config {
+            Some(_) => self.checkpoint_facts(&device),
+            None => Facts::default(),
+        };
+        let (checkpoints, resumed) = resume::open(config, initial.layout(), &facts, Some(dealing))?;
         let variants = match cluster.is_alone() {
             // There are no other processes, so there is nothing to compare.
             true => Variants::here(),
             false => Variants::of(&self.worker_facts(&device), &self.server_facts()),
         };
         let here = self.host(Hosts::new(), &device, &variants);
-        let servers = self.spawn_servers(cluster, &initial, &device, &variants, &here)?;
+        let start = resumed.as_ref().map_or(Start::from(&initial), Start::from);
+        let servers = self.spawn_servers(cluster, start, &device, &variants, &here)?;
         let spawn = SpawnOn::new().variant(&variants.workers).here(here);
         let configs = (0..self.num_workers).map(|rank| self.worker_config(rank));
         let started: Vec<_> = configs
@@ -578,7 +645,20 @@ where
             .into_iter()
             .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster, &spawn)));
         let workers = workers.collect::<Result<Vec<_>, SpawnOnError>>()?;
-        actor::run(self.drive(servers, workers, evaluator, num_steps, stop.as_ref()))
+        let progress = Progress {
+            first_steps: workers
+                .iter()
+                .map(|worker| {
+                    let next = resumed.as_ref().map(|from| from.next_clock(worker.id()));
+                    next.unwrap_or_default().0
+                })
+                .collect(),
+            num_steps,
+            is_resumed: resumed.is_some(),
+            checkpoints,
+        };
+        drop((resumed, initial));
+        actor::run(self.drive(servers, workers, evaluator, progress, stop.as_ref()))
     }
 
     fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -593,7 +673,7 @@ where
     fn spawn_servers(
         &self,
         cluster: &Cluster,
-        initial: &Weights,
+        start: Start<'_>,
         device: &Device,
         variants: &Variants,
         here: &Hosts,
@@ -601,7 +681,7 @@ where
         if self.servers_on_nodes {
             let place = SpawnOn::from(Placement::RoundRobin).variant(&variants.servers);
             let places = vec![place.here(here.clone()); self.num_servers];
-            let spawn = ServerGroup::spawn_on(cluster, places, initial, self.server);
+            let spawn = ServerGroup::spawn_on(cluster, places, start, self.server);
             return Ok(actor::run(spawn)?);
         }
         // All rules are made first, because a server that is started must get one.
@@ -609,7 +689,7 @@ where
         let mut rules = rules.collect::<Result<Vec<_>, _>>()?.into_iter();
         let rule = |_: Range<usize>| rules.next().expect("one for each server");
         Ok(ServerGroup::spawn(
-            initial,
+            start,
             self.num_servers,
             self.server,
             rule,
@@ -621,16 +701,33 @@ where
         servers: ServerGroup,
         workers: Vec<Worker<M>>,
         mut evaluator: Option<Evaluator<M>>,
-        num_steps: u64,
+        progress: Progress,
         stop: Option<&StopSignal>,
     ) -> Result<Report, TrainError> {
+        let Progress {
+            first_steps,
+            num_steps,
+            is_resumed,
+            mut checkpoints,
+        } = progress;
+        let resumed = match is_resumed {
+            true => {
+                let status = coordinator(&servers).await?;
+                let workers = status.workers.values();
+                Some(Resumed::of(status.version, workers, self.batch_size))
+            }
+            false => None,
+        };
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
             let given_up = stop_workers(stop, &workers).shared();
             let runs = workers
                 .iter()
-                .map(|worker| worker.run(&servers, num_steps, given_up.clone()));
+                .zip(&first_steps)
+                .map(|(worker, &first_step)| {
+                    worker.run(&servers, first_step, num_steps, given_up.clone())
+                });
             let runs = std::pin::pin!(try_join_all(runs));
             let every = self.evaluate_every;
             let watch = std::pin::pin!(async {
@@ -645,26 +742,37 @@ where
                     _ => std::future::pending().await,
                 }
             });
-            // This also works while a worker waits for something else than its steps.
-            let stopping = std::pin::pin!(given_up.then(|()| std::future::pending()));
-            match select(runs, select(watch, stopping)).await {
+            let saving = checkpoints.save_when_due(&servers);
+            let stopping = given_up.clone();
+            // Neither of them ends the run. Stopping also works while a worker waits for something else than
+            // its steps.
+            let beside = std::pin::pin!(async {
+                let (never, ()) = join(saving, stopping).await;
+                match never {}
+            });
+            match select(runs, select(watch, beside)).await {
                 Either::Left((outcome, _)) => outcome,
                 Either::Right((Either::Left((error, _)) | Either::Right((error, _)), _)) => {
                     Err(error)
                 }
             }
         };
-        let elapsed = started.elapsed();
+        let seen = Seen {
+            elapsed: started.elapsed(),
+            curve,
+            resumed,
+        };
         let runs = match outcome {
             Ok(runs) => runs,
             Err(error) => {
                 // The other workers must not go on in the background, or wait for the one that failed.
                 workers.iter().for_each(Worker::kill);
-                return Err(self.incomplete(error, &servers, curve, elapsed).await);
+                return Err(self.incomplete(error, &servers, seen, checkpoints).await);
             }
         };
         let is_cut_short = runs.iter().any(|run| run.is_cut_short);
-        let mut report = self.report(&servers, runs, curve, elapsed).await?;
+        let mut report = self.report(&servers, runs, seen).await?;
+        report.checkpoints = save_last(checkpoints, &servers, &report).await;
         report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
         if let Some(evaluator) = &mut evaluator {
             match evaluator.evaluate(&report.weights) {
@@ -683,14 +791,17 @@ where
         &self,
         error: TrainError,
         servers: &ServerGroup,
-        curve: Vec<CurvePoint>,
-        elapsed: Duration,
+        seen: Seen,
+        checkpoints: Checkpoints,
     ) -> TrainError {
         let runs = (0..self.num_workers)
             .map(|_| WorkerRun::default())
             .collect();
-        match self.report(servers, runs, curve, elapsed).await {
-            Ok(report) if report.num_updates > 0 => report.incomplete(error),
+        match self.report(servers, runs, seen).await {
+            Ok(mut report) if report.num_updates > 0 => {
+                report.checkpoints = save_last(checkpoints, servers, &report).await;
+                report.incomplete(error)
+            }
             // Nothing was trained, or the weights are lost with their servers.
             _ => error,
         }
@@ -700,13 +811,15 @@ where
         &self,
         servers: &ServerGroup,
         runs: Vec<WorkerRun>,
-        curve: Vec<CurvePoint>,
-        elapsed: Duration,
+        seen: Seen,
     ) -> Result<Report, GroupError> {
+        let Seen {
+            elapsed,
+            curve,
+            resumed,
+        } = seen;
         let weights = servers.pull(PullVersion::Latest).await?;
-        let status = servers.status().await?;
-        let status = status.into_iter().find_map(|status| status.coordinator);
-        let status = status.expect("the first server of a group coordinates");
+        let status = coordinator(servers).await?;
         let mut staleness = Histogram::default();
         for worker in status.workers.values() {
             staleness.merge(&worker.staleness);
@@ -719,7 +832,9 @@ where
         // Every batch is full, so the batches that were not reported had the same number of examples.
         let per_gradient = told_examples.checked_div(num_told);
         let per_gradient = per_gradient.unwrap_or(self.batch_size as u64);
-        let num_untold = num_settled.saturating_sub(num_told);
+        let before = resumed.map_or(0, |resumed| resumed.num_settled);
+        let examples_before = resumed.map_or(0, |resumed| resumed.num_examples);
+        let num_untold = num_settled.saturating_sub(before).saturating_sub(num_told);
         let time = |time: fn(&WorkerRun) -> Duration| {
             (num_untold == 0).then(|| runs.iter().map(time).sum::<Duration>())
         };
@@ -727,6 +842,8 @@ where
             consistency: status.consistency,
             reduction: status.reduction,
             interrupted: None,
+            resumed,
+            checkpoints: None,
             num_workers: self.num_workers,
             num_servers: self.num_servers,
             weights,
@@ -736,7 +853,7 @@ where
             num_applied: total(|worker| worker.num_applied),
             num_dropped_late: total(|worker| worker.num_dropped_late),
             num_refused: total(|worker| worker.num_refused),
-            num_examples: told_examples + num_untold * per_gradient,
+            num_examples: examples_before + told_examples + num_untold * per_gradient,
             num_untold,
             staleness,
             num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
@@ -746,6 +863,46 @@ where
             losses: runs.into_iter().map(|run| run.report.losses).collect(),
         })
     }
+}
+
+/// Where the workers begin and end, and where checkpoints go.
+struct Progress {
+    /// For each worker.
+    first_steps: Vec<u64>,
+    num_steps: u64,
+    is_resumed: bool,
+    checkpoints: Checkpoints,
+}
+
+/// What the driver itself knows at the end of a run.
+struct Seen {
+    elapsed: Duration,
+    curve: Vec<CurvePoint>,
+    resumed: Option<Resumed>,
+}
+
+/// Saves the final weights, and waits until they are on the disk. Weights that are not finite are not
+/// saved, because the next training would go on from them.
+async fn save_last(
+    mut checkpoints: Checkpoints,
+    servers: &ServerGroup,
+    report: &Report,
+) -> Option<SaveReport> {
+    if checkpoints.is_off() {
+        return None;
+    }
+    let saved = checkpoints.finish();
+    if saved.has(report.weights.version()) || !report.has_finite_weights() {
+        return Some(saved);
+    }
+    checkpoints.save_group(servers).await;
+    Some(checkpoints.finish())
+}
+
+async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupError> {
+    let status = servers.status().await?;
+    let status = status.into_iter().find_map(|status| status.coordinator);
+    Ok(status.expect("the first server of a group coordinates"))
 }
 
 /// The variants of workers and servers that belong to one training.

@@ -8,7 +8,7 @@ use ps_actors::actor::{ActorRef, CallError};
 use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
-use ps_actors::server::{GroupError, WorkerStatus};
+use ps_actors::server::GroupError;
 use ps_actors::worker::{RunReport, RunSteps, StopSteps, WorkerError};
 use ps_model::Model;
 
@@ -58,6 +58,10 @@ impl<M: Model> Worker<M> {
         }
     }
 
+    pub(crate) fn id(&self) -> WorkerId {
+        self.config.worker
+    }
+
     /// Lets the worker end after the current step.
     pub(crate) fn stop(&self) {
         self.is_stopped.set(true);
@@ -73,23 +77,25 @@ impl<M: Model> Worker<M> {
     /// Takes all steps. The worker may panic, be lost with its process, or be stopped because its process
     /// leaves. It then goes on with the first step that is not settled, as long as its actor is restarted
     /// or another node makes one. After [`stop`](Self::stop) it ends with what it has done until then. When
-    /// `given_up` is ready after that, it ends without waiting for the current step.
+    /// `given_up` is ready after that, it ends without waiting for the current step. The steps are those from
+    /// `first_step` to `num_steps`.
     pub(crate) async fn run(
         &self,
         servers: &ServerGroup,
+        first_step: u64,
         num_steps: u64,
         given_up: impl Future<Output = ()> + Clone,
     ) -> Result<WorkerRun, TrainError> {
         let worker = self.config.worker;
         let mut told = WorkerRun::default();
-        let (mut num_losses, mut settled_at_loss) = (0, 0);
-        let mut num_settled = 0;
+        let (mut num_losses, mut step_at_loss) = (0, first_step);
+        let mut next_step = first_step;
         loop {
             if self.is_stopped.get() {
                 told.is_cut_short = true;
                 return Ok(told);
             }
-            let num_steps = num_steps.saturating_sub(num_settled);
+            let num_steps = num_steps.saturating_sub(next_step);
             let run = RunSteps {
                 servers: servers.clone(),
                 num_steps,
@@ -131,11 +137,11 @@ impl<M: Model> Worker<M> {
                 servers.report_lost(worker).await?;
             }
             told.num_restarts += 1;
-            num_settled = settled(servers, worker).await?;
+            next_step = step_after_settled(servers, worker).await?.max(first_step);
             if let Some(source) = lost.filter(|_| !is_panic) {
                 // A worker that makes progress may be lost any number of times.
-                if num_settled > settled_at_loss {
-                    (num_losses, settled_at_loss) = (0, num_settled);
+                if next_step > step_at_loss {
+                    (num_losses, step_at_loss) = (0, next_step);
                 }
                 num_losses += 1;
                 if actor.is_local() || num_losses > MAX_LOSSES {
@@ -143,7 +149,8 @@ impl<M: Model> Worker<M> {
                 }
             }
             // The losses of steps that were not reported are not known.
-            let num_losses_known = told.report.losses.len().max(num_settled as usize);
+            let num_settled = (next_step - first_step) as usize;
+            let num_losses_known = told.report.losses.len().max(num_settled);
             told.report.losses.resize(num_losses_known, f32::NAN);
             if !is_panic {
                 self.respawn(&actor).await?;
@@ -162,11 +169,13 @@ impl<M: Model> Worker<M> {
     }
 }
 
-/// Returns how many steps of a worker are settled.
-async fn settled(servers: &ServerGroup, worker: WorkerId) -> Result<u64, GroupError> {
+/// Returns the first step of a worker that is not settled.
+async fn step_after_settled(servers: &ServerGroup, worker: WorkerId) -> Result<u64, GroupError> {
     let status = servers.status().await?;
     let status = status.into_iter().find_map(|status| status.coordinator);
     let status = status.expect("the first server of a group coordinates");
-    let worker = status.workers.get(&worker);
-    Ok(worker.map_or(0, WorkerStatus::num_settled))
+    Ok(status
+        .workers
+        .get(&worker)
+        .map_or(0, |worker| worker.next_clock.0))
 }

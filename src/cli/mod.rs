@@ -46,11 +46,13 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | `checkpoints` | [`CheckpointArgs`]: where checkpoints are saved; how an interrupted training ends |
 //! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
 //! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
 //! | `log` | log lines on standard error, with the role of the process; `RUST_LOG` |
 //! | `output` | [`say!`]: lines on standard output |
 
+mod checkpoints;
 mod cluster;
 mod data;
 mod log;
@@ -65,6 +67,7 @@ use clap::Parser;
 use ps_actors::actor::error_chain;
 use ps_actors::launch::log_prefix;
 
+pub use checkpoints::{CheckpointArgs, end_of_training};
 pub use cluster::ClusterArgs;
 pub use data::{DataArgs, TrainArgs};
 pub use output::say;

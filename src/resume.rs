@@ -1,0 +1,189 @@
+//! How a training saves checkpoints, and how it goes on from one.
+
+use ps_actors::checkpoint::{Checkpoint, CheckpointConfig, CheckpointError, Checkpoints, Found};
+use ps_actors::ids::{Clock, Version, WorkerId};
+use ps_actors::server::WorkerStatus;
+use ps_actors::weights::Layout;
+
+use crate::agreement::Facts;
+
+const NUM_WORKERS: &str = "the number of workers";
+
+/// How the examples are dealt out to the workers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dealing {
+    pub(crate) num_workers: usize,
+    pub(crate) batch_size: usize,
+    pub(crate) num_examples: usize,
+}
+
+impl Dealing {
+    fn steps_per_epoch(self) -> u64 {
+        let per_step = self.num_workers.saturating_mul(self.batch_size).max(1);
+        (self.num_examples / per_step).max(1) as u64
+    }
+
+    /// Returns the clock at which workers go on that share the data in this way, if workers that shared it
+    /// in the way `before` have taken their steps before `clock`. No example is left out of the epoch
+    /// under way. Some may come twice.
+    fn clock_after(self, before: Self, clock: Clock) -> Clock {
+        let (old, new) = (before.steps_per_epoch(), self.steps_per_epoch());
+        let (epoch, step) = (clock.0 / old, clock.0 % old);
+        let num_batches = u128::from(step) * before.num_workers as u128;
+        let step = (num_batches / self.num_workers.max(1) as u128).min(u128::from(new)) as u64;
+        Clock(epoch.saturating_mul(new).saturating_add(step))
+    }
+}
+
+/// Where an earlier process of this training had arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resumed {
+    /// The version of the weights.
+    pub version: Version,
+    /// How many gradients had been applied.
+    pub num_applied: u64,
+    /// How many gradients had been settled: applied, dropped as late, or refused.
+    pub num_settled: u64,
+    /// How many examples the batches of all these gradients had together.
+    pub num_examples: u64,
+}
+
+/// Opens the directory for checkpoints. If the training resumes, also returns the checkpoint from which it
+/// goes on.
+pub(crate) fn open(
+    config: Option<CheckpointConfig>,
+    layout: &Layout,
+    facts: &Facts,
+    dealing: Option<Dealing>,
+) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
+    let Some(config) = config else {
+        return Ok((Checkpoints::off(), None));
+    };
+    let accepts = |checkpoint: &Checkpoint| {
+        checkpoint.check_layout(layout)?;
+        let mut facts = facts.iter();
+        facts.try_for_each(|(name, here)| match checkpoint.facts().get(name) {
+            Some(there) if there == here => Ok(()),
+            Some(there) => Err(format!("{name} is `{there}` there, and `{here}` here")),
+            None => Err(format!(
+                "it does not say what {name} is, which is `{here}` here"
+            )),
+        })
+    };
+    let is_resumed = config.resume;
+    let (checkpoints, found) = Checkpoints::open(config, accepts)?;
+    let facts = facts.iter().map(|(name, value)| (name, value.to_owned()));
+    let num_workers = dealing.map(|dealing| (NUM_WORKERS, dealing.num_workers.to_string()));
+    let facts = facts.chain(num_workers);
+    let checkpoints = facts.fold(checkpoints, |all, (name, value)| all.with_fact(name, value));
+    if is_resumed {
+        log_found(found.as_ref());
+    }
+    let found = found.map(|found| match dealing {
+        Some(dealing) => deal_again(found.checkpoint, dealing),
+        None => found.checkpoint,
+    });
+    Ok((checkpoints, found))
+}
+
+/// Says from which checkpoint a run goes on.
+pub(crate) fn log_found(found: Option<&Found>) {
+    match found {
+        Some(found) => {
+            let (path, version) = (found.path.display(), found.checkpoint.version());
+            tracing::info!(%path, %version, "going on from a checkpoint");
+        }
+        None => tracing::info!("there is no checkpoint yet; starting from the beginning"),
+    }
+}
+
+/// Lets the workers go on at the right batches if there are more or fewer of them now.
+fn deal_again(checkpoint: Checkpoint, dealing: Dealing) -> Checkpoint {
+    let before = checkpoint.facts().get(NUM_WORKERS);
+    let before = before.and_then(|number| number.parse().ok());
+    let before = before
+        .filter(|&number| number > 0)
+        .unwrap_or(dealing.num_workers);
+    if before == dealing.num_workers {
+        return checkpoint;
+    }
+    let clocks = (0..before).map(|rank| checkpoint.next_clock(worker(rank)));
+    // A worker that was ahead had used some examples of the later batches already.
+    let slowest = clocks.min().unwrap_or_default();
+    let before = Dealing {
+        num_workers: before,
+        ..dealing
+    };
+    let clock = dealing.clock_after(before, slowest);
+    tracing::info!(before = before.num_workers, now = dealing.num_workers, %clock, "another number of workers");
+    checkpoint.restart_workers_at(clock)
+}
+
+fn worker(rank: usize) -> WorkerId {
+    WorkerId(u32::try_from(rank).unwrap_or(u32::MAX))
+}
+
+impl Resumed {
+    pub(crate) fn of<'a>(
+        version: Version,
+        workers: impl Iterator<Item = &'a WorkerStatus> + Clone,
+        batch_size: usize,
+    ) -> Self {
+        let num_settled: u64 = workers.clone().map(WorkerStatus::num_settled).sum();
+        Self {
+            version,
+            num_applied: workers.map(|worker| worker.num_applied).sum(),
+            num_settled,
+            // Every batch is full.
+            num_examples: num_settled.saturating_mul(batch_size as u64),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dealing(num_workers: usize, batch_size: usize, num_examples: usize) -> Dealing {
+        Dealing {
+            num_workers,
+            batch_size,
+            num_examples,
+        }
+    }
+
+    /// The examples of an epoch that come before `clock`, in the order of the epoch.
+    fn num_before(dealing: Dealing, clock: Clock) -> u64 {
+        let step = clock.0 % dealing.steps_per_epoch();
+        step * (dealing.num_workers * dealing.batch_size) as u64
+    }
+
+    #[test]
+    fn another_number_of_workers_goes_on_at_the_same_place_of_the_epoch() {
+        let (two, four, three) = (
+            dealing(2, 10, 1200),
+            dealing(4, 10, 1200),
+            dealing(3, 10, 1200),
+        );
+        // 60 steps an epoch of two workers, 30 of four, 40 of three.
+        assert_eq!(four.clock_after(two, Clock(60 + 20)), Clock(30 + 10));
+        assert_eq!(two.clock_after(four, Clock(30 + 10)), Clock(60 + 20));
+        assert_eq!(three.clock_after(two, Clock(60 + 20)), Clock(40 + 13));
+        for step in 0..60 {
+            for other in [four, three] {
+                let clock = other.clock_after(two, Clock(step));
+                let (before, after) = (num_before(two, Clock(step)), num_before(other, clock));
+                assert!(after <= before, "no example is left out");
+                let round = (other.num_workers * other.batch_size) as u64;
+                assert!(before - after < round, "less than a round comes twice");
+            }
+        }
+    }
+
+    #[test]
+    fn an_epoch_that_is_shorter_now_ends() {
+        let (one, eight) = (dealing(1, 10, 100), dealing(8, 10, 100));
+        assert_eq!(eight.clock_after(one, Clock(9)), Clock(1));
+        assert_eq!(one.clock_after(eight, Clock(1)), Clock(10));
+    }
+}
