@@ -1,5 +1,5 @@
 //! Training over nodes: the same bits as in one process. The nodes share this process and differ
-//! from others in nothing else; real processes are in `tests/processes.rs`.
+//! from others in nothing else; real processes are in `tests/processes/`.
 
 use ps::actors::cluster::Transport;
 use ps::prelude::*;

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod batches;
+mod checkpoints;
 mod cluster;
 mod ending;
 mod equivalence;

@@ -1,0 +1,207 @@
+//! Trainings that go on from a checkpoint.
+
+use burn::grad_clipping::GradientClippingConfig;
+use burn::optim::{AdamConfig, AdamWConfig};
+use ps::prelude::*;
+
+fn trainer(checkpoints: CheckpointConfig) -> Trainer<ConvNet, ImageDataset> {
+    let device = select_device(default_device_name()).unwrap();
+    let Mnist { train, test, .. } = Mnist::bundled_sample();
+    Trainer::new(ConvNet::init(1, &device), train)
+        .device(&device)
+        .test_data(test)
+        .workers(2)
+        .batch_size(16)
+        .checkpoints(checkpoints)
+}
+
+fn resume(directory: &std::path::Path) -> CheckpointConfig {
+    CheckpointConfig {
+        resume: true,
+        ..CheckpointConfig::new(directory)
+    }
+}
+
+fn bits(weights: &Weights) -> Vec<u32> {
+    let numbers = weights.to_vec().into_iter();
+    numbers.map(f32::to_bits).collect()
+}
+
+type Setting = fn(Trainer<ConvNet, ImageDataset>) -> Trainer<ConvNet, ImageDataset>;
+
+/// S-13: weights, slots, step counters, clocks, and the order of the examples.
+#[test]
+fn a_training_in_two_halves_has_the_bits_of_one_in_a_piece() {
+    let optimizers: [(&str, Setting); 4] = [
+        ("sgd", |trainer| trainer.learning_rate(0.1)),
+        ("momentum", |trainer| {
+            trainer
+                .update_rule(|| Sgd::with_momentum(0.9))
+                .learning_rate(0.02)
+        }),
+        ("adam", |trainer| {
+            trainer.optimizer(AdamConfig::new()).learning_rate(2e-3)
+        }),
+        ("adamw", |trainer| {
+            let clipping = Some(GradientClippingConfig::Value(0.5));
+            let config = AdamWConfig::new().with_grad_clipping(clipping);
+            trainer.optimizer(config).learning_rate(2e-3)
+        }),
+    ];
+    for (name, with_optimizer) in optimizers {
+        let whole = tempfile::tempdir().unwrap();
+        let whole = with_optimizer(trainer(resume(whole.path())))
+            .iterations(12)
+            .run()
+            .unwrap();
+        // At step 3 Adam's correction of its bias is still far from 1.
+        for (first, servers) in [(3, [1, 1]), (6, [2, 3])] {
+            let directory = tempfile::tempdir().unwrap();
+            let run = |num_steps, num_servers| {
+                let trainer = with_optimizer(trainer(resume(directory.path())));
+                trainer
+                    .iterations(num_steps)
+                    .servers(num_servers)
+                    .run()
+                    .unwrap()
+            };
+            let before = run(first, servers[0]);
+            assert_eq!((before.num_updates, before.resumed), (first, None));
+            let after = run(12, servers[1]);
+            let what = format!("{name}, {first} steps first\n{after}");
+            assert_eq!(after.resumed.unwrap().version, Version(first), "{what}");
+            assert!(bits(&after.weights) == bits(&whole.weights), "{what}");
+            assert_eq!(after.final_evaluation, whole.final_evaluation, "{what}");
+            assert_eq!(
+                after.losses[1][..],
+                whole.losses[1][first as usize..],
+                "{what}"
+            );
+            assert_eq!(
+                (after.num_applied, after.num_examples),
+                (24, 24 * 16),
+                "{what}"
+            );
+            assert_eq!(after.num_untold, 0, "{what}");
+            assert!(after.saved_all().is_some(), "{what}");
+        }
+    }
+}
+
+#[test]
+fn checkpoints_are_saved_while_the_workers_go_on_and_the_newest_are_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let every = CheckpointConfig {
+        every: 7,
+        keep: 2,
+        ..CheckpointConfig::new(directory.path())
+    };
+    let report = trainer(every)
+        .consistency(Consistency::Asp)
+        .iterations(50)
+        .run()
+        .unwrap();
+    let saved = report.checkpoints.as_ref().unwrap();
+    assert!(saved.num_saved >= 2 && saved.num_failed == 0, "{saved:?}");
+    assert!(saved.has(Version(100)), "{saved:?}");
+    let kept = std::fs::read_dir(directory.path()).unwrap();
+    let kept = kept.filter(|entry| {
+        let name = entry.as_ref().unwrap().file_name();
+        name.to_string_lossy().starts_with("checkpoint-")
+    });
+    assert_eq!(kept.count(), 2);
+    assert!(
+        report.to_string().contains("checkpoint-000000000100"),
+        "{report}"
+    );
+
+    // All steps are taken already.
+    let nothing = trainer(resume(directory.path()));
+    let nothing = nothing
+        .consistency(Consistency::Asp)
+        .iterations(50)
+        .run()
+        .unwrap();
+    assert_eq!((nothing.num_updates, nothing.losses[0].len()), (100, 0));
+    assert_eq!(nothing.final_evaluation, report.final_evaluation);
+    assert!(bits(&nothing.weights) == bits(&report.weights));
+}
+
+#[test]
+fn a_training_goes_on_with_more_and_with_fewer_workers() {
+    let directory = tempfile::tempdir().unwrap();
+    let run = |num_workers, epochs| {
+        let trainer = trainer(resume(directory.path()))
+            .workers(num_workers)
+            .epochs(epochs);
+        trainer.learning_rate(0.05).run().unwrap()
+    };
+    // 4,000 examples in batches of 16: 125 steps of 2 workers, 62 of 4, 83 of 3.
+    assert_eq!(run(2, 1).num_updates, 125);
+    let more = run(4, 2);
+    assert_eq!(
+        more.losses.iter().map(Vec::len).collect::<Vec<_>>(),
+        [62; 4]
+    );
+    assert_eq!(
+        (more.num_updates, more.num_applied),
+        (125 + 62, 250 + 4 * 62)
+    );
+    let fewer = run(3, 3);
+    assert_eq!(
+        fewer.losses.iter().map(Vec::len).collect::<Vec<_>>(),
+        [83; 3]
+    );
+    assert_eq!(fewer.num_updates, 125 + 62 + 83);
+    let accuracy = fewer.final_accuracy().unwrap();
+    assert!(accuracy > 0.8, "{accuracy}");
+}
+
+#[test]
+fn a_checkpoint_of_another_training_is_refused_by_what_differs() {
+    let directory = tempfile::tempdir().unwrap();
+    trainer(resume(directory.path()))
+        .iterations(2)
+        .run()
+        .unwrap();
+    let settings: [(&str, Setting); 4] = [
+        ("the optimizer is", |trainer| {
+            trainer.optimizer(AdamConfig::new())
+        }),
+        ("the batch size is `16` there, and `32` here", |trainer| {
+            trainer.batch_size(32)
+        }),
+        ("the seed is `0` there, and `5` here", |trainer| {
+            trainer.seed(5)
+        }),
+        ("the name of the training", |trainer| {
+            trainer.name("another")
+        }),
+    ];
+    for (expected, with_setting) in settings {
+        let refused = with_setting(trainer(resume(directory.path())))
+            .iterations(4)
+            .run();
+        let refused = ps::actors::actor::error_chain(&refused.unwrap_err());
+        assert!(refused.contains(expected), "{expected}: {refused}");
+    }
+    let device = select_device(default_device_name()).unwrap();
+    let other = Trainer::new(Net::init(1, &device), Mnist::bundled_sample().train)
+        .batch_size(16)
+        .iterations(4)
+        .checkpoints(resume(directory.path()));
+    let refused = ps::actors::actor::error_chain(&other.run().unwrap_err());
+    assert!(
+        refused.contains("it has `conv1.weight` [3, 1, 3, 3] where"),
+        "{refused}"
+    );
+    // What only changes the way is no difference.
+    let report = trainer(resume(directory.path()))
+        .learning_rate(0.001)
+        .consistency(Consistency::Asp)
+        .servers(2)
+        .iterations(4)
+        .run()
+        .unwrap();
+    assert_eq!(report.num_applied, 8);
+}

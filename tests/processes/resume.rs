@@ -1,0 +1,159 @@
+//! Runs whose driver is killed or interrupted, and that go on from a checkpoint.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::run::{Run, signal};
+
+/// The newest checkpoint in a directory: its number of updates and its files.
+fn newest(directory: &Path) -> Option<(u64, PathBuf)> {
+    let entries = fs::read_dir(directory).ok()?.map_while(Result::ok);
+    let version = |path: &Path| {
+        let name = path.file_name()?.to_str()?;
+        name.strip_prefix("checkpoint-")?.parse().ok()
+    };
+    let found = entries.filter_map(|entry| Some((version(&entry.path())?, entry.path())));
+    found.max()
+}
+
+/// The weights and the state of the update rule, as they are on the disk.
+fn numbers(directory: &Path) -> [Vec<u8>; 2] {
+    let (_, path) = newest(directory).expect("there is a checkpoint");
+    ["model.safetensors", "optimizer.safetensors"].map(|file| fs::read(path.join(file)).unwrap())
+}
+
+fn words<'a>(arguments: &[&'a str], directory: &'a Path) -> Vec<&'a str> {
+    let directory = directory.to_str().unwrap();
+    let checkpoints = ["--checkpoint-dir", directory, "--checkpoint-every", "20"];
+    [arguments, &checkpoints].concat()
+}
+
+/// S-13, for the trainer and for a driver's own loop, in one process and in three: the same bits as of a run
+/// that nothing happened to.
+#[test]
+fn a_run_whose_driver_is_killed_goes_on_from_its_checkpoint_with_the_same_bits() {
+    let arguments = ["--iterations", "600"];
+    let three = ["--iterations", "600", "--processes", "3"];
+    let on_nodes = [&three[..], &["--num-servers", "2", "--servers-on-nodes"]].concat();
+    for (name, arguments) in [
+        ("sync_ps", &arguments[..]),
+        ("sync_ps", &three),
+        ("sharded_ps", &three),
+        ("sharded_ps", &on_nodes),
+    ] {
+        let whole = tempfile::tempdir().unwrap();
+        let (status, output) = Run::start(name, &words(arguments, whole.path())).finish();
+        assert!(status.success(), "{output}");
+        let whole = numbers(whole.path());
+
+        let killed = tempfile::tempdir().unwrap();
+        let arguments = words(arguments, killed.path());
+        let mut run = Run::start(name, &arguments);
+        run.wait_for(&["saved a checkpoint"]);
+        signal("KILL", run.driver.id());
+        let (status, _) = run.finish();
+        assert!(!status.success());
+        let (saved, _) = newest(killed.path()).expect("it was saved");
+
+        // Not by mistake into another run's directory.
+        let (status, output) = Run::start(name, &arguments).finish();
+        assert_eq!(status.code(), Some(1), "{output}");
+        assert!(
+            output.contains("already has checkpoints, up to version"),
+            "{output}"
+        );
+
+        let again = [&arguments[..], &["--resume"]].concat();
+        let (status, output) = Run::start(name, &again).finish();
+        assert!(status.success(), "{name}: {output}");
+        let (version, _) = newest(killed.path()).unwrap();
+        assert!(
+            saved < 600 && version == 600,
+            "{name}: {saved}, {version}: {output}"
+        );
+        assert!(
+            numbers(killed.path()) == whole,
+            "{name} {arguments:?}: {output}"
+        );
+    }
+}
+
+/// The command that it prints goes on. (A launcher may take the run for done until then: nothing is lost.)
+#[test]
+fn an_interrupted_driver_saves_a_checkpoint_and_says_how_to_go_on() {
+    let endless = ["--iterations", "1000000", "--checkpoint-every", "0"];
+    let three = [&endless[..], &["--processes", "3"]].concat();
+    for (name, arguments, how) in [
+        ("sync_ps", &endless[..], "TERM"),
+        ("async_ps", &three, "INT"),
+        ("sharded_ps", &three, "TERM"),
+        ("rpc_ps", &endless, "TERM"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path().to_str().unwrap();
+        let arguments = [arguments, &["--checkpoint-dir", dir]].concat();
+        let mut run = Run::start(name, &arguments);
+        match name {
+            "rpc_ps" => run.wait_for(&["training batch 5 "]),
+            _ => run.wait_for(&["Iter ", "accuracy is"]),
+        };
+        signal(how, run.driver.id());
+        let (status, output) = run.finish();
+        assert_eq!(status.code(), Some(0), "{name}: {output}");
+        assert!(
+            output.contains(&format!("Interrupted by SIG{how}")),
+            "{output}"
+        );
+        let hint = output
+            .lines()
+            .find_map(|line| line.strip_prefix("To go on: "));
+        let hint = hint.unwrap_or_else(|| panic!("{name}: no hint: {output}"));
+        assert!(hint.ends_with("--resume") && hint.contains(dir), "{hint}");
+        let (saved, _) = newest(directory.path()).expect("it was saved");
+
+        // As the hint says, but not without end.
+        let words = hint.split(' ').skip(1);
+        let words: Vec<&str> = words
+            .map(|word| if word == "1000000" { "1" } else { word })
+            .collect();
+        let (status, output) = Run::start(name, &words[3..]).finish();
+        assert!(status.success(), "{name}: {output}");
+        let (version, _) = newest(directory.path()).unwrap();
+        assert!(
+            version >= saved && saved > 0,
+            "{name}: {saved}, then {version}: {output}"
+        );
+    }
+}
+
+/// The servers are lost with their node. What they had at the last checkpoint is not.
+#[test]
+fn a_run_that_lost_its_servers_goes_on_from_its_checkpoint() {
+    let directory = tempfile::tempdir().unwrap();
+    let arguments = [
+        "--processes",
+        "3",
+        "--num-servers",
+        "2",
+        "--servers-on-nodes",
+    ];
+    let arguments = [&["--iterations", "1000000"], &arguments[..]].concat();
+    let arguments = words(&arguments, directory.path());
+    let mut run = Run::start("sharded_ps", &arguments);
+    let node = run.wait_for_node("node=node 2");
+    run.wait_for(&["saved a checkpoint"]);
+    signal("KILL", node);
+    let (status, output) = run.finish();
+    assert_eq!(status.code(), Some(1), "{output}");
+    let (saved, _) = newest(directory.path()).expect("it was saved");
+
+    let more = (saved + 30).to_string();
+    let again = arguments
+        .iter()
+        .map(|&word| if word == "1000000" { &more } else { word });
+    let again: Vec<&str> = again.chain(["--resume"]).collect();
+    let (status, output) = Run::start("sharded_ps", &again).finish();
+    assert!(status.success(), "{output}");
+    let (version, _) = newest(directory.path()).unwrap();
+    assert_eq!(version, saved + 30, "{output}");
+}

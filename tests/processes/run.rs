@@ -1,0 +1,150 @@
+//! A driver as a real process, with the processes that it starts.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Bounds every wait.
+pub(crate) const SOON: Duration = Duration::from_secs(120);
+
+/// A driver with the processes that it has started.
+pub(crate) struct Run {
+    pub(crate) driver: Child,
+    /// What all processes print and log; ends when nobody is left who could.
+    lines: Receiver<String>,
+    seen: Vec<String>,
+}
+
+pub(crate) fn example(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test
+        .parent()
+        .and_then(|deps| deps.parent())
+        .unwrap()
+        .join("examples")
+        .join(name);
+    assert!(
+        path.exists(),
+        "{} is missing: run `cargo build --examples` with the same profile",
+        path.display()
+    );
+    path
+}
+
+impl Run {
+    pub(crate) fn start(name: &str, arguments: &[&str]) -> Self {
+        let driver = Command::new(example(name))
+            .args(["--offline", "--batch-size", "16"])
+            .args(arguments)
+            .env_remove("PS_MNIST_DIR")
+            .env("NO_COLOR", "1")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self::follow(driver)
+    }
+
+    pub(crate) fn follow(mut driver: Child) -> Self {
+        let (sender, lines) = channel();
+        follow(driver.stderr.take().unwrap(), sender.clone());
+        follow(driver.stdout.take().unwrap(), sender);
+        Self {
+            driver,
+            lines,
+            seen: Vec::new(),
+        }
+    }
+
+    /// Waits until a process prints or logs a line that contains all these texts.
+    pub(crate) fn wait_for(&mut self, texts: &[&str]) -> String {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if texts.iter().all(|text| line.contains(text)) {
+                        return line;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    panic!("nobody said {texts:?}, but:\n{}", self.seen.join("\n"))
+                }
+            }
+        }
+    }
+
+    /// Waits until a node has joined, and returns its process.
+    pub(crate) fn wait_for_node(&mut self, node: &str) -> u32 {
+        let line = self.wait_for(&["a node has joined", node]);
+        let pid = line.split("pid=").nth(1).unwrap();
+        pid.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    /// Waits for the end of the driver, and of everything that could write to its output.
+    pub(crate) fn finish(mut self) -> (ExitStatus, String) {
+        let deadline = Instant::now() + SOON;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.lines.recv_timeout(left) {
+                Ok(line) => self.seen.push(line),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("somebody lives on; so far:\n{}", self.seen.join("\n"))
+                }
+            }
+        }
+        (self.driver.wait().unwrap(), self.seen.join("\n"))
+    }
+}
+
+/// Passes a process's lines on.
+fn follow(stream: impl Read + Send + 'static, lines: Sender<String>) {
+    thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            if lines.send(line).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+pub(crate) fn signal(name: &str, pid: u32) {
+    let sent = Command::new("kill")
+        .args([&format!("-{name}"), &pid.to_string()])
+        .status();
+    assert!(sent.unwrap().success(), "{name} to {pid}");
+}
+
+/// Stops a process, and waits until none of its threads runs any more.
+#[cfg(target_os = "linux")]
+pub(crate) fn stop_all_threads(pid: u32) {
+    signal("STOP", pid);
+    let deadline = Instant::now() + SOON;
+    let is_stopped = || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        threads.map_while(Result::ok).all(|thread| {
+            let status = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // After the name, which is in brackets.
+            status
+                .rsplit(')')
+                .next()
+                .is_some_and(|rest| rest.starts_with(" T"))
+        })
+    };
+    while !is_stopped() {
+        assert!(Instant::now() < deadline, "{pid} does not stop");
+        thread::yield_now();
+    }
+}
