@@ -51,7 +51,7 @@ fn train(
         train: args,
         data,
         cluster,
-        checkpoints,
+        checkpoints: saving,
     }: Args,
 ) -> Result<ExitCode> {
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
@@ -69,7 +69,7 @@ fn train(
         ..ServerConfig::default()
     };
     let initial = initial_weights(&model, &device)?;
-    let (mut checkpoints, found) = checkpoints.open_for(&initial, &args, mnist.train.len())?;
+    let (mut checkpoints, found) = saving.open_for(&initial, &args, mnist.train.len())?;
     let start = found.as_ref().map_or(Start::from(&initial), Start::from);
     let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
     // A worker whose process is lost is started again, on another one if need be.
@@ -126,5 +126,6 @@ fn train(
     );
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(weights.version());
+    saving.export(&model, &device, &weights)?;
     Ok(cli::end_of_training(stop.received(), is_saved))
 }

@@ -52,7 +52,7 @@ fn train(args: Args) -> Result<ExitCode> {
 
     // Processes compare their data, too.
     let train = collated(landscape(4_000, 0.0), as_batch).compared_by(|point| format!("{point:?}"));
-    let trainer = Trainer::new(model, train)
+    let trainer = Trainer::new(model.clone(), train)
         .test_data(test)
         .device(&device)
         .workers(args.num_workers)
@@ -70,6 +70,7 @@ fn train(args: Args) -> Result<ExitCode> {
         .map_or(f64::NAN, |result| result.mean_loss());
     say!("{report}");
     say!("Final mean squared error is {error:.4}.");
+    args.checkpoints.export(&model, &device, &report.weights)?;
     Ok(cli::end_of_training(
         report.interrupted,
         report.saved_all().is_some(),

@@ -73,9 +73,10 @@ fn main() -> ExitCode {
 }
 
 fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> Result<ExitCode> {
-    let trainer = Trainer::new(model, mnist.train)
+    let device = args.data.device()?;
+    let trainer = Trainer::new(model.clone(), mnist.train)
         .test_data(mnist.test)
-        .device(&args.data.device()?)
+        .device(&device)
         .workers(args.train.num_workers)
         .servers(args.servers.num_servers)
         .servers_on_nodes(args.servers.servers_on_nodes)
@@ -98,6 +99,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
     let report = trainer.run_on(&cluster)?;
     let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
     say!("Final accuracy is {accuracy:.1}.\n{report}");
+    args.checkpoints.export(&model, &device, &report.weights)?;
     Ok(cli::end_of_training(
         report.interrupted,
         report.saved_all().is_some(),

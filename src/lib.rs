@@ -46,6 +46,7 @@
 //! | [`served`] | models that live with a server: remote forward and backward |
 //! | [`lasting`] | workers for a driver's own loop that are started again when their process is lost |
 //! | [`rule`] | a burn optimizer as a server's update rule |
+//! | [`export`] | files with a trained model for other programs |
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
@@ -57,6 +58,7 @@ pub mod agreement;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
+pub mod export;
 pub mod lasting;
 pub mod report;
 mod resume;

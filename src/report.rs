@@ -55,10 +55,12 @@ pub struct Report {
     /// The signal that ended the training before all steps were taken, if one did.
     pub interrupted: Option<Signal>,
     /// Where the training went on, if it went on from a checkpoint. The counts below are those of the whole
-    /// training. Times, losses and evaluations are those of this process.
+    /// training. Times, losses and evaluations are those since then.
     pub resumed: Option<Resumed>,
     /// The checkpoints that were saved. `None` if none were asked for.
     pub checkpoints: Option<SaveReport>,
+    /// How often the servers were lost, so that the training went on from its last checkpoint.
+    pub num_recoveries: u32,
     /// The number of workers.
     pub num_workers: usize,
     /// The number of servers.
@@ -200,11 +202,12 @@ impl fmt::Display for Report {
             )?;
         }
         if let Some(resumed) = self.resumed {
-            writeln!(
-                f,
-                "Went on after {} updates of an earlier process",
-                resumed.version.0
-            )?;
+            let version = resumed.version.0;
+            write!(f, "Went on from a checkpoint after {version} updates")?;
+            match self.num_recoveries {
+                0 => writeln!(f)?,
+                n => writeln!(f, "; the servers were lost {}", counted(n as usize, "time"))?,
+            }
         }
         if let Some(saved) = &self.checkpoints {
             let num_saved = counted(saved.num_saved as usize, "checkpoint");

@@ -48,20 +48,18 @@ pub struct Resumed {
     pub num_examples: u64,
 }
 
-/// Opens the directory for checkpoints. If the training resumes, also returns the checkpoint from which it
-/// goes on.
-pub(crate) fn open(
-    config: Option<CheckpointConfig>,
-    layout: &Layout,
-    facts: &Facts,
-    dealing: Option<Dealing>,
-) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
-    let Some(config) = config else {
-        return Ok((Checkpoints::off(), None));
-    };
-    let accepts = |checkpoint: &Checkpoint| {
-        checkpoint.check_layout(layout)?;
-        let mut facts = facts.iter();
+/// What a checkpoint must be like, so that a training can go on from it.
+pub(crate) struct Terms<'a> {
+    pub(crate) layout: &'a Layout,
+    pub(crate) facts: &'a Facts,
+    /// `None`: the workers get their data from elsewhere.
+    pub(crate) dealing: Option<Dealing>,
+}
+
+impl Terms<'_> {
+    fn accept(&self, checkpoint: &Checkpoint) -> Result<(), String> {
+        checkpoint.check_layout(self.layout)?;
+        let mut facts = self.facts.iter();
         facts.try_for_each(|(name, here)| match checkpoint.facts().get(name) {
             Some(there) if there == here => Ok(()),
             Some(there) => Err(format!("{name} is `{there}` there, and `{here}` here")),
@@ -69,25 +67,51 @@ pub(crate) fn open(
                 "it does not say what {name} is, which is `{here}` here"
             )),
         })
+    }
+
+    /// Lets the workers go on at the right batches.
+    fn deal(&self, found: Found) -> Checkpoint {
+        match self.dealing {
+            Some(dealing) => deal_again(found.checkpoint, dealing),
+            None => found.checkpoint,
+        }
+    }
+}
+
+/// Opens the directory for checkpoints. If the training resumes, also returns the checkpoint from which it
+/// goes on.
+pub(crate) fn open(
+    config: Option<CheckpointConfig>,
+    terms: &Terms<'_>,
+) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
+    let Some(config) = config else {
+        return Ok((Checkpoints::off(), None));
     };
     let is_resumed = config.resume;
-    let (checkpoints, found) = Checkpoints::open(config, accepts)?;
-    let facts = facts.iter().map(|(name, value)| (name, value.to_owned()));
+    let (checkpoints, found) = Checkpoints::open(config, |found| terms.accept(found))?;
+    let facts = terms.facts.iter();
+    let facts = facts.map(|(name, value)| (name, value.to_owned()));
+    let dealing = terms.dealing;
     let num_workers = dealing.map(|dealing| (NUM_WORKERS, dealing.num_workers.to_string()));
     let facts = facts.chain(num_workers);
     let checkpoints = facts.fold(checkpoints, |all, (name, value)| all.with_fact(name, value));
     if is_resumed {
         log_found(found.as_ref());
     }
-    let found = found.map(|found| match dealing {
-        Some(dealing) => deal_again(found.checkpoint, dealing),
-        None => found.checkpoint,
-    });
-    Ok((checkpoints, found))
+    Ok((checkpoints, found.map(|found| terms.deal(found))))
+}
+
+/// Returns the newest checkpoint of this same training.
+pub(crate) fn again(
+    checkpoints: &mut Checkpoints,
+    terms: &Terms<'_>,
+) -> Result<Option<Checkpoint>, CheckpointError> {
+    let found = checkpoints.newest(|found| terms.accept(found))?;
+    Ok(found.map(|found| terms.deal(found)))
 }
 
 /// Says from which checkpoint a run goes on.
-pub(crate) fn log_found(found: Option<&Found>) {
+fn log_found(found: Option<&Found>) {
     match found {
         Some(found) => {
             let (path, version) = (found.path.display(), found.checkpoint.version());

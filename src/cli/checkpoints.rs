@@ -6,16 +6,19 @@ use std::process::ExitCode;
 use ps_actors::checkpoint::{Checkpoint, CheckpointConfig, CheckpointError, Checkpoints};
 use ps_actors::launch::{Signal, exit_code};
 use ps_actors::weights::Weights;
+use ps_model::burn::module::Module;
+use ps_model::burn::tensor::Device;
 
 use super::{TrainArgs, say};
 use crate::agreement::Facts;
-use crate::resume::{self, Dealing};
+use crate::export::{ExportError, ExportFile};
+use crate::resume::{self, Dealing, Terms};
 
 // No doc comment on this type: `--help` would take it for the program's own text.
 
 #[allow(missing_docs, reason = "see above")]
 #[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Checkpoints")]
+#[command(next_help_heading = "Checkpoints and result")]
 pub struct CheckpointArgs {
     /// Save checkpoints to this directory, during the training and at its end. Without it, nothing is
     /// saved.
@@ -37,6 +40,9 @@ pub struct CheckpointArgs {
     /// beginning.
     #[arg(long, requires = "checkpoint_dir")]
     pub resume: bool,
+    /// Write the trained model to this file at the end: FILE.safetensors, or FILE.bpk for burn.
+    #[arg(long, value_name = "FILE")]
+    pub export: Option<ExportFile>,
 }
 
 impl CheckpointArgs {
@@ -50,6 +56,24 @@ impl CheckpointArgs {
             keep: self.keep_checkpoints as usize,
             resume: self.resume,
         })
+    }
+
+    /// Writes the trained model to a file, if the user asks for it.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn export<M: Module>(
+        &self,
+        model: &M,
+        device: &Device,
+        weights: &Weights,
+    ) -> Result<(), ExportError> {
+        let Some(file) = &self.export else {
+            return Ok(());
+        };
+        file.write(model, device, weights)?;
+        say!("The trained model is in {}.", file.path().display());
+        Ok(())
     }
 
     /// Opens the directory, for a driver's own loop. Returns the checkpoint from which it goes on, if the
@@ -94,7 +118,12 @@ impl CheckpointArgs {
         facts: &Facts,
         dealing: Option<Dealing>,
     ) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
-        let opened = resume::open(self.config(), initial.layout(), facts, dealing)?;
+        let terms = Terms {
+            layout: initial.layout(),
+            facts,
+            dealing,
+        };
+        let opened = resume::open(self.config(), &terms)?;
         if let Some(found) = &opened.1 {
             say!("Going on after {} updates.", found.version().0);
         }

@@ -146,25 +146,7 @@ fn write_files(checkpoint: &Checkpoint, directory: &Path) -> Result<(), Checkpoi
         facts,
     } = checkpoint;
     let layout = weights.layout();
-    let names: BTreeSet<&str> = layout
-        .parameters()
-        .iter()
-        .map(|p| p.name.as_str())
-        .collect();
-    if names.len() < layout.parameters().len() {
-        let path = directory.to_owned();
-        let reason = io::Error::other("two parameters of the model have the same name");
-        return Err(CheckpointError::Write {
-            path,
-            source: reason,
-        });
-    }
-    let model = layout.parameters().iter().map(|parameter| {
-        let Parameter { name, shape, range } = parameter;
-        let numbers = weights.read(range.clone());
-        (name.clone(), Tensor { shape, numbers })
-    });
-    write_tensors(&directory.join(MODEL), model)?;
+    write_model(weights, &directory.join(MODEL))?;
     let slots = rule.vectors.iter().flat_map(|(slot, numbers)| {
         layout.parameters().iter().map(move |parameter| {
             let Parameter { name, shape, range } = parameter;
@@ -219,6 +201,59 @@ fn write_files(checkpoint: &Checkpoint, directory: &Path) -> Result<(), Checkpoi
     let path = directory.join(CHECKSUMS);
     write_file(&path, checksums.as_bytes()).map_err(failed(&path))?;
     sync_directory(directory).map_err(failed(directory))
+}
+
+/// Writes weights by the names of their parameters.
+fn write_model(weights: &Weights, path: &Path) -> Result<(), CheckpointError> {
+    let parameters = weights.layout().parameters();
+    let names: BTreeSet<&str> = parameters.iter().map(|one| one.name.as_str()).collect();
+    if names.len() < parameters.len() {
+        let path = path.to_owned();
+        let source = io::Error::other("two parameters of the model have the same name");
+        return Err(CheckpointError::Write { path, source });
+    }
+    let tensors = parameters.iter().map(|parameter| {
+        let Parameter { name, shape, range } = parameter;
+        let numbers = weights.read(range.clone());
+        (name.clone(), Tensor { shape, numbers })
+    });
+    write_tensors(path, tensors)
+}
+
+impl Weights {
+    /// Writes the weights to a file of the format safetensors, under the names of the model's parameters. The
+    /// file is there as a whole or not at all.
+    ///
+    /// ```
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let weights = Weights::initial(Layout::flat(3), vec![1.0, 2.0, 3.0]);
+    /// let directory = tempfile::tempdir()?;
+    /// let path = directory.path().join("model.safetensors");
+    /// weights.write_safetensors(&path)?;
+    ///
+    /// let bytes = std::fs::read(&path)?;
+    /// let tensors = safetensors::SafeTensors::deserialize(&bytes)?;
+    /// assert_eq!(tensors.tensor("weights")?.shape(), [3]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If the file cannot be written, or if two parameters have the same name.
+    pub fn write_safetensors(&self, path: &Path) -> Result<(), CheckpointError> {
+        let failed = |source| CheckpointError::Write {
+            path: path.to_owned(),
+            source,
+        };
+        let partial = partial_of(path);
+        let written = write_model(self, &partial)
+            .and_then(|()| fs::rename(&partial, path).map_err(failed))
+            .and_then(|()| sync_directory(parent_of(path)).map_err(failed));
+        if written.is_err() {
+            let _ = fs::remove_file(&partial);
+        }
+        written
+    }
 }
 
 fn write_tensors<'a>(

@@ -147,14 +147,14 @@ impl Checkpoints {
                 None => None,
             },
         };
-        let begin = found.as_ref().map(|found| found.checkpoint.version());
+        let from = found.as_ref().map(|found| found.checkpoint.version());
         let mut checkpoints = Self {
             directory: Some(Arc::new(directory)),
             every,
             keep,
             ..Self::off()
         };
-        checkpoints.next = checkpoints.due_after(begin.unwrap_or_default());
+        checkpoints.next = checkpoints.due_after(from.unwrap_or_default());
         Ok((checkpoints, found))
     }
 
@@ -176,6 +176,26 @@ impl Checkpoints {
     #[must_use]
     pub fn is_off(&self) -> bool {
         self.directory.is_none()
+    }
+
+    /// Returns the newest checkpoint that can be used, when the servers of a run were lost. The next one is
+    /// due at the first multiple of [`every`](CheckpointConfig::every) after it. If one is being written,
+    /// waits for it first.
+    ///
+    /// # Errors
+    /// If there are checkpoints, but none that can be used and that `accepts` does not refuse.
+    pub fn newest(
+        &mut self,
+        accepts: impl Fn(&Checkpoint) -> Result<(), String>,
+    ) -> Result<Option<Found>, CheckpointError> {
+        self.wait();
+        let found = match &self.directory {
+            Some(directory) => directory.newest(accepts)?,
+            None => None,
+        };
+        let version = found.as_ref().map(|found| found.checkpoint.version());
+        self.next = self.due_after(version.unwrap_or_default());
+        Ok(found)
     }
 
     /// Adds a statement about the run to each checkpoint; see [`Checkpoint::with_fact`].

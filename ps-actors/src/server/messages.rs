@@ -392,6 +392,21 @@ impl GroupError {
         }
     }
 
+    /// Whether a server is lost, or cannot be reached any more. Its part of the weights is lost with it.
+    #[must_use]
+    pub fn is_server_lost(&self) -> bool {
+        match self {
+            Self::Call { .. } => !self.is_for_now(),
+            Self::Server { source, .. } => {
+                matches!(
+                    source,
+                    ServerError::GroupBroken { .. } | ServerError::Stopping
+                )
+            }
+            Self::BadWeights { .. } => false,
+        }
+    }
+
     /// Returns why the first server refused the worker or its gradient, if it did.
     #[must_use]
     pub fn refusal(&self) -> Option<&Refusal> {

@@ -1,0 +1,461 @@
+//! How a training runs: its servers and workers, what happens beside them, and the report.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use futures_util::future::{Either, join, select, try_join_all};
+use ps_actors::actor;
+use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveReport, Start};
+use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn, SpawnOnError};
+use ps_actors::group::ServerGroup;
+use ps_actors::ids::{Version, WorkerId};
+use ps_actors::launch::StopSignal;
+use ps_actors::server::{CoordinatorStatus, GroupError, Histogram, PullVersion, WorkerStatus};
+use ps_actors::worker::WorkerError;
+use ps_model::Model;
+use ps_model::burn::tensor::Device;
+
+use super::{Length, TrainError, Trainer, Variants};
+use crate::agreement::Facts;
+use crate::data::Examples;
+use crate::report::{CurvePoint, Report};
+use crate::resume::{self, Dealing, Resumed, Terms};
+use crate::source::{Evaluator, ModelSource, ModelWorker, WorkerConfig, initial_weights};
+use crate::workers::{Worker, WorkerRun};
+
+/// How long workers may take to finish the current step when the training is interrupted.
+const LAST_STEP: Duration = Duration::from_secs(10);
+
+/// How often in a row the servers may be lost without a newer checkpoint in between.
+const MAX_IN_VAIN: u32 = 3;
+
+impl<M, E> Trainer<M, E>
+where
+    M: Model,
+    E: Examples<Batch = M::Batch>,
+{
+    /// Trains on a cluster whose nodes have the [`hosts`](Self::hosts) of this training. A node that only
+    /// hosts other trainings is an error. The workers are placed on the nodes in turn. If there are no
+    /// nodes, they are in this process, which then needs no `hosts`.
+    ///
+    /// One cluster can run any number of trainings, also at the same time.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    ///
+    /// # Panics
+    /// As [`run`](Self::run).
+    pub fn run_on(mut self, cluster: &Cluster) -> Result<Report, TrainError> {
+        self.check()?;
+        let stop = match self.heeds_signals {
+            true => Some(StopSignal::heed().map_err(TrainError::Signals)?),
+            false => None,
+        };
+        self.server.wait_for_workers = self.num_workers;
+        let device = self.chosen_device()?;
+        let mut evaluator = match &self.test {
+            Some(test) => Some(Evaluator::new(&self.model, &device, test)?),
+            None => None,
+        };
+        // A mistake is returned here. Otherwise it would be a worker that cannot start.
+        let one = ModelSource::new(&self.model, &device, &self.train, self.worker_config(0))?;
+        let num_steps = match self.length {
+            Length::Iterations(iterations) => iterations,
+            Length::Epochs(epochs) => epochs.saturating_mul(one.steps_per_epoch()),
+        };
+        drop(one);
+        let initial = initial_weights(&self.model, &device)?;
+        if let Some(evaluator) = &mut evaluator {
+            // The test data is checked now, and not after hours of training.
+            evaluator.try_out(&initial).map_err(TrainError::TestData)?;
+        }
+        let dealing = Dealing {
+            num_workers: self.num_workers,
+            batch_size: self.batch_size,
+            num_examples: self.train.num_examples(),
+        };
+        let config = self.checkpoints.take();
+        let facts = match config {
+            Some(_) => self.checkpoint_facts(&device),
+            None => Facts::default(),
+        };
+        let terms = Terms {
+            layout: initial.layout(),
+            facts: &facts,
+            dealing: Some(dealing),
+        };
+        let (checkpoints, mut resumed) = resume::open(config, &terms)?;
+        let variants = match cluster.is_alone() {
+            // There are no other processes, so there is nothing to compare.
+            true => Variants::here(),
+            false => Variants::of(&self.worker_facts(&device), &self.server_facts()),
+        };
+        let here = self.host(Hosts::new(), &device, &variants);
+        let mut run = Run {
+            evaluator,
+            checkpoints,
+            num_steps,
+            stop: stop.as_ref(),
+            recoveries: Recoveries::default(),
+        };
+        loop {
+            let start = resumed.as_ref().map_or(Start::from(&initial), Start::from);
+            let servers = self.spawn_servers(cluster, start, &device, &variants, &here)?;
+            let workers = self.spawn_workers(cluster, &variants, &here)?;
+            let error = match actor::run(self.drive(servers, workers, &mut run, resumed.as_ref())) {
+                Err(error) if run.may_recover(&error) => error,
+                other => return other,
+            };
+            // Without a checkpoint yet, it starts from the beginning.
+            resumed = resume::again(&mut run.checkpoints, &terms)?;
+            let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
+            if !run.recoveries.begin(from) {
+                return Err(error);
+            }
+            let reason = actor::error_chain(&error);
+            tracing::warn!(%reason, %from, "the servers are lost; going on from the last checkpoint");
+        }
+    }
+
+    fn spawn_workers(
+        &self,
+        cluster: &Cluster,
+        variants: &Variants,
+        here: &Hosts,
+    ) -> Result<Vec<Worker<M>>, SpawnOnError> {
+        let spawn = SpawnOn::new().variant(&variants.workers).here(here.clone());
+        let configs = (0..self.num_workers).map(|rank| self.worker_config(rank));
+        let started: Vec<_> = configs
+            .map(|config| {
+                let actor = cluster.spawn_with::<ModelWorker<M>>(spawn.clone(), config);
+                (config, actor)
+            })
+            .collect();
+        let workers = started
+            .into_iter()
+            .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster, &spawn)));
+        workers.collect()
+    }
+
+    fn worker_config(&self, rank: usize) -> WorkerConfig {
+        WorkerConfig {
+            worker: WorkerId(u32::try_from(rank).expect("the number of workers was checked")),
+            num_workers: self.num_workers,
+            batch_size: self.batch_size,
+            seed: self.seed,
+        }
+    }
+
+    fn spawn_servers(
+        &self,
+        cluster: &Cluster,
+        start: Start<'_>,
+        device: &Device,
+        variants: &Variants,
+        here: &Hosts,
+    ) -> Result<ServerGroup, TrainError> {
+        if self.servers_on_nodes {
+            let place = SpawnOn::from(Placement::RoundRobin).variant(&variants.servers);
+            let places = vec![place.here(here.clone()); self.num_servers];
+            let spawn = ServerGroup::spawn_on(cluster, places, start, self.server);
+            return Ok(actor::run(spawn)?);
+        }
+        // All rules are made first, because a server that is started must get one.
+        let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));
+        let mut rules = rules.collect::<Result<Vec<_>, _>>()?.into_iter();
+        let rule = |_: Range<usize>| rules.next().expect("one for each server");
+        Ok(ServerGroup::spawn(
+            start,
+            self.num_servers,
+            self.server,
+            rule,
+        )?)
+    }
+
+    async fn drive(
+        &mut self,
+        servers: ServerGroup,
+        workers: Vec<Worker<M>>,
+        run: &mut Run<'_, M>,
+        from: Option<&Checkpoint>,
+    ) -> Result<Report, TrainError> {
+        let Run {
+            evaluator,
+            checkpoints,
+            num_steps,
+            stop,
+            recoveries,
+        } = run;
+        let (num_steps, stop) = (*num_steps, *stop);
+        let resumed = match from {
+            Some(_) => {
+                let status = coordinator(&servers).await?;
+                let workers = status.workers.values();
+                Some(Resumed::of(status.version, workers, self.batch_size))
+            }
+            None => None,
+        };
+        let started = Instant::now();
+        let mut curve = Vec::new();
+        let outcome = {
+            let given_up = stop_workers(stop, &workers).shared();
+            let runs = workers.iter().map(|worker| {
+                let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
+                worker.run(&servers, first_step, num_steps, given_up.clone())
+            });
+            let runs = std::pin::pin!(try_join_all(runs));
+            let every = self.evaluate_every;
+            let watch = std::pin::pin!(async {
+                match evaluator.as_mut() {
+                    Some(evaluator) if every > 0 => {
+                        let on_evaluation = |point: CurvePoint| {
+                            (self.on_evaluation)(&point);
+                            curve.push(point);
+                        };
+                        watch(&servers, evaluator, every, started, on_evaluation).await
+                    }
+                    _ => std::future::pending().await,
+                }
+            });
+            let saving = checkpoints.save_when_due(&servers);
+            let stopping = given_up.clone();
+            // Neither of them ends the run. Stopping also works while a worker waits for something else than
+            // its steps.
+            let beside = std::pin::pin!(async {
+                let (never, ()) = join(saving, stopping).await;
+                match never {}
+            });
+            match select(runs, select(watch, beside)).await {
+                Either::Left((outcome, _)) => outcome,
+                Either::Right((Either::Left((error, _)) | Either::Right((error, _)), _)) => {
+                    Err(error)
+                }
+            }
+        };
+        let seen = Seen {
+            elapsed: started.elapsed(),
+            curve,
+            resumed,
+            num_recoveries: recoveries.num_all,
+        };
+        let runs = match outcome {
+            Ok(runs) => runs,
+            Err(error) => {
+                // The other workers must not go on in the background, or wait for the one that failed.
+                workers.iter().for_each(Worker::kill);
+                return Err(self.incomplete(error, &servers, seen, checkpoints).await);
+            }
+        };
+        let is_cut_short = runs.iter().any(|run| run.is_cut_short);
+        let mut report = self.report(&servers, runs, seen).await?;
+        report.checkpoints = save_last(checkpoints, &servers, &report).await;
+        report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
+        if let Some(evaluator) = evaluator {
+            match evaluator.evaluate(&report.weights) {
+                Ok(evaluation) => report.final_evaluation = Some(evaluation),
+                Err(error) => return Err(report.incomplete(error.into())),
+            }
+        }
+        match report.find_divergence() {
+            Some(what) => Err(report.incomplete(TrainError::Diverged { what })),
+            None => Ok(report),
+        }
+    }
+
+    /// Adds to an error the result until then, as far as the servers still know it.
+    async fn incomplete(
+        &self,
+        error: TrainError,
+        servers: &ServerGroup,
+        seen: Seen,
+        checkpoints: &mut Checkpoints,
+    ) -> TrainError {
+        let runs = (0..self.num_workers)
+            .map(|_| WorkerRun::default())
+            .collect();
+        match self.report(servers, runs, seen).await {
+            Ok(mut report) if report.num_updates > 0 => {
+                report.checkpoints = save_last(checkpoints, servers, &report).await;
+                report.incomplete(error)
+            }
+            // Nothing was trained, or the weights are lost with their servers.
+            _ => error,
+        }
+    }
+
+    async fn report(
+        &self,
+        servers: &ServerGroup,
+        runs: Vec<WorkerRun>,
+        seen: Seen,
+    ) -> Result<Report, GroupError> {
+        let Seen {
+            elapsed,
+            curve,
+            resumed,
+            num_recoveries,
+        } = seen;
+        let weights = servers.pull(PullVersion::Latest).await?;
+        let status = coordinator(servers).await?;
+        let mut staleness = Histogram::default();
+        for worker in status.workers.values() {
+            staleness.merge(&worker.staleness);
+        }
+        let total = |count: fn(&WorkerStatus) -> u64| status.workers.values().map(count).sum();
+        let num_settled: u64 = total(WorkerStatus::num_settled);
+        let sum = |number: fn(&WorkerRun) -> u64| runs.iter().map(number).sum::<u64>();
+        let (num_told, told_examples) =
+            (sum(|run| run.num_told), sum(|run| run.report.num_examples));
+        // Every batch is full, so the batches that were not reported had the same number of examples.
+        let per_gradient = told_examples.checked_div(num_told);
+        let per_gradient = per_gradient.unwrap_or(self.batch_size as u64);
+        let before = resumed.map_or(0, |resumed| resumed.num_settled);
+        let examples_before = resumed.map_or(0, |resumed| resumed.num_examples);
+        let num_untold = num_settled.saturating_sub(before).saturating_sub(num_told);
+        let time = |time: fn(&WorkerRun) -> Duration| {
+            (num_untold == 0).then(|| runs.iter().map(time).sum::<Duration>())
+        };
+        Ok(Report {
+            consistency: status.consistency,
+            reduction: status.reduction,
+            interrupted: None,
+            resumed,
+            checkpoints: None,
+            num_recoveries,
+            num_workers: self.num_workers,
+            num_servers: self.num_servers,
+            weights,
+            final_evaluation: None,
+            curve,
+            num_updates: status.version.0,
+            num_applied: total(|worker| worker.num_applied),
+            num_dropped_late: total(|worker| worker.num_dropped_late),
+            num_refused: total(|worker| worker.num_refused),
+            num_examples: examples_before + told_examples + num_untold * per_gradient,
+            num_untold,
+            staleness,
+            num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
+            elapsed,
+            compute_time: time(|run| run.report.compute_time),
+            wait_time: time(|run| run.report.wait_time),
+            losses: runs.into_iter().map(|run| run.report.losses).collect(),
+        })
+    }
+}
+
+/// What stays when the servers of a training are lost.
+struct Run<'a, M: Model> {
+    evaluator: Option<Evaluator<M>>,
+    checkpoints: Checkpoints,
+    num_steps: u64,
+    stop: Option<&'a StopSignal>,
+    recoveries: Recoveries,
+}
+
+impl<M: Model> Run<'_, M> {
+    /// Whether the training goes on from a checkpoint after this error.
+    fn may_recover(&self, error: &TrainError) -> bool {
+        let is_interrupted = self.stop.is_some_and(|stop| stop.received().is_some());
+        let source = match error {
+            TrainError::Group(source) | TrainError::Worker(WorkerError::Servers { source, .. }) => {
+                source
+            }
+            _ => return false,
+        };
+        source.is_server_lost() && !self.checkpoints.is_off() && !is_interrupted
+    }
+}
+
+/// How often the servers were lost.
+#[derive(Default)]
+struct Recoveries {
+    num_all: u32,
+    /// How often in a row no newer checkpoint was written in between.
+    num_in_vain: u32,
+    from: Version,
+}
+
+impl Recoveries {
+    /// Counts one. Returns `false` if too many in a row were in vain.
+    fn begin(&mut self, from: Version) -> bool {
+        self.num_in_vain = match from > self.from {
+            true => 1,
+            false => self.num_in_vain + 1,
+        };
+        self.from = from;
+        self.num_all += 1;
+        self.num_in_vain <= MAX_IN_VAIN
+    }
+}
+
+/// What the driver itself knows at the end of a run.
+struct Seen {
+    elapsed: Duration,
+    curve: Vec<CurvePoint>,
+    resumed: Option<Resumed>,
+    num_recoveries: u32,
+}
+
+/// Saves the final weights, and waits until they are on the disk. Weights that are not finite are not
+/// saved, because the next training would go on from them.
+async fn save_last(
+    checkpoints: &mut Checkpoints,
+    servers: &ServerGroup,
+    report: &Report,
+) -> Option<SaveReport> {
+    if checkpoints.is_off() {
+        return None;
+    }
+    let saved = checkpoints.finish();
+    if saved.has(report.weights.version()) || !report.has_finite_weights() {
+        return Some(saved);
+    }
+    checkpoints.save_group(servers).await;
+    Some(checkpoints.finish())
+}
+
+async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupError> {
+    let status = servers.status().await?;
+    let status = status.into_iter().find_map(|status| status.coordinator);
+    Ok(status.expect("the first server of a group coordinates"))
+}
+
+/// Stops the workers after a signal. Becomes ready when their time for the current step is over.
+async fn stop_workers<M: Model>(stop: Option<&StopSignal>, workers: &[Worker<M>]) {
+    let Some(stop) = stop else {
+        return std::future::pending().await;
+    };
+    stop.wait().await;
+    workers.iter().for_each(Worker::stop);
+    actix::clock::sleep(LAST_STEP).await;
+    tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
+}
+
+/// Evaluates the weights every so many updates, as long as it is polled. Returns only if an evaluation
+/// fails.
+async fn watch<M: Model>(
+    servers: &ServerGroup,
+    evaluator: &mut Evaluator<M>,
+    every: u64,
+    started: Instant,
+    mut on_evaluation: impl FnMut(CurvePoint),
+) -> TrainError {
+    let mut next = every;
+    loop {
+        let weights = match servers.pull(PullVersion::AtLeast(Version(next))).await {
+            Ok(weights) => weights,
+            Err(error) => return error.into(),
+        };
+        let (version, elapsed) = (weights.version(), started.elapsed());
+        match evaluator.evaluate(&weights) {
+            Ok(evaluation) => on_evaluation(CurvePoint {
+                version,
+                elapsed,
+                evaluation,
+            }),
+            Err(error) => return error.into(),
+        }
+        next = (version.0 / every + 1) * every;
+    }
+}
