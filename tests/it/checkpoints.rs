@@ -1,5 +1,9 @@
 //! Trainings that go on from a checkpoint.
 
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use burn::grad_clipping::GradientClippingConfig;
 use burn::optim::{AdamConfig, AdamWConfig};
 use ps::prelude::*;
@@ -155,6 +159,62 @@ fn a_training_goes_on_with_more_and_with_fewer_workers() {
     assert_eq!(fewer.num_updates, 125 + 62 + 83);
     let accuracy = fewer.final_accuracy().unwrap();
     assert!(accuracy > 0.8, "{accuracy}");
+}
+
+/// Plain SGD that panics at some updates, counted over all its servers.
+struct Panics {
+    sgd: Sgd,
+    panics_at: fn(u64) -> bool,
+    num_updates: Arc<AtomicU64>,
+}
+
+/// Checkpoints compare this text.
+impl fmt::Debug for Panics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Panics")
+    }
+}
+
+impl UpdateRule for Panics {
+    fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
+        let number = self.num_updates.fetch_add(1, Ordering::Relaxed);
+        assert!(!(self.panics_at)(number), "a test: update {number} fails");
+        self.sgd.update(weights, gradient, learning_rate);
+    }
+}
+
+/// S-13: a lost server costs the updates since the last checkpoint, and no attention.
+#[test]
+fn a_training_that_loses_its_servers_goes_on_from_its_last_checkpoint() {
+    let run = |panics_at: fn(u64) -> bool, directory: &std::path::Path| {
+        let every = CheckpointConfig {
+            every: 4,
+            ..CheckpointConfig::new(directory)
+        };
+        let num_updates = Arc::new(AtomicU64::new(0));
+        let rule = move || Panics {
+            sgd: Sgd::new(),
+            panics_at,
+            num_updates: Arc::clone(&num_updates),
+        };
+        trainer(every).update_rule(rule).iterations(30).run()
+    };
+    let whole = tempfile::tempdir().unwrap();
+    let whole = run(|_| false, whole.path()).unwrap();
+    let lossy = tempfile::tempdir().unwrap();
+    let lossy = run(|number| matches!(number, 10 | 25), lossy.path()).unwrap();
+    assert_eq!(
+        (lossy.num_recoveries, lossy.num_updates),
+        (2, 30),
+        "{lossy}"
+    );
+    assert!(bits(&lossy.weights) == bits(&whole.weights), "{lossy}");
+
+    // What fails again and again is no accident.
+    let hopeless = tempfile::tempdir().unwrap();
+    let error = run(|number| number >= 10, hopeless.path()).unwrap_err();
+    let error = ps::actors::actor::error_chain(&error);
+    assert!(error.contains("server 0 of the group did not answer"), "{error}");
 }
 
 #[test]
