@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, TrainArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, TrainArgs, say};
 use ps::prelude::*;
 
 /// Training on MNIST with the weights split over several servers, in any consistency mode.
@@ -31,13 +31,17 @@ struct Args {
     cluster: ClusterArgs,
     #[command(flatten)]
     checkpoints: CheckpointArgs,
+    #[command(flatten)]
+    record: RecordArgs,
 }
 
 const EXAMPLES: &str = "Examples:
   sharded_ps --num-servers 3 --consistency ssp:3
   sharded_ps --processes 4 --num-workers 3 --consistency asp
   sharded_ps --processes 3 --servers-on-nodes --net
-  sharded_ps --checkpoint-dir runs/one --resume   go on after an interruption";
+  sharded_ps --checkpoint-dir runs/one --resume   go on after an interruption
+  sharded_ps --consistency asp --record run.schedule
+  sharded_ps --consistency asp --replay run.schedule   the same bits again";
 
 // No doc comment: `--help` would take it for the program's.
 #[derive(clap::Args)]
@@ -87,11 +91,20 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .iterations(args.train.iterations)
         .seed(args.train.seed)
         .checkpoints(args.checkpoints.config())
+        .record(args.record.record.clone())
         .evaluate_every(10)
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
             say!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
         });
+    if let Some(file) = &args.record.replay {
+        let replay = trainer.replay(file)?;
+        let accuracy = replay.final_evaluation.and_then(|result| result.accuracy());
+        let accuracy = 100.0 * accuracy.unwrap_or(f64::NAN);
+        say!("Final accuracy is {accuracy:.1}.\n{replay}");
+        args.checkpoints.export(&model, &device, &replay.weights)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     // `None`: this process was the home of a worker or server, and the training is over.
     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
         return Ok(ExitCode::SUCCESS);

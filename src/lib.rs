@@ -73,7 +73,7 @@ pub use ps_data as dataset;
 pub use ps_model as model;
 
 pub use report::Report;
-pub use trainer::{TrainError, Trainer};
+pub use trainer::{Replay, ReplayError, TrainError, Trainer};
 
 /// Compiles the README's driver program.
 #[cfg(doctest)]

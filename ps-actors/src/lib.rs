@@ -12,6 +12,7 @@
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`] | snapshots and gradients |
 //! | [`checkpoint`] | the state of a run in files, and how a run goes on from it |
+//! | [`schedule`] | which gradients made which update, in a file, so that a run can be replayed |
 //! | [`http`] | the parameter server for workers in any language |
 //! | [`rule`] | update rules, which change the weights by a gradient; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
@@ -27,6 +28,7 @@ pub mod heartbeat;
 pub mod http;
 pub mod ids;
 pub mod rule;
+pub mod schedule;
 pub mod server;
 pub mod session;
 pub mod weights;

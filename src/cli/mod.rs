@@ -50,6 +50,7 @@
 //! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
 //! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
 //! | `log` | log lines on standard error, with the role of the process; `RUST_LOG` |
+//! | `record` | [`RecordArgs`]: record a training, and replay it |
 //! | `output` | [`say!`]: lines on standard output |
 
 mod checkpoints;
@@ -57,6 +58,7 @@ mod cluster;
 mod data;
 mod log;
 mod output;
+mod record;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -71,6 +73,7 @@ pub use checkpoints::{CheckpointArgs, end_of_training};
 pub use cluster::ClusterArgs;
 pub use data::{DataArgs, TrainArgs};
 pub use output::say;
+pub use record::RecordArgs;
 
 /// This process's number among all, once [`main`] knows it.
 static RANK: OnceLock<u32> = OnceLock::new();

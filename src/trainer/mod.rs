@@ -1,6 +1,7 @@
 //! Trains a model in one call: servers, workers, evaluation, report.
 
 use std::fmt::Debug;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +27,10 @@ use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
 use crate::source::{SetupError, WORKERS, host_variant};
 
+mod replay;
 mod run;
+
+pub use replay::{Replay, ReplayError};
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
 type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
@@ -68,6 +72,7 @@ pub struct Trainer<M: Model, E> {
     on_evaluation: OnEvaluation,
     heeds_signals: bool,
     checkpoints: Option<CheckpointConfig>,
+    record: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +107,9 @@ pub enum TrainError {
     /// on.
     #[error("checkpoints cannot be used")]
     Checkpoint(#[from] CheckpointError),
+    /// The training could not be recorded or replayed.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
     /// The servers could not be started.
     #[error("the servers could not be started")]
     Servers(#[from] GroupSpawnError),
@@ -198,6 +206,7 @@ where
             on_evaluation: Box::new(|_| {}),
             heeds_signals: true,
             checkpoints: None,
+            record: None,
         }
     }
 
@@ -400,6 +409,19 @@ where
     #[must_use]
     pub fn checkpoints(mut self, config: impl Into<Option<CheckpointConfig>>) -> Self {
         self.checkpoints = config.into();
+        self
+    }
+
+    /// Records the schedule of the training in this file: which gradient was computed on which weights, and
+    /// which gradients made which update. So [`replay`](Self::replay) can compute the same weights again,
+    /// although an asynchronous training depends on time. The servers must be in the driver.
+    ///
+    /// A few dozen bytes are written per gradient. A file that exists is an error, unless the training goes
+    /// on from a checkpoint: then its own schedule is continued. If the file cannot be written later on, that
+    /// is logged, and the training goes on.
+    #[must_use]
+    pub fn record(mut self, file: impl Into<Option<PathBuf>>) -> Self {
+        self.record = file.into();
         self
     }
 

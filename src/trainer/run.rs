@@ -76,6 +76,8 @@ where
             num_examples: self.train.num_examples(),
         };
         let config = self.checkpoints.take();
+        // An earlier process of this training may have begun to record it.
+        let mut may_be_recorded = config.as_ref().is_some_and(|config| config.resume);
         let facts = match config {
             Some(_) => self.checkpoint_facts(&device),
             None => Facts::default(),
@@ -102,6 +104,8 @@ where
         loop {
             let start = resumed.as_ref().map_or(Start::from(&initial), Start::from);
             let servers = self.spawn_servers(cluster, start, &device, &variants, &here)?;
+            self.record_schedule(&servers, start.weights().version(), may_be_recorded)?;
+            may_be_recorded = true;
             let workers = self.spawn_workers(cluster, &variants, &here)?;
             let error = match actor::run(self.drive(servers, workers, &mut run, resumed.as_ref())) {
                 Err(error) if run.may_recover(&error) => error,
@@ -138,7 +142,7 @@ where
         workers.collect()
     }
 
-    fn worker_config(&self, rank: usize) -> WorkerConfig {
+    pub(super) fn worker_config(&self, rank: usize) -> WorkerConfig {
         WorkerConfig {
             worker: WorkerId(u32::try_from(rank).expect("the number of workers was checked")),
             num_workers: self.num_workers,

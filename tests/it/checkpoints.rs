@@ -214,7 +214,10 @@ fn a_training_that_loses_its_servers_goes_on_from_its_last_checkpoint() {
     let hopeless = tempfile::tempdir().unwrap();
     let error = run(|number| number >= 10, hopeless.path()).unwrap_err();
     let error = ps::actors::actor::error_chain(&error);
-    assert!(error.contains("server 0 of the group did not answer"), "{error}");
+    assert!(
+        error.contains("server 0 of the group did not answer"),
+        "{error}"
+    );
 }
 
 #[test]

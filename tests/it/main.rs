@@ -8,6 +8,7 @@ mod ending;
 mod equivalence;
 mod frozen;
 mod nodes;
+mod replay;
 mod served;
 mod torch;
 mod training;

@@ -24,6 +24,7 @@ use super::waiting::{Caller, MAX_CALLS, Waiting};
 use crate::checkpoint::{Rest, Start};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::{SavedRule, UpdateRule};
+use crate::schedule::{ScheduleWriter, ScheduledUpdate};
 use crate::weights::{GradientUpdate, Weights};
 
 /// An actor that holds weights, or a contiguous range of them, and applies gradients to them.
@@ -65,6 +66,8 @@ pub(super) struct First {
     /// Shows the followers that this is the first server.
     pub(super) secret: GroupSecret,
     pub(super) leases: Leases,
+    /// Writes the schedule of the updates, if it is recorded.
+    pub(super) schedule: Option<ScheduleWriter>,
 }
 
 impl ParameterServer {
@@ -111,6 +114,7 @@ impl ParameterServer {
             followers: followers.into_iter().map(Follower::new).collect(),
             secret,
             leases: Leases::new(config.worker_lease),
+            schedule: None,
         };
         let role = Role::First(Box::new(first));
         Self::with_role(initial, range, rest.rule, rule, config, role)
@@ -210,6 +214,9 @@ impl ParameterServer {
                 Effect::Answer { ticket, answer } => self.answer_worker(ticket, answer),
                 Effect::Update(update) => {
                     let learning_rate = self.shard.learning_rate();
+                    if let Some(schedule) = &mut self.coordinate()?.schedule {
+                        schedule.write(&ScheduledUpdate::of(&update, learning_rate));
+                    }
                     self.decide(Decision::Update {
                         update,
                         learning_rate,

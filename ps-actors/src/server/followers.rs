@@ -426,6 +426,7 @@ mod tests {
                     .into_iter()
                     .map(|id| Summand {
                         id,
+                        computed_on: Version(0),
                         norm: Gradient::new(vec![1.0; 2]).norm(),
                         num_examples: 1,
                     })

@@ -51,6 +51,7 @@ fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gra
     let num_named = [0, 1, 1, 1, 2][below(rng, 5)];
     let summand = Summand {
         id,
+        computed_on: Version(0),
         norm: [gradient.norm(), gradient.norm(), 0.0, f64::NAN][below(rng, 4)],
         num_examples: rng.next_u64() % 3,
     };

@@ -20,6 +20,7 @@ use super::protocol::{Answer, Event, Membership, Ticket};
 use super::saving::{ForgetSavedStates, GetSavedState, TakeCheckpoint};
 use super::waiting::{Caller, MAX_FETCHING, check_room};
 use crate::ids::GradientId;
+use crate::schedule::Record;
 use crate::weights::Weights;
 
 /// Answers at once if the answer is already known. Otherwise answers later, if the caller still waits.
@@ -257,6 +258,17 @@ impl Handler<SetLearningRate> for ParameterServer {
         check_learning_rate(message.0)?;
         self.shard.set_learning_rate(message.0);
         Ok(())
+    }
+}
+
+/// Only the first server has a schedule. It cannot be asked from another process.
+impl Handler<Record> for ParameterServer {
+    type Result = ();
+
+    fn handle(&mut self, Record(writer): Record, _: &mut Self::Context) {
+        if let Role::First(first) = &mut self.role {
+            first.schedule = Some(writer);
+        }
     }
 }
 

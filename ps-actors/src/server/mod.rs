@@ -49,6 +49,7 @@ pub use messages::{
     SetLearningRate, Stage,
 };
 pub use partition::partition;
+pub(crate) use protocol::Update;
 pub use protocol::{Membership, Refusal};
 pub use saving::{ForgetSavedStates, GetSavedState, ServerState, TakeCheckpoint};
 pub use shard::{PullVersion, ShardError};

@@ -42,12 +42,13 @@ impl Stamp {
     pub(crate) fn summand(&self) -> Summand {
         let Self {
             id,
+            computed_on,
             norm,
             num_examples,
-            ..
         } = *self;
         Summand {
             id,
+            computed_on,
             norm,
             num_examples,
         }
@@ -148,6 +149,8 @@ pub(crate) struct Update {
 pub(crate) struct Summand {
     /// The id of the gradient.
     pub id: GradientId,
+    /// The version of the weights that it was computed on.
+    pub computed_on: Version,
     /// The norm of the numbers that were checked. It tells them from other numbers that somebody staged
     /// under the same id (PS-6).
     pub norm: f64,

@@ -93,6 +93,7 @@ proptest! {
 fn one(id: GradientId) -> Summand {
     Summand {
         id,
+        computed_on: Version(0),
         norm: Gradient::new(vec![1.0; LEN]).norm(),
         num_examples: 32,
     }

@@ -1,0 +1,461 @@
+//! The schedule of a run: which gradients made which update, in which order, and on which weights each was
+//! computed.
+//!
+//! A gradient depends only on its worker, its clock and the weights that it was computed on. So the schedule
+//! of an asynchronous run, which depends on time and chance, is all that is needed to compute the same
+//! weights again. The first server of a group writes it while it decides ([`Record`]). A few dozen bytes
+//! per gradient are enough.
+//!
+//! The file is a line, and then frames: length and CRC-32 of the rest (each a little-endian `u32`), and an
+//! encoded value. The first value says which run it is. Each other one is an update. If the process or the
+//! disk fails, at most the last frame is cut. It is then skipped.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use actix::Message;
+use ps_runtime::actor::error_chain;
+use ps_runtime::codec::{BulkBytes, BulkValue};
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{GradientId, Version};
+use crate::server::{Reduction, Update};
+
+const FIRST_LINE: &[u8] = b"ps schedule 1\n";
+
+/// The longest frame that is read, in bytes. It holds an update of a million gradients.
+const MAX_FRAME: u32 = 64 << 20;
+
+/// Lets the first server of a group write the schedule of its updates from now on. It works only for a server
+/// of this process, because no other process may choose a file here.
+#[derive(Debug, Message)]
+#[rtype(result = "()")]
+pub struct Record(pub ScheduleWriter);
+
+/// One update of a [`Schedule`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScheduledUpdate {
+    /// The version of the weights that the update made.
+    pub version: Version,
+    /// The learning rate.
+    pub learning_rate: f64,
+    /// How its gradients were combined into one.
+    pub reduction: Reduction,
+    /// Its gradients, in the order in which they were added.
+    pub gradients: Vec<ScheduledGradient>,
+}
+
+/// One gradient of an update.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScheduledGradient {
+    /// The id of the gradient.
+    pub id: GradientId,
+    /// The version of the weights that it was computed on.
+    pub computed_on: Version,
+    /// Its Euclidean norm. If a replay finds another one, the gradients differ.
+    pub norm: f64,
+    /// How many examples its batch had; 0 if that is not known.
+    pub num_examples: u64,
+}
+
+impl ScheduledUpdate {
+    pub(crate) fn of(update: &Update, learning_rate: f64) -> Self {
+        let gradients = update.gradients.iter();
+        Self {
+            version: update.version,
+            learning_rate,
+            reduction: update.reduction,
+            gradients: gradients
+                .map(|one| ScheduledGradient {
+                    id: one.id,
+                    computed_on: one.computed_on,
+                    norm: one.norm,
+                    num_examples: one.num_examples,
+                })
+                .collect(),
+        }
+    }
+}
+
+/// Why a schedule could not be written or read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ScheduleError {
+    /// The file cannot be written or read.
+    #[error("cannot use {} as a schedule", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not a schedule.
+    #[error("{} is not a schedule of a run: {reason}", path.display())]
+    NoSchedule {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The file has the schedule of another run.
+    #[error("{} has the schedule of another run: {difference}", path.display())]
+    OtherRun {
+        /// The file.
+        path: PathBuf,
+        /// The difference.
+        difference: String,
+    },
+}
+
+/// Writes the schedule of a run to a file.
+///
+/// ```
+/// use std::collections::BTreeMap;
+///
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::schedule::{Record, Schedule, ScheduleWriter};
+/// # use ps_actors::ids::{Clock, GradientId, Incarnation, WorkerId};
+/// use ps_actors::ids::Version;
+/// use ps_actors::server::{ApplyGradients, ParameterServer, ServerConfig};
+/// use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+///
+/// let directory = tempfile::tempdir()?;
+/// let path = directory.path().join("run.schedule");
+/// let facts = BTreeMap::from([("seed".to_owned(), "7".to_owned())]);
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![0.0; 2]);
+/// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// server.ask(Record(ScheduleWriter::create(&path, &facts)?)).wait()?;
+/// # let id = GradientId { worker: WorkerId(0), incarnation: Incarnation(1), clock: Clock(0) };
+/// # let gradient = Gradient::new(vec![3.0, 4.0]);
+/// # let update =
+/// #     GradientUpdate { id, computed_on: Version(0), loss: 0.0, num_examples: 1, gradient };
+/// server.ask(ApplyGradients::mean([update])).flatten().wait()?;
+///
+/// let schedule = Schedule::read(&path)?;
+/// assert_eq!(schedule.facts, facts);
+/// let [update] = &schedule.updates[..] else { panic!("one update") };
+/// assert_eq!((update.version, update.gradients[0].norm), (Version(1), 5.0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct ScheduleWriter {
+    path: PathBuf,
+    /// `None` after a failure: updates are missing then, so nothing more is written.
+    file: Option<File>,
+}
+
+impl ScheduleWriter {
+    /// Creates the file. `facts` are statements about the run, such as its seed, which a replay compares.
+    ///
+    /// # Errors
+    /// If the file exists already, or cannot be written.
+    pub fn create(path: &Path, facts: &BTreeMap<String, String>) -> Result<Self, ScheduleError> {
+        let failed = |source| ScheduleError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let file = OpenOptions::new().write(true).create_new(true).open(path);
+        let mut file = file.map_err(failed)?;
+        let header = frame(facts).map_err(failed)?;
+        file.write_all(FIRST_LINE).map_err(failed)?;
+        file.write_all(&header).map_err(failed)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: Some(file),
+        })
+    }
+
+    /// Continues the schedule of the same run after update `from`, when the run goes on from a checkpoint of
+    /// this version. What was written of later updates is removed.
+    ///
+    /// # Errors
+    /// If the file is not the schedule of this run, or lacks updates before this version.
+    pub fn resume(
+        path: &Path,
+        facts: &BTreeMap<String, String>,
+        from: Version,
+    ) -> Result<Self, ScheduleError> {
+        let failed = |source| ScheduleError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let schedule = Schedule::read(path)?;
+        schedule.check(facts)?;
+        let kept = schedule
+            .updates
+            .iter()
+            .take_while(|update| update.version <= from);
+        let num_kept = kept.count();
+        let last = num_kept
+            .checked_sub(1)
+            .map(|last| schedule.updates[last].version);
+        if last.unwrap_or_default() != from {
+            let reason = format!("it has no update that made {from}");
+            let path = path.to_owned();
+            return Err(ScheduleError::NoSchedule { path, reason });
+        }
+        let mut file = OpenOptions::new().write(true).open(path).map_err(failed)?;
+        let end = schedule.ends[num_kept];
+        file.set_len(end).map_err(failed)?;
+        file.seek(SeekFrom::Start(end)).map_err(failed)?;
+        Ok(Self {
+            path: path.to_owned(),
+            file: Some(file),
+        })
+    }
+
+    pub(crate) fn write(&mut self, update: &ScheduledUpdate) {
+        let Some(file) = &mut self.file else {
+            return;
+        };
+        let written = frame(update).and_then(|frame| file.write_all(&frame));
+        if let Err(error) = written {
+            let (path, version) = (self.path.display(), update.version);
+            tracing::warn!(%path, %error, %version, "the schedule ends here; the training goes on");
+            self.file = None;
+        }
+    }
+}
+
+fn frame<T: Serialize>(value: &T) -> io::Result<Vec<u8>> {
+    let encoded = BulkValue::new(value).map_err(io::Error::other)?;
+    let bytes: &[u8] = encoded.bytes();
+    let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
+    let mut frame = Vec::with_capacity(bytes.len() + 8);
+    frame.extend_from_slice(&len.to_le_bytes());
+    frame.extend_from_slice(&crc32fast::hash(bytes).to_le_bytes());
+    frame.extend_from_slice(bytes);
+    Ok(frame)
+}
+
+/// The schedule of a run, or of its beginning.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    /// The file that it was read from.
+    pub path: PathBuf,
+    /// Statements about the run.
+    pub facts: BTreeMap<String, String>,
+    /// The updates, in order.
+    pub updates: Vec<ScheduledUpdate>,
+    /// Whether the file ends in the middle of an update.
+    pub is_cut: bool,
+    /// Where the first update begins, and where each update ends, in bytes.
+    ends: Vec<u64>,
+}
+
+impl Schedule {
+    /// Reads a schedule. If the end of the file is cut or damaged, it is skipped.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is not a schedule.
+    pub fn read(path: &Path) -> Result<Self, ScheduleError> {
+        let failed = |source| ScheduleError::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let none = |reason: &str| ScheduleError::NoSchedule {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        };
+        let mut file = BufReader::new(File::open(path).map_err(failed)?);
+        let mut line = Vec::new();
+        let first = file.by_ref().take(FIRST_LINE.len() as u64);
+        { first }.read_to_end(&mut line).map_err(failed)?;
+        if line != FIRST_LINE {
+            return Err(none("its first line is another one, or of a later format"));
+        }
+        let mut end = FIRST_LINE.len() as u64;
+        let facts = match next_frame(&mut file, &mut end).map_err(failed)? {
+            Next::Frame(bytes) => read(bytes).map_err(|reason| none(&reason))?,
+            Next::End | Next::Cut => return Err(none("it does not say which run it is of")),
+        };
+        let (mut updates, mut ends) = (Vec::<ScheduledUpdate>::new(), vec![end]);
+        let is_cut = loop {
+            let bytes = match next_frame(&mut file, &mut end).map_err(failed)? {
+                Next::Frame(bytes) => bytes,
+                Next::End => break false,
+                Next::Cut => break true,
+            };
+            let update: ScheduledUpdate = read(bytes).map_err(|reason| none(&reason))?;
+            let before = updates.last().map(|before| before.version);
+            if before.is_some_and(|before| update.version != before.next()) {
+                return Err(none(&format!("{} comes after {before:?}", update.version)));
+            }
+            updates.push(update);
+            ends.push(end);
+        };
+        Ok(Self {
+            path: path.to_owned(),
+            facts,
+            updates,
+            is_cut,
+            ends,
+        })
+    }
+
+    /// Checks that the schedule is of a run with these facts.
+    ///
+    /// # Errors
+    /// If it is not. The error names the first difference.
+    pub fn check(&self, facts: &BTreeMap<String, String>) -> Result<(), ScheduleError> {
+        let differ = |name: &String| {
+            let (there, here) = (self.facts.get(name), facts.get(name));
+            let show =
+                |value: Option<&String>| value.map_or("unknown".to_owned(), |v| format!("`{v}`"));
+            (there != here)
+                .then(|| format!("{name} is {} there, and {} here", show(there), show(here)))
+        };
+        let mut names = facts.keys().chain(self.facts.keys());
+        match names.find_map(differ) {
+            None => Ok(()),
+            Some(difference) => Err(ScheduleError::OtherRun {
+                path: self.path.clone(),
+                difference,
+            }),
+        }
+    }
+}
+
+enum Next {
+    Frame(Vec<u8>),
+    End,
+    Cut,
+}
+
+fn next_frame(file: &mut impl Read, end: &mut u64) -> io::Result<Next> {
+    let mut head = Vec::new();
+    { file.by_ref().take(8) }.read_to_end(&mut head)?;
+    let Ok(head) = <[u8; 8]>::try_from(&head[..]) else {
+        return Ok(if head.is_empty() {
+            Next::End
+        } else {
+            Next::Cut
+        });
+    };
+    let [a, b, c, d, crc @ ..] = head;
+    let len = u32::from_le_bytes([a, b, c, d]);
+    if len > MAX_FRAME {
+        return Ok(Next::Cut);
+    }
+    let mut bytes = Vec::new();
+    { file.by_ref().take(len.into()) }.read_to_end(&mut bytes)?;
+    if bytes.len() < len as usize || crc32fast::hash(&bytes) != u32::from_le_bytes(crc) {
+        return Ok(Next::Cut);
+    }
+    *end += 8 + u64::from(len);
+    Ok(Next::Frame(bytes))
+}
+
+fn read<T: Serialize + serde::de::DeserializeOwned>(bytes: Vec<u8>) -> Result<T, String> {
+    let value = BulkValue::<T>::from(BulkBytes::from(bytes));
+    value.read().map_err(|error| error_chain(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Clock, Incarnation, WorkerId};
+
+    fn update(version: u64) -> ScheduledUpdate {
+        let gradient = |worker| ScheduledGradient {
+            id: GradientId {
+                worker: WorkerId(worker),
+                incarnation: Incarnation(1),
+                clock: Clock(version),
+            },
+            computed_on: Version(version - 1),
+            norm: 0.1 * version as f64,
+            num_examples: 32,
+        };
+        ScheduledUpdate {
+            version: Version(version),
+            learning_rate: 0.1,
+            reduction: Reduction::Sum,
+            gradients: (0..2).map(gradient).collect(),
+        }
+    }
+
+    fn facts(seed: u64) -> BTreeMap<String, String> {
+        BTreeMap::from([("the seed".to_owned(), seed.to_string())])
+    }
+
+    fn written(path: &Path, num: u64) {
+        let mut writer = ScheduleWriter::create(path, &facts(1)).unwrap();
+        (1..=num).for_each(|version| writer.write(&update(version)));
+    }
+
+    #[test]
+    fn a_cut_or_damaged_end_is_skipped_wherever_it_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("whole");
+        written(&path, 5);
+        let whole = Schedule::read(&path).unwrap();
+        assert_eq!((whole.updates.len(), whole.is_cut), (5, false));
+        assert_eq!(whole.updates[4], update(5));
+        let bytes = std::fs::read(&path).unwrap();
+        let first = whole.ends[0] as usize;
+        let path = directory.path().join("cut");
+        for len in 0..bytes.len() {
+            std::fs::write(&path, &bytes[..len]).unwrap();
+            let read = Schedule::read(&path);
+            if len < first {
+                assert!(read.is_err(), "{len}");
+                continue;
+            }
+            let read = read.unwrap();
+            let num_whole = whole.ends.iter().filter(|&&end| end <= len as u64).count() - 1;
+            assert_eq!(read.updates, whole.updates[..num_whole], "{len}");
+            assert_eq!(read.is_cut, !whole.ends.contains(&(len as u64)), "{len}");
+        }
+        for at in first..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 1 << (at % 8);
+            std::fs::write(&path, damaged).unwrap();
+            let read = Schedule::read(&path).unwrap();
+            let num_whole = whole.ends.iter().filter(|&&end| end <= at as u64).count() - 1;
+            assert_eq!(read.updates, whole.updates[..num_whole], "byte {at}");
+            assert!(read.is_cut);
+        }
+    }
+
+    #[test]
+    fn a_run_that_goes_on_from_a_checkpoint_continues_its_schedule_and_no_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        written(&path, 5);
+        let refused = ScheduleWriter::create(&path, &facts(1)).unwrap_err();
+        assert!(matches!(refused, ScheduleError::Io { .. }), "{refused}");
+        let refused = ScheduleWriter::resume(&path, &facts(2), Version(3)).unwrap_err();
+        assert!(
+            refused
+                .to_string()
+                .contains("the seed is `1` there, and `2` here"),
+            "{refused}"
+        );
+        let refused = ScheduleWriter::resume(&path, &facts(1), Version(9)).unwrap_err();
+        assert!(
+            refused
+                .to_string()
+                .contains("no update that made version 9"),
+            "{refused}"
+        );
+
+        // The checkpoint is of version 3, so 4 and 5 are made again.
+        let mut writer = ScheduleWriter::resume(&path, &facts(1), Version(3)).unwrap();
+        let again = ScheduledUpdate {
+            learning_rate: 0.5,
+            ..update(4)
+        };
+        writer.write(&again);
+        let read = Schedule::read(&path).unwrap();
+        assert_eq!(read.updates, [update(1), update(2), update(3), again]);
+
+        let mut writer = ScheduleWriter::resume(&path, &facts(1), Version(0)).unwrap();
+        writer.write(&update(1));
+        assert_eq!(Schedule::read(&path).unwrap().updates, [update(1)]);
+    }
+}
