@@ -122,6 +122,9 @@ pub enum TrainError {
     /// A worker or server could not be started on a node.
     #[error("an actor could not be started")]
     Spawn(#[from] SpawnOnError),
+    /// The system gave no event loop for the training.
+    #[error("the system gives no event loop: raise the limit on open files (ulimit -n)")]
+    EventLoop(#[source] std::io::Error),
     /// A worker failed.
     #[error("a worker failed")]
     Worker(#[from] WorkerError),
@@ -578,7 +581,8 @@ where
             .into_iter()
             .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster, &spawn)));
         let workers = workers.collect::<Result<Vec<_>, SpawnOnError>>()?;
-        actor::run(self.drive(servers, workers, evaluator, num_steps, stop.as_ref()))
+        let driving = self.drive(servers, workers, evaluator, num_steps, stop.as_ref());
+        actor::try_run(driving).map_err(TrainError::EventLoop)?
     }
 
     fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -602,7 +606,7 @@ where
             let place = SpawnOn::from(Placement::RoundRobin).variant(&variants.servers);
             let places = vec![place.here(here.clone()); self.num_servers];
             let spawn = ServerGroup::spawn_on(cluster, places, initial, self.server);
-            return Ok(actor::run(spawn)?);
+            return Ok(actor::try_run(spawn).map_err(TrainError::EventLoop)??);
         }
         // All rules are made first, because a server that is started must get one.
         let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));
