@@ -1,9 +1,11 @@
 //! The called side of the handshake: accepts connections, checks the callers, and serves HTTP or an actor.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -16,9 +18,10 @@ use axum::routing::get;
 use futures_util::future::BoxFuture;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use rustix::process::{Resource, getrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::callee::Server;
 use super::dial::{JOINING, MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
@@ -93,6 +96,7 @@ impl Listener {
             .route("/healthz", get(|| async { last("ok\n") }))
             .layer(middleware::map_response(introduce));
         let room = Arc::new(Semaphore::new(config.max_connections));
+        let mut strangers = Strangers::new(config.max_connections);
         let mut connections = JoinSet::new();
         loop {
             let (stream, peer) = match self.accept().await {
@@ -125,18 +129,23 @@ impl Listener {
             let handshake = config.handshake;
             let process = Arc::clone(&process);
             let on = threads::next();
-            connections.spawn_on(
+            let stranger = Stranger(Arc::new(AtomicBool::new(true)));
+            let entering = stranger.clone();
+            let task = connections.spawn_on(
                 async move {
                     let begun = tokio::time::timeout(handshake, begin(stream, &process));
                     // A peer that fails in the first steps gets no answer.
                     match begun.await {
-                        Ok(Ok(stream)) => greet(stream, peer, routes, handshake, permit).await,
+                        Ok(Ok(stream)) => {
+                            greet(stream, peer, entering, routes, handshake, permit).await
+                        }
                         Ok(Err(error)) if !has_gone(&error) => refuse(&NO_TLS, peer, &error),
                         Ok(Err(_)) | Err(_) => {}
                     }
                 },
                 &on,
             );
+            strangers.add(stranger, task);
         }
     }
 }
@@ -148,10 +157,80 @@ const MAX_BUFFERED: usize = 64 << 10;
 
 static NOT_TAKEN: Quiet = Quiet::new();
 static TOO_MANY: Quiet = Quiet::new();
+static TOO_MANY_STRANGERS: Quiet = Quiet::new();
 static NO_TLS: Quiet = Quiet::new();
 static NO_TOKEN: Quiet = Quiet::new();
 static OTHER_TOKEN: Quiet = Quiet::new();
 static OTHER_BUILD: Quiet = Quiet::new();
+
+/// A connection that may be in its handshake: whether it is.
+#[derive(Clone)]
+struct Stranger(Arc<AtomicBool>);
+
+impl Stranger {
+    /// Ends its time as a stranger. Returns `false` if that has ended before.
+    fn end(&self) -> bool {
+        self.0.swap(false, Ordering::AcqRel)
+    }
+
+    fn is_in_handshake(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// The connections of one listener that are in their handshake. Anybody can open them, so they must not take
+/// all places and all file descriptors of the process.
+///
+/// If there are too many, the oldest one is closed, and not the new one refused. An honest caller shows its
+/// token within milliseconds. So it gets in, however many silent strangers there are.
+struct Strangers {
+    /// In the order in which they came. Some of them may be over.
+    handshakes: VecDeque<(Stranger, AbortHandle)>,
+    limit: usize,
+}
+
+impl Strangers {
+    fn new(max_connections: usize) -> Self {
+        let max_files = getrlimit(Resource::Nofile).current;
+        let max_files = max_files.map_or(usize::MAX, |files| {
+            usize::try_from(files).unwrap_or(usize::MAX)
+        });
+        Self {
+            handshakes: VecDeque::new(),
+            limit: (max_connections.min(max_files) / 4).max(1),
+        }
+    }
+
+    fn add(&mut self, stranger: Stranger, task: AbortHandle) {
+        self.handshakes.push_back((stranger, task));
+        if self.handshakes.len() <= self.limit {
+            return;
+        }
+        let is_under_way = |stranger: &Stranger, task: &AbortHandle| {
+            stranger.is_in_handshake() && !task.is_finished()
+        };
+        self.handshakes
+            .retain(|(stranger, task)| is_under_way(stranger, task));
+        while self.handshakes.len() > self.limit {
+            let Some((oldest, task)) = self.handshakes.pop_front() else {
+                return;
+            };
+            if !oldest.end() {
+                continue;
+            }
+            task.abort();
+            if let Some(num_suppressed) = TOO_MANY_STRANGERS.may_speak() {
+                tracing::warn!(
+                    limit = self.limit,
+                    num_suppressed,
+                    "closed a connection that has not finished its handshake, because too many others \
+                     have not either: the limit is a quarter of NetConfig::max_connections and of the \
+                     open files that the system allows (ulimit -n)"
+                );
+            }
+        }
+    }
+}
 
 /// The address of the process at the other end, if it has one.
 #[derive(Clone, Copy, Debug)]
@@ -231,6 +310,7 @@ async fn begin(stream: Detached, process: &Process) -> io::Result<Stream> {
 async fn greet(
     stream: Stream,
     peer: Peer,
+    stranger: Stranger,
     routes: Router,
     limit: Duration,
     permit: OwnedSemaphorePermit,
@@ -238,6 +318,7 @@ async fn greet(
     let (sender, mut upgrades) = mpsc::channel::<Upgrade>(1);
     let routes = routes
         .layer(axum::Extension(sender))
+        .layer(axum::Extension(stranger))
         .layer(axum::Extension(peer));
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -278,6 +359,7 @@ async fn run(upgrade: Upgrade) {
 async fn check_token(
     State(shared): State<Arc<Shared>>,
     axum::Extension(peer): axum::Extension<Peer>,
+    axum::Extension(stranger): axum::Extension<Stranger>,
     request: Request,
     next: Next,
 ) -> Response {
@@ -286,6 +368,7 @@ async fn check_token(
         .get(AUTHORIZATION)
         .map(HeaderValue::as_bytes);
     if may_pass(shared.process.token(), given) {
+        stranger.end();
         return next.run(request).await;
     }
     let (kind, reason) = match given {
