@@ -10,6 +10,7 @@ use std::time::Duration;
 use axum::Router;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
+use rustix::process::geteuid;
 
 use super::agent::{
     DriverAgent, Find, Make, Release, SpawnRefused, TaskScope, find_anywhere, hosted_name,
@@ -362,7 +363,7 @@ impl Cluster {
             inner: Arc::new(Inner {
                 scope: TaskScope::new(Arc::clone(&process), hosts, config.resources),
                 process,
-                members: Arc::new(Members::new(Vec::new(), None, false)),
+                members: Arc::new(Members::new(Vec::new(), None, false, None)),
                 next: AtomicUsize::new(0),
                 addresses: Vec::new(),
                 listening: None,
@@ -389,9 +390,10 @@ impl Cluster {
         let bound = Bound::bind(&config, address)?;
         let addresses = bound.addresses.clone();
         let is_guarded = config.is_guarded();
-        let members = Members::new(addresses.clone(), config.run_id.clone(), is_guarded);
-        let members = Arc::new(members);
         let takes_far_nodes = is_guarded || config.insecure;
+        let user = (!takes_far_nodes).then(|| geteuid().as_raw());
+        let members = Members::new(addresses.clone(), config.run_id.clone(), is_guarded, user);
+        let members = Arc::new(members);
         let scope = TaskScope::new(Arc::clone(&process), hosts, config.resources);
         let known = Arc::clone(&members);
         process.resolve_with(Box::new(move |node| {
