@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use ps_actors::actor::{ActorRef, Spawn, SpawnError};
 use ps_actors::buffer::BufferPool;
-use ps_actors::cluster::Hosts;
+use ps_actors::cluster::{Hosted, Hosts};
 use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Weights};
 use ps_actors::worker::{DataWorker, GradientSource, HostedSource, LocalGradient, SourceError};
@@ -237,7 +237,8 @@ where
     // A mistake is returned here, in the caller's thread. Otherwise it would be a worker that cannot start.
     ModelSource::new(model, device, data, config)?;
     let (model, device, data) = (model.clone(), device.clone(), data.clone());
-    let worker = Spawn::new().start(move || {
+    let options = ModelWorker::<M>::options(Spawn::new());
+    let worker = options.start(move || {
         let source = ModelSource::new(&model, &device, &data, config);
         DataWorker::new(
             config.worker,

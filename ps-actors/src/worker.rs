@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseActFuture, WrapFuture};
 use ps_runtime::actor::error_chain;
-use ps_runtime::actor::{ActorRef, sleep};
+use ps_runtime::actor::{ActorRef, Spawn, sleep};
 use ps_runtime::cluster::Hosted;
 use ps_runtime::codec::Bulk;
 use ps_runtime::remote::{Messages, Remote};
@@ -45,6 +45,10 @@ pub const MAX_REFUSED: u64 = 100;
 pub type SourceError = Box<dyn Error + Send + Sync>;
 
 /// Computes gradients, from a model and its data. It lives on its worker's thread.
+///
+/// The thread of a worker that a cluster makes has no sockets of tokio, because they would take four file
+/// descriptors per worker. A source that needs them uses a runtime of its own, or is hosted with
+/// [`Spawn::with_io`].
 ///
 /// Any closure from clock and weights to a gradient is a `GradientSource`:
 ///
@@ -535,6 +539,12 @@ pub trait HostedSource: GradientSource {
 
 impl<S: HostedSource> Hosted for DataWorker<S> {
     type Args = S::Args;
+
+    /// A source is not asynchronous, so it needs no sockets on the worker's thread, which would take four
+    /// file descriptors. One that does asks for [`Spawn::with_io`].
+    fn options(options: Spawn) -> Spawn {
+        options.without_io()
+    }
 
     /// Stops the run after the current step has been pushed. The caller that waits for the run gets a
     /// report that says that it was stopped.

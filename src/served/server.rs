@@ -80,7 +80,6 @@ enum State<P: Part> {
 ///
 /// # Errors
 /// If the part has no flat weights, if the device fails, or if the operating system starts no thread.
-/// When the part has no flat weights, the device fails, or the system gives no thread.
 #[expect(
     clippy::missing_panics_doc,
     reason = "what can go wrong shows in the caller's thread first"
@@ -94,7 +93,8 @@ pub fn serve_part<P: Part>(
     // A mistake is returned here, in the caller's thread. Otherwise it would be an actor that cannot start.
     PartServer::new(part, device, servers, config)?;
     let (part, device, servers) = (part.clone(), device.clone(), servers.clone());
-    let started = Spawn::new().start(move || {
+    let options = PartServer::<P>::options(Spawn::new());
+    let started = options.start(move || {
         let server = PartServer::new(&part, &device, &servers, config);
         server.expect("it worked in the caller's thread")
     });
@@ -243,6 +243,12 @@ impl<P: Part> Remote for PartServer<P> {
 
 impl<P: Part> Hosted for PartServer<P> {
     type Args = ServerGroup;
+
+    /// A part is not asynchronous, so it needs no sockets on its server's thread. They would take four file
+    /// descriptors.
+    fn options(options: Spawn) -> Spawn {
+        options.without_io()
+    }
 }
 
 /// Pulls the latest weights from the servers.

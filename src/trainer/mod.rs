@@ -122,6 +122,9 @@ pub enum TrainError {
     /// A worker or server could not be started on a node.
     #[error("an actor could not be started")]
     Spawn(#[from] SpawnOnError),
+    /// The system gave no event loop for the training.
+    #[error("the system gives no event loop: raise the limit on open files (ulimit -n)")]
+    EventLoop(#[source] std::io::Error),
     /// A worker failed.
     #[error("a worker failed")]
     Worker(#[from] WorkerError),

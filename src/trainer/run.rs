@@ -107,7 +107,8 @@ where
             self.record_schedule(&servers, start.weights().version(), may_be_recorded)?;
             may_be_recorded = true;
             let workers = self.spawn_workers(cluster, &variants, &here)?;
-            let error = match actor::run(self.drive(servers, workers, &mut run, resumed.as_ref())) {
+            let driving = self.drive(servers, workers, &mut run, resumed.as_ref());
+            let error = match actor::try_run(driving).map_err(TrainError::EventLoop)? {
                 Err(error) if run.may_recover(&error) => error,
                 other => return other,
             };
@@ -163,7 +164,7 @@ where
             let place = SpawnOn::from(Placement::RoundRobin).variant(&variants.servers);
             let places = vec![place.here(here.clone()); self.num_servers];
             let spawn = ServerGroup::spawn_on(cluster, places, start, self.server);
-            return Ok(actor::run(spawn)?);
+            return Ok(actor::try_run(spawn).map_err(TrainError::EventLoop)??);
         }
         // All rules are made first, because a server that is started must get one.
         let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));

@@ -172,9 +172,9 @@ fn a_worker_that_panics_is_restarted_and_every_step_counts_once() {
 /// In a process of its own, which has no file descriptor left.
 #[cfg(unix)]
 #[test]
-fn without_descriptors_there_is_an_error_and_no_panic() {
+fn without_descriptors_actors_start_and_a_training_is_an_error() {
     const CHILD: &str = "PS_TEST_NO_FILES";
-    const NAME: &str = "bad_input::without_descriptors_there_is_an_error_and_no_panic";
+    const NAME: &str = "bad_input::without_descriptors_actors_start_and_a_training_is_an_error";
     if std::env::var_os(CHILD).is_none() {
         // A shell sets the limit.
         let script = "ulimit -n 256 && exec \"$0\" --exact \"$1\" --nocapture";
@@ -189,31 +189,36 @@ fn without_descriptors_there_is_an_error_and_no_panic() {
     let model = ConvNet::init(1, &device);
     let train = Mnist::bundled_sample().train;
     let weights = initial_weights(&model, &device).unwrap();
-    let rule = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
-    let servers = ServerGroup::spawn(&weights, 1, ServerConfig::default(), rule).unwrap();
-    let open = || std::fs::File::open("/dev/null");
-    let files: Vec<_> = std::iter::from_fn(|| open().ok()).collect();
     let config = WorkerConfig {
         worker: WorkerId(0),
         num_workers: 1,
         batch_size: 4,
         seed: 0,
     };
-    let part = ps::served::serve_part(&model, &device, &servers, Default::default());
-    let errors = [
-        spawn_worker(&model, &device, &train, config).map(drop),
-        part.map(drop),
+    let cluster = Cluster::alone(host_workers(Hosts::new(), &model, &device, &train));
+    let spawn_hosted = || cluster.spawn::<ModelWorker<ConvNet>>(config).wait();
+    // The network's threads and the timers run from the first use on.
+    spawn_hosted().unwrap();
+    let open = || std::fs::File::open("/dev/null");
+    let files: Vec<_> = std::iter::from_fn(|| open().ok()).collect();
+    let rule = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
+    let servers = ServerGroup::spawn(&weights, 2, ServerConfig::default(), rule).unwrap();
+    let workers = [
+        spawn_worker(&model, &device, &train, config).unwrap(),
+        spawn_hosted().unwrap(),
     ];
-    drop(files);
-    for error in errors {
-        let error = error.expect_err("nothing can be started");
-        let cause = std::error::Error::source(&error).map(ToString::to_string);
-        assert!(
-            cause
-                .as_ref()
-                .is_some_and(|cause| cause.contains("ulimit -n")),
-            "{error}: {cause:?}"
-        );
+    for worker in workers {
+        let (servers, num_steps) = (servers.clone(), 1);
+        let report = worker.ask(RunSteps { servers, num_steps }).flatten().wait();
+        assert_eq!(report.unwrap().num_applied, 1);
     }
-    spawn_worker(&model, &device, &train, config).expect("there is room again");
+    ps::served::serve_part(&model, &device, &servers, Default::default()).unwrap();
+    let trainer = Trainer::new(model, train).device(&device).iterations(1);
+    // To hear signals needs descriptors, too.
+    let trainer = trainer.heed_signals(false);
+    let error = trainer
+        .run_on(&cluster)
+        .expect_err("it needs an event loop");
+    assert!(error.to_string().contains("ulimit -n"), "{error}");
+    drop(files);
 }

@@ -190,9 +190,14 @@ impl ParameterServer {
 
     /// Adds the options that a server needs, wherever it is hosted. There is no restart, because a restart
     /// would silently go back to the initial weights. There are more slots than calls that may wait, so
-    /// that status, heartbeats, joining and leaving never queue behind waiting calls.
+    /// that status, heartbeats, joining and leaving never queue behind waiting calls. There are no sockets on
+    /// the server's thread, so a server takes no file descriptors; an update rule that needs them asks for
+    /// [`Spawn::with_io`].
     pub fn options(options: Spawn) -> Spawn {
-        options.restart(RestartPolicy::NEVER).max_pending(MAX_CALLS)
+        options
+            .restart(RestartPolicy::NEVER)
+            .max_pending(MAX_CALLS)
+            .without_io()
     }
 
     pub(super) fn coordinate(&mut self) -> Result<&mut First, ServerError> {

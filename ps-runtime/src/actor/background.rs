@@ -46,10 +46,38 @@ pub(crate) fn current_handle() -> Option<Arc<dyn Any + Send + Sync>> {
 ///
 /// Use it in programs without `#[actix::main]`.
 ///
+/// ```
+/// let sum = ps_runtime::actor::run(async { 40 + 2 });
+/// assert_eq!(sum, 42);
+/// ```
+///
 /// # Panics
-/// When it is called from asynchronous code, or when the system gives no event loop.
+/// When it is called from asynchronous code, or when the system gives no event loop. [`try_run`] returns
+/// an error in the second case.
 pub fn run<F: Future>(future: F) -> F::Output {
-    System::new().block_on(future)
+    try_run(future).unwrap_or_else(|error| {
+        panic!(
+            "the system gives no event loop ({error}): raise the limit on open files (ulimit -n)"
+        )
+    })
+}
+
+/// Like [`run`], and returns an error if the system gives no event loop.
+///
+/// ```
+/// let sum = ps_runtime::actor::try_run(async { 40 + 2 })?;
+/// assert_eq!(sum, 42);
+/// # Ok::<(), std::io::Error>(())
+/// ```
+///
+/// # Errors
+/// When there are no file descriptors for the event loop. The future is dropped.
+///
+/// # Panics
+/// When it is called from asynchronous code.
+pub fn try_run<F: Future>(future: F) -> io::Result<F::Output> {
+    let runtime = event_loop(true)?;
+    Ok(System::with_tokio_rt(|| runtime).block_on(future))
 }
 
 /// Polls a future on this thread until it is ready or the deadline has passed.
@@ -134,6 +162,24 @@ impl Drop for Background {
 }
 
 /// Starts a task on the event loop that runs all timers. The task must never block its thread.
+///
+/// ```
+/// use std::sync::mpsc;
+/// use std::time::Duration;
+///
+/// use ps_runtime::actor::{in_background, sleep};
+///
+/// let (sender, ticks) = mpsc::channel();
+/// let ticking = in_background(async move {
+///     while sender.send("tick").is_ok() {
+///         sleep(Duration::from_millis(1)).await;
+///     }
+/// });
+/// assert_eq!(ticks.recv()?, "tick");
+/// assert_eq!(ticks.recv()?, "tick");
+/// drop(ticking); // It ends here.
+/// # Ok::<(), mpsc::RecvError>(())
+/// ```
 ///
 /// # Panics
 /// When the process has never started an actor, and the system gives no thread for the event loop.

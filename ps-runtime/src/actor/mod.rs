@@ -78,7 +78,7 @@ mod spawn;
 pub(crate) mod supervisor;
 
 pub use actor_ref::ActorRef;
-pub use background::{Background, in_background, run, sleep};
+pub use background::{Background, in_background, run, sleep, try_run};
 pub use caller_gone::{CallerGone, caller_gone};
 pub use error::{
     AskError, CallError, LookupError, NoReply, NotDelivered, SpawnError, StillRunning, Undelivered,

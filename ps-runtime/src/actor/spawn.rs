@@ -153,7 +153,18 @@ pub struct Spawn {
     thread_name: Option<String>,
     max_pending: usize,
     restart: RestartPolicy,
-    with_io: bool,
+    io: Io,
+}
+
+/// Whether an actor's event loop can use sockets, child processes and signals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Io {
+    /// Nobody has said anything: it can.
+    Unsaid,
+    /// It can, because [`Spawn::with_io`] says so.
+    With,
+    /// It cannot, because [`Spawn::without_io`] says so.
+    Without,
 }
 
 impl Default for Spawn {
@@ -170,7 +181,7 @@ impl Spawn {
             thread_name: None,
             max_pending: 1024,
             restart: RestartPolicy::default(),
-            with_io: true,
+            io: Io::Unsaid,
         }
     }
 
@@ -211,9 +222,54 @@ impl Spawn {
     ///
     /// Use it for many small actors. With the usual limit of 1,024 open files, a process can have about
     /// 250 actors with the full event loop. Without it, only the limit on threads counts. Code of such an
-    /// actor that uses tokio's sockets panics.
+    /// actor that uses tokio's sockets on the actor's own thread panics. It can still use them on a tokio
+    /// runtime of its own.
+    ///
+    /// If [`with_io`](Self::with_io) was called too, before or after this, this does nothing.
     pub fn without_io(mut self) -> Self {
-        self.with_io = false;
+        if self.io != Io::With {
+            self.io = Io::Without;
+        }
+        self
+    }
+
+    /// Starts the actor with an event loop that can use sockets, child processes and signals, even if its
+    /// type usually does without ([`without_io`](Self::without_io)).
+    ///
+    /// This is the default for actors of your own. Parameter servers, workers, part servers and values do
+    /// without. Use this if your code in such an actor, such as the source of a worker's gradients, starts
+    /// tasks on the actor's thread that use tokio's sockets.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # struct Prober;
+    /// # impl Actor for Prober { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "bool")]
+    /// # struct CanUseSockets;
+    /// # impl Handler<CanUseSockets> for Prober {
+    /// #     type Result = bool;
+    /// #     fn handle(&mut self, _: CanUseSockets, _: &mut Context<Self>) -> bool {
+    /// #         let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a port is free");
+    /// #         socket.set_nonblocking(true).expect("it can be set");
+    /// #         std::panic::catch_unwind(|| tokio::net::UdpSocket::from_std(socket)).is_ok()
+    /// #     }
+    /// # }
+    /// use ps_runtime::Spawn;
+    ///
+    /// /// The options of a library, for all actors of one type.
+    /// fn options(given: Spawn) -> Spawn {
+    ///     given.without_io()
+    /// }
+    ///
+    /// let small = options(Spawn::new()).start(|| Prober)?;
+    /// let full = options(Spawn::new().with_io()).start(|| Prober)?;
+    /// assert!(!small.ask(CanUseSockets).wait()?);
+    /// assert!(full.ask(CanUseSockets).wait()?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn with_io(mut self) -> Self {
+        self.io = Io::With;
         self
     }
 
@@ -320,7 +376,7 @@ impl Spawn {
             mailbox: Arc::clone(&mailbox),
             handle: weak,
             restart: self.restart,
-            with_io: self.with_io,
+            with_io: self.io != Io::Without,
             factory,
         };
         let thread_name = self.thread_name.unwrap_or_else(|| name.to_string());
@@ -499,9 +555,16 @@ mod tests {
         assert!(matches!(error, SpawnError::Thread { .. }), "{error}");
         assert!(error.to_string().contains("ulimit -n"), "{error}");
         assert!(actors.len() <= 10, "{} actors", actors.len());
+        let mut values = Vec::new();
         for _ in 0..100 {
             actors.push(idle(Spawn::new().without_io()).expect("it needs no descriptor"));
+            values.push(RemoteRef::new(Nothing).expect("it needs no descriptor"));
         }
+        for value in &values {
+            value.fetch().wait().expect("the value is there");
+        }
+        let error = idle(Spawn::new().with_io().without_io());
+        assert!(error.is_err(), "it was asked for sockets");
         assert!(actors.iter().all(ActorRef::is_alive) && first.is_alive());
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Join {
     pub(crate) process: u64,
     /// The run that it was started for, if it was told.
     pub(crate) run_id: Option<String>,
+    /// The user of the process, if it has never joined before.
+    pub(crate) user: Option<u32>,
     pub(crate) addresses: Vec<Address>,
     pub(crate) resources: Resources,
     pub(crate) host: String,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::agent::{AreYouThere, Join, JoinRefused, Joined, NodeAgent, TaskScope, agent_of};
 use super::members::{Claim, Member, Members};
 use crate::actor::{CallError, NotDelivered};
-use crate::net::threads;
+use crate::net::{Address, threads};
 use crate::remote::process::{Joining, NodeId, Process};
 
 pub(crate) struct Door {
@@ -26,7 +26,9 @@ impl Door {
     pub(crate) async fn let_in(self, join: Join) -> Result<Joined, JoinRefused> {
         let (rank, pid, host) = (join.rank, join.pid, join.host.clone());
         let process = join.process;
-        let place = Joining::new(rank, join.run_id.as_deref());
+        // The number of a user means nothing on another host.
+        let user = join.user.filter(|_| is_near(&join.addresses));
+        let place = Joining::new(rank, join.run_id.as_deref(), user);
         let answer = self.judge(join).await;
         if let Err(why) = &answer {
             if self.members.note_refusal(process) {
@@ -92,6 +94,11 @@ impl Door {
         let session = self.process.session();
         Ok(Joined { node, session })
     }
+}
+
+/// Whether a process is on this host, as far as its addresses say.
+fn is_near(addresses: &[Address]) -> bool {
+    addresses.iter().all(Address::is_local)
 }
 
 /// Whether a node answers. If its connection is lost, a new one is tried for one process lease, as for any

@@ -10,6 +10,7 @@ use std::time::Duration;
 use axum::Router;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
+use rustix::process::geteuid;
 
 use super::agent::{
     DriverAgent, Find, Make, Release, SpawnRefused, TaskScope, find_anywhere, hosted_name,
@@ -313,6 +314,25 @@ impl Cluster {
     /// Like [`listen`](Self::listen), and also serves `routes` over HTTP on the same port, behind the same
     /// token.
     ///
+    /// ```
+    /// use std::io::{Read, Write};
+    ///
+    /// use axum::Router;
+    /// use axum::routing::get;
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts};
+    ///
+    /// let routes = Router::new().route("/progress", get(|| async { "step 7" }));
+    /// let local = ([127, 0, 0, 1], 0).into();
+    /// let cluster = Cluster::listen_with(ClusterConfig::default(), local, Hosts::new(), routes)?;
+    ///
+    /// let mut stream = std::net::TcpStream::connect(cluster.address().expect("it listens"))?;
+    /// stream.write_all(b"GET /progress HTTP/1.1\r\nhost: ps\r\nconnection: close\r\n\r\n")?;
+    /// let mut answer = String::new();
+    /// stream.read_to_string(&mut answer)?;
+    /// assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("step 7"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// Those of [`listen`](Self::listen).
     pub fn listen_with(
@@ -362,7 +382,7 @@ impl Cluster {
             inner: Arc::new(Inner {
                 scope: TaskScope::new(Arc::clone(&process), hosts, config.resources),
                 process,
-                members: Arc::new(Members::new(Vec::new(), None, false)),
+                members: Arc::new(Members::new(Vec::new(), None, false, None)),
                 next: AtomicUsize::new(0),
                 addresses: Vec::new(),
                 listening: None,
@@ -389,9 +409,10 @@ impl Cluster {
         let bound = Bound::bind(&config, address)?;
         let addresses = bound.addresses.clone();
         let is_guarded = config.is_guarded();
-        let members = Members::new(addresses.clone(), config.run_id.clone(), is_guarded);
-        let members = Arc::new(members);
         let takes_far_nodes = is_guarded || config.insecure;
+        let user = (!takes_far_nodes).then(|| geteuid().as_raw());
+        let members = Members::new(addresses.clone(), config.run_id.clone(), is_guarded, user);
+        let members = Arc::new(members);
         let scope = TaskScope::new(Arc::clone(&process), hosts, config.resources);
         let known = Arc::clone(&members);
         process.resolve_with(Box::new(move |node| {

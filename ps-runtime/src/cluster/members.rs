@@ -62,6 +62,8 @@ pub(crate) struct Members {
     run_id: Option<String>,
     /// Whether every process that connects has shown that it knows a secret.
     is_guarded: bool,
+    /// The user of this process, if it asks for no secret because only its own host can reach it.
+    user: Option<u32>,
     state: Mutex<State>,
     /// Changes whenever the list does.
     changed: watch::Sender<u64>,
@@ -100,11 +102,17 @@ struct Rank {
 }
 
 impl Members {
-    pub(crate) fn new(driver: Vec<Address>, run_id: Option<String>, is_guarded: bool) -> Self {
+    pub(crate) fn new(
+        driver: Vec<Address>,
+        run_id: Option<String>,
+        is_guarded: bool,
+        user: Option<u32>,
+    ) -> Self {
         Self {
             driver,
             run_id,
             is_guarded,
+            user,
             state: Mutex::default(),
             changed: watch::Sender::new(0),
         }
@@ -132,16 +140,24 @@ impl Members {
         state.refused.len() < MAX_REFUSALS && state.refused.insert(process)
     }
 
+    /// Whether a process clearly belongs to this run.
+    fn is_ours(&self, place: Joining) -> bool {
+        let here = Joining::new(place.rank, self.run_id.as_deref(), self.user);
+        match (place.run, here.run) {
+            (Some(_), _) => place.run == here.run,
+            (None, _) if self.is_guarded => true,
+            (None, Some(_)) => false,
+            // The user is only what the process says. That prevents accidents. It is no protection, and it
+            // need not be one: without a secret, any process that can connect can also join.
+            (None, None) => place.user.is_some() && place.user == here.user,
+        }
+    }
+
     /// Records that a rank was refused for good, if the process clearly belongs to this run: a stranger
     /// must not make the driver stop waiting. The rank may still join later.
     pub(crate) fn refuse_rank(&self, place: Joining, reason: &str) {
         let rank = place.rank;
-        let here = Joining::new(rank, self.run_id.as_deref());
-        let is_ours = match place.run {
-            Some(_) => place == here,
-            None => self.is_guarded,
-        };
-        if !is_ours {
+        if !self.is_ours(place) {
             return;
         }
         let mut state = self.lock();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use futures_util::FutureExt;
+use rustix::process::geteuid;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -108,6 +109,28 @@ impl Node {
 
     /// Like [`serve`](Self::serve), and leaves in an orderly way when `stop` is ready. Actors that
     /// [hand over](super::Hosted::hand_over) finish their step first. Then the others are killed.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::time::Duration;
+    ///
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts, Node, NodeExit};
+    /// use tokio::sync::Notify;
+    ///
+    /// let local = ([127, 0, 0, 1], 0).into();
+    /// let cluster = Cluster::listen(ClusterConfig::default(), local, Hosts::new())?;
+    /// let address = cluster.address().expect("it has a TCP socket").to_string();
+    ///
+    /// let leave = Arc::new(Notify::new());
+    /// let told = Arc::clone(&leave);
+    /// let node = Node::new(ClusterConfig::default(), 1, 0, address, Hosts::new());
+    /// let node = node.serve_until(async move { told.notified().await });
+    /// cluster.wait_for_nodes(1, Duration::from_secs(30)).wait()?;
+    ///
+    /// leave.notify_one();
+    /// assert_eq!(node.wait()?, NodeExit::Left);
+    /// # Ok::<(), ps_runtime::cluster::ClusterError>(())
+    /// ```
     pub fn serve_until(
         self,
         stop: impl Future<Output = ()> + Send + 'static,
@@ -128,11 +151,14 @@ impl Node {
         Task::start(async move {
             let mut stop = std::pin::pin!(stop.fuse());
             let mut at_once = std::pin::pin!(at_once.fuse());
+            // Once it has joined, it was started for that driver. The next one may be that of another run.
+            let mut user = Some(geteuid().as_raw());
             loop {
                 let membership = tokio::select! {
-                    membership = self.join() => membership?,
+                    membership = self.join(user) => membership?,
                     () = &mut stop => return Ok(NodeExit::Left),
                 };
+                user = None;
                 tracing::info!(node = %membership.id, driver = self.driver, "joined");
                 let mut released = membership.released.clone();
                 let exit = tokio::select! {
@@ -185,12 +211,12 @@ impl Node {
         }
     }
 
-    async fn join(&self) -> Result<Membership, ClusterError> {
+    async fn join(&self, user: Option<u32>) -> Result<Membership, ClusterError> {
         // `None` if the clock cannot represent the deadline; then there is none.
         let deadline = Instant::now().checked_add(self.config.join_timeout);
         let mut pause = Duration::from_millis(20);
         loop {
-            let reason = match self.try_to_join().await {
+            let reason = match self.try_to_join(user).await {
                 Ok(membership) => return Ok(membership),
                 Err(JoinError::Permanent(error)) => return Err(error),
                 Err(JoinError::Temporary(reason)) => reason,
@@ -208,9 +234,10 @@ impl Node {
         }
     }
 
-    async fn try_to_join(&self) -> Result<Membership, JoinError> {
+    async fn try_to_join(&self, user: Option<u32>) -> Result<Membership, JoinError> {
         let process = self.config.process();
-        process.wants(Joining::new(self.rank, self.config.run_id.as_deref()));
+        let run_id = self.config.run_id.as_deref();
+        process.wants(Joining::new(self.rank, run_id, user));
         let (driver_address, local) = self.way_to_driver(&process).await?;
         let bound = Bound::bind(&self.config, SocketAddr::new(local, 0));
         let bound = bound.map_err(JoinError::Permanent)?;
@@ -241,6 +268,7 @@ impl Node {
             attempt: self.attempt,
             process: self.process,
             run_id: self.config.run_id.clone(),
+            user,
             addresses: bound.addresses.clone(),
             resources: self.config.resources.clone(),
             host: host_name(),

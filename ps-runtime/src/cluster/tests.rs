@@ -223,6 +223,7 @@ fn a_reference_that_was_given_up_connects_again() {
         attempt: 0,
         process: 1,
         run_id: None,
+        user: None,
         addresses: Vec::new(),
         resources: Resources::none(),
         host: String::new(),

@@ -82,11 +82,13 @@ impl<T> Owned<T> {
         }
     }
 
-    /// Allows no restart: it would silently go back to the first value.
+    /// Allows no restart: it would silently go back to the first value. Methods are not asynchronous, so
+    /// values need no sockets on their threads.
     pub(crate) fn options() -> Spawn {
         Spawn::new()
             .thread_name("value")
             .restart(RestartPolicy::NEVER)
+            .without_io()
     }
 }
 

@@ -31,6 +31,9 @@ pub struct NetConfig {
     /// How many numbers (`f32`) a message to this process may have. Default: 2³⁰ numbers, which are 4 GiB.
     pub max_numbers: u64,
     /// How many connections to this process may be open at the same time. Default: 4,096.
+    ///
+    /// Connections in their handshake may take no more than a quarter of this, and no more than a quarter of
+    /// the open files that the system allows (`ulimit -n`). One more closes the oldest of them.
     pub max_connections: usize,
     /// Whether the receiver of a large message may copy its numbers directly from the memory of the sender.
     /// This applies to two processes of the same user on one Linux host. If the system forbids it, sockets

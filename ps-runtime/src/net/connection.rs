@@ -267,7 +267,8 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::codec::Encoded;
+    use crate::buffer::Buffer;
+    use crate::codec::{Bulk, Encoded};
     use crate::net::frame::{HEAD_LEN, OutFrame};
 
     /// Numbers in a large message.
@@ -323,8 +324,9 @@ mod tests {
         bytes
     }
 
-    /// Answers each call.
+    /// Answers each call with these numbers.
     struct Replier {
+        bulk: Vec<Bulk>,
         outbox: Arc<Outbox>,
         admission: Arc<Admission>,
         num_calls: Arc<AtomicUsize>,
@@ -340,7 +342,7 @@ mod tests {
             self.num_calls.fetch_add(1, Ordering::SeqCst);
             let contents = Encoded {
                 header: vec![0; 1000],
-                bulk: Vec::new(),
+                bulk: self.bulk.clone(),
             };
             let reply = OutFrame::new(Kind::Reply, frame.call, 0, contents);
             self.outbox.send(reply).map_err(|_| Ended::Done("closed"))
@@ -355,15 +357,15 @@ mod tests {
         }
     }
 
-    ///
-    #[tokio::test]
-    async fn a_peer_that_asks_and_does_not_read_binds_little_and_is_cut_off() {
+    /// Asks without an end and reads nothing. Returns how many calls were taken until the end.
+    async fn ask_and_read_nothing(bulk: Vec<Bulk>) -> usize {
         let (mut ours, theirs) = tokio::io::duplex(1 << 16);
         let config = NetConfig::default().with_process_lease(Duration::from_millis(300));
         let connection = Connection::new(Stream::Memory(theirs), &config);
         let (sender, mut ended) = mpsc::unbounded_channel();
         let num_calls = Arc::new(AtomicUsize::new(0));
         let replier = Replier {
+            bulk,
             outbox: Arc::clone(&connection.outbox),
             admission: Admission::new(Duration::MAX),
             num_calls: Arc::clone(&num_calls),
@@ -378,12 +380,29 @@ mod tests {
         while ours.write_all(&ask).await.is_ok() {}
         let why = ended.recv().await.expect("it says why");
         assert!(why.contains("has read no replies for 300ms"), "{why}");
-        let num_calls = num_calls.load(Ordering::SeqCst);
+        num_calls.load(Ordering::SeqCst)
+    }
+
+    ///
+    #[tokio::test]
+    async fn a_peer_that_asks_and_does_not_read_binds_little_and_is_cut_off() {
+        let num_calls = ask_and_read_nothing(Vec::new()).await;
         assert!(
             num_calls > 1_024,
             "a good caller may have {num_calls} under way"
         );
         assert!(num_calls < 4_096, "{num_calls}");
+    }
+
+    /// at least 8 replies, and at least 64 MiB.
+    #[tokio::test]
+    async fn a_peer_that_does_not_read_large_replies_binds_eight_of_them_or_64_mib() {
+        for (mib, expected) in [(32, 8), (8, 8), (4, 16), (1, 64)] {
+            // All replies share the numbers.
+            let bulk = Bulk::from(Buffer::from(vec![0.5; mib << 18]));
+            let num_calls = ask_and_read_nothing(vec![bulk]).await;
+            assert_eq!(num_calls, expected, "replies of {mib} MiB");
+        }
     }
 
     #[tokio::test]

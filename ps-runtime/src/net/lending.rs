@@ -215,6 +215,33 @@ async fn a_peer_that_takes_nothing_gets_the_rest_by_the_socket() {
     assert!(read_raw(&mut peer).await.is_lent);
 }
 
+/// at most four are lent at a time.
+#[tokio::test]
+async fn replies_that_still_wait_to_be_written_count_as_lent() {
+    let (mut end, mut peer) = lends_to().await;
+    let numbers = large(1.0);
+    for call in 1..=20 {
+        end.send(Kind::Reply, call, &numbers);
+    }
+    // The peer takes what is lent to it, and reads nothing of the rest, which fills the socket.
+    for call in 1..=4 {
+        let head = read_raw(&mut peer).await;
+        assert_eq!((head.call, head.is_lent), (call, true));
+        write_signal(&mut peer, Kind::Taken, call).await;
+    }
+    write_signal(&mut peer, Kind::Cancel, 0).await;
+    assert_eq!(end.next().await.kind, Kind::Cancel);
+    assert!(!end.outbox.has_lent());
+    for call in 21..=30 {
+        end.send(Kind::Reply, call, &numbers);
+    }
+    for call in 5..=30 {
+        let head = read_raw(&mut peer).await;
+        let is_lent = (21..=24).contains(&call);
+        assert_eq!((head.call, head.is_lent), (call, is_lent));
+    }
+}
+
 /// admission waits until replies were taken, and the frame that says so comes behind the next
 /// call.
 #[tokio::test]

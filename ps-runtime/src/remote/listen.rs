@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use super::callee::Server;
 use super::dial::{JOINING, MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
 use super::process::{Joining, NodeId, Process};
+use super::strangers::{Stranger, Strangers};
 use crate::net::access::may_pass;
 use crate::net::connection::Connection;
 use crate::net::quiet::Quiet;
@@ -93,6 +94,7 @@ impl Listener {
             .route("/healthz", get(|| async { last("ok\n") }))
             .layer(middleware::map_response(introduce));
         let room = Arc::new(Semaphore::new(config.max_connections));
+        let mut strangers = Strangers::new(config.max_connections);
         let mut connections = JoinSet::new();
         loop {
             let (stream, peer) = match self.accept().await {
@@ -125,25 +127,30 @@ impl Listener {
             let handshake = config.handshake;
             let process = Arc::clone(&process);
             let on = threads::next();
-            connections.spawn_on(
+            let stranger = Stranger::new();
+            let entering = stranger.clone();
+            let task = connections.spawn_on(
                 async move {
                     let begun = tokio::time::timeout(handshake, begin(stream, &process));
                     // A peer that fails in the first steps gets no answer.
                     match begun.await {
-                        Ok(Ok(stream)) => greet(stream, peer, routes, handshake, permit).await,
+                        Ok(Ok(stream)) => {
+                            greet(stream, peer, entering, routes, handshake, permit).await
+                        }
                         Ok(Err(error)) if !has_gone(&error) => refuse(&NO_TLS, peer, &error),
                         Ok(Err(_)) | Err(_) => {}
                     }
                 },
                 &on,
             );
+            strangers.add(stranger, task);
         }
     }
 }
 
 /// How many bytes are read ahead from a peer that speaks HTTP, including the head of a request. Strangers
-/// can make each of `max_connections` connections take this much. With less, a gradient over HTTP needs
-/// more reads.
+/// can make each connection in its handshake take this much. With less, a gradient over HTTP needs more
+/// reads.
 const MAX_BUFFERED: usize = 64 << 10;
 
 static NOT_TAKEN: Quiet = Quiet::new();
@@ -231,6 +238,7 @@ async fn begin(stream: Detached, process: &Process) -> io::Result<Stream> {
 async fn greet(
     stream: Stream,
     peer: Peer,
+    stranger: Stranger,
     routes: Router,
     limit: Duration,
     permit: OwnedSemaphorePermit,
@@ -238,6 +246,7 @@ async fn greet(
     let (sender, mut upgrades) = mpsc::channel::<Upgrade>(1);
     let routes = routes
         .layer(axum::Extension(sender))
+        .layer(axum::Extension(stranger))
         .layer(axum::Extension(peer));
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -278,6 +287,7 @@ async fn run(upgrade: Upgrade) {
 async fn check_token(
     State(shared): State<Arc<Shared>>,
     axum::Extension(peer): axum::Extension<Peer>,
+    axum::Extension(stranger): axum::Extension<Stranger>,
     request: Request,
     next: Next,
 ) -> Response {
@@ -286,6 +296,7 @@ async fn check_token(
         .get(AUTHORIZATION)
         .map(HeaderValue::as_bytes);
     if may_pass(shared.process.token(), given) {
+        stranger.end();
         return next.run(request).await;
     }
     let (kind, reason) = match given {

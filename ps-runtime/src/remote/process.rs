@@ -81,26 +81,32 @@ pub(crate) struct Joining {
     pub(crate) rank: u32,
     /// The mark of the run that it was started for, if it was told.
     pub(crate) run: Option<u64>,
+    /// The user of the process. `None` if it had joined before: then it was started for an earlier driver.
+    pub(crate) user: Option<u32>,
 }
 
 impl Joining {
-    pub(crate) fn new(rank: u32, run_id: Option<&str>) -> Self {
+    pub(crate) fn new(rank: u32, run_id: Option<&str>, user: Option<u32>) -> Self {
         let run = run_id.map(|run_id| {
             let mut mark = Schema::new();
             mark.write(run_id);
             mark.finish()
         });
-        Self { rank, run }
+        Self { rank, run, user }
     }
 }
 
 /// Writes the form that the header of a handshake contains.
 impl fmt::Display for Joining {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.run {
-            Some(run) => write!(f, "{}.{run:016x}", self.rank),
-            None => write!(f, "{}", self.rank),
+        write!(f, "{}", self.rank)?;
+        if let Some(run) = self.run {
+            write!(f, ".{run:016x}")?;
         }
+        if let Some(user) = self.user {
+            write!(f, "@{user}")?;
+        }
+        Ok(())
     }
 }
 
@@ -108,12 +114,16 @@ impl FromStr for Joining {
     type Err = ParseIntError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (text, user) = match text.split_once('@') {
+            Some((text, user)) => (text, Some(user.parse()?)),
+            None => (text, None),
+        };
         let (rank, run) = match text.split_once('.') {
             Some((rank, run)) => (rank, Some(u64::from_str_radix(run, 16)?)),
             None => (text, None),
         };
         let rank = rank.parse()?;
-        Ok(Self { rank, run })
+        Ok(Self { rank, run, user })
     }
 }
 

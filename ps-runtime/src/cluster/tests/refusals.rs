@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 
+use super::super::agent::AreYouThere;
 use super::super::launched::gather;
 use super::*;
 use crate::net::Token;
@@ -110,7 +111,7 @@ fn it_goes_on_with_those_that_have_joined_and_the_others_may_still_come() {
 fn another_build_is_refused_for_good_too() {
     let config = driver_config();
     let (cluster, address) = listen(&config, &facts(60_000));
-    let place = Joining::new(1, None);
+    let place = Joining::new(1, None, None);
     assert_eq!(knock_as_another_build(&address, "wrong", place), "401");
     assert!(cluster.refusal(1).is_none());
     assert_eq!(knock_as_another_build(&address, TOKEN, place), "409");
@@ -134,6 +135,69 @@ fn who_states_the_same_run_is_of_this_run_also_without_a_token() {
     );
 }
 
+/// A driver on the loopback address, which asks for no secret and was told no run.
+fn open() -> ClusterConfig {
+    ClusterConfig {
+        token: None,
+        ..driver_config()
+    }
+}
+
+#[test]
+fn without_a_token_a_process_of_the_same_user_and_host_is_of_this_run() {
+    let (cluster, address) = listen(&open(), &facts(60_000));
+    knock(&open(), &address, 1, 4_000);
+    let error = gather(&cluster, 2, FOREVER, None).unwrap_err();
+    assert!(
+        matches!(error, ClusterError::NodesRefused { rank: 1, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn without_a_token_another_user_and_another_build_of_one_are_strangers() {
+    let me = rustix::process::geteuid().as_raw();
+    let (cluster, address) = listen(&open(), &facts(60_000));
+    for (user, is_ours) in [(None, false), (Some(me ^ 1), false), (Some(me), true)] {
+        let place = Joining::new(1, None, user);
+        assert_eq!(knock_as_another_build(&address, TOKEN, place), "409");
+        assert_eq!(cluster.refusal(1).is_some(), is_ours, "{user:?}");
+    }
+    // A driver that was told its run expects that its nodes were told, too.
+    let config = ClusterConfig {
+        run_id: Some("a run".to_owned()),
+        ..open()
+    };
+    let (cluster, address) = listen(&config, &facts(60_000));
+    knock(&open(), &address, 1, 4_000);
+    assert!(cluster.refusal(1).is_none());
+}
+
+/// Its driver was killed, and somebody starts another training at the same address.
+#[test]
+fn without_a_token_a_node_of_an_earlier_driver_is_a_stranger() {
+    let (cluster, address) = listen(&open(), &facts(4_000));
+    let config = ClusterConfig {
+        join_timeout: SOON,
+        ..open()
+    };
+    let node = start(&config, &address, 1, 4_000);
+    cluster.wait_for_nodes(1, SOON).wait().unwrap();
+    // Without members nobody is told of the end.
+    let members = cluster.inside().1.close();
+    // A node that answers knows that it has joined.
+    members[0].agent.ask(AreYouThere).wait().unwrap();
+    drop(members);
+    drop(cluster);
+    let next = Cluster::listen(open(), address.parse().unwrap(), facts(60_000)).unwrap();
+    let refused = node.wait();
+    assert!(
+        matches!(refused, Err(ClusterError::Refused { .. })),
+        "{refused:?}"
+    );
+    assert!(next.refusal(1).is_none());
+}
+
 /// Otherwise any process that can connect could end the driver's wait.
 #[test]
 fn strangers_do_not_end_the_wait() {
@@ -146,9 +210,10 @@ fn strangers_do_not_end_the_wait() {
         token: Some(Token::new(token).unwrap()),
         ..driver_config()
     };
-    let open = ClusterConfig {
-        token: None,
-        ..driver_config()
+    // Other hosts can reach it, and a user of the same number there is somebody else.
+    let insecure = ClusterConfig {
+        insecure: true,
+        ..open()
     };
     for (driver, stranger, what) in [
         (named("ours"), named("theirs"), "another run"),
@@ -158,7 +223,7 @@ fn strangers_do_not_end_the_wait() {
             "a run that we cannot compare",
         ),
         (config, with_token("the-token-of-others"), "another token"),
-        (open.clone(), open, "somebody who shows nothing"),
+        (insecure.clone(), insecure, "somebody who shows nothing"),
     ] {
         let (cluster, address) = listen(&driver, &facts(60_000));
         knock(&stranger, &address, 1, 4_000);
@@ -175,12 +240,26 @@ fn strangers_do_not_end_the_wait() {
 #[test]
 fn a_place_reads_as_it_is_written() {
     for place in [
-        Joining::new(7, None),
-        Joining::new(u32::MAX, Some("a run, in any writing: \u{e9}\n")),
+        Joining::new(7, None, None),
+        Joining::new(7, None, Some(1000)),
+        Joining::new(u32::MAX, Some("a run, in any writing: \u{e9}\n"), None),
+        Joining::new(1, Some("a run"), Some(u32::MAX)),
     ] {
         assert_eq!(place.to_string().parse(), Ok(place));
     }
-    for wrong in ["", "x", "1.", "1.xyz", "-1", "1.2.3", "4294967296"] {
+    for wrong in [
+        "",
+        "x",
+        "1.",
+        "1.xyz",
+        "-1",
+        "1.2.3",
+        "4294967296",
+        "1@",
+        "1@x",
+        "1@2@3",
+        "1@2.3",
+    ] {
         assert!(wrong.parse::<Joining>().is_err(), "{wrong}");
     }
 }

@@ -12,7 +12,7 @@ use super::world::{
     Add, Ask, Counter, Echo, Fail, LOCAL, Myself, Never, SOON, Unlisted, World, config,
     driver_address, transports,
 };
-use crate::actor::probe::{Count, Gate, Log, Probe, wait_until_arrived};
+use crate::actor::probe::{Count, Gate, Log, Probe, act, wait_until_arrived};
 
 fn on_node(world: &World, rank: u32, start: i64) -> ActorRef<Counter> {
     let options = SpawnOn::new().place(Placement::Rank(rank));
@@ -138,18 +138,17 @@ fn a_timeout_ends_the_wait_and_frees_the_slot() {
     }
 }
 
-/// two calls are given up, and no `Cancel` arrives. The call that was sent with its time limit does not
-/// begin.
-#[test]
-fn a_call_whose_time_is_over_never_begins_though_its_connection_is_silent() {
-    let network = MemoryNetwork::with_faults(0, Faults::default());
+/// An actor of this process, and a reference to it that leads through the network and a node.
+fn behind_the_network(
+    network: &MemoryNetwork,
+    name: &str,
+    log: &Log,
+) -> (Cluster, ActorRef<Probe>, ActorRef<Probe>) {
     let config = config(Transport::Memory(network.clone()));
     let cluster = Cluster::listen(config.clone(), LOCAL, Hosts::new()).unwrap();
     let driver = driver_address(&cluster);
-    let _node = Node::new(config, 1, 0, driver, Hosts::new().find::<Probe>()).serve();
+    drop(Node::new(config, 1, 0, driver, Hosts::new().find::<Probe>()).serve());
     cluster.wait_for_nodes(1, SOON).wait().unwrap();
-    let name = "behind a silent connection";
-    let log = Log::default();
     let make = {
         let log = log.clone();
         move || Probe::with_log(&log)
@@ -157,6 +156,88 @@ fn a_call_whose_time_is_over_never_begins_though_its_connection_is_silent() {
     let here = Spawn::new().name(name).start(make).unwrap();
     let there = cluster.lookup::<Probe>(name).wait().unwrap();
     assert!(!there.is_local());
+    (cluster, here, there)
+}
+
+/// the connection is lost again and again. Calls are made while it is there, while it is not,
+/// and while a new one is made.
+#[test]
+fn calls_arrive_in_the_order_sent_when_the_connection_is_lost_and_opened_again() {
+    const CUT_OFF: u64 = u64::MAX;
+    let network = MemoryNetwork::with_faults(0, Faults::default());
+    let log = Log::default();
+    let (_cluster, here, there) = behind_the_network(&network, "reconnected", &log);
+    let mut expected = vec!["started".to_owned()];
+    for round in 0..10 {
+        let tag = |index: u64| round * 100 + index;
+        let gate = Gate::hold(&here);
+        let cut_off = there.ask(Count(CUT_OFF));
+        wait_until_arrived(&there);
+        network.set_outage(Some(Outage::Refused));
+        let error = cut_off.wait_timeout(SOON).unwrap_err();
+        assert!(error.is_connection_lost(), "{error}");
+        for index in 0..50 {
+            there.tell(Count(tag(index))).unwrap();
+        }
+        network.set_outage(None);
+        let asked: Vec<_> = (50..99).map(|index| there.ask(Count(tag(index)))).collect();
+        drop(gate);
+        for reply in asked {
+            reply.wait_timeout(SOON).unwrap();
+        }
+        there.ask(Count(tag(99))).wait_timeout(SOON).unwrap();
+        expected.extend((0..100).map(|index| tag(index).to_string()));
+    }
+    // A `stop` keeps its place, too.
+    network.set_outage(Some(Outage::Refused));
+    there.tell(Count(1_000)).unwrap();
+    there.stop();
+    network.set_outage(None);
+    ps_runtime::actor::run(here.stopped());
+    expected.extend(["1000", "stopping", "stopped"].map(str::to_owned));
+    let mut entries = log.entries();
+    // It is taken back as soon as the loss is noticed there, too. That may be after the gate has opened.
+    entries.retain(|entry| *entry != CUT_OFF.to_string());
+    for (got, expected) in entries.iter().zip(&expected) {
+        assert_eq!(got, expected);
+    }
+    assert_eq!(entries.len(), expected.len());
+}
+
+/// the actor waits on its own thread for itself, in a ring through another process. In one process this
+/// is an error at once.
+#[test]
+fn a_blocking_wait_in_a_ring_through_another_process_is_not_noticed() {
+    let network = MemoryNetwork::new();
+    let log = Log::default();
+    let (_cluster, here, there) = behind_the_network(&network, "in a ring", &log);
+    let after = Duration::from_millis(100);
+    let waits = act(move |_, _| {
+        let me = ActorRef::<Probe>::current().expect("called on the actor's thread");
+        let noticed = me.ask(Count(1)).wait_timeout(after).unwrap_err();
+        let not_noticed = there.ask(Count(2)).wait_timeout(after).unwrap_err();
+        [noticed, not_noticed]
+    });
+    let [noticed, not_noticed] = here.ask(waits).wait_timeout(SOON).unwrap();
+    let CallError::NotDelivered { reason, .. } = noticed else {
+        panic!("{noticed}");
+    };
+    assert_eq!(reason, NotDelivered::WouldDeadlock);
+    let CallError::Unknown { reason, .. } = not_noticed else {
+        panic!("{not_noticed}");
+    };
+    assert_eq!(reason, UnknownOutcome::TimedOut { after });
+    here.ask(Count(3)).wait_timeout(SOON).unwrap();
+    here.shutdown(SOON).wait().unwrap();
+}
+
+/// two calls are given up, and no `Cancel` arrives. The call that was sent with its time limit does not
+/// begin.
+#[test]
+fn a_call_whose_time_is_over_never_begins_though_its_connection_is_silent() {
+    let network = MemoryNetwork::with_faults(0, Faults::default());
+    let log = Log::default();
+    let (_cluster, here, there) = behind_the_network(&network, "behind a silent connection", &log);
 
     let gate = Gate::hold(&here);
     let limit = Duration::from_millis(50);

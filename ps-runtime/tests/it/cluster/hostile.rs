@@ -1,7 +1,8 @@
 //! strangers and broken peers connect to a real listener, which serves another client meanwhile.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use ps_runtime::ActorRef;
@@ -27,17 +28,21 @@ struct Server {
 
 impl Server {
     fn new() -> Self {
+        Self::with(NetConfig {
+            heartbeat: Duration::from_millis(200),
+            process_lease: Duration::from_secs(2),
+            handshake: Duration::from_secs(1),
+            max_numbers: MAX_NUMBERS,
+            max_connections: MAX_CONNECTIONS,
+            ..NetConfig::default()
+        })
+    }
+
+    fn with(net: NetConfig) -> Self {
         let config = ClusterConfig {
             token: Some(Token::new(TOKEN).unwrap()),
             transport: Transport::Tcp,
-            net: NetConfig {
-                heartbeat: Duration::from_millis(200),
-                process_lease: Duration::from_secs(2),
-                handshake: Duration::from_secs(1),
-                max_numbers: MAX_NUMBERS,
-                max_connections: MAX_CONNECTIONS,
-                ..NetConfig::default()
-            },
+            net,
             join_timeout: Duration::from_millis(1),
             ..ClusterConfig::default()
         };
@@ -311,4 +316,62 @@ fn a_thousand_connections_leave_room_for_those_who_are_in() {
     let probe = b"GET /healthz HTTP/1.1\r\nhost: ps\r\n\r\n";
     eventually("there is room again", || status_of(&driver, probe) == "200");
     server.assert_serves_its_client();
+}
+
+/// The driver is in a process of its own, which may have few open files. The strangers are in this one.
+#[test]
+fn silent_strangers_leave_file_descriptors_to_the_process() {
+    const CHILD: &str = "PS_TEST_STRANGERS";
+    const NAME: &str = "cluster::hostile::silent_strangers_leave_file_descriptors_to_the_process";
+    const ADDRESS: &str = "the driver listens at ";
+    const MAX_FILES: usize = 256;
+    if std::env::var_os(CHILD).is_some() {
+        let server = Server::with(NetConfig {
+            process_lease: SOON,
+            // Longer than the test: no stranger leaves by itself.
+            handshake: SOON * 10,
+            ..NetConfig::default()
+        });
+        println!("{ADDRESS}{}", server.world.driver());
+        std::io::stdin().read_line(&mut String::new()).unwrap();
+        // The process works as before, although the strangers are still there.
+        let open = || std::fs::File::open("/dev/null");
+        let files: Vec<_> = (0..80).map(|_| open().unwrap()).collect();
+        server.assert_serves_its_client();
+        drop(files);
+        let _another = server.world.node(2, 0).serve();
+        let both = server.world.cluster.wait_for_nodes(2, SOON);
+        both.wait().unwrap();
+        return;
+    }
+    // A shell sets the limit.
+    let script = format!("ulimit -n {MAX_FILES} && exec \"$0\" --exact \"$1\" --nocapture");
+    let mut shell = Command::new("sh");
+    let program = std::env::current_exe().unwrap();
+    let shell = shell.args(["-c", &script]).arg(program).arg(NAME);
+    let shell = shell.env(CHILD, "1").stdin(Stdio::piped());
+    let mut driver = shell.stdout(Stdio::piped()).spawn().unwrap();
+    // It is read to its end, because the driver goes on to write.
+    let mut said = BufReader::new(driver.stdout.take().unwrap()).lines();
+    let mut lines = said.by_ref().map(|line| line.unwrap());
+    let address = lines.find_map(|line| Some(line.split_once(ADDRESS)?.1.to_owned()));
+    let address = address.expect("the driver listens");
+    let strangers: Vec<_> = (0..MAX_FILES + 44)
+        .map(|_| connect(&address, b""))
+        .collect();
+    let is_closed = |mut stranger: &TcpStream| match stranger.read(&mut [0]) {
+        Ok(len) => len == 0,
+        Err(error) => error.kind() == ErrorKind::ConnectionReset,
+    };
+    for stranger in &strangers {
+        stranger.set_nonblocking(true).unwrap();
+    }
+    let num_open = || strangers.iter().filter(|one| !is_closed(one)).count();
+    eventually("all but a quarter are closed", || {
+        num_open() <= MAX_FILES / 4
+    });
+    assert!(num_open() > MAX_FILES / 8, "some have their time");
+    writeln!(driver.stdin.take().unwrap()).unwrap();
+    let rest: Vec<_> = lines.collect();
+    assert!(driver.wait().unwrap().success(), "{rest:?}");
 }
