@@ -22,6 +22,29 @@ use crate::deadline::Deadline;
 ///
 /// It stays valid when the actor is restarted. When the last reference to an actor without a name
 /// is dropped, the actor stops, as [`ActorRef::stop`] describes.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// let counter = ps_runtime::spawn(|| Counter(0));
+/// let other = counter.clone();
+/// other.tell(Add(40))?; // Nobody waits for it.
+/// // Messages of one sender begin in the order in which they were sent.
+/// assert_eq!(other.ask(Add(2)).wait()?, 42);
+///
+/// counter.kill();
+/// ps_runtime::actor::run(counter.stopped());
+/// assert!(!other.is_alive());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct ActorRef<A: Actor> {
     handle: Arc<Handle<A>>,
 }

@@ -163,6 +163,24 @@ impl Drop for Background {
 
 /// Starts a task on the event loop that runs all timers. The task must never block its thread.
 ///
+/// ```
+/// use std::sync::mpsc;
+/// use std::time::Duration;
+///
+/// use ps_runtime::actor::{in_background, sleep};
+///
+/// let (sender, ticks) = mpsc::channel();
+/// let ticking = in_background(async move {
+///     while sender.send("tick").is_ok() {
+///         sleep(Duration::from_millis(1)).await;
+///     }
+/// });
+/// assert_eq!(ticks.recv()?, "tick");
+/// assert_eq!(ticks.recv()?, "tick");
+/// drop(ticking); // It ends here.
+/// # Ok::<(), mpsc::RecvError>(())
+/// ```
+///
 /// # Panics
 /// When the process has never started an actor, and the system gives no thread for the event loop.
 pub fn in_background(task: impl Future<Output = ()> + Send + 'static) -> Background {

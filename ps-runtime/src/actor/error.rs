@@ -17,6 +17,29 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
 /// Why a call has no result.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Debug, PartialEq, Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # fn main() {
+/// let counter = ps_runtime::spawn(|| Counter(0));
+/// counter.kill();
+///
+/// let error = counter.ask(Add(1)).wait().expect_err("nobody is there");
+/// // The handler has not begun, so the call can be made again, here or elsewhere.
+/// assert!(!error.may_have_run());
+/// let message: Add = error.into_message().expect("it comes back");
+/// assert_eq!(message, Add(1));
+/// # }
+/// ```
 #[derive(Debug, Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum CallError {
@@ -386,6 +409,15 @@ pub struct NoReply {
 }
 
 /// Returns the text of an error and of all its causes, in one line.
+///
+/// ```
+/// use ps_runtime::actor::error_chain;
+/// use ps_runtime::net::Token;
+///
+/// let error = Token::from_file("no/such/file".as_ref()).expect_err("there is none");
+/// let text = error_chain(&error);
+/// assert!(text.starts_with("could not read the token from no/such/file: "));
+/// ```
 #[must_use]
 pub fn error_chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());

@@ -19,6 +19,32 @@ use super::registry::{self, AnyMailbox};
 /// The stop begins at once. Await the returned future, or block on it with [`Shutdown::wait`]. Actors
 /// that are spawned later are not included. [`ActorRef::shutdown`](super::ActorRef::shutdown) says what
 /// happens when the time is over.
+///
+/// ```standalone_crate
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// use std::time::Duration;
+///
+/// use ps_runtime::{shutdown_all, spawn};
+///
+/// let counters: Vec<_> = (0..3).map(|_| spawn(|| Counter(0))).collect();
+/// let replies: Vec<_> = counters.iter().map(|counter| counter.ask(Add(1))).collect();
+/// shutdown_all(Duration::from_secs(10)).wait()?;
+/// // What was queued has run.
+/// for reply in replies {
+///     assert_eq!(reply.wait()?, 1);
+/// }
+/// assert!(counters.iter().all(|counter| !counter.is_alive()));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn shutdown_all(timeout: Duration) -> Shutdown {
     Shutdown::start(registry::living(), timeout)
 }

@@ -10,6 +10,28 @@ use crate::net::{NetConfig, Tls, Token};
 use crate::remote::process::Process;
 
 /// The settings of a driver or node. All processes of a cluster have the same token and transport.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use ps_runtime::cluster::{Cluster, ClusterConfig, ClusterError, Hosts, Resources};
+/// use ps_runtime::net::Token;
+///
+/// let config = ClusterConfig {
+///     token: Some(Token::new("a-secret-of-all-of-us")?),
+///     resources: Resources::none().cpus(8.0).gpus(1.0),
+///     join_timeout: Duration::from_secs(10),
+///     ..ClusterConfig::default()
+/// };
+/// let everywhere = ([0, 0, 0, 0], 0).into();
+/// let cluster = Cluster::listen(config, everywhere, Hosts::new())?;
+/// assert!(cluster.address().is_some());
+///
+/// // Without a secret, other hosts must not reach it.
+/// let open = Cluster::listen(ClusterConfig::default(), everywhere, Hosts::new());
+/// assert!(matches!(open, Err(ClusterError::NoToken(_))));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ClusterConfig {
     /// The secret that a process must know to connect. Default: `None`.

@@ -314,6 +314,25 @@ impl Cluster {
     /// Like [`listen`](Self::listen), and also serves `routes` over HTTP on the same port, behind the same
     /// token.
     ///
+    /// ```
+    /// use std::io::{Read, Write};
+    ///
+    /// use axum::Router;
+    /// use axum::routing::get;
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts};
+    ///
+    /// let routes = Router::new().route("/progress", get(|| async { "step 7" }));
+    /// let local = ([127, 0, 0, 1], 0).into();
+    /// let cluster = Cluster::listen_with(ClusterConfig::default(), local, Hosts::new(), routes)?;
+    ///
+    /// let mut stream = std::net::TcpStream::connect(cluster.address().expect("it listens"))?;
+    /// stream.write_all(b"GET /progress HTTP/1.1\r\nhost: ps\r\nconnection: close\r\n\r\n")?;
+    /// let mut answer = String::new();
+    /// stream.read_to_string(&mut answer)?;
+    /// assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("step 7"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// Those of [`listen`](Self::listen).
     pub fn listen_with(

@@ -25,6 +25,58 @@ pub(crate) fn enter(process: &Arc<Process>) {
 /// This works in the code of an actor that a [`Cluster`](super::Cluster) has started. Elsewhere it looks
 /// in this process only, like [`actor::lookup`](crate::actor::lookup). In a driver program, use
 /// [`Cluster::lookup`](super::Cluster::lookup).
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # use ps_runtime::cluster::Hosted;
+/// # use ps_runtime::remote::{Messages, Remote};
+/// # use serde::{Deserialize, Serialize};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message, Serialize, Deserialize)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # impl Remote for Counter {
+/// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+/// # }
+/// # impl Hosted for Counter { type Args = u64; }
+/// use actix::ResponseFuture;
+/// use ps_runtime::cluster::{Cluster, Hosts, SpawnOn, lookup};
+///
+/// /// Adds to a counter that it knows by name only.
+/// struct Visitor;
+/// # impl Actor for Visitor { type Context = Context<Self>; }
+/// # #[derive(Message, Serialize, Deserialize)]
+/// # #[rtype(result = "Option<u64>")]
+/// # struct Visit;
+/// # impl Remote for Visitor {
+/// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Visit>(); }
+/// # }
+/// # impl Hosted for Visitor { type Args = (); }
+///
+/// impl Handler<Visit> for Visitor {
+///     type Result = ResponseFuture<Option<u64>>;
+///
+///     fn handle(&mut self, _: Visit, _: &mut Context<Self>) -> Self::Result {
+///         let visits = lookup::<Counter>("visits of this example");
+///         Box::pin(async { visits.await?.ask(Add(1)).await.ok() })
+///     }
+/// }
+///
+/// let hosts = Hosts::new()
+///     .host(|start: u64| Ok(Counter(start)))
+///     .host(|()| Ok(Visitor));
+/// let cluster = Cluster::alone(hosts);
+/// let named = SpawnOn::new().name("visits of this example");
+/// let _visits = cluster.spawn_with::<Counter>(named, 41).wait()?;
+/// let visitor = cluster.spawn::<Visitor>(()).wait()?;
+/// assert_eq!(visitor.ask(Visit).wait()?, Some(42));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn lookup<A: Remote>(name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
     let name = name.into();
     let home = HOME.with_borrow(Weak::upgrade);

@@ -109,6 +109,28 @@ impl Node {
 
     /// Like [`serve`](Self::serve), and leaves in an orderly way when `stop` is ready. Actors that
     /// [hand over](super::Hosted::hand_over) finish their step first. Then the others are killed.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::time::Duration;
+    ///
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts, Node, NodeExit};
+    /// use tokio::sync::Notify;
+    ///
+    /// let local = ([127, 0, 0, 1], 0).into();
+    /// let cluster = Cluster::listen(ClusterConfig::default(), local, Hosts::new())?;
+    /// let address = cluster.address().expect("it has a TCP socket").to_string();
+    ///
+    /// let leave = Arc::new(Notify::new());
+    /// let told = Arc::clone(&leave);
+    /// let node = Node::new(ClusterConfig::default(), 1, 0, address, Hosts::new());
+    /// let node = node.serve_until(async move { told.notified().await });
+    /// cluster.wait_for_nodes(1, Duration::from_secs(30)).wait()?;
+    ///
+    /// leave.notify_one();
+    /// assert_eq!(node.wait()?, NodeExit::Left);
+    /// # Ok::<(), ps_runtime::cluster::ClusterError>(())
+    /// ```
     pub fn serve_until(
         self,
         stop: impl Future<Output = ()> + Send + 'static,

@@ -11,6 +11,28 @@ use super::rendezvous::{DEFAULT_PORT, Rendezvous, parse_port};
 ///
 /// By default no flag is set. Then environment variables decide. If there are none either, the process is
 /// alone.
+///
+/// ```
+/// use ps_runtime::launch::{Launch, LaunchOptions, resolve};
+///
+/// let no_variables = |_: &str| None;
+/// let alone = LaunchOptions::default();
+/// assert_eq!(resolve(&alone, no_variables)?, Launch::Alone);
+///
+/// let second_of_three = LaunchOptions {
+///     rank: Some(1),
+///     world_size: Some(3),
+///     master_addr: Some("10.0.0.1".to_owned()),
+///     ..LaunchOptions::default()
+/// };
+/// let Launch::Rank(place) = resolve(&second_of_three, no_variables)? else {
+///     unreachable!("it was told its rank");
+/// };
+/// assert!(!place.is_driver());
+/// let driver = place.rendezvous.expect("it was told the address");
+/// assert_eq!(driver.to_string(), "10.0.0.1:29500");
+/// # Ok::<(), ps_runtime::launch::LaunchError>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LaunchOptions {
     /// This copy's number, from 0. Needs `world_size`.

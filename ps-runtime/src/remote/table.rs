@@ -128,6 +128,27 @@ impl<A: Actor> Messages<A> {
 /// For all other types the fields are compared, too. The `Deserialize` of the returned types refuses the
 /// made-up values that are used to find the fields. So for these types two different builds may connect
 /// and misread each other's bytes. A test can check that this list is empty.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # use ps_runtime::remote::{Messages, Remote};
+/// # use serde::{Deserialize, Serialize};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message, Serialize, Deserialize)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # impl Remote for Counter {
+/// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+/// # }
+/// use ps_runtime::remote::untraced;
+///
+/// assert!(untraced::<Counter>().is_empty());
+/// ```
 pub fn untraced<A: Remote>() -> Vec<&'static str> {
     Table::<A>::get().messages.untraced.clone()
 }
