@@ -1,11 +1,9 @@
 //! The called side of the handshake: accepts connections, checks the callers, and serves HTTP or an actor.
 
-use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -18,14 +16,14 @@ use axum::routing::get;
 use futures_util::future::BoxFuture;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use rustix::process::{Resource, getrlimit};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use super::callee::Server;
 use super::dial::{JOINING, MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
 use super::process::{Joining, NodeId, Process};
+use super::strangers::{Stranger, Strangers};
 use crate::net::access::may_pass;
 use crate::net::connection::Connection;
 use crate::net::quiet::Quiet;
@@ -129,7 +127,7 @@ impl Listener {
             let handshake = config.handshake;
             let process = Arc::clone(&process);
             let on = threads::next();
-            let stranger = Stranger(Arc::new(AtomicBool::new(true)));
+            let stranger = Stranger::new();
             let entering = stranger.clone();
             let task = connections.spawn_on(
                 async move {
@@ -151,86 +149,16 @@ impl Listener {
 }
 
 /// How many bytes are read ahead from a peer that speaks HTTP, including the head of a request. Strangers
-/// can make each of `max_connections` connections take this much. With less, a gradient over HTTP needs
-/// more reads.
+/// can make each connection in its handshake take this much. With less, a gradient over HTTP needs more
+/// reads.
 const MAX_BUFFERED: usize = 64 << 10;
 
 static NOT_TAKEN: Quiet = Quiet::new();
 static TOO_MANY: Quiet = Quiet::new();
-static TOO_MANY_STRANGERS: Quiet = Quiet::new();
 static NO_TLS: Quiet = Quiet::new();
 static NO_TOKEN: Quiet = Quiet::new();
 static OTHER_TOKEN: Quiet = Quiet::new();
 static OTHER_BUILD: Quiet = Quiet::new();
-
-/// A connection that may be in its handshake: whether it is.
-#[derive(Clone)]
-struct Stranger(Arc<AtomicBool>);
-
-impl Stranger {
-    /// Ends its time as a stranger. Returns `false` if that has ended before.
-    fn end(&self) -> bool {
-        self.0.swap(false, Ordering::AcqRel)
-    }
-
-    fn is_in_handshake(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-}
-
-/// The connections of one listener that are in their handshake. Anybody can open them, so they must not take
-/// all places and all file descriptors of the process.
-///
-/// If there are too many, the oldest one is closed, and not the new one refused. An honest caller shows its
-/// token within milliseconds. So it gets in, however many silent strangers there are.
-struct Strangers {
-    /// In the order in which they came. Some of them may be over.
-    handshakes: VecDeque<(Stranger, AbortHandle)>,
-    limit: usize,
-}
-
-impl Strangers {
-    fn new(max_connections: usize) -> Self {
-        let max_files = getrlimit(Resource::Nofile).current;
-        let max_files = max_files.map_or(usize::MAX, |files| {
-            usize::try_from(files).unwrap_or(usize::MAX)
-        });
-        Self {
-            handshakes: VecDeque::new(),
-            limit: (max_connections.min(max_files) / 4).max(1),
-        }
-    }
-
-    fn add(&mut self, stranger: Stranger, task: AbortHandle) {
-        self.handshakes.push_back((stranger, task));
-        if self.handshakes.len() <= self.limit {
-            return;
-        }
-        let is_under_way = |stranger: &Stranger, task: &AbortHandle| {
-            stranger.is_in_handshake() && !task.is_finished()
-        };
-        self.handshakes
-            .retain(|(stranger, task)| is_under_way(stranger, task));
-        while self.handshakes.len() > self.limit {
-            let Some((oldest, task)) = self.handshakes.pop_front() else {
-                return;
-            };
-            if !oldest.end() {
-                continue;
-            }
-            task.abort();
-            if let Some(num_suppressed) = TOO_MANY_STRANGERS.may_speak() {
-                tracing::warn!(
-                    limit = self.limit,
-                    num_suppressed,
-                    "closed a connection that has not finished its handshake, because too many others \
-                     have not either: the limit is a quarter of NetConfig::max_connections and of the \
-                     open files that the system allows (ulimit -n)"
-                );
-            }
-        }
-    }
-}
 
 /// The address of the process at the other end, if it has one.
 #[derive(Clone, Copy, Debug)]

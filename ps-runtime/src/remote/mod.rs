@@ -9,6 +9,7 @@
 //! | `table` | the messages of an actor type: how to write, read and run each of them |
 //! | `caller`, `call` | an actor of another process, with its connection; one call to it |
 //! | `dial`, `listen` | both sides of the handshake |
+//! | `strangers` | bounds the connections that are still in their handshake |
 //! | `callee` | an actor of this process that other processes call |
 //! | `kept` | kept results: they stay in the process that made them |
 //! | `reference` | sends and receives an `ActorRef` |
@@ -22,6 +23,7 @@ pub(crate) mod kept;
 pub(crate) mod listen;
 pub(crate) mod process;
 pub(crate) mod reference;
+mod strangers;
 pub(crate) mod table;
 
 use actix::{Actor, Context};
