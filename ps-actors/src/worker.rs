@@ -46,8 +46,8 @@ pub type SourceError = Box<dyn Error + Send + Sync>;
 
 /// Computes gradients, from a model and its data. It lives on its worker's thread.
 ///
-/// A worker that a cluster makes has no sockets on its thread, because each would take four file
-/// descriptors. A source that needs tokio's sockets uses a runtime of its own, or is hosted with
+/// The thread of a worker that a cluster makes has no sockets of tokio, because they would take four file
+/// descriptors per worker. A source that needs them uses a runtime of its own, or is hosted with
 /// [`Spawn::with_io`].
 ///
 /// Any closure from clock and weights to a gradient is a `GradientSource`:
