@@ -189,7 +189,14 @@ fn without_a_token_a_node_of_an_earlier_driver_is_a_stranger() {
     members[0].agent.ask(AreYouThere).wait().unwrap();
     drop(members);
     drop(cluster);
-    let next = Cluster::listen(open(), address.parse().unwrap(), facts(60_000)).unwrap();
+    // The port is free when the task of the listener has ended.
+    let began = Instant::now();
+    let next = loop {
+        match Cluster::listen(open(), address.parse().unwrap(), facts(60_000)) {
+            Err(ClusterError::Listen { .. }) if began.elapsed() < SOON => thread::yield_now(),
+            listening => break listening.unwrap(),
+        }
+    };
     let refused = node.wait();
     assert!(
         matches!(refused, Err(ClusterError::Refused { .. })),
