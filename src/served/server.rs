@@ -80,7 +80,6 @@ enum State<P: Part> {
 ///
 /// # Errors
 /// If the part has no flat weights, if the device fails, or if the operating system starts no thread.
-/// When the part has no flat weights, the device fails, or the system gives no thread.
 #[expect(
     clippy::missing_panics_doc,
     reason = "what can go wrong shows in the caller's thread first"
