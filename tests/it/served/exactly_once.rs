@@ -173,7 +173,7 @@ fn a_step_that_is_repeated_after_the_trainer_was_lost_counts_once_and_is_answere
         };
         match select(pin!(optimizer.step(context)), pin!(is_taken_by_one)).await {
             Either::Left((done, _)) => panic!("it waits for another trainer: {done:?}"),
-            Either::Right(((), given_up)) => drop(given_up),
+            Either::Right(((), _given_up)) => {}
         }
         let weights = fast.pull(PullVersion::Latest).await.unwrap();
         fast.report_lost(WorkerId(0)).await.unwrap();

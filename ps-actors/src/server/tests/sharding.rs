@@ -140,7 +140,7 @@ proptest! {
 /// S-7: the numbers are such that each order of a sum has other bits.
 #[test]
 fn the_bits_of_a_sum_do_not_depend_on_the_order_of_arrival() {
-    let numbers = [1e8f32, 0.3, -1e8, 0.7];
+    let numbers = [1e5f32, 0.003, -1e5, 0.7];
     let sum = |order: [usize; 4]| -> f32 { order.iter().map(|&worker| numbers[worker]).sum() };
     assert_ne!(sum([0, 1, 2, 3]), sum([0, 2, 1, 3]));
     for num_shards in [1, 3] {
