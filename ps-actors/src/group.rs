@@ -412,6 +412,23 @@ impl ServerGroup {
 
     /// Pulls a snapshot of all weights. All its parts have the same version.
     ///
+    /// ```
+    /// use ps_actors::actor::run;
+    /// use ps_actors::group::ServerGroup;
+    /// use ps_actors::ids::Version;
+    /// use ps_actors::rule::Sgd;
+    /// use ps_actors::server::{PullVersion, ServerConfig};
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let initial = Weights::initial(Layout::flat(3), vec![0.5; 3]);
+    /// let servers =
+    ///     ServerGroup::spawn(&initial, 2, ServerConfig::default(), |_| Box::new(Sgd::new()))?;
+    /// let weights = run(servers.pull(PullVersion::Latest))?;
+    /// assert_eq!(weights.version(), Version(0));
+    /// assert_eq!(weights.to_vec(), [0.5; 3]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// If [`PullVersion::Exactly`] names a version that is no longer kept, or a server cannot be reached.
     pub async fn pull(&self, wanted: PullVersion) -> Result<Weights, GroupError> {
@@ -445,6 +462,35 @@ impl ServerGroup {
 
     /// Pushes a gradient, and waits until it has been applied, dropped as late, or refused because of its
     /// norm.
+    ///
+    /// ```
+    /// use ps_actors::actor::run;
+    /// use ps_actors::group::ServerGroup;
+    /// use ps_actors::ids::{Version, WorkerId};
+    /// use ps_actors::rule::Sgd;
+    /// use ps_actors::server::{Outcome, ServerConfig};
+    /// use ps_actors::session::Session;
+    /// use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+    ///
+    /// let initial = Weights::initial(Layout::flat(3), vec![0.5; 3]);
+    /// let servers =
+    ///     ServerGroup::spawn(&initial, 2, ServerConfig::default(), |_| Box::new(Sgd::new()))?;
+    /// run(async {
+    ///     let session = Session::join(&servers, WorkerId(0)).await?;
+    ///     let update = GradientUpdate {
+    ///         id: session.gradient_id(session.next_clock()),
+    ///         computed_on: Version(0),
+    ///         loss: 0.0,
+    ///         num_examples: 1,
+    ///         gradient: Gradient::new(vec![1.0; 3]),
+    ///     };
+    ///     let outcome = servers.push(update.clone()).await?;
+    ///     assert_eq!(outcome, Outcome::Applied { version: Version(1), staleness: 0 });
+    ///     assert_eq!(servers.push(update).await?, outcome); // It is applied once.
+    ///     session.leave().await
+    /// })?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// If the worker is not a member, or a server refuses the gradient or cannot be reached. You may then
@@ -586,6 +632,24 @@ impl ServerGroup {
     }
 
     /// Returns the status of each server, in the order of their ranges.
+    ///
+    /// ```
+    /// use ps_actors::actor::run;
+    /// use ps_actors::group::ServerGroup;
+    /// use ps_actors::ids::Version;
+    /// use ps_actors::rule::Sgd;
+    /// use ps_actors::server::ServerConfig;
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let initial = Weights::initial(Layout::flat(3), vec![0.5; 3]);
+    /// let servers =
+    ///     ServerGroup::spawn(&initial, 2, ServerConfig::default(), |_| Box::new(Sgd::new()))?;
+    /// let status = run(servers.status())?;
+    /// assert_eq!(status[0].version, Version(0));
+    /// assert_eq!(status[0].range.end, status[1].range.start);
+    /// assert!(status[0].coordinator.is_some() && status[1].coordinator.is_none());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// If a server cannot be reached.

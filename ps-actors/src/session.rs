@@ -11,7 +11,7 @@ use ps_runtime::actor::error_chain;
 
 use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, WorkerId};
-use crate::server::{GroupError, Leave, Refusal, ServerError, ShardError};
+use crate::server::{GroupError, Leave, Outcome, Refusal, ServerError, ShardError};
 
 /// How often one call of [`Session::join`] tries to join.
 const MAX_JOINS: usize = 4;
@@ -61,6 +61,7 @@ const MAX_JOINS: usize = 4;
 pub struct Session {
     servers: ServerGroup,
     next_clock: Clock,
+    latest_outcome: Option<Outcome>,
     leave: Option<Leave>,
     worker: WorkerId,
     incarnation: Incarnation,
@@ -69,6 +70,26 @@ pub struct Session {
 impl Session {
     /// Makes a worker a member, in its next incarnation. This ends an earlier membership of the same
     /// worker.
+    ///
+    /// ```
+    /// use ps_actors::actor::run;
+    /// use ps_actors::group::ServerGroup;
+    /// use ps_actors::ids::{Clock, WorkerId};
+    /// use ps_actors::rule::Sgd;
+    /// use ps_actors::server::ServerConfig;
+    /// use ps_actors::session::Session;
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let initial = Weights::initial(Layout::flat(2), vec![1.0, 2.0]);
+    /// let servers =
+    ///     ServerGroup::spawn(&initial, 1, ServerConfig::default(), |_| Box::new(Sgd::new()))?;
+    /// let first = run(Session::join(&servers, WorkerId(0)))?;
+    /// assert_eq!(first.next_clock(), Clock(0));
+    /// let again = run(Session::join(&servers, WorkerId(0)))?;
+    /// let incarnation = |session: &Session| session.gradient_id(Clock(0)).incarnation;
+    /// assert_eq!(incarnation(&again), incarnation(&first).next());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// If the servers refuse the worker or cannot be reached.
@@ -92,6 +113,7 @@ impl Session {
             return Ok(Self {
                 servers: servers.clone(),
                 next_clock: membership.next_clock,
+                latest_outcome: membership.latest_outcome,
                 leave: Some(Leave {
                     worker,
                     incarnation,
@@ -131,6 +153,13 @@ impl Session {
     #[must_use]
     pub fn next_clock(&self) -> Clock {
         self.next_clock
+    }
+
+    /// Returns the outcome of the step before [`next_clock`](Self::next_clock), which an earlier incarnation
+    /// of the worker took. `None` if there is no such step, or if the servers have forgotten its outcome.
+    #[must_use]
+    pub fn latest_outcome(&self) -> Option<Outcome> {
+        self.latest_outcome
     }
 
     /// Returns the id of this membership's gradient at step `clock`.

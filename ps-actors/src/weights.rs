@@ -15,119 +15,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{GradientId, Version};
 
-/// The place of one parameter in the flat vector.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Parameter {
-    /// The path of the parameter in its model, such as `conv1.weight`.
-    pub name: String,
-    /// The length of each axis. A scalar has no axis.
-    pub shape: Vec<usize>,
-    /// The place of its numbers in the flat vector, in row-major order.
-    pub range: Range<usize>,
-}
+pub use self::layout::{Layout, LayoutError, MAX_LAYOUT, Parameter};
 
-/// The names and shapes of all parameters of a model, in the order in which they are stored.
-///
-/// ```
-/// use ps_actors::weights::{Layout, Parameter};
-///
-/// let weight = Parameter { name: "linear.weight".into(), shape: vec![4, 3], range: 0..12 };
-/// let bias = Parameter { name: "linear.bias".into(), shape: vec![3], range: 12..15 };
-/// let layout = Layout::new(vec![weight.clone(), bias])?;
-/// assert_eq!(layout.num_weights(), 15);
-///
-/// let too_long = Parameter { range: 0..13, ..weight };
-/// assert!(Layout::new(vec![too_long]).is_err());
-/// # Ok::<(), ps_actors::weights::LayoutError>(())
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "Vec<Parameter>", into = "Vec<Parameter>")]
-pub struct Layout {
-    parameters: Vec<Parameter>,
-}
-
-/// A layout whose parameters do not follow one another, or have shapes that do not match their ranges.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "parameter `{name}` must take the {expected} numbers from {start} on (shape {shape:?}), \
-     but claims {range:?}"
-)]
-pub struct LayoutError {
-    name: String,
-    shape: Vec<usize>,
-    start: usize,
-    expected: usize,
-    range: Range<usize>,
-}
-
-impl Layout {
-    /// Makes a layout of parameters that follow one another, from 0 and without a gap.
-    ///
-    /// # Errors
-    /// If a range does not start where the one before it ends, or if its length is not the product of the
-    /// axes of its shape.
-    pub fn new(parameters: Vec<Parameter>) -> Result<Self, LayoutError> {
-        let mut start = 0;
-        for Parameter { name, shape, range } in &parameters {
-            // Shapes may come from a file or a peer. A product that overflows matches no range.
-            let expected = shape
-                .iter()
-                .try_fold(1usize, |n, &axis| n.checked_mul(axis));
-            let expected = expected.unwrap_or(usize::MAX);
-            if range.start != start || range.end.checked_sub(start) != Some(expected) {
-                let (name, shape, range) = (name.clone(), shape.clone(), range.clone());
-                return Err(LayoutError {
-                    name,
-                    shape,
-                    start,
-                    expected,
-                    range,
-                });
-            }
-            start = range.end;
-        }
-        Ok(Self { parameters })
-    }
-
-    /// Makes the layout of one parameter of shape `[len]` with the name `weights`.
-    #[must_use]
-    pub fn flat(len: usize) -> Self {
-        let parameter = Parameter {
-            name: "weights".to_owned(),
-            shape: vec![len],
-            range: 0..len,
-        };
-        Self {
-            parameters: vec![parameter],
-        }
-    }
-
-    /// Returns the parameters in order.
-    #[must_use]
-    pub fn parameters(&self) -> &[Parameter] {
-        &self.parameters
-    }
-
-    /// Returns how many numbers all parameters have together.
-    #[must_use]
-    pub fn num_weights(&self) -> usize {
-        self.parameters.last().map_or(0, |last| last.range.end)
-    }
-}
-
-impl TryFrom<Vec<Parameter>> for Layout {
-    type Error = LayoutError;
-
-    fn try_from(parameters: Vec<Parameter>) -> Result<Self, LayoutError> {
-        Self::new(parameters)
-    }
-}
-
-impl From<Layout> for Vec<Parameter> {
-    fn from(layout: Layout) -> Self {
-        layout.parameters
-    }
-}
+mod layout;
 
 /// A contiguous part of the weights, which one server holds.
 #[derive(Clone, Debug)]
@@ -432,12 +322,13 @@ pub struct GradientUpdate {
 /// How snapshots and gradients travel. They are checked when they arrive, because any process may have sent
 /// them (PS-6).
 mod wire {
-    use super::{Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version};
+    use super::{Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version, layout};
 
     #[derive(Serialize, Deserialize)]
     pub(super) struct Weights {
         version: Version,
-        layout: Layout,
+        #[serde(with = "layout::shared")]
+        layout: Arc<Layout>,
         segments: Vec<(usize, Bulk)>,
     }
 
@@ -445,7 +336,7 @@ mod wire {
         fn from(weights: super::Weights) -> Self {
             Self {
                 version: weights.version,
-                layout: Layout::clone(&weights.layout),
+                layout: weights.layout,
                 segments: weights
                     .segments
                     .iter()
@@ -474,11 +365,7 @@ mod wire {
                     data: bulk.into_shared(),
                 });
             }
-            Ok(Self::new(
-                wire.version,
-                Arc::new(wire.layout),
-                segments.into(),
-            ))
+            Ok(Self::new(wire.version, wire.layout, segments.into()))
         }
     }
 
@@ -624,24 +511,5 @@ mod tests {
         let slice = gradient.slice(1..3).slice(2..3);
         assert_eq!(slice.values(), [3.0]);
         assert!(std::ptr::eq(&slice.values()[0], &gradient.values()[2]));
-    }
-
-    #[test]
-    fn a_layout_must_be_without_gaps_and_fit_its_shapes() {
-        let parameter = |shape: &[usize], range: Range<usize>| Parameter {
-            name: "p".to_owned(),
-            shape: shape.to_vec(),
-            range,
-        };
-        let good = Layout::new(vec![parameter(&[2, 3], 0..6), parameter(&[], 6..7)]).unwrap();
-        assert_eq!(good.num_weights(), 7);
-        for bad in [
-            vec![parameter(&[2], 1..3)],
-            vec![parameter(&[2], 0..2), parameter(&[2], 3..5)],
-            vec![parameter(&[2, 3], 0..5)],
-            vec![parameter(&[usize::MAX, usize::MAX], 0..1)],
-        ] {
-            assert!(Layout::new(bad.clone()).is_err(), "{bad:?}");
-        }
     }
 }

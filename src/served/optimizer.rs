@@ -77,6 +77,8 @@ struct Trained {
     id: ActorId,
     name: String,
     session: Session,
+    /// The latest step whose outcome was told when the trainer joined again, and the outcome.
+    taken: Option<(Clock, Outcome)>,
     _heartbeats: Heartbeats,
     /// Kept so that the actor's id stays in use.
     _part: Box<dyn UsedPart>,
@@ -131,6 +133,7 @@ impl DistributedOptimizer {
             name,
             _heartbeats: Heartbeats::of(&session),
             session,
+            taken: None,
             _part: Box::new(part.clone()),
         });
         Ok(())
@@ -207,6 +210,10 @@ impl Trained {
     ) -> Result<Outcome, OptimizerError> {
         let mut tries = 1;
         loop {
+            // The servers accept no push of a step that was taken before the trainer joined again.
+            if let Some((_, outcome)) = self.taken.filter(|(taken, _)| *taken == clock) {
+                return Ok(outcome);
+            }
             let answer = part.apply(ApplyContext {
                 context: context.id(),
                 id: self.session.gradient_id(clock),
@@ -220,15 +227,28 @@ impl Trained {
                     tracing::warn!(part = name, %lost, "stepping again");
                 }
                 Ok(Err(ServedError::Servers(error))) if tries < MAX_TRIES => {
-                    let rejoined = self.session.rejoin(error).await;
+                    let rejoined = self.rejoin(error, clock).await;
                     rejoined.map_err(|source| OptimizerError::Servers { part: name, source })?;
-                    self._heartbeats = Heartbeats::of(&self.session);
                 }
                 Ok(Err(source)) => return Err(OptimizerError::Served { part: name, source }),
                 Err(source) => return Err(OptimizerError::Call { part: name, source }),
             }
             tries += 1;
         }
+    }
+
+    /// Joins again after an error at step `clock`, and finds out whether this step was taken before.
+    async fn rejoin(&mut self, error: GroupError, clock: Clock) -> Result<(), GroupError> {
+        let before = self.session.gradient_id(clock).incarnation;
+        self.session.rejoin(error).await?;
+        self._heartbeats = Heartbeats::of(&self.session);
+        let session = &self.session;
+        // If there was another incarnation in between, it took its own steps, in another process.
+        let is_own = session.gradient_id(clock).incarnation == before.next();
+        if is_own && session.next_clock() == clock.next() {
+            self.taken = session.latest_outcome().map(|outcome| (clock, outcome));
+        }
+        Ok(())
     }
 }
 

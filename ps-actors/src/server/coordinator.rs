@@ -362,7 +362,7 @@ impl Coordinator {
             // The same request again gets the same answer, and nothing changes.
             let member = self.members.get(&worker);
             return match member.filter(|member| member.incarnation == got) {
-                Some(member) => Ok(self.membership(member)),
+                Some(member) => Ok(self.membership(worker, member)),
                 None => {
                     let least = got.next();
                     Err(Refusal::Fenced { worker, got, least })
@@ -392,16 +392,18 @@ impl Coordinator {
             worker,
             below: incarnation,
         });
-        let membership = self.membership(&member);
+        let membership = self.membership(worker, &member);
         self.members.insert(worker, member);
         Ok(membership)
     }
 
-    fn membership(&self, member: &Member) -> Membership {
+    fn membership(&self, worker: WorkerId, member: &Member) -> Membership {
+        let ledger = self.ledgers.get(&worker);
         Membership {
             incarnation: member.incarnation,
             epoch: self.epoch,
             next_clock: member.first_clock,
+            latest_outcome: ledger.and_then(Ledger::outcome_before),
             version: self.version,
         }
     }

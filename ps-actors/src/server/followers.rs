@@ -136,7 +136,11 @@ impl Follower {
         }
         let num_behind = self.undelivered.len();
         match num_behind > MAX_BEHIND || self.keeps_too_much() {
-            true => Err(ServerError::FollowerBehind { index, num_behind }),
+            true => Err(ServerError::FollowerBehind {
+                index,
+                num_behind,
+                num_kept_bytes: self.num_kept_bytes(),
+            }),
             false => Ok(()),
         }
     }
@@ -144,11 +148,16 @@ impl Follower {
     /// Whether this server's delay costs too much memory. The gradients of the two latest updates do not
     /// count, because they have to be kept in any case: a round may have thousands of gradients.
     fn keeps_too_much(&self) -> bool {
-        // All gradients have the same size, because each covers the whole model.
-        let size = self.kept.values().next().map_or(0, num_bytes);
         let told = self.telling.iter().chain(&self.undelivered);
         let updates = || told.filter(|decision| matches!(decision, Decision::Update { .. }));
-        size.saturating_mul(self.kept.len()) > MAX_KEPT && updates().count() > 2
+        self.num_kept_bytes() > MAX_KEPT && updates().count() > 2
+    }
+
+    /// Returns how many bytes of gradients are kept for this server.
+    fn num_kept_bytes(&self) -> usize {
+        // All gradients have the same size, because each covers the whole model.
+        let size = self.kept.values().next().map_or(0, num_bytes);
+        size.saturating_mul(self.kept.len())
     }
 
     /// Moves as many decisions as fit into one message to `telling`. Returns whether there is something to
@@ -521,6 +530,34 @@ mod tests {
         told.taken(vec![id(0)]).unwrap();
         assert!(told.take_undelivered());
         assert!(told.taken(vec![id(0)]).is_err());
+    }
+
+    /// S-9: there are two reasons, and the text is true for both.
+    #[test]
+    fn a_server_that_is_too_slow_is_named_with_its_delay_and_its_cost() {
+        let own = follower(&GroupSecret::random()).shard;
+        let fresh = || Follower::new(follower(&GroupSecret::random()).spawn().unwrap());
+        let mut late = fresh();
+        for clock in 0..=MAX_BEHIND as u64 {
+            late.check(1).unwrap();
+            late.queue(Decision::Discard(id(clock)), &own);
+        }
+        let mut costly = fresh();
+        let large = Gradient::new(vec![0.0; 40 << 18]);
+        for clock in 0..30 {
+            costly.kept.insert(id(clock), large.clone());
+        }
+        for version in 1..=3 {
+            costly.check(1).unwrap();
+            costly.queue(decide(version, vec![id(version)], 0.5), &own);
+        }
+        for (server, delay, cost) in [
+            (late, "is 4097 decisions behind", "0 MiB of gradients"),
+            (costly, "is 3 decisions behind", "1200 MiB of gradients"),
+        ] {
+            let text = server.check(1).unwrap_err().to_string();
+            assert!(text.contains(delay) && text.contains(cost), "{text}");
+        }
     }
 
     #[test]

@@ -1,13 +1,17 @@
-//! A fuzz target: a server reads streams of frames that were damaged on the way.
+//! A fuzz target: a server, and a worker that gets weights, read streams of frames that were damaged on the
+//! way.
 //!
 //! Whole exchanges are made of real messages, then bytes are changed, cut out, doubled and put in,
 //! and the result goes through everything that a peer's bytes go through: frames, buffers, codec,
 //! checks of each type, handlers. Runs a fixed number of inputs of a fixed seed; `PS_FUZZ_INPUTS` and
 //! `PS_FUZZ_SEED` change them. A failure names the seed of the input.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use proptest::prelude::Rng;
 use proptest::test_runner::{RngAlgorithm, TestRng};
-use ps_runtime::actor::{CallError, NotDelivered};
+use ps_runtime::actor::{CallError, NotDelivered, Spawn};
 use ps_runtime::codec::{Encoded, encode};
 use ps_runtime::net::NetConfig;
 use ps_runtime::test_util::{CALLER_FRAMES, Fed, frame};
@@ -22,7 +26,8 @@ use crate::server::{
     GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull,
     Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, Stage, TakeCheckpoint,
 };
-use crate::weights::{Gradient, GradientUpdate, Layout, Weights};
+use crate::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
+use crate::worker::{ComputeGradients, DataWorker, GetProgress, LocalGradient, SourceError};
 
 const NUM_WEIGHTS: usize = 9;
 
@@ -161,6 +166,12 @@ fn input(rng: &mut TestRng, secret: &GroupSecret, is_first: bool) -> Vec<u8> {
         let lends = rng.next_u32().is_multiple_of(8);
         bytes.extend(frame(kind, call, code, message, lends));
     }
+    damage(rng, &mut bytes);
+    bytes
+}
+
+/// Changes, cuts out, doubles and puts in bytes here and there.
+fn damage(rng: &mut TestRng, bytes: &mut Vec<u8>) {
     for _ in 0..below(rng, 4) {
         let at = below(rng, bytes.len());
         match rng.next_u32() % 5 {
@@ -182,7 +193,6 @@ fn input(rng: &mut TestRng, secret: &GroupSecret, is_first: bool) -> Vec<u8> {
             break;
         }
     }
-    bytes
 }
 
 /// An update rule that looks at what the server's checks let through.
@@ -204,19 +214,24 @@ impl UpdateRule for Checked {
     }
 }
 
-/// PS-6.
-#[test]
-fn nothing_that_a_peer_sends_harms_a_server() {
-    let (num_inputs, seed) = (number("PS_FUZZ_INPUTS", 5_000), number("PS_FUZZ_SEED", 1));
+/// A process that is fed, and the event loop that feeds it.
+fn fed() -> (Fed, tokio::runtime::Runtime) {
     let config = NetConfig {
         max_numbers: 1 << 16,
         ..NetConfig::default()
     };
-    let process = Fed::new(config);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let runtime = runtime.expect("the system gives an event loop");
+    (Fed::new(config), runtime)
+}
+
+/// PS-6.
+#[test]
+fn nothing_that_a_peer_sends_harms_a_server() {
+    let (num_inputs, seed) = (number("PS_FUZZ_INPUTS", 5_000), number("PS_FUZZ_SEED", 1));
+    let (process, runtime) = fed();
     let secret = GroupSecret::made_of(seed);
     // The first server of a group, and another one.
     let fresh = |is_first| {
@@ -279,4 +294,87 @@ fn nothing_that_a_peer_sends_harms_a_server() {
             "trained after {num_trained} inputs only"
         );
     }
+}
+
+/// Some parameters whose names differ from seed to seed.
+fn layout(rng: &mut TestRng) -> Layout {
+    let mut start = 0;
+    let parameters = (0..below(rng, 5)).map(|_| {
+        let (rows, columns) = (below(rng, 4), below(rng, 4));
+        let range = start..start + rows * columns;
+        start = range.end;
+        Parameter {
+            name: format!("p{}", rng.next_u32() % 8),
+            shape: vec![rows, columns],
+            range,
+        }
+    });
+    Layout::new(parameters.collect()).expect("they follow one another")
+}
+
+/// PS-6: whatever weights a worker gets are those of a model.
+#[test]
+fn nothing_that_a_peer_sends_as_weights_harms_a_worker() {
+    let (num_inputs, seed) = (number("PS_FUZZ_INPUTS", 5_000), number("PS_FUZZ_SEED", 1));
+    let (process, runtime) = fed();
+    let num_computed = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&num_computed);
+    let compute = move |_: Clock, weights: &Weights| -> Result<LocalGradient, SourceError> {
+        let mut end = 0;
+        for Parameter { shape, range, .. } in weights.layout().parameters() {
+            assert_eq!(range.start, end);
+            assert_eq!(range.len(), shape.iter().product::<usize>());
+            end = range.end;
+        }
+        assert!(weights.range().end <= end);
+        counter.fetch_add(1, Ordering::Relaxed);
+        Ok(LocalGradient {
+            gradient: Gradient::new(weights.to_vec()),
+            loss: 1.0,
+            num_examples: 1,
+        })
+    };
+    let fresh = || {
+        let compute = compute.clone();
+        let worker = Spawn::new().start(move || DataWorker::new(WorkerId(0), compute.clone()));
+        worker.expect("there is a thread")
+    };
+    let mut worker = fresh();
+    for index in 0..num_inputs {
+        let seed = seed.wrapping_add(index);
+        let rng = &mut rng(seed);
+        let mut bytes = Vec::new();
+        for call in 0..1 + below(rng, 6) as u64 {
+            let layout = layout(rng);
+            let values = vec![0.5; layout.num_weights()];
+            let message = encode(&ComputeGradients(Weights::initial(layout, values)));
+            let message = message.expect("it can be written");
+            let lends = rng.next_u32().is_multiple_of(8);
+            // Mostly the first kind, which asks.
+            let kind = [0, 0, 0, below(rng, CALLER_FRAMES)][below(rng, 4)];
+            bytes.extend(frame(kind, call, 0, message, lends));
+        }
+        damage(rng, &mut bytes);
+        let feeding = process.feed(&worker, &bytes, index.is_multiple_of(2));
+        let is_closed = runtime.block_on(feeding);
+        match worker.ask(GetProgress).wait() {
+            Ok(_) => {}
+            // Damage can make a `Stop` or `Kill` of any frame. A panic is none of these.
+            Err(CallError::NotDelivered {
+                reason: NotDelivered::Stopped { panic: None },
+                ..
+            }) => {
+                worker = fresh();
+                continue;
+            }
+            Err(error) => panic!("PS_FUZZ_SEED={seed}: {error}"),
+        }
+        assert!(is_closed(), "PS_FUZZ_SEED={seed}: the connection lives on");
+    }
+    let num_computed = num_computed.load(Ordering::Relaxed);
+    // Not everything is damaged: what is intact has to work.
+    assert!(
+        num_computed > num_inputs / 10,
+        "computed {num_computed} times only"
+    );
 }

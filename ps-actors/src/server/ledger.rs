@@ -127,6 +127,12 @@ impl Ledger {
         self.first_clock = clock;
     }
 
+    /// Returns the outcome of the last step that an earlier incarnation took, if it is remembered.
+    pub(crate) fn outcome_before(&self) -> Option<Outcome> {
+        let last = self.first_clock.0.checked_sub(1)?;
+        self.settled.get(&Clock(last)).copied()
+    }
+
     pub(crate) fn entry(&self, clock: Clock) -> Entry {
         match self.settled.get(&clock) {
             _ if clock < self.first_clock => Entry::Forgotten,

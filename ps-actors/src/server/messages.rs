@@ -295,12 +295,18 @@ pub enum ServerError {
         reason: String,
     },
     /// Another server of the group is too slow.
-    #[error("server {index} of the group is {num_behind} decisions behind; try again later")]
+    #[error(
+        "server {index} of the group is too slow: it is {num_behind} decisions behind, and {} MiB of \
+         gradients are kept for it; try again later",
+        num_kept_bytes >> 20
+    )]
     FollowerBehind {
         /// The index of that server in the group.
         index: usize,
         /// How many decisions that server is behind.
         num_behind: usize,
+        /// How many bytes of gradients are kept for that server, because it may lack them.
+        num_kept_bytes: usize,
     },
     /// Too many calls wait for their answers.
     #[error("{limit} calls wait for this server already; try again later")]
@@ -521,6 +527,7 @@ mod tests {
             ServerError::FollowerBehind {
                 index: 1,
                 num_behind: 1000,
+                num_kept_bytes: 3 << 30,
             },
             ServerError::TooManyWaiting { limit: 65536 },
             ServerError::NotFollowed {

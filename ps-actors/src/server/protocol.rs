@@ -170,7 +170,7 @@ pub(super) enum Answer {
 }
 
 /// The answer to a worker that joins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Membership {
     /// The worker's incarnation, which is part of the id of each of its gradients.
     pub incarnation: Incarnation,
@@ -179,6 +179,9 @@ pub struct Membership {
     /// The clock of the first step to take. It follows the last clock that was settled in an earlier
     /// incarnation.
     pub next_clock: Clock,
+    /// The outcome of the step before `next_clock`, which an earlier incarnation took. `None` if there is no
+    /// such step, or if its outcome is forgotten.
+    pub latest_outcome: Option<Outcome>,
     /// The current version of the weights.
     pub version: Version,
 }

@@ -189,8 +189,8 @@ impl<T: DeserializeOwned> BulkValue<T> {
         let bulk = bulk.into_iter().map(Bulk::into_buffer).collect();
         // bincode takes its limit as a constant.
         match bytes.len() {
-            0..=SHORT => read::<T, { CLAIM * SHORT }>(&bytes, bulk),
-            0..=MEDIUM => read::<T, { CLAIM * MEDIUM }>(&bytes, bulk),
+            len if len <= SHORT => read::<T, { CLAIM * SHORT }>(&bytes, bulk),
+            len if len <= MEDIUM => read::<T, { CLAIM * MEDIUM }>(&bytes, bulk),
             _ => read::<T, { CLAIM * MAX_VALUE }>(&bytes, bulk),
         }
     }

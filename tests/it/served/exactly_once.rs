@@ -1,7 +1,9 @@
 //! PT-2: a step is taken once, whatever goes wrong.
 
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
+use futures_util::future::{Either, select};
 use ps::actors::server::Leave;
 use ps::actors::session::Session;
 use ps::served::{ApplyContext, OptimizerError, ServedError};
@@ -132,6 +134,69 @@ fn a_trainer_that_was_given_up_joins_again_and_takes_its_step() {
             let outcomes = optimizer.step(context).await.unwrap();
             assert_eq!(outcomes[0].version(), Version(step));
         }
+    });
+}
+
+/// PT-2: one part has taken the step and another one has not, when the trainer gives the call up and is
+/// declared lost.
+#[test]
+fn a_step_that_is_repeated_after_the_trainer_was_lost_counts_once_and_is_answered_as_before() {
+    let model = ConvNet::init(1, &device());
+    let fast = sgd_servers(&model, 1, config());
+    let consistency = Consistency::Bsp;
+    let bsp = ServerConfig {
+        consistency,
+        ..config()
+    };
+    let slow = sgd_servers(&model, 1, bsp);
+    let (one, other) = (serve(&model, &fast), serve(&model, &slow));
+    run(async {
+        // The step on the other part waits for this trainer.
+        let awaited = Session::join(&slow, WorkerId(9)).await.unwrap();
+        let mut optimizer = optimizer(0, &one).await;
+        optimizer.add(&other).await.unwrap();
+        let compute_both = async |optimizer: &mut DistributedOptimizer, clock| {
+            let mut context = optimizer.begin();
+            compute(&mut context, &one, &batch(0, clock)).await.unwrap();
+            compute(&mut context, &other, &batch(0, clock))
+                .await
+                .unwrap();
+            context
+        };
+        let context = compute_both(&mut optimizer, 0).await;
+        let is_taken_by_one = async {
+            let start = Instant::now();
+            let status = async |servers: &ServerGroup| servers.status().await.unwrap().remove(0);
+            while status(&fast).await.version < Version(1) || status(&slow).await.num_waiting < 1 {
+                assert!(start.elapsed() < Duration::from_secs(60), "it is not taken");
+            }
+        };
+        match select(pin!(optimizer.step(context)), pin!(is_taken_by_one)).await {
+            Either::Left((done, _)) => panic!("it waits for another trainer: {done:?}"),
+            Either::Right(((), _given_up)) => {}
+        }
+        let weights = fast.pull(PullVersion::Latest).await.unwrap();
+        fast.report_lost(WorkerId(0)).await.unwrap();
+        awaited.leave().await.unwrap();
+        let context = compute_both(&mut optimizer, 1).await;
+        let outcomes = optimizer.step(context).await.unwrap();
+        let applied = Outcome::Applied {
+            version: Version(1),
+            staleness: 0,
+        };
+        assert_eq!(outcomes, [applied, applied]);
+        let latest = fast.pull(PullVersion::Latest).await.unwrap();
+        assert_eq!(latest.version(), Version(1));
+        assert_eq!(latest.to_vec(), weights.to_vec());
+        // The trainer goes on.
+        assert_eq!(optimizer.clock(), Clock(1));
+        let context = compute_both(&mut optimizer, 1).await;
+        let outcomes = optimizer.step(context).await.unwrap();
+        assert!(
+            outcomes
+                .iter()
+                .all(|outcome| outcome.version() == Version(2))
+        );
     });
 }
 

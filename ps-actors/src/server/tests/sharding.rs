@@ -138,6 +138,33 @@ proptest! {
     }
 }
 
+/// S-7: the numbers are such that each order of a sum has other bits.
+#[test]
+fn the_bits_of_a_sum_do_not_depend_on_the_order_of_arrival() {
+    let numbers = [1e5f32, 0.003, -1e5, 0.7];
+    let sum = |order: [usize; 4]| -> f32 { order.iter().map(|&worker| numbers[worker]).sum() };
+    assert_ne!(sum([0, 1, 2, 3]), sum([0, 2, 1, 3]));
+    for num_shards in [1, 3] {
+        for seed in 0..50 {
+            let mut order = [0, 1, 2, 3];
+            Dice(seed).shuffle(&mut order);
+            let mut world = World::new(num_shards, Consistency::Bsp, Reduction::Sum);
+            (0..4).for_each(|worker| {
+                world.join(worker, 1).unwrap();
+            });
+            for worker in order {
+                world.push(id(worker as u32, 1, 0), 0, vec![numbers[worker]; LEN]);
+            }
+            let expected = sum([0, 1, 2, 3]).to_bits();
+            let weights = world.weights();
+            assert!(
+                weights.iter().all(|weight| weight.to_bits() == expected),
+                "{num_shards} shards, order {order:?}"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_batch_of_three_examples_weighs_three_times_one_of_one() {
     // What 1 and 3 examples give, whose gradients are 8 and 4; then known sizes, and unknown ones.

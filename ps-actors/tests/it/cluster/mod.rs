@@ -3,4 +3,5 @@
 
 mod faults;
 mod kept;
+mod layouts;
 mod leaving;

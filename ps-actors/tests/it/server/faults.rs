@@ -126,6 +126,43 @@ fn a_worker_declared_dead_by_mistake_comes_back_and_nothing_is_lost_or_counted_t
     assert_eq!(final_weights(&servers).to_vec(), expected_bsp(1, 20));
 }
 
+/// S-5: ten losses in a row are made good, but not one more. A settled gradient begins a new row.
+#[test]
+fn a_worker_joins_again_at_most_ten_times_without_a_settled_gradient() {
+    for (num_losses, num_steps, computed, succeeds) in
+        [(10, 1, 11, true), (10, 3, 33, true), (11, 3, 11, false)]
+    {
+        let servers = group(1, config(Consistency::Asp));
+        let server = servers.servers().next().unwrap().clone();
+        let (sender, calls) = mpsc::channel();
+        let unlucky = actor::spawn(move || {
+            let (server, sender) = (server.clone(), sender.clone());
+            let mut num_lost = 0;
+            let source = move |clock: Clock, weights: &Weights| -> Result<_, SourceError> {
+                sender.send(clock).expect("the test counts");
+                num_lost = (num_lost + 1) % (num_losses + 1);
+                if num_lost > 0 {
+                    let worker = WorkerId(0);
+                    server.tell(ReportLost { worker }).expect("it has room");
+                }
+                Ok(towards_target(0, clock, weights))
+            };
+            DataWorker::new(WorkerId(0), source)
+        });
+        let run = unlucky.ask(RunSteps {
+            servers: servers.clone(),
+            num_steps,
+        });
+        match (run.wait().unwrap(), succeeds) {
+            (Ok(report), true) => assert_eq!(report.num_applied, num_steps),
+            (Err(WorkerError::Servers { .. }), false) => {}
+            other => panic!("{num_losses} losses end with {other:?}"),
+        }
+        drop(unlucky);
+        assert_eq!(calls.iter().count(), computed);
+    }
+}
+
 #[test]
 fn a_gradient_with_nan_is_refused_and_the_weights_stay() {
     let servers = group(2, config(Consistency::Bsp));
