@@ -1,6 +1,7 @@
 //! Records the schedule of a training, and computes the same weights again from it.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt;
 use std::path::Path;
 
@@ -184,6 +185,10 @@ where
     /// # Errors
     /// If the schedule is of another training, or does not begin with the first update. If a gradient
     /// differs: the error names the first update in which one does.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "a group that is spawned with one server has one"
+    )]
     pub fn replay(&self, path: &Path) -> Result<Replay, TrainError> {
         let schedule = Schedule::read(path).map_err(ReplayError::from)?;
         schedule
@@ -284,13 +289,14 @@ where
         let (Some(weights), true) = (weights, rank < self.num_workers) else {
             return Err(nonsense.into());
         };
-        if !sources.contains_key(&id.worker) {
-            let config = self.worker_config(rank);
-            let device = self.chosen_device()?;
-            let source = ModelSource::new(&self.model, &device, &self.train, config)?;
-            sources.insert(id.worker, source);
-        }
-        let source = sources.get_mut(&id.worker).expect("it was just made");
+        let source = match sources.entry(id.worker) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => {
+                let (config, device) = (self.worker_config(rank), self.chosen_device()?);
+                let source = ModelSource::new(&self.model, &device, &self.train, config)?;
+                new.insert(source)
+            }
+        };
         let computed = source.gradient(id.clock, weights);
         let LocalGradient {
             gradient,
