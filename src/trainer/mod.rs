@@ -372,7 +372,8 @@ where
         self
     }
 
-    /// Sets whether SIGTERM and Ctrl-C end the training in an orderly way; see [`StopSignal`]. The default
+    /// Sets whether SIGTERM and Ctrl-C end the training in an orderly way; see
+    /// [`StopSignal`](ps_actors::launch::StopSignal). The default
     /// is `true`. Use `false` in a program with its own signal handlers.
     #[must_use]
     pub fn heed_signals(mut self, heeds_signals: bool) -> Self {

@@ -417,7 +417,4 @@ pub enum CheckpointError {
         /// Why not, for each of them.
         reasons: String,
     },
-    /// The servers did not give their state.
-    #[error("the servers did not give their state")]
-    Servers(#[source] crate::server::GroupError),
 }
