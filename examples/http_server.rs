@@ -131,7 +131,7 @@ fn serve(args: Args) -> Result<ExitCode> {
                 say!("Interrupted by {signal}.");
             }
             checkpoints.save(&server);
-            let is_saved = checkpoints.finish().latest.is_some();
+            let is_saved = checkpoints.finish().has(weights.version());
             return Ok(cli::end_of_training(interrupted, is_saved));
         }
         if checkpoints.is_due(weights.version()) {

@@ -141,7 +141,7 @@ fn serve(args: Args) -> Result<ExitCode> {
     }
     say!("{} updates by {num_trainers} trainers.", version.0);
     checkpoints.save(&server);
-    let is_saved = checkpoints.finish().latest.is_some();
+    let is_saved = checkpoints.finish().has(version);
     Ok(cli::end_of_training(interrupted, is_saved))
 }
 

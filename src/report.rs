@@ -203,11 +203,11 @@ impl fmt::Display for Report {
         }
         if let Some(resumed) = self.resumed {
             let version = resumed.version.0;
-            write!(f, "Went on from a checkpoint after {version} updates")?;
-            match self.num_recoveries {
-                0 => writeln!(f)?,
-                n => writeln!(f, "; the servers were lost {}", counted(n as usize, "time"))?,
-            }
+            writeln!(f, "Went on from a checkpoint after {version} updates")?;
+        }
+        if self.num_recoveries > 0 {
+            let times = counted(self.num_recoveries as usize, "time");
+            writeln!(f, "The servers were lost {times}")?;
         }
         if let Some(saved) = &self.checkpoints {
             let num_saved = counted(saved.num_saved as usize, "checkpoint");
@@ -215,9 +215,9 @@ impl fmt::Display for Report {
             if let Some((_, path)) = &saved.latest {
                 write!(f, ", the latest is {}", path.display())?;
             }
-            match saved.num_failed {
-                0 => writeln!(f)?,
-                n => writeln!(f, "; {n} could not be saved")?,
+            match (saved.num_failed, saved.num_skipped) {
+                (0, 0) => writeln!(f)?,
+                (failed, skipped) => writeln!(f, "; {failed} failed, {skipped} were skipped")?,
             }
         }
         writeln!(

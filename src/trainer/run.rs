@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::{Either, join, select, try_join_all};
-use ps_actors::actor;
+use ps_actors::actor::{self, ActorRef};
 use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveReport, Start};
 use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
@@ -107,11 +107,14 @@ where
             self.record_schedule(&servers, start.weights().version(), may_be_recorded)?;
             may_be_recorded = true;
             let workers = self.spawn_workers(cluster, &variants, &here)?;
+            let group = servers.clone();
             let driving = self.drive(servers, workers, &mut run, resumed.as_ref());
             let error = match actor::try_run(driving).map_err(TrainError::EventLoop)? {
                 Err(error) if run.may_recover(&error) => error,
                 other => return other,
             };
+            // Those that are left free their memory, and record nothing more.
+            group.servers().for_each(ActorRef::kill);
             // Without a checkpoint yet, it starts from the beginning.
             resumed = resume::again(&mut run.checkpoints, &terms)?;
             let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);

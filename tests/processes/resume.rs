@@ -153,7 +153,7 @@ fn a_run_that_loses_its_servers_goes_on_from_its_checkpoint() {
     }
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
-    assert!(output.contains("the servers were lost 2 times"), "{output}");
+    assert!(output.contains("The servers were lost 2 times"), "{output}");
     assert!(
         numbers(directory.path()) == numbers(whole.path()),
         "{output}"

@@ -105,17 +105,18 @@ pub struct SaveReport {
     pub num_saved: u64,
     /// How many could not be taken or written.
     pub num_failed: u64,
+    /// How many were skipped, because the one before was still being written when they were due.
+    pub num_skipped: u64,
     /// The latest one.
     pub latest: Option<(Version, PathBuf)>,
 }
 
 impl SaveReport {
-    /// Whether the latest checkpoint is of this version.
+    /// Whether the latest checkpoint has all updates until this version.
     #[must_use]
     pub fn has(&self, version: Version) -> bool {
-        self.latest
-            .as_ref()
-            .is_some_and(|(latest, _)| *latest == version)
+        let latest = self.latest.as_ref();
+        latest.is_some_and(|(latest, _)| *latest >= version)
     }
 }
 
@@ -221,8 +222,9 @@ impl Checkpoints {
             .as_ref()
             .is_some_and(|writing| !writing.is_finished())
         {
-            // The disk is slower than the training.
             self.next = self.due_after(version);
+            self.report.num_skipped += 1;
+            tracing::warn!(%version, "a checkpoint is skipped: the one before is still being written");
             return false;
         }
         true
@@ -290,15 +292,15 @@ impl Checkpoints {
     /// [Saves](Self::save_group) a checkpoint each time that one is due, as long as it is polled. So run it
     /// beside the training, and drop it at the end.
     pub async fn save_when_due(&mut self, servers: &ServerGroup) -> Infallible {
+        if self.is_off() || self.every == 0 {
+            return std::future::pending().await;
+        }
         loop {
             let due = self.next_due();
             let version = match servers.pull(PullVersion::AtLeast(due)).await {
                 Ok(weights) => weights.version(),
                 // Those who train find out too.
-                Err(error) => {
-                    self.failed(&error);
-                    std::future::pending().await
-                }
+                Err(_) => return std::future::pending().await,
             };
             if self.is_due(version) {
                 self.next = self.due_after(version);
