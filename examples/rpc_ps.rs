@@ -259,6 +259,11 @@ async fn train(args: Args, mnist: Mnist, place: Place) -> Result<()> {
         let output = infer(&part, batch.images_on(&device)).await?;
         evaluation += Evaluation::of_classifier(output, batch.labels_on(&device));
     }
+    let loss = evaluation.mean_loss();
+    ensure!(
+        loss.is_finite(),
+        "training has diverged: the loss on the test data is {loss}; try a lower --learning-rate"
+    );
     let accuracy = evaluation.accuracy().context("there is no test data")?;
     say!("Rank {} accuracy {:.1} %", index + 1, 100.0 * accuracy);
     Ok(())

@@ -6,7 +6,7 @@
 
 use std::any::{Any, type_name};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -417,10 +417,24 @@ where
     fn start(self, thread_name: String) -> std::io::Result<()> {
         let system = background::system_or_background()?;
         let runtime = background::event_loop(self.with_io)?;
-        thread::Builder::new()
-            .name(thread_name)
-            .spawn(move || self.run(system, runtime))?;
-        Ok(())
+        // The runtime must not be dropped here if there is no thread: the caller may be asynchronous, and
+        // tokio panics then. So it is handed over in a place from which it can be taken back.
+        let place = Arc::new(Mutex::new(Some(runtime)));
+        let handed_over = Arc::clone(&place);
+        let take = |place: &Mutex<Option<tokio::runtime::Runtime>>| {
+            let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+            place.take()
+        };
+        let started = thread::Builder::new().name(thread_name).spawn(move || {
+            let runtime = take(&handed_over).expect("it is taken back only without this thread");
+            self.run(system, runtime);
+        });
+        if started.is_err()
+            && let Some(runtime) = take(&place)
+        {
+            runtime.shutdown_background();
+        }
+        started.map(drop)
     }
 
     fn run(self, system: System, runtime: tokio::runtime::Runtime) {
@@ -495,6 +509,38 @@ mod tests {
             maximum: getrlimit(Resource::Nofile).maximum,
         };
         setrlimit(Resource::Nofile, limit).expect("the greatest limit stays");
+    }
+
+    /// In a process of its own, without memory for another thread's stack. tokio panics if a runtime is
+    /// dropped in asynchronous code.
+    #[test]
+    fn asynchronous_code_gets_an_error_if_there_is_no_thread() {
+        const CHILD: &str = "PS_TEST_NO_THREAD";
+        const NAME: &str =
+            "actor::spawn::tests::asynchronous_code_gets_an_error_if_there_is_no_thread";
+        if std::env::var_os(CHILD).is_none() {
+            let program = std::env::current_exe().expect("this test has a program");
+            let mut child = std::process::Command::new(program);
+            let child = child.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1");
+            let output = child.output().expect("the program runs");
+            assert!(output.status.success(), "{output:?}");
+            return;
+        }
+        let first = idle(Spawn::new()).expect("there is room");
+        let runtime = background::event_loop(false).expect("it needs no descriptor");
+        let status = std::fs::read_to_string("/proc/self/status").expect("Linux has it");
+        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:"));
+        let kilobytes = size.and_then(|size| size.split_whitespace().next()?.parse::<u64>().ok());
+        let limit = Rlimit {
+            // Half a megabyte more, which is less than a stack.
+            current: kilobytes.map(|size| (size + 512) << 10),
+            maximum: getrlimit(Resource::As).maximum,
+        };
+        setrlimit(Resource::As, limit).expect("the greatest limit stays");
+        let refused = runtime.block_on(async { idle(Spawn::new().without_io()) });
+        let refused = refused.expect_err("there is no memory for a stack");
+        assert!(matches!(refused, SpawnError::Thread { .. }), "{refused}");
+        assert!(first.is_alive());
     }
 
     /// In a process of its own, with few descriptors.

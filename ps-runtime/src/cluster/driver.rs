@@ -34,6 +34,9 @@ use crate::remote::reference::{Wire, reference};
 /// How often all nodes are asked in turn to start an actor.
 const MAX_ROUNDS: usize = 3;
 
+/// How long a process waits for others before it says so in the log.
+pub(super) const SAY_WAITING: Duration = Duration::from_secs(5);
+
 /// How long the driver waits for each node to answer that it heard of the end of the run.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -501,7 +504,8 @@ impl Cluster {
     /// Waits until at least `wanted` nodes are in the cluster, and returns them. For an example see
     /// [`listen`](Self::listen).
     ///
-    /// The task fails with [`ClusterError::NotAllJoined`] when fewer nodes have joined `within` this time.
+    /// It logs after 5 s, 10 s more, 20 s more, and so on that it still waits. The task fails with
+    /// [`ClusterError::NotAllJoined`] when fewer nodes have joined `within` this time.
     pub fn wait_for_nodes(
         &self,
         wanted: usize,
@@ -516,7 +520,22 @@ impl Cluster {
                     let _ = changed.changed().await;
                 }
             };
-            let _ = tokio::time::timeout(within, enough).await;
+            let say = async {
+                let mut pause = SAY_WAITING;
+                loop {
+                    tokio::time::sleep(pause).await;
+                    let joined = cluster.inner.members.list().len();
+                    tracing::info!(joined, wanted, at_most = ?within, "waiting for nodes");
+                    pause = pause.saturating_mul(2);
+                }
+            };
+            let _ = tokio::time::timeout(within, async {
+                tokio::select! {
+                    () = enough => {}
+                    () = say => {}
+                }
+            })
+            .await;
             let nodes = cluster.nodes();
             match nodes.len() {
                 joined if joined < wanted => Err(ClusterError::NotAllJoined {

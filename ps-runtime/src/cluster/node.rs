@@ -17,7 +17,7 @@ use super::agent::{
     agent_of,
 };
 use super::config::{ClusterConfig, ClusterError, Transport};
-use super::driver::random;
+use super::driver::{SAY_WAITING, random};
 use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
 use super::incarnations::{AsNode, NodeIncarnations};
@@ -213,8 +213,10 @@ impl Node {
 
     async fn join(&self, user: Option<u32>) -> Result<Membership, ClusterError> {
         // `None` if the clock cannot represent the deadline; then there is none.
-        let deadline = Instant::now().checked_add(self.config.join_timeout);
+        let begun = Instant::now();
+        let deadline = begun.checked_add(self.config.join_timeout);
         let mut pause = Duration::from_millis(20);
+        let mut say_after = SAY_WAITING;
         loop {
             let reason = match self.try_to_join(user).await {
                 Ok(membership) => return Ok(membership),
@@ -229,6 +231,11 @@ impl Node {
                 });
             }
             tracing::debug!(driver = self.driver, reason, "not joined yet");
+            if begun.elapsed() >= say_after {
+                let (driver, at_most) = (&self.driver, self.config.join_timeout);
+                tracing::info!(driver, reason, ?at_most, "waiting for the driver");
+                say_after = say_after.saturating_mul(3);
+            }
             tokio::time::sleep(pause).await;
             pause = (2 * pause).min(MAX_PAUSE);
         }

@@ -55,7 +55,14 @@ impl StopSignal {
     /// # Errors
     /// When the system gives no thread, or does not let this process handle the signals.
     pub fn heed() -> io::Result<Self> {
-        let heard = heard()?.subscribe();
+        let heard = heard().map_err(|error| {
+            let text = format!(
+                "the system does not let this process handle signals: {error}; if the limit on open files \
+                 (ulimit -n) or threads (ulimit -u) is low, raise it"
+            );
+            io::Error::new(error.kind(), text)
+        });
+        let heard = heard?.subscribe();
         NUM_HEEDING.fetch_add(1, Ordering::SeqCst);
         Ok(Self { heard })
     }
