@@ -417,24 +417,13 @@ where
     fn start(self, thread_name: String) -> std::io::Result<()> {
         let system = background::system_or_background()?;
         let runtime = background::event_loop(self.with_io)?;
-        // The runtime must not be dropped here if there is no thread: the caller may be asynchronous, and
-        // tokio panics then. So it is handed over in a place from which it can be taken back.
-        let place = Arc::new(Mutex::new(Some(runtime)));
-        let handed_over = Arc::clone(&place);
-        let take = |place: &Mutex<Option<tokio::runtime::Runtime>>| {
-            let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
-            place.take()
+        let spawn = |body| {
+            thread::Builder::new()
+                .name(thread_name)
+                .spawn(body)
+                .map(drop)
         };
-        let started = thread::Builder::new().name(thread_name).spawn(move || {
-            let runtime = take(&handed_over).expect("it is taken back only without this thread");
-            self.run(system, runtime);
-        });
-        if started.is_err()
-            && let Some(runtime) = take(&place)
-        {
-            runtime.shutdown_background();
-        }
-        started.map(drop)
+        hand_over(runtime, spawn, move |runtime| self.run(system, runtime))
     }
 
     fn run(self, system: System, runtime: tokio::runtime::Runtime) {
@@ -462,6 +451,34 @@ where
             tracing::error!("an actor's thread panicked while it ended");
         }
     }
+}
+
+/// What a new thread does.
+type Body = Box<dyn FnOnce() + Send>;
+
+/// Lets a new thread run with a runtime. If there is no thread, the runtime must not be dropped here: the
+/// caller may be asynchronous, and tokio panics then. So it is handed over in a place from which it can be
+/// taken back.
+fn hand_over(
+    runtime: tokio::runtime::Runtime,
+    spawn: impl FnOnce(Body) -> std::io::Result<()>,
+    run: impl FnOnce(tokio::runtime::Runtime) + Send + 'static,
+) -> std::io::Result<()> {
+    let place = Arc::new(Mutex::new(Some(runtime)));
+    let handed_over = Arc::clone(&place);
+    let take = |place: &Mutex<Option<tokio::runtime::Runtime>>| {
+        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
+        place.take()
+    };
+    let started = spawn(Box::new(move || {
+        run(take(&handed_over).expect("it is taken back only without this thread"));
+    }));
+    if started.is_err()
+        && let Some(runtime) = take(&place)
+    {
+        runtime.shutdown_background();
+    }
+    started
 }
 
 /// Frees the actor's name and fails the calls that are left, however the actor's thread ends.
@@ -511,36 +528,19 @@ mod tests {
         setrlimit(Resource::Nofile, limit).expect("the greatest limit stays");
     }
 
-    /// In a process of its own, without memory for another thread's stack. tokio panics if a runtime is
-    /// dropped in asynchronous code.
+    /// tokio panics if a runtime is dropped in asynchronous code.
     #[test]
     fn asynchronous_code_gets_an_error_if_there_is_no_thread() {
-        const CHILD: &str = "PS_TEST_NO_THREAD";
-        const NAME: &str =
-            "actor::spawn::tests::asynchronous_code_gets_an_error_if_there_is_no_thread";
-        if std::env::var_os(CHILD).is_none() {
-            let program = std::env::current_exe().expect("this test has a program");
-            let mut child = std::process::Command::new(program);
-            let child = child.args(["--exact", NAME, "--nocapture"]).env(CHILD, "1");
-            let output = child.output().expect("the program runs");
-            assert!(output.status.success(), "{output:?}");
-            return;
-        }
-        let first = idle(Spawn::new()).expect("there is room");
-        let runtime = background::event_loop(false).expect("it needs no descriptor");
-        let status = std::fs::read_to_string("/proc/self/status").expect("Linux has it");
-        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:"));
-        let kilobytes = size.and_then(|size| size.split_whitespace().next()?.parse::<u64>().ok());
-        let limit = Rlimit {
-            // Half a megabyte more, which is less than a stack.
-            current: kilobytes.map(|size| (size + 512) << 10),
-            maximum: getrlimit(Resource::As).maximum,
+        let event_loop = || background::event_loop(false).expect("it needs no descriptor");
+        let no_thread = |body: Body| {
+            drop(body);
+            Err(std::io::ErrorKind::WouldBlock.into())
         };
-        setrlimit(Resource::As, limit).expect("the greatest limit stays");
-        let refused = runtime.block_on(async { idle(Spawn::new().without_io()) });
-        let refused = refused.expect_err("there is no memory for a stack");
-        assert!(matches!(refused, SpawnError::Thread { .. }), "{refused}");
-        assert!(first.is_alive());
+        event_loop().block_on(async {
+            let refused = hand_over(event_loop(), no_thread, |_| unreachable!("no thread"));
+            let refused = refused.expect_err("there is no thread");
+            assert_eq!(refused.kind(), std::io::ErrorKind::WouldBlock);
+        });
     }
 
     /// In a process of its own, with few descriptors.
