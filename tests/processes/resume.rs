@@ -32,8 +32,8 @@ fn words<'a>(arguments: &[&'a str], directory: &'a Path) -> Vec<&'a str> {
 /// that nothing happened to.
 #[test]
 fn a_run_whose_driver_is_killed_goes_on_from_its_checkpoint_with_the_same_bits() {
-    let arguments = ["--iterations", "600"];
-    let three = ["--iterations", "600", "--processes", "3"];
+    let arguments = ["--iterations", "1500"];
+    let three = ["--iterations", "1500", "--processes", "3"];
     let on_nodes = [&three[..], &["--num-servers", "2", "--servers-on-nodes"]].concat();
     for (name, arguments) in [
         ("sync_ps", &arguments[..]),
@@ -68,7 +68,7 @@ fn a_run_whose_driver_is_killed_goes_on_from_its_checkpoint_with_the_same_bits()
         assert!(status.success(), "{name}: {output}");
         let (version, _) = newest(killed.path()).unwrap();
         assert!(
-            saved < 600 && version == 600,
+            saved < 1500 && version == 1500,
             "{name}: {saved}, {version}: {output}"
         );
         assert!(
@@ -137,7 +137,7 @@ fn a_run_that_loses_its_servers_goes_on_from_its_checkpoint() {
         "2",
         "--servers-on-nodes",
     ];
-    let arguments = [&["--iterations", "800"], &arguments[..]].concat();
+    let arguments = [&["--iterations", "2000"], &arguments[..]].concat();
     let whole = tempfile::tempdir().unwrap();
     let (status, output) = Run::start("sharded_ps", &words(&arguments, whole.path())).finish();
     assert!(status.success(), "{output}");
