@@ -96,18 +96,18 @@ fn a_training_in_two_halves_has_the_bits_of_one_in_a_piece() {
 fn checkpoints_are_saved_while_the_workers_go_on_and_the_newest_are_kept() {
     let directory = tempfile::tempdir().unwrap();
     let every = CheckpointConfig {
-        every: 7,
+        every: 50,
         keep: 2,
         ..CheckpointConfig::new(directory.path())
     };
     let report = trainer(every)
         .consistency(Consistency::Asp)
-        .iterations(50)
+        .iterations(400)
         .run()
         .unwrap();
     let saved = report.checkpoints.as_ref().unwrap();
     assert!(saved.num_saved >= 2 && saved.num_failed == 0, "{saved:?}");
-    assert!(saved.has(Version(100)), "{saved:?}");
+    assert!(saved.has(Version(800)), "{saved:?}");
     let kept = std::fs::read_dir(directory.path()).unwrap();
     let kept = kept.filter(|entry| {
         let name = entry.as_ref().unwrap().file_name();
@@ -115,7 +115,7 @@ fn checkpoints_are_saved_while_the_workers_go_on_and_the_newest_are_kept() {
     });
     assert_eq!(kept.count(), 2);
     assert!(
-        report.to_string().contains("checkpoint-000000000100"),
+        report.to_string().contains("checkpoint-000000000800"),
         "{report}"
     );
 
@@ -123,10 +123,10 @@ fn checkpoints_are_saved_while_the_workers_go_on_and_the_newest_are_kept() {
     let nothing = trainer(resume(directory.path()));
     let nothing = nothing
         .consistency(Consistency::Asp)
-        .iterations(50)
+        .iterations(400)
         .run()
         .unwrap();
-    assert_eq!((nothing.num_updates, nothing.losses[0].len()), (100, 0));
+    assert_eq!((nothing.num_updates, nothing.losses[0].len()), (800, 0));
     assert_eq!(nothing.final_evaluation, report.final_evaluation);
     assert!(bits(&nothing.weights) == bits(&report.weights));
 }
