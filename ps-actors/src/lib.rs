@@ -23,6 +23,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod checkpoint;
+mod frames;
 pub mod group;
 pub mod heartbeat;
 pub mod http;
@@ -31,6 +32,7 @@ pub mod rule;
 pub mod schedule;
 pub mod server;
 pub mod session;
+pub mod update_log;
 pub mod weights;
 pub mod worker;
 
