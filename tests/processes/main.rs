@@ -1,5 +1,6 @@
 //! The examples as several real processes: some are killed, stopped and started again.
 
+mod elastic;
 mod resume;
 mod run;
 
