@@ -20,6 +20,7 @@ mod actor;
 mod config;
 mod consistency;
 mod coordinator;
+mod decisions;
 mod followers;
 #[cfg(test)]
 mod fuzz;
