@@ -69,9 +69,11 @@ fn train(
         ..ServerConfig::default()
     };
     let initial = initial_weights(&model, &device)?;
-    let (mut checkpoints, found) = saving.open_for(&initial, &args, mnist.train.len())?;
+    let num_examples = mnist.train.len();
+    let (mut checkpoints, found) = saving.open_for(&initial, Sgd::new(), &args, num_examples)?;
     let start = found.as_ref().map_or(Start::from(&initial), Start::from);
     let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
+    checkpoints.start_log(&server, start)?;
     // A worker whose process is lost is started again, on another one if need be.
     let mut workers = (0..args.num_workers as u32)
         .map(|number| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(number)))

@@ -76,9 +76,10 @@ fn serve(args: Args) -> Result<ExitCode> {
         ..ServerConfig::default()
     };
     let initial = initial_weights(&model, &device)?;
-    let (mut checkpoints, found) = args.checkpoints.open(&initial)?;
+    let (mut checkpoints, found) = args.checkpoints.open(&initial, Sgd::new())?;
     let start = found.as_ref().map_or(Start::from(&initial), Start::from);
     let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
+    checkpoints.start_log(&server, start)?;
     let servers = ServerGroup::from(server.clone());
     let token = std::env::var("PS_TOKEN").ok().map(Token::new).transpose()?;
     let cluster = ClusterConfig {

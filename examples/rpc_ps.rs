@@ -106,9 +106,10 @@ fn serve(args: Args) -> Result<ExitCode> {
         ..ServerConfig::default()
     };
     let initial = initial_weights(&net, &device)?;
-    let (mut checkpoints, found) = args.checkpoints.open(&initial)?;
+    let (mut checkpoints, found) = args.checkpoints.open(&initial, Sgd::new())?;
     let start = found.as_ref().map_or(Start::from(&initial), Start::from);
     let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
+    checkpoints.start_log(&server, start)?;
     let servers = ServerGroup::from(server.clone());
     // One for each trainer, so that they need not wait for each other; the weights are the same.
     let num_trainers = cluster.nodes().len().max(1);

@@ -2,6 +2,7 @@
 
 use ps_actors::checkpoint::{Checkpoint, CheckpointConfig, CheckpointError, Checkpoints, Found};
 use ps_actors::ids::{Clock, Version, WorkerId};
+use ps_actors::rule::UpdateRule;
 use ps_actors::server::WorkerStatus;
 use ps_actors::weights::Layout;
 
@@ -79,16 +80,17 @@ impl Terms<'_> {
 }
 
 /// Opens the directory for checkpoints. If the training resumes, also returns the checkpoint from which it
-/// goes on.
+/// goes on. `rule` is a new one, as the servers'.
 pub(crate) fn open(
     config: Option<CheckpointConfig>,
+    rule: Box<dyn UpdateRule>,
     terms: &Terms<'_>,
 ) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
     let Some(config) = config else {
         return Ok((Checkpoints::off(), None));
     };
     let is_resumed = config.resume;
-    let (checkpoints, found) = Checkpoints::open(config, |found| terms.accept(found))?;
+    let (checkpoints, found) = Checkpoints::open(config, rule, |found| terms.accept(found))?;
     let facts = terms.facts.iter();
     let facts = facts.map(|(name, value)| (name, value.to_owned()));
     let dealing = terms.dealing;
@@ -101,12 +103,13 @@ pub(crate) fn open(
     Ok((checkpoints, found.map(|found| terms.deal(found))))
 }
 
-/// Returns the newest checkpoint of this same training.
+/// Returns the newest checkpoint of this same training. `rule` is a new one, as the servers'.
 pub(crate) fn again(
     checkpoints: &mut Checkpoints,
+    rule: Box<dyn UpdateRule>,
     terms: &Terms<'_>,
 ) -> Result<Option<Checkpoint>, CheckpointError> {
-    let found = checkpoints.newest(|found| terms.accept(found))?;
+    let found = checkpoints.newest(rule, |found| terms.accept(found))?;
     Ok(found.map(|found| terms.deal(found)))
 }
 

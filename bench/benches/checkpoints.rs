@@ -70,7 +70,8 @@ fn pauses(directory: &std::path::Path) -> Result<()> {
         every: 1,
         ..CheckpointConfig::new(directory)
     };
-    let (mut checkpoints, _) = Checkpoints::open(config, |_| Ok(()))?;
+    let (mut checkpoints, _) =
+        Checkpoints::open(config, Box::new(Sgd::with_momentum(0.9)), |_| Ok(()))?;
     for round in 0..NUM_ROUNDS {
         let without = pusher.push_for(Duration::from_secs(3), |_| ())?;
         let server = pusher.server.clone();

@@ -25,6 +25,7 @@
 
 pub mod chaos;
 pub mod checkpoint;
+mod frames;
 pub mod group;
 pub mod heartbeat;
 pub mod http;
@@ -33,6 +34,7 @@ pub mod rule;
 pub mod schedule;
 pub mod server;
 pub mod session;
+pub mod update_log;
 pub mod weights;
 pub mod worker;
 

@@ -6,9 +6,8 @@
 //! weights again. The first server of a group writes it while it decides ([`Record`]). A few dozen bytes
 //! per gradient are enough.
 //!
-//! The file is a line, and then frames: length and CRC-32 of the rest (each a little-endian `u32`), and an
-//! encoded value. The first value says which run it is. Each other one is an update. If the process or the
-//! disk fails, at most the last frame is cut. It is then skipped.
+//! The file is a line, and then frames (`frames.rs`). The first one says which run it is. Each other one
+//! is an update. If the process or the disk fails, at most the last frame is cut. It is then skipped.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -16,17 +15,16 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use actix::Message;
-use ps_runtime::actor::error_chain;
-use ps_runtime::codec::{BulkBytes, BulkValue};
 use serde::{Deserialize, Serialize};
 
+use crate::frames::{self, FrameReader, Next};
 use crate::ids::{GradientId, Version};
 use crate::server::{Reduction, Update};
 
 const FIRST_LINE: &[u8] = b"ps schedule 1\n";
 
-/// The longest frame that is read, in bytes. It holds an update of a million gradients.
-const MAX_FRAME: u32 = 64 << 20;
+/// All frames of all schedules have the same one, because no schedule is written over another one.
+const SALT: u64 = 0;
 
 /// Lets the first server of a group write the schedule of its updates from now on. It works only for a server
 /// of this process, because no other process may choose a file here.
@@ -160,9 +158,8 @@ impl ScheduleWriter {
         };
         let file = OpenOptions::new().write(true).create_new(true).open(path);
         let mut file = file.map_err(failed)?;
-        let header = frame(facts).map_err(failed)?;
         file.write_all(FIRST_LINE).map_err(failed)?;
-        file.write_all(&header).map_err(failed)?;
+        frames::write(&mut file, SALT, facts, &[]).map_err(failed)?;
         Ok(Self {
             path: path.to_owned(),
             file: Some(file),
@@ -212,24 +209,12 @@ impl ScheduleWriter {
         let Some(file) = &mut self.file else {
             return;
         };
-        let written = frame(update).and_then(|frame| file.write_all(&frame));
-        if let Err(error) = written {
+        if let Err(error) = frames::write(file, SALT, update, &[]) {
             let (path, version) = (self.path.display(), update.version);
             tracing::warn!(%path, %error, %version, "the schedule ends here; the training goes on");
             self.file = None;
         }
     }
-}
-
-fn frame<T: Serialize>(value: &T) -> io::Result<Vec<u8>> {
-    let encoded = BulkValue::new(value).map_err(io::Error::other)?;
-    let bytes: &[u8] = encoded.bytes();
-    let len = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    let mut frame = Vec::with_capacity(bytes.len() + 8);
-    frame.extend_from_slice(&len.to_le_bytes());
-    frame.extend_from_slice(&crc32fast::hash(bytes).to_le_bytes());
-    frame.extend_from_slice(bytes);
-    Ok(frame)
 }
 
 /// The schedule of a run, or of its beginning.
@@ -268,25 +253,25 @@ impl Schedule {
         if line != FIRST_LINE {
             return Err(none("its first line is another one, or of a later format"));
         }
-        let mut end = FIRST_LINE.len() as u64;
-        let facts = match next_frame(&mut file, &mut end).map_err(failed)? {
-            Next::Frame(bytes) => read(bytes).map_err(|reason| none(&reason))?,
+        let mut file = FrameReader::new(file, SALT, FIRST_LINE.len() as u64).map_err(failed)?;
+        let facts = match file.next().map_err(failed)? {
+            Next::Frame(frame) => frame.value().map_err(|reason| none(&reason))?,
             Next::End | Next::Cut => return Err(none("it does not say which run it is of")),
         };
-        let (mut updates, mut ends) = (Vec::<ScheduledUpdate>::new(), vec![end]);
+        let (mut updates, mut ends) = (Vec::<ScheduledUpdate>::new(), vec![file.position()]);
         let is_cut = loop {
-            let bytes = match next_frame(&mut file, &mut end).map_err(failed)? {
-                Next::Frame(bytes) => bytes,
+            let frame = match file.next().map_err(failed)? {
+                Next::Frame(frame) => frame,
                 Next::End => break false,
                 Next::Cut => break true,
             };
-            let update: ScheduledUpdate = read(bytes).map_err(|reason| none(&reason))?;
+            let update: ScheduledUpdate = frame.value().map_err(|reason| none(&reason))?;
             let before = updates.last().map(|before| before.version);
             if before.is_some_and(|before| update.version != before.next()) {
                 return Err(none(&format!("{} comes after {before:?}", update.version)));
             }
             updates.push(update);
-            ends.push(end);
+            ends.push(file.position());
         };
         Ok(Self {
             path: path.to_owned(),
@@ -318,41 +303,6 @@ impl Schedule {
             }),
         }
     }
-}
-
-enum Next {
-    Frame(Vec<u8>),
-    End,
-    Cut,
-}
-
-fn next_frame(file: &mut impl Read, end: &mut u64) -> io::Result<Next> {
-    let mut head = Vec::new();
-    { file.by_ref().take(8) }.read_to_end(&mut head)?;
-    let Ok(head) = <[u8; 8]>::try_from(&head[..]) else {
-        return Ok(if head.is_empty() {
-            Next::End
-        } else {
-            Next::Cut
-        });
-    };
-    let [a, b, c, d, crc @ ..] = head;
-    let len = u32::from_le_bytes([a, b, c, d]);
-    if len > MAX_FRAME {
-        return Ok(Next::Cut);
-    }
-    let mut bytes = Vec::new();
-    { file.by_ref().take(len.into()) }.read_to_end(&mut bytes)?;
-    if bytes.len() < len as usize || crc32fast::hash(&bytes) != u32::from_le_bytes(crc) {
-        return Ok(Next::Cut);
-    }
-    *end += 8 + u64::from(len);
-    Ok(Next::Frame(bytes))
-}
-
-fn read<T: Serialize + serde::de::DeserializeOwned>(bytes: Vec<u8>) -> Result<T, String> {
-    let value = BulkValue::<T>::from(BulkBytes::from(bytes));
-    value.read().map_err(|error| error_chain(&error))
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use ps_actors::checkpoint::{Checkpoint, CheckpointConfig, CheckpointError, Checkpoints};
 use ps_actors::launch::{Signal, exit_code};
+use ps_actors::rule::UpdateRule;
+use ps_actors::update_log::{LogConfig, LogSync};
 use ps_actors::weights::Weights;
 use ps_model::burn::module::Module;
 use ps_model::burn::tensor::Device;
@@ -40,6 +42,12 @@ pub struct CheckpointArgs {
     /// beginning.
     #[arg(long, requires = "checkpoint_dir")]
     pub resume: bool,
+    /// Also log each update between checkpoints, so that nothing is lost that a worker was told was applied.
+    /// SYNC says when the log must be on the disk, in case the machine fails: `always` (before each answer),
+    /// `never` (when the system likes), or every so many seconds.
+    #[arg(long, value_name = "SYNC", num_args = 0..=1, require_equals = true,
+          default_missing_value = "1", requires = "checkpoint_dir")]
+    pub update_log: Option<LogSync>,
     /// Write the trained model to this file at the end: FILE.safetensors, or FILE.bpk for burn.
     #[arg(long, value_name = "FILE")]
     pub export: Option<ExportFile>,
@@ -55,6 +63,10 @@ impl CheckpointArgs {
             every: self.checkpoint_every,
             keep: self.keep_checkpoints as usize,
             resume: self.resume,
+            log: self.update_log.map(|sync| LogConfig {
+                sync,
+                ..LogConfig::default()
+            }),
         })
     }
 
@@ -77,15 +89,18 @@ impl CheckpointArgs {
     }
 
     /// Opens the directory, for a driver's own loop. Returns the checkpoint from which it goes on, if the
-    /// user asks for it and there is one. It must be of a model with the layout of `initial`.
+    /// user asks for it and there is one. It must be of a model with the layout of `initial`. `rule` is a
+    /// new update rule, as the servers'. Start the servers, and then the
+    /// [log](Checkpoints::start_log).
     ///
     /// # Errors
     /// If the directory cannot be used, or has checkpoints from which the run cannot go on.
     pub fn open(
         &self,
         initial: &Weights,
+        rule: impl UpdateRule,
     ) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
-        self.open_with(initial, &Facts::default(), None)
+        self.open_with(initial, Box::new(rule), &Facts::default(), None)
     }
 
     /// As [`open`](Self::open), for workers that share `num_examples`. The checkpoint must be of a run with
@@ -97,6 +112,7 @@ impl CheckpointArgs {
     pub fn open_for(
         &self,
         initial: &Weights,
+        rule: impl UpdateRule,
         train: &TrainArgs,
         num_examples: usize,
     ) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
@@ -109,12 +125,13 @@ impl CheckpointArgs {
             batch_size: train.batch_size,
             num_examples,
         };
-        self.open_with(initial, &facts, Some(dealing))
+        self.open_with(initial, Box::new(rule), &facts, Some(dealing))
     }
 
     fn open_with(
         &self,
         initial: &Weights,
+        rule: Box<dyn UpdateRule>,
         facts: &Facts,
         dealing: Option<Dealing>,
     ) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
@@ -123,7 +140,7 @@ impl CheckpointArgs {
             facts,
             dealing,
         };
-        let opened = resume::open(self.config(), &terms)?;
+        let opened = resume::open(self.config(), rule, &terms)?;
         if let Some(found) = &opened.1 {
             say!("Going on after {} updates.", found.version().0);
         }

@@ -72,6 +72,8 @@ pub struct Trainer<M: Model, E> {
     on_evaluation: OnEvaluation,
     heeds_signals: bool,
     checkpoints: Option<CheckpointConfig>,
+    /// Whether the checkpoints have an update log. Known when the training runs.
+    logs_updates: bool,
     record: Option<PathBuf>,
 }
 
@@ -209,6 +211,7 @@ where
             on_evaluation: Box::new(|_| {}),
             heeds_signals: true,
             checkpoints: None,
+            logs_updates: false,
             record: None,
         }
     }

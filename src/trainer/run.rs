@@ -76,6 +76,7 @@ where
             num_examples: self.train.num_examples(),
         };
         let config = self.checkpoints.take();
+        self.logs_updates = config.as_ref().is_some_and(|config| config.log.is_some());
         // An earlier process of this training may have begun to record it.
         let mut may_be_recorded = config.as_ref().is_some_and(|config| config.resume);
         let facts = match config {
@@ -87,7 +88,7 @@ where
             facts: &facts,
             dealing: Some(dealing),
         };
-        let (checkpoints, mut resumed) = resume::open(config, &terms)?;
+        let (checkpoints, mut resumed) = resume::open(config, (self.make_rule)(&device)?, &terms)?;
         let variants = match cluster.is_alone() {
             // There are no other processes, so there is nothing to compare.
             true => Variants::here(),
@@ -106,6 +107,8 @@ where
             let servers = self.spawn_servers(cluster, start, &device, &variants, &here)?;
             self.record_schedule(&servers, start.weights().version(), may_be_recorded)?;
             may_be_recorded = true;
+            let first = servers.servers().next().expect("a group has servers");
+            run.checkpoints.start_log(first, start)?;
             let workers = self.spawn_workers(cluster, &variants, &here)?;
             let group = servers.clone();
             let driving = self.drive(servers, workers, &mut run, resumed.as_ref());
@@ -116,7 +119,7 @@ where
             // Those that are left free their memory, and record nothing more.
             group.servers().for_each(ActorRef::kill);
             // Without a checkpoint yet, it starts from the beginning.
-            resumed = resume::again(&mut run.checkpoints, &terms)?;
+            resumed = resume::again(&mut run.checkpoints, (self.make_rule)(&device)?, &terms)?;
             let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
             if !run.recoveries.begin(from) {
                 return Err(error);
@@ -164,8 +167,15 @@ where
         here: &Hosts,
     ) -> Result<ServerGroup, TrainError> {
         if self.servers_on_nodes {
-            let place = SpawnOn::from(Placement::RoundRobin).variant(&variants.servers);
-            let places = vec![place.here(here.clone()); self.num_servers];
+            let at = |place: Placement| {
+                let place = SpawnOn::from(place).variant(&variants.servers);
+                place.here(here.clone())
+            };
+            let mut places = vec![at(Placement::RoundRobin); self.num_servers];
+            if self.logs_updates || self.record.is_some() {
+                // It writes files for the driver.
+                places[0] = at(Placement::Driver);
+            }
             let spawn = ServerGroup::spawn_on(cluster, places, start, self.server);
             return Ok(actor::try_run(spawn).map_err(TrainError::EventLoop)??);
         }

@@ -24,6 +24,7 @@ use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
 use super::{Checkpoint, CheckpointError};
+use crate::frames::little_endian;
 use crate::ids::Version;
 use crate::rule::{SavedRule, Scalar};
 use crate::server::CoordinatorState;
@@ -91,14 +92,7 @@ impl View for Tensor<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        match cfg!(target_endian = "little") {
-            true => Cow::Borrowed(bytemuck::cast_slice(&self.numbers)),
-            false => self
-                .numbers
-                .iter()
-                .flat_map(|number| number.to_le_bytes())
-                .collect(),
-        }
+        little_endian(&self.numbers)
     }
 
     fn data_len(&self) -> usize {
@@ -144,6 +138,7 @@ fn write_files(checkpoint: &Checkpoint, directory: &Path) -> Result<(), Checkpoi
         learning_rate,
         coordinator,
         facts,
+        restarted_at: _,
     } = checkpoint;
     let layout = weights.layout();
     write_model(weights, &directory.join(MODEL))?;
@@ -350,6 +345,7 @@ pub(super) fn read(directory: &Path) -> Result<Checkpoint, CheckpointError> {
         learning_rate: state.learning_rate,
         coordinator: state.coordinator,
         facts: manifest.facts,
+        restarted_at: None,
     })
 }
 

@@ -64,12 +64,14 @@ pub use saver::{CheckpointConfig, Checkpoints, SaveReport};
 /// ```
 #[derive(Clone)]
 pub struct Checkpoint {
-    weights: Weights,
+    pub(crate) weights: Weights,
     /// The vectors cover all weights.
-    rule: SavedRule,
-    learning_rate: f64,
-    coordinator: CoordinatorState,
-    facts: BTreeMap<String, String>,
+    pub(crate) rule: SavedRule,
+    pub(crate) learning_rate: f64,
+    pub(crate) coordinator: CoordinatorState,
+    pub(crate) facts: BTreeMap<String, String>,
+    /// Set by [`restart_workers_at`](Self::restart_workers_at), until the update log has it.
+    pub(crate) restarted_at: Option<Clock>,
 }
 
 impl Checkpoint {
@@ -81,6 +83,17 @@ impl Checkpoint {
     pub fn of(state: ServerState) -> Result<Self, CheckpointError> {
         Self::join(vec![state])
             .map_err(|BadPart { index: _, reason }| CheckpointError::Part { reason })
+    }
+
+    /// Makes the checkpoint of servers that have just started from the initial weights. `first` is the state
+    /// of the first one.
+    pub(crate) fn initial(weights: Weights, first: ServerState) -> Result<Self, CheckpointError> {
+        let whole = ServerState {
+            weights,
+            rule: SavedRule::default(),
+            ..first
+        };
+        Self::of(whole)
     }
 
     /// Joins the states of all servers of a group, in the order of their ranges.
@@ -126,6 +139,7 @@ impl Checkpoint {
             learning_rate: first.learning_rate,
             coordinator,
             facts: BTreeMap::new(),
+            restarted_at: None,
         })
     }
 
@@ -183,6 +197,7 @@ impl Checkpoint {
     #[must_use]
     pub fn restart_workers_at(mut self, clock: Clock) -> Self {
         self.coordinator.restart_at(clock);
+        self.restarted_at = Some(clock);
         self
     }
 
@@ -379,6 +394,15 @@ pub enum CheckpointError {
     #[error("cannot write {}", path.display())]
     Write {
         /// The file or directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The update log cannot be written.
+    #[error("cannot write the update log in {}", path.display())]
+    Log {
+        /// The directory.
         path: PathBuf,
         /// Why not.
         #[source]

@@ -4,15 +4,20 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use futures_util::future::{Either, select};
 use ps_runtime::actor::{ActorRef, error_chain};
+use tokio::sync::oneshot;
 
-use super::{Checkpoint, CheckpointDir, CheckpointError, Found};
+use super::{Checkpoint, CheckpointDir, CheckpointError, Found, Start};
 use crate::group::ServerGroup;
 use crate::ids::Version;
-use crate::server::{ParameterServer, PullVersion, TakeCheckpoint};
+use crate::rule::UpdateRule;
+use crate::server::{GroupError, ParameterServer, PullVersion, TakeCheckpoint};
+use crate::update_log::{self, Chain, LogConfig, LogUpdates, UpdateLog};
 
 /// Where and how often a run saves checkpoints.
 ///
@@ -34,6 +39,10 @@ pub struct CheckpointConfig {
     /// Whether the run goes on from the newest usable checkpoint. If there is none, it starts from the
     /// beginning. Without this, a directory that already has checkpoints is an error. Default: `false`.
     pub resume: bool,
+    /// Whether the servers' updates are also logged between checkpoints, so that no update is lost that a
+    /// worker was told about; see [`update_log`](crate::update_log). Default: `None`, no log. A log that is
+    /// there is followed in any case when a run resumes.
+    pub log: Option<LogConfig>,
 }
 
 impl CheckpointConfig {
@@ -45,6 +54,7 @@ impl CheckpointConfig {
             every: 1000,
             keep: 3,
             resume: false,
+            log: None,
         }
     }
 }
@@ -55,7 +65,7 @@ impl CheckpointConfig {
 /// counted, and the next checkpoint is tried when it is due.
 ///
 /// ```
-/// use ps_actors::checkpoint::{CheckpointConfig, Checkpoints};
+/// use ps_actors::checkpoint::{CheckpointConfig, Checkpoints, Start};
 /// use ps_actors::rule::Sgd;
 /// use ps_actors::server::{GetWeights, ParameterServer, ServerConfig};
 /// use ps_actors::weights::{Layout, Weights};
@@ -63,14 +73,12 @@ impl CheckpointConfig {
 /// # let temporary = tempfile::tempdir()?;
 /// # let directory = temporary.path();
 /// let config = CheckpointConfig { every: 100, resume: true, ..CheckpointConfig::new(directory) };
-/// let (mut checkpoints, found) = Checkpoints::open(config, |_| Ok(()))?;
+/// let (mut checkpoints, found) = Checkpoints::open(config, Box::new(Sgd::new()), |_| Ok(()))?;
 ///
 /// let initial = Weights::initial(Layout::flat(2), vec![0.0; 2]);
-/// let (rule, config) = (Sgd::new(), ServerConfig::default());
-/// let server = match &found {
-///     Some(found) => ParameterServer::new(&found.checkpoint, rule, config)?.spawn()?,
-///     None => ParameterServer::new(&initial, rule, config)?.spawn()?,
-/// };
+/// let start = found.as_ref().map_or(Start::from(&initial), |found| (&found.checkpoint).into());
+/// let server = ParameterServer::new(start, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// checkpoints.start_log(&server, start)?; // If the settings ask for a log.
 /// for _ in 0..3 {
 ///     // Here the driver applies gradients. Then:
 ///     let version = server.ask(GetWeights).wait()?.version();
@@ -94,9 +102,22 @@ pub struct Checkpoints {
     next: Version,
     writing: Option<Writing>,
     report: SaveReport,
+    log_config: Option<LogConfig>,
+    /// The log that the checkpoint followed from which the run goes on. `None`: no run has been prepared.
+    chain: Option<Chain>,
+    /// The version from which the run went on.
+    began: Version,
+    log: Option<UpdateLog>,
 }
 
-type Writing = JoinHandle<Option<(Version, PathBuf)>>;
+/// A checkpoint that is being written.
+#[derive(Debug)]
+struct Writing {
+    /// Returns the version and the path, if it could be written.
+    thread: JoinHandle<Option<(Version, PathBuf)>>,
+    /// Becomes ready at the end.
+    ended: oneshot::Receiver<Infallible>,
+}
 
 /// What a run has saved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -109,6 +130,8 @@ pub struct SaveReport {
     pub num_skipped: u64,
     /// The latest one.
     pub latest: Option<(Version, PathBuf)>,
+    /// How often the update log could not be written. Each time, it was missing until the next checkpoint.
+    pub num_log_failures: u64,
 }
 
 impl SaveReport {
@@ -122,13 +145,15 @@ impl SaveReport {
 
 impl Checkpoints {
     /// Opens the directory. If the run resumes, also reads the newest checkpoint that can be used and that
-    /// `accepts` does not refuse with a reason.
+    /// `accepts` does not refuse with a reason. If there is an update log, the checkpoint follows it. For
+    /// this it needs a new `rule` of the kind that the servers have.
     ///
     /// # Errors
     /// If the directory cannot be used, or is used by another process. If it has checkpoints and the run
     /// does not resume. If it resumes, and there are checkpoints but none that can be used.
     pub fn open(
         config: CheckpointConfig,
+        rule: Box<dyn UpdateRule>,
         accepts: impl Fn(&Checkpoint) -> Result<(), String>,
     ) -> Result<(Self, Option<Found>), CheckpointError> {
         let CheckpointConfig {
@@ -136,6 +161,7 @@ impl Checkpoints {
             every,
             keep,
             resume,
+            log,
         } = config;
         let directory = CheckpointDir::open(directory)?;
         let found = match resume {
@@ -148,15 +174,45 @@ impl Checkpoints {
                 None => None,
             },
         };
-        let from = found.as_ref().map(|found| found.checkpoint.version());
         let mut checkpoints = Self {
             directory: Some(Arc::new(directory)),
             every,
             keep,
+            log_config: log,
             ..Self::off()
         };
-        checkpoints.next = checkpoints.due_after(from.unwrap_or_default());
+        let found = checkpoints.prepare(found, rule)?;
         Ok((checkpoints, found))
+    }
+
+    /// Lets the checkpoint follow the log, and prepares the run that goes on from there.
+    fn prepare(
+        &mut self,
+        found: Option<Found>,
+        rule: Box<dyn UpdateRule>,
+    ) -> Result<Option<Found>, CheckpointError> {
+        let Some(directory) = &self.directory else {
+            return Ok(None);
+        };
+        let (found, chain) = match found {
+            Some(found) => {
+                let followed = update_log::follow(directory.path(), found.checkpoint, rule)?;
+                let (checkpoint, chain) = followed;
+                (
+                    Some(Found {
+                        checkpoint,
+                        ..found
+                    }),
+                    chain,
+                )
+            }
+            None => (None, Chain::of_nothing(directory.path())?),
+        };
+        self.chain = Some(chain);
+        let version = found.as_ref().map(|found| found.checkpoint.version());
+        self.began = version.unwrap_or_default();
+        self.next = self.due_after(self.began);
+        Ok(found)
     }
 
     /// Makes an object that saves nothing, for a program whose user asks for no checkpoints.
@@ -170,6 +226,10 @@ impl Checkpoints {
             next: Version(u64::MAX),
             writing: None,
             report: SaveReport::default(),
+            log_config: None,
+            chain: None,
+            began: Version(0),
+            log: None,
         }
     }
 
@@ -181,22 +241,78 @@ impl Checkpoints {
 
     /// Returns the newest checkpoint that can be used, when the servers of a run were lost. The next one is
     /// due at the first multiple of [`every`](CheckpointConfig::every) after it. If one is being written,
-    /// waits for it first.
+    /// waits for it first. If there is an update log, the checkpoint follows it, and the lost servers can
+    /// write no more to it.
     ///
     /// # Errors
     /// If there are checkpoints, but none that can be used and that `accepts` does not refuse.
     pub fn newest(
         &mut self,
+        rule: Box<dyn UpdateRule>,
         accepts: impl Fn(&Checkpoint) -> Result<(), String>,
     ) -> Result<Option<Found>, CheckpointError> {
         self.wait();
+        self.close_log();
         let found = match &self.directory {
             Some(directory) => directory.newest(accepts)?,
             None => None,
         };
-        let version = found.as_ref().map(|found| found.checkpoint.version());
-        self.next = self.due_after(version.unwrap_or_default());
-        Ok(found)
+        self.prepare(found, rule)
+    }
+
+    /// Begins the update log, if the settings ask for one. Call it when the servers have started from
+    /// `start` and before any worker joins. `first` is the server, or the first one of a group, and must be
+    /// in this process. If there is no checkpoint yet, the servers' state is saved first, because a log
+    /// continues a checkpoint.
+    ///
+    /// # Errors
+    /// If the first checkpoint or the log cannot be written, or the server is not in this process.
+    pub fn start_log(
+        &mut self,
+        first: &ActorRef<ParameterServer>,
+        start: Start<'_>,
+    ) -> Result<(), CheckpointError> {
+        let (Some(directory), Some(chain)) = (self.directory.clone(), self.chain.take()) else {
+            return Ok(());
+        };
+        let Some(config) = self.log_config else {
+            return Ok(());
+        };
+        let failed = |source| CheckpointError::Log {
+            path: directory.path().to_owned(),
+            source,
+        };
+        if let Start::Initial(weights) = start {
+            let state = first.ask(TakeCheckpoint).flatten().wait();
+            let state = state.map_err(|error| failed(io::Error::other(error)))?;
+            let checkpoint = self.with_facts(Checkpoint::initial(weights.clone(), state)?);
+            directory.save(&checkpoint, self.keep)?;
+        }
+        let restarted_at = match start {
+            Start::Initial(_) => None,
+            Start::Restored(checkpoint) => checkpoint.restarted_at,
+        };
+        let facts = self.facts.clone();
+        let log = UpdateLog::open(directory.path(), config, chain, facts, restarted_at);
+        let log = log.map_err(failed)?;
+        let told = first.ask(LogUpdates(log.clone())).flatten().wait();
+        told.map_err(|error| failed(io::Error::other(error)))?;
+        self.log = Some(log);
+        Ok(())
+    }
+
+    fn close_log(&mut self) {
+        if let Some(log) = self.log.take() {
+            log.close();
+            self.report.num_log_failures += log.num_failures();
+        }
+    }
+
+    fn with_facts(&self, checkpoint: Checkpoint) -> Checkpoint {
+        let facts = self.facts.clone().into_iter();
+        facts.fold(checkpoint, |checkpoint, (name, value)| {
+            checkpoint.with_fact(name, value)
+        })
     }
 
     /// Adds a statement about the run to each checkpoint; see [`Checkpoint::with_fact`].
@@ -214,13 +330,14 @@ impl Checkpoints {
 
     /// Whether a checkpoint is due at this version, and none is being written.
     pub fn is_due(&mut self, version: Version) -> bool {
-        if version < self.next {
+        let is_log_full = self.log.as_ref().is_some_and(UpdateLog::is_full);
+        if version < self.next && !is_log_full {
             return false;
         }
         if self
             .writing
             .as_ref()
-            .is_some_and(|writing| !writing.is_finished())
+            .is_some_and(|writing| !writing.thread.is_finished())
         {
             self.next = self.due_after(version);
             self.report.num_skipped += 1;
@@ -237,27 +354,28 @@ impl Checkpoints {
         };
         self.wait();
         self.next = self.due_after(checkpoint.version());
-        let facts = self.facts.clone().into_iter();
-        let checkpoint = facts.fold(checkpoint, |checkpoint, (name, value)| {
-            checkpoint.with_fact(name, value)
-        });
-        let keep = self.keep;
+        let checkpoint = self.with_facts(checkpoint);
+        let (keep, log, began) = (self.keep, self.log.clone(), self.began);
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
+        let (ends, ended) = oneshot::channel::<Infallible>();
         let writing = thread.spawn(move || {
             let version = checkpoint.version();
-            match directory.save(&checkpoint, keep) {
+            let saved = match directory.save(&checkpoint, keep) {
                 Ok(path) => {
                     tracing::info!(%version, path = %path.display(), "saved a checkpoint");
+                    free_log(&directory, log.as_ref(), version, began);
                     Some((version, path))
                 }
                 Err(error) => {
                     log_failure(&error);
                     None
                 }
-            }
+            };
+            drop(ends);
+            saved
         });
         match writing {
-            Ok(writing) => self.writing = Some(writing),
+            Ok(thread) => self.writing = Some(Writing { thread, ended }),
             Err(error) => self.failed(&error),
         }
     }
@@ -292,14 +410,22 @@ impl Checkpoints {
     /// [Saves](Self::save_group) a checkpoint each time that one is due, as long as it is polled. So run it
     /// beside the training, and drop it at the end.
     pub async fn save_when_due(&mut self, servers: &ServerGroup) -> Infallible {
-        if self.is_off() || self.every == 0 {
+        if self.is_off() || (self.every == 0 && self.log.is_none()) {
             return std::future::pending().await;
         }
         loop {
-            let due = self.next_due();
-            let version = match servers.pull(PullVersion::AtLeast(due)).await {
-                Ok(weights) => weights.version(),
+            let is_log_full = match self.wait_until_due(servers).await {
+                Ok(is_log_full) => is_log_full,
                 // Those who train find out too.
+                Err(_) => return std::future::pending().await,
+            };
+            let writing = self.writing.as_mut().map(|writing| &mut writing.ended);
+            if let (true, Some(ended)) = (is_log_full, writing) {
+                // It frees a part of the log.
+                _ = ended.await;
+            }
+            let version = match servers.status().await {
+                Ok(status) => status[0].version,
                 Err(_) => return std::future::pending().await,
             };
             if self.is_due(version) {
@@ -309,17 +435,34 @@ impl Checkpoints {
         }
     }
 
+    /// Waits until a checkpoint is due. Returns whether it is due because the log is full.
+    async fn wait_until_due(&self, servers: &ServerGroup) -> Result<bool, GroupError> {
+        let version = pin!(servers.pull(PullVersion::AtLeast(self.next_due())));
+        let full = pin!(async {
+            match &self.log {
+                Some(log) => log.became_full().await,
+                None => std::future::pending().await,
+            }
+        });
+        match select(version, full).await {
+            Either::Left((weights, _)) => weights.map(|_| false),
+            Either::Right(((), _)) => Ok(true),
+        }
+    }
+
     /// Waits until the checkpoint that is being written is on the disk. Returns what was saved until now.
     pub fn finish(&mut self) -> SaveReport {
         self.wait();
-        self.report.clone()
+        let mut report = self.report.clone();
+        report.num_log_failures += self.log.as_ref().map_or(0, UpdateLog::num_failures);
+        report
     }
 
     fn wait(&mut self) {
         let Some(writing) = self.writing.take() else {
             return;
         };
-        match writing.join() {
+        match writing.thread.join() {
             Ok(Some(saved)) => {
                 self.report.num_saved += 1;
                 self.report.latest = Some(saved);
@@ -341,6 +484,24 @@ impl Checkpoints {
             Some(num_before) => Version(num_before.saturating_add(1).saturating_mul(self.every)),
             None => Version(u64::MAX),
         }
+    }
+}
+
+/// Frees the parts of the update log that are not needed after this checkpoint was saved. The checkpoint
+/// before it keeps its part, because it is used if this one is damaged.
+fn free_log(directory: &CheckpointDir, log: Option<&UpdateLog>, saved: Version, began: Version) {
+    let Ok(mut kept) = directory.list() else {
+        return;
+    };
+    kept.retain(|(version, _)| *version <= saved);
+    let Some(&(needed, _)) = kept.iter().rev().take(2).next_back() else {
+        return;
+    };
+    match log {
+        Some(log) => log.free_before(needed),
+        // An earlier process wrote it.
+        None if needed >= began => update_log::remove_all(directory.path()),
+        None => {}
     }
 }
 

@@ -19,13 +19,15 @@ use super::leases::Leases;
 use super::ledger::Outcome;
 use super::messages::{ApplyGradients, Decision, Pushed, ServerError};
 use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
+use super::replay::{LogEntry, entries, restore};
 use super::shard::{Shard, ShardAnswer, ShardError};
 use super::waiting::{Caller, MAX_CALLS, Waiting};
 use crate::checkpoint::{Rest, Start};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::{SavedRule, UpdateRule};
 use crate::schedule::{ScheduleWriter, ScheduledUpdate};
-use crate::weights::{GradientUpdate, Weights};
+use crate::update_log::{Replaced, UpdateLog};
+use crate::weights::{Gradient, GradientUpdate, Weights};
 
 /// An actor that holds weights, or a contiguous range of them, and applies gradients to them.
 ///
@@ -68,6 +70,7 @@ pub(super) struct First {
     pub(super) leases: Leases,
     /// Writes the schedule of the updates, if it is recorded.
     pub(super) schedule: Option<ScheduleWriter>,
+    pub(super) update_log: Option<UpdateLog>,
 }
 
 impl ParameterServer {
@@ -115,6 +118,7 @@ impl ParameterServer {
             secret,
             leases: Leases::new(config.worker_lease),
             schedule: None,
+            update_log: None,
         };
         let role = Role::First(Box::new(first));
         Self::with_role(initial, range, rest.rule, rule, config, role)
@@ -141,17 +145,7 @@ impl ParameterServer {
         config: ServerConfig,
         role: Role,
     ) -> Result<Self, ConfigError> {
-        if !saved_rule.is_fresh() && !range.is_empty() {
-            // It may come from a file or from another process.
-            let mut vectors = saved_rule.vectors.iter();
-            if let Some((name, numbers)) = vectors.find(|(_, n)| n.len() != range.len()) {
-                let (len, expected) = (numbers.len(), range.len());
-                let reason = format!("`{name}` has {len} numbers, not {expected}");
-                return Err(ConfigError::RuleState(reason));
-            }
-            let restored = rule.restore(saved_rule.into());
-            restored.map_err(|error| ConfigError::RuleState(error.to_string()))?;
-        }
+        restore(rule.as_mut(), saved_rule, range.len())?;
         let rate = config.learning_rate;
         let shard = Shard::new(initial, range, rule, rate, config.num_kept_versions);
         Ok(Self {
@@ -214,6 +208,7 @@ impl ParameterServer {
         ctx: &mut Context<Self>,
     ) -> Result<(), ServerError> {
         let effects = self.coordinate()?.coordinator.step(event);
+        self.log(&effects)?;
         for effect in effects {
             match effect {
                 Effect::Answer { ticket, answer } => self.answer_worker(ticket, answer),
@@ -227,6 +222,7 @@ impl ParameterServer {
                         learning_rate,
                     })?;
                 }
+                Effect::Settled { .. } | Effect::Joined { .. } => {}
                 Effect::Discard(id) => self.decide(Decision::Discard(id))?,
                 Effect::Fence { worker, below } => {
                     self.decide(Decision::Fence { worker, below })?;
@@ -234,6 +230,33 @@ impl ParameterServer {
             }
         }
         self.tell_followers(ctx);
+        Ok(())
+    }
+
+    /// Writes what was decided to the update log, if there is one. Nothing of it is done or answered before.
+    ///
+    /// # Errors
+    /// If this server was replaced, and its log belongs to another server now.
+    fn log(&mut self, effects: &[Effect]) -> Result<(), ServerError> {
+        let Role::First(first) = &self.role else {
+            return Ok(());
+        };
+        let Some(log) = &first.update_log else {
+            return Ok(());
+        };
+        for entry in entries(effects, self.shard.learning_rate()) {
+            let named = match &entry {
+                LogEntry::Update { update, .. } => &update.gradients[..],
+                _ => &[],
+            };
+            let numbers: Vec<&[f32]> = named
+                .iter()
+                .map(|one| self.shard.staged(one.id).map_or(&[][..], Gradient::values))
+                .collect();
+            log.append(&entry, &numbers)
+                .map_err(|Replaced| ServerError::Stopping)?;
+        }
+        log.sync_if_always();
         Ok(())
     }
 

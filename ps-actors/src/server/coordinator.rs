@@ -301,6 +301,7 @@ impl Coordinator {
         self.remove(worker, effects);
         let ledger = self.ledgers.entry(worker).or_default();
         ledger.join(request, self.least_clock);
+        effects.push(Effect::Joined { worker, request });
         let (incarnation, first_clock) = (ledger.incarnation, ledger.first_clock());
         // A new member counts as being at the step of the slowest one. So it does not hold the others back
         // for steps that they took before it joined.

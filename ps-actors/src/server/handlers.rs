@@ -21,6 +21,7 @@ use super::saving::{ForgetSavedStates, GetSavedState, TakeCheckpoint};
 use super::waiting::{Caller, MAX_FETCHING, check_room};
 use crate::ids::GradientId;
 use crate::schedule::Record;
+use crate::update_log::LogUpdates;
 use crate::weights::Weights;
 
 /// Answers at once if the answer is already known. Otherwise answers later, if the caller still waits.
@@ -269,6 +270,19 @@ impl Handler<Record> for ParameterServer {
         if let Role::First(first) = &mut self.role {
             first.schedule = Some(writer);
         }
+    }
+}
+
+/// Only the first server has a log. It cannot be asked from another process.
+impl Handler<LogUpdates> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, LogUpdates(log): LogUpdates, _: &mut Self::Context) -> Self::Result {
+        let version = self.shard.weights().version();
+        let first = self.coordinate()?;
+        log.rotate(version);
+        first.update_log = Some(log);
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@
 //! | `messages`, `handlers` | the messages to it, and what it does with each |
 //! | `coordinator`, `protocol` | which gradients are in which update; events and effects |
 //! | `ledger` | the outcome of each gradient |
+//! | `replay` | what an update log has of the decisions; how a saved state follows it |
 //! | `saving` | how all servers fix their state at one version, for a checkpoint |
 //! | `shard`, `partition` | the weights; how they are split |
 //! | `consistency`, `status` | modes; what is reported |
@@ -30,6 +31,7 @@ mod ledger;
 mod messages;
 mod partition;
 mod protocol;
+mod replay;
 mod saving;
 mod shard;
 mod status;
@@ -52,6 +54,7 @@ pub use messages::{
 pub use partition::partition;
 pub(crate) use protocol::Update;
 pub use protocol::{Membership, Refusal};
+pub(crate) use replay::{LogEntry, Replay};
 pub use saving::{ForgetSavedStates, GetSavedState, ServerState, TakeCheckpoint};
 pub use shard::{PullVersion, ShardError};
 pub use status::{Awaited, CoordinatorStatus, Histogram, WorkerStatus};

@@ -56,7 +56,7 @@ impl Stamp {
 
     /// How many updates there were between the weights that it was computed on and `version`.
     pub(crate) fn staleness(&self, version: Version) -> u64 {
-        version.0.saturating_sub(self.computed_on.0)
+        self.summand().staleness(version)
     }
 }
 
@@ -115,6 +115,21 @@ pub(super) enum Event {
 pub(super) enum Effect {
     /// Apply these gradients to the weights.
     Update(Update),
+    /// This gradient was settled without being applied. Nothing has to be done for that, but an update log
+    /// must have it.
+    Settled {
+        /// The id of the gradient.
+        id: GradientId,
+        /// Why it was not applied.
+        outcome: Outcome,
+    },
+    /// A worker has joined by this request. Nothing has to be done for that, but an update log must have it.
+    Joined {
+        /// The worker.
+        worker: WorkerId,
+        /// The request that began its incarnation.
+        request: JoinRequest,
+    },
     /// This gradient will not be applied. Forget its numbers.
     Discard(GradientId),
     /// Forget all gradients of earlier incarnations of this worker, and accept no more of them.
@@ -156,6 +171,13 @@ pub(crate) struct Summand {
     pub norm: f64,
     /// How many examples the gradient's batch had. This is its weight in a mean; see [`Reduction::Mean`].
     pub num_examples: u64,
+}
+
+impl Summand {
+    /// How many updates there were between the weights that it was computed on and `version`.
+    pub(crate) fn staleness(&self, version: Version) -> u64 {
+        version.0.saturating_sub(self.computed_on.0)
+    }
 }
 
 /// The answer to a caller.

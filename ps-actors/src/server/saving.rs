@@ -86,6 +86,9 @@ impl ParameterServer {
         let first = self.coordinate()?;
         let coordinator = first.coordinator.save();
         let version = coordinator.version;
+        if let Some(log) = &first.update_log {
+            log.rotate(version);
+        }
         for follower in &mut first.followers {
             follower.queue_save(version);
         }

@@ -8,7 +8,7 @@ use ps_actors::checkpoint::{
     Checkpoint, CheckpointConfig, CheckpointDir, CheckpointError, Checkpoints,
 };
 use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
-use ps_actors::rule::Sgd;
+use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
     ApplyGradients, ParameterServer, ServerConfig, ServerError, TakeCheckpoint,
 };
@@ -55,6 +55,10 @@ fn server() -> ActorRef<ParameterServer> {
     let initial = Weights::initial(layout(), (0..16).map(|i| i as f32).collect());
     let server = ParameterServer::new(&initial, Sgd::with_momentum(0.9), ServerConfig::default());
     server.unwrap().spawn().unwrap()
+}
+
+fn rule() -> Box<dyn UpdateRule> {
+    Box::new(Sgd::with_momentum(0.9))
 }
 
 fn train(server: &ActorRef<ParameterServer>, clock: u64) {
@@ -315,7 +319,7 @@ fn a_run_does_not_mix_its_checkpoints_with_those_of_another() {
     let (temporary, directory) = two();
     drop(directory);
     let config = CheckpointConfig::new(temporary.path());
-    let refused = Checkpoints::open(config.clone(), |_| Ok(())).unwrap_err();
+    let refused = Checkpoints::open(config.clone(), rule(), |_| Ok(())).unwrap_err();
     assert!(
         refused
             .to_string()
@@ -331,7 +335,7 @@ fn a_run_does_not_mix_its_checkpoints_with_those_of_another() {
         Version(2) => Err("its optimizer is Adam".to_owned()),
         _ => Ok(()),
     };
-    let (_checkpoints, found) = Checkpoints::open(resume.clone(), only_older).unwrap();
+    let (_checkpoints, found) = Checkpoints::open(resume.clone(), rule(), only_older).unwrap();
     let found = found.unwrap();
     assert_eq!(found.checkpoint.version(), Version(1));
     let reason = found.refused[0].to_string();
@@ -341,7 +345,7 @@ fn a_run_does_not_mix_its_checkpoints_with_those_of_another() {
     );
     drop(_checkpoints);
 
-    let none = Checkpoints::open(resume, |_| Err("it is foreign".to_owned())).unwrap_err();
+    let none = Checkpoints::open(resume, rule(), |_| Err("it is foreign".to_owned())).unwrap_err();
     let none = none.to_string();
     assert_eq!(none.matches("it is foreign").count(), 2, "{none}");
 
@@ -351,7 +355,12 @@ fn a_run_does_not_mix_its_checkpoints_with_those_of_another() {
         resume: true,
         ..CheckpointConfig::new(empty.path())
     };
-    assert!(Checkpoints::open(resume, |_| Ok(())).unwrap().1.is_none());
+    assert!(
+        Checkpoints::open(resume, rule(), |_| Ok(()))
+            .unwrap()
+            .1
+            .is_none()
+    );
 }
 
 #[test]
@@ -363,7 +372,7 @@ fn a_disk_that_cannot_be_written_does_not_end_the_training() {
         every: 2,
         ..CheckpointConfig::new(&path)
     };
-    let (mut checkpoints, _) = Checkpoints::open(config, |_| Ok(())).unwrap();
+    let (mut checkpoints, _) = Checkpoints::open(config, rule(), |_| Ok(())).unwrap();
     assert!(!checkpoints.is_due(Version(1)) && checkpoints.is_due(Version(2)));
 
     // Somebody removes the directory, and a file takes its place.

@@ -123,6 +123,9 @@ impl Coordinator {
         effects: &mut Vec<Effect>,
     ) {
         let id = push.stamp.id;
+        if !matches!(outcome, Outcome::Applied { .. }) {
+            effects.push(Effect::Settled { id, outcome });
+        }
         self.ledgers
             .entry(id.worker)
             .or_default()

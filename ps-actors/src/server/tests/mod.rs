@@ -101,6 +101,7 @@ impl World {
                 }
                 Effect::Discard(id) => shard.discard(id),
                 Effect::Fence { worker, below } => shard.fence(worker, below),
+                Effect::Settled { .. } | Effect::Joined { .. } => {}
                 Effect::Answer { .. } => unreachable!("answers go to the callers"),
             }
         }

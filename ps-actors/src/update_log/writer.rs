@@ -1,0 +1,285 @@
+//! What the first server writes its decisions to.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::chain::Chain;
+use super::segment::{Segment, SegmentWriter};
+use super::{LogConfig, LogSync};
+use crate::ids::{Clock, Version};
+use crate::server::LogEntry;
+
+/// A server writes to a log that belongs to another server now.
+#[derive(Debug)]
+pub(crate) struct Replaced;
+
+/// An update log that is being written. A clone is another handle to the same one.
+#[derive(Clone, Debug)]
+pub(crate) struct UpdateLog {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    directory: PathBuf,
+    config: LogConfig,
+    state: Mutex<State>,
+    /// Whether a checkpoint should begin a new segment.
+    is_full: AtomicBool,
+    became_full: Notify,
+    /// Ends the thread that syncs, when it is dropped.
+    _syncing: Option<Sender<()>>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// `None` before the first segment, and after a failure: updates are missing then, so nothing more is
+    /// written until a checkpoint begins a new segment.
+    current: Option<SegmentWriter>,
+    /// Complete segments, oldest first.
+    older: Vec<Segment>,
+    /// A file to write over.
+    spare: Option<PathBuf>,
+    last_number: u64,
+    /// The first entry of the first segment.
+    opening: Option<LogEntry>,
+    /// Files that were written to and not synced since.
+    unsynced: Vec<File>,
+    is_current_unsynced: bool,
+    /// Whether files are synced at all.
+    is_synced: bool,
+    is_replaced: bool,
+    num_failures: u64,
+}
+
+impl UpdateLog {
+    /// Continues the log after `chain`. The first segment begins when a server is told to write to it.
+    ///
+    /// # Errors
+    /// If what does not follow cannot be removed, or no thread can be started.
+    pub(crate) fn open(
+        directory: &Path,
+        config: LogConfig,
+        chain: Chain,
+        facts: BTreeMap<String, String>,
+        restarted_at: Option<Clock>,
+    ) -> io::Result<Self> {
+        chain.cut()?;
+        let state = State {
+            current: None,
+            older: chain.segments,
+            spare: None,
+            last_number: chain.last_number,
+            opening: Some(LogEntry::Began {
+                facts,
+                restarted_at,
+            }),
+            unsynced: Vec::new(),
+            is_current_unsynced: false,
+            is_synced: config.sync != LogSync::Never,
+            is_replaced: false,
+            num_failures: 0,
+        };
+        let (syncing, ended) = match config.sync {
+            LogSync::Every(interval) => {
+                let (sender, receiver) = channel();
+                (Some(sender), Some((receiver, interval)))
+            }
+            LogSync::Never | LogSync::Always => (None, None),
+        };
+        let log = Self {
+            shared: Arc::new(Shared {
+                directory: directory.to_owned(),
+                config,
+                state: Mutex::new(state),
+                is_full: AtomicBool::new(false),
+                became_full: Notify::new(),
+                _syncing: syncing,
+            }),
+        };
+        if let Some((ended, interval)) = ended {
+            let shared = Arc::downgrade(&log.shared);
+            let thread = std::thread::Builder::new().name("update-log".to_owned());
+            thread.spawn(move || sync_every(interval, &ended, &shared))?;
+        }
+        Ok(log)
+    }
+
+    /// Writes one entry. A failure is logged and counted, and ends the log until the next checkpoint.
+    ///
+    /// # Errors
+    /// If another server writes the log now.
+    pub(crate) fn append(&self, entry: &LogEntry, numbers: &[&[f32]]) -> Result<(), Replaced> {
+        let mut state = self.shared.lock();
+        if state.is_replaced {
+            return Err(Replaced);
+        }
+        let Some(current) = &mut state.current else {
+            return Ok(());
+        };
+        match current.append(entry, numbers) {
+            Ok(()) => {
+                let is_full = current.num_bytes >= self.shared.config.max_bytes;
+                state.is_current_unsynced = true;
+                if is_full && !self.shared.is_full.swap(true, Relaxed) {
+                    self.shared.became_full.notify_one();
+                }
+            }
+            Err(error) => state.fail(&error),
+        }
+        Ok(())
+    }
+
+    /// Waits until everything is on the disk, if [`LogSync::Always`] asks for it.
+    pub(crate) fn sync_if_always(&self) {
+        if self.shared.config.sync == LogSync::Always {
+            self.shared.sync();
+        }
+    }
+
+    /// Begins a new segment, when a checkpoint of this version is taken or a server begins to write.
+    pub(crate) fn rotate(&self, version: Version) {
+        let mut state = self.shared.lock();
+        if state.is_replaced {
+            return;
+        }
+        state.retire();
+        let (number, spare) = (state.last_number + 1, state.spare.take());
+        state.last_number = number;
+        let created = SegmentWriter::create(&self.shared.directory, number, version, spare);
+        let begun = created.and_then(|mut segment| {
+            if let Some(opening) = &state.opening {
+                segment.append(opening, &[])?;
+            }
+            if self.shared.config.sync == LogSync::Always {
+                File::open(&self.shared.directory)?.sync_all()?;
+            }
+            Ok(segment)
+        });
+        match begun {
+            Ok(segment) => {
+                state.opening = None;
+                state.current = Some(segment);
+                state.is_current_unsynced = true;
+                self.shared.is_full.store(false, Relaxed);
+            }
+            Err(error) => state.fail(&error),
+        }
+    }
+
+    /// Whether the current segment is so long that a checkpoint should begin a new one.
+    pub(crate) fn is_full(&self) -> bool {
+        self.shared.is_full.load(Relaxed)
+    }
+
+    /// Waits until [`is_full`](Self::is_full) becomes true.
+    pub(crate) async fn became_full(&self) {
+        self.shared.became_full.notified().await;
+    }
+
+    /// Frees the segments that a checkpoint of this version, and every later one, does not need.
+    pub(crate) fn free_before(&self, needed: Version) {
+        let mut state = self.shared.lock();
+        let current = state.current.as_ref().map(|current| current.segment.start);
+        let starts = state.older.iter().map(|segment| segment.start);
+        let next: Vec<_> = starts.skip(1).chain(current).collect();
+        // All entries of a segment are older than the start of the next one.
+        let num_free = next.iter().take_while(|&&next| next <= needed).count();
+        let freed: Vec<_> = state.older.drain(..num_free).collect();
+        for segment in freed {
+            if state.spare.is_none() {
+                state.spare = Some(segment.path);
+            } else if let Err(error) = fs::remove_file(&segment.path) {
+                let path = segment.path.display();
+                tracing::warn!(%path, %error, "an old part of the update log cannot be removed");
+            }
+        }
+    }
+
+    /// Returns how often it could not be written.
+    pub(crate) fn num_failures(&self) -> u64 {
+        self.shared.lock().num_failures
+    }
+
+    /// Lets the current segment be written to another file.
+    #[cfg(test)]
+    pub(super) fn write_to(&self, file: File) {
+        let mut state = self.shared.lock();
+        state.current.as_mut().expect("it has begun").file = file;
+    }
+
+    /// Ends the log: its server may write nothing more, and gets an error if it tries.
+    pub(crate) fn close(&self) {
+        if self.shared.config.sync != LogSync::Never {
+            self.shared.sync();
+        }
+        let mut state = self.shared.lock();
+        state.is_replaced = true;
+        state.retire();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Brings what was written to the disk. The server can write meanwhile.
+    fn sync(&self) {
+        let files = {
+            let mut state = self.lock();
+            let mut files = std::mem::take(&mut state.unsynced);
+            if std::mem::take(&mut state.is_current_unsynced)
+                && let Some(current) = &state.current
+            {
+                match current.file.try_clone() {
+                    Ok(file) => files.push(file),
+                    Err(error) => return state.fail(&error),
+                }
+            }
+            files
+        };
+        let mut synced = files.iter().map(File::sync_data);
+        if let Err(error) = synced.try_for_each(|synced| synced) {
+            self.lock().fail(&error);
+        }
+    }
+}
+
+impl State {
+    /// Ends the current segment.
+    fn retire(&mut self) {
+        if let Some(current) = self.current.take() {
+            self.older.push(current.segment);
+            if std::mem::take(&mut self.is_current_unsynced) && self.is_synced {
+                self.unsynced.push(current.file);
+            }
+        }
+    }
+
+    fn fail(&mut self, error: &io::Error) {
+        tracing::warn!(
+            %error,
+            "the update log cannot be written; the training goes on without it until the next checkpoint"
+        );
+        self.num_failures += 1;
+        self.retire();
+    }
+}
+
+fn sync_every(interval: Duration, ended: &Receiver<()>, shared: &Weak<Shared>) {
+    while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        shared.sync();
+    }
+}
