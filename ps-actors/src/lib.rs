@@ -38,6 +38,9 @@ pub mod update_log;
 pub mod weights;
 pub mod worker;
 
+#[cfg(any(test, feature = "simulation"))]
+pub use server::simulation;
+
 pub use ps_runtime::{
     ActorId, ActorRef, CallError, Pending, Reply, RestartPolicy, Spawn, SpawnError, actor, buffer,
     cluster, codec, get_or_spawn, launch, lookup, net, remote, shutdown_all, spawn,

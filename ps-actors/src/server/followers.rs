@@ -61,7 +61,7 @@ impl GroupSecret {
     }
 
     /// Returns a secret that is always the same for the same number.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "simulation"))]
     pub(crate) fn made_of(number: u64) -> Self {
         Self(u128::from(number).to_le_bytes())
     }
