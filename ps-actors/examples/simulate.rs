@@ -31,9 +31,15 @@ struct Args {
     /// The number of servers.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=4096))]
     servers: u16,
-    /// How many steps each worker takes.
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..))]
+    /// How many steps each worker takes, for --chaos.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     steps: u64,
+    /// How many seconds of virtual time are simulated for each mode. A step takes 0.1 s on average.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    seconds: u64,
+    /// The learning rate of one gradient, times the number of workers.
+    #[arg(long, default_value_t = 1.8)]
+    learning_rate: f64,
     /// The consistency mode, for --chaos: bsp, asp, ssp:BOUND or k-of-n:K.
     #[arg(long, default_value = "asp")]
     consistency: Consistency,
@@ -64,36 +70,46 @@ fn main() -> ExitCode {
     }
 }
 
+/// The loss that a run should reach, of 0.31 at first.
+const TARGET: f64 = 0.002;
+
 /// One worker in twenty takes twice as long, and single steps differ much.
-fn stragglers(num_workers: u32, num_servers: usize, consistency: Consistency) -> Settings {
+fn stragglers(
+    num_workers: u32,
+    num_servers: usize,
+    consistency: Consistency,
+    learning_rate: f64,
+) -> Settings {
     let micros = Duration::from_micros;
-    Settings {
-        saving: Saving::Nothing,
-        times: Times {
-            step: Duration::from_millis(100),
-            jitter: 0.6,
-            stragglers: (5.0, 2.0),
-            delay: (micros(200), micros(200)),
-            service: micros(10),
-        },
-        problem: Problem::Quadratic {
-            num_weights: 16 * num_servers,
-            learning_rate: 0.2 / f64::from(num_workers),
-            target: 0.02,
-        },
-        ..Settings::new(num_workers, num_servers, consistency)
-    }
+    let mut settings = Settings::new(num_workers, num_servers, consistency);
+    settings.saving = Saving::Nothing;
+    settings.times = Times {
+        step: Duration::from_millis(100),
+        jitter: 0.6,
+        stragglers: (5.0, 2.0),
+        delay: (micros(200), micros(200)),
+        service: micros(10),
+    };
+    settings.problem = Problem::Quadratic {
+        num_weights: 16 * num_servers,
+        learning_rate: learning_rate / f64::from(num_workers),
+        target: TARGET,
+    };
+    settings
 }
 
 fn modes(args: &Args) -> Result<(), Box<dyn Error>> {
     let (workers, servers) = (args.workers, usize::from(args.servers));
-    println!(
-        "{workers} workers, {servers} servers, {} steps each, in virtual time",
-        args.steps
-    );
+    let time = Duration::from_secs(args.seconds);
+    println!("{workers} workers, {servers} servers, {time:?} of virtual time for each mode");
     println!(
         "{:<12} {:>12} {:>7} {:>10} {:>10} {:>12}",
-        "consistency", "gradients/s", "idle", "staleness", "largest", "to loss 0.02"
+        "consistency",
+        "gradients/s",
+        "idle",
+        "staleness",
+        "largest",
+        format!("to loss {TARGET}")
     );
     let ssp = |bound| Consistency::Ssp { bound };
     let most = (workers as usize * 9).div_ceil(10);
@@ -107,8 +123,8 @@ fn modes(args: &Args) -> Result<(), Box<dyn Error>> {
         ssp(8),
         Consistency::Asp,
     ] {
-        let mut settings = stragglers(workers, servers, consistency);
-        settings.num_steps = args.steps;
+        let mut settings = stragglers(workers, servers, consistency, args.learning_rate);
+        (settings.num_steps, settings.run_for) = (u64::MAX, Some(time));
         let outcome = simulate(settings)?;
         let target = outcome.time_to_target;
         println!(
@@ -147,9 +163,10 @@ fn cost() -> Result<(), Box<dyn Error>> {
                 },
                 other => other,
             };
-            let mut settings = stragglers(workers, 1, consistency);
-            // The same number of pushes for each.
-            settings.num_steps = u64::from(20_000 / workers);
+            let mut settings = stragglers(workers, 1, consistency, 0.2);
+            // About the same number of pushes for each.
+            let time = Duration::from_millis(u64::from(2_000_000 / workers));
+            (settings.num_steps, settings.run_for) = (u64::MAX, Some(time));
             times.push(simulate(settings)?.time_per_push.as_secs_f64() * 1e6);
         }
         let ratio = times[2] / times[0];

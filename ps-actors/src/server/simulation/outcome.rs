@@ -25,7 +25,7 @@ pub struct Outcome {
     pub mean_staleness: f64,
     /// The largest such number.
     pub max_staleness: u64,
-    /// The virtual time at which the loss was below the target.
+    /// The virtual time from which on the loss was below the target.
     pub time_to_target: Option<Duration>,
     /// How long the first server's code took for a push: real time.
     pub time_per_push: Duration,

@@ -50,9 +50,10 @@ impl Settings {
             Problem::Quadratic { .. } => {
                 let seed = u64::from(worker.0) << 32 | clock.0;
                 let mut dice = Dice::new(self.seed ^ seed.wrapping_mul(0x9e37_79b9));
-                let numbers = weights.to_vec().into_iter().map(|weight| {
+                let weights = weights.to_vec();
+                let numbers = weights.iter().enumerate().map(|(index, weight)| {
                     let noise = dice.fraction() as f32 - 0.5;
-                    weight - 1.0 + noise
+                    curvature(index) * (weight - 1.0 + noise)
                 });
                 Gradient::new(numbers.collect::<Vec<f32>>())
             }
@@ -90,12 +91,17 @@ impl Settings {
 
     /// Returns the loss of [`Problem::Quadratic`], without its noise, per weight.
     pub(super) fn loss(weights: &Weights) -> f64 {
-        let errors = weights
-            .to_vec()
-            .into_iter()
-            .map(|weight| f64::from(weight - 1.0));
-        errors.map(|error| error * error / 2.0).sum::<f64>() / weights.len() as f64
+        let numbers = weights.to_vec();
+        let losses = numbers.iter().enumerate().map(|(index, weight)| {
+            let error = f64::from(weight - 1.0);
+            f64::from(curvature(index)) * error * error / 2.0
+        });
+        losses.sum::<f64>() / weights.len() as f64
     }
+}
+
+fn curvature(index: usize) -> f32 {
+    0.25 + 0.75 * (index % 16) as f32 / 15.0
 }
 
 /// What a gradient adds to its weights. Gradients differ, so that their norms do.

@@ -39,13 +39,14 @@ impl Saving {
 pub enum Problem {
     /// Each gradient adds to weights of its own, so that the weights count how often each was applied.
     Counting,
-    /// Each gradient is that of a quadratic function, with some noise. The loss per weight begins at 0.5.
+    /// Each gradient is that of a quadratic function, with some noise. The curvatures of the weights are from
+    /// 0.25 to 1. The loss per weight begins near 0.31.
     Quadratic {
         /// The number of weights.
         num_weights: usize,
         /// The learning rate of a gradient. The gradients of one update are added.
         learning_rate: f64,
-        /// The run notes when the loss per weight is below this.
+        /// The run notes from when on the loss per weight is below this.
         target: f64,
     },
 }
@@ -74,6 +75,8 @@ pub struct Settings {
     pub num_workers: u32,
     /// How many steps each worker takes.
     pub num_steps: u64,
+    /// Ends the run after this virtual time, whatever is under way.
+    pub run_for: Option<Duration>,
     /// How many servers there are at first.
     pub num_servers: usize,
     /// Whether a group that is started again has a random number of servers, from 1 to 4.
@@ -129,6 +132,7 @@ impl Settings {
             seed: 0,
             num_workers,
             num_steps: 10,
+            run_for: None,
             num_servers,
             reshards: false,
             consistency,

@@ -59,6 +59,8 @@ pub(super) struct Truth {
     pub(super) num_lost: u64,
     /// Whether the power was lost at any time. Then the log may have a gap before the newest checkpoint.
     has_lost_power: bool,
+    /// Whether the latest group may have lost what was logged.
+    may_lose_logged: bool,
     is_checked: bool,
 }
 
@@ -80,6 +82,7 @@ impl Truth {
             staleness: (0, 0),
             num_lost: 0,
             has_lost_power: false,
+            may_lose_logged: false,
         }
     }
 
@@ -213,9 +216,10 @@ impl Truth {
         }
         match outcome {
             Outcome::Applied { version, .. } => {
-                if self.acknowledged.insert(id, version).is_none() && !self.has(id, version) {
+                match self.has(id, version) {
+                    true => _ = self.acknowledged.insert(id, version),
                     // Its servers were lost while the answer was under way.
-                    self.lose(id, version)?;
+                    false => self.lose(id, version)?,
                 }
                 Ok(())
             }
@@ -253,7 +257,7 @@ impl Truth {
         self.num_lost += 1;
         let may_lose = match self.settings.saving {
             Saving::Nothing | Saving::Checkpoints => true,
-            Saving::Log { .. } => self.has_lost_power,
+            Saving::Log { .. } => self.may_lose_logged,
             Saving::SyncedLog => false,
         };
         match may_lose {
@@ -282,6 +286,8 @@ impl Truth {
             ));
         }
         self.has_lost_power |= loss == Loss::Power;
+        self.may_lose_logged =
+            loss == Loss::Power || (self.has_lost_power && recovered.skipped_damaged);
         if let (Saving::Log { sync_every }, Loss::Power) = (self.settings.saving, loss)
             && !recovered.skipped_damaged
         {

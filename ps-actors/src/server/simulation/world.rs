@@ -20,7 +20,7 @@ use super::worker::{Group, Worker};
 use crate::chaos::Report;
 use crate::ids::Clock;
 
-/// A run that takes longer, in virtual time, waits for ever.
+/// A run in which nothing is decided for so long, in virtual time, waits for ever.
 const TIME_LIMIT: Micros = 120_000_000;
 
 #[derive(Debug)]
@@ -108,6 +108,7 @@ pub(super) struct World {
     num_pending_changes: usize,
     /// The times that workers spent computing, and the time of the run.
     pub(super) compute_time: Micros,
+    last_decided: Micros,
     pub(super) target: Option<f64>,
     pub(super) reached_target_at: Option<Micros>,
     pub(super) push_time: std::time::Duration,
@@ -147,6 +148,7 @@ impl World {
             broken_since: None,
             num_pending_changes: 0,
             compute_time: 0,
+            last_decided: 0,
             target: match settings.problem {
                 super::settings::Problem::Quadratic { target, .. } => Some(target),
                 super::settings::Problem::Counting => None,
@@ -193,7 +195,14 @@ impl World {
             if self.is_over() {
                 return self.check_end();
             }
-            if self.now > TIME_LIMIT {
+            if self
+                .settings
+                .run_for
+                .is_some_and(|time| self.now >= super::settings::micros(time))
+            {
+                return Ok(());
+            }
+            if self.now > self.last_decided + TIME_LIMIT {
                 return Err(self.why_it_waits());
             }
         }
@@ -412,6 +421,7 @@ impl World {
             Note::Reached(state) => self.coverage.count(*state),
             Note::Decided(update) => {
                 let version = update.version.0;
+                self.last_decided = self.now;
                 self.trace.add(
                     self.now,
                     [1, version, update.gradients.len() as u64],
@@ -429,10 +439,12 @@ impl World {
             }
             Note::Begins(worker, _, clock) => self.faults_at_step(worker.0, *clock),
             Note::Pulled(_, weights) => {
-                if let (Some(target), None) = (self.target, self.reached_target_at)
-                    && Settings::loss(weights) < target
-                {
-                    self.reached_target_at = Some(self.now);
+                if let Some(target) = self.target {
+                    // It counts when the loss stays below.
+                    self.reached_target_at = match Settings::loss(weights) < target {
+                        true => self.reached_target_at.or(Some(self.now)),
+                        false => None,
+                    };
                 }
             }
             _ => {}
@@ -458,7 +470,12 @@ impl World {
                 Action::Rotate(version) => self.disk.rotate(version),
                 Action::Timer(after, timer) | Action::Compute(after, timer) => {
                     if let Timer::Computed(_) = timer {
-                        self.compute_time += after;
+                        // Only what is computed until the end of the run counts.
+                        let end = self
+                            .settings
+                            .run_for
+                            .map_or(u64::MAX, super::settings::micros);
+                        self.compute_time += after.min(end.saturating_sub(now));
                     }
                     let instance = self.processes.get(&address).map_or(0, |p| p.instance);
                     self.after(after, Event::Timer(address, instance, timer));
