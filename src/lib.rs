@@ -55,6 +55,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod agreement;
+mod balance;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
@@ -97,6 +98,7 @@ pub mod prelude {
         PullVersion, Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
         TakeCheckpoint,
     };
+    pub use ps_actors::update_log::{LogConfig, LogSync};
     pub use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
     pub use ps_actors::worker::{
         ComputeGradients, DataWorker, GradientSource, LocalGradient, RunSteps,

@@ -93,6 +93,8 @@ pub struct Report {
     pub staleness: Histogram,
     /// How often a worker had to be started again.
     pub num_worker_restarts: u32,
+    /// How often a worker went on at another node, because its node left or another one joined.
+    pub num_worker_moves: u32,
     /// Time from the start of the workers to their end. It includes the evaluations during the run.
     pub elapsed: Duration,
     /// Total time that the workers spent computing gradients. `None` if a worker was lost before it could
@@ -236,12 +238,13 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "Staleness: {:.2} updates on average, {} at most; {} gradients late, {} refused, {}",
+            "Staleness: {:.2} updates on average, {} at most; {} gradients late, {} refused, {}, {}",
             self.staleness.mean(),
             self.staleness.max(),
             self.num_dropped_late,
             self.num_refused,
             counted(self.num_worker_restarts as usize, "worker restart"),
+            counted(self.num_worker_moves as usize, "worker move"),
         )?;
         match self.compute_fraction() {
             Some(fraction) => write!(

@@ -1,17 +1,25 @@
-//! Keeps the workers of a run going if they panic, and if their processes are lost or leave.
+//! Keeps the workers of a run going if they panic, if their processes are lost or leave, and if they move to
+//! nodes that joined later.
+//!
+//! A worker that goes on elsewhere stays a member of the servers in between: the driver joins in its place.
+//! So no round closes without it, and its steps have the gradients that they would have had.
 
 use std::cell::{Cell, RefCell};
+use std::convert::Infallible;
 use std::pin::pin;
+use std::rc::Rc;
 
 use futures_util::future::{Either, select};
 use ps_actors::actor::{ActorRef, CallError};
-use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
+use ps_actors::cluster::{Cluster, NodeId, NodeInfo, Placement, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
 use ps_actors::server::GroupError;
+use ps_actors::session::Session;
 use ps_actors::worker::{RunReport, RunSteps, StopSteps, WorkerError};
 use ps_model::Model;
 
+use crate::balance::Places;
 use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 
@@ -26,6 +34,9 @@ pub(crate) struct Worker<M: Model> {
     actor: RefCell<ActorRef<ModelWorker<M>>>,
     cluster: Cluster,
     spawn: SpawnOn,
+    places: Rc<Places>,
+    /// Where the worker goes on after its current step.
+    moves_to: Cell<Option<NodeId>>,
     /// Whether the worker must take no more steps.
     is_stopped: Cell<bool>,
 }
@@ -38,24 +49,30 @@ pub(crate) struct WorkerRun {
     /// How many gradients these incarnations reported.
     pub(crate) num_told: u64,
     pub(crate) num_restarts: u32,
+    pub(crate) num_moves: u32,
     /// Whether it was stopped before all steps were taken.
     pub(crate) is_cut_short: bool,
 }
 
 impl<M: Model> Worker<M> {
-    pub(crate) fn new(
-        config: WorkerConfig,
-        actor: ActorRef<ModelWorker<M>>,
+    /// Makes the workers of a run of these actors, in the order of their ranks.
+    pub(crate) fn all(
+        started: Vec<(WorkerConfig, ActorRef<ModelWorker<M>>)>,
         cluster: &Cluster,
         spawn: &SpawnOn,
-    ) -> Self {
-        Self {
+    ) -> Vec<Self> {
+        let places = started.iter().map(|(_, actor)| place_of(actor)).collect();
+        let places = Rc::new(Places::new(places));
+        let workers = started.into_iter().map(|(config, actor)| Self {
             config,
             actor: RefCell::new(actor),
             cluster: cluster.clone(),
             spawn: spawn.clone(),
+            places: Rc::clone(&places),
+            moves_to: Cell::new(None),
             is_stopped: Cell::new(false),
-        }
+        });
+        workers.collect()
     }
 
     pub(crate) fn id(&self) -> WorkerId {
@@ -74,8 +91,15 @@ impl<M: Model> Worker<M> {
         self.actor.borrow().kill();
     }
 
-    /// Takes all steps. The worker may panic, be lost with its process, or be stopped because its process
-    /// leaves. It then goes on with the first step that is not settled, as long as its actor is restarted
+    /// Lets the worker go on at another node after its current step.
+    fn move_to(&self, node: NodeId) {
+        self.moves_to.set(Some(node));
+        // A worker that cannot be reached is lost. It then goes on there too.
+        let _ = self.actor.borrow().tell(StopSteps);
+    }
+
+    /// Takes all steps. The worker may panic, be lost with its process, or be stopped because it moves or
+    /// its process leaves. It then goes on with the first step that is not settled, as long as its actor is restarted
     /// or another node makes one. After [`stop`](Self::stop) it ends with what it has done until then. When
     /// `given_up` is ready after that, it ends without waiting for the current step. The steps are those from
     /// `first_step` to `num_steps`.
@@ -90,9 +114,12 @@ impl<M: Model> Worker<M> {
         let mut told = WorkerRun::default();
         let (mut num_losses, mut step_at_loss) = (0, first_step);
         let mut next_step = first_step;
+        // The membership of the driver, in the place of the worker.
+        let mut _held: Option<Session> = None;
         loop {
             if self.is_stopped.get() {
                 told.is_cut_short = true;
+                // With it ends the membership that is held.
                 return Ok(told);
             }
             let num_steps = num_steps.saturating_sub(next_step);
@@ -119,7 +146,7 @@ impl<M: Model> Worker<M> {
                     if self.is_stopped.get() {
                         continue;
                     }
-                    tracing::info!(%worker, "a worker's node leaves; it goes on elsewhere");
+                    tracing::info!(%worker, "a worker goes on at another node");
                     None
                 }
                 // Its node was cut off from the servers, but not from this process.
@@ -132,12 +159,17 @@ impl<M: Model> Worker<M> {
                 Err(_) if self.is_stopped.get() => continue,
                 Err(lost) => Some(lost),
             };
-            if let Some(lost) = &lost {
-                tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
-                servers.report_lost(worker).await?;
+            match &lost {
+                Some(lost) => {
+                    tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
+                    told.num_restarts += 1;
+                }
+                None => told.num_moves += 1,
             }
-            told.num_restarts += 1;
-            next_step = step_after_settled(servers, worker).await?.max(first_step);
+            let session = Session::join(servers, worker).await?;
+            next_step = session.next_clock().0.max(first_step);
+            // The membership that was held before is over.
+            _held = Some(session);
             if let Some(source) = lost.filter(|_| !is_panic) {
                 // A worker that makes progress may be lost any number of times.
                 if next_step > step_at_loss {
@@ -158,24 +190,61 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Starts the worker on another node, or on its own node if that has joined again.
+    /// Starts the worker where it is to move, or on the node that has the fewest workers.
     async fn respawn(&self, lost: &ActorRef<ModelWorker<M>>) -> Result<(), SpawnOnError> {
         // If it is still alive, it must not go on beside the new one.
         lost.kill();
-        let spawn = self.spawn.clone();
-        let actor = self.cluster.spawn_with(spawn, self.config).await?;
+        let rank = self.config.worker.0 as usize;
+        let nodes = able(&self.cluster.nodes());
+        let wanted = self.moves_to.take();
+        let wanted = wanted.or_else(|| self.places.emptiest(&nodes, rank));
+        let there = match wanted {
+            Some(node) => {
+                let spawn = self.spawn.clone().place(Placement::Node(node));
+                self.cluster.spawn_with(spawn, self.config).await.ok()
+            }
+            None => None,
+        };
+        let actor = match there {
+            Some(actor) => actor,
+            None => {
+                let anywhere = self.spawn.clone();
+                self.cluster.spawn_with(anywhere, self.config).await?
+            }
+        };
+        self.places.set(rank, place_of(&actor));
         self.actor.replace(actor);
         Ok(())
     }
 }
 
-/// Returns the first step of a worker that is not settled.
-async fn step_after_settled(servers: &ServerGroup, worker: WorkerId) -> Result<u64, GroupError> {
-    let status = servers.status().await?;
-    let status = status.into_iter().find_map(|status| status.coordinator);
-    let status = status.expect("the first server of a group coordinates");
-    Ok(status
-        .workers
-        .get(&worker)
-        .map_or(0, |worker| worker.next_clock.0))
+/// Moves workers to nodes that join, as long as it is polled, so that no node has two workers more than
+/// another one.
+pub(crate) async fn balance<M: Model>(workers: &[Worker<M>]) -> Infallible {
+    let Some(Worker {
+        cluster, places, ..
+    }) = workers.first()
+    else {
+        return std::future::pending().await;
+    };
+    let mut known: Vec<NodeId> = cluster.nodes().iter().map(|node| node.node).collect();
+    loop {
+        let nodes = cluster.nodes_other_than(&known).await;
+        known = nodes.iter().map(|node| node.node).collect();
+        for (worker, node) in places.moves(&able(&nodes)) {
+            let worker = &workers[worker];
+            tracing::info!(worker = %worker.id(), %node, "a worker moves to a node that has fewer");
+            worker.move_to(node);
+        }
+    }
+}
+
+/// Returns the nodes that may get workers.
+fn able(nodes: &[NodeInfo]) -> Vec<NodeId> {
+    let staying = nodes.iter().filter(|node| !node.is_leaving);
+    staying.map(|node| node.node).collect()
+}
+
+fn place_of<M: Model>(actor: &ActorRef<ModelWorker<M>>) -> NodeId {
+    actor.node().unwrap_or(NodeId::DRIVER)
 }

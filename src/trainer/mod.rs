@@ -245,7 +245,8 @@ where
         self
     }
 
-    /// Puts the servers on the nodes of a cluster, in turn. By default they are in the driver.
+    /// Puts the servers on the nodes of a cluster, in turn. By default they are in the driver. The first one
+    /// stays there if it writes files: an update log, or the schedule of [`record`](Self::record).
     #[must_use]
     pub fn servers_on_nodes(mut self, on_nodes: bool) -> Self {
         self.servers_on_nodes = on_nodes;
@@ -421,7 +422,8 @@ where
 
     /// Records the schedule of the training in this file: which gradient was computed on which weights, and
     /// which gradients made which update. So [`replay`](Self::replay) can compute the same weights again,
-    /// although an asynchronous training depends on time. The servers must be in the driver.
+    /// although an asynchronous training depends on time. The first server is then in
+    /// the driver's process, also with [`servers_on_nodes`](Self::servers_on_nodes).
     ///
     /// A few dozen bytes are written per gradient. A file that exists is an error, unless the training goes
     /// on from a checkpoint: then its own schedule is continued. If the file cannot be written later on, that

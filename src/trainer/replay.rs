@@ -26,9 +26,6 @@ pub enum ReplayError {
     /// The file cannot be used.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),
-    /// The servers are in other processes, so none of them can write the file here.
-    #[error("a training whose servers are on nodes cannot be recorded: leave them in the driver")]
-    ServersOnNodes,
     /// The schedule does not begin with the first update.
     #[error("the schedule begins with {first}, and a replay needs it from version 1 on")]
     NoBeginning {
@@ -143,8 +140,7 @@ where
         let Some(path) = &self.record else {
             return Ok(());
         };
-        let first = servers.servers().next().filter(|first| first.is_local());
-        let first = first.ok_or(ReplayError::ServersOnNodes)?;
+        let first = servers.servers().next().expect("a group has servers");
         let facts = self.schedule_facts()?;
         let writer = match from > Version(0) || (may_exist && path.exists()) {
             true => ScheduleWriter::resume(path, &facts, from),

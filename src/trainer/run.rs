@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{Either, join, select, try_join_all};
+use futures_util::future::{Either, join3, select, try_join_all};
 use ps_actors::actor::{self, ActorRef};
 use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveReport, Start};
 use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn, SpawnOnError};
@@ -22,7 +22,7 @@ use crate::data::Examples;
 use crate::report::{CurvePoint, Report};
 use crate::resume::{self, Dealing, Resumed, Terms};
 use crate::source::{Evaluator, ModelSource, ModelWorker, WorkerConfig, initial_weights};
-use crate::workers::{Worker, WorkerRun};
+use crate::workers::{Worker, WorkerRun, balance};
 
 /// How long workers may take to finish the current step when the training is interrupted.
 const LAST_STEP: Duration = Duration::from_secs(10);
@@ -143,10 +143,11 @@ where
                 (config, actor)
             })
             .collect();
-        let workers = started
+        let started = started
             .into_iter()
-            .map(|(config, actor)| Ok(Worker::new(config, actor.wait()?, cluster, &spawn)));
-        workers.collect()
+            .map(|(config, actor)| Ok((config, actor.wait()?)));
+        let started = started.collect::<Result<_, SpawnOnError>>()?;
+        Ok(Worker::all(started, cluster, &spawn))
     }
 
     pub(super) fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -241,7 +242,7 @@ where
             // Neither of them ends the run. Stopping also works while a worker waits for something else than
             // its steps.
             let beside = std::pin::pin!(async {
-                let (never, ()) = join(saving, stopping).await;
+                let (never, _, ()) = join3(saving, balance(&workers), stopping).await;
                 match never {}
             });
             match select(runs, select(watch, beside)).await {
@@ -354,6 +355,7 @@ where
             num_untold,
             staleness,
             num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
+            num_worker_moves: runs.iter().map(|run| run.num_moves).sum(),
             elapsed,
             compute_time: time(|run| run.report.compute_time),
             wait_time: time(|run| run.report.wait_time),

@@ -8,7 +8,7 @@ use ps::actors::net::memory::MemoryNetwork;
 use ps::actors::net::{Address, NetConfig};
 use ps::prelude::*;
 
-const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 pub(crate) fn transports() -> [Transport; 3] {
     [
@@ -18,7 +18,7 @@ pub(crate) fn transports() -> [Transport; 3] {
     ]
 }
 
-fn config(transport: Transport) -> ClusterConfig {
+pub(crate) fn config(transport: Transport) -> ClusterConfig {
     ClusterConfig {
         transport,
         net: NetConfig {

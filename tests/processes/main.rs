@@ -1,5 +1,6 @@
 //! The examples as several real processes: some are killed, stopped and started again.
 
+mod elastic;
 mod resume;
 mod run;
 
@@ -140,14 +141,14 @@ fn a_node_that_is_terminated_finishes_its_step_and_its_worker_goes_on_elsewhere(
     run.wait_for(&["Iter ", "accuracy is"]);
     signal("TERM", node);
     run.wait_for(&["leaving after the step under way"]);
-    run.wait_for(&["a worker's node leaves; it goes on elsewhere"]);
+    run.wait_for(&["a worker goes on at another node"]);
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
     assert!(
         output.contains("3000 updates of 3000 gradients"),
         "{output}"
     );
-    assert!(output.contains(" 1 worker restart"), "{output}");
+    assert!(output.contains(" 1 worker move"), "{output}");
     assert!(output.contains("a node has left"), "{output}");
     assert!(!output.contains("is lost"), "{output}");
 }

@@ -159,3 +159,96 @@ fn a_run_that_loses_its_servers_goes_on_from_its_checkpoint() {
         "{output}"
     );
 }
+
+/// S-15: without any checkpoint but the one that begins the log. What the driver had printed is not lost.
+#[test]
+fn a_driver_that_is_killed_loses_no_update_with_a_log() {
+    let three = ["--processes", "3"];
+    for (name, more) in [
+        ("async_ps", &[][..]),
+        ("async_ps", &three),
+        ("sync_ps", &three),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path().to_str().unwrap();
+        let log = [
+            "--update-log",
+            "--checkpoint-dir",
+            dir,
+            "--checkpoint-every",
+            "0",
+        ];
+        let arguments = [&["--iterations", "600"], more, &log].concat();
+        let mut run = Run::start(name, &arguments);
+        let line = run.wait_for(&["Iter 50:"]);
+        signal("KILL", run.driver.id());
+        let (status, output) = run.finish();
+        assert!(!status.success(), "{output}");
+        let printed = output.lines().chain([&line[..]]).filter_map(|line| {
+            let number = line.strip_prefix("Iter ")?.split(':').next()?;
+            number.parse::<u64>().ok()
+        });
+        let printed = printed.max().unwrap();
+
+        let (status, output) = Run::start(name, &[&arguments[..], &["--resume"]].concat()).finish();
+        assert!(status.success(), "{name}: {output}");
+        let known = output.lines().find_map(|line| {
+            let number = line.strip_prefix("Going on after ")?.split(' ').next()?;
+            number.parse::<u64>().ok()
+        });
+        assert!(
+            known > Some(printed),
+            "{name}: {known:?}, {printed}: {output}"
+        );
+        let (version, _) = newest(directory.path()).unwrap();
+        let num_updates = if name == "async_ps" { 1200 } else { 600 };
+        assert_eq!(version, num_updates, "{name}: {output}");
+    }
+}
+
+/// S-15: the node of another server is killed. No update is made twice, although none is in a checkpoint.
+#[test]
+fn a_server_that_is_killed_loses_no_update_with_a_log() {
+    for mode in ["bsp", "asp"] {
+        let size = ["--iterations", "1500", "--consistency", mode];
+        let servers = [
+            "--num-servers",
+            "3",
+            "--servers-on-nodes",
+            "--processes",
+            "3",
+        ];
+        let directory = tempfile::tempdir().unwrap();
+        let dir = directory.path().to_str().unwrap();
+        let log = [
+            "--update-log",
+            "--checkpoint-dir",
+            dir,
+            "--checkpoint-every",
+            "0",
+        ];
+        let arguments = [&size[..], &servers, &log].concat();
+        let mut run = Run::start("sharded_ps", &arguments);
+        let node = run.wait_for_node("node=node 2");
+        run.wait_for(&["Iter ", "accuracy is"]);
+        signal("KILL", node);
+        let line = run.wait_for(&["followed the update log", "from=version 0"]);
+        run.wait_for(&["the servers are lost; going on from the last checkpoint"]);
+        let (status, output) = run.finish();
+        assert!(status.success(), "{line} {output}");
+        assert!(output.contains("The servers were lost 1 time"), "{output}");
+        let gradients = if mode == "bsp" {
+            "1500 updates of 3000 gradients"
+        } else {
+            "3000 updates of 3000 gradients"
+        };
+        assert!(output.contains(gradients), "{output}");
+        if mode == "bsp" {
+            let whole = tempfile::tempdir().unwrap();
+            let arguments = words(&size, whole.path());
+            let (status, output) = Run::start("sharded_ps", &arguments).finish();
+            assert!(status.success(), "{output}");
+            assert!(numbers(directory.path()) == numbers(whole.path()));
+        }
+    }
+}

@@ -208,15 +208,12 @@ impl ParameterServer {
         ctx: &mut Context<Self>,
     ) -> Result<(), ServerError> {
         let effects = self.coordinate()?.coordinator.step(event);
-        self.log(&effects)?;
+        self.write_ahead(&effects)?;
         for effect in effects {
             match effect {
                 Effect::Answer { ticket, answer } => self.answer_worker(ticket, answer),
                 Effect::Update(update) => {
                     let learning_rate = self.shard.learning_rate();
-                    if let Some(schedule) = &mut self.coordinate()?.schedule {
-                        schedule.write(&ScheduledUpdate::of(&update, learning_rate));
-                    }
                     self.decide(Decision::Update {
                         update,
                         learning_rate,
@@ -233,18 +230,27 @@ impl ParameterServer {
         Ok(())
     }
 
-    /// Writes what was decided to the update log, if there is one. Nothing of it is done or answered before.
+    /// Writes what was decided to the schedule and to the update log, if there are any. Nothing of it is done
+    /// or answered before. The schedule comes first, because a run that follows the log needs it.
     ///
     /// # Errors
     /// If this server was replaced, and its log belongs to another server now.
-    fn log(&mut self, effects: &[Effect]) -> Result<(), ServerError> {
-        let Role::First(first) = &self.role else {
+    fn write_ahead(&mut self, effects: &[Effect]) -> Result<(), ServerError> {
+        let learning_rate = self.shard.learning_rate();
+        let Role::First(first) = &mut self.role else {
             return Ok(());
         };
+        if let Some(schedule) = &mut first.schedule {
+            for effect in effects {
+                if let Effect::Update(update) = effect {
+                    schedule.write(&ScheduledUpdate::of(update, learning_rate));
+                }
+            }
+        }
         let Some(log) = &first.update_log else {
             return Ok(());
         };
-        for entry in entries(effects, self.shard.learning_rate()) {
+        for entry in entries(effects, learning_rate) {
             let named = match &entry {
                 LogEntry::Update { update, .. } => &update.gradients[..],
                 _ => &[],

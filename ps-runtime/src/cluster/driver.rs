@@ -122,6 +122,8 @@ pub struct NodeInfo {
     pub pid: u32,
     /// The resources that it offered when it joined.
     pub resources: Resources,
+    /// Whether it was asked to leave. Nothing more is started there.
+    pub is_leaving: bool,
 }
 
 /// Why an actor could not be started.
@@ -491,14 +493,49 @@ impl Cluster {
                         host,
                         pid,
                         resources,
+                        is_leaving,
                         ..
                     }: Member| NodeInfo {
             node,
             host,
             pid,
             resources,
+            is_leaving,
         };
         members.map(info).collect()
+    }
+
+    /// Waits until the nodes in the cluster are others than `known`, and returns them. So a program learns
+    /// that a node has joined or is lost.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use ps_runtime::actor::run;
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts, Node};
+    ///
+    /// let local = ([127, 0, 0, 1], 0).into();
+    /// let cluster = Cluster::listen(ClusterConfig::default(), local, Hosts::new())?;
+    /// let address = cluster.address().expect("it has a TCP socket").to_string();
+    ///
+    /// let node = Node::new(ClusterConfig::default(), 1, 0, address, Hosts::new()).serve();
+    /// let nodes = run(cluster.nodes_other_than(&[]));
+    /// assert_eq!(nodes[0].node.rank, 1);
+    ///
+    /// drop(cluster);
+    /// node.wait()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub async fn nodes_other_than(&self, known: &[NodeId]) -> Vec<NodeInfo> {
+        let mut changed = self.inner.members.changed();
+        loop {
+            let nodes = self.nodes();
+            if !nodes.iter().map(|node| node.node).eq(known.iter().copied()) {
+                return nodes;
+            }
+            // The sender lives as long as the cluster.
+            let _ = changed.changed().await;
+        }
     }
 
     /// Waits until at least `wanted` nodes are in the cluster, and returns them. For an example see
