@@ -17,9 +17,8 @@
 //!
 //! Steps are clocks, so they count from 0. Durations have the units `us`, `ms`, `s` and `min`.
 //!
-//! Two executors follow the same plan: the simulator ([`simulation`](crate::simulation), with the feature
-//! `simulation`), and the driver of a training over several processes, which can only do the first four.
-//! Both give a [`Report`].
+//! The simulator (`ps_actors::simulation`, with the feature `simulation`) follows a plan and gives a
+//! [`Report`].
 
 use std::fmt;
 use std::time::Duration;
@@ -67,14 +66,6 @@ pub struct Plan {
     pub delay: Option<(Duration, Duration)>,
     /// The seed of everything that is random. `None`: that of the executor.
     pub seed: Option<u64>,
-}
-
-impl Plan {
-    /// Whether messages are lost, doubled or delayed on purpose.
-    #[must_use]
-    pub fn has_network_faults(&self) -> bool {
-        self.drop_percent > 0.0 || self.dup_percent > 0.0 || self.delay.is_some()
-    }
 }
 
 /// Something that happens once.
@@ -138,12 +129,6 @@ impl Fault {
             Self::LosePower { .. } => "lose power",
             Self::DamageCheckpoint { .. } => "damage checkpoint",
         }
-    }
-
-    /// Whether only the simulator can do this.
-    #[must_use]
-    pub fn needs_simulator(&self) -> bool {
-        matches!(self, Self::LosePower { .. } | Self::DamageCheckpoint { .. })
     }
 }
 

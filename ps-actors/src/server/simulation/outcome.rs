@@ -114,6 +114,7 @@ impl World {
         let num_applied = self.truth.num_applied;
         self.report.work = Work { num_applied, time };
         self.report.num_lost = Some(self.truth.num_lost);
+        // One that is applied twice ends the run as a failure.
         self.report.num_doubled = Some(0);
         let worker_time = self.now as f64 * f64::from(self.settings.num_workers);
         Outcome {

@@ -38,7 +38,7 @@ fn random_runs_keep_all_guarantees_and_reach_every_state() {
         }
         coverage.add(&outcome.coverage);
     }
-    println!("{coverage}");
+    eprintln!("{coverage}");
     if first.is_none() && num_seeds >= 200 {
         assert_eq!(coverage.missing(), [], "never reached");
     }
@@ -72,7 +72,7 @@ fn mistakes_that_are_made_on_purpose_are_found() {
         (Mistake::NeverRejoins, "waits for ever"),
     ] {
         let (seed, reason) = first_failure(mistake).unwrap_or_else(|| panic!("{mistake:?}"));
-        println!(
+        eprintln!(
             "{mistake:?}: seed {seed}: {}",
             reason.lines().next().unwrap_or("")
         );
