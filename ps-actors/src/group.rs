@@ -679,7 +679,7 @@ fn bad_part(BadPart { index, reason }: BadPart) -> GroupError {
     GroupError::BadWeights { index, reason }
 }
 
-fn is_version_gone(error: &GroupError) -> bool {
+pub(crate) fn is_version_gone(error: &GroupError) -> bool {
     let gone =
         |source: &ServerError| matches!(source, ServerError::Shard(ShardError::VersionGone { .. }));
     matches!(error, GroupError::Server { source, .. } if gone(source))

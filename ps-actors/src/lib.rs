@@ -11,6 +11,7 @@
 //! | [`session`], [`heartbeat`] | a worker's membership in a group of servers; the heartbeats that keep it |
 //! | [`group`] | the servers of one model as one thing to push to and pull from |
 //! | [`weights`] | snapshots and gradients |
+//! | [`chaos`] | plans of faults, as text, and what a run under one did |
 //! | [`checkpoint`] | the state of a run in files, and how a run goes on from it |
 //! | [`schedule`] | which gradients made which update, in a file, so that a run can be replayed |
 //! | [`http`] | the parameter server for workers in any language |
@@ -22,6 +23,7 @@
 
 #![warn(clippy::print_stdout)]
 
+pub mod chaos;
 pub mod checkpoint;
 mod frames;
 pub mod group;
@@ -35,6 +37,9 @@ pub mod session;
 pub mod update_log;
 pub mod weights;
 pub mod worker;
+
+#[cfg(any(test, feature = "simulation"))]
+pub use server::simulation;
 
 pub use ps_runtime::{
     ActorId, ActorRef, CallError, Pending, Reply, RestartPolicy, Spawn, SpawnError, actor, buffer,

@@ -219,7 +219,7 @@ impl Drop for Session {
 }
 
 /// Whether a worker that got this error may join again.
-fn may_rejoin(error: &GroupError) -> bool {
+pub(crate) fn may_rejoin(error: &GroupError) -> bool {
     let GroupError::Server { source, .. } = error else {
         return false;
     };

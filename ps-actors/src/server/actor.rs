@@ -12,7 +12,7 @@ use actix::{Actor, AsyncContext, Context, StreamHandler};
 use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 use tokio::sync::oneshot;
 
-use super::config::{ConfigError, ServerConfig, check_learning_rate};
+use super::config::{ConfigError, ServerConfig};
 use super::coordinator::Coordinator;
 use super::followers::{Follower, Following, GroupSecret};
 use super::leases::Leases;
@@ -274,30 +274,7 @@ impl ParameterServer {
         for follower in &mut first.followers {
             follower.queue(decision.clone(), &self.shard);
         }
-        self.follow(decision)
-    }
-
-    pub(super) fn follow(&mut self, decision: Decision) -> Result<(), ServerError> {
-        let answers = match decision {
-            Decision::Stage(id, gradient) => self.shard.stage_decided(id, &gradient)?,
-            Decision::Complete(id, gradient) => self.shard.complete(id, &gradient)?,
-            Decision::Update {
-                update,
-                learning_rate,
-            } => {
-                check_learning_rate(learning_rate)?;
-                self.shard.update(update, learning_rate)?
-            }
-            Decision::Save(version) => self.shard.save_at(version),
-            Decision::Discard(id) => {
-                self.shard.discard(id);
-                Vec::new()
-            }
-            Decision::Fence { worker, below } => {
-                self.shard.fence(worker, below);
-                Vec::new()
-            }
-        };
+        let answers = decision.apply_to(&mut self.shard)?;
         self.answer_pulls(answers);
         Ok(())
     }

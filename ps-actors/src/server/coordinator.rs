@@ -14,46 +14,25 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::consistency::{Consistency, Reduction};
 use super::ledger::{Ledger, Outcome};
-use super::protocol::{Answer, Effect, Event, Membership, Refusal, Stamp, Ticket};
+use super::protocol::{Answer, Effect, Event, Membership, Refusal, Ticket};
 use super::status::{CoordinatorStatus, WorkerStatus};
 use crate::ids::{Clock, Epoch, Incarnation, JoinRequest, Version, WorkerId};
 
 mod admission;
 mod callers;
+mod members;
+mod pending;
 mod rounds;
 mod state;
 
+use members::{Member, Members};
+use pending::{Looked, Pending};
 pub(crate) use state::{CoordinatorState, beside_header};
-
-#[derive(Clone, Debug)]
-struct Member {
-    incarnation: Incarnation,
-    /// The clock of its first step, and the progress that this step counts as.
-    first_clock: Clock,
-    first_progress: u64,
-    /// The clock of the current step: the one after the latest settled clock.
-    next_clock: Clock,
-}
-
-impl Member {
-    /// The number of steps before `clock`. It can be compared between workers that joined at different
-    /// times.
-    fn progress(&self, clock: Clock) -> u64 {
-        let steps = clock.0.saturating_sub(self.first_clock.0);
-        self.first_progress.saturating_add(steps)
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Waiter {
     ticket: Ticket,
     then_start: bool,
-}
-
-#[derive(Clone, Debug)]
-struct PendingPush {
-    stamp: Stamp,
-    waiters: Vec<Waiter>,
 }
 
 /// A settled push whose worker may not start its next step yet.
@@ -64,6 +43,9 @@ struct HeldAnswer {
     clock: Clock,
     outcome: Outcome,
 }
+
+/// What decides which workers may start a step: the mode, the slowest member, and who the members are.
+type Pace = (Consistency, Option<u64>, Epoch);
 
 /// The state machine; see the module's text.
 #[derive(Clone, Debug)]
@@ -77,11 +59,14 @@ pub(super) struct Coordinator {
     arrived: BTreeSet<WorkerId>,
     version: Version,
     epoch: Epoch,
-    members: BTreeMap<WorkerId, Member>,
+    members: Members,
     ledgers: BTreeMap<WorkerId, Ledger>,
-    /// The pending pushes, in order of arrival.
-    pending: Vec<PendingPush>,
+    pending: Pending,
+    /// The pending pushes that do not have to be looked at.
+    looked_at_pending: Looked<Pace>,
+    looked_at_late: Looked<Version>,
     held_answers: Vec<HeldAnswer>,
+    looked_at_held: Looked<Pace>,
     stats: BTreeMap<WorkerId, WorkerStatus>,
     /// No worker that joins begins at an earlier clock.
     least_clock: Clock,
@@ -100,10 +85,13 @@ impl Coordinator {
             arrived: BTreeSet::new(),
             version: Version(0),
             epoch: Epoch(0),
-            members: BTreeMap::new(),
+            members: Members::default(),
             ledgers: BTreeMap::new(),
-            pending: Vec::new(),
+            pending: Pending::default(),
+            looked_at_pending: Looked::default(),
+            looked_at_late: Looked::default(),
             held_answers: Vec::new(),
+            looked_at_held: Looked::default(),
             stats: BTreeMap::new(),
             least_clock: Clock(0),
         }
@@ -175,7 +163,7 @@ impl Coordinator {
             } => {
                 if self
                     .members
-                    .get(&worker)
+                    .get(worker)
                     .is_some_and(|m| m.incarnation == incarnation)
                 {
                     self.remove(worker, &mut effects);
@@ -235,9 +223,8 @@ impl Coordinator {
 
     /// Returns the members, each with its incarnation.
     pub(super) fn members(&self) -> impl Iterator<Item = (WorkerId, Incarnation)> + '_ {
-        self.members
-            .iter()
-            .map(|(&worker, member)| (worker, member.incarnation))
+        let members = self.members.iter();
+        members.map(|(worker, member)| (worker, member.incarnation))
     }
 
     /// Returns the number of entries of the largest record about workers.
@@ -262,8 +249,8 @@ impl Coordinator {
             let settled = self.ledgers.get(worker).map(Ledger::next_clock);
             status.next_clock = settled.unwrap_or_default().max(self.least_clock);
         }
-        for (worker, member) in &self.members {
-            let status = workers.entry(*worker).or_default();
+        for (worker, member) in self.members.iter() {
+            let status = workers.entry(worker).or_default();
             status.is_member = true;
             status.next_clock = member.next_clock;
         }
@@ -287,7 +274,7 @@ impl Coordinator {
         let ledger = self.ledgers.get(&worker);
         if let Some(got) = ledger.and_then(|ledger| ledger.incarnation_of(request)) {
             // The same request again gets the same answer, and nothing changes.
-            let member = self.members.get(&worker);
+            let member = self.members.get(worker);
             return match member.filter(|member| member.incarnation == got) {
                 Some(member) => Ok(self.membership(worker, member)),
                 None => {
@@ -305,7 +292,7 @@ impl Coordinator {
         let (incarnation, first_clock) = (ledger.incarnation, ledger.first_clock());
         // A new member counts as being at the step of the slowest one. So it does not hold the others back
         // for steps that they took before it joined.
-        let first_progress = self.slowest_progress().unwrap_or(0);
+        let first_progress = self.members.slowest().unwrap_or(0);
         let member = Member {
             incarnation,
             first_clock,
@@ -346,15 +333,12 @@ impl Coordinator {
     /// Ends a worker's membership. Its pending gradients are not applied, so its next incarnation can push
     /// them again.
     fn remove(&mut self, worker: WorkerId, effects: &mut Vec<Effect>) {
-        let Some(member) = self.members.remove(&worker) else {
+        let Some(member) = self.members.remove(worker) else {
             return;
         };
         self.epoch = self.epoch.next();
         let least = member.incarnation.next();
-        for push in self
-            .pending
-            .extract_if(.., |push| push.stamp.id.worker == worker)
-        {
+        for push in self.pending.take_all_of(worker) {
             for waiter in push.waiters {
                 let refusal = Refusal::NotMember { worker };
                 effects.push(Effect::Answer {

@@ -38,7 +38,7 @@ const MAX_KEPT: usize = 1 << 30;
 const MAX_TOLD: usize = 64 << 20;
 
 /// How many missing gradients another server names in one answer.
-const MAX_LACKING: usize = 1024;
+pub(super) const MAX_LACKING: usize = 1024;
 
 /// How long another server may be out of reach before the group is broken. If the server is known to have
 /// ended, the group is broken at once.
@@ -61,7 +61,7 @@ impl GroupSecret {
     }
 
     /// Returns a secret that is always the same for the same number.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "simulation"))]
     pub(crate) fn made_of(number: u64) -> Self {
         Self(u128::from(number).to_le_bytes())
     }
@@ -73,10 +73,10 @@ impl fmt::Debug for GroupSecret {
     }
 }
 
-/// Another server of the group, from the point of view of the first one.
-#[derive(Debug)]
-pub(super) struct Follower {
-    server: ActorRef<ParameterServer>,
+/// Another server of the group, from the point of view of the first one. The simulator has no actors in it.
+#[derive(Clone, Debug)]
+pub(super) struct Follower<S = ActorRef<ParameterServer>> {
+    server: S,
     /// Decisions that have not been sent to it yet.
     undelivered: VecDeque<Decision>,
     /// Decisions that are being sent, until it is known to have them.
@@ -91,8 +91,8 @@ pub(super) struct Follower {
     gone: Option<String>,
 }
 
-impl Follower {
-    pub(super) fn new(server: ActorRef<ParameterServer>) -> Self {
+impl<S> Follower<S> {
+    pub(super) fn new(server: S) -> Self {
         Self {
             server,
             undelivered: VecDeque::new(),
@@ -162,7 +162,7 @@ impl Follower {
 
     /// Moves as many decisions as fit into one message to `telling`. Returns whether there is something to
     /// send now.
-    fn take_undelivered(&mut self) -> bool {
+    pub(super) fn take_undelivered(&mut self) -> bool {
         if !self.telling.is_empty() || self.gone.is_some() {
             return false;
         }
@@ -178,8 +178,17 @@ impl Follower {
         !self.telling.is_empty()
     }
 
+    /// Returns the message with the decisions in `telling`. It is the same until they are taken.
+    pub(super) fn follow(&self, secret: &GroupSecret) -> Follow {
+        Follow {
+            secret: secret.clone(),
+            number: self.number,
+            decisions: self.telling.clone(),
+        }
+    }
+
     /// Notes that the server has taken the decisions, and queues the gradients that it lacks.
-    fn taken(&mut self, lacking: Vec<GradientId>) -> Result<(), String> {
+    pub(super) fn taken(&mut self, lacking: Vec<GradientId>) -> Result<(), String> {
         self.number += 1;
         let mut completed = BTreeSet::new();
         for decision in self.telling.drain(..) {
@@ -209,7 +218,7 @@ impl Follower {
         Ok(())
     }
 
-    fn lose(&mut self, index: usize, reason: String) {
+    pub(super) fn lose(&mut self, index: usize, reason: String) {
         tracing::error!(server = index, %reason, "a server of the group is gone");
         self.undelivered.clear();
         self.telling.clear();
@@ -264,11 +273,7 @@ impl ParameterServer {
             return;
         };
         let follower = &first.followers[index];
-        let told = follower.server.ask(Follow {
-            secret: first.secret.clone(),
-            number: follower.number,
-            decisions: follower.telling.clone(),
-        });
+        let told = follower.server.ask(follower.follow(&first.secret));
         let told = async move {
             match told.await {
                 Ok(Ok(lacking)) => Told::Taken(lacking),
@@ -331,7 +336,7 @@ fn is_passing(error: &CallError) -> bool {
 }
 
 /// What a follower knows about the first server.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Following {
     secret: GroupSecret,
     next_number: u64,
@@ -365,6 +370,22 @@ impl Following {
             false => None,
         }
     }
+
+    /// Gives the decisions of a `Follow` to `follow_one`, unless they were taken before. The result is the
+    /// same each time.
+    pub(super) fn take(
+        &mut self,
+        follow: Follow,
+        follow_one: impl FnMut(Decision) -> Result<(), ServerError>,
+    ) -> Result<(), ServerError> {
+        if let Some(answer) = self.answer(&follow) {
+            return answer;
+        }
+        let taken = follow.decisions.into_iter().try_for_each(follow_one);
+        self.next_number += 1;
+        self.last = taken.clone();
+        taken
+    }
 }
 
 impl ParameterServer {
@@ -375,19 +396,16 @@ impl ParameterServer {
     }
 
     fn take_decisions(&mut self, follow: Follow) -> Result<(), ServerError> {
-        let Role::Follower(following) = &self.role else {
+        let Role::Follower(following) = &mut self.role else {
             let reason = "this server decides by itself".to_owned();
             return Err(ServerError::NotFollowed { reason });
         };
-        if let Some(answer) = following.answer(&follow) {
-            return answer;
-        }
-        let mut decisions = follow.decisions.into_iter();
-        let taken = decisions.try_for_each(|decision| self.follow(decision));
-        if let Role::Follower(following) = &mut self.role {
-            following.next_number += 1;
-            following.last = taken.clone();
-        }
+        let (shard, mut answers) = (&mut self.shard, Vec::new());
+        let taken = following.take(follow, |decision| {
+            answers.extend(decision.apply_to(shard)?);
+            Ok(())
+        });
+        self.answer_pulls(answers);
         taken
     }
 }

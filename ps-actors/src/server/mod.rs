@@ -13,6 +13,7 @@
 //! | `coordinator`, `protocol` | which gradients are in which update; events and effects |
 //! | `ledger` | the outcome of each gradient |
 //! | `replay` | what an update log has of the decisions; how a saved state follows it |
+//! | `simulation` | all of this in virtual time, with faults |
 //! | `saving` | how all servers fix their state at one version, for a checkpoint |
 //! | `shard`, `partition` | the weights; how they are split |
 //! | `consistency`, `status` | modes; what is reported |
@@ -21,6 +22,7 @@ mod actor;
 mod config;
 mod consistency;
 mod coordinator;
+mod decisions;
 mod followers;
 #[cfg(test)]
 mod fuzz;
@@ -33,6 +35,8 @@ mod protocol;
 mod replay;
 mod saving;
 mod shard;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 mod status;
 #[cfg(test)]
 mod tests;

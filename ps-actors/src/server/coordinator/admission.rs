@@ -7,7 +7,8 @@ use super::super::ledger::{Entry, Ledger, Outcome};
 use super::super::protocol::{
     Effect, MAX_CLOCKS_AHEAD, MAX_EXAMPLES, MAX_PENDING, MAX_WORKERS, Refusal, Stamp, Ticket,
 };
-use super::{Coordinator, PendingPush, Waiter};
+use super::pending::PendingPush;
+use super::{Coordinator, Waiter};
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 
 impl Coordinator {
@@ -24,7 +25,7 @@ impl Coordinator {
         self.check_member(worker, id.incarnation)?;
         // Pending pushes are looked up before the ledger, because its window may have moved past a pending
         // push.
-        if let Some(pending) = self.pending.iter_mut().find(|push| push.stamp.id == id) {
+        if let Some(pending) = self.pending.get_mut(id) {
             if pending.waiters.len() >= MAX_PENDING {
                 return Err(Refusal::TooManyPending { worker });
             }
@@ -48,13 +49,7 @@ impl Coordinator {
         self.check_version(&stamp)?;
         self.check_clock(id)?;
         check_examples(&stamp)?;
-        if self
-            .pending
-            .iter()
-            .filter(|push| push.stamp.id.worker == worker)
-            .count()
-            >= MAX_PENDING
-        {
+        if self.pending.num_of(worker) >= MAX_PENDING {
             return Err(Refusal::TooManyPending { worker });
         }
         let push = PendingPush {
@@ -166,7 +161,7 @@ impl Coordinator {
             }
             // A member's gradients count only in the incarnation in which it joined, until its membership
             // is over.
-            let member = self.members.get(&worker).map(|member| member.incarnation);
+            let member = self.members.get(worker).map(|member| member.incarnation);
             let is_new = known.is_none() && !incarnations.contains_key(&worker);
             num_new_workers += usize::from(is_new);
             if is_new && self.ledgers.len() + num_new_workers > MAX_WORKERS {
@@ -219,7 +214,7 @@ impl Coordinator {
 
     /// Whether a push with this id was accepted and waits to be applied.
     pub(in crate::server) fn is_pending(&self, id: GradientId) -> bool {
-        self.pending.iter().any(|push| push.stamp.id == id)
+        self.pending.contains(id)
     }
 
     /// Frees what was staged for a call that changed nothing, or whose gradient has already been applied.

@@ -12,15 +12,13 @@ impl Coordinator {
     /// Returns the incarnation in which a worker is a member.
     #[must_use]
     pub(crate) fn incarnation(&self, worker: WorkerId) -> Option<Incarnation> {
-        self.members.get(&worker).map(|member| member.incarnation)
+        self.members.get(worker).map(|member| member.incarnation)
     }
 
     /// Forgets these tickets, because their callers have gone. The pushes of these callers stay pending.
     pub(crate) fn forget_callers(&mut self, tickets: &BTreeSet<Ticket>) {
-        for push in &mut self.pending {
-            push.waiters
-                .retain(|waiter| !tickets.contains(&waiter.ticket));
-        }
+        self.pending.forget_callers(tickets);
+        self.looked_at_held.forget();
         self.held_answers
             .retain(|held| !tickets.contains(&held.ticket));
     }
@@ -42,16 +40,17 @@ impl Coordinator {
             _ if self.num_held_up() == 0 => Vec::new(),
             Consistency::Asp => Vec::new(),
             Consistency::Bsp | Consistency::KofN { .. } => {
-                let pushed: BTreeSet<_> = self.pending.iter().map(|p| p.stamp.id.worker).collect();
-                let members = self.members.keys().copied();
-                members.filter(|worker| !pushed.contains(worker)).collect()
+                let members = self.members.iter().map(|(worker, _)| worker);
+                members
+                    .filter(|&worker| self.pending.num_of(worker) == 0)
+                    .collect()
             }
             Consistency::Ssp { .. } => {
-                let slowest = self.slowest_progress();
+                let slowest = self.members.slowest();
                 let members = self.members.iter();
                 members
-                    .filter(|(_, member)| Some(member.progress(member.next_clock)) == slowest)
-                    .map(|(&worker, _)| worker)
+                    .filter(|(_, member)| Some(member.current_progress()) == slowest)
+                    .map(|(worker, _)| worker)
                     .collect()
             }
         };

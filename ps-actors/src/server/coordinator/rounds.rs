@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use super::super::consistency::{Consistency, Reduction};
 use super::super::ledger::Outcome;
 use super::super::protocol::{Answer, Effect, Update};
-use super::{Coordinator, HeldAnswer, PendingPush, Waiter};
+use super::pending::{Arrival, PendingPush};
+use super::{Coordinator, HeldAnswer, Pace, Waiter};
 use crate::ids::{Clock, GradientId, WorkerId};
 
 impl Coordinator {
@@ -13,10 +14,8 @@ impl Coordinator {
     pub(super) fn advance(&mut self, effects: &mut Vec<Effect>) {
         loop {
             let progress = match self.consistency {
-                Consistency::Asp => self.apply_first_pending(effects, |_, _| true),
-                Consistency::Ssp { bound } => self.apply_first_pending(effects, |state, push| {
-                    state.may_start(push.stamp.id.worker, push.stamp.id.clock, bound)
-                }),
+                Consistency::Asp => self.apply_first_pending(effects),
+                Consistency::Ssp { bound } => self.apply_first_allowed(bound, effects),
                 Consistency::Bsp => self.close_round(self.members.len(), effects),
                 Consistency::KofN { k } => {
                     self.drop_late(effects);
@@ -30,16 +29,31 @@ impl Coordinator {
         self.release_answers(effects);
     }
 
-    /// Applies the earliest pending push that is `allowed` as an update of its own.
-    fn apply_first_pending(
-        &mut self,
-        effects: &mut Vec<Effect>,
-        allowed: impl Fn(&Self, &PendingPush) -> bool,
-    ) -> bool {
-        let Some(index) = self.pending.iter().position(|push| allowed(self, push)) else {
+    /// Applies the earliest pending push as an update of its own.
+    fn apply_first_pending(&mut self, effects: &mut Vec<Effect>) -> bool {
+        let first = self.pending.since(0).next().map(|(arrival, _)| arrival);
+        self.apply_pending(first, effects)
+    }
+
+    /// Applies the earliest pending push whose worker may start its step.
+    fn apply_first_allowed(&mut self, bound: u64, effects: &mut Vec<Effect>) -> bool {
+        let pace = self.pace();
+        let looked_at = self.looked_at_pending.until(&pace);
+        let mut pushes = self.pending.since(looked_at);
+        let may_start =
+            |push: &PendingPush| self.may_start(push.stamp.id.worker, push.stamp.id.clock, bound);
+        let first = pushes.find(|(_, push)| may_start(push));
+        let first = first.map(|(arrival, _)| arrival);
+        drop(pushes);
+        let until = first.unwrap_or(self.pending.next());
+        self.looked_at_pending.note(pace, until);
+        self.apply_pending(first, effects)
+    }
+
+    fn apply_pending(&mut self, first: Option<Arrival>, effects: &mut Vec<Effect>) -> bool {
+        let Some(push) = first.and_then(|arrival| self.pending.take(arrival)) else {
             return false;
         };
-        let push = self.pending.remove(index);
         self.update(vec![push], self.reduction, effects);
         true
     }
@@ -49,34 +63,37 @@ impl Coordinator {
         if self.num_awaited > 0 {
             return false;
         }
-        if self.pending.len() < quorum {
+        if self.pending.num_workers() < quorum.max(1) {
             // With thousands of workers, most pushes end here.
             return false;
         }
-        let mut round: BTreeMap<WorkerId, GradientId> = BTreeMap::new();
-        for push in &self.pending {
+        let mut round: BTreeMap<WorkerId, Arrival> = BTreeMap::new();
+        for (arrival, push) in self.pending.since(0) {
             // A worker's second push waits for the next round. It never counts for another worker (S-1).
-            let id = push.stamp.id;
-            round.entry(id.worker).or_insert(id);
+            round.entry(push.stamp.id.worker).or_insert(arrival);
             if round.len() == quorum {
                 break;
             }
         }
-        if round.is_empty() || round.len() < quorum {
-            return false;
-        }
-        let is_in =
-            |push: &mut PendingPush| round.get(&push.stamp.id.worker) == Some(&push.stamp.id);
-        let pushes = self.pending.extract_if(.., is_in).collect();
+        let arrivals = round.into_values();
+        let pushes: Vec<PendingPush> = arrivals
+            .filter_map(|arrival| self.pending.take(arrival))
+            .collect();
         self.update(pushes, self.reduction, effects);
         true
     }
 
     fn drop_late(&mut self, effects: &mut Vec<Effect>) {
         let version = self.version;
-        let late: Vec<_> = self
-            .pending
-            .extract_if(.., |push| push.stamp.computed_on < version)
+        let pushes = self.pending.since(self.looked_at_late.until(&version));
+        let late: Vec<Arrival> = pushes
+            .filter(|(_, push)| push.stamp.computed_on < version)
+            .map(|(arrival, _)| arrival)
+            .collect();
+        self.looked_at_late.note(version, self.pending.next());
+        let late: Vec<PendingPush> = late
+            .into_iter()
+            .filter_map(|arrival| self.pending.take(arrival))
             .collect();
         for push in late {
             let staleness = push.stamp.staleness(version);
@@ -131,9 +148,7 @@ impl Coordinator {
             .or_default()
             .settle(id.clock, outcome);
         self.stat(id.worker).count(outcome);
-        if let Some(member) = self.members.get_mut(&id.worker) {
-            member.next_clock = member.next_clock.max(id.clock.next());
-        }
+        self.members.settled(id.worker, id.clock);
         for waiter in push.waiters {
             self.answer(waiter, id, outcome, effects);
         }
@@ -166,7 +181,9 @@ impl Coordinator {
 
     /// Answers the workers that may start their next step now.
     fn release_answers(&mut self, effects: &mut Vec<Effect>) {
-        let held = std::mem::take(&mut self.held_answers);
+        let pace = self.pace();
+        let looked_at = self.looked_at_held.until(&pace) as usize;
+        let held = self.held_answers.split_off(looked_at);
         for answer in held {
             let may_start = match self.consistency {
                 Consistency::Ssp { bound } => {
@@ -186,23 +203,22 @@ impl Coordinator {
                 self.held_answers.push(answer);
             }
         }
+        let num_held = self.held_answers.len() as u64;
+        self.looked_at_held.note(pace, num_held);
+    }
+
+    fn pace(&self) -> Pace {
+        (self.consistency, self.members.slowest(), self.epoch)
     }
 
     /// Whether a worker's step is within the bound of the slowest live member (PS-4).
     fn may_start(&self, worker: WorkerId, clock: Clock, bound: u64) -> bool {
-        match (self.members.get(&worker), self.slowest_progress()) {
+        match (self.members.get(worker), self.members.slowest()) {
             (Some(member), Some(slowest)) => {
                 member.progress(clock) <= slowest.saturating_add(bound)
             }
             // A worker that is no longer a member gets the outcome of its push at once.
             _ => true,
         }
-    }
-
-    pub(super) fn slowest_progress(&self) -> Option<u64> {
-        self.members
-            .values()
-            .map(|member| member.progress(member.next_clock))
-            .min()
     }
 }

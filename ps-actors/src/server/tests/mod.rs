@@ -77,6 +77,8 @@ impl World {
                     let before = self.answers.insert(ticket, answer);
                     assert_eq!(before, None, "a ticket is answered once");
                 }
+                // These are for an update log only.
+                Effect::Settled { .. } | Effect::Joined { .. } => {}
                 effect => {
                     if let Effect::Update(update) = &effect {
                         self.updates.push(update.clone());
@@ -101,8 +103,9 @@ impl World {
                 }
                 Effect::Discard(id) => shard.discard(id),
                 Effect::Fence { worker, below } => shard.fence(worker, below),
-                Effect::Settled { .. } | Effect::Joined { .. } => {}
-                Effect::Answer { .. } => unreachable!("answers go to the callers"),
+                Effect::Settled { .. } | Effect::Joined { .. } | Effect::Answer { .. } => {
+                    unreachable!("no shard is told of it")
+                }
             }
         }
     }
