@@ -47,7 +47,7 @@ class Cluster:
         self.start(0, cpus[0], "--head", "--port=6379", f"--dashboard-host={self.head}",
                    '--resources={"head":1}')
         for number, count in enumerate(cpus[1:], 1):
-            self.start(number, count, f"--address={self.head}:6379")
+            self.start(number, count, f"--address={self.head}:6379", '--resources={"side":1}')
 
     def environment(self, **variables):
         return environment(
@@ -137,6 +137,25 @@ class OnRay(unittest.TestCase):
         # A synchronous training in which no update is lost or repeated has the same bits as an undisturbed one.
         weights = [(directory / f"{name}.safetensors").read_bytes() for name in ("ray", "alone")]
         self.assertEqual(*weights)
+
+    def test_a_training_outlives_the_host_of_its_driver(self):
+        cluster = Cluster(self, [1, 2, 2])
+        saved = cluster.hosts.directory / "saved"
+        job = cluster.submit(
+            self.working_dir(), "python", "ps_on_ray.py", "--workers=1", "--driver-resources=CPU=1,side=0.1",
+            "--", "./sharded_ps", "--offline", "--num-workers=1", "--batch-size=64", "--iterations=3000",
+            f"--checkpoint-dir={saved}", "--checkpoint-every=500", "--resume",
+        )
+        first = job.wait_for(r"driver 0: runs on 10.78.0.(\d) .*, attempt 0", 90)
+        job.wait_for("saved a checkpoint", 90)
+        cluster.hosts.crash(int(first[1]) - 1)
+        job.wait_for("driver 0: Ray has lost it")
+        second = job.wait_for(r"driver 0: runs on 10.78.0.(\d) .*, attempt 1", 90)
+        self.assertNotEqual(first[1], second[1])
+        job.wait_for("going on from a checkpoint")
+        code, text = job.wait(120)
+        self.assertEqual(code, 0, text)
+        self.assertIn("3000 updates", text)
 
     def test_the_job_ends_as_its_driver_does_and_says_what_it_waits_for(self):
         cluster = Cluster(self, [6])
