@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,21 @@ def example(name):
 def environment(**variables):
     """The environment of a process in a test: nothing of a launcher around the test, no download."""
     return {"PATH": os.environ["PATH"], "PS_OFFLINE": "1", "NO_COLOR": "1", **variables}
+
+
+def install(venv, *packages):
+    """Installs packages into a virtual environment of their own, or skips the tests and says why."""
+    done = venv / "installed"
+    if done.exists() and done.read_text() == " ".join(packages):
+        return
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True, capture_output=True, text=True)
+        pip = [venv / "bin" / "python", "-m", "pip", "install", "-q", *packages]
+        subprocess.run(pip, check=True, capture_output=True, text=True, timeout=300)
+    except (subprocess.SubprocessError, OSError) as error:
+        why = getattr(error, "stderr", None) or str(error)
+        raise unittest.SkipTest(f"{' '.join(packages)} cannot be installed: {why.strip()[-300:]}") from None
+    done.write_text(" ".join(packages))
 
 
 def need_root():
@@ -91,7 +107,10 @@ class Process:
         except ProcessLookupError:
             pass
         self.child.wait()
-        self.child.stdout.close() if not self.reader.is_alive() else self.reader.join(5)
+        # The pipe stays open as long as a process of another group has it.
+        self.reader.join(1)
+        if not self.reader.is_alive():
+            self.child.stdout.close()
 
 
 def eventually(condition, what, seconds=60):
@@ -101,11 +120,12 @@ def eventually(condition, what, seconds=60):
         if value := condition():
             return value
         time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s: {what}")
+    raise AssertionError(f"not within {seconds} s: {what() if callable(what) else what}")
 
 
 class Hosts:
-    """N hosts and a switch between them, at 10.78.0.1 and up. Each has its own /tmp/ray and /dev/shm."""
+    """N hosts and a switch between them: host0 at 10.78.0.1, and so on. Each has its own /tmp/ray, /dev/shm
+    and /etc/hosts."""
 
     def __init__(self, test, count, prefix="ps-engine"):
         need_root()
@@ -114,6 +134,8 @@ class Hosts:
         self.names = [f"{self.prefix}.{number}" for number in range(count)]
         self.switch = f"{self.prefix}.switch"
         test.addCleanup(self.remove)
+        names = [f"{self.address(number)} host{number}\n" for number in range(count)]
+        self.set_names(*names)
         self.ip(f"netns add {self.switch}", f"-n {self.switch} link add br0 type bridge",
                 f"-n {self.switch} link set br0 up")
         for number, name in enumerate(self.names):
@@ -136,16 +158,20 @@ class Hosts:
     def address(self, number):
         return f"10.78.0.{number + 1}"
 
+    def set_names(self, *lines):
+        """What /etc/hosts says, beside localhost, in commands from now on."""
+        (self.directory / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+
     def command(self, number, command):
-        """The command, on that host: its network, its name, its /tmp/ray and its /dev/shm."""
+        """The command, on that host."""
         private = self.directory / str(number)
         private.mkdir(exist_ok=True)
         script = (
             'mount --make-rprivate / && mkdir -p /tmp/ray && mount --bind "$1" /tmp/ray && '
-            'mount -t tmpfs tmpfs /dev/shm && hostname "$2" && shift 2 && exec "$@"'
+            'mount -t tmpfs tmpfs /dev/shm && mount --bind "$3" /etc/hosts && hostname "$2" && shift 3 && exec "$@"'
         )
         enter = ["nsenter", f"--net=/run/netns/{self.names[number]}", "unshare", "-m", "-u"]
-        return [*enter, "sh", "-c", script, "sh", private, f"host{number}", *command]
+        return [*enter, "sh", "-c", script, "sh", private, f"host{number}", self.directory / "hosts", *command]
 
     def processes(self, number):
         found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True)
