@@ -126,6 +126,34 @@ fn an_interrupted_driver_saves_a_checkpoint_and_says_how_to_go_on() {
     }
 }
 
+/// As Slurm, mpirun and others do: SIGTERM goes to all processes at once, also to those with the servers.
+#[test]
+fn a_run_of_which_all_processes_are_asked_to_end_saves_a_checkpoint() {
+    let directory = tempfile::tempdir().unwrap();
+    let arguments = words(
+        &[
+            "--iterations",
+            "1000000",
+            "--processes",
+            "3",
+            "--num-servers",
+            "2",
+            "--servers-on-nodes",
+        ],
+        directory.path(),
+    );
+    let mut run = Run::start("sharded_ps", &arguments);
+    let nodes = [(); 2].map(|()| run.wait_for_node("node=node"));
+    run.wait_for(&["Iter ", "accuracy is"]);
+    for process in [nodes[0], nodes[1], run.driver.id()] {
+        signal("TERM", process);
+    }
+    let (status, output) = run.finish();
+    assert_eq!(status.code(), Some(0), "{output}");
+    // One that was saved on the way would be there, too.
+    assert!(output.contains("To go on: "), "{output}");
+}
+
 /// The servers are lost with their node. The run goes on from what they had at the last checkpoint, with the
 /// bits of a run that nothing happened to.
 #[test]
