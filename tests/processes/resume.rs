@@ -280,3 +280,65 @@ fn a_server_that_is_killed_loses_no_update_with_a_log() {
         }
     }
 }
+
+/// S-13, S-15: killed at random moments, most often while a checkpoint or the log is being written, and started
+/// again by the same command. `PS_KILL_SEED` chooses the moments, `PS_KILLS` how many.
+#[test]
+fn a_driver_that_is_killed_again_and_again_ends_with_the_right_bits() {
+    let number = |name: &str, or: u64| match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is no number: {text}")),
+        Err(_) => or,
+    };
+    let (mut dice, num_kills) = (number("PS_KILL_SEED", 1), number("PS_KILLS", 6));
+    println!("PS_KILL_SEED={dice}");
+    // More than are made until the last kill.
+    let num_steps = 120 * (num_kills + 1);
+    let iterations = num_steps.to_string();
+    let training = ["--iterations", &iterations, "--num-servers", "2"];
+    let whole = tempfile::tempdir().unwrap();
+    let (status, output) = Run::start("sharded_ps", &words(&training, whole.path())).finish();
+    assert!(status.success(), "{output}");
+
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path().to_str().unwrap();
+    let saving = [
+        "--checkpoint-dir",
+        dir,
+        "--checkpoint-every",
+        "7",
+        "--keep-checkpoints",
+        "1",
+    ];
+    let arguments = [&training[..], &saving, &["--update-log", "--resume"]].concat();
+    let mut reached = 0;
+    for _ in 0..num_kills {
+        let mut run = Run::start("sharded_ps", &arguments);
+        // The generator of Knuth's MMIX.
+        dice = dice
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        for _ in 0..=(dice >> 33) % 12 {
+            run.wait_for(&["saved a checkpoint"]);
+        }
+        signal("KILL", run.driver.id());
+        let (_, output) = run.finish();
+        let (version, _) = newest(directory.path()).expect("there is one");
+        assert!(version >= reached, "{reached}, then {version}: {output}");
+        reached = version;
+    }
+    let (status, output) = Run::start("sharded_ps", &arguments).finish();
+    assert!(status.success(), "{output}");
+    assert!(
+        output.contains(&format!(
+            "{num_steps} updates of {} gradients",
+            2 * num_steps
+        )),
+        "{output}"
+    );
+    assert!(
+        numbers(directory.path()) == numbers(whole.path()),
+        "{output}"
+    );
+}
