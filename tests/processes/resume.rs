@@ -294,7 +294,7 @@ fn a_driver_that_is_killed_again_and_again_ends_with_the_right_bits() {
     let (mut dice, num_kills) = (number("PS_KILL_SEED", 1), number("PS_KILLS", 6));
     println!("PS_KILL_SEED={dice}");
     // More than are made until the last kill.
-    let num_steps = 120 * (num_kills + 1);
+    let num_steps = 800 * (num_kills + 1);
     let iterations = num_steps.to_string();
     let training = ["--iterations", &iterations, "--num-servers", "2"];
     let whole = tempfile::tempdir().unwrap();
@@ -319,7 +319,7 @@ fn a_driver_that_is_killed_again_and_again_ends_with_the_right_bits() {
         dice = dice
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        for _ in 0..=(dice >> 33) % 12 {
+        for _ in 0..=(dice >> 33) % 6 {
             run.wait_for(&["saved a checkpoint"]);
         }
         signal("KILL", run.driver.id());
