@@ -58,7 +58,6 @@
 
 #![warn(clippy::print_stdout)]
 
-mod activation;
 mod batch;
 mod conv;
 mod convnet;
@@ -75,7 +74,6 @@ mod rest;
 mod rng;
 mod rule;
 mod rule_state;
-mod seams;
 pub mod seeded;
 mod step;
 mod stream;
@@ -84,7 +82,6 @@ mod survey;
 /// The version of burn that the types of this crate come from.
 pub use burn;
 
-pub use activation::{Activation, Array};
 pub use batch::{BatchError, ImageBatch};
 pub use conv::conv2d;
 pub use convnet::ConvNet;
@@ -94,10 +91,12 @@ pub use local::{LocalModel, ModelError};
 pub use loss::{nll_loss, num_correct};
 pub use model::{Evaluation, Model};
 pub use net::Net;
-pub use part::{MAX_CALLS, Part, PartError, Pass};
+pub use part::{
+    Activation, Array, AtSeam, Backward, LocalGradients, MAX_CALLS, Part, PartError, Pass,
+    SeamError, Seams,
+};
 pub use pool::max_pool2d;
 pub use rng::Rng;
 pub use rule::{BurnRule, ElementwiseConfig, RuleError};
 pub use rule_state::{RuleState, StateScalar, StateTensor, StateValue};
-pub use seams::{AtSeam, Backward, LocalGradients, SeamError, Seams};
 pub use step::{Step, StepSeed};

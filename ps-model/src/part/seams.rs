@@ -12,9 +12,8 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Gradients, Tensor};
 
-use crate::activation::{Activation, Array};
+use super::{Activation, Array, PartError};
 use crate::panic;
-use crate::part::PartError;
 
 /// Why the backward pass of a loss failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -4,8 +4,8 @@ use std::fmt::Debug;
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
+use super::PartError;
 use crate::flat::new_leaf;
-use crate::part::PartError;
 
 /// A tensor in host memory, row-major.
 #[derive(Clone, Debug, Default, PartialEq)]
