@@ -6,8 +6,7 @@
 //! - [`Model`]: the trait to implement for a model of your own, a burn module with a loss. [`ConvNet`] and
 //!   [`Net`] are two such models, for 28×28 images.
 //! - [`LocalModel`]: a model on a device. It takes flat weights, and computes losses and flat gradients.
-//! - [`Part`], [`Pass`]: a part of a model that other processes compute through; [`Seams`]: their side of
-//!   it.
+//! - [`part`]: a part of a model that other processes compute through, and their side of it.
 //! - [`conv2d`], [`max_pool2d`]: the operations of burn, faster on the backend `flex`.
 //! - [`FlatView`]: the flat view of any burn module.
 //! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
@@ -68,7 +67,7 @@ mod loss;
 mod model;
 mod net;
 mod panic;
-mod part;
+pub mod part;
 mod pool;
 mod rest;
 mod rng;

@@ -3,7 +3,15 @@
 //! The caller has neither the weights nor the graph. It sends an input and gets an output. It computes a
 //! loss, sends the gradient of the output, and gets the gradient of the input. All of these are [`Array`]s.
 //! In between, a [`Pass`] holds the graph and the weights that it was computed with, whatever weights are
-//! loaded meanwhile.
+//! loaded meanwhile. The caller joins what it gets with its own graph at [`Seams`].
+//!
+//! Nothing here sends anything. The actors that do are in `ps::served`.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `pass` | computations of others through a part, with one version of its weights |
+//! | `seams` | how a graph of this process continues behind a computation elsewhere |
+//! | `activation` | the tensors that travel |
 
 use burn::module::Module;
 use serde::{Deserialize, Serialize};
