@@ -18,9 +18,10 @@ use actix::{Actor, Context, Handler, Message};
 use futures_util::future::LocalBoxFuture;
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
+use super::book::ActorId;
 use super::caller_gone::{CallerGone, Entered, Watched, Watchers};
 use super::error::{CallError, NotDelivered, UnknownOutcome};
-use super::mailbox::{ActorId, Mailbox};
+use super::mailbox::Mailbox;
 use crate::deadline::Deadline;
 
 /// Why a call ends without its handler's result.
@@ -147,7 +148,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         let unneeded = (state.held.take(), state.waker.take());
         drop(state);
         drop(unneeded);
-        self.mailbox.release_slot();
+        self.mailbox.book().release_slot();
         Some(message)
     }
 
@@ -156,7 +157,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
         let message = self
             .take_message()
             .expect("a call outside the queue has not begun");
-        self.mailbox.undelivered(message, reason)
+        self.mailbox.book().undelivered(message, reason)
     }
 
     fn begin(&self) -> Option<(M, Option<Held>)> {
@@ -184,7 +185,7 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
             drop(result);
             return;
         };
-        self.mailbox.release_slot();
+        self.mailbox.book().release_slot();
         let watchers = mem::take(&mut state.watchers);
         if wanted {
             state.stage = Stage::Done(result);
@@ -197,7 +198,9 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
             state.stage = Stage::Over;
             drop(state);
             if let (true, Err(error)) = (self.told, &result) {
-                self.mailbox.count_dead_letter(type_name::<M>(), error);
+                self.mailbox
+                    .book()
+                    .count_dead_letter(type_name::<M>(), error);
             }
         }
         drop(watchers);
@@ -213,11 +216,13 @@ impl<A: Actor, M: Message + Send + 'static> Call<A, M> {
             unreachable!("the stage was checked under the same lock");
         };
         let held = state.held.take();
-        let error = self.mailbox.undelivered(message, reason);
-        self.mailbox.release_slot();
+        let error = self.mailbox.book().undelivered(message, reason);
+        self.mailbox.book().release_slot();
         if self.told {
             drop(state);
-            self.mailbox.count_dead_letter(type_name::<M>(), &error);
+            self.mailbox
+                .book()
+                .count_dead_letter(type_name::<M>(), &error);
         } else {
             state.stage = Stage::Done(Err(error));
             let waker = state.waker.take();
@@ -345,7 +350,7 @@ where
                 GiveUp::TimedOut(after) => NotDelivered::TimedOut { after },
                 GiveUp::WouldDeadlock => NotDelivered::WouldDeadlock,
             };
-            return Err(self.mailbox.undelivered(message, reason));
+            return Err(self.mailbox.book().undelivered(message, reason));
         }
         let mut state = self.lock();
         match mem::replace(&mut state.stage, Stage::Over) {

@@ -1,66 +1,22 @@
-//! One actor's queue, the bound on its calls, and its phase. References and supervisor share it.
+//! One actor's queue and its phase. References and supervisor share it.
 //!
-//! A call takes a slot when it is queued and gives it back when it is over, so the slots bound
-//! queued and running calls together. Locks are taken in the order queue, then call. No message or
-//! result is dropped under either lock: it may own a reference whose drop locks this same queue.
+//! Locks are taken in the order queue, then call. No message or result is dropped under either lock: it may
+//! own a reference whose drop locks this same queue.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use actix::{Actor, Context, Handler, Message};
 use futures_util::task::AtomicWaker;
-use tokio::sync::{Semaphore, TryAcquireError, watch};
+use tokio::sync::watch;
 
+use super::book::{ActorId, Book};
 use super::call::{Call, Held, Loss, QueuedCall};
-use super::error::{CallError, NotDelivered, Undelivered};
+use super::error::{CallError, NotDelivered};
 use crate::deadline::Deadline;
-
-/// Identifies an actor within this process. A number is never used twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ActorId(u64);
-
-impl ActorId {
-    pub(crate) fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-
-    pub(crate) fn number(self) -> u64 {
-        self.0
-    }
-}
-
-impl fmt::Display for ActorId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)
-    }
-}
-
-static DEAD_LETTERS: AtomicU64 = AtomicU64::new(0);
-
-/// Returns how many messages sent with `tell` this process has lost after it had queued them.
-///
-/// A message is lost when its actor stops before the handler begins, or panics while the handler runs.
-/// Each loss is also logged as a warning.
-pub fn dead_letters() -> u64 {
-    DEAD_LETTERS.load(Ordering::Relaxed)
-}
-
-/// Counts and logs the loss of a message that was sent with `tell`.
-pub(crate) fn count_dead_letter(
-    of_actor: &AtomicU64,
-    actor: &str,
-    message: &'static str,
-    error: &CallError,
-) {
-    of_actor.fetch_add(1, Ordering::Relaxed);
-    DEAD_LETTERS.fetch_add(1, Ordering::Relaxed);
-    tracing::warn!(actor, message, %error, "a message sent with tell was lost");
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -84,14 +40,10 @@ pub(crate) enum Next<A: Actor> {
 }
 
 pub(crate) struct Mailbox<A: Actor> {
-    id: ActorId,
-    name: Arc<str>,
-    max_pending: usize,
-    slots: Semaphore,
+    book: Book,
     queue: Mutex<Queue<A>>,
     supervisor: AtomicWaker,
     restarts: AtomicU32,
-    dead_letters: AtomicU64,
     ended: watch::Sender<bool>,
 }
 
@@ -111,10 +63,7 @@ struct Queue<A: Actor> {
 impl<A: Actor> Mailbox<A> {
     pub(crate) fn new(id: ActorId, name: Arc<str>, max_pending: usize) -> Self {
         Self {
-            id,
-            name,
-            max_pending,
-            slots: Semaphore::new(max_pending),
+            book: Book::new(id, name, max_pending),
             queue: Mutex::new(Queue {
                 phase: Phase::Open,
                 queued: VecDeque::new(),
@@ -125,7 +74,6 @@ impl<A: Actor> Mailbox<A> {
             }),
             supervisor: AtomicWaker::new(),
             restarts: AtomicU32::new(0),
-            dead_letters: AtomicU64::new(0),
             ended: watch::Sender::new(false),
         }
     }
@@ -135,29 +83,20 @@ impl<A: Actor> Mailbox<A> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn book(&self) -> &Book {
+        &self.book
+    }
+
     pub(crate) fn id(&self) -> ActorId {
-        self.id
+        self.book.id()
     }
 
     pub(crate) fn name(&self) -> &Arc<str> {
-        &self.name
-    }
-
-    pub(crate) fn max_pending(&self) -> usize {
-        self.max_pending
-    }
-
-    pub(crate) fn pending(&self) -> usize {
-        self.max_pending
-            .saturating_sub(self.slots.available_permits())
+        self.book.name()
     }
 
     pub(crate) fn restarts(&self) -> u32 {
         self.restarts.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn dead_letters(&self) -> u64 {
-        self.dead_letters.load(Ordering::Relaxed)
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -186,7 +125,7 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        let message = self.take_slot(message)?;
+        let message = self.book.take_slot(message, || self.stopped())?;
         self.push_into_slot(Call::new(Arc::clone(self), message, told))
     }
 
@@ -203,23 +142,9 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        let message = self.take_slot(message)?;
+        let message = self.book.take_slot(message, || self.stopped())?;
         let call = Call::new(Arc::clone(self), message, false);
         self.push_into_slot(call.holding(held).due(deadline))
-    }
-
-    fn take_slot<M: Send + 'static>(&self, message: M) -> Result<M, CallError> {
-        match self.slots.try_acquire() {
-            Ok(slot) => {
-                slot.forget();
-                Ok(message)
-            }
-            Err(TryAcquireError::NoPermits) => {
-                let limit = self.max_pending;
-                Err(self.undelivered(message, NotDelivered::QueueFull { limit }))
-            }
-            Err(TryAcquireError::Closed) => Err(self.undelivered(message, self.stopped())),
-        }
     }
 
     /// Waits for a slot, in the order of arrival, and queues a call.
@@ -232,9 +157,8 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        match self.slots.acquire().await {
-            Ok(slot) => slot.forget(),
-            Err(_closed) => return Err(self.undelivered(message, self.stopped())),
+        if !self.book.wait_for_slot().await {
+            return Err(self.book.undelivered(message, self.stopped()));
         }
         self.push_into_slot(Call::new(Arc::clone(self), message, false))
     }
@@ -259,27 +183,10 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
 }
 
 impl<A: Actor> Mailbox<A> {
-    pub(crate) fn undelivered<M: Send + 'static>(
-        &self,
-        message: M,
-        reason: NotDelivered,
-    ) -> CallError {
-        CallError::NotDelivered {
-            actor: Arc::clone(&self.name),
-            reason,
-            message: Undelivered::new(message),
-        }
-    }
-
     fn stopped(&self) -> NotDelivered {
         NotDelivered::Stopped {
             panic: self.lock().last_panic.clone(),
         }
-    }
-
-    /// Gives back the slot of a call that is over.
-    pub(crate) fn release_slot(&self) {
-        self.slots.add_permits(1);
     }
 
     /// Counts a queued call that was given up, and removes such calls when they are half of the queue.
@@ -293,18 +200,13 @@ impl<A: Actor> Mailbox<A> {
         }
     }
 
-    /// Counts and logs the loss of a message that was sent with `tell`.
-    pub(crate) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
-        count_dead_letter(&self.dead_letters, &self.name, message, error);
-    }
-
     /// Takes no more calls, and lets the actor end when the queued and running calls are done.
     pub(crate) fn close(&self) {
         let mut queue = self.lock();
         if queue.phase == Phase::Open {
             queue.phase = Phase::Closing;
             drop(queue);
-            self.slots.close();
+            self.book.close();
             self.supervisor.wake();
         }
     }
@@ -318,7 +220,7 @@ impl<A: Actor> Mailbox<A> {
             }
             mem::take(&mut queue.queued)
         };
-        self.slots.close();
+        self.book.close();
         self.fail_all(queued);
         self.supervisor.wake();
     }
@@ -343,7 +245,7 @@ impl<A: Actor> Mailbox<A> {
         for call in calls {
             // `fail` may drop a message whose destructor panics. The other calls must still be failed.
             if catch_unwind(AssertUnwindSafe(|| call.fail(&loss))).is_err() {
-                tracing::error!(actor = %self.name, "a message panicked while it was dropped");
+                tracing::error!(actor = %self.name(), "a message panicked while it was dropped");
             }
         }
     }
@@ -438,7 +340,7 @@ mod tests {
             mailbox.push(Ping, false).unwrap().abandon();
             assert!(mailbox.lock().queued.len() <= 2 * 8 + 1);
         }
-        assert_eq!(mailbox.pending(), 8);
+        assert_eq!(mailbox.book.pending(), 8);
         mailbox.finish();
     }
 }

@@ -25,7 +25,8 @@
 //! | `port` | what a reference needs of an actor in another process |
 //! | `caller_gone` | tells a handler that its caller no longer waits |
 //! | `reply`, `pending` | the caller's side of one call, of many calls |
-//! | `mailbox` | the queue, the bound on it, and the actor's phase |
+//! | `book` | what a caller's process knows of an actor: its id and name, the calls under way |
+//! | `mailbox` | the queue of an actor of this process, and the actor's phase |
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
 //! | `spawn`, `registry` | options, names, all actors of the process |
 //! | `shutdown` | ends actors within a bound |
@@ -64,6 +65,7 @@
 
 pub(crate) mod actor_ref;
 pub(crate) mod background;
+pub(crate) mod book;
 pub(crate) mod call;
 mod caller_gone;
 pub(crate) mod error;
@@ -79,12 +81,12 @@ pub(crate) mod supervisor;
 
 pub use actor_ref::ActorRef;
 pub use background::{Background, in_background, run, sleep, try_run};
+pub use book::{ActorId, dead_letters};
 pub use caller_gone::{CallerGone, caller_gone};
 pub use error::{
     AskError, CallError, LookupError, NoReply, NotDelivered, SpawnError, StillRunning, Undelivered,
     UnknownOutcome, error_chain,
 };
-pub use mailbox::{ActorId, dead_letters};
 pub use pending::Pending;
 pub use registry::lookup;
 pub use reply::{FlatReply, Reply};

@@ -14,8 +14,9 @@ use actix::{Actor, Context, System};
 
 use super::actor_ref::{ActorRef, Handle};
 use super::background;
+use super::book::ActorId;
 use super::error::SpawnError;
-use super::mailbox::{ActorId, Mailbox, Phase};
+use super::mailbox::{Mailbox, Phase};
 use super::registry::{self, Entry};
 use super::supervisor::Supervisor;
 

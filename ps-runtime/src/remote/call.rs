@@ -11,9 +11,9 @@ use std::task::{Context as TaskContext, Poll, Waker};
 use super::caller::RemoteActor;
 use super::reference::on_behalf_of;
 use super::table::Decode;
+use crate::actor::book::ActorId;
 use crate::actor::call::{GiveUp, ReplySlot};
 use crate::actor::error::error_chain;
-use crate::actor::mailbox::ActorId;
 use crate::actor::{CallError, NotDelivered, UnknownOutcome};
 use crate::codec;
 use crate::deadline::Deadline;
@@ -102,7 +102,7 @@ impl<M: Send + 'static, R> Call<M, R> {
         state.stage = next(message);
         let waker = state.waker.take();
         // The slot is free before the caller can see the reply and make the next call.
-        self.remote.release_slot();
+        self.remote.book().release_slot();
         drop(state);
         if let Some(waker) = waker {
             waker.wake();
@@ -131,7 +131,7 @@ impl<M: Send + 'static, R> Call<M, R> {
                         // The other side knows only the time that was left when the call was written.
                         *after = deadline.after();
                     }
-                    self.remote.undelivered(message, reason)
+                    self.remote.book().undelivered(message, reason)
                 }
                 Ok(other) => other,
                 Err(error) => unreadable(&error),
@@ -152,7 +152,7 @@ impl<M: Send + 'static, R> Call<M, R> {
         drop(state);
         drop(waker);
         let never_left = self.remote.cancel(self.number);
-        self.remote.release_slot();
+        self.remote.book().release_slot();
         Some(if never_left { Ok(message) } else { Err(()) })
     }
 }
@@ -170,7 +170,9 @@ impl<M: Send + 'static, R> RemoteCall for Call<M, R> {
             Stage::Over
         });
         if let Some(Err(error)) = failed {
-            self.remote.count_dead_letter(type_name::<M>(), &error);
+            self.remote
+                .book()
+                .count_dead_letter(type_name::<M>(), &error);
         }
     }
 
@@ -179,7 +181,7 @@ impl<M: Send + 'static, R> RemoteCall for Call<M, R> {
         let mut told = None;
         self.conclude(|message| {
             let error = match reason {
-                Lost::NotDelivered(reason) => self.remote.undelivered(message, reason),
+                Lost::NotDelivered(reason) => self.remote.book().undelivered(message, reason),
                 Lost::Unknown(reason) => CallError::Unknown { actor, reason },
             };
             if self.told {
@@ -189,14 +191,16 @@ impl<M: Send + 'static, R> RemoteCall for Call<M, R> {
             Stage::Lost(error)
         });
         if let Some(error) = told {
-            self.remote.count_dead_letter(type_name::<M>(), &error);
+            self.remote
+                .book()
+                .count_dead_letter(type_name::<M>(), &error);
         }
     }
 }
 
 impl<M: Send + 'static, R: Send> ReplySlot<R> for Call<M, R> {
     fn target(&self) -> ActorId {
-        self.remote.id()
+        self.remote.book().id()
     }
 
     fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<R, CallError>> {
@@ -226,7 +230,7 @@ impl<M: Send + 'static, R: Send> ReplySlot<R> for Call<M, R> {
                     GiveUp::TimedOut(after) => NotDelivered::TimedOut { after },
                     GiveUp::WouldDeadlock => NotDelivered::WouldDeadlock,
                 };
-                return Err(self.remote.undelivered(message, reason));
+                return Err(self.remote.book().undelivered(message, reason));
             }
             Some(Err(())) => {}
             None => {
