@@ -14,8 +14,9 @@ use futures_util::task::AtomicWaker;
 use tokio::sync::watch;
 
 use super::book::{ActorId, Book};
-use super::call::{Call, Held, Loss, QueuedCall};
+use super::call::Call;
 use super::error::{CallError, NotDelivered};
+use super::queued::{Held, Here, Loss, QueuedCall};
 use crate::deadline::Deadline;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,14 +120,14 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         self: &Arc<Self>,
         message: M,
         told: bool,
-    ) -> Result<Arc<Call<A, M>>, CallError>
+    ) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
         M::Result: Send,
     {
         let message = self.book.take_slot(message, || self.stopped())?;
-        self.push_into_slot(Call::new(Arc::clone(self), message, told))
+        self.push_into_slot(Call::queued(Arc::clone(self), message, told, None, None))
     }
 
     /// Queues a call if a slot is free, with a value that it holds and with its deadline. `held` is
@@ -136,22 +137,22 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         message: M,
         held: Option<Held>,
         deadline: Option<Deadline>,
-    ) -> Result<Arc<Call<A, M>>, CallError>
+    ) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
         M::Result: Send,
     {
         let message = self.book.take_slot(message, || self.stopped())?;
-        let call = Call::new(Arc::clone(self), message, false);
-        self.push_into_slot(call.holding(held).due(deadline))
+        let call = Call::queued(Arc::clone(self), message, false, held, deadline);
+        self.push_into_slot(call)
     }
 
     /// Waits for a slot, in the order of arrival, and queues a call.
     pub(crate) async fn push_when_ready<M>(
         self: &Arc<Self>,
         message: M,
-    ) -> Result<Arc<Call<A, M>>, CallError>
+    ) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
@@ -160,10 +161,10 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         if !self.book.wait_for_slot().await {
             return Err(self.book.undelivered(message, self.stopped()));
         }
-        self.push_into_slot(Call::new(Arc::clone(self), message, false))
+        self.push_into_slot(Call::queued(Arc::clone(self), message, false, None, None))
     }
 
-    fn push_into_slot<M>(&self, call: Call<A, M>) -> Result<Arc<Call<A, M>>, CallError>
+    fn push_into_slot<M>(&self, call: Call<Here<A, M>>) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,

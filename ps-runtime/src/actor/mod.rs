@@ -21,7 +21,8 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `actor_ref` | the reference that callers hold |
-//! | `call` | the stages of one call: queued, running, done |
+//! | `call` | one call, to an actor here or elsewhere: waiting, running, settled |
+//! | `queued` | a call through the queue of an actor of this process |
 //! | `port` | what a reference needs of an actor in another process |
 //! | `caller_gone` | tells a handler that its caller no longer waits |
 //! | `reply`, `pending` | the caller's side of one call, of many calls |
@@ -73,6 +74,7 @@ pub(crate) mod mailbox;
 mod pending;
 pub(crate) mod port;
 mod pump;
+mod queued;
 pub(crate) mod registry;
 mod reply;
 mod shutdown;

@@ -16,12 +16,13 @@ use std::time::Duration;
 use actix::{Actor, Message};
 use tokio::sync::{Semaphore, watch};
 
-use super::call::{Call, Called, Lost, RemoteCall};
+use super::call::{Called, Lost, RemoteCall, There};
 use super::kept::Kept;
 use super::process::Process;
 use super::reference::{Wire, on_behalf_of};
 use super::table::{Codec, Decode, Table, keeping};
 use crate::actor::book::{ActorId, Book};
+use crate::actor::call::Call;
 use crate::actor::error::error_chain;
 use crate::actor::mailbox::Phase;
 use crate::actor::port::How;
@@ -206,8 +207,8 @@ impl RemoteActor {
         state.next_call += 1;
         frame.set_call(number);
         let told = kind == Kind::Tell;
-        let call = Call::new(Arc::clone(self), number, told, decode, message);
-        let call = Arc::new(call.due(deadline));
+        let route = There::new(Arc::clone(self), number, decode);
+        let call = Arc::new(Call::new(route, told, deadline, message));
         state.calls.insert(number, Arc::clone(&call) as _);
         self.send(&mut state, frame);
         Ok(call)
