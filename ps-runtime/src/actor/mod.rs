@@ -80,6 +80,8 @@ mod reply;
 mod shutdown;
 mod spawn;
 pub(crate) mod supervisor;
+#[cfg(test)]
+mod tests;
 
 pub use actor_ref::ActorRef;
 pub use background::{Background, in_background, run, sleep, try_run};
