@@ -9,9 +9,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::sync::{Semaphore, TryAcquireError};
+use tokio::sync::TryAcquireError;
 
 use super::error::{CallError, NotDelivered, Undelivered};
+use crate::sync::Semaphore;
 
 /// Identifies an actor within this process. A number is never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,6 +41,37 @@ static DEAD_LETTERS: AtomicU64 = AtomicU64::new(0);
 ///
 /// A message is lost when its actor stops before the handler begins, or panics while the handler runs.
 /// Each loss is also logged as a warning.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// let counter = ps_runtime::spawn(|| Counter(0));
+/// // The actor ends before it has handled anything.
+/// let (before, of_actor) = (ps_runtime::actor::dead_letters(), counter.dead_letters());
+/// # struct Hold(std::sync::mpsc::Receiver<()>);
+/// # impl Message for Hold { type Result = (); }
+/// # impl Handler<Hold> for Counter {
+/// #     type Result = ();
+/// #     fn handle(&mut self, Hold(until): Hold, _: &mut Context<Self>) { let _ = until.recv(); }
+/// # }
+/// # let (go_on, until) = std::sync::mpsc::channel();
+/// # let busy = counter.ask(Hold(until));
+/// counter.tell(Add(1))?;
+/// counter.kill();
+/// # drop(go_on);
+/// # let _ = busy.wait();
+/// assert_eq!(counter.dead_letters(), of_actor + 1);
+/// assert!(ps_runtime::actor::dead_letters() > before);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn dead_letters() -> u64 {
     DEAD_LETTERS.load(Ordering::Relaxed)
 }

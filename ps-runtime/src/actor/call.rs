@@ -10,7 +10,7 @@
 
 use std::any::type_name;
 use std::mem;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::task::{Context as TaskContext, Poll, Waker};
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use super::book::{ActorId, Book};
 use super::caller_gone::{CallerGone, Watchers};
 use super::error::{CallError, NotDelivered, UnknownOutcome};
 use crate::deadline::Deadline;
+use crate::sync::{Mutex, MutexGuard};
 
 /// Why the caller no longer waits.
 #[derive(Debug, Clone, Copy)]

@@ -7,10 +7,9 @@ use std::collections::{HashMap, VecDeque};
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use actix::{Actor, Context, Handler, Message};
-use futures_util::task::AtomicWaker;
 use tokio::sync::watch;
 
 use super::book::{ActorId, Book};
@@ -18,6 +17,7 @@ use super::call::Call;
 use super::error::{CallError, NotDelivered};
 use super::queued::{Held, Here, Loss, QueuedCall};
 use crate::deadline::Deadline;
+use crate::sync::{AtomicWaker, Mutex, MutexGuard};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
