@@ -286,7 +286,9 @@ fn workers_that_are_dealt_the_data_anew_stay_so() {
     };
     let server = ParameterServer::new(&dealt, Sgd::with_momentum(0.9), settings).unwrap();
     let server = server.spawn().unwrap();
-    server.ask(LogUpdates(log)).wait().unwrap().unwrap();
+    server.ask(LogUpdates(log.clone())).wait().unwrap().unwrap();
+    // What was followed should not have to be followed again.
+    assert!(log.is_full());
     let push = update(0, 1, clock.0, 0.5);
     server
         .ask(ApplyGradients::mean([push]))
@@ -297,6 +299,7 @@ fn workers_that_are_dealt_the_data_anew_stay_so() {
     check_same(&followed, &take(&server));
     assert_eq!(followed.next_clock(WorkerId(0)), Clock(1001));
     assert_eq!(followed.next_clock(WorkerId(5)), clock);
+    assert!(!log.is_full(), "a checkpoint was taken");
 }
 
 #[test]

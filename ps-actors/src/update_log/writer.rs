@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -25,6 +25,8 @@ pub(crate) struct Replaced;
 #[derive(Clone, Debug)]
 pub(crate) struct UpdateLog {
     shared: Arc<Shared>,
+    /// Ends the thread that syncs, when the last handle is dropped.
+    _syncing: Option<Arc<Sender<()>>>,
 }
 
 #[derive(Debug)]
@@ -35,8 +37,6 @@ struct Shared {
     /// Whether a checkpoint should begin a new segment.
     is_full: AtomicBool,
     became_full: Notify,
-    /// Ends the thread that syncs, when it is dropped.
-    _syncing: Option<Sender<()>>,
 }
 
 #[derive(Debug)]
@@ -61,7 +61,8 @@ struct State {
 }
 
 impl UpdateLog {
-    /// Continues the log after `chain`. The first segment begins when a server is told to write to it.
+    /// Continues the log after `chain`. The first segment begins when a server is told to write to it. If
+    /// updates were followed, a checkpoint should be taken soon, so that they are not followed again.
     ///
     /// # Errors
     /// If what does not follow cannot be removed, or no thread can be started.
@@ -73,6 +74,7 @@ impl UpdateLog {
         restarted_at: Option<Clock>,
     ) -> io::Result<Self> {
         chain.cut()?;
+        let chain_is_long = chain.num_updates > 0;
         let state = State {
             current: None,
             older: chain.segments,
@@ -88,29 +90,30 @@ impl UpdateLog {
             is_replaced: false,
             num_failures: 0,
         };
-        let (syncing, ended) = match config.sync {
-            LogSync::Every(interval) => {
-                let (sender, receiver) = channel();
-                (Some(sender), Some((receiver, interval)))
-            }
-            LogSync::Never | LogSync::Always => (None, None),
-        };
-        let log = Self {
-            shared: Arc::new(Shared {
-                directory: directory.to_owned(),
-                config,
-                state: Mutex::new(state),
-                is_full: AtomicBool::new(false),
-                became_full: Notify::new(),
-                _syncing: syncing,
-            }),
-        };
-        if let Some((ended, interval)) = ended {
-            let shared = Arc::downgrade(&log.shared);
-            let thread = std::thread::Builder::new().name("update-log".to_owned());
-            thread.spawn(move || sync_every(interval, &ended, &shared))?;
+        let shared = Arc::new(Shared {
+            directory: directory.to_owned(),
+            config,
+            state: Mutex::new(state),
+            is_full: AtomicBool::new(false),
+            became_full: Notify::new(),
+        });
+        if chain_is_long {
+            shared.fill();
         }
-        Ok(log)
+        let syncing = match config.sync {
+            LogSync::Every(interval) => {
+                let (sender, ended) = channel();
+                let shared = Arc::clone(&shared);
+                let thread = std::thread::Builder::new().name("update-log".to_owned());
+                thread.spawn(move || sync_every(interval, &ended, &shared))?;
+                Some(Arc::new(sender))
+            }
+            LogSync::Never | LogSync::Always => None,
+        };
+        Ok(Self {
+            shared,
+            _syncing: syncing,
+        })
     }
 
     /// Writes one entry. A failure is logged and counted, and ends the log until the next checkpoint.
@@ -129,8 +132,8 @@ impl UpdateLog {
             Ok(()) => {
                 let is_full = current.num_bytes >= self.shared.config.max_bytes;
                 state.is_current_unsynced = true;
-                if is_full && !self.shared.is_full.swap(true, Relaxed) {
-                    self.shared.became_full.notify_one();
+                if is_full {
+                    self.shared.fill();
                 }
             }
             Err(error) => state.fail(&error),
@@ -152,6 +155,7 @@ impl UpdateLog {
             return;
         }
         state.retire();
+        let is_first = state.opening.is_some();
         let (number, spare) = (state.last_number + 1, state.spare.take());
         state.last_number = number;
         let created = SegmentWriter::create(&self.shared.directory, number, version, spare);
@@ -169,7 +173,9 @@ impl UpdateLog {
                 state.opening = None;
                 state.current = Some(segment);
                 state.is_current_unsynced = true;
-                self.shared.is_full.store(false, Relaxed);
+                if !is_first {
+                    self.shared.is_full.store(false, Relaxed);
+                }
             }
             Err(error) => state.fail(&error),
         }
@@ -216,11 +222,9 @@ impl UpdateLog {
         state.current.as_mut().expect("it has begun").file = file;
     }
 
-    /// Ends the log: its server may write nothing more, and gets an error if it tries.
+    /// Ends the log: its server may write nothing more, and gets an error if it tries. What was not synced yet
+    /// is synced later, because somebody may wait to read it, which needs no disk.
     pub(crate) fn close(&self) {
-        if self.shared.config.sync != LogSync::Never {
-            self.shared.sync();
-        }
         let mut state = self.shared.lock();
         state.is_replaced = true;
         state.retire();
@@ -230,6 +234,13 @@ impl UpdateLog {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says that a checkpoint should be taken.
+    fn fill(&self) {
+        if !self.is_full.swap(true, Relaxed) {
+            self.became_full.notify_one();
+        }
     }
 
     /// Brings what was written to the disk. The server can write meanwhile.
@@ -275,11 +286,9 @@ impl State {
     }
 }
 
-fn sync_every(interval: Duration, ended: &Receiver<()>, shared: &Weak<Shared>) {
+fn sync_every(interval: Duration, ended: &Receiver<()>, shared: &Shared) {
     while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
-        let Some(shared) = shared.upgrade() else {
-            return;
-        };
         shared.sync();
     }
+    shared.sync();
 }
