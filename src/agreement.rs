@@ -92,6 +92,23 @@ impl Facts {
 
 /// Lets a node join only if its `model` is the same: its type, the names and shapes of its weights, and the
 /// values of everything that training does not change.
+///
+/// ```
+/// use ps::actors::cluster::{ClusterConfig, Node};
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let driver = agree_on_model(Hosts::new(), &ConvNet::init(1, &device), &device);
+/// let local = ([127, 0, 0, 1], 0).into();
+/// let cluster = Cluster::listen(ClusterConfig::default(), local, driver)?;
+/// let address = cluster.address().expect("it has a TCP socket").to_string();
+///
+/// let other = agree_on_model(Hosts::new(), &Net::init(1, &device), &device);
+/// let node = Node::new(ClusterConfig::default(), 1, 0, address, other);
+/// let error = node.serve().wait().expect_err("the node has another model");
+/// assert!(error.to_string().contains("the model's layout"), "{error}");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use]
 pub fn agree_on_model<M: Module>(hosts: Hosts, model: &M, device: &Device) -> Hosts {
     Facts::default().model(model, device).must_agree(hosts)

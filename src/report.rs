@@ -221,6 +221,10 @@ impl fmt::Display for Report {
                 (0, 0) => writeln!(f)?,
                 (failed, skipped) => writeln!(f, "; {failed} failed, {skipped} were skipped")?,
             }
+            if saved.num_log_failures > 0 {
+                let times = counted(saved.num_log_failures as usize, "time");
+                writeln!(f, "The update log could not be written {times}")?;
+            }
         }
         writeln!(
             f,

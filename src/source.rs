@@ -117,6 +117,19 @@ fn check_layout(expected: &Layout, got: &Layout) -> Result<(), ModelError> {
 /// Returns `model` with these weights, on `device` and ready for inference. The result is an ordinary burn
 /// module, which burn can save, run or export. Everything that is not trainable is as in `model`.
 ///
+/// ```
+/// use ps::model::burn::tensor::Tensor;
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let model = ConvNet::init(1, &device);
+/// let weights = initial_weights(&ConvNet::init(2, &device), &device)?;
+/// let trained = model_with_weights(&model, &device, &weights)?;
+/// let output = trained.forward(Tensor::ones([4, 1, 28, 28], &device));
+/// assert_eq!(output.dims(), [4, 10]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// If the weights are of another model, or if the device fails.
 pub fn model_with_weights<M: Module>(
@@ -215,6 +228,21 @@ impl<M: Model> fmt::Debug for ModelSource<M> {
 
 /// Starts a worker on a thread of its own. It computes gradients of `model` on its share of `data`. After a
 /// panic it is restarted with a fresh copy of the model.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let model = ConvNet::init(1, &device);
+/// let config = WorkerConfig { worker: WorkerId(0), num_workers: 1, batch_size: 64, seed: 1 };
+/// let worker = spawn_worker(&model, &device, &Mnist::bundled_sample().train, config)?;
+///
+/// let weights = initial_weights(&model, &device)?;
+/// let update = worker.ask(ComputeGradients(weights)).wait()??;
+/// assert_eq!(update.num_examples, 64);
+/// assert!(update.loss.is_finite());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Errors
 /// If the model has no flat weights, if `config` does not fit the data, or if the operating system starts

@@ -1,8 +1,9 @@
 //! Keeps the workers of a run going if they panic, if their processes are lost or leave, and if they move to
 //! nodes that joined later.
 //!
-//! A worker that goes on elsewhere stays a member of the servers in between: the driver joins in its place.
-//! So no round closes without it, and its steps have the gradients that they would have had.
+//! A worker that goes on elsewhere stays a member of the servers in between: the driver joins in its place,
+//! which ends the membership of the lost worker in the same step. So no round closes without it, and its
+//! steps have the gradients that they would have had.
 
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
@@ -16,7 +17,7 @@ use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
 use ps_actors::server::GroupError;
 use ps_actors::session::Session;
-use ps_actors::worker::{RunReport, RunSteps, StopSteps, WorkerError};
+use ps_actors::worker::{KeepMembership, RunReport, RunSteps, StopSteps, WorkerError};
 use ps_model::Model;
 
 use crate::balance::Places;
@@ -119,7 +120,8 @@ impl<M: Model> Worker<M> {
         loop {
             if self.is_stopped.get() {
                 told.is_cut_short = true;
-                // With it ends the membership that is held.
+                // Nobody goes on in its place.
+                servers.report_lost(worker).await?;
                 return Ok(told);
             }
             let num_steps = num_steps.saturating_sub(next_step);
@@ -128,6 +130,8 @@ impl<M: Model> Worker<M> {
                 num_steps,
             };
             let actor = self.actor.borrow().clone();
+            // If it does not arrive, the run does not either.
+            let _ = actor.tell(KeepMembership);
             let answer = match select(actor.ask(run), pin!(given_up.clone())).await {
                 Either::Left((answer, _)) => answer,
                 Either::Right(_) => {
@@ -166,6 +170,8 @@ impl<M: Model> Worker<M> {
                 }
                 None => told.num_moves += 1,
             }
+            // Perhaps it is a server that is lost, and the worker only noticed it.
+            servers.status().await?;
             let session = Session::join(servers, worker).await?;
             next_step = session.next_clock().0.max(first_step);
             // The membership that was held before is over.

@@ -63,6 +63,16 @@ id! {
 /// Identifies one gradient: the worker that computed it, the worker's incarnation, and the step.
 ///
 /// Two pushes with the same id carry the same gradient. The second one is never applied.
+///
+/// ```
+/// use ps_actors::ids::{Clock, GradientId, Incarnation, WorkerId};
+///
+/// let first = GradientId { worker: WorkerId(2), incarnation: Incarnation(1), clock: Clock(0) };
+/// // The next step of the same worker. A push of it is never taken for a repeat of the first one.
+/// let second = GradientId { clock: first.clock.next(), ..first };
+/// assert_ne!(first, second);
+/// println!("{second}");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GradientId {
     /// The worker that computed the gradient.

@@ -181,6 +181,11 @@ impl Session {
         self.servers.leave(self.worker, self.incarnation).await
     }
 
+    /// Ends the session and not the membership, because another worker goes on in this one's place.
+    pub(crate) fn stay(mut self) {
+        self.leave = None;
+    }
+
     /// Returns an incarnation that no worker of this process has had, and that is at least `least`.
     ///
     /// Use it for gradients of a worker that is not a member, such as those that a driver applies. The

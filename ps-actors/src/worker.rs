@@ -137,6 +137,8 @@ struct State<S> {
     progress: Progress,
     is_running: bool,
     stop_requested: bool,
+    /// Whether another worker goes on if this run is stopped.
+    keeps_membership: bool,
 }
 
 impl<S: GradientSource> DataWorker<S> {
@@ -152,6 +154,7 @@ impl<S: GradientSource> DataWorker<S> {
             progress: Progress::default(),
             is_running: false,
             stop_requested: false,
+            keeps_membership: false,
         };
         Self {
             state: Rc::new(RefCell::new(state)),
@@ -257,6 +260,13 @@ pub struct GoOnAt {
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub struct StopSteps;
+
+/// Lets the next [`RunSteps`] keep its membership when [`StopSteps`] ends it, because another worker goes on in
+/// its place. So no round closes without the other worker. Whoever sends this must start that worker, or
+/// [report](crate::server::ReportLost) this one lost.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub struct KeepMembership;
 
 /// Returns what the worker has done so far.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
@@ -508,6 +518,10 @@ async fn run<S: GradientSource>(
         report.wait_time += started.elapsed();
     }
     report.was_stopped = state.borrow().next_clock.0 < last_clock;
+    if report.was_stopped && state.borrow().keeps_membership {
+        session.stay();
+        return Ok(report);
+    }
     // All steps are taken. Their report is worth more than an orderly end.
     if let Err(error) = session.leave().await {
         let error = error_chain(&error);
@@ -527,6 +541,7 @@ impl<S: GradientSource> Remote for DataWorker<S> {
             .add::<RunSteps>()
             .add::<GoOnAt>()
             .add::<StopSteps>()
+            .add::<KeepMembership>()
             .add::<GetProgress>();
     }
 }
@@ -582,7 +597,7 @@ impl<S: GradientSource> Handler<RunSteps> for DataWorker<S> {
             }
             let result = run(&state, &message.servers, message.num_steps).await;
             let mut state = state.borrow_mut();
-            state.is_running = false;
+            (state.is_running, state.keeps_membership) = (false, false);
             // Gradients from now on belong to no membership. Their incarnation is later than that of the
             // ended one, and than any that other servers know.
             state.incarnation = Session::new_incarnation(state.incarnation.next());
@@ -610,6 +625,14 @@ impl<S: GradientSource> Handler<StopSteps> for DataWorker<S> {
 
     fn handle(&mut self, _: StopSteps, _: &mut Self::Context) {
         self.state.borrow_mut().stop_requested = true;
+    }
+}
+
+impl<S: GradientSource> Handler<KeepMembership> for DataWorker<S> {
+    type Result = ();
+
+    fn handle(&mut self, _: KeepMembership, _: &mut Self::Context) {
+        self.state.borrow_mut().keeps_membership = true;
     }
 }
 

@@ -92,6 +92,18 @@ impl ImageBatch {
 /// Labelled `u8` images of one size.
 ///
 /// Implements burn's [`Dataset`] with normalized [`ImageItem`]s.
+///
+/// ```
+/// use ps_data::{ImageDataset, Normalization};
+///
+/// // Two images of 1×2 pixels with one channel, of 10 classes.
+/// let pixels = vec![0, 255, 128, 0];
+/// let images = ImageDataset::new(pixels, vec![3, 9], [1, 1, 2], 10, Normalization::UNIT)?;
+/// assert_eq!((images.len(), images.dims()), (2, [1, 1, 2]));
+/// let batch = images.batch(&[1, 0]);
+/// assert_eq!((batch.labels, batch.dims), (vec![9, 3], [2, 1, 1, 2]));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct ImageDataset {
     pixels: Arc<[u8]>,

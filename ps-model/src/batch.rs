@@ -40,6 +40,19 @@ pub enum BatchError {
 }
 
 /// Labelled images, `[batch, channels, height, width]` in row-major order.
+///
+/// ```
+/// use ps_model::{BatchError, ImageBatch};
+///
+/// // Two images of 2×2 pixels with one channel, and their classes.
+/// let pixels = vec![0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7];
+/// let batch = ImageBatch::new(pixels.clone(), vec![1, 0], [2, 1, 2, 2], 10)?;
+/// assert_eq!(batch.num_examples(), 2);
+///
+/// let error = ImageBatch::new(pixels, vec![1, 10], [2, 1, 2, 2], 10).unwrap_err();
+/// assert!(matches!(error, BatchError::LabelOutOfRange { label: 10, .. }));
+/// # Ok::<(), BatchError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImageBatch {
     images: Vec<f32>,

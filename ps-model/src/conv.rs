@@ -23,6 +23,17 @@ use burn::tensor::Tensor;
 /// `images: [batch, channels, height, width]`; result: `[batch, outputs, height - kernel height + 1, width
 /// - kernel width + 1]` for a layer without padding and with stride and dilation 1.
 ///
+/// ```
+/// use ps_model::burn::tensor::Tensor;
+/// use ps_model::{Rng, conv2d, default_device_name, seeded, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// let layer = seeded::conv2d(&mut Rng::new(1), [1, 3], 3, &device);
+/// let images = Tensor::<4>::ones([2, 1, 28, 28], &device);
+/// assert_eq!(conv2d(&layer, images).dims(), [2, 3, 26, 26]);
+/// # Ok::<(), ps_model::DeviceError>(())
+/// ```
+///
 /// # Panics
 ///
 /// Like `layer.forward`: if the images have another number of channels than the layer.

@@ -6,8 +6,7 @@
 //! - [`Model`]: the trait to implement for a model of your own, a burn module with a loss. [`ConvNet`] and
 //!   [`Net`] are two such models, for 28×28 images.
 //! - [`LocalModel`]: a model on a device. It takes flat weights, and computes losses and flat gradients.
-//! - [`Part`], [`Pass`]: a part of a model that other processes compute through; [`Seams`]: their side of
-//!   it.
+//! - [`part`]: a part of a model that other processes compute through, and their side of it.
 //! - [`conv2d`], [`max_pool2d`]: the operations of burn, faster on the backend `flex`.
 //! - [`FlatView`]: the flat view of any burn module.
 //! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
@@ -58,7 +57,6 @@
 
 #![warn(clippy::print_stdout)]
 
-mod activation;
 mod batch;
 mod conv;
 mod convnet;
@@ -69,13 +67,12 @@ mod loss;
 mod model;
 mod net;
 mod panic;
-mod part;
+pub mod part;
 mod pool;
 mod rest;
 mod rng;
 mod rule;
 mod rule_state;
-mod seams;
 pub mod seeded;
 mod step;
 mod stream;
@@ -84,7 +81,6 @@ mod survey;
 /// The version of burn that the types of this crate come from.
 pub use burn;
 
-pub use activation::{Activation, Array};
 pub use batch::{BatchError, ImageBatch};
 pub use conv::conv2d;
 pub use convnet::ConvNet;
@@ -94,10 +90,12 @@ pub use local::{LocalModel, ModelError};
 pub use loss::{nll_loss, num_correct};
 pub use model::{Evaluation, Model};
 pub use net::Net;
-pub use part::{MAX_CALLS, Part, PartError, Pass};
+pub use part::{
+    Activation, Array, AtSeam, Backward, LocalGradients, MAX_CALLS, Part, PartError, Pass,
+    SeamError, Seams,
+};
 pub use pool::max_pool2d;
 pub use rng::Rng;
 pub use rule::{BurnRule, ElementwiseConfig, RuleError};
 pub use rule_state::{RuleState, StateScalar, StateTensor, StateValue};
-pub use seams::{AtSeam, Backward, LocalGradients, SeamError, Seams};
 pub use step::{Step, StepSeed};

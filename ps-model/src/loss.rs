@@ -10,6 +10,21 @@ use crate::panic;
 /// `0..classes`. Formula: <https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html>
 /// with `reduction='mean'` and no weights.
 ///
+/// ```
+/// use ps_model::burn::tensor::{Tensor, activation::log_softmax};
+/// use ps_model::{default_device_name, nll_loss, num_correct, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// // Two examples and three classes. The second answer is wrong.
+/// let scores = Tensor::<2>::from_data([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0]], &device);
+/// let targets = Tensor::from_data([0, 2], &device);
+/// let log_probabilities = log_softmax(scores, 1);
+/// assert_eq!(num_correct(log_probabilities.clone(), targets.clone()), 1);
+/// let loss: f32 = nll_loss(log_probabilities, targets).into_scalar();
+/// assert!((loss - 4.5).abs() < 0.01, "{loss}"); // The mean of almost 0 and almost 9.
+/// # Ok::<(), ps_model::DeviceError>(())
+/// ```
+///
 /// # Panics
 ///
 /// If the batch sizes differ. A target out of range panics on the CPU and gives a wrong number on most

@@ -18,6 +18,17 @@ use burn::tensor::ops::MaxPoolOptions;
 /// `x: [batch, channels, height, width]`; result: `[batch, channels, height / size, width / size]`, rounded
 /// down.
 ///
+/// ```
+/// use ps_model::burn::tensor::Tensor;
+/// use ps_model::{default_device_name, max_pool2d, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// let x = Tensor::<4>::from_data([[[[1.0, 2.0], [4.0, 3.0]]]], &device);
+/// let largest: f32 = max_pool2d(x, 2).into_scalar();
+/// assert_eq!(largest, 4.0);
+/// # Ok::<(), ps_model::DeviceError>(())
+/// ```
+///
 /// # Panics
 ///
 /// Like burn's operation: if `size` is 0, or larger than the height or the width.

@@ -8,6 +8,17 @@
 /// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014,
 /// figure 17, with the constants of java.util.SplittableRandom). Fast and statistically sound
 /// for masks and initial weights; not for secrets.
+///
+/// ```
+/// use ps_model::Rng;
+///
+/// let mut rng = Rng::from_parts(&[42, 0]);
+/// let first = rng.uniform();
+/// assert!((0.0..1.0).contains(&first));
+/// // The same parts give the same bits on every machine.
+/// assert_eq!(Rng::from_parts(&[42, 0]).uniform(), first);
+/// assert_ne!(Rng::from_parts(&[0, 42]).uniform(), first);
+/// ```
 #[derive(Clone, Debug)]
 pub struct Rng {
     state: u64,

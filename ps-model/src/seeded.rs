@@ -18,6 +18,20 @@ use crate::rng::Rng;
 /// Makes a fully connected layer with a bias. Weight: `[inputs, outputs]`.
 ///
 /// (PyTorch stores the transposed matrix, `[outputs, inputs]`.)
+///
+/// ```
+/// use ps_model::burn::tensor::Tensor;
+/// use ps_model::{Rng, default_device_name, seeded, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// let layer = seeded::linear(&mut Rng::new(7), [3, 2], &device);
+/// let output = layer.forward(Tensor::<2>::ones([5, 3], &device));
+/// assert_eq!(output.dims(), [5, 2]);
+///
+/// let same = seeded::linear(&mut Rng::new(7), [3, 2], &device);
+/// assert_eq!(same.weight.val().into_data(), layer.weight.val().into_data());
+/// # Ok::<(), ps_model::DeviceError>(())
+/// ```
 #[must_use]
 pub fn linear(rng: &mut Rng, [inputs, outputs]: [usize; 2], device: &Device) -> Linear {
     // `init` is lazy: it draws no number from burn's stream.

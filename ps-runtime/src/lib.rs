@@ -27,6 +27,7 @@ pub mod net;
 pub mod parallel;
 pub mod remote;
 mod schema;
+mod sync;
 #[cfg(any(test, feature = "test-util"))]
 pub mod test_util;
 

@@ -1,7 +1,7 @@
 //! Models, or parts of one, that live with a server: trainers send inputs, not gradients.
 //!
 //! These are the counterparts of remote references, distributed autograd and the distributed optimizer in
-//! PyTorch's RPC guide. A [`PartServer`] runs a [`Part`](ps_model::Part) for trainers. Its weights are
+//! PyTorch's RPC guide. A [`PartServer`] runs a [`Part`] for trainers. Its weights are
 //! those of an ordinary [`ServerGroup`](ps_actors::group::ServerGroup), with one or several servers, any
 //! update rule and any consistency mode. So several part servers can compute with the same weights. A
 //! trainer uses one [`Context`] for each step:
@@ -58,6 +58,9 @@
 //! | `contexts` | which computations it remembers, and for how long |
 //! | `context`, `optimizer` | the trainer's side |
 //! | `parameter` | references to single parameters |
+//!
+//! What is computed inside one process is in `ps-model/src/part/`: it knows no actors. Its types that a
+//! program needs are also here, so this module is the only one to name.
 
 mod context;
 mod contexts;
@@ -75,3 +78,5 @@ pub use messages::{
 pub use optimizer::{DistributedOptimizer, OptimizerError};
 pub use parameter::{ParameterRef, parameters};
 pub use server::{PartConfig, PartServer, host_parts, serve_part};
+
+pub use ps_model::{Activation, Array, LocalGradients, MAX_CALLS, Part, PartError, SeamError};

@@ -64,6 +64,34 @@ pub enum OptimizerError {
 ///
 /// The servers of each part decide by which rule, at which learning rate and when the weights change. A
 /// part that is not added computes outputs and gradients of its inputs, but is not trained.
+///
+/// ```
+/// use ps::prelude::*;
+/// use ps::served::{DistributedOptimizer, PartConfig, serve_part};
+///
+/// # let device = select_device(default_device_name())?;
+/// # let net = ConvNet::init(1, &device);
+/// # let config = ServerConfig { consistency: Consistency::Asp, ..ServerConfig::default() };
+/// # let weights = initial_weights(&net, &device)?;
+/// # let server = ParameterServer::new(&weights, Sgd::new(), config)?.spawn()?;
+/// # let part = serve_part(&net, &device, &server.clone().into(), PartConfig::default())?;
+/// let batch = Examples::batch(&Mnist::bundled_sample().train, &[0, 1, 2, 3]);
+/// run(async {
+///     let mut optimizer = DistributedOptimizer::new(WorkerId(0), 1);
+///     optimizer.add(&part).await?;
+///
+///     let mut context = optimizer.begin();
+///     let output = context.forward(&part, batch.images_on(&device)).await?;
+///     let labels = batch.labels_on(&output.device());
+///     context.backward(&nll_loss(output, labels)).await?;
+///     let outcomes = optimizer.step(context).await?;
+///     assert_eq!(outcomes[0].version(), Version(1));
+///     optimizer.leave().await?;
+///     Ok::<(), Box<dyn std::error::Error>>(())
+/// })?;
+/// assert_eq!(server.ask(GetWeights).wait()?.version(), Version(1));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct DistributedOptimizer {
     trainer: WorkerId,
     incarnation: Incarnation,

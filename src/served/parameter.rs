@@ -22,6 +22,27 @@ pub struct ParameterRef<P: Part> {
 
 /// Returns references to all parameters of a part. (In PyTorch, this is `get_param_rrefs`.)
 ///
+/// ```
+/// use ps::prelude::*;
+/// use ps::served::{PartConfig, parameters, serve_part};
+///
+/// # let device = select_device(default_device_name())?;
+/// # let net = ConvNet::init(1, &device);
+/// # let config = ServerConfig { consistency: Consistency::Asp, ..ServerConfig::default() };
+/// # let weights = initial_weights(&net, &device)?;
+/// # let server = ParameterServer::new(&weights, Sgd::new(), config)?.spawn()?;
+/// # let part = serve_part(&net, &device, &server.clone().into(), PartConfig::default())?;
+/// run(async {
+///     let parameters = parameters(&part).await?;
+///     let bias = parameters.iter().find(|parameter| parameter.name() == "fc.bias");
+///     let bias = bias.expect("the net has this layer");
+///     assert_eq!(bias.shape(), [10]);
+///     assert_eq!(bias.fetch().await?.values.len(), 10);
+///     Ok::<(), Box<dyn std::error::Error>>(())
+/// })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// If the part server cannot be reached.
 pub async fn parameters<P: Part>(

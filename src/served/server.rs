@@ -78,6 +78,22 @@ enum State<P: Part> {
 /// The servers must have been started with the [`initial_weights`](crate::source::initial_weights) of the
 /// same part. For an example, see the [module](super).
 ///
+/// ```
+/// use ps::prelude::*;
+/// use ps::served::{GetPartStatus, PartConfig, infer, serve_part};
+///
+/// let device = select_device(default_device_name())?;
+/// let net = ConvNet::init(1, &device);
+/// let weights = initial_weights(&net, &device)?;
+/// let server = ParameterServer::new(&weights, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// let part = serve_part(&net, &device, &server.into(), PartConfig::default())?;
+///
+/// let images = Examples::batch(&Mnist::bundled_sample().test, &[0, 1]).images_on(&device);
+/// assert_eq!(run(infer(&part, images))?.dims(), [2, 10]);
+/// assert_eq!(part.ask(GetPartStatus).wait()?.version, Some(Version(0)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Errors
 /// If the part has no flat weights, if the device fails, or if the operating system starts no thread.
 #[expect(
@@ -103,6 +119,23 @@ pub fn serve_part<P: Part>(
 
 /// Lets every process of a cluster make part servers with copies of `part`, by
 /// `cluster.spawn::<PartServer<_>>(servers)`. A process with another part cannot join.
+///
+/// ```
+/// use ps::prelude::*;
+/// use ps::served::{PartConfig, PartServer, host_parts, infer};
+///
+/// let device = select_device(default_device_name())?;
+/// let net = ConvNet::init(1, &device);
+/// let hosts = host_parts(Hosts::new(), &net, &device, PartConfig::default());
+/// let cluster = Cluster::alone(hosts); // Or `Cluster::listen`, and nodes with the same hosts.
+///
+/// let weights = initial_weights(&net, &device)?;
+/// let server = ParameterServer::new(&weights, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// let part = cluster.spawn::<PartServer<ConvNet>>(server.into()).wait()?;
+/// let images = Examples::batch(&Mnist::bundled_sample().test, &[0]).images_on(&device);
+/// assert_eq!(run(infer(&part, images))?.dims(), [1, 10]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use]
 pub fn host_parts<P: Part>(hosts: Hosts, part: &P, device: &Device, config: PartConfig) -> Hosts {
     let hosts = agree_on_model(hosts, part, device);

@@ -126,6 +126,34 @@ fn an_interrupted_driver_saves_a_checkpoint_and_says_how_to_go_on() {
     }
 }
 
+/// As Slurm, mpirun and others do: SIGTERM goes to all processes at once, also to those with the servers.
+#[test]
+fn a_run_of_which_all_processes_are_asked_to_end_saves_a_checkpoint() {
+    let directory = tempfile::tempdir().unwrap();
+    let arguments = words(
+        &[
+            "--iterations",
+            "1000000",
+            "--processes",
+            "3",
+            "--num-servers",
+            "2",
+            "--servers-on-nodes",
+        ],
+        directory.path(),
+    );
+    let mut run = Run::start("sharded_ps", &arguments);
+    let nodes = [(); 2].map(|()| run.wait_for_node("node=node"));
+    run.wait_for(&["Iter ", "accuracy is"]);
+    for process in [nodes[0], nodes[1], run.driver.id()] {
+        signal("TERM", process);
+    }
+    let (status, output) = run.finish();
+    assert_eq!(status.code(), Some(0), "{output}");
+    // One that was saved on the way would be there, too.
+    assert!(output.contains("To go on: "), "{output}");
+}
+
 /// The servers are lost with their node. The run goes on from what they had at the last checkpoint, with the
 /// bits of a run that nothing happened to.
 #[test]
@@ -251,4 +279,66 @@ fn a_server_that_is_killed_loses_no_update_with_a_log() {
             assert!(numbers(directory.path()) == numbers(whole.path()));
         }
     }
+}
+
+/// S-13, S-15: killed at random moments, most often while a checkpoint or the log is being written, and started
+/// again by the same command. `PS_KILL_SEED` chooses the moments, `PS_KILLS` how many.
+#[test]
+fn a_driver_that_is_killed_again_and_again_ends_with_the_right_bits() {
+    let number = |name: &str, or: u64| match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is no number: {text}")),
+        Err(_) => or,
+    };
+    let (mut dice, num_kills) = (number("PS_KILL_SEED", 1), number("PS_KILLS", 6));
+    println!("PS_KILL_SEED={dice}");
+    // More than are made until the last kill.
+    let num_steps = 800 * (num_kills + 1);
+    let iterations = num_steps.to_string();
+    let training = ["--iterations", &iterations, "--num-servers", "2"];
+    let whole = tempfile::tempdir().unwrap();
+    let (status, output) = Run::start("sharded_ps", &words(&training, whole.path())).finish();
+    assert!(status.success(), "{output}");
+
+    let directory = tempfile::tempdir().unwrap();
+    let dir = directory.path().to_str().unwrap();
+    let saving = [
+        "--checkpoint-dir",
+        dir,
+        "--checkpoint-every",
+        "7",
+        "--keep-checkpoints",
+        "1",
+    ];
+    let arguments = [&training[..], &saving, &["--update-log", "--resume"]].concat();
+    let mut reached = 0;
+    for _ in 0..num_kills {
+        let mut run = Run::start("sharded_ps", &arguments);
+        // The generator of Knuth's MMIX.
+        dice = dice
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        for _ in 0..=(dice >> 33) % 6 {
+            run.wait_for(&["saved a checkpoint"]);
+        }
+        signal("KILL", run.driver.id());
+        let (_, output) = run.finish();
+        let (version, _) = newest(directory.path()).expect("there is one");
+        assert!(version >= reached, "{reached}, then {version}: {output}");
+        reached = version;
+    }
+    let (status, output) = Run::start("sharded_ps", &arguments).finish();
+    assert!(status.success(), "{output}");
+    assert!(
+        output.contains(&format!(
+            "{num_steps} updates of {} gradients",
+            2 * num_steps
+        )),
+        "{output}"
+    );
+    assert!(
+        numbers(directory.path()) == numbers(whole.path()),
+        "{output}"
+    );
 }

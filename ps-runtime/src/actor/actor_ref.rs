@@ -10,8 +10,9 @@ use std::time::Duration;
 use actix::{Actor, Context, Handler, Message};
 
 use super::background;
-use super::error::{CallError, NotDelivered, Undelivered};
-use super::mailbox::{ActorId, Mailbox, Phase};
+use super::book::{ActorId, Book};
+use super::error::{CallError, NotDelivered};
+use super::mailbox::{Mailbox, Phase};
 use super::port::{Begun, How, Port};
 use super::registry::AnyMailbox;
 use super::reply::Reply;
@@ -92,6 +93,13 @@ impl<A: Actor> ActorRef<A> {
         &self.handle.target
     }
 
+    fn book(&self) -> &Book {
+        match self.target() {
+            Target::Here(mailbox) => mailbox.book(),
+            Target::There(port) => port.book(),
+        }
+    }
+
     /// The queue of an actor of this process.
     ///
     /// # Panics
@@ -146,18 +154,12 @@ impl<A: Actor> ActorRef<A> {
 
     /// The actor's id in this process. An actor of another process also has an id here.
     pub fn id(&self) -> ActorId {
-        match self.target() {
-            Target::Here(mailbox) => mailbox.id(),
-            Target::There(port) => port.id(),
-        }
+        self.book().id()
     }
 
     /// The actor's name. An actor that was given no name has its type and id as name, like `Counter#7`.
     pub fn name(&self) -> &str {
-        match self.target() {
-            Target::Here(mailbox) => mailbox.name(),
-            Target::There(port) => port.name(),
-        }
+        self.book().name()
     }
 
     /// Whether the actor runs in this process.
@@ -178,10 +180,7 @@ impl<A: Actor> ActorRef<A> {
     /// How many calls are queued or running. For an actor of another process, only the calls of this
     /// process are counted.
     pub fn pending(&self) -> usize {
-        match self.target() {
-            Target::Here(mailbox) => mailbox.pending(),
-            Target::There(port) => port.pending(),
-        }
+        self.book().pending()
     }
 
     /// How many times the actor has been restarted after a panic. For an actor of another process it is
@@ -196,10 +195,7 @@ impl<A: Actor> ActorRef<A> {
     /// How many messages sent to this actor with [`ActorRef::tell`] were lost after they had been queued.
     /// For an actor of another process, only the messages of this process are counted.
     pub fn dead_letters(&self) -> u64 {
-        match self.target() {
-            Target::Here(mailbox) => mailbox.dead_letters(),
-            Target::There(port) => port.dead_letters(),
-        }
+        self.book().dead_letters()
     }
 
     /// Stops the actor gracefully: it takes no more calls, runs the calls that are queued, waits for
@@ -428,8 +424,8 @@ impl<A: Actor<Context = Context<A>>> ActorRef<A> {
         match self.target() {
             Target::Here(mailbox) => Reply::started(mailbox.push_when_ready(message).await),
             Target::There(port) => {
-                let how = match port.take_room().await {
-                    true => How::InRoom,
+                let how = match port.book().wait_for_slot().await {
+                    true => How::InSlot,
                     // It says how the actor ended.
                     false => How::Ask(None),
                 };
@@ -490,14 +486,11 @@ where
         return *begun.expect("a port begins the call that it was given");
     }
     let message = message.expect("a port that does not take a message leaves it");
-    Err(CallError::NotDelivered {
-        actor: Arc::clone(port.name()),
-        reason: NotDelivered::NotRegistered {
-            message: type_name::<M>().to_owned(),
-            actor_type: type_name::<A>().to_owned(),
-        },
-        message: Undelivered::new(message),
-    })
+    let reason = NotDelivered::NotRegistered {
+        message: type_name::<M>().to_owned(),
+        actor_type: type_name::<A>().to_owned(),
+    };
+    Err(port.book().undelivered(message, reason))
 }
 
 impl<A: Actor> Clone for ActorRef<A> {

@@ -19,7 +19,7 @@ use tokio::runtime::{Handle, Runtime};
 use tokio::task::AbortHandle;
 use tokio::time::Sleep;
 
-use super::mailbox::ActorId;
+use super::book::ActorId;
 use crate::busy_poll::BusyPoll;
 
 thread_local! {

@@ -1,66 +1,23 @@
-//! One actor's queue, the bound on its calls, and its phase. References and supervisor share it.
+//! One actor's queue and its phase. References and supervisor share it.
 //!
-//! A call takes a slot when it is queued and gives it back when it is over, so the slots bound
-//! queued and running calls together. Locks are taken in the order queue, then call. No message or
-//! result is dropped under either lock: it may own a reference whose drop locks this same queue.
+//! Locks are taken in the order queue, then call. No message or result is dropped under either lock: it may
+//! own a reference whose drop locks this same queue.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use actix::{Actor, Context, Handler, Message};
-use futures_util::task::AtomicWaker;
-use tokio::sync::{Semaphore, TryAcquireError, watch};
+use tokio::sync::watch;
 
-use super::call::{Call, Held, Loss, QueuedCall};
-use super::error::{CallError, NotDelivered, Undelivered};
+use super::book::{ActorId, Book};
+use super::call::Call;
+use super::error::{CallError, NotDelivered};
+use super::queued::{Held, Here, Loss, QueuedCall};
 use crate::deadline::Deadline;
-
-/// Identifies an actor within this process. A number is never used twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ActorId(u64);
-
-impl ActorId {
-    pub(crate) fn next() -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
-    }
-
-    pub(crate) fn number(self) -> u64 {
-        self.0
-    }
-}
-
-impl fmt::Display for ActorId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)
-    }
-}
-
-static DEAD_LETTERS: AtomicU64 = AtomicU64::new(0);
-
-/// Returns how many messages sent with `tell` this process has lost after it had queued them.
-///
-/// A message is lost when its actor stops before the handler begins, or panics while the handler runs.
-/// Each loss is also logged as a warning.
-pub fn dead_letters() -> u64 {
-    DEAD_LETTERS.load(Ordering::Relaxed)
-}
-
-/// Counts and logs the loss of a message that was sent with `tell`.
-pub(crate) fn count_dead_letter(
-    of_actor: &AtomicU64,
-    actor: &str,
-    message: &'static str,
-    error: &CallError,
-) {
-    of_actor.fetch_add(1, Ordering::Relaxed);
-    DEAD_LETTERS.fetch_add(1, Ordering::Relaxed);
-    tracing::warn!(actor, message, %error, "a message sent with tell was lost");
-}
+use crate::sync::{AtomicWaker, Mutex, MutexGuard};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -84,14 +41,10 @@ pub(crate) enum Next<A: Actor> {
 }
 
 pub(crate) struct Mailbox<A: Actor> {
-    id: ActorId,
-    name: Arc<str>,
-    max_pending: usize,
-    slots: Semaphore,
+    book: Book,
     queue: Mutex<Queue<A>>,
     supervisor: AtomicWaker,
     restarts: AtomicU32,
-    dead_letters: AtomicU64,
     ended: watch::Sender<bool>,
 }
 
@@ -111,10 +64,7 @@ struct Queue<A: Actor> {
 impl<A: Actor> Mailbox<A> {
     pub(crate) fn new(id: ActorId, name: Arc<str>, max_pending: usize) -> Self {
         Self {
-            id,
-            name,
-            max_pending,
-            slots: Semaphore::new(max_pending),
+            book: Book::new(id, name, max_pending),
             queue: Mutex::new(Queue {
                 phase: Phase::Open,
                 queued: VecDeque::new(),
@@ -125,7 +75,6 @@ impl<A: Actor> Mailbox<A> {
             }),
             supervisor: AtomicWaker::new(),
             restarts: AtomicU32::new(0),
-            dead_letters: AtomicU64::new(0),
             ended: watch::Sender::new(false),
         }
     }
@@ -135,29 +84,20 @@ impl<A: Actor> Mailbox<A> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn book(&self) -> &Book {
+        &self.book
+    }
+
     pub(crate) fn id(&self) -> ActorId {
-        self.id
+        self.book.id()
     }
 
     pub(crate) fn name(&self) -> &Arc<str> {
-        &self.name
-    }
-
-    pub(crate) fn max_pending(&self) -> usize {
-        self.max_pending
-    }
-
-    pub(crate) fn pending(&self) -> usize {
-        self.max_pending
-            .saturating_sub(self.slots.available_permits())
+        self.book.name()
     }
 
     pub(crate) fn restarts(&self) -> u32 {
         self.restarts.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn dead_letters(&self) -> u64 {
-        self.dead_letters.load(Ordering::Relaxed)
     }
 
     pub(crate) fn phase(&self) -> Phase {
@@ -180,14 +120,14 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         self: &Arc<Self>,
         message: M,
         told: bool,
-    ) -> Result<Arc<Call<A, M>>, CallError>
+    ) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        let message = self.take_slot(message)?;
-        self.push_into_slot(Call::new(Arc::clone(self), message, told))
+        let message = self.book.take_slot(message, || self.stopped())?;
+        self.push_into_slot(Call::queued(Arc::clone(self), message, told, None, None))
     }
 
     /// Queues a call if a slot is free, with a value that it holds and with its deadline. `held` is
@@ -197,49 +137,34 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
         message: M,
         held: Option<Held>,
         deadline: Option<Deadline>,
-    ) -> Result<Arc<Call<A, M>>, CallError>
+    ) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        let message = self.take_slot(message)?;
-        let call = Call::new(Arc::clone(self), message, false);
-        self.push_into_slot(call.holding(held).due(deadline))
-    }
-
-    fn take_slot<M: Send + 'static>(&self, message: M) -> Result<M, CallError> {
-        match self.slots.try_acquire() {
-            Ok(slot) => {
-                slot.forget();
-                Ok(message)
-            }
-            Err(TryAcquireError::NoPermits) => {
-                let limit = self.max_pending;
-                Err(self.undelivered(message, NotDelivered::QueueFull { limit }))
-            }
-            Err(TryAcquireError::Closed) => Err(self.undelivered(message, self.stopped())),
-        }
+        let message = self.book.take_slot(message, || self.stopped())?;
+        let call = Call::queued(Arc::clone(self), message, false, held, deadline);
+        self.push_into_slot(call)
     }
 
     /// Waits for a slot, in the order of arrival, and queues a call.
     pub(crate) async fn push_when_ready<M>(
         self: &Arc<Self>,
         message: M,
-    ) -> Result<Arc<Call<A, M>>, CallError>
+    ) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
         M::Result: Send,
     {
-        match self.slots.acquire().await {
-            Ok(slot) => slot.forget(),
-            Err(_closed) => return Err(self.undelivered(message, self.stopped())),
+        if !self.book.wait_for_slot().await {
+            return Err(self.book.undelivered(message, self.stopped()));
         }
-        self.push_into_slot(Call::new(Arc::clone(self), message, false))
+        self.push_into_slot(Call::queued(Arc::clone(self), message, false, None, None))
     }
 
-    fn push_into_slot<M>(&self, call: Call<A, M>) -> Result<Arc<Call<A, M>>, CallError>
+    fn push_into_slot<M>(&self, call: Call<Here<A, M>>) -> Result<Arc<Call<Here<A, M>>>, CallError>
     where
         A: Handler<M>,
         M: Message + Send + 'static,
@@ -259,27 +184,15 @@ impl<A: Actor<Context = Context<A>>> Mailbox<A> {
 }
 
 impl<A: Actor> Mailbox<A> {
-    pub(crate) fn undelivered<M: Send + 'static>(
-        &self,
-        message: M,
-        reason: NotDelivered,
-    ) -> CallError {
-        CallError::NotDelivered {
-            actor: Arc::clone(&self.name),
-            reason,
-            message: Undelivered::new(message),
-        }
-    }
-
     fn stopped(&self) -> NotDelivered {
         NotDelivered::Stopped {
             panic: self.lock().last_panic.clone(),
         }
     }
 
-    /// Gives back the slot of a call that is over.
-    pub(crate) fn release_slot(&self) {
-        self.slots.add_permits(1);
+    #[cfg(test)]
+    pub(super) fn num_queued(&self) -> usize {
+        self.lock().queued.len()
     }
 
     /// Counts a queued call that was given up, and removes such calls when they are half of the queue.
@@ -293,18 +206,13 @@ impl<A: Actor> Mailbox<A> {
         }
     }
 
-    /// Counts and logs the loss of a message that was sent with `tell`.
-    pub(crate) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
-        count_dead_letter(&self.dead_letters, &self.name, message, error);
-    }
-
     /// Takes no more calls, and lets the actor end when the queued and running calls are done.
     pub(crate) fn close(&self) {
         let mut queue = self.lock();
         if queue.phase == Phase::Open {
             queue.phase = Phase::Closing;
             drop(queue);
-            self.slots.close();
+            self.book.close();
             self.supervisor.wake();
         }
     }
@@ -318,7 +226,7 @@ impl<A: Actor> Mailbox<A> {
             }
             mem::take(&mut queue.queued)
         };
-        self.slots.close();
+        self.book.close();
         self.fail_all(queued);
         self.supervisor.wake();
     }
@@ -343,7 +251,7 @@ impl<A: Actor> Mailbox<A> {
         for call in calls {
             // `fail` may drop a message whose destructor panics. The other calls must still be failed.
             if catch_unwind(AssertUnwindSafe(|| call.fail(&loss))).is_err() {
-                tracing::error!(actor = %self.name, "a message panicked while it was dropped");
+                tracing::error!(actor = %self.name(), "a message panicked while it was dropped");
             }
         }
     }
@@ -406,39 +314,5 @@ impl<A: Actor> Mailbox<A> {
         self.fail_running();
         self.lock().phase = Phase::Ended;
         self.ended.send_replace(true);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::call::ReplySlot;
-    use super::*;
-
-    struct Idle;
-
-    impl Actor for Idle {
-        type Context = Context<Self>;
-    }
-
-    #[derive(Message)]
-    #[rtype(result = "()")]
-    struct Ping;
-
-    impl Handler<Ping> for Idle {
-        type Result = ();
-
-        fn handle(&mut self, _: Ping, _: &mut Context<Self>) {}
-    }
-
-    #[test]
-    fn calls_taken_back_do_not_fill_the_queue_of_a_stuck_actor() {
-        let mailbox = Arc::new(Mailbox::<Idle>::new(ActorId::next(), "idle".into(), 16));
-        let _kept: Vec<_> = (0..8).map(|_| mailbox.push(Ping, false).unwrap()).collect();
-        for _ in 0..10_000 {
-            mailbox.push(Ping, false).unwrap().abandon();
-            assert!(mailbox.lock().queued.len() <= 2 * 8 + 1);
-        }
-        assert_eq!(mailbox.pending(), 8);
-        mailbox.finish();
     }
 }

@@ -21,11 +21,13 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `actor_ref` | the reference that callers hold |
-//! | `call` | the stages of one call: queued, running, done |
+//! | `call` | one call, to an actor here or elsewhere: waiting, running, settled |
+//! | `queued` | a call through the queue of an actor of this process |
 //! | `port` | what a reference needs of an actor in another process |
 //! | `caller_gone` | tells a handler that its caller no longer waits |
 //! | `reply`, `pending` | the caller's side of one call, of many calls |
-//! | `mailbox` | the queue, the bound on it, and the actor's phase |
+//! | `book` | what a caller's process knows of an actor: its id and name, the calls under way |
+//! | `mailbox` | the queue of an actor of this process, and the actor's phase |
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
 //! | `spawn`, `registry` | options, names, all actors of the process |
 //! | `shutdown` | ends actors within a bound |
@@ -64,6 +66,7 @@
 
 pub(crate) mod actor_ref;
 pub(crate) mod background;
+pub(crate) mod book;
 pub(crate) mod call;
 mod caller_gone;
 pub(crate) mod error;
@@ -71,20 +74,23 @@ pub(crate) mod mailbox;
 mod pending;
 pub(crate) mod port;
 mod pump;
+mod queued;
 pub(crate) mod registry;
 mod reply;
 mod shutdown;
 mod spawn;
 pub(crate) mod supervisor;
+#[cfg(test)]
+mod tests;
 
 pub use actor_ref::ActorRef;
 pub use background::{Background, in_background, run, sleep, try_run};
+pub use book::{ActorId, dead_letters};
 pub use caller_gone::{CallerGone, caller_gone};
 pub use error::{
     AskError, CallError, LookupError, NoReply, NotDelivered, SpawnError, StillRunning, Undelivered,
     UnknownOutcome, error_chain,
 };
-pub use mailbox::{ActorId, dead_letters};
 pub use pending::Pending;
 pub use registry::lookup;
 pub use reply::{FlatReply, Reply};

@@ -12,8 +12,8 @@ use futures_util::Stream;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::background;
+use super::book::ActorId;
 use super::error::{CallError, NoReply};
-use super::mailbox::ActorId;
 use super::reply::Reply;
 
 /// A set of replies that returns them in the order in which they become ready. The caller gives each

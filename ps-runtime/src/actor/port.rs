@@ -8,25 +8,19 @@ use std::sync::Arc;
 use actix::{Actor, Message};
 use futures_util::future::BoxFuture;
 
+use super::book::Book;
 use super::call::ReplySlot;
 use super::error::CallError;
-use super::mailbox::ActorId;
 use super::registry::AnyMailbox;
 use crate::deadline::Deadline;
 
 /// An actor elsewhere, shared by all references to it in this process.
 pub(crate) trait Port<A: Actor>: Send + Sync {
-    fn id(&self) -> ActorId;
-
-    fn name(&self) -> &Arc<str>;
+    /// What this process knows of the actor, and the slots for its calls to it.
+    fn book(&self) -> &Book;
 
     /// Whether this process has not heard of its end.
     fn is_alive(&self) -> bool;
-
-    /// How many calls of this process are under way.
-    fn pending(&self) -> usize;
-
-    fn dead_letters(&self) -> u64;
 
     fn stop(&self);
 
@@ -40,10 +34,6 @@ pub(crate) trait Port<A: Actor>: Send + Sync {
 
     /// The actor as a shutdown sees it.
     fn mailbox(&self) -> Arc<dyn AnyMailbox>;
-
-    /// Waits until the actor has room for a call of this process, first come first served, and takes the
-    /// room. False if it has ended.
-    fn take_room(&self) -> BoxFuture<'_, bool>;
 
     /// Begins a call with a message of type `M`, named by its id. `message` is an `Option<M>` with the
     /// message, which is taken out; what is returned is a [`Begun<M>`]. `None`, with the message left where it
@@ -60,10 +50,10 @@ pub(crate) type Begun<M> = Result<Arc<dyn ReplySlot<<M as Message>::Result>>, Ca
 /// How a call is made.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum How {
-    /// If there is room. Its handler is to begin before the deadline.
+    /// If a slot is free. Its handler is to begin before the deadline.
     Ask(Option<Deadline>),
-    /// If there is room, without a reply.
+    /// If a slot is free, without a reply.
     Tell,
-    /// In the room that was taken for it.
-    InRoom,
+    /// In the slot that was taken for it.
+    InSlot,
 }

@@ -15,8 +15,8 @@ use actix::{Actor, ActorContext, AsyncContext, Context};
 use futures_util::future::LocalBoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 
-use super::call::{InFlight, Loss, QueuedCall};
 use super::mailbox::{Mailbox, Next};
+use super::queued::{InFlight, Loss, QueuedCall};
 use crate::busy_poll::BusyPoll;
 
 /// How many calls run before timers, streams and other items of the actor are polled.

@@ -12,8 +12,9 @@ use actix::Actor;
 use tokio::sync::watch;
 
 use super::actor_ref::{ActorRef, Handle};
+use super::book::ActorId;
 use super::error::LookupError;
-use super::mailbox::{ActorId, Mailbox, Phase};
+use super::mailbox::{Mailbox, Phase};
 
 /// Finds a living actor of this process by its name.
 ///

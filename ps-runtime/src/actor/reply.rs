@@ -11,9 +11,9 @@ use tokio::task::coop::{Unconstrained, unconstrained};
 use tokio::time::Sleep;
 
 use super::background;
+use super::book::ActorId;
 use super::call::{GiveUp, ReplySlot};
 use super::error::{AskError, CallError};
-use super::mailbox::ActorId;
 use crate::busy_poll::Awaiting;
 
 /// The result of a call that is under way. Await it, or block on it with [`wait`](Self::wait).

@@ -14,8 +14,9 @@ use actix::{Actor, Context, System};
 
 use super::actor_ref::{ActorRef, Handle};
 use super::background;
+use super::book::ActorId;
 use super::error::SpawnError;
-use super::mailbox::{ActorId, Mailbox, Phase};
+use super::mailbox::{Mailbox, Phase};
 use super::registry::{self, Entry};
 use super::supervisor::Supervisor;
 
@@ -90,6 +91,38 @@ where
 ///
 /// A restart builds a new actor from the factory. The actor's state is lost; its queue is kept. A panic
 /// that exceeds this policy ends the actor.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # #[derive(Message)]
+/// # #[rtype(result = "()")]
+/// # struct Fail;
+/// # impl Handler<Fail> for Counter {
+/// #     type Result = ();
+/// #     fn handle(&mut self, _: Fail, _: &mut Context<Self>) { panic!("as the example wants it") }
+/// # }
+/// use std::time::Duration;
+///
+/// use ps_runtime::{RestartPolicy, Spawn};
+///
+/// let once_a_minute = RestartPolicy { max_restarts: 1, within: Duration::from_secs(60) };
+/// let counter = Spawn::new().restart(once_a_minute).start(|| Counter(0))?;
+/// counter.ask(Add(5)).wait()?;
+/// assert!(counter.ask(Fail).wait().is_err());
+/// // It was built again, so it counts from 0.
+/// assert_eq!(counter.ask(Add(1)).wait()?, 1);
+/// assert_eq!(counter.restarts(), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RestartPolicy {
     /// How many restarts are allowed in any window of length `within`. With 0, the first panic ends the

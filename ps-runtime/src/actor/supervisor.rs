@@ -16,9 +16,9 @@ use std::time::Instant;
 use actix::dev::ContextFut;
 use actix::{Actor, ActorContext, AsyncContext, Context};
 
-use super::call::Loss;
 use super::mailbox::{Mailbox, Phase};
 use super::pump::{Pump, Replies};
+use super::queued::Loss;
 use super::spawn::RestartPolicy;
 
 /// Runs an actor from its first start to its end.

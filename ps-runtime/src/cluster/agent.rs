@@ -344,20 +344,20 @@ impl TaskScope {
             .find_actor(&self.process, &find.type_name, &find.name)
     }
 
-    /// Makes no more actors, and lets the actors that hand over finish their work. The future is ready when
-    /// they have ended.
+    /// Makes no more actors, and lets the actors that hand over finish their work. The others go on. The
+    /// future is ready when all have ended.
+    ///
+    /// The others are waited for because a launcher often asks all processes at once to end. The driver then
+    /// still needs the servers, to save a checkpoint.
     pub(crate) async fn hand_over(&self) {
         self.is_leaving.store(true, Ordering::Release);
         let made: Vec<_> = self.made().values().cloned().collect();
-        let mut ending = Vec::new();
-        for actor in made {
-            if (actor.hand_over)() {
-                ending.push(actor);
-            } else if !*actor.ended.borrow() {
+        for actor in &made {
+            if !(actor.hand_over)() && !*actor.ended.borrow() {
                 tracing::warn!(actor = %actor.name, "it cannot hand over: it ends with its node");
             }
         }
-        for actor in ending {
+        for actor in made {
             // An error means that the actor's mailbox is gone, and the actor with it.
             let _ = actor.ended.clone().wait_for(|ended| *ended).await;
         }

@@ -112,6 +112,27 @@ pub enum Placement {
 }
 
 /// What the driver knows about a node.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts, Node};
+///
+/// let local = ([127, 0, 0, 1], 0).into();
+/// let cluster = Cluster::listen(ClusterConfig::default(), local, Hosts::new())?;
+/// let address = cluster.address().expect("it has a TCP socket").to_string();
+/// // Usually the node is another process.
+/// let node = Node::new(ClusterConfig::default(), 1, 0, address, Hosts::new()).serve();
+/// cluster.wait_for_nodes(1, Duration::from_secs(30)).wait()?;
+///
+/// let nodes = cluster.nodes();
+/// assert_eq!(nodes[0].node.rank, 1);
+/// assert_eq!(nodes[0].pid, std::process::id());
+/// println!("{} offers {}", nodes[0].host, nodes[0].resources);
+/// # cluster.release().wait();
+/// # node.wait()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct NodeInfo {
     /// The rank and the incarnation of the node.

@@ -187,6 +187,22 @@ impl Hosts {
 
     /// Hosts values of type `T` that other processes send to this process; see
     /// [`RemoteRef::new_on`](super::RemoteRef::new_on).
+    ///
+    /// ```
+    /// use ps_runtime::cluster::{Cluster, Hosts, RemoteRef, SpawnOn, Value};
+    /// use serde::{Deserialize, Serialize};
+    ///
+    /// #[derive(Clone, Serialize, Deserialize)]
+    /// struct Names(Vec<String>);
+    ///
+    /// impl Value for Names {}
+    ///
+    /// let cluster = Cluster::alone(Hosts::new().values::<Names>());
+    /// let names = Names(vec!["one".to_owned()]);
+    /// let names = RemoteRef::new_on(&cluster, SpawnOn::new(), names).wait()?;
+    /// assert_eq!(names.fetch().wait()?.0, ["one"]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn values<T: Value>(self) -> Self {
         self.host_with(Owned::<T>::options(), |value: T| Ok(Owned::new(value)))
@@ -194,6 +210,36 @@ impl Hosts {
 
     /// Lets other processes find actors of type `A` by name, even if this process has started them
     /// itself. A type that is hosted is found anyway.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # use serde::{Deserialize, Serialize};
+    /// # struct Counter(u64);
+    /// # impl Actor for Counter { type Context = Context<Self>; }
+    /// # #[derive(Message, Serialize, Deserialize)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Add(u64);
+    /// # impl Handler<Add> for Counter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+    /// # }
+    /// # impl Remote for Counter {
+    /// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+    /// # }
+    /// # impl Hosted for Counter { type Args = u64; }
+    /// use ps_runtime::Spawn;
+    /// use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts};
+    ///
+    /// // This process starts the counter itself. Nodes could not make one, but can find it.
+    /// let visits = Spawn::new().name("visits of the driver").start(|| Counter(40))?;
+    /// let cluster = Cluster::alone(Hosts::new().find::<Counter>());
+    /// let found = cluster.lookup::<Counter>("visits of the driver").wait();
+    /// assert_eq!(found.expect("it is alive").ask(Add(2)).wait()?, 42);
+    /// # drop(visits);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn find<A: Remote>(mut self) -> Self {
         self.finders.insert(type_name::<A>(), find_here::<A>);

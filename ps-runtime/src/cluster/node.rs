@@ -207,7 +207,7 @@ impl Node {
             membership.scope.hand_over().await;
         };
         if tokio::time::timeout(grace, handed_over).await.is_err() {
-            tracing::warn!(?grace, "leaving before all steps are finished");
+            tracing::warn!(?grace, "leaving before all actors have ended");
         }
     }
 

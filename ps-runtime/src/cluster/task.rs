@@ -12,6 +12,34 @@ use crate::net::threads;
 
 /// A result that is under way. Await it, or block on it with [`wait`](Self::wait). The work starts at
 /// once, and goes on if this is dropped.
+///
+/// ```
+/// # use actix::{Actor, Context, Handler, Message};
+/// # use ps_runtime::cluster::Hosted;
+/// # use ps_runtime::remote::{Messages, Remote};
+/// # use serde::{Deserialize, Serialize};
+/// # struct Counter(u64);
+/// # impl Actor for Counter { type Context = Context<Self>; }
+/// # #[derive(Message, Serialize, Deserialize)]
+/// # #[rtype(result = "u64")]
+/// # struct Add(u64);
+/// # impl Handler<Add> for Counter {
+/// #     type Result = u64;
+/// #     fn handle(&mut self, Add(n): Add, _: &mut Context<Self>) -> u64 { self.0 += n; self.0 }
+/// # }
+/// # impl Remote for Counter {
+/// #     fn messages(messages: &mut Messages<Self>) { messages.add::<Add>(); }
+/// # }
+/// # impl Hosted for Counter { type Args = u64; }
+/// use ps_runtime::cluster::{Cluster, Hosts};
+///
+/// let cluster = Cluster::alone(Hosts::new().host(|start: u64| Ok(Counter(start))));
+/// // Both start at once.
+/// let (first, second) = (cluster.spawn::<Counter>(1), cluster.spawn::<Counter>(2));
+/// let (first, second) = (first.wait()?, ps_runtime::actor::run(second)?);
+/// assert_eq!(first.ask(Add(0)).wait()? + second.ask(Add(0)).wait()?, 3);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use = "await it, or wait for it"]
 pub struct Task<T> {
     result: oneshot::Receiver<T>,

@@ -31,8 +31,12 @@ struct Row {
 /// The variables that give the address of rank 0 if [`env::RENDEZVOUS`] is not set.
 enum AddressSource {
     Nowhere,
-    Master,
-    /// Like `Master`. But with `TORCHELASTIC_USE_AGENT_STORE=True`, torchrun's own store has that port, and
+    /// `MASTER_ADDR`. Without it, this machine's own address, if all copies run on this machine: then the
+    /// variable holds the world size.
+    Mpi {
+        local_size: &'static str,
+    },
+    /// `MASTER_ADDR`. But with `TORCHELASTIC_USE_AGENT_STORE=True`, torchrun's own store has that port, and
     /// rank 0 takes the next one.
     Torchrun,
     /// The step's first host. `SLURM_LAUNCH_NODE_IPADDR` is not used: it is the host on which srun was typed.
@@ -60,7 +64,9 @@ static ROWS: [Row; 6] = [
         rank: "OMPI_COMM_WORLD_RANK",
         world_size: "OMPI_COMM_WORLD_SIZE",
         attempt: None,
-        address: AddressSource::Master,
+        address: AddressSource::Mpi {
+            local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
+        },
     },
     // MPICH, Intel MPI, `srun --mpi=pmi2`.
     Row {
@@ -68,7 +74,9 @@ static ROWS: [Row; 6] = [
         rank: "PMI_RANK",
         world_size: "PMI_SIZE",
         attempt: None,
-        address: AddressSource::Master,
+        address: AddressSource::Mpi {
+            local_size: "MPI_LOCALNRANKS",
+        },
     },
     // Only srun sets the number of the step's tasks, so a batch script without srun is alone.
     Row {
@@ -91,7 +99,18 @@ static ROWS: [Row; 6] = [
 pub(super) fn variables() -> impl Iterator<Item = &'static str> {
     let of_rows = ROWS
         .iter()
-        .flat_map(|row| [Some(row.rank), Some(row.world_size), row.attempt])
+        .flat_map(|row| {
+            let local_size = match row.address {
+                AddressSource::Mpi { local_size } => Some(local_size),
+                _ => None,
+            };
+            [
+                Some(row.rank),
+                Some(row.world_size),
+                row.attempt,
+                local_size,
+            ]
+        })
         .flatten();
     of_rows.chain([
         env::RENDEZVOUS,
@@ -209,7 +228,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
             let is_same =
                 |other: &Seat| (other.rank, other.world_size) == (seat.rank, seat.world_size);
             if matches!(self.seat_of(row), Ok(Some(other)) if is_same(&other))
-                && let Some(found) = self.address(&row.address)?
+                && let Some(found) = self.address(&row.address, seat.world_size)?
             {
                 return Ok(Some(found));
             }
@@ -223,8 +242,9 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
                 AddressSource::Torchrun => {
                     "PS_RENDEZVOUS=host:port, or MASTER_ADDR and MASTER_PORT"
                 }
-                AddressSource::Master => {
-                    "PS_RENDEZVOUS=host:port, or MASTER_ADDR, and pass it on (mpirun -x, -genv)"
+                AddressSource::Mpi { .. } => {
+                    "PS_RENDEZVOUS=host:port or MASTER_ADDR, and pass it on (Open MPI: mpirun -x NAME=VALUE, \
+                     MPICH: mpirun -genv NAME VALUE)"
                 }
                 AddressSource::Slurm => {
                     "PS_RENDEZVOUS=host:port, or SLURM_STEP_NODELIST as srun does"
@@ -233,10 +253,19 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         })
     }
 
-    fn address(&self, source: &AddressSource) -> Result<Option<Rendezvous>, LaunchError> {
+    fn address(
+        &self,
+        source: &AddressSource,
+        world_size: u32,
+    ) -> Result<Option<Rendezvous>, LaunchError> {
         match source {
             AddressSource::Nowhere => Ok(None),
-            AddressSource::Master => self.master(0),
+            AddressSource::Mpi { local_size } => match self.master(0)? {
+                None if self.number(local_size, u32::MAX.into())? == Some(world_size) => {
+                    self.master_at("127.0.0.1", 0).map(Some)
+                }
+                master => Ok(master),
+            },
             AddressSource::Torchrun => {
                 let is_taken = self
                     .get(USE_AGENT_STORE)
@@ -252,6 +281,10 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         let Some(host) = self.get(MASTER_ADDR) else {
             return Ok(None);
         };
+        self.master_at(&host, offset).map(Some)
+    }
+
+    fn master_at(&self, host: &str, offset: u16) -> Result<Rendezvous, LaunchError> {
         let port = match self.get(MASTER_PORT) {
             Some(value) => parse_port(MASTER_PORT, &value)?,
             None => DEFAULT_PORT,
@@ -263,7 +296,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
                 value: port.to_string(),
                 problem: "torchrun's own store has it, and there is none after it for rank 0",
             })?;
-        Rendezvous::new(MASTER_ADDR, &host, port).map(Some)
+        Rendezvous::new(MASTER_ADDR, host, port)
     }
 
     /// Returns the step's first host and a port that two jobs on one host hardly ever share. Rank 0 runs on

@@ -80,6 +80,37 @@ impl Exited {
 ///
 /// Dropping it ends them: it asks them to end, waits up to 1 s, kills those that still run, and blocks until
 /// all have ended. [`shutdown`](Self::shutdown) can give them more time.
+///
+/// ```standalone_crate
+/// use std::net::TcpListener;
+///
+/// use ps_runtime::launch::{self, ProcessConfig, ProcessGroup, env};
+///
+/// fn main() -> Result<(), Box<dyn std::error::Error>> {
+///     launch::die_with_parent()?;
+///     if let Some(rank) = env::read(env::RANK) {
+///         println!("rank {rank} would join the driver now");
+///         return Ok(());
+///     }
+///     let listener = TcpListener::bind("127.0.0.1:0")?;
+///     let mut group = ProcessGroup::start(ProcessConfig {
+///         world_size: 3,
+///         rendezvous: listener.local_addr()?.to_string().parse()?,
+///         token: None,
+///         run_id: None,
+///     })?;
+///     let mut ranks = Vec::new();
+///     ps_runtime::actor::run(async {
+///         while let Some(exited) = group.exited().await {
+///             assert!(exited.status.is_some_and(|status| status.success()));
+///             ranks.push(exited.rank);
+///         }
+///     });
+///     ranks.sort();
+///     assert_eq!(ranks, [1, 2]);
+///     Ok(())
+/// }
+/// ```
 pub struct ProcessGroup {
     requests: UnboundedSender<Request>,
     /// Bounded by the number of starts, because each is reported once.

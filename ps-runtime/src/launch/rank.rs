@@ -150,6 +150,24 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn mpi_needs_no_address_on_one_machine() {
+        let mpirun = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=3 OMPI_COMM_WORLD_LOCAL_SIZE";
+        check(&format!("{mpirun}=3"), Ok("Open MPI 1/3#0@127.0.0.1:29500"));
+        check(
+            &format!("{mpirun}=3 MASTER_PORT=4000"),
+            Ok("Open MPI 1/3#0@127.0.0.1:4000"),
+        );
+        check(
+            &format!("{mpirun}=3 MASTER_ADDR=gpu1"),
+            Ok("Open MPI 1/3#0@gpu1:29500"),
+        );
+        check(&format!("{mpirun}=2"), Err("mpirun -x NAME=VALUE"));
+        let mpich = "PMI_RANK=1 PMI_SIZE=3 MPI_LOCALNRANKS";
+        check(&format!("{mpich}=3"), Ok("PMI 1/3#0@127.0.0.1:29500"));
+        check(&format!("{mpich}=1"), Err("mpirun -genv NAME VALUE"));
+    }
+
+    #[test]
     fn torchruns_own_store_keeps_its_port() {
         let torchrun = "RANK=0 WORLD_SIZE=2 MASTER_ADDR=gpu1 TORCHELASTIC_USE_AGENT_STORE";
         check(
@@ -299,8 +317,8 @@ pub(super) mod tests {
     proptest! {
         #[test]
         fn a_place_from_any_values_is_one_of_its_world(
-            values in prop::collection::vec(prop_oneof!["[0-9]{0,3}", "[a-z0-9.:\\[\\]-]{0,8}"], 24),
-            is_set in prop::collection::vec(any::<bool>(), 24),
+            values in prop::collection::vec(prop_oneof!["[0-9]{0,3}", "[a-z0-9.:\\[\\]-]{0,8}"], 26),
+            is_set in prop::collection::vec(any::<bool>(), 26),
         ) {
             let names: Vec<&str> = variables().chain([JOB_ID]).collect();
             let get = |name: &str| {

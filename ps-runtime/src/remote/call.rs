@@ -1,19 +1,17 @@
-//! One call to an actor of another process, from its frame to its reply.
+//! A call over the connection to an actor of another process, from its frame to its reply.
 //!
 //! The message is kept until the reply arrives, so that it can be handed back if it was not delivered.
 //! The thread that waits for a reply also reads it.
 
-use std::any::type_name;
-use std::mem;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context as TaskContext, Poll, Waker};
+use std::marker::PhantomData;
+use std::sync::Arc;
 
 use super::caller::RemoteActor;
 use super::reference::on_behalf_of;
 use super::table::Decode;
-use crate::actor::call::{GiveUp, ReplySlot};
+use crate::actor::book::Book;
+use crate::actor::call::{Call, Route};
 use crate::actor::error::error_chain;
-use crate::actor::mailbox::ActorId;
 use crate::actor::{CallError, NotDelivered, UnknownOutcome};
 use crate::codec;
 use crate::deadline::Deadline;
@@ -32,85 +30,43 @@ pub(super) enum Lost {
 }
 
 /// A call that was started, or an error that hands its message back.
-pub(super) type Called<M, R> = Result<Arc<Call<M, R>>, CallError>;
+pub(super) type Called<M, R> = Result<Arc<Call<There<M, R>>>, CallError>;
 
-/// One call to an actor of another process.
-pub(crate) struct Call<M, R> {
+/// The route of a call to an actor of another process.
+pub(crate) struct There<M, R> {
     remote: Arc<RemoteActor>,
     number: u64,
-    told: bool,
-    deadline: Option<Deadline>,
     decode: Decode<R>,
-    state: Mutex<CallState<M>>,
+    message: PhantomData<fn(M)>,
 }
 
-struct CallState<M> {
-    stage: Stage<M>,
-    waker: Option<Waker>,
-}
-
-enum Stage<M> {
-    /// The message is kept, to be handed back if it cannot be delivered.
-    Waiting(M),
+/// What a call ends with.
+pub(crate) enum Ended<M> {
     /// The reply has arrived. The thread that waits for it reads it.
-    Arrived(M, Frame),
+    Replied(M, Frame),
     Lost(CallError),
-    Over,
 }
 
-impl<M: Send + 'static, R> Call<M, R> {
-    /// Makes a call that waits for its reply. Its number is that of its frame.
-    pub(super) fn new(
-        remote: Arc<RemoteActor>,
-        number: u64,
-        told: bool,
-        decode: Decode<R>,
-        message: M,
-    ) -> Self {
+impl<M, R> There<M, R> {
+    /// The route of the call whose frame has this number.
+    pub(super) fn new(remote: Arc<RemoteActor>, number: u64, decode: Decode<R>) -> Self {
         Self {
             remote,
             number,
-            told,
-            deadline: None,
             decode,
-            state: Mutex::new(CallState {
-                stage: Stage::Waiting(message),
-                waker: None,
-            }),
+            message: PhantomData,
         }
     }
+}
 
-    /// Sets the caller's time limit.
-    pub(super) fn due(mut self, deadline: Option<Deadline>) -> Self {
-        self.deadline = deadline;
-        self
-    }
-
-    fn lock(&self) -> MutexGuard<'_, CallState<M>> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Moves the call from waiting to the next stage, and wakes the caller.
-    fn conclude(&self, next: impl FnOnce(M) -> Stage<M>) {
-        let mut state = self.lock();
-        let stage = mem::replace(&mut state.stage, Stage::Over);
-        let Stage::Waiting(message) = stage else {
-            // The caller has given up.
-            state.stage = stage;
-            return;
-        };
-        state.stage = next(message);
-        let waker = state.waker.take();
-        // The slot is free before the caller can see the reply and make the next call.
-        self.remote.release_slot();
-        drop(state);
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
+impl<M: Send + 'static, R> There<M, R> {
     /// Reads a reply.
-    fn read(&self, message: M, frame: Frame) -> Result<R, CallError> {
+    fn read_frame(
+        &self,
+        message: M,
+        frame: Frame,
+        deadline: Option<Deadline>,
+    ) -> Result<R, CallError> {
         let Frame {
             code, header, bulk, ..
         } = frame;
@@ -126,132 +82,69 @@ impl<M: Send + 'static, R> Call<M, R> {
             _ => Err(match codec::decode::<CallError>(&header, bulk) {
                 Ok(CallError::NotDelivered { mut reason, .. }) => {
                     if let (NotDelivered::TimedOut { after }, Some(deadline)) =
-                        (&mut reason, &self.deadline)
+                        (&mut reason, deadline)
                     {
                         // The other side knows only the time that was left when the call was written.
                         *after = deadline.after();
                     }
-                    self.remote.undelivered(message, reason)
+                    self.remote.book().undelivered(message, reason)
                 }
                 Ok(other) => other,
                 Err(error) => unreadable(&error),
             }),
         })
     }
+}
 
-    /// Ends a call whose caller gives up. Returns the message if nothing of it was written.
-    fn withdraw(&self) -> Option<Result<M, ()>> {
-        let mut state = self.lock();
-        let Stage::Waiting(_) = &state.stage else {
-            return None;
-        };
-        let Stage::Waiting(message) = mem::replace(&mut state.stage, Stage::Over) else {
-            unreachable!("the stage was checked under the same lock");
-        };
-        let waker = state.waker.take();
-        drop(state);
-        drop(waker);
-        let never_left = self.remote.cancel(self.number);
-        self.remote.release_slot();
-        Some(if never_left { Ok(message) } else { Err(()) })
+impl<M: Send + 'static, R> Route for There<M, R> {
+    type Message = M;
+    type Result = R;
+    type Waiting = M;
+    type Outcome = Ended<M>;
+
+    fn book(&self) -> &Book {
+        self.remote.book()
+    }
+
+    fn take_back(&self) -> bool {
+        self.remote.cancel(self.number)
+    }
+
+    fn undelivered(&self, message: M, reason: NotDelivered) -> CallError {
+        self.book().undelivered(message, reason)
+    }
+
+    fn read(&self, outcome: Ended<M>, deadline: Option<Deadline>) -> Result<R, CallError> {
+        match outcome {
+            Ended::Replied(message, frame) => self.read_frame(message, frame, deadline),
+            Ended::Lost(error) => Err(error),
+        }
+    }
+
+    fn loss(&self, outcome: Ended<M>) -> Option<CallError> {
+        match outcome {
+            // A result.
+            Ended::Replied(_, frame) if frame.code == 0 => None,
+            outcome => self.read(outcome, None).err(),
+        }
     }
 }
 
-impl<M: Send + 'static, R> RemoteCall for Call<M, R> {
+impl<M: Send + 'static, R> RemoteCall for Call<There<M, R>> {
     fn arrived(&self, frame: Frame) {
-        if !self.told {
-            return self.conclude(|message| Stage::Arrived(message, frame));
-        }
-        let mut failed = None;
-        self.conclude(|message| {
-            if frame.code != 0 {
-                failed = Some(self.read(message, frame));
-            }
-            Stage::Over
-        });
-        if let Some(Err(error)) = failed {
-            self.remote.count_dead_letter(type_name::<M>(), &error);
-        }
+        self.settle_waiting(|message| Ended::Replied(message, frame));
     }
 
     fn lost(&self, reason: Lost) {
-        let actor = Arc::clone(self.remote.name());
-        let mut told = None;
-        self.conclude(|message| {
-            let error = match reason {
-                Lost::NotDelivered(reason) => self.remote.undelivered(message, reason),
-                Lost::Unknown(reason) => CallError::Unknown { actor, reason },
-            };
-            if self.told {
-                told = Some(error);
-                return Stage::Over;
-            }
-            Stage::Lost(error)
+        let book = self.route().book();
+        self.settle_waiting(|message| {
+            Ended::Lost(match reason {
+                Lost::NotDelivered(reason) => book.undelivered(message, reason),
+                Lost::Unknown(reason) => CallError::Unknown {
+                    actor: Arc::clone(book.name()),
+                    reason,
+                },
+            })
         });
-        if let Some(error) = told {
-            self.remote.count_dead_letter(type_name::<M>(), &error);
-        }
-    }
-}
-
-impl<M: Send + 'static, R: Send> ReplySlot<R> for Call<M, R> {
-    fn target(&self) -> ActorId {
-        self.remote.id()
-    }
-
-    fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<R, CallError>> {
-        let mut state = self.lock();
-        match mem::replace(&mut state.stage, Stage::Over) {
-            Stage::Arrived(message, frame) => {
-                drop(state);
-                Poll::Ready(self.read(message, frame))
-            }
-            Stage::Lost(error) => Poll::Ready(Err(error)),
-            stage => {
-                state.stage = stage;
-                match &mut state.waker {
-                    Some(waker) => waker.clone_from(cx.waker()),
-                    none => *none = Some(cx.waker().clone()),
-                }
-                Poll::Pending
-            }
-        }
-    }
-
-    fn give_up(&self, why: GiveUp) -> Result<R, CallError> {
-        let actor = Arc::clone(self.remote.name());
-        match self.withdraw() {
-            Some(Ok(message)) => {
-                let reason = match why {
-                    GiveUp::TimedOut(after) => NotDelivered::TimedOut { after },
-                    GiveUp::WouldDeadlock => NotDelivered::WouldDeadlock,
-                };
-                return Err(self.remote.undelivered(message, reason));
-            }
-            Some(Err(())) => {}
-            None => {
-                let mut state = self.lock();
-                match mem::replace(&mut state.stage, Stage::Over) {
-                    Stage::Arrived(message, frame) => {
-                        drop(state);
-                        return self.read(message, frame);
-                    }
-                    Stage::Lost(error) => return Err(error),
-                    Stage::Waiting(_) | Stage::Over => {}
-                }
-            }
-        }
-        let reason = match why {
-            GiveUp::TimedOut(after) => UnknownOutcome::TimedOut { after },
-            GiveUp::WouldDeadlock => UnknownOutcome::WouldDeadlock,
-        };
-        Err(CallError::Unknown { actor, reason })
-    }
-
-    fn abandon(&self) {
-        if self.withdraw().is_none() {
-            let unread = mem::replace(&mut self.lock().stage, Stage::Over);
-            drop(unread);
-        }
     }
 }

@@ -14,18 +14,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use actix::{Actor, Message};
-use tokio::sync::{Semaphore, TryAcquireError, watch};
+use tokio::sync::{Semaphore, watch};
 
-use super::call::{Call, Called, Lost, RemoteCall};
+use super::call::{Called, Lost, RemoteCall, There};
 use super::kept::Kept;
 use super::process::Process;
 use super::reference::{Wire, on_behalf_of};
 use super::table::{Codec, Decode, Table, keeping};
+use crate::actor::book::{ActorId, Book};
+use crate::actor::call::Call;
 use crate::actor::error::error_chain;
-use crate::actor::mailbox::{ActorId, Phase, count_dead_letter};
+use crate::actor::mailbox::Phase;
 use crate::actor::port::How;
 use crate::actor::registry::AnyMailbox;
-use crate::actor::{CallError, NotDelivered, Undelivered, UnknownOutcome};
+use crate::actor::{NotDelivered, UnknownOutcome};
 use crate::codec::CodecError;
 use crate::deadline::{Deadline, latest};
 use crate::net::connection::{Connection, Ended, Frame, Peer};
@@ -36,15 +38,13 @@ use crate::remote::dial::DialError;
 
 /// An actor of another process. All references to it in this process share this value.
 pub(crate) struct RemoteActor {
-    /// Its id in this process. Calls to it never block the thread they are made on.
-    id: ActorId,
+    /// Calls to it never block the thread they are made on.
+    book: Book,
     wire: Wire,
     process: Arc<Process>,
-    slots: Semaphore,
     state: Mutex<State>,
     /// Whether it has ended, or could not be reached for one process lease.
     gone: watch::Sender<bool>,
-    dead_letters: AtomicU64,
     /// How many numbers its process accepts in one message, as that process said last. Before it has said
     /// so, all messages are queued, and checked when the connection is open.
     max_numbers: AtomicU64,
@@ -75,11 +75,10 @@ impl RemoteActor {
     pub(crate) fn new(process: Arc<Process>, wire: Wire) -> Arc<Self> {
         let max_pending = (wire.max_pending as usize).clamp(1, Semaphore::MAX_PERMITS);
         Arc::new(Self {
-            id: ActorId::next(),
+            book: Book::new(ActorId::next(), Arc::clone(&wire.name), max_pending),
             max_numbers: u64::MAX.into(),
             wire,
             process,
-            slots: Semaphore::new(max_pending),
             state: Mutex::new(State {
                 link: Link::Down,
                 next_call: 1,
@@ -90,7 +89,6 @@ impl RemoteActor {
                 is_sought: false,
             }),
             gone: watch::Sender::new(false),
-            dead_letters: AtomicU64::new(0),
         })
     }
 
@@ -99,12 +97,12 @@ impl RemoteActor {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn id(&self) -> ActorId {
-        self.id
+    pub(crate) fn book(&self) -> &Book {
+        &self.book
     }
 
     pub(crate) fn name(&self) -> &Arc<str> {
-        &self.wire.name
+        self.book.name()
     }
 
     pub(crate) fn wire(&self) -> &Wire {
@@ -121,14 +119,6 @@ impl RemoteActor {
         matches!(self.lock().link, Link::Ended)
     }
 
-    pub(crate) fn pending(&self) -> usize {
-        self.lock().calls.len()
-    }
-
-    pub(crate) fn dead_letters(&self) -> u64 {
-        self.dead_letters.load(Ordering::Relaxed)
-    }
-
     /// Calls the actor.
     pub(super) fn call<A: Actor, M: Message + Send + 'static>(
         self: &Arc<Self>,
@@ -142,11 +132,11 @@ impl RemoteActor {
         let (kind, deadline) = match how {
             How::Ask(deadline) => (Kind::Ask, deadline),
             How::Tell => (Kind::Tell, None),
-            How::InRoom => (Kind::Ask, None),
+            How::InSlot => (Kind::Ask, None),
         };
         let message = match how {
-            How::InRoom => message,
-            How::Ask(_) | How::Tell => self.take_slot(message)?,
+            How::InSlot => message,
+            How::Ask(_) | How::Tell => self.book.take_slot(message, || self.stopped())?,
         };
         self.call_in_slot(table, message, deadline, |code, codec| {
             (kind, code, codec.decode)
@@ -162,35 +152,10 @@ impl RemoteActor {
     where
         M::Result: Send,
     {
-        let message = self.take_slot(message)?;
+        let message = self.book.take_slot(message, || self.stopped())?;
         self.call_in_slot(table, message, None, |code, codec| {
             (Kind::Ask, keeping(code), codec.decode_kept)
         })
-    }
-
-    /// Waits until the actor has room for a call of this process, and takes it. False if it has ended.
-    pub(super) async fn take_room(&self) -> bool {
-        match self.slots.acquire().await {
-            Ok(slot) => {
-                slot.forget();
-                true
-            }
-            Err(_closed) => false,
-        }
-    }
-
-    fn take_slot<M: Send + 'static>(&self, message: M) -> Result<M, CallError> {
-        let reason = match self.slots.try_acquire() {
-            Ok(slot) => {
-                slot.forget();
-                return Ok(message);
-            }
-            Err(TryAcquireError::NoPermits) => NotDelivered::QueueFull {
-                limit: self.wire.max_pending as usize,
-            },
-            Err(TryAcquireError::Closed) => self.stopped(),
-        };
-        Err(self.undelivered(message, reason))
     }
 
     /// Makes a call whose slot is taken. `how` turns the message's code and codec into the kind and code of
@@ -203,8 +168,8 @@ impl RemoteActor {
         how: impl FnOnce(u32, Codec<M>) -> (Kind, u32, Decode<R>),
     ) -> Called<M, R> {
         let refuse = |message, reason| {
-            self.release_slot();
-            Err(self.undelivered(message, reason))
+            self.book.release_slot();
+            Err(self.book.undelivered(message, reason))
         };
         let Some((code, codec)) = table.codec::<M>() else {
             let (message_type, actor_type) = (type_name::<M>(), type_name::<A>());
@@ -242,8 +207,8 @@ impl RemoteActor {
         state.next_call += 1;
         frame.set_call(number);
         let told = kind == Kind::Tell;
-        let call = Call::new(Arc::clone(self), number, told, decode, message);
-        let call = Arc::new(call.due(deadline));
+        let route = There::new(Arc::clone(self), number, decode);
+        let call = Arc::new(Call::new(route, told, deadline, message));
         state.calls.insert(number, Arc::clone(&call) as _);
         self.send(&mut state, frame);
         Ok(call)
@@ -310,30 +275,8 @@ impl RemoteActor {
         }
     }
 
-    /// Gives back the slot of a call that is over.
-    pub(super) fn release_slot(&self) {
-        self.slots.add_permits(1);
-    }
-
-    /// Counts and logs the loss of a message that was sent with `tell`.
-    pub(super) fn count_dead_letter(&self, message: &'static str, error: &CallError) {
-        count_dead_letter(&self.dead_letters, self.name(), message, error);
-    }
-
     pub(super) fn process(&self) -> &Arc<Process> {
         &self.process
-    }
-
-    pub(super) fn undelivered<M: Send + 'static>(
-        &self,
-        message: M,
-        reason: NotDelivered,
-    ) -> CallError {
-        CallError::NotDelivered {
-            actor: Arc::clone(self.name()),
-            reason,
-            message: Undelivered::new(message),
-        }
     }
 
     fn stopped(&self) -> NotDelivered {
@@ -389,7 +332,7 @@ impl RemoteActor {
             state.link = Link::Ended;
             (mem::take(&mut state.calls), mem::take(&mut state.unsent))
         };
-        self.slots.close();
+        self.book.close();
         self.gone.send_replace(true);
         drop(unsent);
         let (taken, not_taken): (HashMap<_, _>, HashMap<_, _>) = calls
@@ -470,11 +413,11 @@ impl RemoteActor {
 
 impl AnyMailbox for RemoteActor {
     fn id(&self) -> ActorId {
-        self.id
+        self.book.id()
     }
 
     fn name(&self) -> &str {
-        &self.wire.name
+        self.book.name()
     }
 
     fn phase(&self) -> Phase {

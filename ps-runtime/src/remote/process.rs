@@ -268,7 +268,7 @@ impl Process {
             node: self.id(),
             actor: number,
             name: Arc::clone(mailbox.name()),
-            max_pending: u32::try_from(mailbox.max_pending()).unwrap_or(u32::MAX),
+            max_pending: u32::try_from(mailbox.book().limit()).unwrap_or(u32::MAX),
             schema: table.schema(),
         };
         let mut exports = self.exports();

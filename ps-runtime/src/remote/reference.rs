@@ -17,7 +17,7 @@ use super::process::{NodeId, Process};
 use super::table::Table;
 use crate::actor::ActorRef;
 use crate::actor::actor_ref::Target;
-use crate::actor::mailbox::ActorId;
+use crate::actor::book::Book;
 use crate::actor::port::{How, Port};
 use crate::actor::registry::AnyMailbox;
 use crate::net::NetConfig;
@@ -143,24 +143,12 @@ impl<A: Actor> ActorRef<A> {
 }
 
 impl<A: Actor> Port<A> for Remotely<A> {
-    fn id(&self) -> ActorId {
-        self.actor.id()
-    }
-
-    fn name(&self) -> &Arc<str> {
-        self.actor.name()
+    fn book(&self) -> &Book {
+        self.actor.book()
     }
 
     fn is_alive(&self) -> bool {
         !self.actor.has_ended()
-    }
-
-    fn pending(&self) -> usize {
-        self.actor.pending()
-    }
-
-    fn dead_letters(&self) -> u64 {
-        self.actor.dead_letters()
     }
 
     fn stop(&self) {
@@ -183,14 +171,10 @@ impl<A: Actor> Port<A> for Remotely<A> {
         Arc::clone(&self.actor) as _
     }
 
-    fn take_room(&self) -> BoxFuture<'_, bool> {
-        self.actor.take_room().boxed()
-    }
-
     fn begin(&self, id: TypeId, message: &mut dyn Any, how: How) -> Option<Box<dyn Any>> {
         let begun = self.table.begin(self, id, message, how);
-        if let (None, How::InRoom) = (&begun, how) {
-            self.actor.release_slot();
+        if let (None, How::InSlot) = (&begun, how) {
+            self.actor.book().release_slot();
         }
         begun
     }

@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each part, after those that it may use. Tests inside of a part may use anything.
-const PARTS: [(&str, &[&str]); 11] = [
+const PARTS: [(&str, &[&str]); 12] = [
     ("deadline", &[]),
+    ("sync", &[]),
     ("busy_poll", &[]),
     ("parallel", &[]),
     ("launch", &[]),
@@ -14,7 +15,7 @@ const PARTS: [(&str, &[&str]); 11] = [
     ("schema", &[]),
     ("codec", &["buffer", "parallel", "schema"]),
     // Knows no network.
-    ("actor", &["busy_poll", "deadline"]),
+    ("actor", &["busy_poll", "deadline", "sync"]),
     // Knows no actor.
     (
         "net",

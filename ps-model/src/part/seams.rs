@@ -12,9 +12,8 @@ use burn::module::Module;
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{Gradients, Tensor};
 
-use crate::activation::{Activation, Array};
+use super::{Activation, Array, PartError};
 use crate::panic;
-use crate::part::PartError;
 
 /// Why the backward pass of a loss failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,6 +31,36 @@ pub enum SeamError {
 }
 
 /// The seams of one computation, in the order in which they were made.
+///
+/// ```
+/// use ps_model::burn::tensor::Tensor;
+/// use ps_model::part::Activation;
+/// use ps_model::{
+///     ConvNet, LocalModel, Rng, Seams, StepSeed, default_device_name, nll_loss, seeded, select_device,
+/// };
+///
+/// let device = select_device(default_device_name())?.autodiff();
+/// // The part, which another process would compute.
+/// let part = LocalModel::new(ConvNet::init(1, &device), &device)?;
+/// let mut pass = part.begin(StepSeed::default())?;
+///
+/// let mut seams = Seams::new();
+/// let images = Tensor::<4>::ones([2, 1, 28, 28], &device);
+/// let output = pass.forward(0, images.to_array(), false)?;
+/// let (_, output) = seams.cross::<_, Tensor<2>>(images, output)?;
+/// // Layers of this process go on from there.
+/// let head = seeded::linear(&mut Rng::new(2), [10, 1], &device);
+/// let loss = head.forward(output).mean();
+///
+/// let mut backward = seams.backward(&loss)?;
+/// while let Some(mut seam) = backward.next_seam()? {
+///     let gradient = std::mem::take(&mut seam.output_gradient);
+///     seam.resume(pass.backward(0, gradient)?)?;
+/// }
+/// assert_eq!(backward.finish().take(&head).len(), 2); // Weight and bias of the head.
+/// assert_eq!(pass.gradient().map(<[f32]>::len), Some(part.num_weights()));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Default)]
 pub struct Seams {
     seams: Vec<Box<dyn Seam>>,

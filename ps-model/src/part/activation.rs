@@ -4,8 +4,8 @@ use std::fmt::Debug;
 
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 
+use super::PartError;
 use crate::flat::new_leaf;
-use crate::part::PartError;
 
 /// A tensor in host memory, row-major.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -40,7 +40,6 @@ pub trait Activation: Clone + Debug + Send + sealed::Sealed + 'static {
     /// # Errors
     ///
     /// If the array has another rank, or if the number of its values is not the product of its shape.
-    /// If the array has another rank, or not as many numbers as its shape says.
     fn from_array(array: Array, device: &Device) -> Result<Self, PartError>;
 
     /// Copies the numbers to host memory.

@@ -1,0 +1,167 @@
+"""deploy/ray on a Ray cluster of two hosts, each a network namespace. Needs root, and Ray from PyPI."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import unittest
+
+from hosts import CACHE, REPOSITORY, Hosts, Process, environment, example, install, need_root
+
+VERSION = "2.60.0"
+VENV = CACHE / f"ray-{VERSION}-venv"
+# Ray notices within about 2 s that a host is gone, not within 5 to 65 s.
+QUICK = {
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Cluster:
+    """A Ray cluster: a head on host 0, and nodes on the others."""
+
+    def __init__(self, test, cpus):
+        self.test, self.hosts = test, Hosts(test, len(cpus))
+        self.home = pathlib.Path(tempfile.mkdtemp(prefix="ps-ray-home-"))
+        test.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
+        self.head = self.hosts.address(0)
+        self.start(0, cpus[0], "--head", "--port=6379", f"--dashboard-host={self.head}",
+                   '--resources={"head":1}')
+        for number, count in enumerate(cpus[1:], 1):
+            self.start(number, count, f"--address={self.head}:6379", '--resources={"side":1}')
+
+    def environment(self, **variables):
+        return environment(
+            # As in an activated virtual environment.
+            PATH=f"{VENV / 'bin'}:{os.environ['PATH']}", HOME=str(self.home), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", PYTHONUNBUFFERED="1",
+            # How long `ray job stop` waits before it kills; the default is 3 s.
+            RAY_JOB_STOP_WAIT_TIME_S="30", RAY_prestart_worker_first_driver="0", RAY_enable_worker_prestart="0", **QUICK, **variables,
+        )
+
+    def start(self, number, cpus, *flags):
+        command = [
+            VENV / "bin" / "ray", "start", "--block", f"--node-ip-address={self.hosts.address(number)}",
+            f"--num-cpus={cpus}", "--object-store-memory=100000000", "--disable-usage-stats", *flags,
+        ]
+        node = self.run(number, command)
+        node.wait_for("Ray runtime started", 90)
+        return node
+
+    def run(self, number, command, **variables):
+        return Process(self.test, self.hosts.command(number, command), env=self.environment(**variables))
+
+    def submit(self, working_dir, *words, **variables):
+        """`ray job submit`, on the head."""
+        command = [
+            VENV / "bin" / "ray", "job", "submit", f"--address=http://{self.head}:8265",
+            f"--working-dir={working_dir}", "--", *words,
+        ]
+        return self.run(0, command, **variables)
+
+
+class OnRay(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        need_root()
+        example("sharded_ps")
+        install(VENV, f"ray[default]=={VERSION}")
+
+    def working_dir(self):
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="ps-ray-job-"))
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        subprocess.run(["strip", "-o", folder / "sharded_ps", example("sharded_ps")], check=True)
+        shutil.copy(REPOSITORY / "deploy" / "ray" / "ps_on_ray.py", folder)
+        return folder
+
+    def job(self, cluster, *words, **variables):
+        """Submits ps_on_ray.py with 2 servers and 3 workers; rank 0 is on the head."""
+        ranks = ["--servers=2", "--workers=3", "--strategy=SPREAD", "--driver-resources=CPU=1,head=0.1"]
+        return cluster.submit(self.working_dir(), "python", "ps_on_ray.py", *ranks, *words, **variables)
+
+    def test_a_training_outlives_a_process_and_a_host(self):
+        cluster = Cluster(self, [6, 3])
+        directory = cluster.hosts.directory
+        flags = ["--offline", "--num-servers=2", "--num-workers=3", "--batch-size=64", "--iterations=8000"]
+        job = self.job(
+            cluster, "--", "./sharded_ps", *flags, "--servers-on-nodes", f"--checkpoint-dir={directory / 'saved'}",
+            "--checkpoint-every=500", "--resume",
+        )
+        job.wait_for("saved a checkpoint", 90)
+        # The processes of all hosts have numbers that are valid here, too.
+        for name in ("worker 5", "driver 0"):
+            process = job.wait_for(rf"{name}: runs on .* as process (\d+), attempt 0")
+            os.kill(int(process[1]), signal.SIGKILL)
+            job.wait_for(f"{name}: exit code 137; starting it again")
+            job.wait_for(rf"{name}: runs on .*, attempt 1")
+        job.wait_for("going on from a checkpoint")
+        job.wait_for("saved a checkpoint", occurrence=3)
+
+        lost = re.findall(rf"(server|worker) (\d): runs on {cluster.hosts.address(1)} ", job.text())
+        self.assertTrue(lost, "Ray has placed nothing on the second host:\n" + job.text())
+        cluster.hosts.crash(1)
+        for role, rank in lost:
+            job.wait_for(rf"{role} {rank}: Ray has lost it")
+            job.wait_for(rf"{role} {rank}: runs on {cluster.head} .*, attempt [1-9]")
+
+        code, text = job.wait(180)
+        self.assertEqual(code, 0, text)
+        accuracy = re.search(r"Final accuracy is (\d+\.\d)", text)
+        self.assertGreater(float(accuracy[1]), 85, text)
+        # 8000 steps of 3 workers: each gradient was applied once.
+        self.assertIn("updates of 24000 gradients", text)
+
+    def test_a_training_outlives_the_host_of_its_driver(self):
+        cluster = Cluster(self, [1, 2, 2])
+        saved = cluster.hosts.directory / "saved"
+        job = cluster.submit(
+            self.working_dir(), "python", "ps_on_ray.py", "--workers=1", "--driver-resources=CPU=1,side=0.1",
+            "--", "./sharded_ps", "--offline", "--num-workers=1", "--batch-size=64", "--iterations=3000",
+            f"--checkpoint-dir={saved}", "--checkpoint-every=500", "--resume",
+        )
+        first = job.wait_for(r"driver 0: runs on 10.78.0.(\d) .*, attempt 0", 90)
+        job.wait_for("saved a checkpoint", 90)
+        cluster.hosts.crash(int(first[1]) - 1)
+        job.wait_for("driver 0: Ray has lost it")
+        second = job.wait_for(r"driver 0: runs on 10.78.0.(\d) .*, attempt 1", 90)
+        self.assertNotEqual(first[1], second[1])
+        job.wait_for("going on from a checkpoint")
+        code, text = job.wait(120)
+        self.assertEqual(code, 0, text)
+        self.assertIn("3000 updates", text)
+
+    def test_the_job_ends_as_its_driver_does_and_says_what_it_waits_for(self):
+        cluster = Cluster(self, [6])
+        job = self.job(cluster, "--wait=6", "--worker-resources=CPU=1,GPU=1", "--", "./sharded_ps")
+        code, text = job.wait(60)
+        self.assertNotEqual(code, 0)
+        self.assertIn("the cluster has no room for these 6 ranks", text)
+        self.assertIn("'GPU': 1.0", text)
+        self.assertIn("; waiting", text)
+        self.assertNotIn("Traceback", text)
+
+        # Without the servers: to start five more Python processes takes a while.
+        job = self.job(cluster, "--servers=0", "--workers=1", "--", "./sharded_ps", "--offline", "--learning-rate=inf")
+        code, text = job.wait(120)
+        self.assertNotEqual(code, 0)
+        self.assertIn("learning rate", text)
+        self.assertIn("failed with exit code 1", text)
+
+        saved = cluster.hosts.directory / "saved"
+        job = self.job(
+            cluster, "--servers=0", "--workers=1", "--", "./sharded_ps", "--offline", "--iterations=1000000",
+            "--consistency=asp", "--learning-rate=0.001", f"--checkpoint-dir={saved}",
+        )
+        name = job.wait_for("ray job stop (\\w+)")[1]
+        job.wait_for("Iter .*accuracy", 90)
+        stop = cluster.run(0, [VENV / "bin" / "ray", "job", "stop", f"--address=http://{cluster.head}:8265", name])
+        self.assertEqual(stop.wait(60)[0], 0, stop.text())
+        job.wait_for("saved a checkpoint")
+        self.assertTrue(any(saved.glob("checkpoint-*")))
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

@@ -1,0 +1,117 @@
+"""deploy/slurm on a Slurm cluster of three hosts, each a network namespace. Needs root, Slurm and munge."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import unittest
+
+from hosts import REPOSITORY, Hosts, Process, environment, eventually, example, need_root
+
+CONFIGURATION = """
+ClusterName=ps
+SlurmctldHost=host0({head})
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.sock
+CryptoType=crypto/munge
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool.%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SlurmdTimeout=10
+MinJobAge=300
+NodeName=host[0-2] CPUs=4 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class OnSlurm(unittest.TestCase):
+    def setUp(self):
+        need_root()
+        missing = [name for name in ("munged", "slurmctld", "slurmd", "srun") if shutil.which(name) is None]
+        if missing:
+            self.skipTest(f"{', '.join(missing)}: apt-get install slurm-wlm munge")
+        self.hosts = Hosts(self, 3)
+        self.directory = self.hosts.directory
+        (self.directory / "state").mkdir()
+        self.directory.chmod(0o755)
+        self.configuration = self.directory / "slurm.conf"
+        self.configuration.write_text(CONFIGURATION.format(head=self.hosts.address(0), directory=self.directory))
+        key = self.directory / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        files = {"socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        flags = [f"--{flag}={self.directory}/munge.{ending}" for flag, ending in files.items()]
+        self.run_on(0, "munged", "--foreground", f"--key-file={key}", "--force", *flags)
+        eventually((self.directory / "munge.sock").exists, "munged listens")
+        self.run_on(0, "slurmctld", "-D", "-f", self.configuration)
+        for number in range(3):
+            (self.directory / f"spool.host{number}").mkdir()
+            self.run_on(number, "slurmd", "-D", "-N", f"host{number}", "-f", self.configuration)
+        eventually(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 3", "three idle nodes")
+
+    def run_on(self, number, *command, **variables):
+        return Process(self, self.hosts.command(number, command), env=self.environment(**variables))
+
+    def environment(self, **variables):
+        return environment(SLURM_CONF=str(self.configuration), HOME=str(self.directory), **variables)
+
+    def ask(self, *command):
+        done = subprocess.run(
+            self.hosts.command(0, command), env=self.environment(), capture_output=True, text=True, timeout=60,
+        )
+        return done.stdout
+
+    def test_srun_starts_five_processes_on_three_hosts_and_one_may_be_killed(self):
+        flags = ["--offline", "--num-workers=4", "--iterations=3000", "--batch-size=64"]
+        wrapper = REPOSITORY / "deploy" / "restart.sh"
+        training = self.run_on(
+            0, "srun", "-n5", "-N3", "--label", wrapper, example("sharded_ps"), *flags, PS_TOKEN="token-of-the-test-run",
+        )
+        joined = [training.wait_for(rf'a node has joined node=node {rank} .*host="(\w+)" pid=(\d+)')
+                  for rank in range(1, 5)]
+        self.assertEqual({match[1] for match in joined}, {"host0", "host1", "host2"})
+        training.wait_for("Iter 100:")
+        os.kill(int(joined[3][2]), signal.SIGKILL)
+        training.wait_for("ended with 137; starting it again")
+        training.wait_for("a node has joined node=node 4", occurrence=2)
+        code, text = training.wait(120)
+        self.assertEqual(code, 0, text)
+        # Each of the gradients was applied exactly once.
+        self.assertIn("updates of 12000 gradients", text)
+        self.assertGreater(float(re.findall(r"Final accuracy is (\d+\.\d)", text)[-1]), 85)
+
+    def test_a_job_goes_on_after_its_time_limit(self):
+        saved, log = self.directory / "saved", self.directory / "ps.log"
+        job = self.ask(
+            "sbatch", "--parsable", "--ntasks=4", "--nodes=2", f"--output={log}", f"--chdir={self.directory}",
+            REPOSITORY / "deploy" / "slurm" / "ps.sbatch", example("sharded_ps"), "--offline", "--iterations=1000000",
+            "--num-workers=3", "--servers-on-nodes", f"--checkpoint-dir={saved}", "--checkpoint-every=0", "--resume",
+        ).strip()
+        self.assertTrue(job.isdigit(), job)
+        lines = lambda: log.read_text() if log.exists() else ""
+        eventually(lambda: "Iter 100:" in lines(), "the training runs")
+        # What Slurm does by `--signal=B:TERM@120` near the time limit, whose smallest unit is a minute.
+        self.ask("scancel", "--batch", "--signal=TERM", job)
+        eventually(lambda: "saved a checkpoint" in lines(), lambda: "a checkpoint:\n" + lines())
+        eventually(lambda: "put back into the queue" in lines(), lambda: "the job is requeued:\n" + lines())
+        # Slurm holds a requeued job back for two minutes.
+        self.assertRegex(self.ask("scontrol", "show", "job", job), "Restarts=1")
+        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        eventually(lambda: "going on from a checkpoint" in lines(), lambda: "it goes on:\n" + lines(), 150)
+        self.ask("scancel", job)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
