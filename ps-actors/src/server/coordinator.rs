@@ -241,6 +241,21 @@ impl Coordinator {
         books.into_iter().fold(0, usize::max)
     }
 
+    /// Describes everything that decides what the coordinator does next.
+    #[cfg(test)]
+    pub(in crate::server) fn description(&self) -> String {
+        format!(
+            "{:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+            self.version,
+            self.epoch,
+            self.num_awaited,
+            self.members,
+            self.ledgers,
+            self.pending,
+            self.held_answers
+        )
+    }
+
     /// Describes the state for people and metrics.
     #[must_use]
     pub(super) fn status(&self) -> CoordinatorStatus {

@@ -7,7 +7,7 @@ use super::protocol::Refusal;
 use crate::ids::WorkerId;
 
 /// The record of the members and the worker lease of one server.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Leases {
     lease: Option<Duration>,
     last_heard: BTreeMap<WorkerId, Instant>,

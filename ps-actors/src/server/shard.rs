@@ -556,6 +556,47 @@ impl Shard {
     }
 }
 
+/// Copies exist only while a test explores what may happen. They are of shards with plain SGD.
+#[cfg(test)]
+impl Clone for Shard {
+    fn clone(&self) -> Self {
+        let mut rule = crate::rule::Sgd::new();
+        rule.restore(self.rule.save()).expect("plain SGD");
+        Self {
+            current: self.current.clone(),
+            history: self.history.clone(),
+            num_kept: self.num_kept,
+            rule: Box::new(rule),
+            learning_rate: self.learning_rate,
+            pool: self.pool.clone(),
+            staged: self.staged.clone(),
+            fences: self.fences.clone(),
+            undone_updates: self.undone_updates.clone(),
+            waiting_pulls: self.waiting_pulls.clone(),
+            unsaved: self.unsaved.clone(),
+            saved: self.saved.clone(),
+            waiting_for_states: self.waiting_for_states.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+impl Shard {
+    /// Describes everything that decides what the shard does next.
+    pub(in crate::server) fn description(&self) -> String {
+        let versions: Vec<u64> = self.history.iter().map(|w| w.version().0).collect();
+        let staged: Vec<_> = self.staged.keys().collect();
+        format!(
+            "{:?} {versions:?} {:?} {staged:?} {:?} {:?} {:?}",
+            self.current.version(),
+            self.current.to_vec(),
+            self.fences,
+            self.undone_updates,
+            self.waiting_pulls
+        )
+    }
+}
+
 /// Returns the weight of each gradient in a mean of batches of different sizes. Returns `None` if all have
 /// the same weight.
 fn shares(update: &Update) -> Option<Vec<f32>> {

@@ -64,6 +64,16 @@ pub(super) struct Recovered {
 }
 
 impl Disk {
+    /// Describes what is on the disk.
+    #[cfg(test)]
+    pub(super) fn description(&self) -> String {
+        let segments = self.segments.iter();
+        let entries: Vec<_> = segments
+            .flat_map(|segment| segment.records.iter().map(|record| &record.entry))
+            .collect();
+        format!("{entries:?}")
+    }
+
     pub(super) fn rotate(&mut self, start: Version) {
         self.segments.push(Segment {
             start,

@@ -66,6 +66,7 @@ struct Waiter {
     worker: Option<WorkerId>,
 }
 
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug)]
 pub(super) struct First {
     address: Address,
@@ -136,6 +137,18 @@ impl First {
 
     pub(super) fn coordinator(&self) -> &Coordinator {
         &self.coordinator
+    }
+
+    /// Describes everything that decides what the server does next.
+    #[cfg(test)]
+    pub(super) fn description(&self) -> String {
+        format!(
+            "{} {} {:?} {:?}",
+            self.coordinator.description(),
+            self.shard.description(),
+            self.followers,
+            self.waiting
+        )
     }
 
     /// Whether a follower does not have all decisions yet.

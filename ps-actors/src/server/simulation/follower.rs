@@ -14,6 +14,7 @@ use crate::server::messages::{Decision, Follow, ServerError};
 use crate::server::protocol::Ticket;
 use crate::server::shard::{Shard, ShardAnswer, ShardState};
 
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug)]
 pub(super) struct FollowingServer {
     shard: Shard,
@@ -37,6 +38,13 @@ impl FollowingServer {
 
     pub(super) fn shard(&self) -> &Shard {
         &self.shard
+    }
+
+    /// Describes everything that decides what the server does next.
+    #[cfg(test)]
+    pub(super) fn description(&self) -> String {
+        let (shard, waiting) = (self.shard.description(), &self.waiting);
+        format!("{shard} {:?} {waiting:?}", self.following)
     }
 
     pub(super) fn num_waiting(&self) -> usize {

@@ -38,6 +38,8 @@ mod driver;
 mod first;
 mod follower;
 mod messages;
+#[cfg(test)]
+mod model;
 mod network;
 mod outcome;
 mod problem;

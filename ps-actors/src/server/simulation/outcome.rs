@@ -6,8 +6,10 @@ use std::time::Duration;
 use super::messages::Micros;
 use super::settings::Settings;
 use super::states::{Coverage, State};
+use super::truth::Truth;
 use super::world::{Kind, World};
 use crate::chaos::{Report, Work};
+use crate::server::shard::Shard;
 use crate::weights::Weights;
 
 /// What a run did, if it kept all guarantees.
@@ -74,28 +76,16 @@ impl World {
             .group
             .clone()
             .ok_or("there are no servers at the end")?;
-        let mut parts = Vec::new();
+        let mut shards = Vec::new();
         for index in 0..group.ranges.len() {
             let shard = match self.processes.get(&group.server(index)).map(|p| &p.kind) {
                 Some(Kind::First(first)) => first.shard(),
                 Some(Kind::Follower(follower)) => follower.shard(),
                 _ => return Err(format!("server {index} is missing at the end")),
             };
-            if shard.num_staged() > 0 {
-                let num_staged = shard.num_staged();
-                return Err(format!(
-                    "server {index} keeps {num_staged} gradients at the end"
-                ));
-            }
-            parts.push(shard.weights().clone());
+            shards.push(shard);
         }
-        let weights = Weights::join(&parts).map_err(|bad| {
-            format!(
-                "the servers do not agree: server {}: {}",
-                bad.index, bad.reason
-            )
-        })?;
-        self.truth.check_end(&weights)
+        check_end(&shards, &self.truth)
     }
 
     pub(super) fn outcome(mut self) -> Outcome {
@@ -129,4 +119,24 @@ impl World {
                 / u32::try_from(self.num_pushes.max(1)).unwrap_or(u32::MAX),
         }
     }
+}
+
+/// Checks that all servers agree with the truth and with each other.
+pub(super) fn check_end(shards: &[&Shard], truth: &Truth) -> Result<(), String> {
+    for (index, shard) in shards.iter().enumerate() {
+        let num_staged = shard.num_staged();
+        if num_staged > 0 {
+            return Err(format!(
+                "server {index} keeps {num_staged} gradients at the end"
+            ));
+        }
+    }
+    let parts: Vec<Weights> = shards.iter().map(|shard| shard.weights().clone()).collect();
+    let weights = Weights::join(&parts).map_err(|bad| {
+        format!(
+            "the servers do not agree: server {}: {}",
+            bad.index, bad.reason
+        )
+    })?;
+    truth.check_end(&weights)
 }

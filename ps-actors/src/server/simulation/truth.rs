@@ -39,6 +39,7 @@ pub(super) enum Loss {
     Power,
 }
 
+#[cfg_attr(test, derive(Clone))]
 #[derive(Debug)]
 pub(super) struct Truth {
     settings: Arc<Settings>,
@@ -347,6 +348,12 @@ impl Truth {
         }
         (self.num_applied, self.staleness) = (num_applied, staleness);
         Ok(())
+    }
+
+    /// Describes what was applied and what workers know of it.
+    #[cfg(test)]
+    pub(super) fn description(&self) -> String {
+        format!("{:?} {:?}", self.applied, self.acknowledged)
     }
 
     /// Checks the weights at the end.

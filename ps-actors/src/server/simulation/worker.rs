@@ -103,6 +103,20 @@ impl Worker {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn id(&self) -> WorkerId {
+        self.id
+    }
+
+    /// Describes everything that decides what the worker does next.
+    #[cfg(test)]
+    pub(super) fn description(&self) -> String {
+        format!(
+            "{:?} {:?} {:?} {:?} {:?} {:?}",
+            self.group, self.phase, self.phase_number, self.incarnation, self.clock, self.open
+        )
+    }
+
     pub(super) fn is_done(&self) -> bool {
         matches!(self.phase, Phase::Done)
     }
