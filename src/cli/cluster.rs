@@ -1,7 +1,7 @@
 //! Flags that say which of several processes this one is.
 
 use std::path::PathBuf;
-use std::process::exit;
+use std::process::{ExitCode, exit};
 use std::time::Duration;
 
 use clap::{ArgMatches, FromArgMatches as _};
@@ -10,6 +10,7 @@ use ps_actors::cluster::{Cluster, ClusterConfig, Hosts, Resources};
 use ps_actors::launch::{self, EXIT_CONFIG, LaunchOptions, env};
 use ps_actors::net::tls::{self, Tls, TlsError, TlsFiles};
 
+use super::doctor;
 use super::output::complain;
 
 // No doc comment on the type: `--help` would take it for the program's own text.
@@ -57,6 +58,10 @@ pub struct ClusterArgs {
     /// Listen to other hosts without a token. Anybody on the network can then take part.
     #[arg(long)]
     pub insecure: bool,
+    /// Do no work, but check whether the processes find and reach each other, and say what is wrong. All processes need
+    /// this flag. They wait for each other for this many seconds.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "4")]
+    pub doctor: Option<f64>,
 }
 
 impl ClusterArgs {
@@ -72,6 +77,16 @@ impl ClusterArgs {
         }
     }
 
+    /// Does what `--doctor` asks for, if it is there.
+    pub(super) fn doctor_in(matches: &ArgMatches) -> Option<ExitCode> {
+        matches.try_contains_id("process_lease").ok()?;
+        let args = Self::from_arg_matches(matches).ok()?;
+        match Duration::try_from_secs_f64(args.doctor?) {
+            Ok(within) => Some(doctor::examine(&args, within)),
+            Err(_) => end(EXIT_CONFIG, "--doctor must be a time in seconds"),
+        }
+    }
+
     /// Takes this process's place. `None` in a node, when its work is over.
     ///
     /// Ends the process where that fails, with an exit code that tells a launcher whether to try again: see
@@ -84,7 +99,7 @@ impl ClusterArgs {
         }
     }
 
-    fn config(&self) -> ClusterConfig {
+    pub(super) fn config(&self) -> ClusterConfig {
         let mut config = ClusterConfig {
             insecure: self.insecure,
             ..ClusterConfig::default()
@@ -103,7 +118,7 @@ impl ClusterArgs {
         config
     }
 
-    fn options(&self) -> LaunchOptions {
+    pub(super) fn options(&self) -> LaunchOptions {
         LaunchOptions {
             rank: self.rank,
             world_size: self.world_size,

@@ -49,6 +49,7 @@
 //! | `checkpoints` | [`CheckpointArgs`]: where checkpoints are saved; how an interrupted training ends |
 //! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
 //! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
+//! | `doctor` | `--doctor`: checks whether the processes find and reach each other |
 //! | `log` | log lines on standard error, with the role of the process; `RUST_LOG` |
 //! | `record` | [`RecordArgs`]: record a training, and replay it |
 //! | `output` | [`say!`]: lines on standard output |
@@ -56,6 +57,7 @@
 mod checkpoints;
 mod cluster;
 mod data;
+mod doctor;
 mod log;
 mod output;
 mod record;
@@ -98,6 +100,9 @@ where
     let rank = ClusterArgs::rank_in(&matches);
     log::start(rank.map(log_prefix));
     let _ = RANK.set(rank.unwrap_or(0));
+    if let Some(code) = ClusterArgs::doctor_in(&matches) {
+        return code;
+    }
     work(args).unwrap_or_else(|error| {
         output::complain(&error_chain(error.into().as_ref()));
         ExitCode::FAILURE

@@ -24,8 +24,8 @@ QUICK = {
 class Cluster:
     """A Ray cluster: a head on host 0, and nodes on the others."""
 
-    def __init__(self, test, cpus):
-        self.test, self.hosts = test, Hosts(test, len(cpus))
+    def __init__(self, test, cpus, **variables):
+        self.test, self.hosts, self.variables = test, Hosts(test, len(cpus)), variables
         self.home = pathlib.Path(tempfile.mkdtemp(prefix="ps-ray-home-"))
         test.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
         self.head = self.hosts.address(0)
@@ -37,9 +37,10 @@ class Cluster:
     def environment(self, **variables):
         return environment(
             # As in an activated virtual environment.
-            PATH=f"{VENV / 'bin'}:{os.environ['PATH']}", HOME=str(self.home), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", PYTHONUNBUFFERED="1",
+            PATH=f"{VENV / 'bin'}:{os.environ['PATH']}", HOME=str(self.home), RAY_USAGE_STATS_ENABLED="0", PYTHONUNBUFFERED="1",
             # How long `ray job stop` waits before it kills; the default is 3 s.
-            RAY_JOB_STOP_WAIT_TIME_S="30", RAY_prestart_worker_first_driver="0", RAY_enable_worker_prestart="0", **QUICK, **variables,
+            RAY_JOB_STOP_WAIT_TIME_S="30", RAY_prestart_worker_first_driver="0", RAY_enable_worker_prestart="0",
+            **{"RAY_AUTH_MODE": "disabled", **QUICK, **self.variables, **variables},
         )
 
     def start(self, number, cpus, *flags):
@@ -161,6 +162,28 @@ class OnRay(unittest.TestCase):
         self.assertEqual(stop.wait(60)[0], 0, stop.text())
         job.wait_for("saved a checkpoint")
         self.assertTrue(any(saved.glob("checkpoint-*")))
+
+    def test_a_client_without_ray_submits_to_a_cluster_that_asks_for_a_token(self):
+        client, token = example("submit"), "a-token-of-32-characters-or-more"
+        cluster = Cluster(self, [3], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+
+        def submit(*words, **variables):
+            command = [client, f"--address=http://{cluster.head}:8265", "--servers=0", "--workers=1", "--", *words]
+            # Neither Ray's variables nor its Python.
+            variables = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere", **variables}
+            return Process(self, cluster.hosts.command(0, command), env=environment(**variables))
+
+        code, text = submit(example("sharded_ps")).wait(30)
+        self.assertEqual(code, 1, text)
+        self.assertIn("the cluster asks for a token: set RAY_AUTH_TOKEN", text)
+
+        flags = ["--offline", "--num-workers=1", "--iterations=200"]
+        code, text = submit(example("sharded_ps"), *flags, RAY_AUTH_TOKEN=token).wait(120)
+        self.assertEqual(code, 0, text)
+        self.assertEqual(text.count("Final accuracy is"), 1, text)
+        code, text = submit(example("sharded_ps"), *flags, "--consistency=never", RAY_AUTH_TOKEN=token).wait(120)
+        self.assertEqual(code, 2, text)
+        self.assertIn("consistency mode", text)
 
 
 if __name__ == "__main__":
