@@ -10,7 +10,7 @@
 //!
 //! The first prints one line per consistency mode. As the bound grows, workers wait less and compute on older
 //! weights, so the time to a given loss is shortest in between (Li et al., OSDI 2014, figure 12). The second
-//! prints what a push costs the first server, which must not depend on the number of workers. The third prints
+//! prints what a push costs the first server, which should hardly depend on the number of workers. The third prints
 //! which faults happened and what they cost, beside the same run without faults.
 
 use std::error::Error;
