@@ -424,6 +424,25 @@ impl Cluster {
         }
     }
 
+    /// Returns a function that is told the rank of a process that is known to have ended. So nobody waits for the
+    /// lease of its node.
+    pub(crate) fn node_ended(&self) -> impl Fn(u32) + Send + use<> {
+        let members = Arc::downgrade(&self.inner.members);
+        let process = Arc::downgrade(&self.inner.process);
+        move |rank| {
+            let (Some(members), Some(process)) = (members.upgrade(), process.upgrade()) else {
+                return;
+            };
+            let members_of_rank = members.list().into_iter();
+            for Member { node, .. } in members_of_rank.filter(|member| member.node.rank == rank) {
+                if members.remove(node, false) {
+                    process.sever(node);
+                    tracing::warn!(%node, "a node is lost: its process has ended");
+                }
+            }
+        }
+    }
+
     fn start(
         config: ClusterConfig,
         address: SocketAddr,

@@ -153,7 +153,7 @@ impl Cluster {
                     token: Some(token.reveal().to_owned()),
                     run_id: Some(run_id),
                 })?;
-                let children = ChildProcesses::watch(group);
+                let children = ChildProcesses::watch(group, cluster.node_ended());
                 let num_gone = children.num_gone.clone();
                 cluster.keep_children(children);
                 gather(&cluster, world_size, within, Some(num_gone))?;
@@ -302,7 +302,8 @@ pub(crate) struct ChildProcesses {
 
 impl ChildProcesses {
     /// Starts child processes again that crash, and ends all of them when `stop` is dropped.
-    fn watch(mut group: ProcessGroup) -> Self {
+    /// Starts children again that fail. Calls `has_ended` with the rank of each that has ended.
+    fn watch(mut group: ProcessGroup, has_ended: impl Fn(u32) + Send + 'static) -> Self {
         let (stop, mut stopped) = oneshot::channel();
         let (gone, num_gone) = watch::channel(0);
         let ended = Task::start(async move {
@@ -332,6 +333,7 @@ impl ChildProcesses {
                     continue;
                 };
                 let rank = exited.rank;
+                has_ended(rank);
                 let status = exited.status.map(|status| status.to_string());
                 if !exited.can_retry() {
                     tracing::debug!(rank, status, "a process has ended");
