@@ -29,7 +29,7 @@
 //! | `book` | what a caller's process knows of an actor: its id and name, the calls under way |
 //! | `mailbox` | the queue of an actor of this process, and the actor's phase |
 //! | `pump`, `supervisor` | the actor's side: runs calls, catches panics, restarts |
-//! | `spawn`, `registry` | options, names, all actors of the process |
+//! | `spawn`, `thread`, `registry` | options; an actor's thread; names and all actors of the process |
 //! | `shutdown` | ends actors within a bound |
 //! | `background` | the helper thread for timers; blocking waits |
 //!
@@ -82,6 +82,7 @@ mod spawn;
 pub(crate) mod supervisor;
 #[cfg(test)]
 mod tests;
+mod thread;
 
 pub use actor_ref::ActorRef;
 pub use background::{Background, in_background, run, sleep, try_run};

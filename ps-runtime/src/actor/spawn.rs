@@ -1,24 +1,21 @@
-//! The options of an actor, and the start of its thread.
+//! The options of an actor, and its start.
 //!
 //! Each actor has a thread and an event loop of its own, because training actors compute for a long
 //! time without a pause. The actix system that is current at the spawn is also current on that thread.
 //! If no system is current, a shared background system is. An actor does not end when that system ends.
 
 use std::any::{Any, type_name};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
-use actix::{Actor, Context, System};
+use actix::{Actor, Context};
 
 use super::actor_ref::{ActorRef, Handle};
-use super::background;
 use super::book::ActorId;
 use super::error::SpawnError;
 use super::mailbox::{Mailbox, Phase};
 use super::registry::{self, Entry};
-use super::supervisor::Supervisor;
+use super::thread::ThreadBody;
 
 /// Starts an actor with the default options of [`Spawn`].
 ///
@@ -433,101 +430,12 @@ fn short_type_name<A>() -> &'static str {
     path.rsplit("::").next().unwrap_or(path)
 }
 
-/// The values that are moved to the actor's thread.
-struct ThreadBody<A: Actor, F> {
-    mailbox: Arc<Mailbox<A>>,
-    handle: Weak<Handle<A>>,
-    restart: RestartPolicy,
-    with_io: bool,
-    factory: F,
-}
-
-impl<A, F> ThreadBody<A, F>
-where
-    A: Actor<Context = Context<A>>,
-    F: FnMut() -> A + Send + 'static,
-{
-    fn start(self, thread_name: String) -> std::io::Result<()> {
-        let system = background::system_or_background()?;
-        let runtime = background::event_loop(self.with_io)?;
-        let spawn = |body| {
-            thread::Builder::new()
-                .name(thread_name)
-                .spawn(body)
-                .map(drop)
-        };
-        hand_over(runtime, spawn, move |runtime| self.run(system, runtime))
-    }
-
-    fn run(self, system: System, runtime: tokio::runtime::Runtime) {
-        let _finish = FinishOnDrop(Arc::clone(&self.mailbox));
-        background::enter_actor_thread(self.mailbox.id(), self.handle);
-        let runtime = Arc::new(runtime);
-        // A system per thread gives the thread its arbiter; the caller's system is then made the
-        // current one, so that `System::current()` and actix's services mean the same everywhere.
-        let runner = System::with_tokio_rt({
-            let runtime = Arc::clone(&runtime);
-            || runtime
-        });
-        System::set_current(system);
-        let supervisor = Supervisor::new(self.mailbox, self.factory, self.restart);
-        let ended = catch_unwind(AssertUnwindSafe(|| {
-            runner.block_on(supervisor);
-            // Tasks that the actor spawned on its thread end here.
-            drop(runner);
-        }));
-        if let Some(runtime) = Arc::into_inner(runtime) {
-            // A blocking task of the actor must not delay the news of its end.
-            runtime.shutdown_background();
-        }
-        if ended.is_err() {
-            tracing::error!("an actor's thread panicked while it ended");
-        }
-    }
-}
-
-/// What a new thread does.
-type Body = Box<dyn FnOnce() + Send>;
-
-/// Lets a new thread run with a runtime. If there is no thread, the runtime must not be dropped here: the
-/// caller may be asynchronous, and tokio panics then. So it is handed over in a place from which it can be
-/// taken back.
-fn hand_over(
-    runtime: tokio::runtime::Runtime,
-    spawn: impl FnOnce(Body) -> std::io::Result<()>,
-    run: impl FnOnce(tokio::runtime::Runtime) + Send + 'static,
-) -> std::io::Result<()> {
-    let place = Arc::new(Mutex::new(Some(runtime)));
-    let handed_over = Arc::clone(&place);
-    let take = |place: &Mutex<Option<tokio::runtime::Runtime>>| {
-        let mut place = place.lock().unwrap_or_else(PoisonError::into_inner);
-        place.take()
-    };
-    let started = spawn(Box::new(move || {
-        run(take(&handed_over).expect("it is taken back only without this thread"));
-    }));
-    if started.is_err()
-        && let Some(runtime) = take(&place)
-    {
-        runtime.shutdown_background();
-    }
-    started
-}
-
-/// Frees the actor's name and fails the calls that are left, however the actor's thread ends.
-struct FinishOnDrop<A: Actor>(Arc<Mailbox<A>>);
-
-impl<A: Actor> Drop for FinishOnDrop<A> {
-    fn drop(&mut self) {
-        registry::remove(self.0.id());
-        self.0.finish();
-    }
-}
-
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+    use super::super::background;
+    use super::super::thread::{Body, hand_over};
     use super::*;
     use crate::cluster::{
         Cluster, ClusterConfig, ClusterError, Hosts, Node, SpawnOn, SpawnOnError, StartError,

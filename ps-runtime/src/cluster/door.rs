@@ -7,8 +7,9 @@
 
 use std::sync::Arc;
 
-use super::agent::{AreYouThere, Join, JoinRefused, Joined, NodeAgent, TaskScope, agent_of};
+use super::agent::{AreYouThere, Join, JoinRefused, Joined, NodeAgent, agent_of};
 use super::members::{Claim, Member, Members};
+use super::task_scope::TaskScope;
 use crate::actor::{CallError, NotDelivered};
 use crate::net::{Address, threads};
 use crate::remote::process::{Joining, NodeId, Process};

@@ -10,7 +10,9 @@
 //! |---|---|
 //! | `host` | the actor types that a process can make |
 //! | `driver`, `node` | the two roles |
+//! | `placement` | where an actor is started |
 //! | `agent`, `members` | the messages between driver and nodes; the driver's list of nodes |
+//! | `task_scope` | the actors that a process has made for others |
 //! | `door`, `incarnations` | decide which processes may join; which incarnations are over |
 //! | `launched` | turns the command line into a cluster |
 //! | `endpoint`, `config` | sockets; settings and errors |
@@ -30,20 +32,23 @@ mod launched;
 mod lookup;
 mod members;
 mod node;
+mod placement;
 mod resources;
 mod socket_directory;
 mod task;
+mod task_scope;
 #[cfg(test)]
 mod tests;
 mod value;
 
 pub use agent::SpawnRefused;
 pub use config::{ClusterConfig, ClusterError, Transport};
-pub use driver::{Cluster, NodeInfo, Placement, SpawnOn, SpawnOnError};
+pub use driver::Cluster;
 pub use host::{Hosted, Hosts, MakeError};
 pub use launched::StartError;
 pub use lookup::lookup;
 pub use node::{Node, NodeExit};
+pub use placement::{NodeInfo, Placement, SpawnOn, SpawnOnError};
 pub use resources::{Resources, ResourcesError};
 pub use task::Task;
 pub use value::{Method, Owned, RemoteRef, Value};

@@ -13,8 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::agent::{
-    DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, PrepareToLeave, Resolve, TaskScope,
-    agent_of,
+    DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, PrepareToLeave, Resolve, agent_of,
 };
 use super::config::{ClusterConfig, ClusterError, Transport};
 use super::driver::{SAY_WAITING, random};
@@ -22,6 +21,7 @@ use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
 use super::incarnations::{AsNode, NodeIncarnations};
 use super::task::Task;
+use super::task_scope::TaskScope;
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::{Address, threads};
 use crate::remote::dial::{DialError, is_refusal};

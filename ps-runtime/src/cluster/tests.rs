@@ -13,9 +13,10 @@ use actix::{Actor, Context, Handler, Message, MessageResult};
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize};
 
-use super::agent::{DriverAgent, Find, Join, Make, NodeAgent, TaskScope, agent_of, hosted_name};
+use super::agent::{DriverAgent, Find, Join, Make, NodeAgent, agent_of, hosted_name};
 use super::host::Args;
 use super::members::Claim;
+use super::task_scope::TaskScope;
 use super::*;
 use crate::actor::{ActorRef, CallError, NotDelivered, UnknownOutcome};
 use crate::codec::Bulk;
