@@ -16,6 +16,9 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target"))
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "ps"
 
+# Processes of one host find each other's Unix sockets here; those of others do not, and must use the network.
+OWN_SOCKETS = {"TMPDIR": "/dev/shm"}
+
 
 def example(name):
     """The path of an example's binary."""

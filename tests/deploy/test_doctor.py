@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 import unittest
 
-from hosts import Hosts, Process, environment, example, need_root
+from hosts import OWN_SOCKETS, Hosts, Process, environment, example, need_root
 
 TOKEN = "token-of-the-three-hosts"
 
@@ -20,9 +20,10 @@ class Doctor(unittest.TestCase):
     def start(self, rank, host=None, address=None, world_size=3, token=TOKEN, program=None, within=4):
         flags = [f"--doctor={within}", f"--rank={rank}", f"--world-size={world_size}",
                  f"--master-addr={address or self.hosts.address(0)}"]
-        command = self.hosts.command(rank if host is None else host, [program or self.program, *flags])
+        host = rank if host is None else host
+        command = self.hosts.command(host, [program or self.program, *flags])
         variables = {"PS_TOKEN": token} if token else {}
-        return Process(self, command, env=environment(**variables))
+        return Process(self, command, env=environment(**OWN_SOCKETS, **variables))
 
     def ends(self, process, *texts, is_well=False):
         code, text = process.wait(60)

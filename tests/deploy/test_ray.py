@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import unittest
 
-from hosts import CACHE, REPOSITORY, Hosts, Process, environment, example, install, need_root
+from hosts import CACHE, OWN_SOCKETS, REPOSITORY, Hosts, Process, environment, example, install, need_root
 
 VERSION = "2.60.0"
 VENV = CACHE / f"ray-{VERSION}-venv"
@@ -53,6 +53,7 @@ class Cluster:
         return node
 
     def run(self, number, command, **variables):
+        variables = {**OWN_SOCKETS, "RAY_TMPDIR": "/tmp", **variables}
         return Process(self.test, self.hosts.command(number, command), env=self.environment(**variables))
 
     def submit(self, working_dir, *words, **variables):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import unittest
 
-from hosts import REPOSITORY, Hosts, Process, environment, eventually, example, need_root
+from hosts import OWN_SOCKETS, REPOSITORY, Hosts, Process, environment, eventually, example, need_root
 
 CONFIGURATION = """
 ClusterName=ps
@@ -65,7 +65,7 @@ class OnSlurm(unittest.TestCase):
         return Process(self, self.hosts.command(number, command), env=self.environment(**variables))
 
     def environment(self, **variables):
-        return environment(SLURM_CONF=str(self.configuration), HOME=str(self.directory), **variables)
+        return environment(SLURM_CONF=str(self.configuration), HOME=str(self.directory), **OWN_SOCKETS, **variables)
 
     def ask(self, *command):
         done = subprocess.run(
