@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
-use ps::actors::cluster::{Node, NodeExit, Task, Transport};
+use ps::actors::cluster::{ClusterError, Node, NodeExit, Task, Transport};
 use ps::actors::net::memory::MemoryNetwork;
 use ps::model::burn;
 use ps::model::burn::module::{Module, Param};
@@ -102,16 +102,14 @@ enum Event {
     End,
 }
 
+type Served = Task<Result<NodeExit, ClusterError>>;
+
 /// Lets nodes join and leave at a step's request. An event is answered when it has begun.
 struct Stage {
     cluster: Cluster,
     hosts: Hosts,
     config: ClusterConfig,
-    nodes: Vec<(
-        u32,
-        Arc<Notify>,
-        Task<Result<NodeExit, ps::actors::cluster::ClusterError>>,
-    )>,
+    nodes: Vec<(u32, Arc<Notify>, Served)>,
 }
 
 impl Stage {

@@ -154,7 +154,7 @@ pub(crate) struct Make {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpawnRefused {
-    /// The type is not in the [`Hosts`] of that process.
+    /// The type is not in the [`Hosts`](super::Hosts) of that process.
     #[error("{type_name} is not hosted there (hosted: {hosted}): add it with Hosts::host")]
     NotHosted {
         /// The type asked for.

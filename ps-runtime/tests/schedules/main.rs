@@ -19,6 +19,7 @@
     unreachable_pub,
     missing_docs,
     missing_debug_implementations,
+    clippy::default_constructed_unit_structs,
     reason = "parts of the product that these scenarios do not use"
 )]
 
