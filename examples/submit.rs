@@ -250,6 +250,7 @@ impl Cluster {
                         eprintln!("the cluster does not answer, trying again: {error:#}");
                     }
                     failures += 1;
+                    // Asking again at once would find the same fault.
                     thread::sleep(PAUSE);
                     continue;
                 }
@@ -273,6 +274,7 @@ impl Cluster {
                         .and_then(|code| u8::try_from(code).ok());
                     return Ok(ExitCode::from(code.filter(|code| *code != 0).unwrap_or(1)));
                 }
+                // The Jobs API tells of nothing by itself: it has to be asked again.
                 _ => thread::sleep(PAUSE),
             }
         }

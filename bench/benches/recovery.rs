@@ -122,6 +122,7 @@ fn kill_and_watch(cluster: &Cluster) -> Result<()> {
             if nodes.len() == 2 && num_updates() >= before + BETWEEN {
                 break nodes;
             }
+            // Looks now and then: to be told of each update would slow the training that is measured.
             std::thread::sleep(Duration::from_millis(1));
         };
         let pid = nodes[number % 2].pid;
@@ -138,6 +139,7 @@ fn kill_and_watch(cluster: &Cluster) -> Result<()> {
 fn recovered(killed: Instant) -> Result<Duration> {
     const QUIET: Duration = Duration::from_secs(2);
     loop {
+        // As above. The times come from the updates themselves, not from this loop.
         std::thread::sleep(Duration::from_millis(5));
         let updates = UPDATES.lock().expect("nobody panics").clone();
         let after: Vec<_> = updates.into_iter().filter(|&at| at > killed).collect();

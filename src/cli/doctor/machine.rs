@@ -170,6 +170,7 @@ fn can_reach(addresses: &[SocketAddr], within: Duration, findings: &mut Findings
             findings.bad(&unreachable(addresses, &last, within));
             return false;
         }
+        // The other process may not listen yet, and nothing tells when it does.
         thread::sleep(Duration::from_millis(50));
     }
 }
