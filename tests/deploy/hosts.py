@@ -14,7 +14,14 @@ import unittest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target"))
+# `release` for measurements.
+PROFILE = os.environ.get("PS_PROFILE", "debug")
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "ps"
+
+# A failed start has to name its cause within this time, from the start of the process (namespaces and all) to the line.
+# On a machine where other programs take the processor away, PS_SLOW=3 allows three times as much. It is not a time after
+# which the test looks: each test waits for the line, and then asks when it came.
+EXPLAINED_WITHIN = 5 * float(os.environ.get("PS_SLOW", "1"))
 
 # Processes of one host find each other's Unix sockets here; those of others do not, and must use the network.
 OWN_SOCKETS = {"TMPDIR": "/dev/shm"}
@@ -22,9 +29,9 @@ OWN_SOCKETS = {"TMPDIR": "/dev/shm"}
 
 def example(name):
     """The path of an example's binary."""
-    path = TARGET / "debug" / "examples" / name
+    path = TARGET / PROFILE / "examples" / name
     if not path.exists():
-        raise unittest.SkipTest(f"{path} is missing: run `cargo build --examples`")
+        raise unittest.SkipTest(f"{path} is missing: run `cargo build --workspace --examples`")
     return path
 
 
@@ -60,6 +67,7 @@ class Process:
 
     def __init__(self, test, command, **options):
         self.lines, self.changed = [], threading.Condition()
+        self.times, self.begun = [], time.monotonic()
         self.child = subprocess.Popen(
             [str(word) for word in command],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -74,6 +82,7 @@ class Process:
         for line in self.child.stdout:
             with self.changed:
                 self.lines.append(line)
+                self.times.append(time.monotonic() - self.begun)
                 self.changed.notify_all()
         with self.changed:
             self.is_over = True
@@ -94,6 +103,15 @@ class Process:
             if match := found():
                 return match
         raise AssertionError(f"no line {occurrence} with {pattern!r} within {seconds} s:\n{self.text()}")
+
+    def explains(self, pattern):
+        """Waits until a line matches, and checks that it has come soon enough after the start. Returns the time."""
+        self.wait_for(pattern)
+        with self.changed:
+            at = next(at for line, at in zip(self.lines, self.times) if re.search(pattern, line))
+        if at > EXPLAINED_WITHIN:
+            raise AssertionError(f"{pattern!r} only came after {at:.1f} s:\n{self.text()}")
+        return at
 
     def wait(self, seconds=60):
         """Waits for the end. Returns the exit code and all output."""
@@ -130,8 +148,9 @@ class Hosts:
     """N hosts and a switch between them: host0 at 10.78.0.1, and so on. Each has its own /tmp/ray, /dev/shm
     and /etc/hosts."""
 
-    def __init__(self, test, count, prefix="ps-engine"):
+    def __init__(self, test, count, prefix="ps-engine", network="10.78.0"):
         need_root()
+        self.network = network
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="ps-engine-"))
         self.prefix = f"{prefix}.{os.getpid()}"
         self.names = [f"{self.prefix}.{number}" for number in range(count)]
@@ -159,11 +178,16 @@ class Hosts:
                 raise unittest.SkipTest(f"ip {command}: {done.stderr.strip()}")
 
     def address(self, number):
-        return f"10.78.0.{number + 1}"
+        return f"{self.network}.{number + 1}"
 
-    def set_names(self, *lines):
-        """What /etc/hosts says, beside localhost, in commands from now on."""
-        (self.directory / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+    def set_names(self, *lines, host=None):
+        """What /etc/hosts says, beside localhost, in commands from now on: on one host, or on all that have no own one."""
+        name = "hosts" if host is None else f"hosts.{host}"
+        (self.directory / name).write_text("127.0.0.1 localhost\n" + "".join(lines))
+
+    def set_name_server(self, address):
+        """Whom hosts ask for names that are not in /etc/hosts, in commands from now on."""
+        (self.directory / "resolv.conf").write_text(f"nameserver {address}\n")
 
     def command(self, number, command):
         """The command, on that host."""
@@ -171,10 +195,14 @@ class Hosts:
         private.mkdir(exist_ok=True)
         script = (
             'mount --make-rprivate / && mkdir -p /tmp/ray && mount --bind "$1" /tmp/ray && '
-            'mount -t tmpfs tmpfs /dev/shm && mount --bind "$3" /etc/hosts && hostname "$2" && shift 3 && exec "$@"'
+            'mount -t tmpfs tmpfs /dev/shm && mount --bind "$3" /etc/hosts && { [ ! -e "$4" ] || '
+            'mount --bind "$4" /etc/resolv.conf; } && hostname "$2" && shift 4 && exec "$@"'
         )
+        own_names = self.directory / f"hosts.{number}"
+        names = own_names if own_names.exists() else self.directory / "hosts"
+        name_server = self.directory / "resolv.conf"
         enter = ["nsenter", f"--net=/run/netns/{self.names[number]}", "unshare", "-m", "-u"]
-        return [*enter, "sh", "-c", script, "sh", private, f"host{number}", self.directory / "hosts", *command]
+        return [*enter, "sh", "-c", script, "sh", private, f"host{number}", names, name_server, *command]
 
     def processes(self, number):
         found = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True)

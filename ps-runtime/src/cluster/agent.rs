@@ -50,6 +50,8 @@ pub(crate) struct Join {
 pub(crate) struct Joined {
     pub(crate) node: NodeId,
     pub(crate) session: u64,
+    /// The driver's clock, in seconds since 1970.
+    pub(crate) clock: f64,
 }
 
 /// Why the driver refuses a node.

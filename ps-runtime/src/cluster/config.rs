@@ -104,11 +104,16 @@ impl ClusterConfig {
     }
 }
 
-/// The advice for the case that another run has the port.
-fn busy_port(error: &std::io::Error) -> &'static str {
+/// The advice for the usual mistakes.
+fn listen_advice(error: &std::io::Error) -> &'static str {
     match error.kind() {
         std::io::ErrorKind::AddrInUse => {
-            ": another run may have it; give each run on a machine a port of its own (--master-port)"
+            ": another run may have it, or another process with rank 0; give each run on a machine a port of its own \
+             (--master-port)"
+        }
+        std::io::ErrorKind::AddrNotAvailable => {
+            ": this is no address of this machine, and rank 0 has to run on the machine whose address all processes are \
+             given (--master-addr, MASTER_ADDR or PS_RENDEZVOUS)"
         }
         _ => "",
     }
@@ -130,7 +135,7 @@ pub enum ClusterError {
     )]
     NoToken(SocketAddr),
     /// This process cannot listen at the address.
-    #[error("could not listen on {address}{}", busy_port(source))]
+    #[error("could not listen on {address}{}", listen_advice(source))]
     Listen {
         /// The address.
         address: String,
@@ -172,12 +177,17 @@ pub enum ClusterError {
     #[error("could not start an actor")]
     Spawn(#[from] crate::actor::SpawnError),
     /// Fewer nodes have joined than were waited for.
-    #[error("{joined} of {wanted} nodes have joined within {after:?}")]
+    #[error(
+        "{joined} of {wanted} nodes have joined within {after:?}; {missing} did not: not started, or unable to reach this \
+         process, as their own lines say"
+    )]
     NotAllJoined {
         /// How many nodes have joined.
         joined: usize,
         /// How many nodes were waited for.
         wanted: usize,
+        /// The ranks that have not joined, in words.
+        missing: String,
         /// How long the driver waited.
         after: Duration,
     },

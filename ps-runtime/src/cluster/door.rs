@@ -6,13 +6,18 @@
 //! with a higher attempt gets the rank at once.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::agent::{AreYouThere, Join, JoinRefused, Joined, NodeAgent, agent_of};
 use super::members::{Claim, Member, Members};
 use super::task_scope::TaskScope;
-use crate::actor::{CallError, NotDelivered};
+use super::way;
+use crate::actor::{ActorRef, CallError, NotDelivered};
 use crate::net::{Address, threads};
 use crate::remote::process::{Joining, NodeId, Process};
+
+/// How long a node may take to answer its driver's first call before the log says so.
+const CALLED_BACK_WITHIN: Duration = Duration::from_secs(2);
 
 pub(crate) struct Door {
     pub(crate) process: Arc<Process>,
@@ -82,8 +87,13 @@ impl Door {
         self.members.insert(member);
         let members = Arc::clone(&self.members);
         let process = Arc::downgrade(&self.process);
+        let addresses: Vec<_> = join.addresses.iter().map(ToString::to_string).collect();
+        let addresses = addresses.join(" and ");
         threads::next().spawn(async move {
-            agent.stopped().await;
+            tokio::select! {
+                () = agent.stopped() => {}
+                () = say_if_unreachable(&agent, node, &addresses) => agent.stopped().await,
+            }
             drop(agent);
             if members.remove(node, false) {
                 if let Some(process) = process.upgrade() {
@@ -93,7 +103,26 @@ impl Door {
             }
         });
         let session = self.process.session();
-        Ok(Joined { node, session })
+        let clock = way::now();
+        Ok(Joined {
+            node,
+            session,
+            clock,
+        })
+    }
+}
+
+/// Says it if the driver does not reach a node that has reached the driver. Otherwise the log would only say, after a
+/// process lease, that the node is lost.
+async fn say_if_unreachable(agent: &ActorRef<NodeAgent>, node: NodeId, addresses: &str) {
+    let called = tokio::time::timeout(CALLED_BACK_WITHIN, agent.ask(AreYouThere)).await;
+    if called.is_err() {
+        tracing::warn!(
+            %node,
+            addresses,
+            "this node has joined, but it does not answer at its own address: a firewall before it drops or rejects \
+             packets (nodes listen on any free port), or it has no time to answer"
+        );
     }
 }
 

@@ -22,6 +22,7 @@ use super::placement::{NodeInfo, Placement, SpawnOn, SpawnOnError};
 use super::resources::Resources;
 use super::task::Task;
 use super::task_scope::TaskScope;
+use super::way::{SAY_WAITING, pause_after};
 use crate::actor::error::error_chain;
 use crate::actor::{ActorRef, CallError, Spawn};
 use crate::net::{Address, threads};
@@ -33,9 +34,6 @@ use crate::remote::reference::{Wire, reference};
 
 /// How often all nodes are asked in turn to start an actor.
 const MAX_ROUNDS: usize = 3;
-
-/// How long a process waits for others before it says so in the log.
-pub(super) const SAY_WAITING: Duration = Duration::from_secs(5);
 
 /// How long the driver waits for each node to answer that it heard of the end of the run.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -360,8 +358,9 @@ impl Cluster {
     /// Waits until at least `wanted` nodes are in the cluster, and returns them. For an example see
     /// [`listen`](Self::listen).
     ///
-    /// It logs after 5 s, 10 s more, 20 s more, and so on that it still waits. The task fails with
-    /// [`ClusterError::NotAllJoined`] when fewer nodes have joined `within` this time.
+    /// After 2 s, and then every 5 s, it logs which ranks are missing, and how long it will wait for them. After a
+    /// minute it does so every 30 s. The task fails with [`ClusterError::NotAllJoined`] when fewer nodes have joined
+    /// `within` this time.
     pub fn wait_for_nodes(
         &self,
         wanted: usize,
@@ -376,13 +375,23 @@ impl Cluster {
                     let _ = changed.changed().await;
                 }
             };
+            let missing = || cluster.inner.members.missing(wanted);
             let say = async {
+                let begun = tokio::time::Instant::now();
                 let mut pause = SAY_WAITING;
                 loop {
                     tokio::time::sleep(pause).await;
                     let joined = cluster.inner.members.list().len();
-                    tracing::info!(joined, wanted, at_most = ?within, "waiting for nodes");
-                    pause = pause.saturating_mul(2);
+                    let left = format!("{} s", within.saturating_sub(begun.elapsed()).as_secs());
+                    tracing::info!(
+                        joined,
+                        wanted,
+                        missing = missing(),
+                        left,
+                        "waiting for nodes: those that are missing are not started, or cannot reach this process, as \
+                         their own lines say"
+                    );
+                    pause = pause_after(begun.elapsed());
                 }
             };
             let _ = tokio::time::timeout(within, async {
@@ -397,6 +406,7 @@ impl Cluster {
                 joined if joined < wanted => Err(ClusterError::NotAllJoined {
                     joined,
                     wanted,
+                    missing: missing(),
                     after: within,
                 }),
                 _ => Ok(nodes),

@@ -273,6 +273,18 @@ impl Hosts {
         self
     }
 
+    /// The names of what was stated with [`must_agree`](Self::must_agree), in alphabetical order.
+    ///
+    /// ```
+    /// use ps_runtime::cluster::Hosts;
+    ///
+    /// let hosts = Hosts::new().must_agree("seed", 1).must_agree("batch size", 64);
+    /// assert!(hosts.agreed().eq(["batch size", "seed"]));
+    /// ```
+    pub fn agreed(&self) -> impl Iterator<Item = &str> {
+        self.facts.keys().map(String::as_str)
+    }
+
     pub(crate) fn facts(&self) -> BTreeMap<String, String> {
         let facts = self.facts.iter();
         facts

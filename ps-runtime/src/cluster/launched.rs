@@ -1,7 +1,10 @@
 //! Turns the command line into a cluster: what each copy of a program does at its start.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use axum::Router;
@@ -13,10 +16,11 @@ use super::driver::{Cluster, random};
 use super::host::Hosts;
 use super::node::{Node, NodeExit};
 use super::task::Task;
+use super::way::SAY_WAITING;
 use crate::launch::restarts::Restarts;
 use crate::launch::{
     self, Launch, LaunchError, LaunchOptions, Place, ProcessConfig, ProcessError, ProcessGroup,
-    env, terminated,
+    Rendezvous, env, terminated,
 };
 use crate::net::{Token, TokenError, threads};
 
@@ -44,7 +48,7 @@ pub enum StartError {
     NotSockets,
     /// The system gave no way to hear the signals that end the process.
     #[error("could not listen for the signals that end the process")]
-    Signals(#[source] std::io::Error),
+    Signals(#[source] io::Error),
 }
 
 impl StartError {
@@ -238,9 +242,7 @@ fn listen_address(place: &Place) -> Result<SocketAddr, StartError> {
         address: rendezvous.to_string(),
         source,
     };
-    let target = (rendezvous.host(), rendezvous.port());
-    let found = target.to_socket_addrs().map_err(failed)?.next();
-    let found = found.ok_or_else(|| failed(std::io::ErrorKind::NotFound.into()))?;
+    let found = look_up(rendezvous).map_err(failed)?;
     if place.world_size > 1 && is_loopback_in_disguise(rendezvous.host(), found) {
         // Debian's `/etc/hosts` does so for the name of the machine itself.
         tracing::warn!(
@@ -251,6 +253,27 @@ fn listen_address(place: &Place) -> Result<SocketAddr, StartError> {
         );
     }
     Ok(found)
+}
+
+/// Returns the first address of a name. If no name server answers, it says so.
+fn look_up(rendezvous: &Rendezvous) -> io::Result<SocketAddr> {
+    let target = (rendezvous.host().to_owned(), rendezvous.port());
+    let (sender, found) = mpsc::channel();
+    let looking = move || sender.send(target.to_socket_addrs().map(|mut found| found.next()));
+    thread::Builder::new().spawn(looking)?;
+    loop {
+        match found.recv_timeout(SAY_WAITING) {
+            Ok(found) => return found?.ok_or_else(|| io::ErrorKind::NotFound.into()),
+            Err(RecvTimeoutError::Timeout) => {
+                let name = rendezvous.host();
+                tracing::warn!(
+                    name,
+                    "no name server has answered yet what this name means: use an address, or a name that this machine knows"
+                );
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err(io::ErrorKind::NotFound.into()),
+        }
+    }
 }
 
 /// Whether this machine resolves the name to a loopback address although the name does not say so. Other

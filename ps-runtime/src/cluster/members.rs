@@ -325,6 +325,22 @@ impl Members {
             .collect()
     }
 
+    /// Names the ranks that are missing if `wanted` nodes are waited for. Usually these have the ranks from 1.
+    pub(crate) fn missing(&self, wanted: usize) -> String {
+        const NUM_NAMED: usize = 8;
+        let members = self.list();
+        let is_there = |rank: u32| members.iter().any(|member| member.node.rank == rank);
+        let num_missing = wanted.saturating_sub(members.len());
+        let mut missing = (1..).filter(|rank| !is_there(*rank)).take(num_missing);
+        let named: Vec<_> = missing.by_ref().take(NUM_NAMED).collect();
+        let named: Vec<_> = named.iter().map(u32::to_string).collect();
+        let noun = if num_missing == 1 { "rank" } else { "ranks" };
+        match num_missing.saturating_sub(NUM_NAMED) {
+            0 => format!("{noun} {}", named.join(", ")),
+            more => format!("{noun} {} and {more} more", named.join(", ")),
+        }
+    }
+
     /// Closes the list: no more nodes are taken. Returns the nodes that are in it.
     pub(crate) fn close(&self) -> Vec<Member> {
         let mut state = self.lock();

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `host` | the actor types that a process can make |
 //! | `driver`, `node` | the two roles |
+//! | `way` | a node's way to the driver, and what may be wrong with it |
 //! | `placement` | where an actor is started |
 //! | `agent`, `members` | the messages between driver and nodes; the driver's list of nodes |
 //! | `task_scope` | the actors that a process has made for others |
@@ -40,6 +41,7 @@ mod task_scope;
 #[cfg(test)]
 mod tests;
 mod value;
+mod way;
 
 pub use agent::SpawnRefused;
 pub use config::{ClusterConfig, ClusterError, Transport};
@@ -52,5 +54,6 @@ pub use placement::{NodeInfo, Placement, SpawnOn, SpawnOnError};
 pub use resources::{Resources, ResourcesError};
 pub use task::Task;
 pub use value::{Method, Owned, RemoteRef, Value};
+pub use way::unreachable;
 
 pub use crate::remote::NodeId;

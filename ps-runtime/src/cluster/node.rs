@@ -1,5 +1,6 @@
 //! A process that makes actors for the driver.
 
+use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +8,6 @@ use std::time::Duration;
 use axum::Router;
 use futures_util::FutureExt;
 use rustix::process::geteuid;
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -16,12 +16,13 @@ use super::agent::{
     DriverAgent, Join, JoinRefused, Joined, Leave, NodeAgent, PrepareToLeave, Resolve, agent_of,
 };
 use super::config::{ClusterConfig, ClusterError, Transport};
-use super::driver::{SAY_WAITING, random};
+use super::driver::random;
 use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
 use super::incarnations::{AsNode, NodeIncarnations};
 use super::task::Task;
 use super::task_scope::TaskScope;
+use super::way::{self, Attempt, SAY_WAITING};
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::{Address, threads};
 use crate::remote::dial::{DialError, is_refusal};
@@ -30,6 +31,9 @@ use crate::remote::process::{Joining, NodeId, Process};
 
 /// The longest pause between two tries to reach the driver.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a node without work waits for its driver's answer when it leaves.
+const IDLE_FAREWELL: Duration = Duration::from_secs(1);
 
 /// A process that joins a driver and makes actors for it until the driver releases it.
 ///
@@ -169,7 +173,9 @@ impl Node {
                     () = &mut stop => Some(NodeExit::Left),
                     () = membership.driver.stopped() => None,
                 };
-                if exit == Some(NodeExit::Left) {
+                // A node without work has nothing to hand over, and its driver may not answer any more.
+                let is_idle = membership.scope.is_idle();
+                if exit == Some(NodeExit::Left) && !is_idle {
                     tokio::select! {
                         () = self.hand_over(&membership) => {}
                         () = &mut at_once => {}
@@ -180,7 +186,12 @@ impl Node {
                 membership.scope.kill_all();
                 if exit == Some(NodeExit::Left) {
                     // If this fails, the driver notices the end of the connection.
-                    let limit = self.config.net.process_lease;
+                    let lease = self.config.net.process_lease;
+                    let limit = if is_idle {
+                        lease.min(IDLE_FAREWELL)
+                    } else {
+                        lease
+                    };
                     let _ = membership
                         .driver
                         .ask_within(Leave(membership.id), limit)
@@ -212,17 +223,47 @@ impl Node {
     }
 
     async fn join(&self, user: Option<u32>) -> Result<Membership, ClusterError> {
-        // `None` if the clock cannot represent the deadline; then there is none.
+        let attempt = Attempt::new();
+        tokio::select! {
+            joined = self.keep_trying(user, &attempt) => joined,
+            never = self.say_what_is_wrong(&attempt) => match never {},
+        }
+    }
+
+    /// Says why this node has not joined yet, at first soon, then ever more rarely.
+    async fn say_what_is_wrong(&self, attempt: &Attempt) -> Infallible {
         let begun = Instant::now();
-        let deadline = begun.checked_add(self.config.join_timeout);
-        let mut pause = Duration::from_millis(20);
-        let mut say_after = SAY_WAITING;
+        let mut pause = SAY_WAITING;
         loop {
-            let reason = match self.try_to_join(user).await {
+            tokio::time::sleep(pause).await;
+            let waited = begun.elapsed();
+            let left = self.config.join_timeout.saturating_sub(waited);
+            let (driver, reason) = (&self.driver, attempt.obstacle());
+            tracing::info!(
+                driver,
+                reason,
+                left = whole_seconds(left),
+                "waiting for the driver"
+            );
+            pause = way::pause_after(waited);
+        }
+    }
+
+    async fn keep_trying(
+        &self,
+        user: Option<u32>,
+        attempt: &Attempt,
+    ) -> Result<Membership, ClusterError> {
+        // `None` if the clock cannot represent the deadline; then there is none.
+        let deadline = Instant::now().checked_add(self.config.join_timeout);
+        let mut pause = Duration::from_millis(20);
+        loop {
+            let reason = match self.try_to_join(user, attempt).await {
                 Ok(membership) => return Ok(membership),
                 Err(JoinError::Permanent(error)) => return Err(error),
                 Err(JoinError::Temporary(reason)) => reason,
             };
+            attempt.failed(&reason);
             if deadline.is_some_and(|deadline| Instant::now() + pause > deadline) {
                 return Err(ClusterError::NoDriver {
                     address: self.driver.clone(),
@@ -231,21 +272,24 @@ impl Node {
                 });
             }
             tracing::debug!(driver = self.driver, reason, "not joined yet");
-            if begun.elapsed() >= say_after {
-                let (driver, at_most) = (&self.driver, self.config.join_timeout);
-                tracing::info!(driver, reason, ?at_most, "waiting for the driver");
-                say_after = say_after.saturating_mul(3);
-            }
             tokio::time::sleep(pause).await;
             pause = (2 * pause).min(MAX_PAUSE);
         }
     }
 
-    async fn try_to_join(&self, user: Option<u32>) -> Result<Membership, JoinError> {
+    async fn try_to_join(
+        &self,
+        user: Option<u32>,
+        attempt: &Attempt,
+    ) -> Result<Membership, JoinError> {
         let process = self.config.process();
         let run_id = self.config.run_id.as_deref();
         process.wants(Joining::new(self.rank, run_id, user));
-        let (driver_address, local) = self.way_to_driver(&process).await?;
+        let (driver_address, local) = self.way_to_driver(&process, attempt).await?;
+        attempt.begin(format!(
+            "{driver_address} takes connections but does not answer: another program may have the port, or the driver is \
+             overloaded"
+        ));
         let bound = Bound::bind(&self.config, SocketAddr::new(local, 0));
         let bound = bound.map_err(JoinError::Permanent)?;
         let driver_addresses = vec![driver_address];
@@ -304,8 +348,13 @@ impl Node {
         // The driver may first have to find out that another process of this rank is dead, which takes two
         // leases at most.
         let limit = self.config.net.process_lease.saturating_mul(3);
+        let asked = way::now();
         let joined = driver.ask_within(join, limit).await;
-        let Joined { node, session } = match joined {
+        let Joined {
+            node,
+            session,
+            clock,
+        } = match joined {
             Ok(Ok(joined)) => joined,
             Ok(Err(refused)) => return Err(self.refused(&refused)),
             Err(CallError::NotDelivered {
@@ -320,6 +369,14 @@ impl Node {
             Err(error) => return Err(JoinError::Temporary(error.to_string())),
         };
         process.enter(node, session);
+        let difference = way::clock_difference(asked, clock, way::now());
+        if difference.abs() > way::CLOCK_TOLERANCE {
+            let difference = format!("{difference:+.1} s");
+            tracing::warn!(
+                difference,
+                "the driver's clock differs from this machine's: set the clocks by NTP"
+            );
+        }
         // Connects again, now as this node: the first connection was made without a `NodeId`.
         drop(driver);
         let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
@@ -347,39 +404,28 @@ impl Node {
     }
 
     /// Returns the first of the driver's addresses that answers, and the local address of the connection
-    /// to it.
-    async fn way_to_driver(&self, process: &Process) -> Result<(Address, IpAddr), JoinError> {
-        let mut last = JoinError::Temporary(format!("{} has no address", self.driver));
-        for address in self.driver_addresses().await? {
-            match local_ip(process, &address).await {
-                Ok(local) => return Ok((address, local)),
-                Err(JoinError::Temporary(why)) => {
-                    last = JoinError::Temporary(format!("{address}: {why}"));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(last)
-    }
-
-    async fn driver_addresses(&self) -> Result<Vec<Address>, JoinError> {
+    /// to it. Other nodes reach this node on the same network.
+    async fn way_to_driver(
+        &self,
+        process: &Process,
+        attempt: &Attempt,
+    ) -> Result<(Address, IpAddr), JoinError> {
         if let Transport::Memory(_) = self.config.transport {
-            let place = self
-                .driver
-                .strip_prefix("memory:")
-                .and_then(|place| place.parse().ok());
-            let place = place.map(|place| vec![Address::Memory(place)]);
-            return place.ok_or_else(|| {
-                JoinError::Permanent(ClusterError::Address {
-                    address: self.driver.clone(),
-                    source: std::io::ErrorKind::InvalidInput.into(),
-                })
+            let number = self.driver.strip_prefix("memory:");
+            let place = number.and_then(|number| number.parse().ok());
+            let place = place.ok_or_else(|| ClusterError::Address {
+                address: self.driver.clone(),
+                source: std::io::ErrorKind::InvalidInput.into(),
             });
+            let place = place.map_err(JoinError::Permanent)?;
+            return Ok((Address::Memory(place), IpAddr::V4(Ipv4Addr::LOCALHOST)));
         }
-        // A host name may not be known yet while a cluster starts.
-        let found = tokio::net::lookup_host(&self.driver).await;
-        let found = found.map_err(|error| JoinError::Temporary(error.to_string()))?;
-        Ok(found.map(Address::Tcp).collect())
+        let limit = process.config().handshake;
+        let found = way::look_up(&self.driver, attempt).await;
+        let found = found.map_err(JoinError::Temporary)?;
+        let connected = way::connect(&self.driver, &found, limit, attempt).await;
+        let (driver, local) = connected.map_err(JoinError::Temporary)?;
+        Ok((Address::Tcp(driver), local.ip()))
     }
 }
 
@@ -388,19 +434,9 @@ enum JoinError {
     Permanent(ClusterError),
 }
 
-/// Returns the address of this host that the driver sees. Other nodes reach this node on the same network.
-async fn local_ip(process: &Process, driver: &Address) -> Result<IpAddr, JoinError> {
-    let &Address::Tcp(address) = driver else {
-        return Ok(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    };
-    let limit = process.config().handshake;
-    let connected = tokio::time::timeout(limit, TcpStream::connect(address)).await;
-    let connected =
-        connected.map_err(|_| JoinError::Temporary(format!("no answer within {limit:?}")))?;
-    let local = connected.and_then(|stream| stream.local_addr());
-    Ok(local
-        .map_err(|error| JoinError::Temporary(error.to_string()))?
-        .ip())
+/// A time for the log, which changes with each line.
+fn whole_seconds(time: Duration) -> String {
+    format!("{} s", time.as_secs())
 }
 
 fn host_name() -> String {

@@ -154,6 +154,11 @@ impl TaskScope {
             .find_actor(&self.process, &find.type_name, &find.name)
     }
 
+    /// Whether there are no actors, and none is being made.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.made().is_empty() && self.orders().is_empty()
+    }
+
     /// Makes no more actors, and lets the actors that hand over finish their work. The others go on. The
     /// future is ready when all have ended.
     ///

@@ -11,7 +11,7 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{AlertDescription, CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
@@ -76,7 +76,10 @@ pub enum TlsError {
     #[error("the certificates cannot be used")]
     Unusable(#[source] Cause),
     /// Other processes would refuse the certificate of this process.
-    #[error("{path} is not a valid certificate of the authority for `{name}`")]
+    #[error(
+        "{path} is not a valid certificate of the authority for `{name}`{}",
+        clock_advice(source)
+    )]
     NotValid {
         /// The path of the certificate.
         path: PathBuf,
@@ -196,6 +199,77 @@ impl Tls {
             .connect(self.name.clone(), stream)
             .await?
             .into())
+    }
+}
+
+/// Says in words what the error of a TLS handshake means, if another try would end in the same way.
+pub(crate) fn explain(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let mut next = Some(error);
+    let cause = loop {
+        let error = next?;
+        // An `io::Error` shows the source of the error that it holds, and not the error itself.
+        let held = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref);
+        let found = held.and_then(|held| held.downcast_ref::<rustls::Error>());
+        if let Some(found) = found.or_else(|| error.downcast_ref()) {
+            break found;
+        }
+        next = error.source();
+    };
+    let text = match cause {
+        rustls::Error::InvalidCertificate(problem) => match problem {
+            CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+                "its certificate is from another authority: all processes need certificates of one authority (--tls-ca)"
+            }
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+                "its certificate is for another name: issue all certificates for the name in --tls-name"
+            }
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                "its certificate has expired, by this machine's clock: issue a new one, or set the clock by NTP"
+            }
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                "its certificate is not valid yet, by this machine's clock: set the clocks by NTP"
+            }
+            _ => return Some(format!("its certificate cannot be used: {cause}")),
+        },
+        rustls::Error::NoCertificatesPresented => {
+            "it has no certificate: give it one (--tls-ca, --tls-cert, --tls-key)"
+        }
+        rustls::Error::InvalidMessage(_) => {
+            "it does not speak TLS: give all processes certificates (--tls-ca, --tls-cert, --tls-key), or none"
+        }
+        rustls::Error::AlertReceived(alert) => match alert {
+            AlertDescription::UnknownCA
+            | AlertDescription::BadCertificate
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::DecryptError => {
+                "it does not accept this process's certificate: all processes need certificates of one authority (--tls-ca)"
+            }
+            AlertDescription::CertificateExpired => {
+                "this process's certificate has expired, by the other machine's clock: issue a new one, or set the clock \
+                 by NTP"
+            }
+            AlertDescription::CertificateRequired => {
+                "it asks for a certificate: give this process one (--tls-ca, --tls-cert, --tls-key)"
+            }
+            _ => return None,
+        },
+        _ => return None,
+    };
+    Some(text.to_owned())
+}
+
+/// Advice for a certificate that is not valid at this time.
+fn clock_advice(cause: &Cause) -> &'static str {
+    match cause.downcast_ref() {
+        Some(rustls::Error::InvalidCertificate(
+            CertificateError::Expired
+            | CertificateError::ExpiredContext { .. }
+            | CertificateError::NotValidYet
+            | CertificateError::NotValidYetContext { .. },
+        )) => " at this time, by this machine's clock: issue a new one, or set the clock by NTP",
+        _ => "",
     }
 }
 

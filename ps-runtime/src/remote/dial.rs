@@ -14,6 +14,7 @@ use super::process::Process;
 use super::reference::Wire;
 use crate::net::address::Address;
 use crate::net::stream::{Stream, tune};
+use crate::net::tls;
 
 /// The protocol's name in the upgrade, and its version.
 pub(crate) const PROTOCOL: &str = "ps/1";
@@ -56,12 +57,19 @@ pub(crate) enum DialError {
 
 impl From<io::Error> for DialError {
     fn from(error: io::Error) -> Self {
-        Self::Unreachable(error.to_string())
+        match tls::explain(&error) {
+            Some(why) => Self::Refused(format!("{REFUSED_BY_TLS}: {why}")),
+            None => Self::Unreachable(error.to_string()),
+        }
     }
 }
 
 impl From<hyper::Error> for DialError {
     fn from(error: hyper::Error) -> Self {
+        // The side that answers checks the other's certificate last, so its verdict comes in place of an answer.
+        if let Some(why) = tls::explain(&error) {
+            return Self::Refused(format!("{REFUSED_BY_TLS}: {why}"));
+        }
         match error.is_parse() {
             true => Self::Refused(format!(
                 "{NOT_OURS}: it does not answer in HTTP ({error}); does it use TLS?"
@@ -70,6 +78,9 @@ impl From<hyper::Error> for DialError {
         }
     }
 }
+
+/// What the reason begins with if TLS fails.
+const REFUSED_BY_TLS: &str = "refused by TLS";
 
 /// A part of the reason if the program that answers is not a process of ps.
 const NOT_OURS: &str = "what listens there is not a process of ps";

@@ -29,6 +29,7 @@ use crate::net::connection::Connection;
 use crate::net::quiet::Quiet;
 use crate::net::stream::{Detached, Stream, tune};
 use crate::net::threads;
+use crate::net::tls;
 
 /// A socket or pipe that accepts connections.
 pub(crate) enum Listener {
@@ -137,7 +138,10 @@ impl Listener {
                         Ok(Ok(stream)) => {
                             greet(stream, peer, entering, routes, handshake, permit).await
                         }
-                        Ok(Err(error)) if !has_gone(&error) => refuse(&NO_TLS, peer, &error),
+                        Ok(Err(error)) if !has_gone(&error) => {
+                            let why = tls::explain(&error);
+                            refuse(&NO_TLS, peer, &why.unwrap_or_else(|| error.to_string()));
+                        }
                         Ok(Err(_)) | Err(_) => {}
                     }
                 },
