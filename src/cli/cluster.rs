@@ -58,9 +58,9 @@ pub struct ClusterArgs {
     /// Listen to other hosts without a token. Anybody on the network can then take part.
     #[arg(long)]
     pub insecure: bool,
-    /// Do no work, but check whether the processes find and reach each other, and say what is wrong. All processes need
-    /// this flag. They wait for each other for this many seconds.
-    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "4")]
+    /// Do no work, but check whether the processes find and reach each other and have the same data, and say what is
+    /// wrong. All processes need this flag. They wait for each other for this many seconds [default: 3].
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, require_equals = true, default_missing_value = "3")]
     pub doctor: Option<f64>,
 }
 
@@ -77,12 +77,12 @@ impl ClusterArgs {
         }
     }
 
-    /// Does what `--doctor` asks for, if it is there.
+    /// Does the first part of what `--doctor` asks for, if it is there. `None`: the program goes on.
     pub(super) fn doctor_in(matches: &ArgMatches) -> Option<ExitCode> {
         matches.try_contains_id("process_lease").ok()?;
         let args = Self::from_arg_matches(matches).ok()?;
         match Duration::try_from_secs_f64(args.doctor?) {
-            Ok(within) => Some(doctor::examine(&args, within)),
+            Ok(within) => doctor::examine(&args, within),
             Err(_) => end(EXIT_CONFIG, "--doctor must be a time in seconds"),
         }
     }
@@ -91,8 +91,13 @@ impl ClusterArgs {
     ///
     /// Ends the process where that fails, with an exit code that tells a launcher whether to try again: see
     /// [`StartError::exit_code`](ps_actors::cluster::StartError::exit_code).
+    ///
+    /// With `--doctor`, it compares what the processes have loaded, and ends the process.
     #[must_use]
     pub fn launch(&self, hosts: Hosts) -> Option<Cluster> {
+        if self.doctor.is_some() {
+            exit(doctor::compare(self, hosts).into());
+        }
         match Cluster::launch(&self.options(), self.config(), hosts) {
             Ok(cluster) => cluster,
             Err(error) => end(error.exit_code(), &error_chain(&error)),

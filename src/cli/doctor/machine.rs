@@ -1,18 +1,22 @@
 //! What a process can see without the others.
 
 use std::fs::read_to_string;
-use std::io::{Error, ErrorKind};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ps_actors::cluster::unreachable;
 use ps_actors::launch::{Place, Rendezvous};
 
 use super::Findings;
 
 /// Each connection to another process is an open file, and each file of data.
 const FEW_FILES: u64 = 1024;
+
+/// How long a process waits for others before it says what keeps it, and before it says so again.
+const SAY_WAITING: Duration = Duration::from_secs(2);
 
 /// The limits on open files and memory, and whether processes may read each other's memory.
 pub(super) fn limits(findings: &mut Findings) {
@@ -87,7 +91,7 @@ pub(super) fn way_to_driver(place: &Place, within: Duration, findings: &mut Find
     if place.is_driver() {
         can_listen(place, rendezvous, addresses[0], findings)
     } else {
-        can_reach(&addresses, within, findings)
+        can_reach(rendezvous.host(), &addresses, within, findings)
     }
 }
 
@@ -147,11 +151,17 @@ fn can_listen(
     }
 }
 
-/// The driver may start a moment later.
-fn can_reach(addresses: &[SocketAddr], within: Duration, findings: &mut Findings) -> bool {
+/// Whether the driver answers. It may start a moment later.
+fn can_reach(
+    name: &str,
+    addresses: &[SocketAddr],
+    within: Duration,
+    findings: &mut Findings,
+) -> bool {
     let deadline = Instant::now() + within;
+    let mut say_at = Instant::now() + SAY_WAITING;
     loop {
-        let mut last = Error::from(ErrorKind::NotFound);
+        let mut problems = Vec::new();
         for address in addresses {
             let left = deadline.saturating_duration_since(Instant::now());
             let left = left.clamp(Duration::from_millis(100), Duration::from_secs(1));
@@ -163,33 +173,23 @@ fn can_reach(addresses: &[SocketAddr], within: Duration, findings: &mut Findings
                     findings.good(&format!("reaches the driver at {address}{from}"));
                     return true;
                 }
-                Err(error) => last = error,
+                Err(error) => problems.push(unreachable(name, *address, &error)),
             }
         }
-        if Instant::now() >= deadline {
-            findings.bad(&unreachable(addresses, &last, within));
+        let now = Instant::now();
+        let problems = problems.join("; ");
+        if now >= deadline {
+            findings.bad(&format!(
+                "cannot reach the driver for {within:?}: {problems}"
+            ));
             return false;
+        }
+        if now >= say_at {
+            let left = deadline.saturating_duration_since(now).as_secs();
+            findings.waits(&format!("{problems}; trying for {left} s more"));
+            say_at = now + SAY_WAITING;
         }
         // The other process may not listen yet, and nothing tells when it does.
         thread::sleep(Duration::from_millis(50));
-    }
-}
-
-fn unreachable(addresses: &[SocketAddr], error: &Error, within: Duration) -> String {
-    let address = addresses[0];
-    match error.kind() {
-        ErrorKind::ConnectionRefused => format!(
-            "{} refuses connections to port {} for {within:?}: no driver listens there, or a firewall rejects them",
-            address.ip(),
-            address.port()
-        ),
-        ErrorKind::TimedOut | ErrorKind::WouldBlock => format!(
-            "nothing answers at {address} for {within:?}: a firewall drops the packets, the machine is off, or this \
-             is not the driver's address"
-        ),
-        ErrorKind::NetworkUnreachable | ErrorKind::HostUnreachable => format!(
-            "there is no way from this machine to {address} ({error}): use an address in a network that both have"
-        ),
-        _ => format!("cannot connect to {address}: {error}"),
     }
 }

@@ -1,5 +1,9 @@
-//! `--doctor`: checks whether the processes find and reach each other. Each line says one thing that is right,
-//! or one thing that is wrong and what to do.
+//! `--doctor`: checks whether the processes find and reach each other, and have the same data. Each line says one thing
+//! that is right, or one thing that is wrong and what to do.
+//!
+//! It has two parts. [`examine`] runs before the program has loaded anything, so a mistake in the network is named at
+//! once, however long the data take. [`compare`] runs where the program would begin to train, with what it has loaded.
+//! Between them, the driver tells each process whether all is well so far; if not, all end.
 //!
 //! | module | what it holds |
 //! |---|---|
@@ -10,11 +14,13 @@ mod machine;
 mod probe;
 
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ps_actors::actor::error_chain;
-use ps_actors::cluster::{Cluster, Hosts};
-use ps_actors::launch::{self, EXIT_CONFIG, Launch, Place, env, log_prefix};
+use ps_actors::cluster::{Cluster, Hosts, StartError};
+use ps_actors::launch::{self, EXIT_CONFIG, EXIT_OK, Launch, LaunchError, Place, env, log_prefix};
 
 use super::cluster::ClusterArgs;
 use super::output::say;
@@ -27,8 +33,19 @@ pub(super) struct Findings {
 }
 
 impl Findings {
+    fn new(rank: u32) -> Self {
+        Self {
+            role: log_prefix(rank),
+            num_bad: 0,
+        }
+    }
+
     fn good(&self, text: &str) {
         say!("ok   {}: {text}", self.role);
+    }
+
+    fn waits(&self, text: &str) {
+        say!("wait {}: {text}", self.role);
     }
 
     fn bad(&mut self, text: &str) {
@@ -36,33 +53,27 @@ impl Findings {
         say!("BAD  {}: {text}", self.role);
     }
 
-    fn exit_code(&self) -> ExitCode {
-        match self.num_bad {
-            0 => ExitCode::SUCCESS,
-            _ => ExitCode::from(EXIT_CONFIG),
-        }
+    fn is_well(&self) -> bool {
+        self.num_bad == 0
     }
 }
 
 /// Examines this process, and the others together with them. All of them have the flag; each waits for the
-/// others for the time `within`.
-pub(super) fn examine(args: &ClusterArgs, within: Duration) -> ExitCode {
-    let launch = match launch::resolve(&args.options(), env::read) {
+/// others for the time `within`. Returns `None` if all is well so far, and what the processes load is to be compared.
+pub(super) fn examine(args: &ClusterArgs, within: Duration) -> Option<ExitCode> {
+    let launch = match resolve(args) {
         Ok(launch) => launch,
         Err(error) => {
             super::output::complain(&error_chain(&error));
-            return ExitCode::from(EXIT_CONFIG);
+            return Some(ExitCode::from(EXIT_CONFIG));
         }
     };
-    let mut findings = Findings {
-        role: log_prefix(launch.rank()),
-        num_bad: 0,
-    };
+    let mut findings = Findings::new(launch.rank());
     machine::limits(&mut findings);
     let world_size = match &launch {
         Launch::Alone => {
             findings.good("no flag and no launcher's variable says that there are other processes");
-            return findings.exit_code();
+            return Some(ExitCode::from(exit_code(&findings)));
         }
         Launch::StartProcesses { world_size } => *world_size,
         Launch::Rank(place) => {
@@ -74,18 +85,89 @@ pub(super) fn examine(args: &ClusterArgs, within: Duration) -> ExitCode {
             } = place;
             findings.good(&format!("rank {rank} of {world_size}, from {launcher}"));
             if !machine::way_to_driver(place, within, &mut findings) {
-                return findings.exit_code();
+                return Some(ExitCode::from(EXIT_CONFIG));
             }
             *world_size
         }
     };
     let mut config = args.config();
     config.join_timeout = within;
-    let hosts = Hosts::new().host(|()| Ok(Probe));
+    let all_is_well = Arc::new(AtomicBool::new(false));
+    let hosts = {
+        let (all_is_well, num_bad) = (Arc::clone(&all_is_well), findings.num_bad);
+        Hosts::new().host(move |()| Ok(Probe::new(num_bad, Arc::clone(&all_is_well))))
+    };
     match Cluster::launch(&args.options(), config, hosts) {
         Err(error) => findings.bad(&error_chain(&error)),
         Ok(None) => findings.good("has joined, and the driver has looked at it"),
-        Ok(Some(cluster)) => probe::look_at_all(&cluster, world_size, &mut findings),
+        Ok(Some(cluster)) => {
+            let probes = probe::look_at_all(&cluster, world_size, &mut findings);
+            if findings.is_well() {
+                probe::tell_all(&probes, &mut findings);
+            }
+            all_is_well.store(findings.is_well(), Ordering::Relaxed);
+            // Waits that are still under way also hold the cluster.
+            cluster.release().wait();
+        }
     }
-    findings.exit_code()
+    match findings.is_well() && all_is_well.load(Ordering::Relaxed) {
+        true => None,
+        false => Some(ExitCode::from(exit_code(&findings))),
+    }
+}
+
+/// Compares what the processes have loaded, by letting them join each other with it. Returns the exit code.
+pub(super) fn compare(args: &ClusterArgs, hosts: Hosts) -> u8 {
+    let Ok(launch) = resolve(args) else {
+        return EXIT_CONFIG;
+    };
+    let mut findings = Findings::new(launch.rank());
+    let agreed = hosts.agreed().collect::<Vec<_>>().join(", ");
+    let agreed = match agreed.is_empty() {
+        true => "nothing, because the program states nothing that must be the same".to_owned(),
+        false => agreed,
+    };
+    match Cluster::launch(&args.options(), args.config(), hosts) {
+        Err(error) => findings.bad(&differences(&error)),
+        Ok(None) => findings.good(&format!("has the same as the driver: {agreed}")),
+        Ok(Some(cluster)) => {
+            let nodes = cluster.nodes();
+            let world_size = match launch {
+                Launch::Alone => 1,
+                Launch::StartProcesses { world_size } => world_size,
+                Launch::Rank(place) => place.world_size,
+            };
+            for rank in 1..world_size {
+                if !nodes.iter().any(|node| node.node.rank == rank) {
+                    findings.bad(&format!(
+                        "rank {rank} has other data or settings, or could not load its data: its own lines say what, and \
+                         so does the log of this process"
+                    ));
+                }
+            }
+            if findings.is_well() {
+                findings.good(&format!("all processes have the same: {agreed}"));
+            }
+            cluster.release().wait();
+        }
+    }
+    exit_code(&findings)
+}
+
+fn differences(error: &StartError) -> String {
+    format!(
+        "the processes have not loaded the same: {}",
+        error_chain(error)
+    )
+}
+
+fn resolve(args: &ClusterArgs) -> Result<Launch, LaunchError> {
+    launch::resolve(&args.options(), env::read)
+}
+
+fn exit_code(findings: &Findings) -> u8 {
+    match findings.is_well() {
+        true => EXIT_OK,
+        false => EXIT_CONFIG,
+    }
 }

@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseFuture};
@@ -21,7 +23,21 @@ const CLOCK_TOLERANCE: f64 = 1.0;
 /// With more processes, each calls only the next.
 const MANY: usize = 16;
 
-pub(super) struct Probe;
+pub(super) struct Probe {
+    /// How many mistakes this process has found by itself.
+    num_bad: u32,
+    /// Becomes true when the driver has found nothing wrong in any process.
+    all_is_well: Arc<AtomicBool>,
+}
+
+impl Probe {
+    pub(super) fn new(num_bad: u32, all_is_well: Arc<AtomicBool>) -> Self {
+        Self {
+            num_bad,
+            all_is_well,
+        }
+    }
+}
 
 impl Actor for Probe {
     type Context = Context<Self>;
@@ -29,7 +45,11 @@ impl Actor for Probe {
 
 impl Remote for Probe {
     fn messages(messages: &mut Messages<Self>) {
-        messages.add::<Look>().add::<Call>();
+        messages
+            .add::<Look>()
+            .add::<Call>()
+            .add::<Answer>()
+            .add::<AllIsWell>();
     }
 }
 
@@ -37,10 +57,29 @@ impl Hosted for Probe {
     type Args = ();
 }
 
-/// Returns what is to be compared: the program's hash, and the seconds since 1970.
+/// What is to be compared between processes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Seen {
+    /// The hash of the program's file.
+    program: String,
+    /// The seconds since 1970.
+    clock: f64,
+    num_bad: u32,
+}
+
 #[derive(Clone, Message, Serialize, Deserialize)]
-#[rtype(result = "(String, f64)")]
+#[rtype(result = "Seen")]
 pub(super) struct Look;
+
+/// Any answer to it shows that the way is open.
+#[derive(Clone, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(super) struct Answer;
+
+/// Says that the driver has found nothing wrong in any process.
+#[derive(Clone, Message, Serialize, Deserialize)]
+#[rtype(result = "()")]
+pub(super) struct AllIsWell;
 
 /// Calls another probe, and returns what went wrong.
 #[derive(Clone, Message, Serialize, Deserialize)]
@@ -51,7 +90,25 @@ impl Handler<Look> for Probe {
     type Result = MessageResult<Look>;
 
     fn handle(&mut self, _: Look, _: &mut Context<Self>) -> Self::Result {
-        MessageResult((program(), now()))
+        MessageResult(Seen {
+            program: program().to_owned(),
+            clock: now(),
+            num_bad: self.num_bad,
+        })
+    }
+}
+
+impl Handler<Answer> for Probe {
+    type Result = ();
+
+    fn handle(&mut self, _: Answer, _: &mut Context<Self>) {}
+}
+
+impl Handler<AllIsWell> for Probe {
+    type Result = ();
+
+    fn handle(&mut self, _: AllIsWell, _: &mut Context<Self>) {
+        self.all_is_well.store(true, Ordering::Relaxed);
     }
 }
 
@@ -60,13 +117,19 @@ impl Handler<Call> for Probe {
 
     fn handle(&mut self, Call(other): Call, _: &mut Context<Self>) -> Self::Result {
         Box::pin(async move {
-            let answer = other.ask_within(Look, LIMIT).await;
-            answer.map(drop).map_err(|error| error_chain(&error))
+            let answer = other.ask_within(Answer, LIMIT).await;
+            answer.map_err(|error| error_chain(&error))
         })
     }
 }
 
-fn program() -> String {
+/// The hash of this program's file. It is computed once, because that takes a while.
+fn program() -> &'static str {
+    static PROGRAM: OnceLock<String> = OnceLock::new();
+    PROGRAM.get_or_init(hash_of_program)
+}
+
+fn hash_of_program() -> String {
     let hash = || -> io::Result<String> {
         let mut hasher = Sha256::new();
         let mut file = File::open(std::env::current_exe()?)?;
@@ -99,8 +162,11 @@ fn now() -> f64 {
     since.unwrap_or_default().as_secs_f64()
 }
 
+/// The probes of all processes that have one, by rank.
+pub(super) type Probes = Vec<(u32, ActorRef<Probe>)>;
+
 /// Looks at every process from inside, and lets them call each other.
-pub(super) fn look_at_all(cluster: &Cluster, world_size: u32, findings: &mut Findings) {
+pub(super) fn look_at_all(cluster: &Cluster, world_size: u32, findings: &mut Findings) -> Probes {
     let nodes = cluster.nodes();
     let mut probes = Vec::new();
     let own = program();
@@ -121,15 +187,28 @@ pub(super) fn look_at_all(cluster: &Cluster, world_size: u32, findings: &mut Fin
             )),
         }
         if let (Some(node), Some((_, probe))) = (node, probes.last()) {
-            compare(rank, &node.host, probe, &own, findings);
+            compare(rank, &node.host, probe, own, findings);
         }
     }
     call_each_other(&probes, findings);
+    probes
+}
+
+/// Tells every process that nothing wrong was found.
+pub(super) fn tell_all(probes: &Probes, findings: &mut Findings) {
+    for (rank, probe) in probes {
+        if let Err(error) = probe.ask(AllIsWell).wait_timeout(LIMIT) {
+            findings.bad(&format!(
+                "rank {rank} does not answer any more: {}",
+                error_chain(&error)
+            ));
+        }
+    }
 }
 
 fn compare(rank: u32, host: &str, probe: &ActorRef<Probe>, own: &str, findings: &mut Findings) {
     let asked = now();
-    let (program, clock) = match probe.ask(Look).wait_timeout(LIMIT) {
+    let seen = match probe.ask(Look).wait_timeout(LIMIT) {
         Ok(answer) => answer,
         Err(error) => {
             findings.bad(&format!(
@@ -139,8 +218,18 @@ fn compare(rank: u32, host: &str, probe: &ActorRef<Probe>, own: &str, findings: 
             return;
         }
     };
+    let Seen {
+        program,
+        clock,
+        num_bad,
+    } = seen;
     // Its clock was read between the two readings here.
     let ahead = (clock - now()).max(0.0) - (asked - clock).max(0.0);
+    if num_bad > 0 {
+        findings.bad(&format!(
+            "rank {rank} on {host} has found something wrong on its own machine: see its lines"
+        ));
+    }
     if program != own {
         findings.bad(&format!(
             "rank {rank} on {host} runs another build of the program ({program} there, {own} here): copy the same file \
@@ -150,7 +239,7 @@ fn compare(rank: u32, host: &str, probe: &ActorRef<Probe>, own: &str, findings: 
         findings.bad(&format!(
             "the clock of rank {rank} on {host} differs by {ahead:+.1} s: set the clocks by NTP"
         ));
-    } else {
+    } else if num_bad == 0 {
         findings.good(&format!(
             "rank {rank} on {host} has joined, with the same program and clock"
         ));
