@@ -1,13 +1,17 @@
-"""deploy/containers as far as it can be checked without Docker: structure, sources, users, and the services'
-commands as processes of this machine."""
+"""deploy/containers: structure, sources, users, the services' commands as processes of this machine; and the lines of its
+README, with podman in place of Docker."""
 
 import json
 import os
+import pathlib
 import re
+import shutil
 import subprocess
+import tempfile
 import unittest
 
-from hosts import CACHE, REPOSITORY, Process, environment, example, install
+from hosts import CACHE, REPOSITORY, Process, environment, example, install, need_root
+from readme import command, desk
 
 VENV = CACHE / "compose-venv"
 FOLDER = REPOSITORY / "deploy" / "containers"
@@ -74,6 +78,129 @@ class Containers(unittest.TestCase):
         binaries = re.findall(r"target/release/examples/(\w+)", text)
         for binary in binaries:
             self.assertTrue((REPOSITORY / "examples" / f"{binary}.rs").exists(), binary)
+
+
+# `docker`, as the guide calls it.
+DOCKER = """#!/bin/sh
+command=$1
+shift
+case $command in
+compose) exec {venv}/bin/podman-compose "$@" ;;
+build) exec podman build --pull=never --ignorefile=deploy/containers/Dockerfile.dockerignore "$@" ;;
+*) exec podman "$command" "$@" ;;
+esac
+"""
+# Images and containers of their own, on a machine that may not raise its limits.
+SETTINGS = """
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+"""
+STORAGE = """
+[storage]
+driver = "overlay"
+graphroot = "{folder}/storage"
+runroot = "{folder}/run"
+"""
+# What the image needs of Debian, from this machine; and what the Dockerfile's RUN lines call.
+PROGRAMS = ["sh", "bash", "cat", "chmod", "chown", "cp", "env", "kill", "ls", "mkdir", "sleep", "strip", "useradd"]
+SETTINGS_OF_DEBIAN = ["passwd", "group", "shadow", "login.defs", "nsswitch.conf"]
+# Stands for the compiler of the first stage: the programs have been built.
+CARGO = """#!/bin/sh
+mkdir -p target/release/examples && cp /built/* target/release/examples/
+"""
+
+
+class WithPodman(unittest.TestCase):
+    """The real Dockerfile and the real compose file. The base images are made here, because none can be downloaded
+    everywhere: from this machine's own Debian, and a `cargo` that hands out what the tests have built."""
+
+    def setUp(self):
+        need_root()
+        missing = [name for name in ("podman", "runc", "strip", "useradd") if shutil.which(name) is None]
+        if missing or "bookworm" not in pathlib.Path("/etc/os-release").read_text():
+            self.skipTest(f"needs Debian 12 and podman, runc, strip, useradd; missing: {', '.join(missing) or 'Debian 12'}")
+        venv = CACHE / "podman-compose-venv"
+        install(venv, "podman-compose==1.6.0")
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="ps-podman-"))
+        self.addCleanup(self.remove)
+        (self.folder / "containers.conf").write_text(SETTINGS)
+        (self.folder / "storage.conf").write_text(STORAGE.format(folder=self.folder))
+        binaries = desk(self.folder / "desk")
+        docker = binaries / "docker"
+        docker.write_text(DOCKER.format(venv=venv))
+        docker.chmod(0o755)
+        self.variables = environment(
+            PATH=f"{binaries}:{os.environ['PATH']}", HOME=str(self.folder),
+            CONTAINERS_CONF=str(self.folder / "containers.conf"),
+            CONTAINERS_STORAGE_CONF=str(self.folder / "storage.conf"),
+        )
+        works = self.podman("info")
+        if works.returncode != 0:
+            self.skipTest(f"podman does not work here: {works.stderr.strip()[-300:]}")
+
+    def remove(self):
+        self.podman("rm", "--all", "--force", "--time=0")
+        self.podman("network", "rm", "--force", "ps_default")
+        # Its file systems stay mounted otherwise.
+        self.podman("system", "reset", "--force")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def podman(self, *line):
+        return subprocess.run(["podman", *line], env=self.variables, capture_output=True, text=True, timeout=120)
+
+    def type(self, line, **more):
+        return Process(self, ["bash", "-c", line], cwd=REPOSITORY, env={**self.variables, **more})
+
+    def import_image(self, root, name):
+        archive = self.folder / "image.tar"
+        subprocess.run(["tar", "-C", root, "-cf", archive, "."], check=True)
+        done = self.podman("import", str(archive), name)
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def make_base_images(self):
+        root = self.folder / "root"
+        for folder in ("bin", "sbin", "lib", "lib64"):
+            (root / "usr" / folder).mkdir(parents=True)
+            (root / folder).symlink_to(f"usr/{folder}")
+        for folder in ("etc", "tmp", "root", "proc", "sys", "dev"):
+            (root / folder).mkdir()
+        (root / "tmp").chmod(0o1777)
+        files = {shutil.which(name) for name in PROGRAMS}
+        for path in [*files, example("sharded_ps")]:
+            listed = subprocess.run(["ldd", path], capture_output=True, text=True).stdout
+            files |= set(re.findall(r"(/\S+)", listed))
+        for path in files:
+            (root / path.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / path.lstrip("/"))
+        for name in SETTINGS_OF_DEBIAN:
+            shutil.copy(f"/etc/{name}", root / "etc")
+        self.import_image(root, "docker.io/library/debian:bookworm-slim")
+        cargo = root / "usr" / "bin" / "cargo"
+        cargo.write_text(CARGO)
+        cargo.chmod(0o755)
+        (root / "built").mkdir()
+        for name in re.findall(r"target/release/examples/(\w+)", (FOLDER / "Dockerfile").read_text()):
+            shutil.copy(example(name), root / "built")
+        self.import_image(root, "docker.io/library/rust:1.95-bookworm")
+        shutil.rmtree(root)
+
+    def test_the_lines_of_the_guide(self):
+        self.make_base_images()
+        code, text = self.type(command("deploy/containers/README.md", "docker build")).wait(180)
+        self.assertEqual(code, 0, text)
+        user = self.podman("image", "inspect", "--format={{.Config.User}}", "ps").stdout.strip()
+        self.assertEqual(user, "10001")
+
+        export = command("deploy/containers/README.md", "export PS_TOKEN=")
+        up = command("deploy/containers/README.md", "docker compose")
+        code, text = self.type(f"{export}; {up}").wait(180)
+        self.assertEqual(code, 0, text)
+        self.assertRegex(text, r"Final accuracy is \d\d\.\d")
+        self.assertEqual(len(set(re.findall(r"a node has joined node=node (\d)", text))), 2, text)
+        self.assertIn("saved a checkpoint", text)
 
 
 if __name__ == "__main__":

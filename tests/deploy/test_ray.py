@@ -9,7 +9,8 @@ import subprocess
 import tempfile
 import unittest
 
-from hosts import CACHE, OWN_SOCKETS, REPOSITORY, Hosts, Process, environment, example, install, need_root
+from hosts import CACHE, OWN_SOCKETS, Hosts, Process, environment, example, install, need_root
+from readme import command, desk, words
 
 VERSION = "2.60.0"
 VENV = CACHE / f"ray-{VERSION}-venv"
@@ -24,31 +25,36 @@ QUICK = {
 class Cluster:
     """A Ray cluster: a head on host 0, and nodes on the others."""
 
-    def __init__(self, test, cpus, **variables):
-        self.test, self.hosts, self.variables = test, Hosts(test, len(cpus)), variables
+    def __init__(self, test, cpus, hosts=None, venv=VENV, **variables):
+        self.test, self.hosts, self.variables, self.venv = test, hosts or Hosts(test, len(cpus)), variables, venv
         self.home = pathlib.Path(tempfile.mkdtemp(prefix="ps-ray-home-"))
         test.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
         self.head = self.hosts.address(0)
-        self.start(0, cpus[0], "--head", "--port=6379", f"--dashboard-host={self.head}",
-                   '--resources={"head":1}')
+        # The lines of the guide, and what several Rays on one machine need.
+        self.start(0, cpus[0], *self.typed(command("deploy/ray/README.md", "ray start --head")),
+                   "--port=6379", f"--dashboard-host={self.head}")
         for number, count in enumerate(cpus[1:], 1):
-            self.start(number, count, f"--address={self.head}:6379", '--resources={"side":1}')
+            self.start(number, count, *self.typed(command("deploy/ray/README.md", "ray start --address")),
+                       '--resources={"side":1}')
+
+    def typed(self, line):
+        """The words of a line of the guide, with the address of the first machine."""
+        return words(line.replace("FIRST_MACHINE", self.head))
 
     def environment(self, **variables):
         return environment(
             # As in an activated virtual environment.
-            PATH=f"{VENV / 'bin'}:{os.environ['PATH']}", HOME=str(self.home), RAY_USAGE_STATS_ENABLED="0", PYTHONUNBUFFERED="1",
+            PATH=f"{self.venv / 'bin'}:{os.environ['PATH']}", HOME=str(self.home), RAY_USAGE_STATS_ENABLED="0", PYTHONUNBUFFERED="1",
             # How long `ray job stop` waits before it kills; the default is 3 s.
             RAY_JOB_STOP_WAIT_TIME_S="30", RAY_prestart_worker_first_driver="0", RAY_enable_worker_prestart="0",
             **{"RAY_AUTH_MODE": "disabled", **QUICK, **self.variables, **variables},
         )
 
-    def start(self, number, cpus, *flags):
-        command = [
-            VENV / "bin" / "ray", "start", "--block", f"--node-ip-address={self.hosts.address(number)}",
-            f"--num-cpus={cpus}", "--object-store-memory=100000000", "--disable-usage-stats", *flags,
-        ]
-        node = self.run(number, command)
+    def start(self, number, cpus, *line):
+        node = self.run(number, [
+            *line, "--block", f"--node-ip-address={self.hosts.address(number)}", f"--num-cpus={cpus}",
+            "--object-store-memory=100000000", "--disable-usage-stats",
+        ])
         node.wait_for("Ray runtime started", 90)
         return node
 
@@ -56,13 +62,17 @@ class Cluster:
         variables = {**OWN_SOCKETS, "RAY_TMPDIR": "/tmp", **variables}
         return Process(self.test, self.hosts.command(number, command), env=self.environment(**variables))
 
-    def submit(self, working_dir, *words, **variables):
-        """`ray job submit`, on the head."""
-        command = [
-            VENV / "bin" / "ray", "job", "submit", f"--address=http://{self.head}:8265",
-            f"--working-dir={working_dir}", "--", *words,
-        ]
-        return self.run(0, command, **variables)
+    def submit(self, working_dir, *more, **variables):
+        """`ray job submit` of the guide, on the head, with other words after it."""
+        line = self.typed(command("deploy/ray/README.md", "ray job submit"))
+        line[line.index("--working-dir=job")] = f"--working-dir={working_dir}"
+        return self.run(0, [*line[:line.index("--") + 1], *more], **variables)
+
+
+def words_of_the_job():
+    """What the guide submits: the script and its flags, `--`, the program and its flags."""
+    line = words(command("deploy/ray/README.md", "ray job submit"))
+    return line[line.index("--") + 1:]
 
 
 class OnRay(unittest.TestCase):
@@ -73,23 +83,31 @@ class OnRay(unittest.TestCase):
         install(VENV, f"ray[default]=={VERSION}")
 
     def working_dir(self):
+        """The folder of the guide, made by the guide's lines."""
         folder = pathlib.Path(tempfile.mkdtemp(prefix="ps-ray-job-"))
         self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
-        subprocess.run(["strip", "-o", folder / "sharded_ps", example("sharded_ps")], check=True)
-        shutil.copy(REPOSITORY / "deploy" / "ray" / "ps_on_ray.py", folder)
-        return folder
+        binaries = desk(folder)
+        lines = [command("deploy/ray/README.md", "cargo build --release --example sharded_ps"),
+                 command("deploy/ray/README.md", "mkdir job"),
+                 command("deploy/ray/README.md", "cp deploy/ray/ps_on_ray.py")]
+        variables = environment(PATH=f"{binaries}:{os.environ['PATH']}")
+        for line in lines:
+            subprocess.run(["bash", "-c", line], cwd=folder, env=variables, check=True)
+        return folder / "job"
 
-    def job(self, cluster, *words, **variables):
+    def job(self, cluster, *more, **variables):
         """Submits ps_on_ray.py with 2 servers and 3 workers; rank 0 is on the head."""
-        ranks = ["--servers=2", "--workers=3", "--strategy=SPREAD", "--driver-resources=CPU=1,head=0.1"]
-        return cluster.submit(self.working_dir(), "python", "ps_on_ray.py", *ranks, *words, **variables)
+        line = words_of_the_job()
+        script = line[:line.index("--")]
+        return cluster.submit(self.working_dir(), *script, "--strategy=SPREAD", *more, **variables)
 
     def test_a_training_outlives_a_process_and_a_host(self):
         cluster = Cluster(self, [6, 3])
         directory = cluster.hosts.directory
-        flags = ["--offline", "--num-servers=2", "--num-workers=3", "--batch-size=64", "--iterations=8000"]
+        line = words_of_the_job()
+        program = line[line.index("--"):]
         job = self.job(
-            cluster, "--", "./sharded_ps", *flags, "--servers-on-nodes", f"--checkpoint-dir={directory / 'saved'}",
+            cluster, *program, "--batch-size=64", "--iterations=8000", f"--checkpoint-dir={directory / 'saved'}",
             "--checkpoint-every=500", "--resume",
         )
         job.wait_for("saved a checkpoint", 90)
@@ -168,11 +186,15 @@ class OnRay(unittest.TestCase):
         client, token = example("submit"), "a-token-of-32-characters-or-more"
         cluster = Cluster(self, [3], RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
 
-        def submit(*words, **variables):
-            command = [client, f"--address=http://{cluster.head}:8265", "--servers=0", "--workers=1", "--", *words]
+        def submit(*program, **variables):
+            # The line of the guide, with fewer ranks: to start five more Python processes takes a while.
+            line = cluster.typed(command("deploy/ray/README.md", "cargo run --example submit"))
+            first = line.index("--") + 1
+            flags = [word for word in line[first:line.index("--", first)] if word.startswith("--address")]
+            line = [client, *flags, "--servers=0", "--workers=1", "--", *program]
             # Neither Ray's variables nor its Python.
             variables = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere", **variables}
-            return Process(self, cluster.hosts.command(0, command), env=environment(**variables))
+            return Process(self, cluster.hosts.command(0, line), env=environment(**variables))
 
         code, text = submit(example("sharded_ps")).wait(30)
         self.assertEqual(code, 1, text)

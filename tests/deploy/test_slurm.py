@@ -7,7 +7,8 @@ import signal
 import subprocess
 import unittest
 
-from hosts import OWN_SOCKETS, REPOSITORY, Hosts, Process, environment, eventually, example, need_root
+from hosts import OWN_SOCKETS, Hosts, Process, environment, eventually, need_root
+from readme import command, desk
 
 CONFIGURATION = """
 ClusterName=ps
@@ -31,23 +32,27 @@ SelectTypeParameters=CR_Core
 ReturnToService=2
 SlurmdTimeout=10
 MinJobAge=300
-NodeName=host[0-2] CPUs=4 State=UNKNOWN
+NodeName=host[0-{last}] CPUs=8 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-class OnSlurm(unittest.TestCase):
-    def setUp(self):
-        need_root()
+class Cluster:
+    """A Slurm cluster on these hosts, whose first one is the head."""
+
+    def __init__(self, test, hosts):
         missing = [name for name in ("munged", "slurmctld", "slurmd", "srun") if shutil.which(name) is None]
         if missing:
-            self.skipTest(f"{', '.join(missing)}: apt-get install slurm-wlm munge")
-        self.hosts = Hosts(self, 3)
-        self.directory = self.hosts.directory
+            test.skipTest(f"{', '.join(missing)}: apt-get install slurm-wlm munge")
+        self.test, self.hosts, self.directory = test, hosts, hosts.directory
+        self.desk = self.directory / "desk"
+        desk(self.desk)
         (self.directory / "state").mkdir()
         self.directory.chmod(0o755)
         self.configuration = self.directory / "slurm.conf"
-        self.configuration.write_text(CONFIGURATION.format(head=self.hosts.address(0), directory=self.directory))
+        last = len(hosts.names) - 1
+        self.configuration.write_text(
+            CONFIGURATION.format(head=hosts.address(0), directory=self.directory, last=last))
         key = self.directory / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -56,29 +61,37 @@ class OnSlurm(unittest.TestCase):
         self.run_on(0, "munged", "--foreground", f"--key-file={key}", "--force", *flags)
         eventually((self.directory / "munge.sock").exists, "munged listens")
         self.run_on(0, "slurmctld", "-D", "-f", self.configuration)
-        for number in range(3):
+        for number in range(last + 1):
             (self.directory / f"spool.host{number}").mkdir()
             self.run_on(number, "slurmd", "-D", "-N", f"host{number}", "-f", self.configuration)
-        eventually(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 3", "three idle nodes")
+        idle = f"idle {last + 1}"
+        eventually(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == idle, "all nodes are idle")
 
-    def run_on(self, number, *command, **variables):
-        return Process(self, self.hosts.command(number, command), env=self.environment(**variables))
+    def run_on(self, number, *line, **variables):
+        return Process(self.test, self.hosts.command(number, line), env=self.environment(**variables))
 
     def environment(self, **variables):
         return environment(SLURM_CONF=str(self.configuration), HOME=str(self.directory), **OWN_SOCKETS, **variables)
 
-    def ask(self, *command):
+    def ask(self, *line):
         done = subprocess.run(
-            self.hosts.command(0, command), env=self.environment(), capture_output=True, text=True, timeout=60,
+            self.hosts.command(0, line), env=self.environment(), capture_output=True, text=True, timeout=60,
         )
         return done.stdout
 
+
+class OnSlurm(unittest.TestCase):
+    def setUp(self):
+        need_root()
+        self.slurm = Cluster(self, Hosts(self, 3))
+
     def test_srun_starts_five_processes_on_three_hosts_and_one_may_be_killed(self):
-        flags = ["--offline", "--num-workers=4", "--iterations=3000", "--batch-size=64"]
-        wrapper = REPOSITORY / "deploy" / "restart.sh"
-        training = self.run_on(
-            0, "srun", "-n5", "-N3", "--label", wrapper, example("sharded_ps"), *flags, PS_TOKEN="token-of-the-test-run",
-        )
+        export = command("deploy/slurm/README.md", "export PS_TOKEN=")
+        # The guide puts the wrapper before the program, too.
+        line = command("deploy/slurm/README.md", "srun --ntasks=5 --label ./").replace("./", "deploy/restart.sh ./")
+        # On all three hosts, although two have processors enough.
+        line = f"{export}; {line} --iterations=3000 --batch-size=64".replace("--label", "--label --nodes=3")
+        training = self.slurm.run_on(0, "bash", "-c", f"cd {self.slurm.desk} && {line}")
         joined = [training.wait_for(rf'a node has joined node=node {rank} .*host="(\w+)" pid=(\d+)')
                   for rank in range(1, 5)]
         self.assertEqual({match[1] for match in joined}, {"host0", "host1", "host2"})
@@ -93,24 +106,24 @@ class OnSlurm(unittest.TestCase):
         self.assertGreater(float(re.findall(r"Final accuracy is (\d+\.\d)", text)[-1]), 85)
 
     def test_a_job_goes_on_after_its_time_limit(self):
-        saved, log = self.directory / "saved", self.directory / "ps.log"
-        job = self.ask(
-            "sbatch", "--parsable", "--ntasks=4", "--nodes=2", f"--output={log}", f"--chdir={self.directory}",
-            REPOSITORY / "deploy" / "slurm" / "ps.sbatch", example("sharded_ps"), "--offline", "--iterations=1000000",
-            "--num-workers=3", "--servers-on-nodes", f"--checkpoint-dir={saved}", "--checkpoint-every=0", "--resume",
-        ).strip()
-        self.assertTrue(job.isdigit(), job)
+        saved, log = self.slurm.directory / "saved", self.slurm.directory / "ps.log"
+        line = command("deploy/slurm/README.md", "sbatch --ntasks=5 ").replace("/shared/runs/one", str(saved))
+        line = line.replace("deploy/", f"--nodes=2 --output={log} deploy/")
+        line += " --iterations=1000000 --servers-on-nodes --checkpoint-every=0"
+        answer = self.slurm.ask("bash", "-c", f"cd {self.slurm.desk} && {line}").strip()
+        self.assertRegex(answer, r"Submitted batch job \d+")
+        job = answer.split()[-1]
         lines = lambda: log.read_text() if log.exists() else ""
         eventually(lambda: "Iter 100:" in lines(), "the training runs")
         # What Slurm does by `--signal=B:TERM@120` near the time limit, whose smallest unit is a minute.
-        self.ask("scancel", "--batch", "--signal=TERM", job)
+        self.slurm.ask("scancel", "--batch", "--signal=TERM", job)
         eventually(lambda: "saved a checkpoint" in lines(), lambda: "a checkpoint:\n" + lines())
         eventually(lambda: "put back into the queue" in lines(), lambda: "the job is requeued:\n" + lines())
         # Slurm holds a requeued job back for two minutes.
-        self.assertRegex(self.ask("scontrol", "show", "job", job), "Restarts=1")
-        self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.assertRegex(self.slurm.ask("scontrol", "show", "job", job), "Restarts=1")
+        self.slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
         eventually(lambda: "going on from a checkpoint" in lines(), lambda: "it goes on:\n" + lines(), 150)
-        self.ask("scancel", job)
+        self.slurm.ask("scancel", job)
 
 
 if __name__ == "__main__":
