@@ -60,6 +60,8 @@ struct State {
     num_handles: usize,
     /// No reference is left, so the connection ends when the last call is over.
     is_released: bool,
+    /// There was a connection.
+    was_reached: bool,
     /// A task waits for the time to connect again.
     is_sought: bool,
 }
@@ -87,6 +89,7 @@ impl RemoteActor {
                 unsent: VecDeque::new(),
                 num_handles: 0,
                 is_released: false,
+                was_reached: false,
                 is_sought: false,
             }),
             gone: watch::Sender::new(false),

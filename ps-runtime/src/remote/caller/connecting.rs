@@ -26,19 +26,36 @@ pub(super) async fn seek(actor: Weak<RemoteActor>, pause: Duration) {
     }
 }
 
-/// Tries to connect for one process lease. The connection then runs on the same thread.
+/// In how many tries one after the other nobody listens where a process was reached before, until the process
+/// counts as ended.
+const MAX_DESERTED: u32 = 2;
+
+/// Tries to connect for one process lease. Gives up earlier if the process has ended: it was reached before,
+/// and now its host says that nobody listens. The connection then runs on the same thread.
 pub(super) async fn connect(actor: Arc<RemoteActor>) {
     let process = Arc::clone(&actor.process);
     let config = process.config();
     let now = tokio::time::Instant::now().into_std();
     let deadline = latest(now, config.process_lease).into();
     let mut pause = Duration::from_millis(10);
+    let was_reached = actor.lock().was_reached;
+    let mut num_deserted = 0;
     let dialled = loop {
         let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {
             Ok(Ok(dialled)) => break dialled,
             Ok(Err(DialError::Ended(why))) => return actor.end(why.into(), 0),
             Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into(), false),
-            Ok(Err(DialError::Unreachable(why))) => why,
+            Ok(Err(DialError::Deserted(why))) => {
+                num_deserted += 1;
+                if was_reached && num_deserted == MAX_DESERTED {
+                    return actor.give_up(why.into(), true);
+                }
+                why
+            }
+            Ok(Err(DialError::Unreachable(why))) => {
+                num_deserted = 0;
+                why
+            }
             Err(_elapsed) => format!("it did not answer within {:?}", config.process_lease),
         };
         if tokio::time::Instant::now() + pause > deadline {
@@ -69,6 +86,7 @@ pub(super) async fn connect(actor: Arc<RemoteActor>) {
             let _ = outbox.send(frame);
         }
         state.link = Link::Up(Arc::clone(&outbox));
+        state.was_reached = true;
         actor.finish_if_released(&state);
     }
     actor.gone.send_replace(false);
