@@ -19,7 +19,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, TrainArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, ShowArgs, TrainArgs, say};
+use ps::observe::Observers;
 use ps::prelude::*;
 
 /// Asynchronous parameter-server training on MNIST, driven by this program.
@@ -34,6 +35,8 @@ struct Args {
     cluster: ClusterArgs,
     #[command(flatten)]
     checkpoints: CheckpointArgs,
+    #[command(flatten)]
+    show: ShowArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -52,6 +55,7 @@ fn train(
         data,
         cluster,
         checkpoints: saving,
+        show,
     }: Args,
 ) -> Result<ExitCode> {
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
@@ -85,6 +89,8 @@ fn train(
 
     say!("Running asynchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;
+    let observers = Observers::start(show.observers());
+    observers.run_started(args.settings("async"), weights.version());
     let mut gradients = Pending::new();
     for (rank, worker) in workers.iter().enumerate() {
         gradients.insert(rank, worker.compute(&weights));
@@ -106,9 +112,10 @@ fn train(
             continue;
         };
         weights = server
-            .ask(ApplyGradients::sum([gradient]))
+            .ask(ApplyGradients::sum([gradient.clone()]))
             .flatten()
             .wait()?;
+        observers.applied(&[gradient], weights.version());
         gradients.insert(rank, workers[rank].compute(&weights));
 
         if checkpoints.is_due(weights.version()) {
@@ -117,15 +124,16 @@ fn train(
         if i % 10 == 0 {
             say!(
                 "Iter {i}: \taccuracy is {:.1}",
-                evaluator.accuracy_percent(&weights)?
+                observers.accuracy_percent(&mut evaluator, &weights)?
             );
         }
         i += 1;
     }
     say!(
         "Final accuracy is {:.1}.",
-        evaluator.accuracy_percent(&weights)?
+        observers.accuracy_percent(&mut evaluator, &weights)?
     );
+    observers.run_ended();
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(weights.version());
     saving.export(&model, &device, &weights)?;

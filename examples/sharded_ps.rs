@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, TrainArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, ShowArgs, TrainArgs, say};
 use ps::prelude::*;
 
 /// Training on MNIST with the weights split over several servers, in any consistency mode.
@@ -33,6 +33,8 @@ struct Args {
     checkpoints: CheckpointArgs,
     #[command(flatten)]
     record: RecordArgs,
+    #[command(flatten)]
+    show: ShowArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -40,6 +42,7 @@ const EXAMPLES: &str = "Examples:
   sharded_ps --processes 4 --num-workers 3 --consistency asp
   sharded_ps --processes 3 --servers-on-nodes --net
   sharded_ps --checkpoint-dir runs/one --resume   go on after an interruption
+  sharded_ps --run-dir runs/one   curves and events of the run
   sharded_ps --consistency asp --record run.schedule
   sharded_ps --consistency asp --replay run.schedule   the same bits again";
 
@@ -92,6 +95,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .seed(args.train.seed)
         .checkpoints(args.checkpoints.config())
         .record(args.record.record.clone())
+        .observe_all(args.show.observers())
         .evaluate_every(10)
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);

@@ -18,7 +18,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, TrainArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, ShowArgs, TrainArgs, say};
+use ps::observe::Observers;
 use ps::prelude::*;
 
 /// Synchronous parameter-server training on MNIST, driven by this program.
@@ -33,6 +34,8 @@ struct Args {
     cluster: ClusterArgs,
     #[command(flatten)]
     checkpoints: CheckpointArgs,
+    #[command(flatten)]
+    show: ShowArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -51,6 +54,7 @@ fn train(
         data,
         cluster,
         checkpoints: saving,
+        show,
     }: Args,
 ) -> Result<ExitCode> {
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
@@ -84,6 +88,8 @@ fn train(
 
     say!("Running synchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;
+    let observers = Observers::start(show.observers());
+    observers.run_started(args.settings("sync"), weights.version());
     // SIGTERM and Ctrl-C end the loop, not the process.
     let stop = StopSignal::heed()?;
     for i in weights.version().0..args.iterations {
@@ -101,9 +107,10 @@ fn train(
             gradients.push(worker.finish(reply, &weights)?);
         }
         weights = server
-            .ask(ApplyGradients::sum(gradients))
+            .ask(ApplyGradients::sum(gradients.clone()))
             .flatten()
             .wait()?;
+        observers.applied(&gradients, weights.version());
 
         if checkpoints.is_due(weights.version()) {
             checkpoints.save(&server);
@@ -111,14 +118,15 @@ fn train(
         if i % 10 == 0 {
             say!(
                 "Iter {i}: \taccuracy is {:.1}",
-                evaluator.accuracy_percent(&weights)?
+                observers.accuracy_percent(&mut evaluator, &weights)?
             );
         }
     }
     say!(
         "Final accuracy is {:.1}.",
-        evaluator.accuracy_percent(&weights)?
+        observers.accuracy_percent(&mut evaluator, &weights)?
     );
+    observers.run_ended();
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(weights.version());
     saving.export(&model, &device, &weights)?;

@@ -14,13 +14,14 @@ use futures_util::future::{Either, select};
 use ps_actors::actor::{ActorRef, CallError};
 use ps_actors::cluster::{Cluster, NodeId, NodeInfo, Placement, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
-use ps_actors::ids::WorkerId;
+use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::server::GroupError;
 use ps_actors::session::Session;
 use ps_actors::worker::{KeepMembership, RunReport, RunSteps, StopSteps, WorkerError};
 use ps_model::Model;
 
 use crate::balance::Places;
+use crate::observe::Collector;
 use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 
@@ -103,10 +104,11 @@ impl<M: Model> Worker<M> {
     /// its process leaves. It then goes on with the first step that is not settled, as long as its actor is restarted
     /// or another node makes one. After [`stop`](Self::stop) it ends with what it has done until then. When
     /// `given_up` is ready after that, it ends without waiting for the current step. The steps are those from
-    /// `first_step` to `num_steps`.
+    /// `first_step` to `num_steps`. `collector` learns of the steps.
     pub(crate) async fn run(
         &self,
         servers: &ServerGroup,
+        collector: &Collector,
         first_step: u64,
         num_steps: u64,
         given_up: impl Future<Output = ()> + Clone,
@@ -117,6 +119,7 @@ impl<M: Model> Worker<M> {
         let mut next_step = first_step;
         // The membership of the driver, in the place of the worker.
         let mut _held: Option<Session> = None;
+        collector.joined(worker, place_of(&self.actor.borrow()));
         loop {
             if self.is_stopped.get() {
                 told.is_cut_short = true;
@@ -132,6 +135,7 @@ impl<M: Model> Worker<M> {
             let actor = self.actor.borrow().clone();
             // If it does not arrive, the run does not either.
             let _ = actor.tell(KeepMembership);
+            collector.watch(worker, &actor, Clock(first_step));
             let answer = match select(actor.ask(run), pin!(given_up.clone())).await {
                 Either::Left((answer, _)) => answer,
                 Either::Right(_) => {
@@ -141,7 +145,8 @@ impl<M: Model> Worker<M> {
             };
             let is_panic = matches!(answer, Err(CallError::Failed { .. }));
             let lost = match answer {
-                Ok(Ok(part)) => {
+                Ok(Ok(mut part)) => {
+                    collector.take(worker, std::mem::take(&mut part.unfetched));
                     told.num_told += part.losses.len() as u64;
                     told.report.append(part);
                     if !told.report.was_stopped {
@@ -166,6 +171,7 @@ impl<M: Model> Worker<M> {
             match &lost {
                 Some(lost) => {
                     tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
+                    collector.lost(worker, place_of(&actor), lost);
                     told.num_restarts += 1;
                 }
                 None => told.num_moves += 1,
@@ -176,6 +182,8 @@ impl<M: Model> Worker<M> {
             next_step = session.next_clock().0.max(first_step);
             // The membership that was held before is over.
             _held = Some(session);
+            collector.settled_until(worker, Clock(next_step));
+            let is_move = lost.is_none();
             if let Some(source) = lost.filter(|_| !is_panic) {
                 // A worker that makes progress may be lost any number of times.
                 if next_step > step_at_loss {
@@ -192,6 +200,11 @@ impl<M: Model> Worker<M> {
             told.report.losses.resize(num_losses_known, f32::NAN);
             if !is_panic {
                 self.respawn(&actor).await?;
+            }
+            let (before, now) = (place_of(&actor), place_of(&self.actor.borrow()));
+            match is_move {
+                true => collector.moved(worker, before, now),
+                false => collector.joined(worker, now),
             }
         }
     }

@@ -16,6 +16,7 @@ use ps_model::burn::tensor::Device;
 use ps_model::{ElementwiseConfig, Model, RuleError};
 
 use crate::data::Examples;
+use crate::observe::Observer;
 use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
 
@@ -65,6 +66,7 @@ pub struct Trainer<M: Model, E> {
     seed: u64,
     evaluate_every: u64,
     on_evaluation: OnEvaluation,
+    observers: Vec<Box<dyn Observer>>,
     heeds_signals: bool,
     checkpoints: Option<CheckpointConfig>,
     /// Whether the checkpoints have an update log. Known when the training runs.
@@ -105,6 +107,7 @@ where
             seed: 0,
             evaluate_every: 0,
             on_evaluation: Box::new(|_| {}),
+            observers: Vec::new(),
             heeds_signals: true,
             checkpoints: None,
             logs_updates: false,
@@ -270,6 +273,29 @@ where
     pub fn on_evaluation(mut self, on_evaluation: impl FnMut(&CurvePoint) + 'static) -> Self {
         self.on_evaluation = Box::new(on_evaluation);
         self
+    }
+
+    /// Gives the events of the training to an [`Observer`]: to a closure, a progress display, files. It may be
+    /// called several times. For an example, see [`observe`](crate::observe).
+    #[must_use]
+    pub fn observe(mut self, observer: impl Observer) -> Self {
+        self.observers.push(Box::new(observer));
+        self
+    }
+
+    /// Does the same as [`observe`](Self::observe) for each of these observers.
+    #[must_use]
+    pub fn observe_all(mut self, observers: Vec<Box<dyn Observer>>) -> Self {
+        self.observers.extend(observers);
+        self
+    }
+
+    /// Describes the training in this directory: settings, events, report and pictures. See
+    /// [`runs`](crate::runs), also for what happens if the directory has a run already.
+    #[cfg(feature = "runs")]
+    #[must_use]
+    pub fn run_dir(self, directory: impl Into<PathBuf>) -> Self {
+        self.observe(crate::runs::RunDir::new(directory))
     }
 
     /// Sets whether SIGTERM and Ctrl-C end the training in an orderly way; see

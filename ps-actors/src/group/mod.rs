@@ -20,8 +20,8 @@ use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::server::{
     ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GroupError,
     Heartbeat, Join, Leave, Membership, Outcome, ParameterServer, Pull, PullVersion, Push,
-    PushPull, Reduction, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate,
-    ShardError, Stage, TakeCheckpoint,
+    PushPull, Pushed, Reduction, ReportLost, ServerError, ServerStatus, SetConsistency,
+    SetLearningRate, ShardError, Stage, TakeCheckpoint,
 };
 use crate::weights::{BadPart, GradientUpdate, Weights};
 
@@ -314,13 +314,22 @@ impl ServerGroup {
         &self,
         gradients: GradientUpdate,
     ) -> Result<(Outcome, Weights), GroupError> {
+        let pushed = self.push_pull_timed(gradients).await?;
+        Ok((pushed.outcome, pushed.weights))
+    }
+
+    /// As [`push_pull`](Self::push_pull). Also says how long the first server held the push.
+    pub(crate) async fn push_pull_timed(
+        &self,
+        gradients: GradientUpdate,
+    ) -> Result<Pushed, GroupError> {
         self.stage(&gradients).await?;
         let pushed = self.ask(0, PushPull(gradients)).await?;
         let weights = match self.pull_rest(pushed.weights).await {
             Err(error) if is_version_gone(&error) => self.pull(PullVersion::Latest).await?,
             other => other?,
         };
-        Ok((pushed.outcome, weights))
+        Ok(Pushed { weights, ..pushed })
     }
 
     async fn stage(&self, gradients: &GradientUpdate) -> Result<(), GroupError> {

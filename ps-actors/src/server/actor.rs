@@ -289,11 +289,12 @@ impl ParameterServer {
         // A caller that has gone will ask again, and get the same answer.
         match self.waiting.remove(ticket) {
             Some(Caller::Worker(_, caller)) => _ = caller.send(answer),
-            Some(Caller::PushPull(_, caller)) => {
+            Some(Caller::PushPull(_, since, caller)) => {
                 let weights = || self.shard.weights().clone();
                 let pushed = answer.map_err(ServerError::from).map(|answer| Pushed {
                     outcome: outcome(answer),
                     weights: weights(),
+                    held: since.elapsed(),
                 });
                 _ = caller.send(pushed);
             }

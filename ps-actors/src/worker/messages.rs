@@ -6,7 +6,7 @@ use actix::Message;
 use ps_runtime::codec::Bulk;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::WorkerError;
+use super::{Steps, WorkerError};
 use crate::group::ServerGroup;
 use crate::ids::{Clock, Incarnation};
 use crate::weights::{GradientUpdate, Weights};
@@ -115,6 +115,8 @@ pub struct RunReport {
     /// Total time of waiting for the servers. This includes transfers, queues, updates, and waiting for
     /// other workers.
     pub wait_time: Duration,
+    /// The records of the latest steps that nobody has asked for; see [`GetSteps`](super::GetSteps). None if nobody observes.
+    pub unfetched: Steps,
 }
 
 impl RunReport {
@@ -129,6 +131,7 @@ impl RunReport {
             was_stopped,
             compute_time,
             wait_time,
+            unfetched,
         } = later;
         // The numbers may come from a peer, so adding them must not overflow.
         let add = |sum: &mut u64, number| *sum = sum.saturating_add(number);
@@ -141,6 +144,8 @@ impl RunReport {
         self.was_stopped = was_stopped;
         add_time(&mut self.compute_time, compute_time);
         add_time(&mut self.wait_time, wait_time);
+        // They include those of the earlier run.
+        self.unfetched = unfetched;
     }
 }
 

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::error::Error;
 use std::fmt;
 use std::rc::Rc;
+use std::time::Duration;
 
 use actix::{Actor, Context, Handler, MessageResult, ResponseActFuture, WrapFuture};
 use ps_runtime::actor::{ActorRef, Spawn};
@@ -24,6 +25,7 @@ use crate::weights::{Gradient, GradientUpdate, Weights};
 mod error;
 mod messages;
 mod run;
+mod steps;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +34,9 @@ pub use messages::{
     ComputeGradients, GetProgress, GoOnAt, KeepMembership, Progress, RunReport, RunSteps, StopSteps,
 };
 pub use run::MAX_REFUSED;
+pub use steps::{GetSteps, MAX_RECORDS, StepRecord, Steps};
+
+use steps::Recorder;
 
 /// The error of a [`GradientSource`].
 pub type SourceError = Box<dyn Error + Send + Sync>;
@@ -71,6 +76,12 @@ pub trait GradientSource: 'static {
     /// # Errors
     /// If the gradient cannot be computed. The worker's run then ends with this error.
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError>;
+
+    /// Returns how long the latest [`gradient`](Self::gradient) waited for its batch. Those who observe a
+    /// training see this part of a step on its own. The default is zero.
+    fn data_time(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 impl<F> GradientSource for F
@@ -127,6 +138,7 @@ struct State<S> {
     next_clock: Clock,
     source: S,
     progress: Progress,
+    recorder: Recorder,
     is_running: bool,
     stop_requested: bool,
     /// Whether another worker goes on if this run is stopped.
@@ -144,6 +156,7 @@ impl<S: GradientSource> DataWorker<S> {
             next_clock: Clock(0),
             source,
             progress: Progress::default(),
+            recorder: Recorder::default(),
             is_running: false,
             stop_requested: false,
             keeps_membership: false,
@@ -203,7 +216,8 @@ impl<S: GradientSource> Remote for DataWorker<S> {
             .add::<GoOnAt>()
             .add::<StopSteps>()
             .add::<KeepMembership>()
-            .add::<GetProgress>();
+            .add::<GetProgress>()
+            .add::<GetSteps>();
     }
 }
 
@@ -294,6 +308,14 @@ impl<S: GradientSource> Handler<KeepMembership> for DataWorker<S> {
 
     fn handle(&mut self, _: KeepMembership, _: &mut Self::Context) {
         self.state.borrow_mut().keeps_membership = true;
+    }
+}
+
+impl<S: GradientSource> Handler<GetSteps> for DataWorker<S> {
+    type Result = MessageResult<GetSteps>;
+
+    fn handle(&mut self, GetSteps { from }: GetSteps, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.state.borrow_mut().recorder.from(from))
     }
 }
 

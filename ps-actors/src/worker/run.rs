@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 
 use ps_runtime::actor::{error_chain, sleep};
 
+use super::steps::UnsettledStep;
 use super::{GradientSource, RunReport, State, WorkerError};
 use crate::group::ServerGroup;
 use crate::heartbeat::Heartbeats;
-use crate::server::{GroupError, Outcome, PullVersion};
+use crate::server::{GroupError, Outcome, PullVersion, Pushed};
 use crate::session::Session;
 use crate::weights::{GradientUpdate, Weights};
 
@@ -38,14 +39,16 @@ async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weight
     session.servers().pull(PullVersion::Latest).await
 }
 
-/// Pushes a gradient. Repeats the push after a pause if the servers say that this may help.
+/// Pushes a gradient. Repeats the push after a pause if the servers say that this may help. The pauses are
+/// waiting at the servers, too.
 async fn push_patiently(
     servers: &ServerGroup,
     gradients: GradientUpdate,
-) -> Result<(Outcome, Weights), GroupError> {
+) -> Result<Pushed, GroupError> {
     let mut refused_since: Option<Instant> = None;
+    let mut paused = Duration::ZERO;
     loop {
-        match servers.push_pull(gradients.clone()).await {
+        match servers.push_pull_timed(gradients.clone()).await {
             Err(error) if error.is_for_now() => {
                 let since = *refused_since.get_or_insert_with(Instant::now);
                 if since.elapsed() > PATIENCE {
@@ -53,8 +56,13 @@ async fn push_patiently(
                 }
                 tracing::debug!(%error, "pushing again");
                 sleep(PAUSE).await;
+                paused = since.elapsed();
             }
-            other => return other,
+            Ok(pushed) => {
+                let held = pushed.held.saturating_add(paused);
+                return Ok(Pushed { held, ..pushed });
+            }
+            Err(error) => return Err(error),
         }
     }
 }
@@ -81,13 +89,21 @@ pub(super) async fn run<S: GradientSource>(
         let started = Instant::now();
         // `compute` drops the snapshot at its end, so that the server can then update in place.
         let gradients = state.borrow_mut().compute(weights)?;
-        report.compute_time += started.elapsed();
+        let computed = started.elapsed();
+        report.compute_time += computed;
         let (loss, num_examples) = (gradients.loss, gradients.num_examples as u64);
+        let step = UnsettledStep::new(&gradients, computed, state.borrow().source.data_time());
         let started = Instant::now();
         let pushed = push_patiently(servers, gradients).await;
         weights = match pushed {
-            Ok((outcome, next)) => {
+            Ok(Pushed {
+                outcome,
+                weights: next,
+                held,
+            }) => {
                 num_rejoins = 0;
+                let record = step.settled(outcome, started.elapsed(), held);
+                state.borrow_mut().recorder.record(record);
                 report.losses.push(loss);
                 report.num_examples += num_examples;
                 match outcome {
@@ -119,6 +135,11 @@ pub(super) async fn run<S: GradientSource>(
                 }
                 num_rejoins += 1;
                 session.rejoin(error).await.map_err(failed)?;
+                // It may have been settled, and only the answer was lost.
+                if let Some(outcome) = step.outcome_in(&session) {
+                    let record = step.settled(outcome, started.elapsed(), Duration::ZERO);
+                    state.borrow_mut().recorder.record(record);
+                }
                 _beating = Heartbeats::of(&session);
                 begin(state, &session).await.map_err(failed)?
             }
@@ -126,6 +147,7 @@ pub(super) async fn run<S: GradientSource>(
         report.wait_time += started.elapsed();
     }
     report.was_stopped = state.borrow().next_clock.0 < last_clock;
+    report.unfetched = state.borrow().recorder.kept();
     if report.was_stopped && state.borrow().keeps_membership {
         session.stay();
         return Ok(report);

@@ -71,6 +71,7 @@ fn a_report_of_more_steps_than_fit_into_a_header_crosses_a_wire() {
         was_stopped: true,
         compute_time: Duration::MAX,
         wait_time: Duration::from_nanos(1),
+        unfetched: Steps::default(),
     };
     assert_eq!(transport(&sent).unwrap(), sent);
     let empty = RunReport::default();
