@@ -20,6 +20,7 @@ use ps_runtime::remote::{Messages, Remote};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::chaos::reached;
 use crate::group::ServerGroup;
 use crate::heartbeat::Heartbeats;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
@@ -171,6 +172,7 @@ impl<S> fmt::Debug for DataWorker<S> {
 impl<S: GradientSource> State<S> {
     fn compute(&mut self, weights: Weights) -> Result<GradientUpdate, WorkerError> {
         let (worker, clock) = (self.id, self.next_clock);
+        reached!(WorkerComputes { worker, clock });
         let computed = self.source.gradient(clock, &weights);
         let LocalGradient {
             gradient,
@@ -261,9 +263,10 @@ pub struct GoOnAt {
 #[rtype(result = "()")]
 pub struct StopSteps;
 
-/// Lets the next [`RunSteps`] keep its membership when [`StopSteps`] ends it, because another worker goes on in
-/// its place. So no round closes without the other worker. Whoever sends this must start that worker, or
-/// [report](crate::server::ReportLost) this one lost.
+/// Lets the next [`RunSteps`] keep its membership when it ends before all steps are taken: when [`StopSteps`] ends
+/// it, when it fails, and when the worker is killed or panics. Another worker goes on in its place, so no round
+/// closes without it. Whoever sends this must start that worker, [report](crate::server::ReportLost) this one
+/// lost, or end the servers.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub struct KeepMembership;
@@ -421,9 +424,12 @@ mod source_text {
 
 /// Sets the worker to the incarnation and the clock with which the membership begins, and pulls the
 /// weights.
-async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weights, GroupError> {
+async fn begin<S>(state: &RefCell<State<S>>, session: &mut Session) -> Result<Weights, GroupError> {
     {
         let mut state = state.borrow_mut();
+        if state.keeps_membership {
+            session.keep();
+        }
         let first = session.gradient_id(session.next_clock());
         state.incarnation = first.incarnation;
         state.next_clock = first.clock;
@@ -463,7 +469,7 @@ async fn run<S: GradientSource>(
     let started = Instant::now();
     let mut session = Session::join(servers, worker).await.map_err(failed)?;
     let mut _beating = Heartbeats::of(&session);
-    let mut weights = begin(state, &session).await.map_err(failed)?;
+    let mut weights = begin(state, &mut session).await.map_err(failed)?;
     report.wait_time += started.elapsed();
     let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
     let mut num_rejoins = 0;
@@ -475,10 +481,13 @@ async fn run<S: GradientSource>(
         let gradients = state.borrow_mut().compute(weights)?;
         report.compute_time += started.elapsed();
         let (loss, num_examples) = (gradients.loss, gradients.num_examples as u64);
+        #[cfg(feature = "chaos")]
+        let id = gradients.id;
         let started = Instant::now();
         let pushed = push_patiently(servers, gradients).await;
         weights = match pushed {
             Ok((outcome, next)) => {
+                reached!(WorkerTold(id, outcome));
                 num_rejoins = 0;
                 report.losses.push(loss);
                 report.num_examples += num_examples;
@@ -512,7 +521,7 @@ async fn run<S: GradientSource>(
                 num_rejoins += 1;
                 session.rejoin(error).await.map_err(failed)?;
                 _beating = Heartbeats::of(&session);
-                begin(state, &session).await.map_err(failed)?
+                begin(state, &mut session).await.map_err(failed)?
             }
         };
         report.wait_time += started.elapsed();

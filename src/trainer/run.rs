@@ -1,6 +1,7 @@
 //! How a training runs: its servers and workers, what happens beside them, and the report.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -22,7 +23,7 @@ use crate::data::Examples;
 use crate::report::{CurvePoint, Report};
 use crate::resume::{self, Dealing, Resumed, Terms};
 use crate::source::{Evaluator, ModelSource, ModelWorker, WorkerConfig, initial_weights};
-use crate::workers::{Worker, WorkerRun, balance};
+use crate::workers::{Worker, WorkerRun, balance, end_round};
 
 /// How long workers may take to finish the current step when the training is interrupted.
 const LAST_STEP: Duration = Duration::from_secs(10);
@@ -147,7 +148,8 @@ where
             .into_iter()
             .map(|(config, actor)| Ok((config, actor.wait()?)));
         let started = started.collect::<Result<_, SpawnOnError>>()?;
-        Ok(Worker::all(started, cluster, &spawn))
+        let consistency = self.server.consistency;
+        Ok(Worker::all(started, cluster, &spawn, consistency))
     }
 
     pub(super) fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -218,14 +220,14 @@ where
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
-            let given_up = stop_workers(stop, &workers).shared();
+            let given_up = stop_workers(stop, &servers, &workers).shared();
             let runs = workers.iter().map(|worker| {
                 let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
                 worker.run(&servers, first_step, num_steps, given_up.clone())
             });
-            let runs = std::pin::pin!(try_join_all(runs));
+            let runs = pin!(try_join_all(runs));
             let every = self.evaluate_every;
-            let watch = std::pin::pin!(async {
+            let watch = pin!(async {
                 match evaluator.as_mut() {
                     Some(evaluator) if every > 0 => {
                         let on_evaluation = |point: CurvePoint| {
@@ -241,7 +243,7 @@ where
             let stopping = given_up.clone();
             // Neither of them ends the run. Stopping also works while a worker waits for something else than
             // its steps.
-            let beside = std::pin::pin!(async {
+            let beside = pin!(async {
                 let (never, _, ()) = join3(saving, balance(&workers), stopping).await;
                 match never {}
             });
@@ -442,13 +444,27 @@ async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupEr
 }
 
 /// Stops the workers after a signal. Becomes ready when their time for the current step is over.
-async fn stop_workers<M: Model>(stop: Option<&StopSignal>, workers: &[Worker<M>]) {
+async fn stop_workers<M: Model>(
+    stop: Option<&StopSignal>,
+    servers: &ServerGroup,
+    workers: &[Worker<M>],
+) {
     let Some(stop) = stop else {
         return std::future::pending().await;
     };
     stop.wait().await;
     workers.iter().for_each(Worker::stop);
-    actix::clock::sleep(LAST_STEP).await;
+    let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
+    let ending = pin!(async {
+        match workers.iter().any(Worker::waits_for_all) {
+            true => end_round(servers, workers).await,
+            false => std::future::pending().await,
+        }
+    });
+    match select(time_is_over, ending).await {
+        Either::Left(_) => {}
+        Either::Right((never, _)) => match never {},
+    }
     tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
 }
 

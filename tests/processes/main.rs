@@ -1,6 +1,7 @@
 //! The examples as several real processes: some are killed, stopped and started again.
 
 mod elastic;
+mod kills;
 mod resume;
 mod run;
 

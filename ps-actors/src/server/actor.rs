@@ -22,6 +22,7 @@ use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
 use super::replay::{LogEntry, entries, restore};
 use super::shard::{Shard, ShardAnswer, ShardError};
 use super::waiting::{Caller, MAX_CALLS, Waiting};
+use crate::chaos::reached;
 use crate::checkpoint::{Rest, Start};
 use crate::ids::{GradientId, Incarnation, Version, WorkerId};
 use crate::rule::{SavedRule, UpdateRule};
@@ -146,6 +147,10 @@ impl ParameterServer {
         role: Role,
     ) -> Result<Self, ConfigError> {
         restore(rule.as_mut(), saved_rule, range.len())?;
+        reached!(ServerMade {
+            range: range.clone(),
+            version: initial.version(),
+        });
         let rate = config.learning_rate;
         let shard = Shard::new(initial, range, rule, rate, config.num_kept_versions);
         Ok(Self {
@@ -246,6 +251,11 @@ impl ParameterServer {
                     schedule.write(&ScheduledUpdate::of(update, learning_rate));
                 }
             }
+        }
+        if effects.iter().any(|effect| matches!(effect, Effect::Update(_))) {
+            reached!(ServerDecided {
+                version: first.coordinator.version()
+            });
         }
         let Some(log) = &first.update_log else {
             return Ok(());
