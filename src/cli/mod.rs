@@ -46,6 +46,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | `chaos` | [`ChaosArgs`]: faults on purpose |
 //! | `checkpoints` | [`CheckpointArgs`]: where checkpoints are saved; how an interrupted training ends |
 //! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
 //! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
@@ -54,6 +55,7 @@
 //! | `record` | [`RecordArgs`]: record a training, and replay it |
 //! | `output` | [`say!`]: lines on standard output |
 
+mod chaos;
 mod checkpoints;
 mod cluster;
 mod data;
@@ -71,6 +73,7 @@ use clap::Parser;
 use ps_actors::actor::error_chain;
 use ps_actors::launch::log_prefix;
 
+pub use chaos::{ChaosArgs, ServerPlaces};
 pub use checkpoints::{CheckpointArgs, end_of_training};
 pub use cluster::ClusterArgs;
 pub use data::{DataArgs, TrainArgs};

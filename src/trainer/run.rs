@@ -102,6 +102,7 @@ where
             num_steps,
             stop: stop.as_ref(),
             recoveries: Recoveries::default(),
+            num_applied_before: None,
         };
         loop {
             let start = resumed.as_ref().map_or(Start::from(&initial), Start::from);
@@ -207,6 +208,7 @@ where
             num_steps,
             stop,
             recoveries,
+            num_applied_before,
         } = run;
         let (num_steps, stop) = (*num_steps, *stop);
         let resumed = match from {
@@ -217,6 +219,8 @@ where
             }
             None => None,
         };
+        let applied_before = resumed.map_or(0, |resumed| resumed.num_applied);
+        let num_applied_before = *num_applied_before.get_or_insert(applied_before);
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
@@ -259,6 +263,7 @@ where
             curve,
             resumed,
             num_recoveries: recoveries.num_all,
+            num_applied_before,
         };
         let runs = match outcome {
             Ok(runs) => runs,
@@ -316,6 +321,7 @@ where
             curve,
             resumed,
             num_recoveries,
+            num_applied_before,
         } = seen;
         let weights = servers.pull(PullVersion::Latest).await?;
         let status = coordinator(servers).await?;
@@ -344,6 +350,7 @@ where
             resumed,
             checkpoints: None,
             num_recoveries,
+            num_applied_before,
             num_workers: self.num_workers,
             num_servers: self.num_servers,
             weights,
@@ -373,6 +380,8 @@ struct Run<'a, M: Model> {
     num_steps: u64,
     stop: Option<&'a StopSignal>,
     recoveries: Recoveries,
+    /// How many gradients were applied when this process began. `None` before the first servers have started.
+    num_applied_before: Option<u64>,
 }
 
 impl<M: Model> Run<'_, M> {
@@ -417,6 +426,7 @@ struct Seen {
     curve: Vec<CurvePoint>,
     resumed: Option<Resumed>,
     num_recoveries: u32,
+    num_applied_before: u64,
 }
 
 /// Saves the final weights, and waits until they are on the disk. Weights that are not finite are not
