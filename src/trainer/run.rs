@@ -17,7 +17,8 @@ use ps_actors::worker::WorkerError;
 use ps_model::Model;
 use ps_model::burn::tensor::Device;
 
-use super::{Length, TrainError, Trainer, Variants};
+use super::hosting::Variants;
+use super::{Length, TrainError, Trainer};
 use crate::agreement::Facts;
 use crate::data::Examples;
 use crate::report::{CurvePoint, Report};

@@ -109,7 +109,10 @@ impl fmt::Display for Report {
         )?;
         if self.num_repeated > 0 {
             let num = self.num_repeated;
-            writeln!(f, "made again: {num}, which no checkpoint had when servers were lost")?;
+            writeln!(
+                f,
+                "made again: {num}, which no checkpoint had when servers were lost"
+            )?;
         }
         if !self.recoveries.is_empty() {
             let mut sorted = self.recoveries.clone();
@@ -129,7 +132,10 @@ impl fmt::Display for Report {
         }
         match self.has_same_weights {
             Some(true) => write!(f, "\nthe weights have the bits of the run without faults"),
-            Some(false) => write!(f, "\nTHE WEIGHTS DIFFER from those of the run without faults"),
+            Some(false) => write!(
+                f,
+                "\nTHE WEIGHTS DIFFER from those of the run without faults"
+            ),
             None => Ok(()),
         }
     }
