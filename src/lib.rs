@@ -50,6 +50,7 @@
 //! | [`export`] | files with a trained model for other programs |
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
+//! | `chaos` (feature `cli`) | follows a plan of faults in a run of real processes |
 //! | `runs` (feature) | the directory of a run: events, report and pictures |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
@@ -58,6 +59,8 @@
 
 pub mod agreement;
 mod balance;
+#[cfg(feature = "cli")]
+pub mod chaos;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;

@@ -49,6 +49,7 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | `chaos` | [`ChaosArgs`]: faults on purpose |
 //! | `checkpoints` | [`CheckpointArgs`]: where checkpoints are saved; how an interrupted training ends |
 //! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
 //! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
@@ -58,6 +59,7 @@
 //! | `output` | [`say!`]: lines on standard output, above the progress bar |
 //! | `show` | [`ShowArgs`]: progress, and what a training leaves behind |
 
+mod chaos;
 mod checkpoints;
 mod cluster;
 mod data;
@@ -76,6 +78,7 @@ use clap::Parser;
 use ps_actors::actor::error_chain;
 use ps_actors::launch::log_prefix;
 
+pub use chaos::{ChaosArgs, ServerPlaces};
 pub use checkpoints::{CheckpointArgs, end_of_training};
 pub use cluster::ClusterArgs;
 pub use data::{DataArgs, TrainArgs};

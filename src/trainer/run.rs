@@ -1,6 +1,7 @@
 //! How a training runs: its servers and workers, what happens beside them, and the report.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -28,7 +29,7 @@ use crate::observe::{
 use crate::report::{CurvePoint, Report};
 use crate::resume::{self, Dealing, Resumed, Terms};
 use crate::source::{Evaluator, ModelSource, ModelWorker, WorkerConfig, initial_weights};
-use crate::workers::{Worker, WorkerRun, balance};
+use crate::workers::{Worker, WorkerRun, balance, end_round};
 
 /// How long workers may take to finish the current step when the training is interrupted.
 const LAST_STEP: Duration = Duration::from_secs(10);
@@ -130,6 +131,7 @@ where
             num_steps,
             stop: stop.as_ref(),
             recoveries: Recoveries::default(),
+            num_applied_before: None,
         };
         loop {
             let start = resumed.as_ref().map_or(Start::from(&initial), Start::from);
@@ -200,7 +202,8 @@ where
             .into_iter()
             .map(|(config, actor)| Ok((config, actor.wait()?)));
         let started = started.collect::<Result<_, SpawnOnError>>()?;
-        Ok(Worker::all(started, cluster, &spawn))
+        let consistency = self.server.consistency;
+        Ok(Worker::all(started, cluster, &spawn, consistency))
     }
 
     pub(super) fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -258,6 +261,7 @@ where
             num_steps,
             stop,
             recoveries,
+            num_applied_before,
             collector,
             ..
         } = run;
@@ -271,17 +275,19 @@ where
             }
             None => None,
         };
+        let applied_before = resumed.map_or(0, |resumed| resumed.num_applied);
+        let num_applied_before = *num_applied_before.get_or_insert(applied_before);
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
-            let given_up = stop_workers(stop, &workers).shared();
+            let given_up = stop_workers(stop, &servers, &workers).shared();
             let runs = workers.iter().map(|worker| {
                 let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
                 worker.run(&servers, collector, first_step, num_steps, given_up.clone())
             });
-            let runs = std::pin::pin!(try_join_all(runs));
+            let runs = pin!(try_join_all(runs));
             let every = self.evaluate_every;
-            let watch = std::pin::pin!(async {
+            let watch = pin!(async {
                 match evaluator.as_mut() {
                     Some(evaluator) if every > 0 => {
                         let on_evaluation = |point: CurvePoint| {
@@ -298,7 +304,7 @@ where
             let stopping = given_up.clone();
             // Neither of them ends the run. Stopping also works while a worker waits for something else than
             // its steps.
-            let beside = std::pin::pin!(async {
+            let beside = pin!(async {
                 let (never, _, ()) = join3(saving, balance(&workers), stopping).await;
                 match never {}
             });
@@ -314,6 +320,7 @@ where
             curve,
             resumed,
             num_recoveries: recoveries.num_all,
+            num_applied_before,
         };
         let runs = match outcome {
             Ok(runs) => runs,
@@ -381,6 +388,7 @@ where
             curve,
             resumed,
             num_recoveries,
+            num_applied_before,
         } = seen;
         let weights = servers.pull(PullVersion::Latest).await?;
         let status = coordinator(servers).await?;
@@ -412,6 +420,7 @@ where
             resumed,
             checkpoints: None,
             num_recoveries,
+            num_applied_before,
             num_workers: self.num_workers,
             num_servers: self.num_servers,
             weights,
@@ -444,6 +453,8 @@ struct Run<'a, M: Model> {
     collector: Collector,
     /// When the servers were lost, in seconds since the run started, until others have taken their place.
     servers_lost: Option<f64>,
+    /// How many gradients were applied when this process began. `None` before the first servers have started.
+    num_applied_before: Option<u64>,
 }
 
 impl<M: Model> Run<'_, M> {
@@ -511,6 +522,7 @@ struct Seen {
     curve: Vec<CurvePoint>,
     resumed: Option<Resumed>,
     num_recoveries: u32,
+    num_applied_before: u64,
 }
 
 /// Saves the final weights, and waits until they are on the disk. Weights that are not finite are not
@@ -538,13 +550,27 @@ async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupEr
 }
 
 /// Stops the workers after a signal. Becomes ready when their time for the current step is over.
-async fn stop_workers<M: Model>(stop: Option<&StopSignal>, workers: &[Worker<M>]) {
+async fn stop_workers<M: Model>(
+    stop: Option<&StopSignal>,
+    servers: &ServerGroup,
+    workers: &[Worker<M>],
+) {
     let Some(stop) = stop else {
         return std::future::pending().await;
     };
     stop.wait().await;
     workers.iter().for_each(Worker::stop);
-    actix::clock::sleep(LAST_STEP).await;
+    let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
+    let ending = pin!(async {
+        match workers.iter().any(Worker::waits_for_all) {
+            true => end_round(servers, workers).await,
+            false => std::future::pending().await,
+        }
+    });
+    match select(time_is_over, ending).await {
+        Either::Left(_) => {}
+        Either::Right((never, _)) => match never {},
+    }
     tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
 }
 

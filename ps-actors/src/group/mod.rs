@@ -15,6 +15,7 @@ use futures_util::future::try_join_all;
 use ps_runtime::actor::{ActorRef, sleep};
 use serde::{Deserialize, Serialize};
 
+use crate::chaos::{self, reached, sent};
 use crate::checkpoint::Checkpoint;
 use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::server::{
@@ -132,18 +133,28 @@ impl ServerGroup {
 
     /// Asks a server. If the connection is lost, it asks again. This is safe: whether or not the server has
     /// handled the message already, the same message gets the same answer.
-    async fn ask<M, T>(&self, index: usize, mut message: M) -> Result<T, GroupError>
+    async fn ask<M, T>(&self, index: usize, message: M) -> Result<T, GroupError>
     where
         ParameterServer: Handler<M>,
         M: Message<Result = Result<T, ServerError>> + Clone + Send + 'static,
         T: Send + 'static,
+    {
+        let answer = self.call(index, message).await?;
+        answer.map_err(|source| GroupError::Server { index, source })
+    }
+
+    async fn call<M>(&self, index: usize, mut message: M) -> Result<M::Result, GroupError>
+    where
+        ParameterServer: Handler<M>,
+        M: Message + Clone + Send + 'static,
+        M::Result: Send,
     {
         let server = &self.servers[index].1;
         let mut tries = 1;
         let (mut pause, longest) = PAUSES;
         let answer = loop {
             let again = (!server.is_local() && tries < MAX_TRIES).then(|| message.clone());
-            match (server.ask(message).await, again) {
+            match (chaos::ask(server, message).await, again) {
                 (Err(lost), Some(again)) if lost.is_connection_lost() => {
                     tracing::warn!(server = server.name(), %lost, "asking again");
                     message = again;
@@ -154,8 +165,7 @@ impl ServerGroup {
                 (answer, _) => break answer,
             }
         };
-        let answer = answer.map_err(|source| GroupError::Call { index, source })?;
-        answer.map_err(|source| GroupError::Server { index, source })
+        answer.map_err(|source| GroupError::Call { index, source })
     }
 
     /// Makes a worker a member, in the incarnation that the answer names. This ends an earlier membership
@@ -324,7 +334,9 @@ impl ServerGroup {
         gradients: GradientUpdate,
     ) -> Result<Pushed, GroupError> {
         self.stage(&gradients).await?;
-        let pushed = self.ask(0, PushPull(gradients)).await?;
+        let id = gradients.id;
+        reached!(WorkerStaged(id));
+        let pushed = sent(id, self.ask(0, PushPull(gradients))).await?;
         let weights = match self.pull_rest(pushed.weights).await {
             Err(error) if is_version_gone(&error) => self.pull(PullVersion::Latest).await?,
             other => other?,
@@ -467,13 +479,7 @@ impl ServerGroup {
     /// # Errors
     /// If a server cannot be reached.
     pub async fn status(&self) -> Result<Vec<ServerStatus>, GroupError> {
-        let all = self
-            .servers()
-            .enumerate()
-            .map(|(index, server)| async move {
-                let status = server.ask(GetStatus).await;
-                status.map_err(|source| GroupError::Call { index, source })
-            });
+        let all = (0..self.servers.len()).map(|index| self.call(index, GetStatus));
         try_join_all(all).await
     }
 }

@@ -24,6 +24,7 @@ use super::replay::{LogEntry, entries, restore};
 use super::shard::{Shard, ShardAnswer};
 use super::stall::{STALL, Stall};
 use super::waiting::{Caller, MAX_CALLS, Waiting};
+use crate::chaos::reached;
 use crate::checkpoint::{Rest, Start};
 use crate::ids::WorkerId;
 use crate::rule::{SavedRule, UpdateRule};
@@ -148,6 +149,10 @@ impl ParameterServer {
         role: Role,
     ) -> Result<Self, ConfigError> {
         restore(rule.as_mut(), saved_rule, range.len())?;
+        reached!(ServerMade {
+            range: range.clone(),
+            version: initial.version(),
+        });
         let rate = config.learning_rate;
         let shard = Shard::new(initial, range, rule, rate, config.num_kept_versions);
         Ok(Self {
@@ -248,6 +253,15 @@ impl ParameterServer {
                     schedule.write(&ScheduledUpdate::of(update, learning_rate));
                 }
             }
+        }
+        #[cfg(feature = "chaos")]
+        if effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Update(_)))
+        {
+            reached!(ServerDecided {
+                version: first.coordinator.version()
+            });
         }
         let Some(log) = &first.update_log else {
             return Ok(());

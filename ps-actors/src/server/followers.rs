@@ -23,6 +23,7 @@ use subtle::ConstantTimeEq;
 use super::actor::{ParameterServer, Role};
 use super::messages::{Decision, Follow, ServerError};
 use super::shard::Shard;
+use crate::chaos;
 use crate::ids::{GradientId, Version};
 use crate::weights::Gradient;
 
@@ -281,7 +282,7 @@ impl ParameterServer {
             return;
         };
         let follower = &first.followers[index];
-        let told = follower.server.ask(follower.follow(&first.secret));
+        let told = chaos::ask(&follower.server, follower.follow(&first.secret));
         let told = async move {
             match told.await {
                 Ok(Ok(lacking)) => Told::Taken(lacking),

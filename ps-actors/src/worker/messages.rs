@@ -73,9 +73,10 @@ pub struct GoOnAt {
 #[rtype(result = "()")]
 pub struct StopSteps;
 
-/// Lets the next [`RunSteps`] keep its membership when [`StopSteps`] ends it, because another worker goes on in
-/// its place. So no round closes without the other worker. Whoever sends this must start that worker, or
-/// [report](crate::server::ReportLost) this one lost.
+/// Lets the next [`RunSteps`] keep its membership when it ends before all steps are taken: when [`StopSteps`] ends
+/// it, when it fails, and when the worker is killed or panics. Another worker goes on in its place, so no round
+/// closes without it. Whoever sends this must start that worker, [report](crate::server::ReportLost) this one
+/// lost, or end the servers.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
 pub struct KeepMembership;

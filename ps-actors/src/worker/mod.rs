@@ -18,6 +18,7 @@ use ps_runtime::remote::{Messages, Remote};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::chaos::reached;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 use crate::session::Session;
 use crate::weights::{Gradient, GradientUpdate, Weights};
@@ -176,6 +177,7 @@ impl<S> fmt::Debug for DataWorker<S> {
 impl<S: GradientSource> State<S> {
     fn compute(&mut self, weights: Weights) -> Result<GradientUpdate, WorkerError> {
         let (worker, clock) = (self.id, self.next_clock);
+        reached!(WorkerComputes { worker, clock });
         let computed = self.source.gradient(clock, &weights);
         let LocalGradient {
             gradient,

@@ -7,6 +7,7 @@ use ps_runtime::actor::{error_chain, sleep};
 
 use super::steps::UnsettledStep;
 use super::{GradientSource, RunReport, State, WorkerError};
+use crate::chaos::reached;
 use crate::group::ServerGroup;
 use crate::heartbeat::Heartbeats;
 use crate::server::{GroupError, Outcome, PullVersion, Pushed};
@@ -29,9 +30,12 @@ pub const MAX_REFUSED: u64 = 100;
 
 /// Sets the worker to the incarnation and the clock with which the membership begins, and pulls the
 /// weights.
-async fn begin<S>(state: &RefCell<State<S>>, session: &Session) -> Result<Weights, GroupError> {
+async fn begin<S>(state: &RefCell<State<S>>, session: &mut Session) -> Result<Weights, GroupError> {
     {
         let mut state = state.borrow_mut();
+        if state.keeps_membership {
+            session.keep();
+        }
         let first = session.gradient_id(session.next_clock());
         state.incarnation = first.incarnation;
         state.next_clock = first.clock;
@@ -79,7 +83,7 @@ pub(super) async fn run<S: GradientSource>(
     let started = Instant::now();
     let mut session = Session::join(servers, worker).await.map_err(failed)?;
     let mut _beating = Heartbeats::of(&session);
-    let mut weights = begin(state, &session).await.map_err(failed)?;
+    let mut weights = begin(state, &mut session).await.map_err(failed)?;
     report.wait_time += started.elapsed();
     let last_clock = state.borrow().next_clock.0.saturating_add(num_steps);
     let mut num_rejoins = 0;
@@ -93,6 +97,8 @@ pub(super) async fn run<S: GradientSource>(
         report.compute_time += computed;
         let (loss, num_examples) = (gradients.loss, gradients.num_examples as u64);
         let step = UnsettledStep::new(&gradients, computed, state.borrow().source.data_time());
+        #[cfg(feature = "chaos")]
+        let id = gradients.id;
         let started = Instant::now();
         let pushed = push_patiently(servers, gradients).await;
         weights = match pushed {
@@ -101,6 +107,7 @@ pub(super) async fn run<S: GradientSource>(
                 weights: next,
                 held,
             }) => {
+                reached!(WorkerTold(id, outcome));
                 num_rejoins = 0;
                 let record = step.settled(outcome, started.elapsed(), held);
                 state.borrow_mut().recorder.record(record);
@@ -141,7 +148,7 @@ pub(super) async fn run<S: GradientSource>(
                     state.borrow_mut().recorder.record(record);
                 }
                 _beating = Heartbeats::of(&session);
-                begin(state, &session).await.map_err(failed)?
+                begin(state, &mut session).await.map_err(failed)?
             }
         };
         report.wait_time += started.elapsed();

@@ -319,13 +319,14 @@ impl RemoteActor {
         });
     }
 
-    /// Ends the connection to a process that was declared lost.
-    pub(super) fn sever(self: &Arc<Self>, why: &Arc<str>) {
+    /// Ends the connection to a process that was declared lost. Returns whether there was one.
+    pub(super) fn sever(self: &Arc<Self>, why: &Arc<str>) -> bool {
         let outbox = match &self.lock().link {
             Link::Up(outbox) => Arc::clone(outbox),
-            Link::Down | Link::Connecting | Link::Ended => return,
+            Link::Down | Link::Connecting | Link::Ended => return false,
         };
         self.disconnected(&outbox, why);
+        true
     }
 
     /// The actor has ended for good. Of the calls that were sent, it took those up to `last_taken`.
