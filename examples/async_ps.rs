@@ -19,7 +19,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, TrainArgs, say};
+use ps::cli::{
+    self, ChaosArgs, CheckpointArgs, ClusterArgs, DataArgs, ServerPlaces, ShowArgs, TrainArgs, say,
+};
+use ps::observe::Observers;
 use ps::prelude::*;
 
 /// Asynchronous parameter-server training on MNIST, driven by this program.
@@ -34,6 +37,10 @@ struct Args {
     cluster: ClusterArgs,
     #[command(flatten)]
     checkpoints: CheckpointArgs,
+    #[command(flatten)]
+    show: ShowArgs,
+    #[command(flatten)]
+    chaos: ChaosArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -52,13 +59,16 @@ fn train(
         data,
         cluster,
         checkpoints: saving,
+        show,
+        chaos,
     }: Args,
 ) -> Result<ExitCode> {
     ensure!(args.num_workers > 0, "--num-workers must be at least 1");
     let device = data.device()?;
     let mnist = data.mnist()?;
     let model = ConvNet::init(args.seed, &device);
-    let hosts = host_workers(Hosts::new(), &model, &device, &mnist.train);
+    let mut chaos = chaos.begin(&args, &cluster, &saving, ServerPlaces::DRIVEN)?;
+    let hosts = chaos.hosts(host_workers(Hosts::new(), &model, &device, &mnist.train));
     // `None`: this process was a worker's home, and the training is over.
     let Some(cluster) = cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
@@ -74,6 +84,7 @@ fn train(
     let start = found.as_ref().map_or(Start::from(&initial), Start::from);
     let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
     checkpoints.start_log(&server, start)?;
+    chaos.start_loop(&cluster, &server)?;
     // A worker whose process is lost is started again, on another one if need be.
     let mut workers = (0..args.num_workers as u32)
         .map(|number| LastingWorker::<ConvNet>::spawn(&cluster, args.worker(number)))
@@ -85,6 +96,8 @@ fn train(
 
     say!("Running asynchronous parameter server training.");
     let mut weights = server.ask(GetWeights).wait()?;
+    let observers = Observers::start(show.observers());
+    observers.run_started(args.settings("async"), weights.version());
     let mut gradients = Pending::new();
     for (rank, worker) in workers.iter().enumerate() {
         gradients.insert(rank, worker.compute(&weights));
@@ -106,9 +119,10 @@ fn train(
             continue;
         };
         weights = server
-            .ask(ApplyGradients::sum([gradient]))
+            .ask(ApplyGradients::sum([gradient.clone()]))
             .flatten()
             .wait()?;
+        observers.applied(&[gradient], weights.version());
         gradients.insert(rank, workers[rank].compute(&weights));
 
         if checkpoints.is_due(weights.version()) {
@@ -117,17 +131,22 @@ fn train(
         if i % 10 == 0 {
             say!(
                 "Iter {i}: \taccuracy is {:.1}",
-                evaluator.accuracy_percent(&weights)?
+                observers.accuracy_percent(&mut evaluator, &weights)?
             );
         }
         i += 1;
     }
     say!(
         "Final accuracy is {:.1}.",
-        evaluator.accuracy_percent(&weights)?
+        observers.accuracy_percent(&mut evaluator, &weights)?
     );
+    observers.run_ended();
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(weights.version());
     saving.export(&model, &device, &weights)?;
-    Ok(cli::end_of_training(stop.received(), is_saved))
+    let num_gradients = args.iterations * args.num_workers as u64;
+    let num_expected = stop.received().is_none().then_some(num_gradients);
+    let done = chaos.done_in_loop(&server, num_expected, false)?;
+    let code = cli::end_of_training(stop.received(), is_saved);
+    Ok(chaos.conclude(done.as_ref(), code)?)
 }

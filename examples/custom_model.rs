@@ -20,7 +20,7 @@ use burn::optim::AdamConfig;
 use burn::tensor::activation::tanh;
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, say};
+use ps::cli::{self, CheckpointArgs, ClusterArgs, ShowArgs, say};
 use ps::prelude::*;
 
 /// Training a model and data of your own.
@@ -37,6 +37,8 @@ struct Args {
     cluster: ClusterArgs,
     #[command(flatten)]
     checkpoints: CheckpointArgs,
+    #[command(flatten)]
+    show: ShowArgs,
 }
 
 fn main() -> ExitCode {
@@ -60,7 +62,8 @@ fn train(args: Args) -> Result<ExitCode> {
         .learning_rate(5e-3)
         .batch_size(50)
         .epochs(args.epochs)
-        .checkpoints(args.checkpoints.config());
+        .checkpoints(args.checkpoints.config())
+        .observe_all(args.show.observers());
     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
         return Ok(ExitCode::SUCCESS);
     };

@@ -14,7 +14,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, TrainArgs, say};
+use ps::cli::{
+    self, ChaosArgs, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, ServerPlaces, ShowArgs,
+    TrainArgs, say,
+};
 use ps::prelude::*;
 
 /// Training on MNIST with the weights split over several servers, in any consistency mode.
@@ -33,6 +36,10 @@ struct Args {
     checkpoints: CheckpointArgs,
     #[command(flatten)]
     record: RecordArgs,
+    #[command(flatten)]
+    show: ShowArgs,
+    #[command(flatten)]
+    chaos: ChaosArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -40,6 +47,7 @@ const EXAMPLES: &str = "Examples:
   sharded_ps --processes 4 --num-workers 3 --consistency asp
   sharded_ps --processes 3 --servers-on-nodes --net
   sharded_ps --checkpoint-dir runs/one --resume   go on after an interruption
+  sharded_ps --run-dir runs/one   curves and events of the run
   sharded_ps --consistency asp --record run.schedule
   sharded_ps --consistency asp --replay run.schedule   the same bits again";
 
@@ -92,6 +100,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .seed(args.train.seed)
         .checkpoints(args.checkpoints.config())
         .record(args.record.record.clone())
+        .observe_all(args.show.observers())
         .evaluate_every(10)
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
@@ -105,16 +114,33 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         args.checkpoints.export(&model, &device, &replay.weights)?;
         return Ok(ExitCode::SUCCESS);
     }
+    let mut chaos =
+        args.chaos
+            .begin(&args.train, &args.cluster, &args.checkpoints, places(args))?;
     // `None`: this process was the home of a worker or server, and the training is over.
-    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
+    let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
+    let Some(cluster) = args.cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
     };
+    chaos.start(&cluster)?;
     let report = trainer.run_on(&cluster)?;
     let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
     say!("Final accuracy is {accuracy:.1}.\n{report}");
     args.checkpoints.export(&model, &device, &report.weights)?;
-    Ok(cli::end_of_training(
-        report.interrupted,
-        report.saved_all().is_some(),
-    ))
+    let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
+    let done = report.done(args.train.iterations);
+    Ok(chaos.conclude(Some(&done), code)?)
+}
+
+/// The first server is in this process if it writes files, or if there is nothing about nodes.
+fn places(args: &Args) -> ServerPlaces {
+    let writes = args.checkpoints.update_log.is_some() || args.record.record.is_some();
+    ServerPlaces {
+        num_servers: args.servers.num_servers,
+        num_in_driver: match args.servers.servers_on_nodes {
+            true => usize::from(writes),
+            false => args.servers.num_servers,
+        },
+        workers_call: true,
+    }
 }

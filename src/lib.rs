@@ -42,6 +42,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`trainer`], [`report`] | training in one call, and its result |
+//! | [`observe`] | what happens in a training, as events |
 //! | [`source`] | a burn model with data as a worker's source of gradients; evaluation |
 //! | [`served`] | models that live with a server: remote forward and backward |
 //! | [`lasting`] | workers for a driver's own loop that are started again when their process is lost |
@@ -49,6 +50,8 @@
 //! | [`export`] | files with a trained model for other programs |
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
+//! | `chaos` (feature `cli`) | follows a plan of faults in a run of real processes |
+//! | `runs` (feature) | the directory of a run: events, report and pictures |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 
@@ -57,13 +60,18 @@
 pub mod agreement;
 mod balance;
 #[cfg(feature = "cli")]
+pub mod chaos;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
 pub mod export;
 pub mod lasting;
+pub mod observe;
 pub mod report;
 mod resume;
 pub mod rule;
+#[cfg(feature = "runs")]
+pub mod runs;
 pub mod served;
 pub mod source;
 pub mod trainer;

@@ -61,6 +61,8 @@ pub struct Report {
     pub checkpoints: Option<SaveReport>,
     /// How often the servers were lost, so that the training went on from its last checkpoint.
     pub num_recoveries: u32,
+    /// How many gradients had been applied before this process went on with the training.
+    pub num_applied_before: u64,
     /// The number of workers.
     pub num_workers: usize,
     /// The number of servers.
@@ -153,6 +155,21 @@ impl Report {
         // The times may come from peers, so adding them must not overflow.
         let total = compute.saturating_add(wait);
         (!total.is_zero()).then(|| compute.as_secs_f64() / total.as_secs_f64())
+    }
+
+    /// Returns what a run under a plan of faults compares, for a training in which each worker takes so many steps.
+    #[cfg(feature = "cli")]
+    #[must_use]
+    pub fn done(&self, num_steps: u64) -> crate::chaos::Done {
+        let num_expected = num_steps.saturating_mul(self.num_workers as u64);
+        crate::chaos::Done {
+            num_expected: self.interrupted.is_none().then_some(num_expected),
+            num_settled: self.num_applied + self.num_dropped_late + self.num_refused,
+            num_applied: self.num_applied,
+            num_applied_before: self.num_applied_before,
+            weights: self.weights.clone(),
+            is_repeatable: self.consistency == Consistency::Bsp,
+        }
     }
 
     pub(crate) fn has_finite_weights(&self) -> bool {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ps_actors::actor::{ActorRef, Spawn, SpawnError};
 use ps_actors::buffer::BufferPool;
@@ -164,6 +165,8 @@ pub struct ModelSource<M: Model> {
     batches: WorkerBatches<M::Batch>,
     config: WorkerConfig,
     gradients: BufferPool,
+    /// How long the latest batch was waited for.
+    data_time: Duration,
 }
 
 impl<M: Model> ModelSource<M> {
@@ -186,6 +189,7 @@ impl<M: Model> ModelSource<M> {
             config,
             // One buffer is being pushed, one is being computed, and one is spare.
             gradients: BufferPool::new(3),
+            data_time: Duration::ZERO,
         })
     }
 
@@ -198,7 +202,9 @@ impl<M: Model> ModelSource<M> {
 
 impl<M: Model> GradientSource for ModelSource<M> {
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
+        let started = Instant::now();
         let batch = self.batches.batch(clock)?;
+        self.data_time = started.elapsed();
         self.loadable.load(weights)?;
         let model = &self.loadable.model;
         let WorkerConfig { worker, seed, .. } = self.config;
@@ -215,6 +221,10 @@ impl<M: Model> GradientSource for ModelSource<M> {
             loss,
             num_examples,
         })
+    }
+
+    fn data_time(&self) -> Duration {
+        self.data_time
     }
 }
 

@@ -9,24 +9,29 @@ use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::pin::pin;
 use std::rc::Rc;
+use std::time::Duration;
 
 use futures_util::future::{Either, select};
 use ps_actors::actor::{ActorRef, CallError};
 use ps_actors::cluster::{Cluster, NodeId, NodeInfo, Placement, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
-use ps_actors::ids::WorkerId;
-use ps_actors::server::GroupError;
+use ps_actors::ids::{Clock, WorkerId};
+use ps_actors::server::{Consistency, GroupError};
 use ps_actors::session::Session;
 use ps_actors::worker::{KeepMembership, RunReport, RunSteps, StopSteps, WorkerError};
 use ps_model::Model;
 
 use crate::balance::Places;
+use crate::observe::Collector;
 use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 
 /// How often in a row a worker is started again after its process was lost, without a settled gradient in
 /// between.
 pub(crate) const MAX_LOSSES: u32 = 20;
+
+/// The pause before workers that still wait for an update are told again that none will be made.
+const END_ROUND: Duration = Duration::from_millis(20);
 
 /// A worker of a run. It can be replaced by another one.
 pub(crate) struct Worker<M: Model> {
@@ -38,8 +43,12 @@ pub(crate) struct Worker<M: Model> {
     places: Rc<Places>,
     /// Where the worker goes on after its current step.
     moves_to: Cell<Option<NodeId>>,
+    /// Whether every update has a gradient of each worker.
+    waits_for_all: bool,
     /// Whether the worker must take no more steps.
     is_stopped: Cell<bool>,
+    /// Whether [`run`](Self::run) is over.
+    is_over: Cell<bool>,
 }
 
 /// What a worker has done, in all its incarnations.
@@ -61,6 +70,7 @@ impl<M: Model> Worker<M> {
         started: Vec<(WorkerConfig, ActorRef<ModelWorker<M>>)>,
         cluster: &Cluster,
         spawn: &SpawnOn,
+        consistency: Consistency,
     ) -> Vec<Self> {
         let places = started.iter().map(|(_, actor)| place_of(actor)).collect();
         let places = Rc::new(Places::new(places));
@@ -71,13 +81,20 @@ impl<M: Model> Worker<M> {
             spawn: spawn.clone(),
             places: Rc::clone(&places),
             moves_to: Cell::new(None),
+            waits_for_all: consistency == Consistency::Bsp,
             is_stopped: Cell::new(false),
+            is_over: Cell::new(false),
         });
         workers.collect()
     }
 
     pub(crate) fn id(&self) -> WorkerId {
         self.config.worker
+    }
+
+    /// Whether every update has a gradient of each worker.
+    pub(crate) fn waits_for_all(&self) -> bool {
+        self.waits_for_all
     }
 
     /// Lets the worker end after the current step.
@@ -103,10 +120,11 @@ impl<M: Model> Worker<M> {
     /// its process leaves. It then goes on with the first step that is not settled, as long as its actor is restarted
     /// or another node makes one. After [`stop`](Self::stop) it ends with what it has done until then. When
     /// `given_up` is ready after that, it ends without waiting for the current step. The steps are those from
-    /// `first_step` to `num_steps`.
+    /// `first_step` to `num_steps`. `collector` learns of the steps.
     pub(crate) async fn run(
         &self,
         servers: &ServerGroup,
+        collector: &Collector,
         first_step: u64,
         num_steps: u64,
         given_up: impl Future<Output = ()> + Clone,
@@ -115,13 +133,15 @@ impl<M: Model> Worker<M> {
         let mut told = WorkerRun::default();
         let (mut num_losses, mut step_at_loss) = (0, first_step);
         let mut next_step = first_step;
-        // The membership of the driver, in the place of the worker.
-        let mut _held: Option<Session> = None;
+        collector.joined(worker, place_of(&self.actor.borrow()));
         loop {
             if self.is_stopped.get() {
                 told.is_cut_short = true;
-                // Nobody goes on in its place.
-                servers.report_lost(worker).await?;
+                self.is_over.set(true);
+                if !self.waits_for_all {
+                    // Nobody goes on in its place.
+                    servers.report_lost(worker).await?;
+                }
                 return Ok(told);
             }
             let num_steps = num_steps.saturating_sub(next_step);
@@ -132,6 +152,7 @@ impl<M: Model> Worker<M> {
             let actor = self.actor.borrow().clone();
             // If it does not arrive, the run does not either.
             let _ = actor.tell(KeepMembership);
+            collector.watch(worker, &actor, Clock(first_step));
             let answer = match select(actor.ask(run), pin!(given_up.clone())).await {
                 Either::Left((answer, _)) => answer,
                 Either::Right(_) => {
@@ -141,7 +162,8 @@ impl<M: Model> Worker<M> {
             };
             let is_panic = matches!(answer, Err(CallError::Failed { .. }));
             let lost = match answer {
-                Ok(Ok(part)) => {
+                Ok(Ok(mut part)) => {
+                    collector.take(worker, std::mem::take(&mut part.unfetched));
                     told.num_told += part.losses.len() as u64;
                     told.report.append(part);
                     if !told.report.was_stopped {
@@ -166,6 +188,7 @@ impl<M: Model> Worker<M> {
             match &lost {
                 Some(lost) => {
                     tracing::warn!(%worker, %lost, "a worker is lost; it goes on");
+                    collector.lost(worker, place_of(&actor), lost);
                     told.num_restarts += 1;
                 }
                 None => told.num_moves += 1,
@@ -174,8 +197,11 @@ impl<M: Model> Worker<M> {
             servers.status().await?;
             let session = Session::join(servers, worker).await?;
             next_step = session.next_clock().0.max(first_step);
-            // The membership that was held before is over.
-            _held = Some(session);
+            // The driver is a member in its place, until it joins itself. If the run ends before, nobody leaves:
+            // a round without this worker must not be made, because it would be in the update log.
+            session.stay();
+            collector.settled_until(worker, Clock(next_step));
+            let is_move = lost.is_none();
             if let Some(source) = lost.filter(|_| !is_panic) {
                 // A worker that makes progress may be lost any number of times.
                 if next_step > step_at_loss {
@@ -192,6 +218,11 @@ impl<M: Model> Worker<M> {
             told.report.losses.resize(num_losses_known, f32::NAN);
             if !is_panic {
                 self.respawn(&actor).await?;
+            }
+            let (before, now) = (place_of(&actor), place_of(&self.actor.borrow()));
+            match is_move {
+                true => collector.moved(worker, before, now),
+                false => collector.joined(worker, now),
             }
         }
     }
@@ -221,6 +252,29 @@ impl<M: Model> Worker<M> {
         self.places.set(rank, place_of(&actor));
         self.actor.replace(actor);
         Ok(())
+    }
+}
+
+/// Lets workers that were stopped end without another update, if every update has a gradient of each of them: as
+/// soon as one has ended, no further update may be made, because it would lack that worker's gradient. So those
+/// that wait for one lose their membership, which ends their step. Does not return.
+pub(crate) async fn end_round<M: Model>(
+    servers: &ServerGroup,
+    workers: &[Worker<M>],
+) -> Infallible {
+    loop {
+        let is_over = |worker: &&Worker<M>| worker.is_over.get();
+        if workers.iter().any(|worker| is_over(&worker)) {
+            for worker in workers.iter().filter(|worker| !is_over(worker)) {
+                match Session::join(servers, worker.id()).await {
+                    Ok(session) => session.stay(),
+                    // The workers find out too.
+                    Err(_) => return std::future::pending().await,
+                }
+            }
+        }
+        // A worker that has not heard that it is stopped joins again, and begins the step again.
+        actix::clock::sleep(END_ROUND).await;
     }
 }
 

@@ -181,8 +181,15 @@ impl Session {
         self.servers.leave(self.worker, self.incarnation).await
     }
 
-    /// Ends the session and not the membership, because another worker goes on in this one's place.
-    pub(crate) fn stay(mut self) {
+    /// Ends the session and not the membership, because another worker goes on in this one's place. So no round
+    /// closes without the worker. Whoever calls this must let the other worker [join](Self::join), or
+    /// [report](ServerGroup::report_lost) this one lost.
+    pub fn stay(mut self) {
+        self.keep();
+    }
+
+    /// Keeps the membership when this is dropped.
+    pub(crate) fn keep(&mut self) {
         self.leave = None;
     }
 

@@ -15,12 +15,15 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts};
+use ps_runtime::cluster::{Cluster, ClusterConfig, Hosts, Node, Transport};
 use ps_runtime::launch::{self, Exited, LaunchOptions, ProcessConfig, ProcessError, ProcessGroup};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, kill_process_group, wait};
 
 /// What copies do: see [`copy`].
 const ROLE: &str = "PS_LAUNCH_TEST_ROLE";
+
+/// The driver that a process with the role `node` joins.
+const DRIVER: &str = "PS_LAUNCH_TEST_DRIVER";
 
 /// The limit of all waits. Only a failing test waits this long.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -41,6 +44,14 @@ fn play_a_role() {
         let hosts = Hosts::new().must_agree("its role", "node");
         let launched = Cluster::launch(&LaunchOptions::default(), ClusterConfig::default(), hosts);
         exit(launched.unwrap_err().exit_code().into());
+    }
+    if role == "node" {
+        let driver = std::env::var(DRIVER).unwrap();
+        let mut config = ClusterConfig::default();
+        config.net.process_lease = LONG;
+        let node = Node::new(config, 1, 0, driver, Hosts::new());
+        node.serve().wait().unwrap();
+        exit(0);
     }
     match launch::from_env(launch::env::read).unwrap() {
         Some(place) if std::env::var_os(launch::env::PARENT_PID).is_some() => copy(&role, &place),
@@ -470,4 +481,27 @@ fn a_copy_whose_parent_is_gone_already_leaves_at_once() {
     let lines = listen(&mut process);
     assert_silence_until_end(&lines);
     assert_eq!(process.wait().unwrap().code(), Some(1));
+}
+
+/// The driver did not start the node, so it learns of its end from the connection alone.
+#[test]
+fn a_node_that_is_killed_is_lost_without_waiting_for_the_lease() {
+    for transport in [Transport::Sockets, Transport::Tcp] {
+        let mut config = ClusterConfig {
+            transport,
+            ..ClusterConfig::default()
+        };
+        config.net.process_lease = LONG;
+        let cluster = Cluster::listen(config, ([127, 0, 0, 1], 0), Hosts::new()).unwrap();
+        let driver = cluster.address().expect("it listens").to_string();
+        let mut node = play("node").env(DRIVER, driver).spawn().unwrap();
+        cluster.wait_for_nodes(1, PATIENCE).wait().unwrap();
+        node.kill().unwrap();
+        node.wait().unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        while !cluster.nodes().is_empty() {
+            assert!(Instant::now() < deadline, "the driver waits for the lease");
+            thread::yield_now();
+        }
+    }
 }

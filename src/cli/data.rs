@@ -8,6 +8,7 @@ use ps_model::burn::tensor::Device;
 use ps_model::{DeviceError, default_device_name, select_device};
 
 use super::{RANK, say};
+use crate::observe::Settings;
 use crate::source::WorkerConfig;
 
 // No doc comments on these types: `--help` would take them for the program's own text.
@@ -80,6 +81,22 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
+    /// Describes a driver's own loop to those who [observe](crate::observe) it. `mode` says when it applies
+    /// gradients.
+    #[must_use]
+    pub fn settings(&self, mode: &str) -> Settings {
+        Settings {
+            num_workers: self.num_workers,
+            num_servers: 1,
+            batch_size: self.batch_size,
+            steps_per_worker: self.iterations,
+            seed: self.seed,
+            learning_rate: self.learning_rate,
+            consistency: mode.to_owned(),
+            ..Settings::default()
+        }
+    }
+
     /// Returns the settings of one of the workers.
     #[must_use]
     pub fn worker(&self, number: u32) -> WorkerConfig {

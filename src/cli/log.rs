@@ -10,12 +10,12 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use super::output::complain;
+use super::output::{LogWriter, complain};
 
 /// Turns logging on, unless the program has done so itself.
 pub(super) fn start(role: Option<String>) {
     let lines = layer()
-        .with_writer(std::io::stderr)
+        .with_writer(|| LogWriter)
         // It would print to the very output that cannot be written, and panic.
         .log_internal_errors(false)
         .event_format(WithRole {

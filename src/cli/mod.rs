@@ -6,7 +6,7 @@
 //! ```no_run
 //! use std::process::ExitCode;
 //!
-//! use ps::cli::{self, ClusterArgs, DataArgs, TrainArgs, say};
+//! use ps::cli::{self, ClusterArgs, DataArgs, ShowArgs, TrainArgs, say};
 //! use ps::prelude::*;
 //!
 //! /// Trains a small network on MNIST.
@@ -18,6 +18,8 @@
 //!     data: DataArgs,
 //!     #[command(flatten)]
 //!     cluster: ClusterArgs,
+//!     #[command(flatten)]
+//!     show: ShowArgs,
 //! }
 //!
 //! fn main() -> ExitCode {
@@ -33,7 +35,8 @@
 //!         .batch_size(args.train.batch_size)
 //!         .iterations(args.train.iterations)
 //!         .learning_rate(args.train.learning_rate)
-//!         .seed(args.train.seed);
+//!         .seed(args.train.seed)
+//!         .observe_all(args.show.observers());
 //!     // `None`: this process made workers for another one, and the training is over.
 //!     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
 //!         return Ok(ExitCode::SUCCESS);
@@ -46,14 +49,17 @@
 //!
 //! | module | what it holds |
 //! |---|---|
+//! | `chaos` | [`ChaosArgs`]: faults on purpose |
 //! | `checkpoints` | [`CheckpointArgs`]: where checkpoints are saved; how an interrupted training ends |
 //! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
 //! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
 //! | `doctor` | `--doctor`: checks whether the processes find and reach each other |
 //! | `log` | log lines on standard error, with the role of the process; `RUST_LOG` |
 //! | `record` | [`RecordArgs`]: record a training, and replay it |
-//! | `output` | [`say!`]: lines on standard output |
+//! | `output` | [`say!`]: lines on standard output, above the progress bar |
+//! | `show` | [`ShowArgs`]: progress, and what a training leaves behind |
 
+mod chaos;
 mod checkpoints;
 mod cluster;
 mod data;
@@ -61,6 +67,7 @@ mod doctor;
 mod log;
 mod output;
 mod record;
+mod show;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -71,11 +78,15 @@ use clap::Parser;
 use ps_actors::actor::error_chain;
 use ps_actors::launch::log_prefix;
 
+pub use chaos::{ChaosArgs, ServerPlaces};
 pub use checkpoints::{CheckpointArgs, end_of_training};
 pub use cluster::ClusterArgs;
 pub use data::{DataArgs, TrainArgs};
+#[doc(hidden)]
+pub use output::print_line;
 pub use output::say;
 pub use record::RecordArgs;
+pub use show::{Progress, ShowArgs, closing_table};
 
 /// This process's number among all, once [`main`] knows it.
 static RANK: OnceLock<u32> = OnceLock::new();

@@ -1,22 +1,74 @@
-//! What a program prints.
+//! What a program prints: lines on standard output and standard error, above the progress bar if there is one.
 
-use std::io::Write as _;
+use std::fmt;
+use std::io::{self, IsTerminal as _, Write};
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use indicatif::ProgressBar;
+
+use super::RANK;
+
+/// The bar that is on the terminal now.
+static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+/// From now on, lines are printed above this bar.
+pub(super) fn show_bar(bar: Option<ProgressBar>) {
+    *BAR.lock().unwrap_or_else(PoisonError::into_inner) = bar;
+}
+
+/// Prints something while the bar is not there.
+fn beside_bar<T>(print: impl FnOnce() -> T) -> T {
+    let bar = BAR.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    match bar {
+        Some(bar) => bar.suspend(print),
+        None => print(),
+    }
+}
 
 /// Prints a line as `println!` does, but goes on where nobody reads it or there is no room for it: that is no
 /// reason to lose a training.
 #[macro_export]
 macro_rules! __say {
-    ($($arg:tt)*) => {{
-        use ::std::io::Write as _;
-        let _ = ::std::writeln!(::std::io::stdout(), $($arg)*);
-    }};
+    ($($arg:tt)*) => {
+        $crate::cli::print_line(::std::format_args!($($arg)*))
+    };
 }
 
 #[doc(inline)]
 pub use crate::__say as say;
 
+/// What [`say!`] does.
+#[doc(hidden)]
+pub fn print_line(line: fmt::Arguments<'_>) {
+    let _ = beside_bar(|| writeln!(io::stdout(), "{line}"));
+}
+
 /// Prints an error.
 pub(super) fn complain(error: &str) {
     // Nobody may be left to read it; the exit code says the same.
-    let _ = writeln!(std::io::stderr(), "Error: {error}");
+    let _ = beside_bar(|| writeln!(io::stderr(), "Error: {error}"));
+}
+
+/// Writes log lines to standard error. Each write is a whole line.
+#[derive(Debug)]
+pub(super) struct LogWriter;
+
+/// Returns to the beginning of the line and erases it.
+const ERASE_LINE: &str = "\r\x1b[K";
+
+impl Write for LogWriter {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        // The driver's bar may be on the terminal of this node.
+        static IS_ON_TERMINAL: LazyLock<bool> = LazyLock::new(|| io::stderr().is_terminal());
+        let is_node = RANK.get().is_some_and(|&rank| rank != 0);
+        match is_node && *IS_ON_TERMINAL {
+            true => io::stderr().write_all(&[ERASE_LINE.as_bytes(), line].concat())?,
+            false => beside_bar(|| io::stderr().write_all(line))?,
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
 }

@@ -5,31 +5,27 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ps_actors::actor::{CallError, RestartPolicy, Spawn};
-use ps_actors::checkpoint::{CheckpointConfig, CheckpointError};
-use ps_actors::cluster::{Cluster, ClusterConfig, Hosts, SpawnOnError, StartError};
-use ps_actors::group::{GroupSpawnError, ServerArgs};
-use ps_actors::ids::WorkerId;
+use ps_actors::checkpoint::CheckpointConfig;
+use ps_actors::cluster::{Cluster, ClusterConfig, Hosts};
+use ps_actors::group::GroupSpawnError;
 use ps_actors::launch::LaunchOptions;
 use ps_actors::rule::{Sgd, UpdateRule};
-use ps_actors::server::{Consistency, ConsistencyError, GroupError, Reduction, ServerConfig};
-use ps_actors::worker::WorkerError;
+use ps_actors::server::{Consistency, Reduction, ServerConfig};
 use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
-use ps_model::{
-    DeviceError, ElementwiseConfig, Model, ModelError, RuleError, default_device_name,
-    select_device,
-};
+use ps_model::{ElementwiseConfig, Model, RuleError};
 
-use crate::agreement::Facts;
 use crate::data::Examples;
+use crate::observe::Observer;
 use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
-use crate::source::{SetupError, WORKERS, host_variant};
 
+mod error;
+mod hosting;
 mod replay;
 mod run;
 
+pub use error::TrainError;
 pub use replay::{Replay, ReplayError};
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
@@ -70,6 +66,7 @@ pub struct Trainer<M: Model, E> {
     seed: u64,
     evaluate_every: u64,
     on_evaluation: OnEvaluation,
+    observers: Vec<Box<dyn Observer>>,
     heeds_signals: bool,
     checkpoints: Option<CheckpointConfig>,
     /// Whether the checkpoints have an update log. Known when the training runs.
@@ -81,105 +78,6 @@ pub struct Trainer<M: Model, E> {
 enum Length {
     Iterations(u64),
     Epochs(u64),
-}
-
-/// Why a training run could not be started, or did not finish.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum TrainError {
-    /// The number of workers is 0.
-    #[error("training needs at least one worker")]
-    NoWorkers,
-    /// There are more workers than can be numbered.
-    #[error("{0} workers are too many: at most {max} can take part", max = u16::MAX)]
-    TooManyWorkers(usize),
-    /// The consistency mode does not fit the number of workers.
-    #[error(transparent)]
-    Consistency(#[from] ConsistencyError),
-    /// The default device cannot be used.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The model or its data cannot be used.
-    #[error(transparent)]
-    Setup(#[from] SetupError),
-    /// The optimizer cannot be used.
-    #[error("the optimizer cannot be used")]
-    Rule(#[from] RuleError),
-    /// The directory for checkpoints cannot be used, or has no checkpoint from which this training can go
-    /// on.
-    #[error("checkpoints cannot be used")]
-    Checkpoint(#[from] CheckpointError),
-    /// The training could not be recorded or replayed.
-    #[error(transparent)]
-    Replay(#[from] ReplayError),
-    /// The servers could not be started.
-    #[error("the servers could not be started")]
-    Servers(#[from] GroupSpawnError),
-    /// The servers failed during the run.
-    #[error("the servers failed")]
-    Group(#[from] GroupError),
-    /// The processes did not find each other.
-    #[error(transparent)]
-    Start(#[from] StartError),
-    /// A worker or server could not be started on a node.
-    #[error("an actor could not be started")]
-    Spawn(#[from] SpawnOnError),
-    /// The system gave no event loop for the training.
-    #[error("the system gives no event loop: raise the limit on open files (ulimit -n)")]
-    EventLoop(#[source] std::io::Error),
-    /// A worker failed.
-    #[error("a worker failed")]
-    Worker(#[from] WorkerError),
-    /// A worker panicked more often than is allowed, or could not be reached.
-    #[error("{worker} was lost")]
-    WorkerLost {
-        /// The worker that was lost.
-        worker: WorkerId,
-        /// Why its last call failed.
-        #[source]
-        source: CallError,
-    },
-    /// The model does not accept the test data. This is found before the first step.
-    #[error("the model cannot evaluate the test data")]
-    TestData(#[source] ModelError),
-    /// The training diverged.
-    #[error(
-        "training has diverged: {what}; a lower learning rate helps most often, then a smaller \
-         initialization or clipping in the model; data that contain NaN do the same. Where \
-         `max_gradient_norm` is set, it may be too low"
-    )]
-    Diverged {
-        /// How the result shows it.
-        what: String,
-    },
-    /// The run failed, but there are weights that were trained until then.
-    #[error("the training ended without success after {} updates", .report.num_updates)]
-    Incomplete {
-        /// The result until then, with the weights. Figures that only workers know may be missing.
-        report: Box<Report>,
-        /// Why the run failed.
-        #[source]
-        source: Box<Self>,
-    },
-    /// The weights could not be evaluated.
-    #[error("the weights could not be evaluated")]
-    Evaluate(#[from] ModelError),
-    /// The operating system does not let this process receive signals.
-    #[error(
-        "could not prepare for signals that end the training; `heed_signals(false)` switches this off"
-    )]
-    Signals(#[source] std::io::Error),
-}
-
-impl TrainError {
-    /// Returns the result until the error, if there is one.
-    #[must_use]
-    pub fn report(&self) -> Option<&Report> {
-        match self {
-            Self::Incomplete { report, .. } => Some(report),
-            _ => None,
-        }
-    }
 }
 
 impl<M, E> Trainer<M, E>
@@ -209,6 +107,7 @@ where
             seed: 0,
             evaluate_every: 0,
             on_evaluation: Box::new(|_| {}),
+            observers: Vec::new(),
             heeds_signals: true,
             checkpoints: None,
             logs_updates: false,
@@ -376,6 +275,29 @@ where
         self
     }
 
+    /// Gives the events of the training to an [`Observer`]: to a closure, a progress display, files. It may be
+    /// called several times. For an example, see [`observe`](crate::observe).
+    #[must_use]
+    pub fn observe(mut self, observer: impl Observer) -> Self {
+        self.observers.push(Box::new(observer));
+        self
+    }
+
+    /// Does the same as [`observe`](Self::observe) for each of these observers.
+    #[must_use]
+    pub fn observe_all(mut self, observers: Vec<Box<dyn Observer>>) -> Self {
+        self.observers.extend(observers);
+        self
+    }
+
+    /// Describes the training in this directory: settings, events, report and pictures. See
+    /// [`runs`](crate::runs), also for what happens if the directory has a run already.
+    #[cfg(feature = "runs")]
+    #[must_use]
+    pub fn run_dir(self, directory: impl Into<PathBuf>) -> Self {
+        self.observe(crate::runs::RunDir::new(directory))
+    }
+
     /// Sets whether SIGTERM and Ctrl-C end the training in an orderly way; see
     /// [`StopSignal`](ps_actors::launch::StopSignal). The default
     /// is `true`. Use `false` in a program with its own signal handlers.
@@ -507,115 +429,6 @@ where
         self.server.consistency.check(self.num_workers)?;
         self.server.check().map_err(GroupSpawnError::Config)?;
         Ok(())
-    }
-
-    /// Adds what the processes of a cluster must host to take part in this training. Also adds what they
-    /// must agree on: model, data, optimizer, batch size, seed, learning rate and number of workers. A
-    /// process that is alone needs no hosts.
-    ///
-    /// Several trainings can be hosted at once:
-    ///
-    /// ```
-    /// use ps::prelude::*;
-    ///
-    /// let device = select_device(default_device_name())?;
-    /// let train = Mnist::bundled_sample().train;
-    /// let trainer = |seed| {
-    ///     Trainer::new(ConvNet::init(seed, &device), train.clone()).device(&device).iterations(2)
-    /// };
-    /// let (first, second) = (trainer(1), trainer(2).name("with another seed"));
-    /// let cluster = Cluster::alone(second.hosts(first.hosts(Hosts::new())?)?);
-    /// let [one, other] = [first.run_on(&cluster)?, second.run_on(&cluster)?];
-    /// assert_ne!(one.weights.to_vec(), other.weights.to_vec());
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    ///
-    /// # Errors
-    /// If the default device cannot be used.
-    pub fn hosts(&self, hosts: Hosts) -> Result<Hosts, TrainError> {
-        let device = self.chosen_device()?;
-        let (workers, servers) = (self.worker_facts(&device), self.server_facts());
-        let hosts = servers.must_agree(workers.must_agree(hosts));
-        let hosts = Facts::default()
-            .state("the batch size", self.batch_size)
-            .state("the seed", self.seed)
-            .state("the learning rate", self.server.learning_rate)
-            .state("the number of workers", self.num_workers)
-            .must_agree(hosts);
-        let variants = Variants::of(&workers, &servers);
-        Ok(self.host(hosts, &device, &variants))
-    }
-
-    /// What distinguishes the workers of this training, besides their [`WorkerConfig`].
-    fn worker_facts(&self, device: &Device) -> Facts {
-        let facts = Facts::default().model(&self.model, device);
-        self.named(facts.data(&self.train))
-    }
-
-    /// What a checkpoint and this training must have in common, besides the layout of the model.
-    fn checkpoint_facts(&self, device: &Device) -> Facts {
-        let facts = self.worker_facts(device);
-        // The layout is compared in full. The type's name may change, as a program grows.
-        let facts = facts
-            .without("the model's type")
-            .without("the model's layout");
-        facts
-            .state("the optimizer", (self.describe_rule)())
-            .state("the batch size", self.batch_size)
-            .state("the seed", self.seed)
-    }
-
-    /// What distinguishes the servers of this training, besides their [`ServerArgs`].
-    fn server_facts(&self) -> Facts {
-        self.named(Facts::default().state("the optimizer", (self.describe_rule)()))
-    }
-
-    fn named(&self, facts: Facts) -> Facts {
-        match &self.name {
-            Some(name) => facts.state("the name of the training", name),
-            None => facts,
-        }
-    }
-
-    fn host(&self, hosts: Hosts, device: &Device, variants: &Variants) -> Hosts {
-        let (make_rule, on) = (Arc::clone(&self.make_rule), device.clone());
-        let hosts = hosts.host_variant(
-            &variants.servers,
-            // A restart would silently go back to the initial weights.
-            Spawn::new().restart(RestartPolicy::NEVER),
-            move |args: ServerArgs| Ok(args.into_server(make_rule(&on)?)?),
-        );
-        let variant = variants.workers.clone();
-        host_variant(hosts, variant, &self.model, device, &self.train)
-    }
-
-    fn chosen_device(&self) -> Result<Device, DeviceError> {
-        match &self.device {
-            Some(device) => Ok(device.clone()),
-            None => select_device(default_device_name()),
-        }
-    }
-}
-
-/// The variants of workers and servers that belong to one training.
-struct Variants {
-    workers: String,
-    servers: String,
-}
-
-impl Variants {
-    fn of(workers: &Facts, servers: &Facts) -> Self {
-        Self {
-            workers: workers.variant(WORKERS),
-            servers: servers.variant("optimizer"),
-        }
-    }
-
-    fn here() -> Self {
-        Self {
-            workers: WORKERS.to_owned(),
-            servers: "optimizer".to_owned(),
-        }
     }
 }
 

@@ -1,28 +1,35 @@
 //! How a training runs: its servers and workers, what happens beside them, and the report.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::{Either, join3, select, try_join_all};
 use ps_actors::actor::{self, ActorRef};
-use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveReport, Start};
+use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveEvent, SaveReport, Start};
 use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Version, WorkerId};
 use ps_actors::launch::StopSignal;
 use ps_actors::server::{CoordinatorStatus, GroupError, Histogram, PullVersion, WorkerStatus};
+use ps_actors::weights::Weights;
 use ps_actors::worker::WorkerError;
 use ps_model::Model;
 use ps_model::burn::tensor::Device;
 
-use super::{Length, TrainError, Trainer, Variants};
+use super::hosting::Variants;
+use super::{Length, TrainError, Trainer};
 use crate::agreement::Facts;
 use crate::data::Examples;
+use crate::observe::{
+    CheckpointFailed, CheckpointSaved, Collector, Event, Observers, RunEnded, RunSummary,
+    ServersLost, ServersRecovered, Settings,
+};
 use crate::report::{CurvePoint, Report};
 use crate::resume::{self, Dealing, Resumed, Terms};
 use crate::source::{Evaluator, ModelSource, ModelWorker, WorkerConfig, initial_weights};
-use crate::workers::{Worker, WorkerRun, balance};
+use crate::workers::{Worker, WorkerRun, balance, end_round};
 
 /// How long workers may take to finish the current step when the training is interrupted.
 const LAST_STEP: Duration = Duration::from_secs(10);
@@ -47,6 +54,24 @@ where
     /// # Panics
     /// As [`run`](Self::run).
     pub fn run_on(mut self, cluster: &Cluster) -> Result<Report, TrainError> {
+        let observers = Observers::start(std::mem::take(&mut self.observers));
+        let result = self.train_on(cluster, &observers);
+        observers.tell_with(|time| {
+            let report = match &result {
+                Ok(report) => Some(report),
+                Err(error) => error.report(),
+            };
+            Event::RunEnded(Box::new(RunEnded {
+                time,
+                error: result.as_ref().err().map(|error| actor::error_chain(error)),
+                report: report.map(RunSummary::from),
+            }))
+        });
+        observers.finish();
+        result
+    }
+
+    fn train_on(mut self, cluster: &Cluster, observers: &Observers) -> Result<Report, TrainError> {
         self.check()?;
         let stop = match self.heeds_signals {
             true => Some(StopSignal::heed().map_err(TrainError::Signals)?),
@@ -89,18 +114,24 @@ where
             dealing: Some(dealing),
         };
         let (checkpoints, mut resumed) = resume::open(config, (self.make_rule)(&device)?, &terms)?;
+        let checkpoints = observed(checkpoints, observers);
         let variants = match cluster.is_alone() {
             // There are no other processes, so there is nothing to compare.
             true => Variants::here(),
             false => Variants::of(&self.worker_facts(&device), &self.server_facts()),
         };
         let here = self.host(Hosts::new(), &device, &variants);
+        let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
+        observers.run_started(self.settings(&initial, num_steps, &device), from);
         let mut run = Run {
+            collector: Collector::new(observers),
+            servers_lost: None,
             evaluator,
             checkpoints,
             num_steps,
             stop: stop.as_ref(),
             recoveries: Recoveries::default(),
+            num_applied_before: None,
         };
         loop {
             let start = resumed.as_ref().map_or(Start::from(&initial), Start::from);
@@ -111,11 +142,16 @@ where
             run.checkpoints.start_log(first, start)?;
             let workers = self.spawn_workers(cluster, &variants, &here)?;
             let group = servers.clone();
+            run.recovered(start.weights().version());
+            run.collector.begin(cluster, &servers);
             let driving = self.drive(servers, workers, &mut run, resumed.as_ref());
-            let error = match actor::try_run(driving).map_err(TrainError::EventLoop)? {
+            let result = actor::try_run(driving).map_err(TrainError::EventLoop)?;
+            run.collector.end();
+            let error = match result {
                 Err(error) if run.may_recover(&error) => error,
                 other => return other,
             };
+            run.lost_servers(&error);
             // Those that are left free their memory, and record nothing more.
             group.servers().for_each(ActorRef::kill);
             // Without a checkpoint yet, it starts from the beginning.
@@ -126,6 +162,25 @@ where
             }
             let reason = actor::error_chain(&error);
             tracing::warn!(%reason, %from, "the servers are lost; going on from the last checkpoint");
+        }
+    }
+
+    fn settings(&self, initial: &Weights, num_steps: u64, device: &Device) -> Settings {
+        Settings {
+            name: self.name.clone().unwrap_or_default(),
+            model: std::any::type_name::<M>().to_owned(),
+            num_weights: initial.len(),
+            num_examples: self.train.num_examples(),
+            num_workers: self.num_workers,
+            num_servers: self.num_servers,
+            batch_size: self.batch_size,
+            steps_per_worker: num_steps,
+            seed: self.seed,
+            learning_rate: self.server.learning_rate,
+            consistency: self.server.consistency.to_string(),
+            reduction: self.server.reduction.to_string(),
+            optimizer: (self.describe_rule)(),
+            device: format!("{device:?}"),
         }
     }
 
@@ -147,7 +202,8 @@ where
             .into_iter()
             .map(|(config, actor)| Ok((config, actor.wait()?)));
         let started = started.collect::<Result<_, SpawnOnError>>()?;
-        Ok(Worker::all(started, cluster, &spawn))
+        let consistency = self.server.consistency;
+        Ok(Worker::all(started, cluster, &spawn, consistency))
     }
 
     pub(super) fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -205,8 +261,12 @@ where
             num_steps,
             stop,
             recoveries,
+            num_applied_before,
+            collector,
+            ..
         } = run;
-        let (num_steps, stop) = (*num_steps, *stop);
+        let (num_steps, stop, collector) = (*num_steps, *stop, &*collector);
+        let observers = collector.observers();
         let resumed = match from {
             Some(_) => {
                 let status = coordinator(&servers).await?;
@@ -215,24 +275,27 @@ where
             }
             None => None,
         };
+        let applied_before = resumed.map_or(0, |resumed| resumed.num_applied);
+        let num_applied_before = *num_applied_before.get_or_insert(applied_before);
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
-            let given_up = stop_workers(stop, &workers).shared();
+            let given_up = stop_workers(stop, &servers, &workers).shared();
             let runs = workers.iter().map(|worker| {
                 let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
-                worker.run(&servers, first_step, num_steps, given_up.clone())
+                worker.run(&servers, collector, first_step, num_steps, given_up.clone())
             });
-            let runs = std::pin::pin!(try_join_all(runs));
+            let runs = pin!(try_join_all(runs));
             let every = self.evaluate_every;
-            let watch = std::pin::pin!(async {
+            let watch = pin!(async {
                 match evaluator.as_mut() {
                     Some(evaluator) if every > 0 => {
                         let on_evaluation = |point: CurvePoint| {
                             (self.on_evaluation)(&point);
                             curve.push(point);
                         };
-                        watch(&servers, evaluator, every, started, on_evaluation).await
+                        let at = (started, observers);
+                        watch(&servers, evaluator, every, at, on_evaluation).await
                     }
                     _ => std::future::pending().await,
                 }
@@ -241,7 +304,7 @@ where
             let stopping = given_up.clone();
             // Neither of them ends the run. Stopping also works while a worker waits for something else than
             // its steps.
-            let beside = std::pin::pin!(async {
+            let beside = pin!(async {
                 let (never, _, ()) = join3(saving, balance(&workers), stopping).await;
                 match never {}
             });
@@ -257,22 +320,31 @@ where
             curve,
             resumed,
             num_recoveries: recoveries.num_all,
+            num_applied_before,
         };
         let runs = match outcome {
             Ok(runs) => runs,
             Err(error) => {
+                collector.fetch_last().await;
                 // The other workers must not go on in the background, or wait for the one that failed.
                 workers.iter().for_each(Worker::kill);
-                return Err(self.incomplete(error, &servers, seen, checkpoints).await);
+                let incomplete = self.incomplete(error, &servers, seen, checkpoints, collector);
+                return Err(incomplete.await);
             }
         };
         let is_cut_short = runs.iter().any(|run| run.is_cut_short);
-        let mut report = self.report(&servers, runs, seen).await?;
+        let mut report = self.report(&servers, runs, seen, collector).await?;
         report.checkpoints = save_last(checkpoints, &servers, &report).await;
         report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
         if let Some(evaluator) = evaluator {
+            let began = observers.seconds();
             match evaluator.evaluate(&report.weights) {
-                Ok(evaluation) => report.final_evaluation = Some(evaluation),
+                Ok(evaluation) => {
+                    let version = report.weights.version();
+                    observers
+                        .tell_with(|now| Event::evaluated(began, now, version, &evaluation, true));
+                    report.final_evaluation = Some(evaluation);
+                }
                 Err(error) => return Err(report.incomplete(error.into())),
             }
         }
@@ -289,11 +361,12 @@ where
         servers: &ServerGroup,
         seen: Seen,
         checkpoints: &mut Checkpoints,
+        collector: &Collector,
     ) -> TrainError {
         let runs = (0..self.num_workers)
             .map(|_| WorkerRun::default())
             .collect();
-        match self.report(servers, runs, seen).await {
+        match self.report(servers, runs, seen, collector).await {
             Ok(mut report) if report.num_updates > 0 => {
                 report.checkpoints = save_last(checkpoints, servers, &report).await;
                 report.incomplete(error)
@@ -308,15 +381,20 @@ where
         servers: &ServerGroup,
         runs: Vec<WorkerRun>,
         seen: Seen,
+        collector: &Collector,
     ) -> Result<Report, GroupError> {
         let Seen {
             elapsed,
             curve,
             resumed,
             num_recoveries,
+            num_applied_before,
         } = seen;
         let weights = servers.pull(PullVersion::Latest).await?;
         let status = coordinator(servers).await?;
+        for (&worker, status) in &status.workers {
+            collector.settled_until(worker, status.next_clock);
+        }
         let mut staleness = Histogram::default();
         for worker in status.workers.values() {
             staleness.merge(&worker.staleness);
@@ -342,6 +420,7 @@ where
             resumed,
             checkpoints: None,
             num_recoveries,
+            num_applied_before,
             num_workers: self.num_workers,
             num_servers: self.num_servers,
             weights,
@@ -371,6 +450,11 @@ struct Run<'a, M: Model> {
     num_steps: u64,
     stop: Option<&'a StopSignal>,
     recoveries: Recoveries,
+    collector: Collector,
+    /// When the servers were lost, in seconds since the run started, until others have taken their place.
+    servers_lost: Option<f64>,
+    /// How many gradients were applied when this process began. `None` before the first servers have started.
+    num_applied_before: Option<u64>,
 }
 
 impl<M: Model> Run<'_, M> {
@@ -384,6 +468,29 @@ impl<M: Model> Run<'_, M> {
             _ => return false,
         };
         source.is_server_lost() && !self.checkpoints.is_off() && !is_interrupted
+    }
+
+    fn lost_servers(&mut self, error: &TrainError) {
+        let observers = self.collector.observers();
+        self.servers_lost = Some(observers.seconds());
+        observers.tell_with(|time| {
+            let reason = actor::error_chain(error);
+            Event::ServersLost(ServersLost { time, reason })
+        });
+    }
+
+    /// Others go on from this version in the place of the servers that were lost, if any were.
+    fn recovered(&mut self, version: Version) {
+        let Some(lost) = self.servers_lost.take() else {
+            return;
+        };
+        self.collector.observers().tell_with(|time| {
+            Event::ServersRecovered(ServersRecovered {
+                time,
+                version,
+                seconds: time - lost,
+            })
+        });
     }
 }
 
@@ -415,6 +522,7 @@ struct Seen {
     curve: Vec<CurvePoint>,
     resumed: Option<Resumed>,
     num_recoveries: u32,
+    num_applied_before: u64,
 }
 
 /// Saves the final weights, and waits until they are on the disk. Weights that are not finite are not
@@ -442,14 +550,57 @@ async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupEr
 }
 
 /// Stops the workers after a signal. Becomes ready when their time for the current step is over.
-async fn stop_workers<M: Model>(stop: Option<&StopSignal>, workers: &[Worker<M>]) {
+async fn stop_workers<M: Model>(
+    stop: Option<&StopSignal>,
+    servers: &ServerGroup,
+    workers: &[Worker<M>],
+) {
     let Some(stop) = stop else {
         return std::future::pending().await;
     };
     stop.wait().await;
     workers.iter().for_each(Worker::stop);
-    actix::clock::sleep(LAST_STEP).await;
+    let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
+    let ending = pin!(async {
+        match workers.iter().any(Worker::waits_for_all) {
+            true => end_round(servers, workers).await,
+            false => std::future::pending().await,
+        }
+    });
+    match select(time_is_over, ending).await {
+        Either::Left(_) => {}
+        Either::Right((never, _)) => match never {},
+    }
     tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
+}
+
+/// Tells the observers what becomes of the checkpoints.
+fn observed(checkpoints: Checkpoints, observers: &Observers) -> Checkpoints {
+    if observers.is_nobody() {
+        return checkpoints;
+    }
+    let observers = observers.clone();
+    checkpoints.on_save(move |saved| {
+        observers.tell_with(|time| match saved {
+            SaveEvent::Saved {
+                version,
+                path,
+                took,
+            } => Event::CheckpointSaved(CheckpointSaved {
+                time,
+                version,
+                path: path.display().to_string(),
+                seconds: took.as_secs_f64(),
+            }),
+            SaveEvent::Skipped { version } => Event::CheckpointFailed(CheckpointFailed {
+                time,
+                reason: format!("skipped at {version}: the one before was still being written"),
+            }),
+            SaveEvent::Failed { reason } => {
+                Event::CheckpointFailed(CheckpointFailed { time, reason })
+            }
+        });
+    })
 }
 
 /// Evaluates the weights every so many updates, as long as it is polled. Returns only if an evaluation
@@ -458,7 +609,7 @@ async fn watch<M: Model>(
     servers: &ServerGroup,
     evaluator: &mut Evaluator<M>,
     every: u64,
-    started: Instant,
+    (started, observers): (Instant, &Observers),
     mut on_evaluation: impl FnMut(CurvePoint),
 ) -> TrainError {
     let mut next = every;
@@ -468,12 +619,17 @@ async fn watch<M: Model>(
             Err(error) => return error.into(),
         };
         let (version, elapsed) = (weights.version(), started.elapsed());
+        let began = observers.seconds();
         match evaluator.evaluate(&weights) {
-            Ok(evaluation) => on_evaluation(CurvePoint {
-                version,
-                elapsed,
-                evaluation,
-            }),
+            Ok(evaluation) => {
+                observers
+                    .tell_with(|now| Event::evaluated(began, now, version, &evaluation, false));
+                on_evaluation(CurvePoint {
+                    version,
+                    elapsed,
+                    evaluation,
+                });
+            }
             Err(error) => return error.into(),
         }
         next = (version.0 / every + 1) * every;

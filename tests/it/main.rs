@@ -9,6 +9,7 @@ mod ending;
 mod equivalence;
 mod frozen;
 mod nodes;
+mod observe;
 mod replay;
 mod served;
 mod torch;

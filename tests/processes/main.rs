@@ -1,8 +1,12 @@
 //! The examples as several real processes: some are killed, stopped and started again.
 
+mod chaos;
 mod elastic;
+mod kills;
+mod observe;
 mod resume;
 mod run;
+mod soak;
 
 use std::process::{Command, Stdio};
 

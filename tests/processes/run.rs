@@ -36,8 +36,13 @@ pub(crate) fn example(name: &str) -> PathBuf {
 
 impl Run {
     pub(crate) fn start(name: &str, arguments: &[&str]) -> Self {
+        let small = ["--offline", "--batch-size", "16"];
+        Self::start_plain(name, &[&small, arguments].concat())
+    }
+
+    /// Starts a program with these flags alone.
+    pub(crate) fn start_plain(name: &str, arguments: &[&str]) -> Self {
         let driver = Command::new(example(name))
-            .args(["--offline", "--batch-size", "16"])
             .args(arguments)
             .env_remove("PS_MNIST_DIR")
             .env("NO_COLOR", "1")

@@ -17,13 +17,20 @@
 //!
 //! Steps are clocks, so they count from 0. Durations have the units `us`, `ms`, `s` and `min`.
 //!
-//! The simulator (`ps_actors::simulation`, with the feature `simulation`) follows a plan and gives a
-//! [`Report`].
+//! Two executors follow a plan and give a [`Report`]: the simulator (`ps_actors::simulation`, with the feature
+//! `simulation`), and real processes (the option `--chaos` of the examples; see `ps::chaos`). Real processes
+//! cannot do `lose power`, and their messages travel on reliable streams. So `drop` cuts a connection, and `dup` makes
+//! a call twice; see `network` (feature `chaos`). The seed is that of the dice alone, because the order of events
+//! depends on time.
 
 use std::fmt;
 use std::time::Duration;
 
+#[cfg(feature = "chaos")]
+pub mod network;
 mod parse;
+#[cfg(feature = "chaos")]
+pub mod points;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -205,5 +212,56 @@ impl fmt::Display for Time {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (number, unit) = self.parts();
         write!(f, "{number}{unit}")
+    }
+}
+
+/// Says that the code has reached a point, if the feature `chaos` is on. Otherwise it is nothing.
+macro_rules! reached {
+    ($($point:tt)+) => {
+        #[cfg(feature = "chaos")]
+        {
+            use $crate::chaos::points::Point;
+            $crate::chaos::points::reached(&Point::$($point)+);
+        }
+    };
+}
+pub(crate) use reached;
+
+/// Calls a server. With the feature `chaos`, the network may have faults.
+pub(crate) fn ask<A, M>(
+    actor: &ps_runtime::ActorRef<A>,
+    message: M,
+) -> impl Future<Output = Result<M::Result, ps_runtime::CallError>> + use<A, M>
+where
+    A: ps_runtime::remote::Remote + actix::Handler<M>,
+    M: actix::Message + Clone + Send + 'static,
+    M::Result: Send,
+{
+    #[cfg(feature = "chaos")]
+    {
+        network::ask(actor, message)
+    }
+    #[cfg(not(feature = "chaos"))]
+    {
+        actor.ask(message)
+    }
+}
+
+/// Polls a call once, so that its message is on its way, and then says that the gradient was sent.
+pub(crate) async fn sent<T>(id: crate::ids::GradientId, call: impl Future<Output = T>) -> T {
+    #[cfg(not(feature = "chaos"))]
+    {
+        let _ = id;
+        call.await
+    }
+    #[cfg(feature = "chaos")]
+    {
+        let mut call = std::pin::pin!(call);
+        let first = std::future::poll_fn(|cx| std::task::Poll::Ready(call.as_mut().poll(cx))).await;
+        reached!(WorkerSent(id));
+        match first {
+            std::task::Poll::Ready(answer) => answer,
+            std::task::Poll::Pending => call.await,
+        }
     }
 }

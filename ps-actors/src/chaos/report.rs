@@ -42,10 +42,15 @@ pub struct Report {
     pub num_lost: Option<u64>,
     /// How many gradients are in the weights more than once. `None` if the executor cannot know.
     pub num_doubled: Option<u64>,
-    /// For each time that servers were lost: from the fault to the next applied gradient.
+    /// How many gradients were made again, because servers went on from a checkpoint that did not have them.
+    pub num_repeated: u64,
+    /// From a fault to the next gradient that is applied: by the servers that replaced the lost ones, or of the
+    /// worker that it hit. The simulator has those of lost servers only.
     pub recoveries: Vec<Duration>,
     /// The same run without faults, if there was one.
     pub control: Option<Work>,
+    /// Whether the weights have the same bits as those of the run without faults, if they should.
+    pub has_same_weights: Option<bool>,
 }
 
 impl Report {
@@ -57,6 +62,22 @@ impl Report {
     /// Notes that a fault happened.
     pub fn happened(&mut self, kind: &'static str) {
         self.count(kind).num_happened += 1;
+    }
+
+    /// Notes that a random fault happened so often.
+    pub fn happened_often(&mut self, kind: &'static str, num: u64) {
+        self.count(kind).num_happened += num;
+    }
+
+    /// Whether every fault of the plan happened, nothing is lost or doubled as far as is known, and the weights are
+    /// those of the run without faults, if they should be.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        let is_none = |number: Option<u64>| number.is_none_or(|number| number == 0);
+        self.is_complete()
+            && is_none(self.num_lost)
+            && is_none(self.num_doubled)
+            && self.has_same_weights != Some(false)
     }
 
     fn count(&mut self, kind: &'static str) -> &mut FaultCount {
@@ -86,6 +107,13 @@ impl fmt::Display for Report {
             known(self.num_lost),
             known(self.num_doubled)
         )?;
+        if self.num_repeated > 0 {
+            let num = self.num_repeated;
+            writeln!(
+                f,
+                "made again: {num}, which no checkpoint had when servers were lost"
+            )?;
+        }
         if !self.recoveries.is_empty() {
             let mut sorted = self.recoveries.clone();
             sorted.sort_unstable();
@@ -102,6 +130,13 @@ impl fmt::Display for Report {
             let control = control.per_second();
             write!(f, ", {share:.0} % of {control:.1} without faults")?;
         }
-        Ok(())
+        match self.has_same_weights {
+            Some(true) => write!(f, "\nthe weights have the bits of the run without faults"),
+            Some(false) => write!(
+                f,
+                "\nTHE WEIGHTS DIFFER from those of the run without faults"
+            ),
+            None => Ok(()),
+        }
     }
 }

@@ -24,6 +24,7 @@ use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
 use super::{Checkpoint, CheckpointError};
+use crate::chaos::reached;
 use crate::frames::little_endian;
 use crate::ids::Version;
 use crate::rule::{SavedRule, Scalar};
@@ -116,7 +117,9 @@ pub(super) fn write(checkpoint: &Checkpoint, path: &Path) -> Result<(), Checkpoi
     let written = write_files(checkpoint, &partial).and_then(|()| {
         // What is there under this name could not be read, or is of another version.
         remove(path).map_err(failed(path))?;
+        reached!(CheckpointWritten(path));
         fs::rename(&partial, path).map_err(failed(path))?;
+        reached!(CheckpointNamed(path));
         sync_directory(parent_of(path)).map_err(failed(path))
     });
     if written.is_err() {

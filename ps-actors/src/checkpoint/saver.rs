@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
 use ps_runtime::actor::{ActorRef, error_chain};
@@ -108,6 +110,7 @@ pub struct Checkpoints {
     /// The version from which the run went on.
     began: Version,
     log: Option<UpdateLog>,
+    listener: Listener,
 }
 
 /// A checkpoint that is being written.
@@ -117,6 +120,54 @@ struct Writing {
     thread: JoinHandle<Option<(Version, PathBuf)>>,
     /// Becomes ready at the end.
     ended: oneshot::Receiver<Infallible>,
+}
+
+/// What became of one checkpoint; see [`Checkpoints::on_save`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SaveEvent {
+    /// It is on the disk.
+    Saved {
+        /// The version of the weights.
+        version: Version,
+        /// Where it is.
+        path: PathBuf,
+        /// How long it took to write it.
+        took: Duration,
+    },
+    /// It was due while the one before was still being written.
+    Skipped {
+        /// The version of the weights.
+        version: Version,
+    },
+    /// It could not be taken or written.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Who wants to know what becomes of the checkpoints.
+#[derive(Clone, Default)]
+struct Listener(Option<Arc<dyn Fn(SaveEvent) + Send + Sync>>);
+
+impl Listener {
+    fn tell(&self, event: impl FnOnce() -> SaveEvent) {
+        if let Some(listener) = &self.0 {
+            listener(event());
+        }
+    }
+
+    fn tell_failure(&self, reason: &dyn std::error::Error) {
+        let reason = error_chain(reason);
+        tracing::warn!(%reason, "a checkpoint was not saved; the training goes on");
+        self.tell(|| SaveEvent::Failed { reason });
+    }
+}
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Listener").field(&self.0.is_some()).finish()
+    }
 }
 
 /// What a run has saved.
@@ -230,7 +281,40 @@ impl Checkpoints {
             chain: None,
             began: Version(0),
             log: None,
+            listener: Listener::default(),
         }
+    }
+
+    /// Calls `listener` each time that a checkpoint is written, skipped or failed. It may be called on
+    /// another thread.
+    ///
+    /// ```
+    /// use std::sync::mpsc;
+    ///
+    /// use ps_actors::checkpoint::{CheckpointConfig, Checkpoints, SaveEvent};
+    /// use ps_actors::ids::Version;
+    /// use ps_actors::rule::Sgd;
+    /// use ps_actors::server::{ParameterServer, ServerConfig};
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// # let temporary = tempfile::tempdir()?;
+    /// # let directory = temporary.path();
+    /// let config = CheckpointConfig::new(directory);
+    /// let (checkpoints, _) = Checkpoints::open(config, Box::new(Sgd::new()), |_| Ok(()))?;
+    /// let (sender, saved) = mpsc::channel();
+    /// let mut checkpoints = checkpoints.on_save(move |event| _ = sender.send(event));
+    ///
+    /// let initial = Weights::initial(Layout::flat(2), vec![0.0; 2]);
+    /// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+    /// checkpoints.save(&server);
+    /// checkpoints.finish();
+    /// assert!(matches!(saved.recv()?, SaveEvent::Saved { version: Version(0), .. }));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn on_save(mut self, listener: impl Fn(SaveEvent) + Send + Sync + 'static) -> Self {
+        self.listener = Listener(Some(Arc::new(listener)));
+        self
     }
 
     /// Whether nothing is saved.
@@ -342,6 +426,7 @@ impl Checkpoints {
             self.next = self.due_after(version);
             self.report.num_skipped += 1;
             tracing::warn!(%version, "a checkpoint is skipped: the one before is still being written");
+            self.listener.tell(|| SaveEvent::Skipped { version });
             return false;
         }
         true
@@ -356,18 +441,25 @@ impl Checkpoints {
         self.next = self.due_after(checkpoint.version());
         let checkpoint = self.with_facts(checkpoint);
         let (keep, log, began) = (self.keep, self.log.clone(), self.began);
+        let listener = self.listener.clone();
         let thread = std::thread::Builder::new().name("checkpoint".to_owned());
         let (ends, ended) = oneshot::channel::<Infallible>();
         let writing = thread.spawn(move || {
             let version = checkpoint.version();
+            let started = Instant::now();
             let saved = match directory.save(&checkpoint, keep) {
                 Ok(path) => {
                     tracing::info!(%version, path = %path.display(), "saved a checkpoint");
+                    listener.tell(|| SaveEvent::Saved {
+                        version,
+                        path: path.clone(),
+                        took: started.elapsed(),
+                    });
                     free_log(&directory, log.as_ref(), version, began);
                     Some((version, path))
                 }
                 Err(error) => {
-                    log_failure(&error);
+                    listener.tell_failure(&error);
                     None
                 }
             };
@@ -475,7 +567,7 @@ impl Checkpoints {
 
     fn failed(&mut self, reason: &dyn std::error::Error) {
         self.report.num_failed += 1;
-        log_failure(reason);
+        self.listener.tell_failure(reason);
     }
 
     /// Returns the first version after `version` at which a checkpoint is due.
@@ -503,9 +595,4 @@ fn free_log(directory: &CheckpointDir, log: Option<&UpdateLog>, saved: Version, 
         None if needed >= began => update_log::remove_all(directory.path()),
         None => {}
     }
-}
-
-fn log_failure(reason: &dyn std::error::Error) {
-    let reason = error_chain(reason);
-    tracing::warn!(%reason, "a checkpoint was not saved; the training goes on");
 }

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use actix::{Actor, AsyncContext, Context, StreamHandler};
 use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
@@ -14,20 +14,23 @@ use tokio::sync::oneshot;
 
 use super::config::{ConfigError, ServerConfig};
 use super::coordinator::Coordinator;
-use super::followers::{Follower, Following, GroupSecret};
+use super::followers::{Follower, GroupSecret};
+use super::following::Following;
 use super::leases::Leases;
 use super::ledger::Outcome;
-use super::messages::{ApplyGradients, Decision, Pushed, ServerError};
-use super::protocol::{Answer, Effect, Event, Refusal, Stamp, Ticket};
+use super::messages::{Decision, Pushed, ServerError};
+use super::protocol::{Answer, Effect, Event, Refusal, Ticket};
 use super::replay::{LogEntry, entries, restore};
-use super::shard::{Shard, ShardAnswer, ShardError};
+use super::shard::{Shard, ShardAnswer};
+use super::stall::{STALL, Stall};
 use super::waiting::{Caller, MAX_CALLS, Waiting};
+use crate::chaos::reached;
 use crate::checkpoint::{Rest, Start};
-use crate::ids::{GradientId, Incarnation, Version, WorkerId};
+use crate::ids::WorkerId;
 use crate::rule::{SavedRule, UpdateRule};
 use crate::schedule::{ScheduleWriter, ScheduledUpdate};
 use crate::update_log::{Replaced, UpdateLog};
-use crate::weights::{Gradient, GradientUpdate, Weights};
+use crate::weights::{Gradient, Weights};
 
 /// An actor that holds weights, or a contiguous range of them, and applies gradients to them.
 ///
@@ -52,7 +55,7 @@ pub struct ParameterServer {
     pub(super) waiting: Waiting,
     /// How many messages are fetching their gradients from other processes.
     pub(super) num_fetching: usize,
-    stall: Stall,
+    pub(super) stall: Stall,
 }
 
 #[derive(Debug)]
@@ -146,6 +149,10 @@ impl ParameterServer {
         role: Role,
     ) -> Result<Self, ConfigError> {
         restore(rule.as_mut(), saved_rule, range.len())?;
+        reached!(ServerMade {
+            range: range.clone(),
+            version: initial.version(),
+        });
         let rate = config.learning_rate;
         let shard = Shard::new(initial, range, rule, rate, config.num_kept_versions);
         Ok(Self {
@@ -247,6 +254,15 @@ impl ParameterServer {
                 }
             }
         }
+        #[cfg(feature = "chaos")]
+        if effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Update(_)))
+        {
+            reached!(ServerDecided {
+                version: first.coordinator.version()
+            });
+        }
         let Some(log) = &first.update_log else {
             return Ok(());
         };
@@ -267,7 +283,7 @@ impl ParameterServer {
     }
 
     /// Follows a decision of this server, and queues it for the other servers.
-    fn decide(&mut self, decision: Decision) -> Result<(), ServerError> {
+    pub(super) fn decide(&mut self, decision: Decision) -> Result<(), ServerError> {
         let Role::First(first) = &mut self.role else {
             return Err(ServerError::NotFirst);
         };
@@ -287,11 +303,12 @@ impl ParameterServer {
         // A caller that has gone will ask again, and get the same answer.
         match self.waiting.remove(ticket) {
             Some(Caller::Worker(_, caller)) => _ = caller.send(answer),
-            Some(Caller::PushPull(_, caller)) => {
+            Some(Caller::PushPull(_, since, caller)) => {
                 let weights = || self.shard.weights().clone();
                 let pushed = answer.map_err(ServerError::from).map(|answer| Pushed {
                     outcome: outcome(answer),
                     weights: weights(),
+                    held: since.elapsed(),
                 });
                 _ = caller.send(pushed);
             }
@@ -329,7 +346,7 @@ impl ParameterServer {
         Ok(answer)
     }
 
-    fn step_with(
+    pub(super) fn step_with(
         &mut self,
         caller: Caller,
         worker: WorkerId,
@@ -354,100 +371,6 @@ impl ParameterServer {
             leases.heard(worker, Instant::now());
         }
         Ok(ticket)
-    }
-
-    /// Takes a push. Its answer goes to `caller`, now or later.
-    pub(super) fn push(
-        &mut self,
-        gradients: GradientUpdate,
-        caller: Caller,
-        ctx: &mut Context<Self>,
-    ) -> Result<Ticket, ServerError> {
-        self.check_followers()?;
-        self.check_range(&gradients)?;
-        let worker = gradients.id.worker;
-        self.waiting.check_room_for_push(worker)?;
-        let stamp = stamp(&gradients);
-        self.stage_own(&gradients)?;
-        let then_start = matches!(caller, Caller::PushPull(..));
-        let event = |ticket| Event::Push {
-            ticket,
-            stamp,
-            then_start,
-        };
-        self.step_with(caller, worker, event, ctx)
-    }
-
-    /// Refuses a gradient that is not over exactly the weights of the model.
-    fn check_range(&self, gradients: &GradientUpdate) -> Result<(), ShardError> {
-        let expected = 0..self.shard.weights().layout().num_weights();
-        let (id, got) = (gradients.id, gradients.gradient.range());
-        match got == expected {
-            true => Ok(()),
-            false => Err(ShardError::WrongRange { id, got, expected }),
-        }
-    }
-
-    /// Stages a gradient here. If its worker is not a member, nothing is staged, and the coordinator
-    /// refuses the push.
-    fn stage_own(&mut self, gradients: &GradientUpdate) -> Result<(), ServerError> {
-        if !self.is_pending(gradients.id)? {
-            self.shard.discard(gradients.id);
-        }
-        match self.shard.stage(gradients.id, &gradients.gradient) {
-            Ok(answers) => self.answer_pulls(answers),
-            Err(ShardError::Fenced { .. } | ShardError::TooManyStrangers { .. }) => {}
-            Err(other) => return Err(other.into()),
-        }
-        Ok(())
-    }
-
-    /// Whether a push with this id was accepted and waits. If not, nobody has checked what is staged under
-    /// the id, and the gradient that is checked now replaces it (PS-6).
-    fn is_pending(&mut self, id: GradientId) -> Result<bool, ServerError> {
-        Ok(self.coordinate()?.coordinator.is_pending(id))
-    }
-
-    pub(super) fn apply(
-        &mut self,
-        message: &ApplyGradients,
-        ctx: &mut Context<Self>,
-    ) -> Result<Weights, ServerError> {
-        self.check_followers()?;
-        for gradients in &message.gradients {
-            // All gradients are checked before any is staged.
-            self.check_range(gradients)?;
-        }
-        for GradientUpdate { id, gradient, .. } in &message.gradients {
-            // A pending gradient was checked when it was pushed, and this call will be refused.
-            if !self.is_pending(*id)? {
-                self.decide(Decision::Discard(*id))?;
-                self.decide(Decision::Stage(*id, gradient.clone()))?;
-            }
-        }
-        let ticket = self.waiting.ticket();
-        let (caller, mut answer) = oneshot::channel();
-        let worker = message
-            .gradients
-            .first()
-            .map_or(WorkerId(0), |g| g.id.worker);
-        self.waiting.insert(ticket, Caller::Worker(worker, caller));
-        let stamps = message.gradients.iter().map(stamp).collect();
-        self.step(
-            Event::Apply {
-                ticket,
-                stamps,
-                reduction: message.reduction,
-                newest: newest_incarnation(),
-            },
-            ctx,
-        )?;
-        match answer.try_recv().map_err(|_| ServerError::Stopping)?? {
-            Answer::Settled(Outcome::RefusedNorm { norm, limit, .. }) => {
-                Err(ServerError::BadNorm { norm, limit })
-            }
-            _ => Ok(self.shard.weights().clone()),
-        }
     }
 
     /// Forgets calls whose callers have gone. Their gradients stay. They may be pushed again.
@@ -487,77 +410,12 @@ impl ParameterServer {
             }
         }
     }
-
-    /// Logs which workers the server waits for, if a round does not close.
-    fn look_for_stall(&mut self, _: &mut Context<Self>) {
-        if let Role::First(first) = &self.role {
-            let coordinator = &first.coordinator;
-            let (version, num_held_up) = (coordinator.version(), coordinator.num_held_up());
-            if let Some(num_looks) = self.stall.look(num_held_up, version) {
-                let awaited = coordinator.awaited();
-                let lease = first.leases.lease();
-                let since = STALL * num_looks;
-                tracing::warn!(%version, num_held_up, %awaited, ?lease, "no update for {since:?}");
-            }
-        }
-    }
-}
-
-/// The latest incarnation that a worker may have that never joined. Such a worker was made at most an hour
-/// ahead of this machine's clock.
-fn newest_incarnation() -> Incarnation {
-    const TOLERANCE: Duration = Duration::from_secs(3600);
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let micros = (now.unwrap_or_default() + TOLERANCE).as_micros();
-    Incarnation(u64::try_from(micros).unwrap_or(u64::MAX))
-}
-
-fn stamp(gradients: &GradientUpdate) -> Stamp {
-    let GradientUpdate {
-        id,
-        computed_on,
-        num_examples,
-        ref gradient,
-        ..
-    } = *gradients;
-    Stamp {
-        id,
-        computed_on,
-        norm: gradient.norm(),
-        num_examples: u64::try_from(num_examples).unwrap_or(u64::MAX),
-    }
 }
 
 pub(super) fn outcome(answer: Answer) -> Outcome {
     match answer {
         Answer::Settled(outcome) => outcome,
         other => unreachable!("the coordinator answers a push with its outcome, not {other:?}"),
-    }
-}
-
-/// How long pushes wait without an update before the server logs it.
-const STALL: Duration = Duration::from_secs(5);
-
-/// Detects that pushes wait and no update is made.
-#[derive(Debug, Default)]
-struct Stall {
-    held_up_at: Option<Version>,
-    /// How many looks in a row found no progress.
-    num_looks: u32,
-}
-
-impl Stall {
-    /// Returns how many looks in a row found no progress, if this number is a power of two. So a long step
-    /// does not fill the log.
-    fn look(&mut self, num_held_up: usize, version: Version) -> Option<u32> {
-        let held_up_at = (num_held_up > 0).then_some(version);
-        let is_same = held_up_at.is_some() && held_up_at == self.held_up_at;
-        self.held_up_at = held_up_at;
-        self.num_looks = match is_same {
-            true => self.num_looks.saturating_add(1),
-            false => 0,
-        };
-        self.num_looks.is_power_of_two().then_some(self.num_looks)
     }
 }
 
@@ -585,27 +443,5 @@ impl Actor for ParameterServer {
             }
             ctx.run_interval(STALL, Self::look_for_stall);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// PS-9.
-    #[test]
-    fn a_stall_is_named_at_once_and_then_ever_more_rarely() {
-        let mut stall = Stall::default();
-        let mut looks = |num_held_up, version, num_looks: usize| -> Vec<_> {
-            let looks = (0..num_looks).map(|_| stall.look(num_held_up, Version(version)));
-            looks.collect()
-        };
-        // Nobody waits, or updates are made.
-        assert_eq!(looks(0, 1, 3), [None; 3]);
-        assert_eq!(looks(1, 2, 1), [None]);
-        assert_eq!(looks(1, 3, 1), [None]);
-        let named = [Some(1), Some(2), None, Some(4), None];
-        assert_eq!(looks(2, 3, 5), named);
-        assert_eq!(looks(2, 4, 2), [None, Some(1)]);
     }
 }

@@ -234,7 +234,7 @@ impl Handler<PushPull> for ParameterServer {
 
     fn handle(&mut self, PushPull(gradients): PushPull, ctx: &mut Self::Context) -> Self::Result {
         let (caller, answer) = oneshot::channel();
-        let caller = Caller::PushPull(gradients.id.worker, caller);
+        let caller = Caller::PushPull(gradients.id.worker, Instant::now(), caller);
         match self.push(gradients, caller, ctx) {
             Err(error) => Response::reply(Err(error)),
             Ok(ticket) => now_or_later(self, ticket, answer, |pushed| pushed),

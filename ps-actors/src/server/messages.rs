@@ -195,6 +195,9 @@ pub struct Pushed {
     pub outcome: Outcome,
     /// The current weights of the server's range.
     pub weights: Weights,
+    /// How long the server held the push before it answered: for the round to close, for slower workers, and
+    /// for the update.
+    pub held: std::time::Duration,
 }
 
 /// Changes the consistency mode from now on. Sent to the first server.

@@ -9,9 +9,10 @@
 //! | module | what it holds |
 //! |---|---|
 //! | `actor`, `config` | the actor, its settings |
-//! | `messages`, `handlers` | the messages to it, and what it does with each |
+//! | `messages`, `handlers`, `pushes` | the messages to it, and what it does with each |
 //! | `coordinator`, `protocol` | which gradients are in which update; events and effects |
 //! | `ledger` | the outcome of each gradient |
+//! | `followers`, `following` | how the first server tells the others, and how they follow |
 //! | `replay` | what an update log has of the decisions; how a saved state follows it |
 //! | `simulation` | all of this in virtual time, with faults |
 //! | `saving` | how all servers fix their state at one version, for a checkpoint |
@@ -24,6 +25,7 @@ mod consistency;
 mod coordinator;
 mod decisions;
 mod followers;
+mod following;
 #[cfg(test)]
 mod fuzz;
 mod handlers;
@@ -32,11 +34,13 @@ mod ledger;
 mod messages;
 mod partition;
 mod protocol;
+mod pushes;
 mod replay;
 mod saving;
 mod shard;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;
+mod stall;
 mod status;
 #[cfg(test)]
 mod tests;

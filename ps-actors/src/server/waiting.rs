@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::time::Instant;
 
 use futures_util::{Stream, stream};
 use ps_runtime::actor::caller_gone;
@@ -36,13 +37,18 @@ pub(super) enum Caller {
     Pull(oneshot::Sender<Result<Weights, ServerError>>),
     State(oneshot::Sender<Result<ServerState, ServerError>>),
     Worker(WorkerId, oneshot::Sender<Result<Answer, Refusal>>),
-    PushPull(WorkerId, oneshot::Sender<Result<Pushed, ServerError>>),
+    /// With the time at which the push came.
+    PushPull(
+        WorkerId,
+        Instant,
+        oneshot::Sender<Result<Pushed, ServerError>>,
+    ),
 }
 
 impl Caller {
     fn worker(&self) -> Option<WorkerId> {
         match self {
-            Self::Worker(worker, _) | Self::PushPull(worker, _) => Some(*worker),
+            Self::Worker(worker, _) | Self::PushPull(worker, ..) => Some(*worker),
             Self::Pull(_) | Self::State(_) => None,
         }
     }

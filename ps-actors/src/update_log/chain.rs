@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::segment::{Segment, SegmentReader, list};
+use crate::chaos::reached;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::rule::UpdateRule;
 use crate::server::Replay;
@@ -97,7 +98,10 @@ fn follow_segment(
     chain.end = reader.position();
     while let Some((entry, numbers)) = reader.next()? {
         match replay.follow(entry, &numbers) {
-            Ok(is_new) => chain.num_updates += u64::from(is_new),
+            Ok(is_new) => {
+                chain.num_updates += u64::from(is_new);
+                reached!(LogFollowed(replay.version()));
+            }
             Err(error) => {
                 let path = reader.segment.path.display();
                 tracing::warn!(%path, %error, "the rest of the update log is not used");

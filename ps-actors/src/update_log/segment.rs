@@ -92,8 +92,23 @@ impl SegmentWriter {
 
     pub(super) fn append(&mut self, entry: &LogEntry, numbers: &[&[f32]]) -> io::Result<()> {
         let salt = self.segment.number;
+        #[cfg(feature = "chaos")]
+        if crate::chaos::points::cuts_log() {
+            return self.append_in_halves(entry, numbers);
+        }
         self.num_bytes += frames::write(&mut self.file, salt, entry, numbers)?;
         Ok(())
+    }
+
+    /// Writes an entry with a point in its middle.
+    #[cfg(feature = "chaos")]
+    fn append_in_halves(&mut self, entry: &LogEntry, numbers: &[&[f32]]) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        self.num_bytes += frames::write(&mut bytes, self.segment.number, entry, numbers)?;
+        let (half, rest) = bytes.split_at(bytes.len() / 2);
+        self.file.write_all(half)?;
+        crate::chaos::reached!(LogCut);
+        self.file.write_all(rest)
     }
 }
 

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use super::chain::Chain;
 use super::segment::{Segment, SegmentWriter};
 use super::{LogConfig, LogSync};
+use crate::chaos::reached;
 use crate::ids::{Clock, Version};
 use crate::server::LogEntry;
 
@@ -74,6 +75,7 @@ impl UpdateLog {
         restarted_at: Option<Clock>,
     ) -> io::Result<Self> {
         chain.cut()?;
+        reached!(LogContinues);
         let chain_is_long = chain.num_updates > 0;
         let state = State {
             current: None,

@@ -17,6 +17,7 @@
 //! | `restarts` | decides how often and how soon a child process that failed is started again |
 //! | `signals` | the signals that ask a process to leave, and exit codes |
 //! | `stop_signal` | [`StopSignal`]: lets a driver end in order |
+//! | `harm` (feature `chaos`) | how a process kills or stops itself |
 //! | [`env`](mod@env) | the names of our own variables |
 //!
 //! A program can use it like this:
@@ -38,6 +39,8 @@
 pub mod env;
 mod error;
 mod flags;
+#[cfg(feature = "chaos")]
+pub mod harm;
 mod host_list;
 mod launchers;
 mod processes;

@@ -10,8 +10,7 @@ use std::any::type_name;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use actix::{Actor, Message};
 use tokio::sync::{Semaphore, watch};
@@ -29,12 +28,14 @@ use crate::actor::port::How;
 use crate::actor::registry::AnyMailbox;
 use crate::actor::{NotDelivered, UnknownOutcome};
 use crate::codec::CodecError;
-use crate::deadline::{Deadline, latest};
-use crate::net::connection::{Connection, Ended, Frame, Peer};
-use crate::net::frame::{self, FrameError, Kind, OutFrame};
+use crate::deadline::Deadline;
+use crate::net::frame::{self, Kind, OutFrame};
 use crate::net::outbox::Outbox;
 use crate::net::threads;
-use crate::remote::dial::DialError;
+
+mod connecting;
+
+use connecting::{connect, seek};
 
 /// An actor of another process. All references to it in this process share this value.
 pub(crate) struct RemoteActor {
@@ -59,6 +60,8 @@ struct State {
     num_handles: usize,
     /// No reference is left, so the connection ends when the last call is over.
     is_released: bool,
+    /// There was a connection.
+    was_reached: bool,
     /// A task waits for the time to connect again.
     is_sought: bool,
 }
@@ -86,6 +89,7 @@ impl RemoteActor {
                 unsent: VecDeque::new(),
                 num_handles: 0,
                 is_released: false,
+                was_reached: false,
                 is_sought: false,
             }),
             gone: watch::Sender::new(false),
@@ -315,13 +319,14 @@ impl RemoteActor {
         });
     }
 
-    /// Ends the connection to a process that was declared lost.
-    pub(super) fn sever(self: &Arc<Self>, why: &Arc<str>) {
+    /// Ends the connection to a process that was declared lost. Returns whether there was one.
+    pub(super) fn sever(self: &Arc<Self>, why: &Arc<str>) -> bool {
         let outbox = match &self.lock().link {
             Link::Up(outbox) => Arc::clone(outbox),
-            Link::Down | Link::Connecting | Link::Ended => return,
+            Link::Down | Link::Connecting | Link::Ended => return false,
         };
         self.disconnected(&outbox, why);
+        true
     }
 
     /// The actor has ended for good. Of the calls that were sent, it took those up to `last_taken`.
@@ -445,115 +450,5 @@ impl AnyMailbox for RemoteActor {
 
     fn ended(&self) -> watch::Receiver<bool> {
         self.gone.subscribe()
-    }
-}
-
-/// Connects again after a pause, if this process still has a reference.
-async fn seek(actor: Weak<RemoteActor>, pause: Duration) {
-    tokio::time::sleep(pause).await;
-    let Some(actor) = actor.upgrade() else {
-        return;
-    };
-    let mut state = actor.lock();
-    state.is_sought = false;
-    if state.num_handles > 0 && !actor.process.is_closed() {
-        actor.connect(&mut state);
-    }
-}
-
-/// Tries to connect for one process lease. The connection then runs on the same thread.
-async fn connect(actor: Arc<RemoteActor>) {
-    let process = Arc::clone(&actor.process);
-    let config = process.config();
-    let now = tokio::time::Instant::now().into_std();
-    let deadline = latest(now, config.process_lease).into();
-    let mut pause = std::time::Duration::from_millis(10);
-    let dialled = loop {
-        let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {
-            Ok(Ok(dialled)) => break dialled,
-            Ok(Err(DialError::Ended(why))) => return actor.end(why.into(), 0),
-            Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into(), false),
-            Ok(Err(DialError::Unreachable(why))) => why,
-            Err(_elapsed) => format!("it did not answer within {:?}", config.process_lease),
-        };
-        if tokio::time::Instant::now() + pause > deadline {
-            return actor.give_up(error.into(), true);
-        }
-        tokio::time::sleep(pause).await;
-        pause = (2 * pause).min(config.heartbeat);
-    };
-    let connection = Connection::new(dialled.stream, config);
-    let outbox = Arc::clone(&connection.outbox);
-    let max = dialled.max_numbers.unwrap_or(config.max_numbers);
-    actor.max_numbers.store(max, Ordering::Relaxed);
-    let mut too_large = Vec::new();
-    {
-        let mut state = actor.lock();
-        if let Link::Ended = state.link {
-            return;
-        }
-        for frame in mem::take(&mut state.unsent) {
-            // The frames were made before the other side said how much it accepts.
-            let len = frame.num_numbers();
-            if len > max {
-                let call = state.calls.remove(&frame.call());
-                too_large.extend(call.map(|call| (call, FrameError::TooLong { len, max })));
-                continue;
-            }
-            // A new connection takes all frames.
-            let _ = outbox.send(frame);
-        }
-        state.link = Link::Up(Arc::clone(&outbox));
-        actor.finish_if_released(&state);
-    }
-    actor.gone.send_replace(false);
-    for (call, error) in too_large {
-        let reason = error.to_string();
-        call.lost(Lost::NotDelivered(NotDelivered::TooLarge { reason }));
-    }
-    let client = Client { actor, outbox };
-    let already_read = &dialled.already_read;
-    connection
-        .run(already_read, config, process.buffers(), client)
-        .await;
-}
-
-/// The calling side of a connection.
-struct Client {
-    /// Keeps the actor's data even if no reference is left: a frame that must arrive may need another
-    /// connection.
-    actor: Arc<RemoteActor>,
-    outbox: Arc<Outbox>,
-}
-
-impl Peer for Client {
-    fn actor(&self) -> Arc<str> {
-        Arc::clone(self.actor.name())
-    }
-
-    fn receive(&mut self, frame: Frame) -> Result<(), Ended> {
-        match frame.kind {
-            Kind::Reply => {
-                // If nobody waits for the reply any more, it is dropped.
-                if let Some(call) = self.actor.forget(frame.call) {
-                    call.arrived(frame);
-                }
-                Ok(())
-            }
-            Kind::Ended => {
-                self.actor.end("the actor has ended".into(), frame.call);
-                // The other side waits for this one to close.
-                Err(Ended::Done("the actor has ended"))
-            }
-            Kind::Ping => Ok(()),
-            other => {
-                let why = format!("a called actor does not send {other:?}");
-                Err(Ended::Peer(why))
-            }
-        }
-    }
-
-    fn disconnected(&mut self, why: &Arc<str>) {
-        self.actor.disconnected(&self.outbox, why);
     }
 }

@@ -47,6 +47,10 @@ pub(crate) enum DialError {
     /// Trying again may help.
     #[error("{0}")]
     Unreachable(String),
+    /// Nobody listens at any address of the other side: its host was reached and said so. Either the process
+    /// has not begun to listen, or it has ended.
+    #[error("{0}")]
+    Deserted(String),
     /// The other side refused this process.
     #[error("{0}")]
     Refused(String),
@@ -57,9 +61,15 @@ pub(crate) enum DialError {
 
 impl From<io::Error> for DialError {
     fn from(error: io::Error) -> Self {
-        match tls::explain(&error) {
-            Some(why) => Self::Refused(format!("{REFUSED_BY_TLS}: {why}")),
-            None => Self::Unreachable(error.to_string()),
+        if let Some(why) = tls::explain(&error) {
+            return Self::Refused(format!("{REFUSED_BY_TLS}: {why}"));
+        }
+        match error.kind() {
+            // The second is the answer for a socket in the file system that was removed.
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => {
+                Self::Deserted(error.to_string())
+            }
+            _ => Self::Unreachable(error.to_string()),
         }
     }
 }
@@ -96,7 +106,8 @@ pub(crate) async fn dial(
     wire: &Wire,
     addresses: &[Address],
 ) -> Result<Dialled, DialError> {
-    let mut last = DialError::Unreachable(format!("{} has no address", wire.node));
+    let mut last = format!("{} has no address", wire.node);
+    let mut is_deserted = !addresses.is_empty();
     for address in addresses {
         let attempt = async {
             let stream = open(process, address).await?;
@@ -105,8 +116,10 @@ pub(crate) async fn dial(
         let outcome = tokio::time::timeout(process.config().handshake, attempt).await;
         match outcome {
             Ok(Ok(dialled)) => return Ok(dialled),
+            Ok(Err(DialError::Deserted(why))) => last = format!("{address}: {why}"),
             Ok(Err(DialError::Unreachable(why))) => {
-                last = DialError::Unreachable(format!("{address}: {why}"));
+                last = format!("{address}: {why}");
+                is_deserted = false;
             }
             Ok(Err(DialError::Refused(why))) if why.starts_with(NOT_OURS) => {
                 return Err(DialError::Refused(format!("{address}: {why}")));
@@ -114,12 +127,15 @@ pub(crate) async fn dial(
             Ok(Err(error)) => return Err(error),
             Err(_elapsed) => {
                 let limit = process.config().handshake;
-                let why = format!("{address}: no answer within {limit:?}");
-                last = DialError::Unreachable(why);
+                last = format!("{address}: no answer within {limit:?}");
+                is_deserted = false;
             }
         }
     }
-    Err(last)
+    Err(match is_deserted {
+        true => DialError::Deserted(last),
+        false => DialError::Unreachable(last),
+    })
 }
 
 /// Opens a byte stream.

@@ -140,6 +140,20 @@ impl<A: Actor> ActorRef<A> {
             Target::There(port) => Some(Remotely::of(&**port).actor.wire().node),
         }
     }
+
+    /// Cuts the connection of this process to the actor, as a network does that fails: calls under way end as
+    /// `Unknown(ConnectionLost)`, and a new connection is opened at once. Returns `false` if there is no
+    /// connection, because the actor is in this process or the last connection is being replaced.
+    #[cfg(feature = "chaos")]
+    pub fn cut_connection(&self) -> bool {
+        match self.target() {
+            Target::Here(_) => false,
+            Target::There(port) => {
+                let actor = &Remotely::of(&**port).actor;
+                actor.sever(&"cut on purpose".into())
+            }
+        }
+    }
 }
 
 impl<A: Actor> Port<A> for Remotely<A> {

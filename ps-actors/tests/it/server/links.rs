@@ -145,3 +145,26 @@ fn a_link_that_is_reset_again_and_again_ends_nothing() {
         assert_eq!(weights, expected_bsp(1, NUM_STEPS), "{pair:?}");
     }
 }
+
+/// S-10: a question is asked again, too, and no server counts as lost for it.
+#[test]
+fn a_status_whose_connection_is_cut_is_asked_for_again() {
+    const DRIVER: u32 = 0;
+    let world = World::new((DRIVER, SECOND));
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                let set = |outage| world.network.set_outage_between(DRIVER, SECOND, outage);
+                set(Some(Outage::Refused));
+                set(None);
+                // Some questions get their answer in between.
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        let answers = (0..300).map(|_| actor::run(world.servers.status()));
+        let failed = answers.filter_map(Result::err).next();
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert!(failed.is_none(), "{failed:?}");
+    });
+}

@@ -4,3 +4,5 @@
 mod error;
 mod mailbox;
 mod queued;
+#[cfg(target_os = "linux")]
+mod spawn;

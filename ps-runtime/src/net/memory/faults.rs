@@ -196,7 +196,8 @@ impl Trouble {
     /// Puts itself between a caller and the end of its connection, and returns the end for the listener.
     pub(super) fn between(self: Arc<Self>, caller: DuplexStream) -> io::Result<DuplexStream> {
         if self.outage() == Some(Outage::Refused) {
-            return Err(io::ErrorKind::ConnectionRefused.into());
+            // Not `ConnectionRefused`, which would say that the process has ended.
+            return Err(io::ErrorKind::HostUnreachable.into());
         }
         let (relay, accepted) = tokio::io::duplex(PIPE);
         threads::next().spawn(async move { self.relay(caller, relay).await });

@@ -11,15 +11,21 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-use ps_runtime::buffer::{Buffer, BufferPool};
-use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
+use ps_runtime::buffer::BufferPool;
 use serde::{Deserialize, Serialize};
 
-use super::consistency::Reduction;
 use super::protocol::{Summand, Ticket, Update};
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
-use crate::rule::{SavedRule, UpdateRule};
+use crate::rule::UpdateRule;
 use crate::weights::{Gradient, Segment, Weights};
+
+mod error;
+mod saved;
+mod sum;
+
+pub use error::ShardError;
+pub(super) use saved::ShardState;
+use sum::{reduce, shares};
 
 /// How many undecided gradients of one worker may be staged.
 pub(super) const MAX_STAGED: usize = 32;
@@ -28,10 +34,6 @@ pub(super) const MAX_STAGED: usize = 32;
 /// together. The confirmation may arrive a little later than a new member's first gradient. But any process
 /// can make up an incarnation.
 pub(super) const MAX_STAGED_OF_STRANGERS: usize = 32;
-
-/// How many saved states are kept until the checkpoint that they are for has been written. The state of an
-/// older checkpoint is no longer fetched when a newer one has begun.
-const MAX_SAVED: usize = 2;
 
 /// The version of the weights that a pull asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,70 +46,6 @@ pub enum PullVersion {
     Exactly(Version),
 }
 
-/// Why a shard did not do what a message asked.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
-#[non_exhaustive]
-pub enum ShardError {
-    /// The gradient is of a model with another number of weights.
-    #[error(
-        "{id} is over weights {got:?}, but must be over {expected:?}: its model is another one"
-    )]
-    WrongRange {
-        /// The id of the gradient.
-        id: GradientId,
-        /// The range that the gradient covers.
-        got: Range<usize>,
-        /// The range that the gradient must cover.
-        expected: Range<usize>,
-    },
-    /// The worker's incarnation is over.
-    #[error("{id} is fenced off: valid is {least} or later")]
-    Fenced {
-        /// The id of the gradient.
-        id: GradientId,
-        /// The lowest incarnation that is still valid.
-        least: Incarnation,
-    },
-    /// The worker has staged too many gradients that it has not pushed.
-    #[error("{worker} has {MAX_STAGED} gradients staged already; push them first")]
-    TooManyStaged {
-        /// The worker with the staged gradients.
-        worker: WorkerId,
-    },
-    /// The worker's incarnation is not known here, and too many gradients of unknown incarnations are
-    /// staged.
-    #[error(
-        "{id} is of an incarnation that is not known here (yet), and {MAX_STAGED_OF_STRANGERS} such \
-         gradients are staged already; join, or try again"
-    )]
-    TooManyStrangers {
-        /// The id of the gradient.
-        id: GradientId,
-    },
-    /// The version is no longer kept.
-    #[error("version {asked:?} is gone: the oldest that is kept is {oldest:?}; pull a later one")]
-    VersionGone {
-        /// The version that the pull asked for.
-        asked: Version,
-        /// The oldest version that is kept.
-        oldest: Version,
-    },
-    /// An update does not follow the one before it.
-    #[error("an update would make version {got:?}, but the next one is {expected:?}")]
-    WrongUpdate {
-        /// The version that the update would make.
-        got: Version,
-        /// The version that the next update must make.
-        expected: Version,
-    },
-    /// An update names no gradient, or names one of them twice.
-    #[error("the update that makes version {version:?} names no gradient, or one of them twice")]
-    BadUpdate {
-        /// The version that the update would make.
-        version: Version,
-    },
-}
-
 /// The answer to a call that had to wait for a version.
 #[derive(Debug)]
 pub(super) enum ShardAnswer {
@@ -115,15 +53,6 @@ pub(super) enum ShardAnswer {
     Pull(Ticket, Result<Weights, ShardError>),
     /// The state for a checkpoint.
     State(Ticket, Result<ShardState, ShardError>),
-}
-
-/// All state of a shard at one version. A clone shares the numbers.
-#[derive(Clone, Debug)]
-pub(super) struct ShardState {
-    /// The weights of the shard's range.
-    pub weights: Weights,
-    /// The state of the update rule for this range.
-    pub rule: SavedRule,
 }
 
 /// The state machine; see the module's text.
@@ -388,71 +317,6 @@ impl Shard {
         self.waiting_for_states.remove(&ticket);
     }
 
-    /// Returns all state of the shard as it is now.
-    pub(super) fn state(&self) -> ShardState {
-        ShardState {
-            weights: self.current.clone(),
-            rule: SavedRule::from(self.rule.save()),
-        }
-    }
-
-    /// Saves the state at this version, now or when the version is made. It is kept for
-    /// [`saved_state`](Self::saved_state). Returns the calls that can be answered now.
-    pub(super) fn save_at(&mut self, version: Version) -> Vec<ShardAnswer> {
-        let mut answers = Vec::new();
-        if version >= self.current.version() {
-            self.unsaved.insert(version);
-            self.save_if_asked(&mut answers);
-        }
-        answers
-    }
-
-    /// Answers with the state at this version, at once or later under `ticket`. It is an error if the state
-    /// was not saved, or is no longer kept.
-    pub(super) fn saved_state(
-        &mut self,
-        ticket: Ticket,
-        version: Version,
-    ) -> Option<Result<ShardState, ShardError>> {
-        let answer = self.look_up_state(version);
-        if answer.is_none() {
-            self.waiting_for_states.insert(ticket, version);
-        }
-        answer
-    }
-
-    /// Forgets the saved state of this version and of earlier ones.
-    pub(super) fn forget_states(&mut self, until: Version) {
-        self.saved.retain(|&version, _| version > until);
-    }
-
-    fn save_if_asked(&mut self, answers: &mut Vec<ShardAnswer>) {
-        let version = self.current.version();
-        if self.unsaved.remove(&version) {
-            self.saved.insert(version, self.state());
-            while self.saved.len() > MAX_SAVED {
-                self.saved.pop_first();
-            }
-        }
-        let waiting = std::mem::take(&mut self.waiting_for_states);
-        for (ticket, version) in waiting {
-            match self.look_up_state(version) {
-                Some(state) => answers.push(ShardAnswer::State(ticket, state)),
-                None => _ = self.waiting_for_states.insert(ticket, version),
-            }
-        }
-    }
-
-    fn look_up_state(&self, asked: Version) -> Option<Result<ShardState, ShardError>> {
-        if let Some(state) = self.saved.get(&asked) {
-            return Some(Ok(state.clone()));
-        }
-        // The decision to save it may not have arrived yet.
-        let may_come = asked >= self.current.version();
-        let oldest = self.current.version();
-        (!may_come).then_some(Err(ShardError::VersionGone { asked, oldest }))
-    }
-
     fn look_up(&self, wanted: PullVersion) -> Option<Result<Weights, ShardError>> {
         let current = self.current.version();
         match wanted {
@@ -594,100 +458,5 @@ impl Shard {
             self.undone_updates,
             self.waiting_pulls
         )
-    }
-}
-
-/// Returns the weight of each gradient in a mean of batches of different sizes. Returns `None` if all have
-/// the same weight.
-fn shares(update: &Update) -> Option<Vec<f32>> {
-    let sizes = update.gradients.iter().map(|one| one.num_examples);
-    let smallest = sizes.clone().min().unwrap_or(0);
-    if update.reduction == Reduction::Sum || smallest == 0 || sizes.clone().all(|n| n == smallest) {
-        return None;
-    }
-    // This sum is exact, because each number is at most `MAX_EXAMPLES`.
-    let all: f64 = sizes.clone().map(|n| n as f64).sum();
-    Some(sizes.map(|n| (n as f64 / all) as f32).collect())
-}
-
-/// Adds gradients element by element, in their order. Each is multiplied by its weight, if there are
-/// weights. Otherwise the sum is divided by the number of gradients for a mean.
-fn reduce(
-    gradients: &[Gradient],
-    weights: Option<&[f32]>,
-    reduction: Reduction,
-    pool: &BufferPool,
-) -> Buffer {
-    let (first, rest) = gradients.split_first().expect("an update has gradients");
-    let scale = match reduction {
-        Reduction::Mean => 1.0 / gradients.len() as f32,
-        Reduction::Sum => 1.0,
-    };
-    let mut sum = pool.take(first.values().len());
-    let num_bytes = size_of_val(&sum[..]);
-    let parts = (0..).step_by(PART_LEN).zip(sum.chunks_mut(PART_LEN));
-    for_each(num_bytes, parts, |(start, sum)| {
-        let part = start..start + sum.len();
-        vectorized(
-            #[inline(always)]
-            || {
-                let first = &first.values()[part.clone()];
-                if let Some(weights) = weights {
-                    for (sum, value) in sum.iter_mut().zip(first) {
-                        *sum = value * weights[0];
-                    }
-                    for (gradient, weight) in rest.iter().zip(&weights[1..]) {
-                        for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
-                            *sum += value * weight;
-                        }
-                    }
-                    return;
-                }
-                sum.copy_from_slice(first);
-                for gradient in rest {
-                    for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
-                        *sum += value;
-                    }
-                }
-                for sum in sum.iter_mut() {
-                    *sum *= scale;
-                }
-            },
-        );
-    });
-    sum
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn long_gradients_are_added_up_as_short_ones() {
-        let gradients: Vec<Gradient> = (1..4)
-            .map(|k| {
-                Gradient::new(
-                    (0..3_000_001)
-                        .map(|i| (i % 1013 * k) as f32)
-                        .collect::<Vec<_>>(),
-                )
-            })
-            .collect();
-        for (reduction, scale) in [(Reduction::Sum, 1.0), (Reduction::Mean, 1.0f32 / 3.0)] {
-            let got = reduce(&gradients, None, reduction, &BufferPool::new(0));
-            let [a, b, c] = [0, 1, 2].map(|k| gradients[k].values());
-            let is_right = |i: usize| got[i] == (a[i] + b[i] + c[i]) * scale;
-            assert!((0..got.len()).all(is_right), "{reduction}");
-        }
-        let weights = [0.5, 0.125, 0.375];
-        let got = reduce(
-            &gradients,
-            Some(&weights),
-            Reduction::Mean,
-            &BufferPool::new(0),
-        );
-        let [a, b, c] = [0, 1, 2].map(|k| gradients[k].values());
-        let is_right = |i: usize| got[i] == a[i] * 0.5 + b[i] * 0.125 + c[i] * 0.375;
-        assert!((0..got.len()).all(is_right));
     }
 }

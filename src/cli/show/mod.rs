@@ -1,0 +1,45 @@
+//! Flags for what a training shows while it runs, and what it leaves behind.
+
+mod progress;
+mod table;
+
+#[cfg(feature = "runs")]
+use std::path::PathBuf;
+
+use crate::observe::Observer;
+
+pub use progress::Progress;
+pub use table::closing_table;
+
+// No doc comment on this type: `--help` would take it for the program's own text.
+
+#[allow(missing_docs, reason = "see above")]
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "What is shown")]
+pub struct ShowArgs {
+    /// Show no progress and no closing table on standard error.
+    #[arg(long)]
+    pub quiet: bool,
+    /// Describe the run in this directory: settings, events, report, curves. If it has a run already, the name
+    /// gets a number.
+    #[cfg(feature = "runs")]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+}
+
+impl ShowArgs {
+    /// Returns the observers that the user asks for, for [`Trainer::observe`](crate::Trainer::observe) or
+    /// [`Observers::start`](crate::observe::Observers::start).
+    #[must_use]
+    pub fn observers(&self) -> Vec<Box<dyn Observer>> {
+        let mut observers: Vec<Box<dyn Observer>> = Vec::new();
+        if !self.quiet {
+            observers.push(Box::new(Progress::new()));
+        }
+        #[cfg(feature = "runs")]
+        if let Some(directory) = &self.run_dir {
+            observers.push(Box::new(crate::runs::RunDir::new(directory)));
+        }
+        observers
+    }
+}

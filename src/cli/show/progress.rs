@@ -1,0 +1,212 @@
+//! The progress of a training on standard error: a bar on a terminal, otherwise a log line now and then.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::super::output;
+use super::table::closing_table;
+use crate::observe::{Event, Observer, Tally};
+
+/// How often the bar is drawn again.
+const REDRAW: Duration = Duration::from_millis(100);
+
+/// After how many seconds the first log line comes, without a terminal. Each pause is twice as long as the one
+/// before, up to [`LONGEST`].
+const FIRST: f64 = 5.0;
+
+/// The longest time between two log lines, in seconds.
+const LONGEST: f64 = 60.0;
+
+/// Shows the progress of a training on standard error, and a table at its end.
+///
+/// On a terminal it is one line that is drawn again and again. Log lines, and lines of
+/// [`say!`](crate::cli::say), come above it. Without a terminal it is a log line after 5 s, 10 s, 20 s, 40 s, and
+/// then once a minute. `NO_COLOR` switches colours off.
+#[derive(Debug)]
+pub struct Progress {
+    tally: Tally,
+    bar: Option<ProgressBar>,
+    drawn: Instant,
+    /// When the next log line is due, in seconds since the run started.
+    next_line: f64,
+    /// Since when the servers are lost.
+    is_recovering: bool,
+    is_terminal: bool,
+}
+
+impl Progress {
+    /// Makes a display. It shows nothing before the first event.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            tally: Tally::default(),
+            bar: None,
+            drawn: Instant::now(),
+            next_line: FIRST,
+            is_recovering: false,
+            is_terminal: std::io::stderr().is_terminal(),
+        }
+    }
+
+    fn begin(&mut self) {
+        if !self.is_terminal {
+            return;
+        }
+        let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+        // One line: log lines of other processes on the same terminal can then overwrite it.
+        let style = ProgressStyle::with_template("[{bar:16}] {percent:>3} % {wide_msg}");
+        let style = style.expect("the template is well-formed");
+        bar.set_style(style.progress_chars("=> "));
+        output::show_bar(Some(bar.clone()));
+        self.bar = Some(bar);
+        self.draw();
+    }
+
+    fn draw(&mut self) {
+        self.drawn = Instant::now();
+        if let Some(bar) = &self.bar {
+            let (done, all) = self.tally.steps_done();
+            bar.set_length(all.max(1));
+            bar.set_position(done);
+            bar.set_message(status(&self.tally, self.is_recovering));
+        }
+    }
+
+    fn line(&mut self) {
+        let now = self.tally.seconds;
+        if now < self.next_line {
+            return;
+        }
+        self.next_line = now + now.min(LONGEST);
+        let (done, all) = self.tally.steps_done();
+        let percent = 100 * done / all.max(1);
+        let status = status(&self.tally, self.is_recovering);
+        tracing::info!(target: "ps::progress", "{percent} %: {status}");
+    }
+
+    fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            output::show_bar(None);
+            bar.finish_and_clear();
+        }
+        let is_coloured =
+            self.is_terminal && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
+        if let Some(table) = closing_table(&self.tally, is_coloured) {
+            // Nobody may be left to read it.
+            let _ = write!(std::io::stderr(), "{table}");
+        }
+    }
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Observer for Progress {
+    fn observe(&mut self, event: &Event) {
+        self.tally.count(event);
+        match event {
+            Event::RunStarted(_) => self.begin(),
+            Event::RunEnded(_) => self.end(),
+            Event::ServersLost(_) => self.is_recovering = true,
+            Event::ServersRecovered(_) => self.is_recovering = false,
+            _ => {}
+        }
+        match self.bar {
+            Some(_) if self.drawn.elapsed() >= REDRAW => self.draw(),
+            None if !self.is_terminal && !matches!(event, Event::RunEnded(_)) => self.line(),
+            _ => {}
+        }
+    }
+}
+
+/// A training that ends without an end, for example because its driver panicked, leaves no bar behind.
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            output::show_bar(None);
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Says in a few words how the training goes. What matters most comes first, because a narrow terminal cuts
+/// the rest off.
+fn status(tally: &Tally, is_recovering: bool) -> String {
+    let mut parts = Vec::new();
+    if is_recovering {
+        parts.push("the servers are lost, recovering".to_owned());
+    }
+    if let Some(left) = tally.seconds_left() {
+        parts.push(format!("{} left", duration(left)));
+    }
+    let (num_lost, num_workers) = (tally.num_workers_lost(), tally.workers.len());
+    if num_lost > 0 {
+        parts.push(format!("{num_lost} of {num_workers} workers lost"));
+    }
+    if let Some(loss) = tally.loss() {
+        parts.push(format!("loss {loss:.3}"));
+    }
+    if let Some((_, _, Some(accuracy))) = tally.evaluation {
+        parts.push(format!("accuracy {:.1} %", 100.0 * accuracy));
+    }
+    if tally.num_applied() > 0 {
+        let rate = tally.gradients_per_second(tally.seconds);
+        parts.push(format!("{rate:.0} gradients/s"));
+        parts.push(format!("staleness {:.1}", tally.staleness.mean()));
+    }
+    if num_lost == 0 {
+        let plural = if num_workers == 1 { "" } else { "s" };
+        parts.push(format!("{num_workers} worker{plural}"));
+    }
+    parts.join(", ")
+}
+
+/// Writes a time in the unit that fits.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.ceil() as u64;
+    match seconds {
+        0..=99 => format!("{seconds} s"),
+        100..=5999 => format!("{} min", seconds.div_ceil(60)),
+        _ => format!("{}:{:02} h", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_short() {
+        for (seconds, expected) in [
+            (0.2, "1 s"),
+            (99.0, "99 s"),
+            (100.5, "2 min"),
+            (5_999.0, "100 min"),
+            (6_000.0, "1:40 h"),
+            (400_000.0, "111:06 h"),
+        ] {
+            assert_eq!(duration(seconds), expected);
+        }
+    }
+
+    #[test]
+    fn lines_without_a_terminal_become_rare() {
+        let mut progress = Progress::new();
+        progress.is_terminal = false;
+        let mut times = Vec::new();
+        for second in 0..300 {
+            progress.tally.seconds = f64::from(second);
+            let before = progress.next_line;
+            progress.line();
+            if progress.next_line != before {
+                times.push(second);
+            }
+        }
+        assert_eq!(times, [5, 10, 20, 40, 80, 140, 200, 260]);
+    }
+}

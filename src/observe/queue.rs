@@ -1,0 +1,157 @@
+//! The events that wait for one observer: a bounded queue that never blocks the training.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::event::{Event, EventsSkipped};
+
+/// How many events may wait. A [`Step`](Event::Step) takes about 200 bytes, which all observers share.
+pub(super) const MAX_WAITING: usize = 1 << 16;
+
+/// The events that wait for one observer. If it is so slow that [`MAX_WAITING`] events wait, further
+/// steps are skipped and counted. Other events are rare. They are skipped only if twice as many wait.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: VecDeque<Arc<Event>>,
+    /// How many events were skipped since the last one that was taken in.
+    num_skipped: u64,
+    /// Whether no more events come.
+    is_closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // No code of others runs under the lock, so nothing is left half done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds an event, or counts it as skipped.
+    pub(super) fn push(&self, event: &Arc<Event>) {
+        let mut state = self.lock();
+        let limit = match **event {
+            Event::Step(_) | Event::ServersSeen(_) => MAX_WAITING,
+            _ => 2 * MAX_WAITING,
+        };
+        if state.is_closed {
+            return;
+        }
+        if state.waiting.len() >= limit {
+            state.num_skipped += 1;
+            return;
+        }
+        if state.num_skipped > 0 {
+            let skipped = Event::EventsSkipped(EventsSkipped {
+                time: event.time(),
+                num_events: std::mem::take(&mut state.num_skipped),
+            });
+            state.waiting.push_back(Arc::new(skipped));
+        }
+        state.waiting.push_back(Arc::clone(event));
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Returns the next event, as soon as there is one. `None` if no more come.
+    pub(super) fn pop(&self) -> Option<Arc<Event>> {
+        let mut state = self.lock();
+        loop {
+            if let Some(event) = state.waiting.pop_front() {
+                return Some(event);
+            }
+            if state.is_closed {
+                return None;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Says that no more events come. Those that wait can still be taken.
+    pub(super) fn close(&self) {
+        self.lock().is_closed = true;
+        self.changed.notify_all();
+    }
+
+    /// Says that nobody takes events any more.
+    pub(super) fn abandon(&self) {
+        let mut state = self.lock();
+        state.is_closed = true;
+        state.waiting = VecDeque::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::event::{NodeLost, StepsMissed};
+    use super::*;
+    use ps_actors::cluster::NodeId;
+    use ps_actors::ids::{Clock, WorkerId};
+
+    fn seen(time: f64) -> Arc<Event> {
+        Arc::new(Event::ServersSeen(super::super::event::ServersSeen {
+            time,
+            learning_rate: 0.1,
+            consistency: String::new(),
+            num_pending: 0,
+            awaited: Vec::new(),
+            members: Vec::new(),
+            servers: Vec::new(),
+        }))
+    }
+
+    fn missed(time: f64) -> Arc<Event> {
+        Arc::new(Event::StepsMissed(StepsMissed {
+            time,
+            worker: WorkerId(0),
+            first: Clock(0),
+            num_steps: 1,
+        }))
+    }
+
+    #[test]
+    fn a_full_queue_skips_what_is_frequent_and_says_how_much() {
+        let queue = Queue::default();
+        for number in 0..MAX_WAITING + 5 {
+            queue.push(&seen(number as f64));
+        }
+        // What is rare is still taken in, after the number of those that were skipped.
+        queue.push(&missed(-1.0));
+        for number in 0..MAX_WAITING {
+            assert_eq!(queue.pop().unwrap().time(), number as f64);
+        }
+        let skipped = queue.pop().unwrap();
+        assert!(
+            matches!(&*skipped, Event::EventsSkipped(skipped) if skipped.num_events == 5),
+            "{skipped:?}"
+        );
+        assert_eq!(queue.pop().unwrap().time(), -1.0);
+        queue.push(&seen(7.0));
+        queue.close();
+        assert_eq!(queue.pop().unwrap().time(), 7.0);
+        assert_eq!(queue.pop(), None);
+    }
+
+    #[test]
+    fn even_rare_events_have_a_bound() {
+        let queue = Queue::default();
+        let lost = Arc::new(Event::NodeLost(NodeLost {
+            time: 0.0,
+            node: NodeId::DRIVER,
+        }));
+        for _ in 0..3 * MAX_WAITING {
+            queue.push(&lost);
+        }
+        assert_eq!(queue.lock().waiting.len(), 2 * MAX_WAITING);
+        queue.abandon();
+        queue.push(&lost);
+        assert_eq!(queue.pop(), None);
+    }
+}

@@ -1,0 +1,113 @@
+//! Why a training could not be started, or did not finish.
+
+use ps_actors::actor::CallError;
+use ps_actors::checkpoint::CheckpointError;
+use ps_actors::cluster::{SpawnOnError, StartError};
+use ps_actors::group::GroupSpawnError;
+use ps_actors::ids::WorkerId;
+use ps_actors::server::{ConsistencyError, GroupError};
+use ps_actors::worker::WorkerError;
+use ps_model::{DeviceError, ModelError, RuleError};
+
+use super::ReplayError;
+use crate::report::Report;
+use crate::source::SetupError;
+
+/// Why a training run could not be started, or did not finish.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// The number of workers is 0.
+    #[error("training needs at least one worker")]
+    NoWorkers,
+    /// There are more workers than can be numbered.
+    #[error("{0} workers are too many: at most {max} can take part", max = u16::MAX)]
+    TooManyWorkers(usize),
+    /// The consistency mode does not fit the number of workers.
+    #[error(transparent)]
+    Consistency(#[from] ConsistencyError),
+    /// The default device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The model or its data cannot be used.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// The optimizer cannot be used.
+    #[error("the optimizer cannot be used")]
+    Rule(#[from] RuleError),
+    /// The directory for checkpoints cannot be used, or has no checkpoint from which this training can go
+    /// on.
+    #[error("checkpoints cannot be used")]
+    Checkpoint(#[from] CheckpointError),
+    /// The training could not be recorded or replayed.
+    #[error(transparent)]
+    Replay(#[from] ReplayError),
+    /// The servers could not be started.
+    #[error("the servers could not be started")]
+    Servers(#[from] GroupSpawnError),
+    /// The servers failed during the run.
+    #[error("the servers failed")]
+    Group(#[from] GroupError),
+    /// The processes did not find each other.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// A worker or server could not be started on a node.
+    #[error("an actor could not be started")]
+    Spawn(#[from] SpawnOnError),
+    /// The system gave no event loop for the training.
+    #[error("the system gives no event loop: raise the limit on open files (ulimit -n)")]
+    EventLoop(#[source] std::io::Error),
+    /// A worker failed.
+    #[error("a worker failed")]
+    Worker(#[from] WorkerError),
+    /// A worker panicked more often than is allowed, or could not be reached.
+    #[error("{worker} was lost")]
+    WorkerLost {
+        /// The worker that was lost.
+        worker: WorkerId,
+        /// Why its last call failed.
+        #[source]
+        source: CallError,
+    },
+    /// The model does not accept the test data. This is found before the first step.
+    #[error("the model cannot evaluate the test data")]
+    TestData(#[source] ModelError),
+    /// The training diverged.
+    #[error(
+        "training has diverged: {what}; a lower learning rate helps most often, then a smaller \
+         initialization or clipping in the model; data that contain NaN do the same. Where \
+         `max_gradient_norm` is set, it may be too low"
+    )]
+    Diverged {
+        /// How the result shows it.
+        what: String,
+    },
+    /// The run failed, but there are weights that were trained until then.
+    #[error("the training ended without success after {} updates", .report.num_updates)]
+    Incomplete {
+        /// The result until then, with the weights. Figures that only workers know may be missing.
+        report: Box<Report>,
+        /// Why the run failed.
+        #[source]
+        source: Box<Self>,
+    },
+    /// The weights could not be evaluated.
+    #[error("the weights could not be evaluated")]
+    Evaluate(#[from] ModelError),
+    /// The operating system does not let this process receive signals.
+    #[error(
+        "could not prepare for signals that end the training; `heed_signals(false)` switches this off"
+    )]
+    Signals(#[source] std::io::Error),
+}
+
+impl TrainError {
+    /// Returns the result until the error, if there is one.
+    #[must_use]
+    pub fn report(&self) -> Option<&Report> {
+        match self {
+            Self::Incomplete { report, .. } => Some(report),
+            _ => None,
+        }
+    }
+}
