@@ -11,7 +11,6 @@ import unittest
 from hosts import OWN_SOCKETS, Hosts, Process, environment
 from readme import command, desk
 
-GUIDE = "deploy/mpi/README.md"
 # What the tests' surroundings need beside the line of the guide: root may start ranks, more of them than processors.
 LAUNCHERS = {
     "mpirun.openmpi": {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

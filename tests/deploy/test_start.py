@@ -40,13 +40,14 @@ class Start(unittest.TestCase):
         self.program = example("sharded_ps")
         self.hosts = Hosts(self, 3, prefix="ps-start")
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="ps-start-"))
+        self.started = []
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
 
     def start(self, rank, *flags, host=None, address=None, world_size=3, token=TOKEN, program=None, **variables):
         """Starts a rank, as a training and as its examination. Returns both."""
         host = rank if host is None else host
         variables = {**({"PS_TOKEN": token} if token else {}), **OWN_SOCKETS, **variables}
-        processes, self.started = [], getattr(self, "started", [])
+        processes = []
         for port, mode in PORTS.items():
             words = [f"--rank={rank}", f"--world-size={world_size}", f"--master-addr={address or self.hosts.address(0)}",
                      f"--master-port={port}", *mode, *flags]
@@ -193,7 +194,7 @@ class Start(unittest.TestCase):
         self.explain(driver, "it brings another token: start it with the PS_TOKEN of this process")
         self.explain(self.start(1, token=None), "needs a token: set PS_TOKEN")
 
-    def certificates(self, authority, **variables):
+    def certificates(self, authority):
         """Makes an authority and a certificate for one day, and returns the flags."""
         folder = self.folder / authority
         folder.mkdir()
