@@ -6,7 +6,7 @@
 //!
 //! | clause | what happens to a call |
 //! |---|---|
-//! | `drop 5%` | the connection is cut when the call is on its way: at once, or up to 3 ms later, so that the message or its answer is lost. All other calls on the connection are lost too |
+//! | `drop 5%` | the connection is cut when the call is on its way: at once, or up to 3 ms later, so that the message or its answer is lost. (An answer that came earlier is thrown away, and the call is made again.) All other calls on the connection are lost too |
 //! | `dup 2%` | the call is made twice |
 //! | `delay 20..80ms` | the call is made so much later |
 //!
