@@ -492,7 +492,7 @@ fn a_node_that_is_killed_is_lost_without_waiting_for_the_lease() {
             ..ClusterConfig::default()
         };
         config.net.process_lease = LONG;
-        let cluster = Cluster::listen(config, ([127, 0, 0, 1], 0), Hosts::new()).unwrap();
+        let cluster = Cluster::listen(config, ([127, 0, 0, 1], 0).into(), Hosts::new()).unwrap();
         let driver = cluster.address().expect("it listens").to_string();
         let mut node = play("node").env(DRIVER, driver).spawn().unwrap();
         cluster.wait_for_nodes(1, PATIENCE).wait().unwrap();

@@ -88,6 +88,17 @@ class Readme(unittest.TestCase):
         # It was done, so nothing is left to do.
         self.ends_well(self.type(again), "[Gg]oing on", "Final accuracy is")
 
+    def test_a_plan_of_faults(self):
+        line = command("README.md", "cargo run --release --example sharded_ps -- --processes 3 --num-servers 3")
+        self.ends_well(self.type(line), "lost: 0, doubled: 0")
+
+    def test_two_runs_are_compared(self):
+        example("compare_runs")
+        for name in ("one", "two"):
+            self.ends_well(self.type(f"sharded_ps --iterations 20 --run-dir runs/{name}"), "Final accuracy is")
+        self.ends_well(self.type(command("README.md", "cargo run --release --example compare_runs")), "one", "two")
+        self.assertGreater((self.folder / "runs" / "compare.svg").stat().st_size, 1000)
+
     def test_three_machines(self):
         # The driver's address in README.md is 10.0.0.1.
         hosts = Hosts(self, 3, prefix="ps-readme", network="10.0.0")

@@ -284,10 +284,11 @@ fn nothing_that_a_peer_sends_harms_a_server() {
         assert!(is_closed(), "PS_FUZZ_SEED={seed}: the connection lives on");
         num_trained[which] += u64::from(weights.version() > Version(0));
     }
-    // Not everything is damaged: what is intact has to work.
+    // Not everything is damaged: what is intact has to work. Few inputs are intact and make sense to a follower. On
+    // a busy machine some of them are handled after the look.
     for (num_trained, least) in num_trained
         .into_iter()
-        .zip([num_inputs / 10, num_inputs / 1000])
+        .zip([num_inputs / 10, num_inputs / 5000])
     {
         assert!(
             num_trained > least,
