@@ -403,7 +403,7 @@ impl ServerGroup {
     /// Changes the learning rate from now on.
     ///
     /// # Errors
-    /// If the rate is not a usable number (see [`ServerConfig::learning_rate`]), or the server cannot be
+    /// If the rate is not a usable number (see [`ServerConfig::learning_rate`](crate::server::ServerConfig::learning_rate)), or the server cannot be
     /// reached.
     pub async fn set_learning_rate(&self, learning_rate: f64) -> Result<(), GroupError> {
         self.ask(0, SetLearningRate(learning_rate)).await

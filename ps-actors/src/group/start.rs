@@ -98,7 +98,7 @@ impl Hosted for ParameterServer {
 
 impl ServerGroup {
     /// Splits the weights of `start` over `num_servers` new servers: initial weights, or a
-    /// [`Checkpoint`] from which they go on. Each server is an actor on a thread of its own.
+    /// [`Checkpoint`](crate::checkpoint::Checkpoint) from which they go on. Each server is an actor on a thread of its own.
     ///
     /// `rule` makes the update rule for each server's range. For an example, see [`ServerGroup`].
     ///
@@ -145,7 +145,8 @@ impl ServerGroup {
         })
     }
 
-    /// Splits the weights of `start` (initial weights, or a [`Checkpoint`]) over new servers at these places
+    /// Splits the weights of `start` (initial weights, or a
+    /// [`Checkpoint`](crate::checkpoint::Checkpoint)) over new servers at these places
     /// of a cluster, one server per place. A place is a
     /// [`Placement`](ps_runtime::cluster::Placement) or [`SpawnOn`] options. Each process at these places
     /// must host [`ParameterServer`]. There it also says which update rule a server has.

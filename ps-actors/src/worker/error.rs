@@ -10,14 +10,14 @@ use crate::server::GroupError;
 #[derive(Debug, thiserror::Error, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum WorkerError {
-    /// The worker's [`GradientSource`] failed.
+    /// The worker's [`GradientSource`](super::GradientSource) failed.
     #[error("{worker} could not compute the gradient of {clock}")]
     Source {
         /// The worker that failed.
         worker: WorkerId,
         /// The step whose gradient was being computed.
         clock: Clock,
-        /// The error of the [`GradientSource`]. If it comes from another process, it is only a text, which
+        /// The error of the [`GradientSource`](super::GradientSource). If it comes from another process, it is only a text, which
         /// includes the sources.
         #[source]
         #[serde(with = "source_text")]

@@ -13,7 +13,7 @@ use crate::weights::{GradientUpdate, Weights};
 
 /// Computes the gradient of the worker's next batch at these weights, and returns it.
 ///
-/// For an example, see [`DataWorker`].
+/// For an example, see [`DataWorker`](super::DataWorker).
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<GradientUpdate, WorkerError>")]
 pub struct ComputeGradients(pub Weights);

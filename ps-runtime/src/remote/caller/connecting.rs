@@ -12,6 +12,7 @@ use crate::net::connection::{Connection, Ended, Frame, Peer};
 use crate::net::frame::{FrameError, Kind};
 use crate::net::outbox::Outbox;
 use crate::remote::dial::DialError;
+use crate::remote::process::NodeId;
 
 /// Connects again after a pause, if this process still has a reference.
 pub(super) async fn seek(actor: Weak<RemoteActor>, pause: Duration) {
@@ -26,11 +27,11 @@ pub(super) async fn seek(actor: Weak<RemoteActor>, pause: Duration) {
     }
 }
 
-/// In how many tries one after the other nobody listens where a process was reached before, until the process
+/// In how many tries one after the other nobody listens where a process has listened before, until the process
 /// counts as ended.
 const MAX_DESERTED: u32 = 2;
 
-/// Tries to connect for one process lease. Gives up earlier if the process has ended: it was reached before,
+/// Tries to connect for one process lease. Gives up earlier if the process has ended: it has listened before,
 /// and now its host says that nobody listens. The connection then runs on the same thread.
 pub(super) async fn connect(actor: Arc<RemoteActor>) {
     let process = Arc::clone(&actor.process);
@@ -38,7 +39,8 @@ pub(super) async fn connect(actor: Arc<RemoteActor>) {
     let now = tokio::time::Instant::now().into_std();
     let deadline = latest(now, config.process_lease).into();
     let mut pause = Duration::from_millis(10);
-    let was_reached = actor.lock().was_reached;
+    // A node listens before it joins, and before others know its address. A driver may be started last.
+    let has_listened = actor.wire.node != NodeId::DRIVER || actor.lock().was_reached;
     let mut num_deserted = 0;
     let dialled = loop {
         let error = match tokio::time::timeout_at(deadline, actor.process.dial(&actor.wire)).await {
@@ -47,7 +49,7 @@ pub(super) async fn connect(actor: Arc<RemoteActor>) {
             Ok(Err(DialError::Refused(why))) => return actor.give_up(why.into(), false),
             Ok(Err(DialError::Deserted(why))) => {
                 num_deserted += 1;
-                if was_reached && num_deserted == MAX_DESERTED {
+                if has_listened && num_deserted == MAX_DESERTED {
                     return actor.give_up(why.into(), true);
                 }
                 why
