@@ -10,7 +10,7 @@
 
 use std::fs;
 use std::hash::{DefaultHasher, Hasher};
-use std::io::{self, Cursor, Write};
+use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
@@ -19,9 +19,6 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use serde_json::{Value, json};
-use tungstenite::Message;
-use tungstenite::client::IntoClientRequest;
-use tungstenite::stream::MaybeTlsStream;
 use ureq::http::Response;
 use ureq::{Agent, Body, RequestBuilder};
 use zip::write::{SimpleFileOptions, ZipWriter};
@@ -29,8 +26,6 @@ use zip::write::{SimpleFileOptions, ZipWriter};
 const SCRIPT: &str = include_str!("../deploy/ray/ps_on_ray.py");
 const SCRIPT_NAME: &str = "ps_on_ray.py";
 const PAUSE: Duration = Duration::from_millis(500);
-/// After how long without a line the cluster is asked whether the job still runs.
-const SILENCE: Duration = Duration::from_secs(10);
 /// How often in a row the cluster may fail to answer, with a pause each time.
 const MAX_FAILURES: u32 = 60;
 
@@ -185,38 +180,6 @@ fn token() -> Result<Option<String>> {
     Ok(Some(text.trim().to_owned()))
 }
 
-/// Whether a job has ended, whose state this is.
-fn is_over(state: &Value) -> bool {
-    matches!(
-        state["status"].as_str(),
-        Some("SUCCEEDED" | "FAILED" | "STOPPED")
-    )
-}
-
-fn is_silence(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-    )
-}
-
-/// What was shown of a job's lines.
-#[derive(Default)]
-struct Output {
-    num_shown: usize,
-}
-
-impl Output {
-    /// Shows a part of the lines, which begins at this byte, as far as it was not shown before.
-    fn show(&mut self, position: usize, text: &str) {
-        let known = self.num_shown.saturating_sub(position);
-        // Not where a line was cut in the middle of a character.
-        print!("{}", text.get(known..).unwrap_or_default());
-        let _ = io::stdout().flush();
-        self.num_shown = self.num_shown.max(position + text.len());
-    }
-}
-
 /// Ray's Jobs API.
 struct Cluster {
     agent: Agent,
@@ -274,15 +237,13 @@ impl Cluster {
 
     /// Shows the job's lines until it ends.
     fn follow(&self, job: &str) -> Result<ExitCode> {
-        let (mut output, mut failures) = (Output::default(), 0);
+        let (mut shown, mut failures) = (0, 0);
         loop {
-            // The stream ends with the job, or with its connection.
-            let streamed = self.stream(job, &mut output);
             // In this order, so that no line is missed that was written before the end.
-            let step = self.state(job).and_then(|state| {
-                Ok((is_over(&state).then(|| self.lines(job)).transpose()?, state))
-            });
-            let (lines, state) = match step {
+            let step = self
+                .state(job)
+                .and_then(|state| Ok((state, self.lines(job)?)));
+            let (state, lines) = match step {
                 Ok(step) => step,
                 Err(error) if failures < MAX_FAILURES => {
                     if failures == 0 {
@@ -295,67 +256,26 @@ impl Cluster {
                 }
                 Err(error) => return Err(error.context("the job may still run")),
             };
-            let Some(lines) = lines else {
-                match streamed {
-                    Ok(()) => failures = 0,
-                    Err(error) if failures < MAX_FAILURES => {
-                        if failures == 0 {
-                            eprintln!(
-                                "the job runs, but its lines do not come, trying again: {error:#}"
-                            );
-                        }
-                        failures += 1;
-                    }
-                    Err(error) => return Err(error.context("the job may still run")),
+            failures = 0;
+            // Not where a line was cut in the middle of a character.
+            print!("{}", lines.get(shown..).unwrap_or_default());
+            let _ = std::io::stdout().flush();
+            shown = shown.max(lines.len());
+            match state["status"].as_str() {
+                Some("SUCCEEDED") => return Ok(ExitCode::SUCCESS),
+                Some("FAILED" | "STOPPED") => {
+                    let message = state["message"].as_str().unwrap_or("no message");
+                    eprintln!(
+                        "Job {job} has ended: {}",
+                        message.lines().next().unwrap_or_default()
+                    );
+                    let code = state["driver_exit_code"]
+                        .as_i64()
+                        .and_then(|code| u8::try_from(code).ok());
+                    return Ok(ExitCode::from(code.filter(|code| *code != 0).unwrap_or(1)));
                 }
-                // It has not begun to write, or the connection has ended. A new one at once would find the same.
-                thread::sleep(PAUSE);
-                continue;
-            };
-            output.show(0, &lines);
-            if state["status"] == "SUCCEEDED" {
-                return Ok(ExitCode::SUCCESS);
-            }
-            let message = state["message"].as_str().unwrap_or("no message");
-            eprintln!(
-                "Job {job} has ended: {}",
-                message.lines().next().unwrap_or_default()
-            );
-            let code = state["driver_exit_code"]
-                .as_i64()
-                .and_then(|code| u8::try_from(code).ok());
-            return Ok(ExitCode::from(code.filter(|code| *code != 0).unwrap_or(1)));
-        }
-    }
-
-    /// Shows the job's lines as they come, until the cluster ends the stream. It begins with the first line each time.
-    fn stream(&self, job: &str, output: &mut Output) -> Result<()> {
-        let host = self.address.trim_start_matches("http://");
-        let mut request = format!("ws://{host}/api/jobs/{job}/logs/tail").into_client_request()?;
-        if let Some(token) = &self.token {
-            let value = format!("Bearer {token}").parse()?;
-            request.headers_mut().insert("Authorization", value);
-        }
-        let (mut socket, _) = tungstenite::connect(request)?;
-        if let MaybeTlsStream::Plain(stream) = socket.get_ref() {
-            // A cluster that is cut off would be silent for ever. So it is asked for the state now and then.
-            stream.set_read_timeout(Some(SILENCE))?;
-        }
-        let mut position = 0;
-        loop {
-            match socket.read() {
-                Ok(Message::Text(text)) => {
-                    output.show(position, &text);
-                    position += text.len();
-                }
-                Ok(_) => {}
-                Err(tungstenite::Error::ConnectionClosed) => return Ok(()),
-                Err(tungstenite::Error::Io(error)) if is_silence(&error) => {
-                    if is_over(&self.state(job)?) {
-                        return Ok(());
-                    }
-                }
-                Err(error) => return Err(error.into()),
+                // The Jobs API tells of nothing by itself: it has to be asked again.
+                _ => thread::sleep(PAUSE),
             }
         }
     }
@@ -391,11 +311,11 @@ impl Cluster {
         let code = answer.status().as_u16();
         if code == 401 || code == 403 {
             bail!(
-                "the cluster {} token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it",
+                "the cluster {} a token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it",
                 if self.token.is_some() {
                     "refuses this"
                 } else {
-                    "asks for a"
+                    "asks for"
                 }
             );
         }

@@ -196,7 +196,7 @@ class OnRay(unittest.TestCase):
             variables = {"PATH": "/usr/bin:/bin", "HOME": "/nowhere", **variables}
             return Process(self, cluster.hosts.command(0, line), env=environment(**variables))
 
-        code, text = submit(example("sharded_ps")).wait(30)
+        code, text = submit(example("sharded_ps")).wait(90)
         self.assertEqual(code, 1, text)
         self.assertIn("the cluster asks for a token: set RAY_AUTH_TOKEN", text)
 
