@@ -16,7 +16,7 @@ mod probe;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ps_actors::actor::error_chain;
 use ps_actors::cluster::{Cluster, Hosts, StartError};
@@ -116,6 +116,14 @@ pub(super) fn examine(args: &ClusterArgs, within: Duration) -> Option<ExitCode> 
     }
 }
 
+/// How long a process that has loaded its data waits for the driver to end its first look.
+const FIRST_LOOK_ENDS: Duration = Duration::from_secs(5);
+
+/// Whether a process that loads quickly was refused by the driver's first look, which states nothing.
+fn is_of_first_look(error: &StartError) -> bool {
+    error_chain(error).contains("not stated in the driver")
+}
+
 /// Compares what the processes have loaded, by letting them join each other with it. Returns the exit code.
 pub(super) fn compare(args: &ClusterArgs, hosts: Hosts) -> u8 {
     let Ok(launch) = resolve(args) else {
@@ -127,7 +135,17 @@ pub(super) fn compare(args: &ClusterArgs, hosts: Hosts) -> u8 {
         true => "nothing, because the program states nothing that must be the same".to_owned(),
         false => agreed,
     };
-    match Cluster::launch(&args.options(), args.config(), hosts) {
+    let deadline = Instant::now() + FIRST_LOOK_ENDS;
+    let launched = loop {
+        match Cluster::launch(&args.options(), args.config(), hosts.clone()) {
+            Err(error) if is_of_first_look(&error) && Instant::now() < deadline => {
+                // The driver ends its first look, and nobody else knows when.
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            other => break other,
+        }
+    };
+    match launched {
         Err(error) => findings.bad(&differences(&error)),
         Ok(None) => findings.good(&format!("has the same as the driver: {agreed}")),
         Ok(Some(cluster)) => {
