@@ -111,7 +111,9 @@ pub mod prelude {
     pub use ps_actors::worker::{
         ComputeGradients, DataWorker, GradientSource, LocalGradient, RunSteps,
     };
-    pub use ps_data::{FashionMnist, ImageDataset, Mnist, MnistOptions};
+    pub use ps_data::ImageDataset;
+    #[cfg(feature = "mnist")]
+    pub use ps_data::{FashionMnist, Mnist, MnistOptions};
     pub use ps_model::{
         ConvNet, Evaluation, ImageBatch, Model, Net, Part, Step, compiled_devices,
         default_device_name, nll_loss, select_device,
