@@ -14,6 +14,7 @@
 //! | [`chaos`] | plans of faults, as text, and what a run under one did |
 //! | [`checkpoint`] | the state of a run in files, and how a run goes on from it |
 //! | [`schedule`] | which gradients made which update, in a file, so that a run can be replayed |
+//! | [`update_log`] | the updates since the last checkpoint, in files, so that a run that goes on loses none |
 //! | [`http`] | the parameter server for workers in any language |
 //! | [`rule`] | update rules, which change the weights by a gradient; SGD |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |

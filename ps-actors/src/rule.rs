@@ -97,13 +97,13 @@ pub struct RuleState {
 /// A single number of an update rule's state.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Scalar {
-    /// A count.
+    /// An integer that is not negative, such as a step count.
     Unsigned(u64),
     /// A negative integer.
     Signed(i64),
     /// A real number.
     Float(f64),
-    /// A switch.
+    /// A truth value, such as whether something has begun.
     Bool(bool),
 }
 

@@ -17,13 +17,13 @@ pub enum RunError {
         .path.display()
     )]
     NotARun {
-        /// The directory.
+        /// The directory that was named.
         path: PathBuf,
     },
     /// A file cannot be read.
     #[error("cannot read {}", .path.display())]
     Read {
-        /// The file.
+        /// The file that was to be read.
         path: PathBuf,
         /// Why it cannot be read.
         #[source]
@@ -32,7 +32,7 @@ pub enum RunError {
     /// A line of the file of events is no event.
     #[error("line {line} of {} is not an event: the file is damaged, or of another program", .path.display())]
     BadLine {
-        /// The file.
+        /// The file of events.
         path: PathBuf,
         /// The number of the line, from 1.
         line: u64,
@@ -43,13 +43,13 @@ pub enum RunError {
     /// The file of events does not begin with the start of a run.
     #[error("{} does not begin with the start of a run, so it is of no use", .path.display())]
     NoStart {
-        /// The file.
+        /// The file of events.
         path: PathBuf,
     },
     /// The report is no report.
     #[error("{} is not a report of a run", .path.display())]
     BadReport {
-        /// The file.
+        /// The file with the report.
         path: PathBuf,
         /// What is wrong with it.
         #[source]
@@ -58,7 +58,7 @@ pub enum RunError {
     /// A picture or table cannot be written.
     #[error("cannot write {}", .path.display())]
     Write {
-        /// The file.
+        /// The file that was to be written.
         path: PathBuf,
         /// Why it cannot be written.
         #[source]
@@ -78,7 +78,7 @@ pub enum RunError {
 /// What the directory of a run says.
 #[derive(Clone, Debug)]
 pub struct RunRecord {
-    /// The directory.
+    /// The directory that was read.
     pub path: PathBuf,
     /// The settings and the start. If the run went on later, those of its first process.
     pub started: RunStarted,

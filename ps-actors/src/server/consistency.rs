@@ -100,7 +100,7 @@ pub enum ConsistencyError {
     /// The text does not name a mode.
     #[error("`{text}` is no consistency mode: use bsp, asp, ssp:BOUND or k-of-n:K with K ≥ 1")]
     Unknown {
-        /// The text.
+        /// The text that was read as a mode.
         text: String,
     },
     /// `k` is 0 or more than the number of workers.

@@ -254,7 +254,7 @@ fn a_reference_that_was_given_up_connects_again() {
     there.ask(carry(&[1], 1)).wait_timeout(SOON).unwrap();
     // It does not connect again once the last reference was dropped.
     drop(there);
-    eventually("it is let go of", || !is_connected());
+    eventually("the connection is closed", || !is_connected());
 }
 
 #[test]

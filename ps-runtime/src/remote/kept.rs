@@ -401,7 +401,7 @@ pub(crate) mod tests {
         process
     }
 
-    fn shelved(process: &Arc<Process>, value: u64) -> impl Fn() -> Kept<u64> + use<> {
+    fn kept(process: &Arc<Process>, value: u64) -> impl Fn() -> Kept<u64> + use<> {
         let ticket = process.keep_result(codec::encode(&value).unwrap()).unwrap();
         let process = Arc::clone(process);
         move || {
@@ -416,7 +416,7 @@ pub(crate) mod tests {
     ///
     #[test]
     fn a_value_is_taken_once() {
-        let ticket = shelved(&process(), 7);
+        let ticket = kept(&process(), 7);
         assert_eq!(run(ticket().take()).unwrap(), 7);
         let second = run(ticket().take());
         assert!(matches!(second, Err(KeptError::Gone)), "{second:?}");
@@ -426,12 +426,12 @@ pub(crate) mod tests {
     #[test]
     fn a_value_goes_with_its_ticket_unless_that_was_sent_on() {
         let process = process();
-        let ticket = shelved(&process, 7);
+        let ticket = kept(&process, 7);
         let sent = ticket();
         on_behalf_of(&process, || codec::encode(&sent)).unwrap();
         drop(sent);
         assert_eq!(run(ticket().take()).unwrap(), 7, "the receiver has it now");
-        let ticket = shelved(&process, 8);
+        let ticket = kept(&process, 8);
         drop(ticket());
         assert!(matches!(run(ticket().take()), Err(KeptError::Gone)));
     }
@@ -440,10 +440,10 @@ pub(crate) mod tests {
     #[test]
     fn what_nobody_comes_for_goes_after_a_while() {
         let process = process();
-        let ticket = shelved(&process, 7);
+        let ticket = kept(&process, 7);
         process.sweep_kept(Instant::now());
         assert_eq!(run(ticket().take()).unwrap(), 7);
-        let ticket = shelved(&process, 8);
+        let ticket = kept(&process, 8);
         process.sweep_kept(Instant::now() + KEPT_FOR + Duration::from_secs(1));
         assert!(matches!(run(ticket().take()), Err(KeptError::Gone)));
     }

@@ -72,7 +72,7 @@ impl Handler<Count> for Counter {
     }
 }
 
-/// Answered by whoever takes the sender.
+/// Answered by the thread that takes the sender.
 #[derive(Message)]
 #[rtype(result = "u64")]
 pub(crate) struct CountLater(pub(crate) Shelf<(OneshotSender<u64>, CallerGone)>);
