@@ -229,7 +229,7 @@ fn a_worker_may_be_lost_any_number_of_times_if_it_gets_on_in_between() {
         let report = trainer().run_on(cluster).unwrap();
         assert_eq!(report.num_applied, NUM_STEPS);
         assert!(report.num_worker_restarts > 100, "{report}");
-        // Most of it was done by lives that could not tell.
+        // Most of it was done by incarnations that could not tell.
         assert_eq!(report.num_examples, 4 * NUM_STEPS);
         assert_eq!(report.losses[0].len() as u64, NUM_STEPS);
         assert!(report.num_untold > 0, "{report}");
