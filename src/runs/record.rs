@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use super::{EVENTS, FinalReport, REPORT};
 use crate::observe::{Evaluated, Event, RunStarted, SettledStep, Tally};
 
+/// An error of the library that reads JSON.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why the directory of a run cannot be read or compared.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -38,7 +41,7 @@ pub enum RunError {
         line: u64,
         /// What is wrong with it.
         #[source]
-        source: serde_json::Error,
+        source: Cause,
     },
     /// The file of events does not begin with the start of a run.
     #[error("{} does not begin with the start of a run, so it is of no use", .path.display())]
@@ -53,7 +56,7 @@ pub enum RunError {
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: serde_json::Error,
+        source: Cause,
     },
     /// A picture or table cannot be written.
     #[error("cannot write {}", .path.display())]
@@ -195,7 +198,7 @@ fn read_events(mut reader: impl io::BufRead, path: &Path) -> Result<(Vec<Event>,
         let event = serde_json::from_slice(&text).map_err(|source| RunError::BadLine {
             path: path.to_owned(),
             line,
-            source,
+            source: source.into(),
         })?;
         match &event {
             // Another process goes on.
@@ -223,7 +226,7 @@ fn read_report(path: &Path) -> Result<Option<FinalReport>, RunError> {
     };
     let report = serde_json::from_slice(&text).map_err(|source| RunError::BadReport {
         path: path.to_owned(),
-        source,
+        source: source.into(),
     })?;
     Ok(Some(report))
 }

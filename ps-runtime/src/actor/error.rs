@@ -389,6 +389,7 @@ pub struct StillRunning {
 /// Why a call to an actor that answers with a `Result` failed; see
 /// [`Reply::flatten`](super::Reply::flatten).
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum AskError<E> {
     /// The call failed.
     #[error(transparent)]
