@@ -4,6 +4,21 @@
 //! [`UpdateRule`](rule::UpdateRule) changes the weights by the gradients, and a
 //! [`GradientSource`](worker::GradientSource) computes gradients.
 //!
+//! ```text
+//!  DataWorker                        first server                       other servers
+//!  GradientSource                    decides which gradients            each has a range
+//!      │                             make which update                  of the weights
+//!      ▼
+//!   Session ──▶ ServerGroup ── 1. Stage: the parts of a gradient ──────────▶ Shard
+//!                   │
+//!                   └── 2. PushPull: the whole gradient ──▶ Coordinator
+//!                                                               │ 3. Update
+//!                                      Shard ◀──────────────────┴──────────▶ Shard
+//!                                      UpdateRule                            UpdateRule
+//! ```
+//!
+//! With one server, there is only step 2, and its answer brings the new weights.
+//!
 //! | module | what it holds |
 //! |---|---|
 //! | [`server`] | the parameter server: consistency, exactly-once ledger, shards |
