@@ -44,6 +44,8 @@ use ps_actors::weights::Weights;
 
 mod control;
 mod executor;
+#[cfg(test)]
+mod fuzz;
 mod monitor;
 
 pub use control::ControlError;

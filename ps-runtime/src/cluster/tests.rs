@@ -1,6 +1,7 @@
 //! Tests that need private parts of the crate: which processes may send to nodes, that nothing of an
 //! incarnation stays in memory, and which messages are too large to be sent.
 
+mod fuzz;
 mod refusals;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -133,7 +134,7 @@ fn carry(lengths: &[usize], num_back: usize) -> Carry {
 
 /// an incarnation that is over is refused everywhere, also by other nodes.
 #[test]
-fn a_life_that_is_over_is_refused_by_other_nodes() {
+fn an_incarnation_that_is_over_is_refused_by_other_nodes() {
     let (network, alive) = (MemoryNetwork::new(), Arc::default());
     let config = config(&network, patient(1));
     let (cluster, address) = listen(&config, &hosts(&alive));

@@ -85,6 +85,16 @@ impl<T> Kept<T> {
         }
     }
 
+    /// A value that the object store of this process has.
+    #[cfg(any(test, feature = "test-util"))]
+    pub(crate) fn of_ticket(ticket: Ticket, process: &Arc<Process>) -> Self {
+        Self::new(Place::There {
+            ticket,
+            process: Arc::clone(process),
+            is_sent: false,
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, Place<T>> {
         // Every place is whole.
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
@@ -356,7 +366,7 @@ impl Remote for KeptResults {
 
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Option<Blob>")]
-struct Take(u64);
+pub(crate) struct Take(pub(crate) u64);
 
 impl Handler<Take> for KeptResults {
     type Result = Option<Blob>;
@@ -369,7 +379,7 @@ impl Handler<Take> for KeptResults {
 
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
-struct Discard(u64);
+pub(crate) struct Discard(pub(crate) u64);
 
 impl Handler<Discard> for KeptResults {
     type Result = ();
@@ -391,6 +401,20 @@ pub(crate) mod tests {
         });
         start.expect("the system gives a thread")
     }
+
+    /// A store with so many values, numbered from 0, and how many it has.
+    pub(crate) fn store_of(num_values: u64) -> (ActorRef<KeptResults>, impl Fn() -> usize) {
+        let values = Arc::new(Values::default());
+        let value = codec::encode(&7_u64).unwrap();
+        let all = (0..num_values).map(|number| (number, (Instant::now(), value.clone())));
+        values.lock().extend(all);
+        let kept = Arc::clone(&values);
+        let start = Spawn::new().start(move || KeptResults {
+            values: Arc::clone(&values),
+        });
+        let store = start.expect("the system gives a thread");
+        (store, move || kept.lock().len())
+    }
     use crate::actor::run;
     use crate::net::NetConfig;
     use crate::remote::NodeId;
@@ -404,13 +428,7 @@ pub(crate) mod tests {
     fn kept(process: &Arc<Process>, value: u64) -> impl Fn() -> Kept<u64> + use<> {
         let ticket = process.keep_result(codec::encode(&value).unwrap()).unwrap();
         let process = Arc::clone(process);
-        move || {
-            Kept::new(Place::There {
-                ticket: ticket.clone(),
-                process: Arc::clone(&process),
-                is_sent: false,
-            })
-        }
+        move || Kept::of_ticket(ticket.clone(), &process)
     }
 
     ///

@@ -227,6 +227,12 @@ impl<A: Actor> Table<A> {
         (known.begin)(remote, message, how)
     }
 
+    /// How many messages the actor takes from other processes.
+    #[cfg(any(test, feature = "test-util"))]
+    pub(crate) fn num_messages(&self) -> u32 {
+        self.messages.by_code.len() as u32
+    }
+
     /// Runs the message with this code.
     pub(crate) fn serve(&self, mailbox: &Arc<Mailbox<A>>, code: u32, incoming: Incoming) {
         let then = match (code & KEEP, incoming.is_told()) {
