@@ -330,7 +330,7 @@ impl Gate {
 }
 
 #[test]
-fn what_was_being_made_for_a_lost_driver_ends_and_nothing_of_that_life_stays() {
+fn what_was_being_made_for_a_lost_driver_ends_and_nothing_of_that_incarnation_stays() {
     let network = MemoryNetwork::with_faults(0, Faults::default());
     let config = config(&network, Duration::from_millis(201));
     let (alive, gate) = (Arc::<AtomicUsize>::default(), Gate::default());
