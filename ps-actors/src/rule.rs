@@ -160,6 +160,14 @@ pub struct RuleStateError {
 /// Without momentum: `w ← w − η·g`. With momentum: `v ← μ·v + g; w ← w − η·v`, where the first `v` is `g`.
 /// This is PyTorch's `torch.optim.SGD` without dampening
 /// (<https://pytorch.org/docs/stable/generated/torch.optim.SGD.html>).
+///
+/// ```
+/// use ps_actors::rule::{Sgd, UpdateRule};
+///
+/// let mut weights = [1.0, 2.0];
+/// Sgd::new().update(&mut weights, &[1.0, -1.0], 0.5);
+/// assert_eq!(weights, [0.5, 2.5]);
+/// ```
 #[derive(Clone, Default)]
 pub struct Sgd {
     momentum: f32,

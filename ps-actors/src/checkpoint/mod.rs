@@ -294,6 +294,24 @@ fn join_rules(mut rules: Vec<SavedRule>) -> SavedRule {
 /// What servers start from: initial weights, or a checkpoint.
 ///
 /// Functions that start servers take `impl Into<Start>`, so a program passes `&weights` or `&checkpoint`.
+///
+/// ```
+/// use ps_actors::checkpoint::{Checkpoint, Start};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{ParameterServer, ServerConfig, TakeCheckpoint};
+/// use ps_actors::weights::{Layout, Weights};
+///
+/// fn server<'a>(start: impl Into<Start<'a>>) -> Result<ParameterServer, Box<dyn std::error::Error>> {
+///     Ok(ParameterServer::new(start, Sgd::with_momentum(0.9), ServerConfig::default())?)
+/// }
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![1.0, 2.0]);
+/// let first = server(&initial)?.spawn()?;
+/// let checkpoint = Checkpoint::of(first.ask(TakeCheckpoint).wait()??)?;
+/// let second = server(&checkpoint)?.spawn()?; // With the momentum of the first.
+/// # drop(second);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub enum Start<'a> {
     /// The initial weights of a model, with a fresh update rule.

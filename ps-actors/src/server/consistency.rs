@@ -114,6 +114,15 @@ pub enum ConsistencyError {
 }
 
 /// How the gradients of one update are combined into one.
+///
+/// ```
+/// use ps_actors::server::Reduction;
+///
+/// assert_eq!("sum".parse(), Ok(Reduction::Sum));
+/// assert_eq!(Reduction::default(), Reduction::Mean);
+/// ```
+///
+/// [`ApplyGradients`](super::ApplyGradients) and [`ServerConfig::reduction`](super::ServerConfig::reduction) take one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reduction {
     /// The mean of the gradients, weighted with the number of examples of each batch. This is what one

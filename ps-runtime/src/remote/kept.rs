@@ -41,6 +41,8 @@ pub const KEPT_FOR: Duration = Duration::from_secs(600);
 /// It can be sent to other actors, in messages and replies. The first process that takes the value gets
 /// it, and the value can be taken once. The value is removed when it is taken, when a receiver drops its
 /// ticket without having sent it on, after [`KEPT_FOR`], and when its process loses the driver.
+///
+/// For an example, see [`take`](Self::take).
 pub struct Kept<T> {
     place: Mutex<Place<T>>,
 }

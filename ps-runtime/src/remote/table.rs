@@ -20,6 +20,8 @@ use crate::codec::{CodecError, Encoded, decode, encode};
 use crate::schema::Schema;
 
 /// Collects the messages of an actor type; see [`Remote::messages`].
+///
+/// For an example, see [`Remote`].
 pub struct Messages<A: Actor> {
     by_code: Vec<Serve<A>>,
     by_type: HashMap<TypeId, Known<A>>,

@@ -36,6 +36,8 @@ pub(super) const MAX_STAGED: usize = 32;
 pub(super) const MAX_STAGED_OF_STRANGERS: usize = 32;
 
 /// The version of the weights that a pull asks for.
+///
+/// For an example, see [`Push`](super::Push).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PullVersion {
     /// The current version.
