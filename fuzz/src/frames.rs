@@ -193,8 +193,10 @@ impl Actors {
                 incarnation,
             }),
         ];
-        let frames = sent.map(|(code, message)| frame(0, 1, code, message, false));
-        frames.concat()
+        // A second call with the same number would end the connection.
+        let frames = (1..).zip(sent);
+        let frames = frames.map(|(call, (code, message))| frame(0, call, code, message, false));
+        frames.flatten().collect()
     }
 
     fn server<M: actix::Message + 'static>(&self, message: &M) -> Sent {
