@@ -6,7 +6,6 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use actix::Message;
 use tokio::sync::watch;
 
 use super::super::agent::{
@@ -47,9 +46,13 @@ fn start<A: Remote>(make: impl Fn() -> A + Send + 'static) -> ActorRef<A> {
 fn nothing_that_a_peer_sends_harms_the_agent_of_a_node() {
     let alive = Arc::new(AtomicUsize::new(0));
     let hosts = hosts(&alive);
+    let last: RefCell<Option<Arc<TaskScope>>> = RefCell::default();
     let num_effects = FUZZ.run::<NodeAgent>(
         |process| {
             let scope = scope(process, &hosts);
+            if let Some(last) = last.replace(Some(Arc::clone(&scope))) {
+                last.kill_all();
+            }
             start(move || NodeAgent {
                 scope: Arc::clone(&scope),
                 released: watch::Sender::new(false),
@@ -61,12 +64,12 @@ fn nothing_that_a_peer_sends_harms_the_agent_of_a_node() {
                 type_name: hosted_name::<Porter>(),
                 variant: dice.once_in(4).then(|| "small".to_owned()),
                 args: Args::write(process.process(), &()).unwrap(),
-                name: dice.once_in(4).then(|| "one".to_owned()),
+                name: dice.once_in(4).then(|| "a porter of this test".to_owned()),
                 needs: Resources::none().cpus(1.0),
             };
             let find = Find {
                 type_name: hosted_name::<Porter>(),
-                name: "one".to_owned(),
+                name: "a porter of this test".to_owned(),
             };
             vec![
                 process.sent::<NodeAgent, _>(&make),
@@ -103,7 +106,7 @@ fn nothing_that_a_peer_sends_harms_the_agent_of_the_driver() {
                 rank: dice.below(3) as u32,
                 attempt: dice.below(3),
                 process: dice.below(3),
-                run_id: dice.once_in(4).then(|| "one".to_owned()),
+                run_id: dice.once_in(4).then(|| "a porter of this test".to_owned()),
                 user: dice.once_in(4).then_some(0),
                 addresses: vec![Address::Memory(7)],
                 resources: Resources::none().cpus(4.0),
@@ -113,7 +116,7 @@ fn nothing_that_a_peer_sends_harms_the_agent_of_the_driver() {
             };
             let find = Find {
                 type_name: hosted_name::<Porter>(),
-                name: "one".to_owned(),
+                name: "a porter of this test".to_owned(),
             };
             let newer_than = dice.once_in(2).then(|| dice.below(4));
             vec![
