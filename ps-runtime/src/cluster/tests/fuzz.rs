@@ -106,7 +106,7 @@ fn nothing_that_a_peer_sends_harms_the_agent_of_the_driver() {
                 rank: dice.below(3) as u32,
                 attempt: dice.below(3),
                 process: dice.below(3),
-                run_id: dice.once_in(4).then(|| "a porter of this test".to_owned()),
+                run_id: dice.once_in(4).then(|| "one".to_owned()),
                 user: dice.once_in(4).then_some(0),
                 addresses: vec![Address::Memory(7)],
                 resources: Resources::none().cpus(4.0),
