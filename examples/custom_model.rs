@@ -25,7 +25,7 @@ use ps::prelude::*;
 
 /// Training a model and data of your own.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = EXAMPLES)]
 struct Args {
     /// Number of workers.
     #[arg(long, default_value_t = 2)]
@@ -40,6 +40,12 @@ struct Args {
     #[command(flatten)]
     show: ShowArgs,
 }
+
+const EXAMPLES: &str = "Examples:
+  custom_model                            two workers in this process
+  custom_model --processes 3              two workers in processes of their own
+  custom_model --num-workers 4 --epochs 20
+  custom_model --checkpoint-dir runs/one --resume   go on after an interruption";
 
 fn main() -> ExitCode {
     cli::main(train)

@@ -15,6 +15,34 @@ use sha2::{Digest as _, Sha256};
 use crate::source::WorkerConfig;
 
 /// A data set that can be cut into batches. Cloning it must be cheap, because every worker has a clone.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// /// The pairs (x, 2·x).
+/// #[derive(Clone)]
+/// struct Doubles(usize);
+///
+/// impl Examples for Doubles {
+///     type Batch = Vec<[f32; 2]>;
+///
+///     fn num_examples(&self) -> usize {
+///         self.0
+///     }
+///
+///     fn batch(&self, indices: &[usize]) -> Self::Batch {
+///         indices.iter().map(|&x| [x as f32, 2.0 * x as f32]).collect()
+///     }
+///
+///     fn fingerprint(&self) -> Option<String> {
+///         Some(format!("doubles up to {}", self.0))
+///     }
+/// }
+///
+/// assert_eq!(Doubles(10).batch(&[3, 4]), [[3.0, 6.0], [4.0, 8.0]]);
+/// ```
+///
+/// [`collated`] and [`batched`] make one of a burn `Dataset`.
 pub trait Examples: Clone + Send + 'static {
     /// The type of a batch, which a [`Model`](ps_model::Model) computes its loss on.
     type Batch: Send + 'static;

@@ -6,6 +6,18 @@
 //! model. The servers apply each gradient exactly once: synchronously, asynchronously, or in a mode between
 //! the two ([`Consistency`](actors::server::Consistency)).
 //!
+//! ```text
+//!  driver: Trainer, or your own loop
+//!      │ spawns, evaluates, saves checkpoints
+//!      ├─────────────────────────────┬──────────────────────────────┐
+//!      ▼                             ▼                              ▼
+//!  DataWorker                    DataWorker                  ParameterServer (one, or several)
+//!  model, share of the data      model, share of the data    weights, update rule
+//!      │                             │                              ▲
+//!      └──────── gradients ──────────┴──────────────────────────────┘
+//!                weights back
+//! ```
+//!
 //! There are two ways to write a driver. [`Trainer`] does everything in one call. Or you send the messages
 //! yourself:
 //!

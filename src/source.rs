@@ -47,6 +47,15 @@ pub enum SetupError {
 ///
 /// # Errors
 /// If the model has no flat weights, or if the device fails.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let weights = initial_weights(&ConvNet::init(0, &device), &device)?;
+/// assert_eq!((weights.len(), weights.version()), (1_960, Version(0)));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub fn initial_weights<M: Module>(model: &M, device: &Device) -> Result<Weights, SetupError> {
     let model = LocalModel::new(model.clone(), device)?;
     Ok(Weights::initial(layout(model.layout())?, model.weights()?))
@@ -144,6 +153,8 @@ pub fn model_with_weights<M: Module>(
 }
 
 /// Settings of a worker, which decide the batches that it computes.
+///
+/// For an example, see [`spawn_worker`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerConfig {
     /// The worker's rank, below `num_workers`.
@@ -287,6 +298,8 @@ where
 }
 
 /// The worker that [`host_workers`] makes.
+///
+/// For an example, see [`host_workers`].
 pub type ModelWorker<M> = DataWorker<ModelSource<M>>;
 
 impl<M: Model> HostedSource for ModelSource<M> {
@@ -328,6 +341,22 @@ where
 }
 
 /// Returns the variant of the workers that [`host_workers`] hosts for this model and data.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let (model, mnist) = (ConvNet::init(0, &device), Mnist::bundled_sample());
+/// let hosts = host_workers(Hosts::new(), &model, &device, &mnist.train);
+/// let hosts = host_workers(hosts, &model, &device, &mnist.test);
+///
+/// let cluster = Cluster::alone(hosts);
+/// let on_train = SpawnOn::new().variant(worker_variant(&model, &device, &mnist.train));
+/// let config = WorkerConfig { worker: WorkerId(0), num_workers: 1, batch_size: 64, seed: 1 };
+/// let worker = cluster.spawn_with::<ModelWorker<ConvNet>>(on_train, config).wait()?;
+/// # drop(worker);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use]
 pub fn worker_variant<M, E>(model: &M, device: &Device, data: &E) -> String
 where

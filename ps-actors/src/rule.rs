@@ -97,13 +97,13 @@ pub struct RuleState {
 /// A single number of an update rule's state.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Scalar {
-    /// A count.
+    /// An integer that is not negative, such as a step count.
     Unsigned(u64),
     /// A negative integer.
     Signed(i64),
     /// A real number.
     Float(f64),
-    /// A switch.
+    /// A truth value, such as whether something has begun.
     Bool(bool),
 }
 
@@ -160,6 +160,14 @@ pub struct RuleStateError {
 /// Without momentum: `w ← w − η·g`. With momentum: `v ← μ·v + g; w ← w − η·v`, where the first `v` is `g`.
 /// This is PyTorch's `torch.optim.SGD` without dampening
 /// (<https://pytorch.org/docs/stable/generated/torch.optim.SGD.html>).
+///
+/// ```
+/// use ps_actors::rule::{Sgd, UpdateRule};
+///
+/// let mut weights = [1.0, 2.0];
+/// Sgd::new().update(&mut weights, &[1.0, -1.0], 0.5);
+/// assert_eq!(weights, [0.5, 2.5]);
+/// ```
 #[derive(Clone, Default)]
 pub struct Sgd {
     momentum: f32,

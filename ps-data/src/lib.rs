@@ -1,5 +1,14 @@
 //! Training data: MNIST and FashionMNIST, and seeded, sharded, resumable batches of any data.
 //!
+//! ```text
+//!  directory, cache, download, bundled sample
+//!      │ verified
+//!      ▼
+//!  ImageDataset ─────────────┐
+//!                            ├──▶ Batches (on a thread, ahead) ──▶ ImageBatch
+//!  SamplerConfig, Cursor ──▶ Sampler: which examples form which batch
+//! ```
+//!
 //! - `Mnist`, `FashionMnist` (feature `mnist`): loaded from a directory, the user's cache or the network, and verified.
 //!   If none of them has MNIST, a bundled sample of the real images is used.
 //! - [`ImageDataset`]: labelled images in memory. It is a burn `Dataset`, and makes normalized

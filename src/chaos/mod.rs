@@ -44,6 +44,8 @@ use ps_actors::weights::Weights;
 
 mod control;
 mod executor;
+#[cfg(test)]
+mod fuzz;
 mod monitor;
 
 pub use control::ControlError;
@@ -83,7 +85,7 @@ pub enum ChaosError {
     /// There is no such worker or server.
     #[error("`{fault}`: there is no {what} {number}; they are numbered from 0 to {last}")]
     Nobody {
-        /// The clause.
+        /// The clause of the plan that names it.
         fault: Fault,
         /// `worker` or `server`.
         what: &'static str,
@@ -101,7 +103,7 @@ pub enum ChaosError {
     /// The fault would end the run for good.
     #[error("`{fault}` would end the run, because {because}: add --checkpoint-dir")]
     NoCheckpoint {
-        /// The clause.
+        /// The clause of the plan that would end the run.
         fault: Fault,
         /// Why the run would end.
         because: &'static str,

@@ -135,7 +135,7 @@ pub struct RunStarted {
     pub unix_time: f64,
     /// What was asked for.
     pub settings: Settings,
-    /// What runs it.
+    /// The versions of ps and of burn.
     pub versions: Versions,
     /// The version of the weights from which the training goes on. 0 for a new one.
     pub first_version: Version,
@@ -207,9 +207,9 @@ impl Versions {
 pub struct SettledStep {
     /// When the worker got the answer, in seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that took the step.
     pub worker: WorkerId,
-    /// The incarnation of the worker.
+    /// The incarnation that the worker had when it took the step.
     pub incarnation: Incarnation,
     /// The clock of the step: 0 for the worker's first one.
     pub clock: Clock,
@@ -340,7 +340,7 @@ impl StepTimes {
 pub struct StepsMissed {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that took the steps.
     pub worker: WorkerId,
     /// The clock of the first of these steps. The others follow it.
     pub first: Clock,
@@ -373,9 +373,9 @@ pub struct Evaluated {
 pub struct WorkerJoined {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that was started.
     pub worker: WorkerId,
-    /// Where it computes.
+    /// The node on which it computes.
     pub node: NodeId,
 }
 
@@ -385,9 +385,9 @@ pub struct WorkerJoined {
 pub struct WorkerLost {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that was lost.
     pub worker: WorkerId,
-    /// Where it was.
+    /// The node on which it computed.
     pub node: NodeId,
     /// Why the driver took it for lost.
     pub reason: String,
@@ -399,11 +399,11 @@ pub struct WorkerLost {
 pub struct WorkerMoved {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that moves.
     pub worker: WorkerId,
-    /// Where it was.
+    /// The node on which it computed.
     pub from: NodeId,
-    /// Where it goes on.
+    /// The node on which it goes on.
     pub to: NodeId,
 }
 
@@ -413,7 +413,7 @@ pub struct WorkerMoved {
 pub struct NodeJoined {
     /// Seconds since the run started.
     pub time: f64,
-    /// The node.
+    /// The id of the process in the cluster: rank and incarnation.
     pub node: NodeId,
     /// The name of its machine.
     pub host: String,
@@ -427,7 +427,7 @@ pub struct NodeJoined {
 pub struct NodeLost {
     /// Seconds since the run started.
     pub time: f64,
-    /// The node.
+    /// The id that the process had in the cluster: rank and incarnation.
     pub node: NodeId,
 }
 

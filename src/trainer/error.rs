@@ -14,6 +14,17 @@ use crate::report::Report;
 use crate::source::SetupError;
 
 /// Why a training run could not be started, or did not finish.
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let mnist = Mnist::bundled_sample();
+/// let error = Trainer::new(ConvNet::init(1, &device), mnist.train).workers(0).run().unwrap_err();
+/// assert!(matches!(error, TrainError::NoWorkers));
+/// assert_eq!(error.to_string(), "training needs at least one worker");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {

@@ -49,7 +49,7 @@ pub enum ReplayError {
     Source {
         /// The id of the gradient.
         id: GradientId,
-        /// Why not.
+        /// What the model or its data said.
         #[source]
         source: SourceError,
     },
@@ -76,7 +76,7 @@ pub enum ReplayError {
     Update {
         /// The version that the update makes.
         version: Version,
-        /// Why not.
+        /// Why it cannot be applied, with all causes.
         reason: String,
     },
 }
@@ -94,7 +94,7 @@ pub struct Replay {
     pub is_cut: bool,
 }
 
-/// One line.
+/// Says in one line what was computed again.
 impl fmt::Display for Replay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (num_updates, num_gradients) = (self.weights.version().0, self.num_gradients);

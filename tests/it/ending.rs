@@ -30,6 +30,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     format!("{error}: {source}")
 }
 
+/// S-11, S-12.
 #[test]
 fn a_run_that_diverges_ends_with_an_error_that_has_the_weights() {
     // To its end, and long before it.
@@ -63,6 +64,7 @@ fn a_limit_that_nothing_keeps_to_ends_the_run() {
     assert!(error.contains("all 6 gradients were refused"), "{error}");
 }
 
+/// S-12.
 #[test]
 fn a_test_set_that_the_model_does_not_take_is_found_before_the_first_step() {
     let Mnist { test, .. } = Mnist::bundled_sample();
@@ -196,6 +198,7 @@ fn a_lasting_worker_goes_on_with_the_batch_that_it_was_lost_with() {
     assert_eq!(losses(2), losses(u64::MAX));
 }
 
+/// S-12.
 #[test]
 fn an_evaluation_that_fails_at_the_end_leaves_the_weights() {
     let trainer = fragile(u64::MAX, 1);
@@ -219,7 +222,7 @@ fn an_evaluation_that_fails_at_the_end_leaves_the_weights() {
     assert_eq!(report.losses, without.losses);
 }
 
-/// A worker's actor is restarted three times a minute, then it is lost. This one is lost 25 times.
+/// a worker's actor is restarted three times a minute, then it is lost. This one is lost 25 times.
 #[test]
 fn a_worker_may_be_lost_any_number_of_times_if_it_gets_on_in_between() {
     const NUM_STEPS: u64 = 120;
@@ -229,7 +232,7 @@ fn a_worker_may_be_lost_any_number_of_times_if_it_gets_on_in_between() {
         let report = trainer().run_on(cluster).unwrap();
         assert_eq!(report.num_applied, NUM_STEPS);
         assert!(report.num_worker_restarts > 100, "{report}");
-        // Most of it was done by lives that could not tell.
+        // Most of it was done by incarnations that could not tell.
         assert_eq!(report.num_examples, 4 * NUM_STEPS);
         assert_eq!(report.losses[0].len() as u64, NUM_STEPS);
         assert!(report.num_untold > 0, "{report}");
@@ -241,6 +244,7 @@ fn a_worker_may_be_lost_any_number_of_times_if_it_gets_on_in_between() {
     });
 }
 
+///
 #[test]
 fn a_worker_that_is_lost_again_and_again_without_a_step_ends_the_run() {
     let trainer = || fragile(1, 0).iterations(10);

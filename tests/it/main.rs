@@ -12,6 +12,7 @@ mod nodes;
 mod observe;
 mod replay;
 mod served;
+mod structure;
 mod torch;
 mod training;
 mod trainings;

@@ -19,9 +19,9 @@ use crate::server::Outcome;
 pub enum Point<'a> {
     /// A worker is about to compute the gradient of a step.
     WorkerComputes {
-        /// The worker.
+        /// The worker that is about to compute.
         worker: WorkerId,
-        /// The step.
+        /// The clock of its step, from 0.
         clock: Clock,
     },
     /// All servers but the first have their parts of a gradient. The first one knows nothing of it.

@@ -220,7 +220,7 @@ fn write_model(weights: &Weights, path: &Path) -> Result<(), CheckpointError> {
 
 impl Weights {
     /// Writes the weights to a file of the format safetensors, under the names of the model's parameters. The
-    /// file is there as a whole or not at all.
+    /// file is either complete or does not exist.
     ///
     /// ```
     /// use ps_actors::weights::{Layout, Weights};

@@ -82,7 +82,7 @@ pub enum ConfigError {
     #[error("the largest gradient norm must be a positive number or infinity, but is {0}")]
     MaxNorm(f64),
     /// The worker lease is too short.
-    #[error("the lease must be at least {MIN_LEASE:?}, but is {0:?}")]
+    #[error("the worker lease must be at least {MIN_LEASE:?}, but is {0:?}")]
     Lease(Duration),
     /// `k` is 0 in [`Consistency::KofN`].
     #[error("k-of-n needs k of at least 1")]

@@ -90,7 +90,7 @@ pub(super) enum Event {
     Push {
         /// The caller to answer.
         ticket: Ticket,
-        /// The gradient.
+        /// What the coordinator knows of the gradient.
         stamp: Stamp,
         /// Whether the answer has to wait until the worker may start its next step.
         then_start: bool,
@@ -99,7 +99,7 @@ pub(super) enum Event {
     Apply {
         /// The caller to answer.
         ticket: Ticket,
-        /// The gradients.
+        /// What the coordinator knows of each gradient.
         stamps: Vec<Stamp>,
         /// How the gradients are combined into one.
         reduction: Reduction,
@@ -125,7 +125,7 @@ pub(super) enum Effect {
     },
     /// A worker has joined by this request. Nothing has to be done for that, but an update log must have it.
     Joined {
-        /// The worker.
+        /// The worker that has joined.
         worker: WorkerId,
         /// The request that began its incarnation.
         request: JoinRequest,
@@ -134,16 +134,16 @@ pub(super) enum Effect {
     Discard(GradientId),
     /// Forget all gradients of earlier incarnations of this worker, and accept no more of them.
     Fence {
-        /// The worker.
+        /// The worker whose earlier incarnations are over.
         worker: WorkerId,
         /// The first incarnation that is still valid.
         below: Incarnation,
     },
     /// Answer a caller.
     Answer {
-        /// The caller.
+        /// The caller that gets the answer.
         ticket: Ticket,
-        /// The answer.
+        /// What it is told.
         answer: Result<Answer, Refusal>,
     },
 }

@@ -270,3 +270,45 @@ fn call_each_other(probes: &[(u32, ActorRef<Probe>)], findings: &mut Findings) {
         "{num_good} connections between {num} processes work"
     ));
 }
+
+#[cfg(test)]
+mod tests {
+    use ps_actors::actor::Spawn;
+    use ps_runtime::test_util::Fuzz;
+
+    use super::*;
+
+    fn probe(all_is_well: &Arc<AtomicBool>) -> ActorRef<Probe> {
+        let all_is_well = Arc::clone(all_is_well);
+        let probe = Spawn::new().start(move || Probe::new(0, Arc::clone(&all_is_well)));
+        probe.expect("the system gives a thread")
+    }
+
+    /// PS-6.
+    #[test]
+    fn nothing_that_a_peer_sends_harms_a_probe() {
+        let all_is_well = Arc::new(AtomicBool::new(false));
+        let other = probe(&all_is_well);
+        let fuzz = Fuzz {
+            one_in: 10,
+            fresh_every: 100,
+        };
+        let num_told = fuzz.run::<Probe>(
+            |_| probe(&all_is_well),
+            |process, _| {
+                vec![
+                    process.sent::<Probe, _>(&Look),
+                    process.sent::<Probe, _>(&Call(other.clone())),
+                    process.sent::<Probe, _>(&Answer),
+                    process.sent::<Probe, _>(&AllIsWell),
+                ]
+            },
+            |probe| {
+                probe.ask(Answer).wait()?;
+                Ok(all_is_well.load(Ordering::Relaxed))
+            },
+        );
+        assert!(num_told > 0, "no probe was told that all is well");
+        assert!(other.ask(Look).wait().is_ok());
+    }
+}

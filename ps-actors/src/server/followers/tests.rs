@@ -59,6 +59,7 @@ fn follow(secret: &GroupSecret, number: u64, decisions: Vec<Decision>) -> Follow
     }
 }
 
+/// PS-10.
 #[test]
 fn a_stranger_is_not_followed_and_does_not_learn_the_secret() {
     let secret = GroupSecret::random();
@@ -77,6 +78,7 @@ fn a_stranger_is_not_followed_and_does_not_learn_the_secret() {
     assert_eq!(server.shard.weights().to_vec(), [0.5; 2]);
 }
 
+/// PS-10.
 #[test]
 fn what_is_told_again_counts_once_and_is_answered_as_the_first_time() {
     let secret = GroupSecret::random();

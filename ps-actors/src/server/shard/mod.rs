@@ -36,6 +36,8 @@ pub(super) const MAX_STAGED: usize = 32;
 pub(super) const MAX_STAGED_OF_STRANGERS: usize = 32;
 
 /// The version of the weights that a pull asks for.
+///
+/// For an example, see [`Push`](super::Push).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PullVersion {
     /// The current version.
@@ -339,6 +341,7 @@ impl Shard {
             .any(|(update, _)| update.gradients.iter().any(|one| one.id == id))
     }
 
+    /// Makes the updates whose gradients are all here, in order.
     fn do_updates(&mut self) -> Vec<ShardAnswer> {
         let mut answers = Vec::new();
         while let Some((update, _)) = self.undone_updates.front() {
@@ -347,7 +350,20 @@ impl Shard {
             }
             let (update, learning_rate) =
                 self.undone_updates.pop_front().expect("there is a front");
-            self.apply(&update, learning_rate);
+            {
+                // Their buffers come back before anybody is answered.
+                let gradients = self.take_gradients(&update);
+                let sum;
+                let gradient = match &gradients[..] {
+                    [single] => single.values(),
+                    several => {
+                        let shares = shares(&update);
+                        sum = reduce(several, shares.as_deref(), update.reduction, &self.pool);
+                        &sum
+                    }
+                };
+                self.write(gradient, learning_rate, update.version);
+            }
             // Calls are answered after every single version, because one may wait for exactly this version.
             self.answer_pulls(&mut answers);
             self.save_if_asked(&mut answers);
@@ -365,29 +381,19 @@ impl Shard {
         }
     }
 
-    fn apply(&mut self, update: &Update, learning_rate: f64) {
+    /// Takes the gradients of an update out of those that are staged. Only this shard's part of each is left.
+    fn take_gradients(&mut self, update: &Update) -> Vec<Gradient> {
         let range = self.range();
-        let gradients: Vec<Gradient> = update
-            .gradients
-            .iter()
-            .map(|one| {
-                let staged = self.staged.remove(&one.id);
-                let staged = staged.expect("checked by the caller, each named once");
-                staged.slice(range.clone())
-            })
-            .collect();
-        let sum;
-        let gradient = match &gradients[..] {
-            [single] => single.values(),
-            several => {
-                let shares = shares(update);
-                sum = reduce(several, shares.as_deref(), update.reduction, &self.pool);
-                &sum
-            }
-        };
-        self.write(gradient, learning_rate, update.version);
+        let named = update.gradients.iter();
+        let taken = named.map(|one| {
+            let staged = self.staged.remove(&one.id);
+            let staged = staged.expect("checked by the caller, each named once");
+            staged.slice(range.clone())
+        });
+        taken.collect()
     }
 
+    /// Lets the rule change the weights by one gradient.
     fn write(&mut self, gradient: &[f32], learning_rate: f64, version: Version) {
         let segment = self.current.segments[0].clone();
         let (start, layout) = (segment.start, Arc::clone(self.current.layout()));

@@ -90,7 +90,8 @@ struct World {
     truth: Truth,
     generation: u32,
     group: Option<Group>,
-    lives: [u32; NUM_WORKERS as usize],
+    /// How often each worker's process has been started.
+    num_starts: [u32; NUM_WORKERS as usize],
     /// Dead workers that nobody has reported.
     unreported: Vec<u32>,
     budget: Budget,
@@ -115,7 +116,7 @@ impl World {
             disk: Disk::default(),
             generation: 0,
             group: None,
-            lives: [0; NUM_WORKERS as usize],
+            num_starts: [0; NUM_WORKERS as usize],
             unreported: Vec::new(),
             budget,
             error: None,
@@ -186,10 +187,10 @@ impl World {
     }
 
     fn start_worker(&mut self, worker: u32) {
-        let life = self.lives[worker as usize];
-        self.lives[worker as usize] += 1;
+        let num_starts = self.num_starts[worker as usize];
+        self.num_starts[worker as usize] += 1;
         let settings = Arc::clone(&self.settings);
-        let process = Worker::new(WorkerId(worker), settings, life, 1.0);
+        let process = Worker::new(WorkerId(worker), settings, num_starts, 1.0);
         self.processes
             .insert(Address::Worker(worker), Process::Worker(Box::new(process)));
         if self.group.is_some() {
@@ -488,7 +489,7 @@ impl World {
         self.open.hash(&mut hasher);
         self.disk.description().hash(&mut hasher);
         self.truth.description().hash(&mut hasher);
-        (self.generation, self.lives, &self.unreported, self.budget).hash(&mut hasher);
+        (self.generation, self.num_starts, &self.unreported, self.budget).hash(&mut hasher);
         (&self.error, self.crashed_after_log).hash(&mut hasher);
         hasher.finish()
     }
