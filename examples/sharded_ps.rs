@@ -116,7 +116,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
     }
     let mut chaos =
         args.chaos
-            .begin(&args.train, &args.cluster, &args.checkpoints, places(args))?;
+            .begin(args.train.num_workers, &args.cluster, &args.checkpoints, places(args))?;
     // `None`: this process was the home of a worker or server, and the training is over.
     let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
     let Some(cluster) = args.cluster.launch(hosts) else {

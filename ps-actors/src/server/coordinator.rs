@@ -20,11 +20,14 @@ use crate::ids::{Clock, Epoch, Incarnation, JoinRequest, Version, WorkerId};
 
 mod admission;
 mod callers;
+pub(super) mod cost;
+mod held;
 mod members;
 mod pending;
 mod rounds;
 mod state;
 
+use held::Held;
 use members::{Member, Members};
 use pending::{Looked, Pending};
 pub(crate) use state::{CoordinatorState, beside_header};
@@ -33,15 +36,6 @@ pub(crate) use state::{CoordinatorState, beside_header};
 struct Waiter {
     ticket: Ticket,
     then_start: bool,
-}
-
-/// A settled push whose worker may not start its next step yet.
-#[derive(Clone, Debug)]
-struct HeldAnswer {
-    ticket: Ticket,
-    worker: WorkerId,
-    clock: Clock,
-    outcome: Outcome,
 }
 
 /// What decides which workers may start a step: the mode, the slowest member, and who the members are.
@@ -65,7 +59,7 @@ pub(super) struct Coordinator {
     /// The pending pushes that do not have to be looked at.
     looked_at_pending: Looked<Pace>,
     looked_at_late: Looked<Version>,
-    held_answers: Vec<HeldAnswer>,
+    held_answers: Held,
     looked_at_held: Looked<Pace>,
     stats: BTreeMap<WorkerId, WorkerStatus>,
     /// No worker that joins begins at an earlier clock.
@@ -90,7 +84,7 @@ impl Coordinator {
             pending: Pending::default(),
             looked_at_pending: Looked::default(),
             looked_at_late: Looked::default(),
-            held_answers: Vec::new(),
+            held_answers: Held::default(),
             looked_at_held: Looked::default(),
             stats: BTreeMap::new(),
             least_clock: Clock(0),

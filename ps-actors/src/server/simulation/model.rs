@@ -613,9 +613,17 @@ fn budget(crashes: u8, losses: u8, doubles: u8) -> Budget {
     }
 }
 
+/// With a bound of 0, the answer to one worker waits for the step of the other. With `k` = 1, one of the two is late.
+const MODES: [Consistency; 4] = [
+    Consistency::Bsp,
+    Consistency::Asp,
+    Consistency::Ssp { bound: 0 },
+    Consistency::KofN { k: 1 },
+];
+
 #[test]
 fn every_order_of_messages_of_which_one_comes_twice_or_is_lost_keeps_the_guarantees() {
-    for consistency in [Consistency::Bsp, Consistency::Asp] {
+    for consistency in MODES {
         check(consistency, budget(0, 1, 0));
         check(consistency, budget(0, 0, 1));
     }
@@ -623,8 +631,15 @@ fn every_order_of_messages_of_which_one_comes_twice_or_is_lost_keeps_the_guarant
 
 #[test]
 fn a_crash_at_any_point_keeps_the_guarantees() {
-    for consistency in [Consistency::Bsp, Consistency::Asp] {
+    for consistency in MODES {
         check(consistency, budget(1, 0, 0));
+    }
+}
+
+#[test]
+fn a_crash_after_a_message_that_came_twice_keeps_the_guarantees() {
+    for consistency in [Consistency::Bsp, Consistency::Asp] {
+        check(consistency, budget(1, 0, 1));
     }
 }
 
