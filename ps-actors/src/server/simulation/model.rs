@@ -3,7 +3,8 @@
 //! The processes are those of the simulator, and so is the observer. Here no dice decide what happens next:
 //! [`stateright`] tries everything, within bounds: until a crash, messages arrive in every order, and one is
 //! lost or comes twice. Each process is killed at every point of every such order without losses, also between
-//! any two of its actions. What follows a crash happens in two orders.
+//! any two of its actions; in two modes also when a message has come twice. What follows a crash happens in two
+//! orders.
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
