@@ -58,7 +58,8 @@ fn train(args: Args) -> Result<ExitCode> {
     let test = collated(landscape(1_000, 0.5), as_batch);
 
     // Processes compare their data, too.
-    let train = collated(landscape(NUM_POINTS, 0.0), as_batch).compared_by(|point| format!("{point:?}"));
+    let train =
+        collated(landscape(NUM_POINTS, 0.0), as_batch).compared_by(|point| format!("{point:?}"));
     let trainer = Trainer::new(model.clone(), train)
         .test_data(test)
         .device(&device)

@@ -47,7 +47,10 @@ pub fn run(input: &[u8]) {
         let from = middle.map_or(Version(0), |update| update.version);
         if ScheduleWriter::resume(&path, &facts(), from).is_ok() {
             let kept = Schedule::read(&path).expect("it was read before");
-            assert_eq!(kept.updates.last().map_or(Version(0), |last| last.version), from);
+            assert_eq!(
+                kept.updates.last().map_or(Version(0), |last| last.version),
+                from
+            );
         }
     });
 }

@@ -57,7 +57,11 @@ pub fn run(input: &[u8]) {
         let Ok((_, Some(found))) = opened else {
             return;
         };
-        if let Ok(server) = ParameterServer::new(&found.checkpoint, rule(), ServerConfig::default()) {
+        if let Ok(server) = ParameterServer::new(
+            &found.checkpoint,
+            Sgd::with_momentum(0.9),
+            ServerConfig::default(),
+        ) {
             let server = server.spawn().expect("there is a thread");
             // The record of gradients may refuse it.
             let update = ApplyGradients::mean([update(1 << 20)]);
@@ -72,7 +76,7 @@ fn logged(num_updates: u64) -> TempDir {
     let initial = initial();
     let opened = Checkpoints::open(config(&directory), rule(), |_| Ok(()));
     let (mut checkpoints, _) = opened.expect("the directory is empty");
-    let server = ParameterServer::new(&initial, rule(), ServerConfig::default());
+    let server = ParameterServer::new(&initial, Sgd::with_momentum(0.9), ServerConfig::default());
     let server = server.expect("the settings work").spawn();
     let server = server.expect("there is a thread");
     let begun = checkpoints.start_log(&server, Start::from(&initial));

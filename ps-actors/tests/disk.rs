@@ -30,7 +30,7 @@ fn rule() -> Box<dyn UpdateRule> {
 
 fn server() -> ActorRef<ParameterServer> {
     let initial = Weights::initial(Layout::flat(NUM_WEIGHTS), vec![1.0; NUM_WEIGHTS]);
-    let server = ParameterServer::new(&initial, rule(), ServerConfig::default());
+    let server = ParameterServer::new(&initial, Sgd::with_momentum(0.9), ServerConfig::default());
     server.unwrap().spawn().unwrap()
 }
 
@@ -47,7 +47,9 @@ fn train(server: &ActorRef<ParameterServer>, clock: u64) {
         num_examples: 1,
         gradient: Gradient::new(vec![0.5; NUM_WEIGHTS]),
     };
-    let applied = server.ask(ApplyGradients::mean([update])).wait_timeout(SOON);
+    let applied = server
+        .ask(ApplyGradients::mean([update]))
+        .wait_timeout(SOON);
     let weights = applied.expect("the server answers").expect("it applies");
     assert_eq!(weights.version(), Version(clock + 1));
 }
@@ -67,7 +69,10 @@ fn versions(directory: &Path) -> Vec<Version> {
     let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap());
     let names = entries.map(|entry| entry.file_name().into_string().unwrap());
     let names: Vec<String> = names.filter(|name| name.contains("checkpoint")).collect();
-    assert!(names.iter().all(|name| name.starts_with("checkpoint-")), "{names:?}");
+    assert!(
+        names.iter().all(|name| name.starts_with("checkpoint-")),
+        "{names:?}"
+    );
     let read = |name: &String| Checkpoint::read(&directory.join(name)).unwrap().version();
     names.iter().map(read).collect()
 }
@@ -84,7 +89,9 @@ impl Watch for Disks {
 
     fn before_write(&self, file: &Path) -> io::Result<()> {
         let disks = DISKS.lock().unwrap();
-        let disk = disks.iter().find(|(directory, _)| file.starts_with(directory));
+        let disk = disks
+            .iter()
+            .find(|(directory, _)| file.starts_with(directory));
         let Some(fault) = disk.map(|(_, fault)| Arc::clone(fault)) else {
             return Ok(());
         };
@@ -97,7 +104,10 @@ impl Watch for Disks {
 fn harm(directory: &Path, fault: impl Fn(&Path) -> io::Result<()> + Send + Sync + 'static) {
     static WATCHED: Once = Once::new();
     WATCHED.call_once(|| watch(Disks).unwrap());
-    DISKS.lock().unwrap().insert(directory.to_owned(), Arc::new(fault));
+    DISKS
+        .lock()
+        .unwrap()
+        .insert(directory.to_owned(), Arc::new(fault));
 }
 
 fn heal(directory: &Path) {
@@ -169,7 +179,10 @@ fn a_slow_disk_holds_up_no_update() {
         goes.send(()).unwrap();
     }
     let report = checkpoints.finish();
-    assert_eq!((report.num_saved, report.num_failed, report.num_skipped), (1, 0, 5));
+    assert_eq!(
+        (report.num_saved, report.num_failed, report.num_skipped),
+        (1, 0, 5)
+    );
     // What was fixed when it was taken.
     assert_eq!(versions(path), [Version(2)]);
     heal(path);
@@ -205,7 +218,10 @@ fn a_full_and_a_read_only_disk_cost_checkpoints_and_not_the_training() {
         Ok(output) if output.status.success() => {}
         Ok(output) => {
             let why = String::from_utf8_lossy(&output.stderr);
-            println!("skipped: no file system can be mounted here: {}", why.trim());
+            println!(
+                "skipped: no file system can be mounted here: {}",
+                why.trim()
+            );
             return;
         }
         Err(error) => {
@@ -255,7 +271,8 @@ fn on_a_small_disk(path: &Path) {
     assert_eq!(next(&mut checkpoints), (1, 1));
     assert_eq!(versions(path), [Version(2)]);
     // There is room for the weights, and not for the momentum.
-    file.set_len(file.metadata().unwrap().len() - (300 << 10)).unwrap();
+    file.set_len(file.metadata().unwrap().len() - (300 << 10))
+        .unwrap();
     assert_eq!(next(&mut checkpoints), (1, 2));
     assert_eq!(versions(path), [Version(2)]);
     drop(file);

@@ -208,7 +208,10 @@ impl Ledger {
             return false;
         }
         let mark = match ends_driver {
-            true => format!("{fault}{ENDED}{}", since_1970(SystemTime::now()).as_micros()),
+            true => format!(
+                "{fault}{ENDED}{}",
+                since_1970(SystemTime::now()).as_micros()
+            ),
             false => fault.to_string(),
         };
         if let Err(error) = self.mark(&mark) {

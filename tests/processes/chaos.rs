@@ -80,7 +80,15 @@ fn a_plan_may_kill_the_driver_if_there_are_checkpoints() {
 #[test]
 fn a_model_of_your_own_follows_a_plan() {
     let plan = "kill worker 1 @ step 30; stop worker 0 for 200ms @ step 60; kill worker 0 @ step 90; drop 1%; seed 1";
-    let arguments = ["--epochs", "3", "--processes", "3", "--chaos", plan, "--chaos-control"];
+    let arguments = [
+        "--epochs",
+        "3",
+        "--processes",
+        "3",
+        "--chaos",
+        plan,
+        "--chaos-control",
+    ];
     let (status, output) = Run::start_plain("custom_model", &arguments).finish();
     assert!(status.success(), "{output}");
     // 4,000 points in batches of 50, three times.

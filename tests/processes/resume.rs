@@ -94,16 +94,27 @@ fn a_run_whose_driver_is_killed_goes_on_from_its_checkpoint_with_the_same_bits()
 #[test]
 fn a_run_that_is_killed_after_n_updates_and_goes_on_has_the_same_bits_with_every_optimizer() {
     for optimizer in ["sgd", "momentum", "adam"] {
-        let arguments = ["--epochs", "1", "--processes", "3", "--optimizer", optimizer];
+        let arguments = [
+            "--epochs",
+            "1",
+            "--processes",
+            "3",
+            "--optimizer",
+            optimizer,
+        ];
         let whole = tempfile::tempdir().unwrap();
-        let (status, output) = Run::start_plain("count_steps", &saving(&arguments, "30", whole.path())).finish();
+        let (status, output) =
+            Run::start_plain("count_steps", &saving(&arguments, "30", whole.path())).finish();
         assert!(status.success(), "{output}");
         for n in ["30", "3"] {
             let killed = tempfile::tempdir().unwrap();
             let arguments = saving(&arguments, n, killed.path());
             let dies = [&arguments[..], &["--die", "0 checkpoint-named 1"]].concat();
             let (status, output) = Run::start_plain("count_steps", &dies).finish();
-            assert!(!status.success() && output.contains("dies at checkpoint-named"), "{output}");
+            assert!(
+                !status.success() && output.contains("dies at checkpoint-named"),
+                "{output}"
+            );
             let (saved, _) = newest(killed.path()).expect("it was named");
             assert_eq!(saved.to_string(), n, "{output}");
 
@@ -111,8 +122,14 @@ fn a_run_that_is_killed_after_n_updates_and_goes_on_has_the_same_bits_with_every
             let (status, output) = Run::start_plain("count_steps", &again).finish();
             assert!(status.success(), "{optimizer}, {n}: {output}");
             assert_eq!(newest(killed.path()).unwrap().0, 60, "{output}");
-            assert!(output.contains("120 gradients"), "{optimizer}, {n}: {output}");
-            assert!(numbers(killed.path()) == numbers(whole.path()), "{optimizer}, {n}: {output}");
+            assert!(
+                output.contains("120 gradients"),
+                "{optimizer}, {n}: {output}"
+            );
+            assert!(
+                numbers(killed.path()) == numbers(whole.path()),
+                "{optimizer}, {n}: {output}"
+            );
         }
     }
 }

@@ -261,7 +261,10 @@ fn disk_takes(path: &Path) -> io::Result<()> {
 }
 
 #[cfg(not(feature = "chaos"))]
-#[allow(clippy::unnecessary_wraps, reason = "with the feature `chaos` it may fail")]
+#[allow(
+    clippy::unnecessary_wraps,
+    reason = "with the feature `chaos` it may fail"
+)]
 fn disk_takes(_: &Path) -> io::Result<()> {
     Ok(())
 }

@@ -7,13 +7,13 @@
 //! number of servers computes the same bits as one (PS-3), and a version means the same everywhere (PS-5).
 //!
 //! A push is *new*, then *pending* (it waits for its round, or for slower workers), then *settled* with an
-//! [`Outcome`] in the worker's ledger (PS-2). After every event, `rounds` decides everything that may
+//! [`Outcome`](super::ledger::Outcome) in the worker's ledger (PS-2). After every event, `rounds` decides everything that may
 //! happen next.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::consistency::{Consistency, Reduction};
-use super::ledger::{Ledger, Outcome};
+use super::ledger::Ledger;
 use super::protocol::{Answer, Effect, Event, Membership, Refusal, Ticket};
 use super::status::{CoordinatorStatus, WorkerStatus};
 use crate::ids::{Clock, Epoch, Incarnation, JoinRequest, Version, WorkerId};

@@ -98,19 +98,34 @@ fn a_bounded_delay_is_faster_than_none_and_than_no_bound() {
         let outcome = simulate(settings).unwrap_or_else(|failure| panic!("{failure}"));
         println!(
             "{consistency}: idle {:.3}, staleness {:.1}, {:?} to the loss, {} gradients",
-            outcome.idle, outcome.mean_staleness, outcome.time_to_target, outcome.report.work.num_applied
+            outcome.idle,
+            outcome.mean_staleness,
+            outcome.time_to_target,
+            outcome.report.work.num_applied
         );
         outcome
     });
     for (pair, modes) in outcomes.windows(2).zip(modes.windows(2)) {
         assert!(pair[1].idle <= pair[0].idle, "idle: {modes:?}");
-        assert!(pair[1].mean_staleness >= pair[0].mean_staleness, "staleness: {modes:?}");
+        assert!(
+            pair[1].mean_staleness >= pair[0].mean_staleness,
+            "staleness: {modes:?}"
+        );
     }
     let [first, .., last] = &outcomes;
-    assert!(first.idle > 0.3 && last.idle < 0.05, "{} {}", first.idle, last.idle);
+    assert!(
+        first.idle > 0.3 && last.idle < 0.05,
+        "{} {}",
+        first.idle,
+        last.idle
+    );
     let time = |outcome: &Outcome| outcome.time_to_target.unwrap_or(Duration::MAX);
     let best = outcomes[1..5].iter().map(time).min().expect("four");
-    assert!(best < time(first) && best < time(last), "{best:?}: {:?}", outcomes.each_ref().map(time));
+    assert!(
+        best < time(first) && best < time(last),
+        "{best:?}: {:?}",
+        outcomes.each_ref().map(time)
+    );
 }
 
 #[test]

@@ -23,7 +23,11 @@ fn looks_per_push(consistency: Consistency, num_workers: u32, num_pushes: u32) -
     for worker in 0..num_workers {
         let (ticket, request) = (Ticket(u64::from(worker)), JoinRequest(u64::from(worker)));
         let worker = WorkerId(worker);
-        coordinator.step(Event::Join { ticket, worker, request });
+        coordinator.step(Event::Join {
+            ticket,
+            worker,
+            request,
+        });
         coming.push((std::cmp::Reverse(time_of_step(worker.0)), worker));
     }
     // The next step of each worker, and the version that its gradient is computed on.
@@ -34,13 +38,21 @@ fn looks_per_push(consistency: Consistency, num_workers: u32, num_pushes: u32) -
         let (clock, computed_on) = steps[worker.0 as usize];
         let incarnation = coordinator.incarnation(worker).expect("a member");
         let stamp = Stamp {
-            id: GradientId { worker, incarnation, clock },
+            id: GradientId {
+                worker,
+                incarnation,
+                clock,
+            },
             computed_on,
             norm: 1.0,
             num_examples: 1,
         };
         let ticket = Ticket(u64::from(worker.0));
-        for effect in coordinator.step(Event::Push { ticket, stamp, then_start: true }) {
+        for effect in coordinator.step(Event::Push {
+            ticket,
+            stamp,
+            then_start: true,
+        }) {
             if let Effect::Answer { ticket, answer } = effect {
                 answer.expect("it is taken");
                 let worker = WorkerId(u32::try_from(ticket.0).unwrap());
@@ -65,10 +77,17 @@ fn what_a_push_costs_does_not_grow_with_the_number_of_workers() {
     ];
     for (name, mode) in modes {
         let looks = [10, 100, 1_000].map(|num_workers| {
-            looks_per_push(mode(most(num_workers)), num_workers, 40 * num_workers.max(100))
+            looks_per_push(
+                mode(most(num_workers)),
+                num_workers,
+                40 * num_workers.max(100),
+            )
         });
         println!("{name}: {looks:.2?} entries per push, with 10, 100 and 1,000 workers");
         // To look at all workers, or at all that wait, would be hundreds.
-        assert!(looks[2] < 12.0 && looks[2] < 2.0 * looks[0] + 1.0, "{name}: {looks:?}");
+        assert!(
+            looks[2] < 12.0 && looks[2] < 2.0 * looks[0] + 1.0,
+            "{name}: {looks:?}"
+        );
     }
 }
