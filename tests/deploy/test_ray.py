@@ -139,7 +139,8 @@ class OnRay(unittest.TestCase):
         flags = [word for word in program[2:] if word != "--servers-on-nodes"]
         undisturbed = Process(
             self, [example("sharded_ps"), *flags, *length, "--offline", f"--export={directory / 'undisturbed.safetensors'}"],
-            env=environment(),
+            # Without data of this user, as on Ray.
+            env=environment(HOME=str(directory)),
         )
         code, text = undisturbed.wait(180)
         self.assertEqual(code, 0, text)
@@ -153,7 +154,7 @@ class OnRay(unittest.TestCase):
         job = cluster.submit(
             self.working_dir(), "python", "ps_on_ray.py", "--workers=1", "--driver-resources=CPU=1,side=0.1",
             "--", "./sharded_ps", "--offline", "--num-workers=1", "--batch-size=64", "--iterations=3000",
-            f"--checkpoint-dir={saved}", "--checkpoint-every=500", "--resume",
+            f"--checkpoint-dir={saved}", "--checkpoint-every=500", "--resume", "--update-log",
         )
         first = job.wait_for(r"driver 0: runs on 10.78.0.(\d) .*, attempt 0", 90)
         job.wait_for("saved a checkpoint", 90)
