@@ -647,15 +647,17 @@ fn a_crash_after_a_message_that_came_twice_keeps_the_guarantees() {
 /// The model finds what it should find.
 #[test]
 fn the_model_finds_an_answer_before_the_log() {
-    let model = SmallGroup {
-        consistency: Consistency::Asp,
-        budget: budget(1, 0, 0),
-        mistake: Some(Mistake::AnswersBeforeLog),
-    };
-    let checker = model.checker().spawn_bfs().join();
-    let found = checker
-        .discovery("all guarantees hold")
-        .expect("the mistake");
-    let error = found.last_state().error.clone().unwrap_or_default();
-    assert!(error.contains("acknowledged"), "{error}");
+    for consistency in MODES {
+        let model = SmallGroup {
+            consistency,
+            budget: budget(1, 0, 0),
+            mistake: Some(Mistake::AnswersBeforeLog),
+        };
+        let checker = model.checker().spawn_bfs().join();
+        let found = checker
+            .discovery("all guarantees hold")
+            .unwrap_or_else(|| panic!("{consistency}: the mistake is not found"));
+        let error = found.last_state().error.clone().unwrap_or_default();
+        assert!(error.contains("acknowledged"), "{consistency}: {error}");
+    }
 }
