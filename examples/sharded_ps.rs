@@ -114,9 +114,12 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         args.checkpoints.export(&model, &device, &replay.weights)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut chaos =
-        args.chaos
-            .begin(&args.train, &args.cluster, &args.checkpoints, places(args))?;
+    let mut chaos = args.chaos.begin(
+        args.train.num_workers,
+        &args.cluster,
+        &args.checkpoints,
+        places(args),
+    )?;
     // `None`: this process was the home of a worker or server, and the training is over.
     let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
     let Some(cluster) = args.cluster.launch(hosts) else {
