@@ -16,6 +16,7 @@
 //! | [`schedule`] | which gradients made which update, in a file, so that a run can be replayed |
 //! | [`http`] | the parameter server for workers in any language |
 //! | [`rule`] | update rules, which change the weights by a gradient; SGD |
+//! | [`learning_rate`] | learning rates that change during a run |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
 //!
 //! The modules of the actor runtime are re-exported, so a program needs only this crate: [`actor`],
@@ -30,6 +31,7 @@ pub mod group;
 pub mod heartbeat;
 pub mod http;
 pub mod ids;
+pub mod learning_rate;
 pub mod rule;
 pub mod schedule;
 pub mod server;

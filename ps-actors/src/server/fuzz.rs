@@ -20,7 +20,7 @@ use crate::checkpoint::Rest;
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::messages::{Decision, Follow};
-use crate::server::protocol::{Summand, Update};
+use crate::server::protocol::{Clip, Summand, Update};
 use crate::server::{
     ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
     GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull,
@@ -64,6 +64,12 @@ fn follow(rng: &mut TestRng, secret: &GroupSecret, id: GradientId, gradient: Gra
         version: Version([0, 1, 1, 2][below(rng, 4)]),
         gradients: vec![summand; num_named],
         reduction: Reduction::Mean,
+        clip: [
+            Clip::None,
+            Clip::Scale(0.5),
+            Clip::Value(0.5),
+            Clip::Value(f32::NAN),
+        ][below(rng, 4)],
     };
     let fence = Decision::Fence {
         worker: id.worker,
