@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::super::consistency::{Consistency, Reduction};
 use super::super::ledger::Outcome;
-use super::super::protocol::{Answer, Effect, Update};
+use super::super::protocol::{Answer, Clip, Effect, Update};
 use super::held::HeldAnswer;
 use super::pending::{Arrival, PendingPush};
 use super::{Coordinator, Pace, Waiter};
@@ -118,6 +118,7 @@ impl Coordinator {
             version: self.version,
             gradients,
             reduction,
+            clip: Clip::None,
         }));
         let mut latest = Outcome::Applied {
             version: self.version,
