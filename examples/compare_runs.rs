@@ -19,7 +19,7 @@ use ps::runs::compare;
 
 /// Compares trainings by the directories that they wrote with `--run-dir`.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = EXAMPLES)]
 struct Args {
     /// The directories of the runs.
     #[arg(required = true)]
@@ -28,6 +28,11 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
+
+const EXAMPLES: &str = "Examples:
+  compare_runs runs/bsp runs/asp              a table of two runs
+  compare_runs runs/bsp runs/asp --out runs   and their curves in runs/compare.svg
+  compare_runs runs/bsp                       how far a run is that has not ended";
 
 fn main() -> ExitCode {
     cli::main(|args: Args| -> Result<ExitCode> {

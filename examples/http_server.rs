@@ -29,7 +29,7 @@ use ps::prelude::*;
 
 /// A parameter server for workers that speak HTTP.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = EXAMPLES)]
 struct Args {
     /// Where to listen. Other hosts need a token: at least 16 characters in $PS_TOKEN.
     #[arg(long, default_value = "127.0.0.1:8265")]
@@ -52,6 +52,12 @@ struct Args {
     #[command(flatten)]
     checkpoints: CheckpointArgs,
 }
+
+const EXAMPLES: &str = "Examples:
+  http_server --num-workers 2             wait for two workers, then train in rounds
+  http_server --consistency asp --checkpoint-dir runs/one
+  PS_TOKEN=... http_server --listen 0.0.0.0:8265    workers of other hosts need the token
+  python examples/python/torch_worker.py --data-dir DIR --worker 0 --num-workers 2";
 
 fn main() -> ExitCode {
     cli::main(serve)

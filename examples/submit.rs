@@ -31,7 +31,7 @@ const MAX_FAILURES: u32 = 60;
 
 /// Runs a program on a Ray cluster.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, after_help = EXAMPLES)]
 struct Args {
     /// The cluster's dashboard, such as http://10.0.0.1:8265 [default: $RAY_API_SERVER_ADDRESS].
     #[arg(long)]
@@ -67,6 +67,12 @@ struct Args {
     #[arg(required = true, last = true)]
     command: Vec<String>,
 }
+
+const EXAMPLES: &str = "Examples:
+  submit --address http://10.0.0.1:8265 -- target/release/examples/sync_ps --num-workers=2
+  submit --servers=2 --workers=3 -- target/release/examples/sharded_ps \\
+      --num-servers=2 --num-workers=3 --servers-on-nodes
+  submit --detach -- target/release/examples/async_ps   do not wait for the job";
 
 fn main() -> ExitCode {
     submit(&Args::parse()).unwrap_or_else(|error| {

@@ -116,6 +116,15 @@ pub fn agree_on_model<M: Module>(hosts: Hosts, model: &M, device: &Device) -> Ho
 
 /// Lets a node join only if it has the same training data: the same number of examples, and the same
 /// [fingerprint](Examples::fingerprint).
+///
+/// ```
+/// use ps::prelude::*;
+///
+/// let hosts = agree_on_data(Hosts::new(), &Mnist::bundled_sample().train);
+/// assert!(hosts.agreed().count() > 0);
+/// ```
+///
+/// [`agree_on_model`] has an example with a node that is refused.
 #[must_use]
 pub fn agree_on_data<E: Examples>(hosts: Hosts, data: &E) -> Hosts {
     Facts::default().data(data).must_agree(hosts)

@@ -64,9 +64,9 @@ pub enum ExportError {
     /// burn cannot write the file.
     #[error("cannot write {}: {reason}", path.display())]
     Burn {
-        /// The file.
+        /// The file that was to be written.
         path: PathBuf,
-        /// Why not.
+        /// What burn said.
         reason: String,
     },
 }

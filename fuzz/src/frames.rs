@@ -4,20 +4,21 @@
 use std::cell::RefCell;
 
 use ps_actors::actor::{ActorRef, CallError, NotDelivered, Spawn};
-use ps_actors::codec::{CodecError, Encoded, encode};
+use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use ps_actors::net::NetConfig;
 use ps_actors::rule::UpdateRule;
 use ps_actors::server::{
-    ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
+    ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
     Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull, ReportLost,
     ServerConfig, SetConsistency, SetLearningRate, Stage, TakeCheckpoint,
 };
 use ps_actors::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use ps_actors::worker::{
-    ComputeGradients, DataWorker, GetProgress, GoOnAt, LocalGradient, SourceError, StopSteps,
+    ComputeGradients, DataWorker, GetProgress, GetSteps, GoOnAt, KeepMembership, LocalGradient,
+    RunSteps, SourceError, StopSteps, WorkerError,
 };
-use ps_runtime::test_util::{CALLER_FRAMES, Fed, frame};
+use ps_runtime::test_util::{CALLER_FRAMES, Fed, Sent, frame, offers_all};
 
 const NUM_WEIGHTS: usize = 9;
 
@@ -138,120 +139,129 @@ fn compute(_: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
     })
 }
 
-/// Returns one input for each kind of frame and each message that can be made outside of a cluster.
+/// Returns one input for each kind of frame and each message that a program can make.
 ///
 /// # Panics
-/// When a message cannot be written.
+/// When a message is missing, or cannot be written.
 #[must_use]
 pub fn seeds() -> Vec<Vec<u8>> {
-    let to_server = server_messages().map(|(code, message)| (0, code, message));
-    let to_worker = worker_messages().map(|(code, message)| (1, code, message));
-    let all = to_server.into_iter().chain(to_worker);
-    let mut seeds: Vec<Vec<u8>> = all
-        .map(|(which, code, message)| {
-            let message = message.expect("each can be written");
-            let mut input = vec![which];
-            input.extend(frame(0, 1, code, message, false));
-            input
-        })
-        .collect();
-    // What a worker does in a run.
-    let run: Vec<u8> = [4, 9, 10, 5]
-        .iter()
-        .flat_map(|&code| seeds[place(code)][1..].to_vec())
-        .collect();
-    seeds.push([vec![2], run].concat());
+    let actors = Actors::new();
+    let (to_server, to_worker) = (actors.to_server(), actors.to_worker());
+    let codes = |messages: &[Sent]| messages.iter().map(|(code, _)| *code).collect::<Vec<_>>();
+    // `Follow` has the secret of a group. `ps-actors/src/server/fuzz.rs` sends it.
+    offers_all::<ParameterServer>(codes(&to_server), 1);
+    offers_all::<DataWorker<Compute>>(codes(&to_worker), 0);
+    let seed = |which: u8, (code, message): &Sent| {
+        [vec![which], frame(0, 1, *code, message.clone(), false)].concat()
+    };
+    let of_server = to_server.iter().map(|sent| seed(0, sent));
+    let of_worker = to_worker.iter().map(|sent| seed(1, sent));
+    let mut seeds: Vec<Vec<u8>> = of_server.chain(of_worker).collect();
+    seeds.push([vec![2], actors.a_run()].concat());
     for kind in 0..CALLER_FRAMES {
-        let message = encode(&GetWeights).expect("it can be written");
-        seeds.push([vec![2], frame(kind, 7, 0, message, kind == 0)].concat());
+        let (code, message) = actors.process.sent::<ParameterServer, _>(&GetWeights);
+        seeds.push([vec![2], frame(kind, 7, code, message, kind == 0)].concat());
     }
     seeds
 }
 
-/// Where the message of the server with this code is among the seeds. Code 3 needs a cluster.
-fn place(code: u32) -> usize {
-    let is_it = |(known, _): &(u32, _)| *known == code;
-    server_messages()
-        .iter()
-        .position(is_it)
-        .expect("it is there")
-}
-
-/// With the codes that `ParameterServer`'s list of messages gives them.
-fn server_messages() -> [(u32, Result<Encoded, CodecError>); 16] {
-    let (worker, incarnation) = (WorkerId(0), Incarnation(1));
-    let id = GradientId {
-        worker,
-        incarnation,
-        clock: Clock(0),
-    };
-    let gradient = Gradient::new(vec![0.5; NUM_WEIGHTS]);
-    let update = GradientUpdate {
-        id,
+fn update() -> GradientUpdate {
+    GradientUpdate {
+        id: GradientId {
+            worker: WorkerId(0),
+            incarnation: Incarnation(1),
+            clock: Clock(0),
+        },
         computed_on: Version(0),
         loss: 1.0,
         num_examples: 4,
-        gradient: gradient.clone(),
-    };
-    [
-        (0, encode(&GetWeights)),
-        (1, encode(&Pull(PullVersion::AtLeast(Version(0))))),
-        (2, encode(&ApplyGradients::mean([update.clone()]))),
-        (
-            4,
-            encode(&Join {
-                worker,
-                request: JoinRequest(1),
-            }),
-        ),
-        (
-            5,
-            encode(&Leave {
-                worker,
-                incarnation,
-            }),
-        ),
-        (6, encode(&ReportLost { worker })),
-        (
-            7,
-            encode(&Heartbeat {
-                worker,
-                incarnation,
-            }),
-        ),
-        (8, encode(&Stage { id, gradient })),
-        (9, encode(&Push(update.clone()))),
-        (10, encode(&PushPull(update))),
-        (11, encode(&SetConsistency(Consistency::Ssp { bound: 1 }))),
-        (12, encode(&SetLearningRate(0.1))),
-        (13, encode(&GetStatus)),
-        (14, encode(&TakeCheckpoint)),
-        (
-            15,
-            encode(&GetSavedState {
-                version: Version(0),
-            }),
-        ),
-        (16, encode(&ForgetSavedStates { until: Version(0) })),
-    ]
+        gradient: Gradient::new(vec![0.5; NUM_WEIGHTS]),
+    }
 }
 
-/// With the codes that `DataWorker`'s list of messages gives them.
-fn worker_messages() -> [(u32, Result<Encoded, CodecError>); 4] {
-    let layout = Layout::new(vec![Parameter {
-        name: "weight".to_owned(),
-        shape: vec![2, 3],
-        range: 0..6,
-    }]);
-    let weights = Weights::initial(layout.expect("it is whole"), vec![0.5; 6]);
-    let go_on = GoOnAt {
-        clock: Clock(3),
-        after: Incarnation(1),
-    };
-    [
-        (0, encode(&ComputeGradients(weights))),
-        (2, encode(&go_on)),
-        (3, encode(&StopSteps)),
-        (4, encode(&GetProgress)),
-    ]
+impl Actors {
+    /// What a worker does in a run.
+    fn a_run(&self) -> Vec<u8> {
+        let (worker, incarnation) = (WorkerId(0), Incarnation(1));
+        let request = JoinRequest(1);
+        let sent = [
+            self.server(&Join { worker, request }),
+            self.server(&Push(update())),
+            self.server(&PushPull(update())),
+            self.server(&Leave {
+                worker,
+                incarnation,
+            }),
+        ];
+        // A second call with the same number would end the connection.
+        let frames = (1..).zip(sent);
+        let frames = frames.map(|(call, (code, message))| frame(0, call, code, message, false));
+        frames.flatten().collect()
+    }
+
+    fn server<M: actix::Message + 'static>(&self, message: &M) -> Sent {
+        self.process.sent::<ParameterServer, M>(message)
+    }
+
+    fn worker<M: actix::Message + 'static>(&self, message: &M) -> Sent {
+        self.process.sent::<DataWorker<Compute>, M>(message)
+    }
+
+    fn to_server(&self) -> Vec<Sent> {
+        let GradientId {
+            worker,
+            incarnation,
+            ..
+        } = update().id;
+        let (id, gradient, request) = (update().id, update().gradient, JoinRequest(1));
+        let (version, until) = (Version(0), Version(0));
+        let kept: Result<GradientUpdate, WorkerError> = Ok(update());
+        let kept = self.process.keep(&kept);
+        vec![
+            self.server(&GetWeights),
+            self.server(&Pull(PullVersion::AtLeast(version))),
+            self.server(&ApplyGradients::mean([update()])),
+            self.server(&ApplyKept::mean([kept])),
+            self.server(&Join { worker, request }),
+            self.server(&Leave {
+                worker,
+                incarnation,
+            }),
+            self.server(&ReportLost { worker }),
+            self.server(&Heartbeat {
+                worker,
+                incarnation,
+            }),
+            self.server(&Stage { id, gradient }),
+            self.server(&Push(update())),
+            self.server(&PushPull(update())),
+            self.server(&SetConsistency(Consistency::Ssp { bound: 1 })),
+            self.server(&SetLearningRate(0.1)),
+            self.server(&GetStatus),
+            self.server(&TakeCheckpoint),
+            self.server(&GetSavedState { version }),
+            self.server(&ForgetSavedStates { until }),
+        ]
+    }
+
+    fn to_worker(&self) -> Vec<Sent> {
+        let layout = Layout::new(vec![Parameter {
+            name: "weight".to_owned(),
+            shape: vec![2, 3],
+            range: 0..6,
+        }]);
+        let weights = Weights::initial(layout.expect("it is whole"), vec![0.5; 6]);
+        let servers = ServerGroup::from(self.server.clone());
+        let (clock, after) = (Clock(3), Incarnation(1));
+        let num_steps = 2;
+        vec![
+            self.worker(&ComputeGradients(weights)),
+            self.worker(&RunSteps { servers, num_steps }),
+            self.worker(&GoOnAt { clock, after }),
+            self.worker(&StopSteps),
+            self.worker(&KeepMembership),
+            self.worker(&GetProgress),
+            self.worker(&GetSteps { from: clock }),
+        ]
+    }
 }

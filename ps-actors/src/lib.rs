@@ -4,6 +4,21 @@
 //! [`UpdateRule`](rule::UpdateRule) changes the weights by the gradients, and a
 //! [`GradientSource`](worker::GradientSource) computes gradients.
 //!
+//! ```text
+//!  DataWorker                        first server                       other servers
+//!  GradientSource                    decides which gradients            each has a range
+//!      │                             make which update                  of the weights
+//!      ▼
+//!   Session ──▶ ServerGroup ── 1. Stage: the parts of a gradient ──────────▶ Shard
+//!                   │
+//!                   └── 2. PushPull: the whole gradient ──▶ Coordinator
+//!                                                               │ 3. Update
+//!                                      Shard ◀──────────────────┴──────────▶ Shard
+//!                                      UpdateRule                            UpdateRule
+//! ```
+//!
+//! With one server, there is only step 2, and its answer brings the new weights.
+//!
 //! | module | what it holds |
 //! |---|---|
 //! | [`server`] | the parameter server: consistency, exactly-once ledger, shards |
@@ -14,8 +29,10 @@
 //! | [`chaos`] | plans of faults, as text, and what a run under one did |
 //! | [`checkpoint`] | the state of a run in files, and how a run goes on from it |
 //! | [`schedule`] | which gradients made which update, in a file, so that a run can be replayed |
+//! | [`update_log`] | the updates since the last checkpoint, in files, so that a run that goes on loses none |
 //! | [`http`] | the parameter server for workers in any language |
 //! | [`rule`] | update rules, which change the weights by a gradient; SGD |
+//! | [`learning_rate`] | learning rates that change during a run |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
 //!
 //! The modules of the actor runtime are re-exported, so a program needs only this crate: [`actor`],
@@ -30,6 +47,7 @@ pub mod group;
 pub mod heartbeat;
 pub mod http;
 pub mod ids;
+pub mod learning_rate;
 pub mod rule;
 pub mod schedule;
 pub mod server;

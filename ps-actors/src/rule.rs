@@ -13,6 +13,8 @@ use ps_runtime::codec::Bulk;
 use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 use serde::{Deserialize, Serialize};
 
+use crate::ids::Version;
+
 /// Changes weights by a gradient. Implementations must be deterministic and elementwise (see the
 /// [module](self)).
 ///
@@ -65,6 +67,16 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
         self.update(next, gradient, learning_rate);
     }
 
+    /// Returns the learning rate of the update that makes `version`, if the server's settings have `set`.
+    /// The default is `set`. A rule with a schedule ([`Scheduled`](crate::learning_rate::Scheduled)) returns
+    /// the rate of its schedule.
+    ///
+    /// Only the first server of a group is asked. All servers make the update with its answer.
+    fn learning_rate(&mut self, version: Version, set: f64) -> f64 {
+        let _ = version;
+        set
+    }
+
     /// Returns the rule's own state, such as momentum, as named vectors and numbers.
     fn save(&self) -> RuleState {
         RuleState::default()
@@ -85,6 +97,34 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
     }
 }
 
+impl UpdateRule for Box<dyn UpdateRule> {
+    fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
+        (**self).update(weights, gradient, learning_rate);
+    }
+
+    fn update_into(
+        &mut self,
+        weights: &[f32],
+        gradient: &[f32],
+        learning_rate: f64,
+        next: &mut [f32],
+    ) {
+        (**self).update_into(weights, gradient, learning_rate, next);
+    }
+
+    fn learning_rate(&mut self, version: Version, set: f64) -> f64 {
+        (**self).learning_rate(version, set)
+    }
+
+    fn save(&self) -> RuleState {
+        (**self).save()
+    }
+
+    fn restore(&mut self, state: RuleState) -> Result<(), RuleStateError> {
+        (**self).restore(state)
+    }
+}
+
 /// The state of an update rule, as plain data.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RuleState {
@@ -97,13 +137,13 @@ pub struct RuleState {
 /// A single number of an update rule's state.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Scalar {
-    /// A count.
+    /// An integer that is not negative, such as a step count.
     Unsigned(u64),
     /// A negative integer.
     Signed(i64),
     /// A real number.
     Float(f64),
-    /// A switch.
+    /// A truth value, such as whether something has begun.
     Bool(bool),
 }
 
@@ -160,6 +200,14 @@ pub struct RuleStateError {
 /// Without momentum: `w ← w − η·g`. With momentum: `v ← μ·v + g; w ← w − η·v`, where the first `v` is `g`.
 /// This is PyTorch's `torch.optim.SGD` without dampening
 /// (<https://pytorch.org/docs/stable/generated/torch.optim.SGD.html>).
+///
+/// ```
+/// use ps_actors::rule::{Sgd, UpdateRule};
+///
+/// let mut weights = [1.0, 2.0];
+/// Sgd::new().update(&mut weights, &[1.0, -1.0], 0.5);
+/// assert_eq!(weights, [0.5, 2.5]);
+/// ```
 #[derive(Clone, Default)]
 pub struct Sgd {
     momentum: f32,

@@ -84,16 +84,16 @@ pub enum ScheduleError {
     /// The file cannot be written or read.
     #[error("cannot use {} as a schedule", path.display())]
     Io {
-        /// The file.
+        /// The file that was to be written or read.
         path: PathBuf,
-        /// Why not.
+        /// Why the operating system did not do it.
         #[source]
         source: io::Error,
     },
     /// The file is not a schedule.
     #[error("{} is not a schedule of a run: {reason}", path.display())]
     NoSchedule {
-        /// The file.
+        /// The file that was read as a schedule.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
@@ -101,9 +101,9 @@ pub enum ScheduleError {
     /// The file has the schedule of another run.
     #[error("{} has the schedule of another run: {difference}", path.display())]
     OtherRun {
-        /// The file.
+        /// The file with that schedule.
         path: PathBuf,
-        /// The difference.
+        /// What differs, with its value here and there.
         difference: String,
     },
 }

@@ -182,7 +182,7 @@ impl Session {
     }
 
     /// Ends the session and not the membership, because another worker goes on in this one's place. So no round
-    /// closes without the worker. Whoever calls this must let the other worker [join](Self::join), or
+    /// closes without the worker. The caller must let the other worker [join](Self::join), or
     /// [report](ServerGroup::report_lost) this one lost.
     pub fn stay(mut self) {
         self.keep();

@@ -304,6 +304,9 @@ impl Gradient {
 }
 
 /// One worker's gradient of one step, with its id.
+///
+/// For an example, see [`Push`](crate::server::Push). A worker makes one for each
+/// [`ComputeGradients`](crate::worker::ComputeGradients).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GradientUpdate {
     /// The id of the gradient: the worker, its incarnation, and the step.

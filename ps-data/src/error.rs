@@ -13,7 +13,7 @@ pub enum DataError {
     /// The directory named by the caller or by the environment cannot be listed.
     #[error("cannot read the data directory {}; name one that holds the four IDX files", path.display())]
     Directory {
-        /// The directory.
+        /// The directory that was named.
         path: PathBuf,
         /// The error of the operating system.
         #[source]
@@ -38,7 +38,7 @@ pub enum DataError {
     /// A file exists but cannot be read.
     #[error("cannot read {}, which has to be a file that this user may read", path.display())]
     ReadFile {
-        /// The file.
+        /// The file that was found, but not read.
         path: PathBuf,
         /// The error of the operating system.
         #[source]
@@ -48,7 +48,7 @@ pub enum DataError {
     /// A file's content is not the IDX data that its name stands for.
     #[error("{} is damaged or not the expected IDX file; replace it", path.display())]
     Corrupt {
-        /// The file.
+        /// The file with the wrong content.
         path: PathBuf,
         /// What was expected and what was found.
         #[source]
@@ -58,7 +58,7 @@ pub enum DataError {
     /// A file has the right format, but it is not the published one.
     #[error("{} has SHA-256 {found}, expected {expected}; replace it", path.display())]
     Checksum {
-        /// The file.
+        /// The file with another checksum.
         path: PathBuf,
         /// Published checksum, hexadecimal.
         expected: String,
@@ -168,9 +168,9 @@ pub enum IdxError {
     /// The content ends inside the header.
     #[error("expected a header of {expected} bytes, found {found} bytes in all")]
     HeaderTruncated {
-        /// Bytes in the header.
+        /// How many bytes a header has.
         expected: usize,
-        /// Bytes found.
+        /// How many bytes the content has.
         found: usize,
     },
 
@@ -213,9 +213,9 @@ pub enum IdxError {
     /// The content ends before the announced items.
     #[error("the header announces {expected} bytes of items, found {found}")]
     Truncated {
-        /// Bytes that the header announces.
+        /// How many bytes the header announces.
         expected: usize,
-        /// Bytes found.
+        /// How many bytes follow the header.
         found: usize,
     },
 
@@ -231,7 +231,7 @@ pub enum IdxError {
     Label {
         /// Index of the item.
         index: usize,
-        /// Its label.
+        /// The label that was read for it.
         label: u8,
         /// Number of classes.
         num_classes: usize,
@@ -239,6 +239,7 @@ pub enum IdxError {
 }
 
 /// Joins an error and its sources into one line.
+#[cfg(feature = "mnist")]
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();

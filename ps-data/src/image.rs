@@ -62,7 +62,7 @@ pub enum Split {
 pub struct ImageItem {
     /// Normalized pixels, row-major `[channels, height, width]`.
     pub image: Vec<f32>,
-    /// Class index.
+    /// The index of the class, from 0.
     pub label: u8,
 }
 

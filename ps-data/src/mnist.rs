@@ -12,6 +12,22 @@ use crate::spec::{self, NUM_CLASSES};
 use crate::{DataError, ImageDataset, Normalization, Split};
 
 /// The options for loading MNIST or FashionMNIST. Build them with `..Default::default()`.
+///
+/// ```
+/// use ps_data::{DataSource, Mnist, MnistOptions};
+///
+/// // Never the network, and never the directory of an earlier download.
+/// let options = MnistOptions {
+///     offline: true,
+///     cache_directory: Some("no/such/directory".into()),
+///     ..MnistOptions::default()
+/// };
+/// # if std::env::var_os("PS_MNIST_DIR").is_none() {
+/// let mnist = Mnist::load(&options)?;
+/// assert!(matches!(mnist.source, DataSource::BundledSample { .. }));
+/// # }
+/// # Ok::<(), ps_data::DataError>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct MnistOptions {
     /// The directory with the four IDX files. Each may end in `.gz`, and may be named
@@ -88,6 +104,14 @@ impl fmt::Display for DataSource {
 /// for testing.
 ///
 /// The bundled sample has 4,000 training images and 1,000 test images, with the same number of each digit.
+///
+/// ```
+/// use ps_data::Mnist;
+///
+/// let mnist = Mnist::bundled_sample();
+/// assert_eq!((mnist.train.len(), mnist.test.len()), (4_000, 1_000));
+/// assert_eq!(mnist.train.num_classes(), 10);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Mnist {
     /// The examples for training.
@@ -153,6 +177,8 @@ impl Mnist {
 
 /// FashionMNIST: images of articles of clothing in the format of MNIST,
 /// <https://github.com/zalandoresearch/fashion-mnist>.
+///
+/// It is loaded like [`Mnist`], which has examples.
 #[derive(Debug, Clone)]
 pub struct FashionMnist {
     /// The examples for training.

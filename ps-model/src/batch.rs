@@ -32,7 +32,7 @@ pub enum BatchError {
     LabelOutOfRange {
         /// The position in the batch.
         example: usize,
-        /// The label.
+        /// The label that was given for it.
         label: i64,
         /// The number of classes.
         num_classes: usize,

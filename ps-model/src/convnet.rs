@@ -21,6 +21,15 @@ use crate::step::Step;
 /// The layers are: one convolution 1→3 of size 3, max-pool 3, ReLU, one fully connected layer 192→10,
 /// log-softmax. This is `ConvNet` of
 /// <https://docs.ray.io/en/latest/ray-core/examples/plot_parameter_server.html>.
+///
+/// ```
+/// use ps_model::{ConvNet, LocalModel, default_device_name, select_device};
+///
+/// let device = select_device(default_device_name())?;
+/// let model = LocalModel::new(ConvNet::init(0, &device), &device)?;
+/// assert_eq!(model.num_weights(), 1_960);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Module, Debug)]
 pub struct ConvNet {
     conv1: Conv2d,

@@ -141,6 +141,8 @@ fn first_line(message: &str) -> String {
 
 /// Returns the default device: the first one of `flex`, `tch`, `ndarray`, `cuda`, `wgpu` whose backend is
 /// compiled in.
+///
+/// For an example, see [`select_device`].
 #[must_use]
 pub fn default_device_name() -> &'static str {
     compiled_devices()[0]
@@ -149,6 +151,12 @@ pub fn default_device_name() -> &'static str {
 /// Lists one device name of each backend that is compiled in, the default first.
 ///
 /// The devices of `cuda` and `wgpu` may still be unavailable on this machine.
+///
+/// ```
+/// use ps_model::{compiled_devices, default_device_name};
+///
+/// assert_eq!(compiled_devices()[0], default_device_name());
+/// ```
 #[must_use]
 pub fn compiled_devices() -> Vec<&'static str> {
     BACKENDS

@@ -3,6 +3,13 @@
 //! A parameter server works on flat sequences of `f32` and knows no tensors. This crate is the
 //! bridge to [burn](https://burn.dev), and knows no actors.
 //!
+//! ```text
+//!  flat weights ──▶ FlatView ──▶ your Model (a burn module) ──▶ loss      LocalModel does all of this
+//!      ▲                               ▲                          │
+//!      │                             batch                        ▼
+//!   BurnRule ◀─────────────────── flat gradient ◀──────────── backward
+//! ```
+//!
 //! - [`Model`]: the trait to implement for a model of your own, a burn module with a loss. [`ConvNet`] and
 //!   [`Net`] are two such models, for 28×28 images.
 //! - [`LocalModel`]: a model on a device. It takes flat weights, and computes losses and flat gradients.

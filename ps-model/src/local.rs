@@ -88,7 +88,7 @@ pub enum ModelError {
 pub struct LocalModel<M: Module> {
     /// In training mode, but without leaves of a graph: see [`rest`].
     pub(crate) model: M,
-    /// With autodiff.
+    /// The device of the model, with autodiff switched on.
     pub(crate) device: Device,
     pub(crate) view: FlatView,
     pub(crate) random_layers: Vec<String>,

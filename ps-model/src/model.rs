@@ -78,6 +78,18 @@ pub trait Model: Module + 'static {
 
 /// The result of evaluating a model on some examples. The results on disjoint sets of examples can be
 /// added.
+///
+/// ```
+/// use ps_model::Evaluation;
+///
+/// let classified = |num_correct| Evaluation {
+///     num_examples: 4,
+///     num_correct: Some(num_correct),
+///     loss_sum: 2.0,
+/// };
+/// let both = classified(1) + classified(3);
+/// assert_eq!((both.num_examples, both.accuracy()), (8, Some(0.5)));
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// The number of examples.

@@ -24,6 +24,8 @@ use crate::step::Step;
 /// <https://docs.pytorch.org/tutorials/intermediate/rpc_param_server_tutorial.html>. As there, no ReLU
 /// follows the second convolution, and both dropouts are `Dropout2d`. For the input of the second one,
 /// `[batch, 128]`, that is ordinary dropout.
+///
+/// It is used like [`ConvNet`](crate::ConvNet), which has an example.
 #[derive(Module, Debug)]
 pub struct Net {
     conv1: Conv2d,

@@ -34,14 +34,14 @@ pub struct StateTensor {
 pub struct StateScalar {
     /// The name in burn, such as `momentum.time`.
     pub name: String,
-    /// The number.
+    /// The number, in the type that burn's optimizer uses.
     pub value: StateValue,
 }
 
 /// A number of one of the types that burn's optimizers use.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum StateValue {
-    /// A count.
+    /// An integer that is not negative, such as a step count.
     Unsigned(u64),
     /// A negative integer.
     Signed(i64),

@@ -21,6 +21,8 @@ pub struct StepSeed {
 }
 
 /// The context in which a loss is computed once.
+///
+/// For an example, see [`dropout`](Self::dropout).
 #[derive(Debug)]
 pub struct Step {
     device: Device,

@@ -4,6 +4,24 @@
 //! An [`ActorRef`] calls an actor in the same way wherever the actor is: in this process, in another
 //! process of this machine, or on another machine. Every call returns a [`Reply`], which is a future.
 //!
+//! ```text
+//!  process A                                            process B
+//!  ─────────                                            ─────────
+//!  ActorRef::ask(message)                               an actor on a thread of its own:
+//!      │                                                its handler runs, its result is the reply
+//!      │ an actor here             ┌─────────┐              ▲
+//!      ├──────────────────────────▶│  queue  │          ┌───┴───┐
+//!      │                           └────┬────┘          │ queue │
+//!      │                                ▼               └───▲───┘
+//!      │                              actor                 │
+//!      │ an actor elsewhere                                 │
+//!      └──▶ remote ──▶ codec ──▶ net ═══ connection ═══▶ net ──▶ remote
+//!            table      bytes    frames                        table
+//! ```
+//!
+//! A [`Reply`] goes back the same way. `cluster` starts actors in other processes and finds them; `launch` starts
+//! the processes.
+//!
 //! | module | what it holds |
 //! |---|---|
 //! | [`actor`] | actors of this process: [`spawn`], [`ActorRef`], [`Reply`], [`Pending`] |

@@ -3,7 +3,6 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::error::Error;
-use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, Weak};
@@ -11,22 +10,16 @@ use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::UnixStream;
 
-use crate::actor::ActorRef;
 use crate::buffer::Buffer;
 use crate::cluster::{Cluster, ClusterConfig, Transport};
 use crate::codec::{CodecError, Encoded, decode, encode};
-use crate::net::connection::Connection;
-use crate::net::frame::{Kind, OutFrame};
 use crate::net::memory::MemoryNetwork;
-use crate::net::outbox::Outbox;
-use crate::net::stream::Stream;
 use crate::net::{Address, NetConfig};
-use crate::remote::Remote;
-use crate::remote::callee::Server;
-use crate::remote::process::{NodeId, Process};
+
+pub use self::fuzz::{CALLER_FRAMES, Dice, Fed, Fuzz, Sent, frame, offers_all};
+
+mod fuzz;
 
 /// The time limit of tests: whatever is awaited happens within this time or never.
 pub const SOON: Duration = Duration::from_secs(60);
@@ -169,114 +162,5 @@ impl<'de, T: Send + 'static> Deserialize<'de> for Parked<T> {
         parked
             .map(Self)
             .ok_or_else(|| serde::de::Error::custom("its sender has taken it back"))
-    }
-}
-
-/// How many kinds of frames a caller can send.
-pub const CALLER_FRAMES: usize = CALLER_KINDS.len();
-
-const CALLER_KINDS: [Kind; 8] = [
-    Kind::Ask,
-    Kind::Ask,
-    Kind::Ask,
-    Kind::Tell,
-    Kind::Tell,
-    Kind::Cancel,
-    Kind::Ping,
-    Kind::Probe,
-];
-
-/// Returns the bytes of one frame of a caller. `kind` is the number of its kind, below [`CALLER_FRAMES`].
-///
-/// If the frame lends its numbers, they are freed before they can be read: a peer can claim to lend
-/// anything.
-///
-/// # Panics
-/// When there is no such kind.
-#[must_use]
-pub fn frame(kind: usize, call: u64, code: u32, message: Encoded, lends: bool) -> Vec<u8> {
-    let mut frame = OutFrame::new(CALLER_KINDS[kind], call, code, message);
-    if lends {
-        frame.lend();
-    }
-    frame.rest().flatten().copied().collect()
-}
-
-/// A process that passes bytes to its actors as if they came from a peer.
-pub struct Fed {
-    process: Arc<Process>,
-}
-
-impl fmt::Debug for Fed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Fed")
-    }
-}
-
-impl Fed {
-    /// Makes a process with these settings.
-    #[must_use]
-    pub fn new(config: NetConfig) -> Self {
-        let process = Process::new(config, None, None, None);
-        process.enter(NodeId::DRIVER, 1);
-        Self { process }
-    }
-
-    /// Lets an actor read the bytes through a socket or a pipe in memory, to their end or until it ends the
-    /// connection. The returned function says whether the connection is closed.
-    ///
-    /// # Panics
-    /// When the system gives no sockets.
-    pub async fn feed<A: Remote>(
-        &self,
-        actor: &ActorRef<A>,
-        bytes: &[u8],
-        by_socket: bool,
-    ) -> impl Fn() -> bool + use<A> {
-        let socket = if by_socket {
-            let (ours, theirs) = UnixStream::pair().expect("the system gives sockets");
-            self.feed_through(actor, bytes, ours, Stream::Unix(theirs))
-                .await
-        } else {
-            let (ours, theirs) = tokio::io::duplex(1 << 16);
-            self.feed_through(actor, bytes, ours, Stream::Memory(theirs))
-                .await
-        };
-        move || socket.strong_count() == 0
-    }
-
-    async fn feed_through<A: Remote>(
-        &self,
-        actor: &ActorRef<A>,
-        bytes: &[u8],
-        ours: impl AsyncRead + AsyncWrite,
-        theirs: Stream,
-    ) -> Weak<Outbox> {
-        let process = &self.process;
-        let number = process.export(actor).actor;
-        let (callee, hold) = process.open(number).expect("it was just exported");
-        let connection = Connection::new(theirs, process.config());
-        let outbox = Arc::clone(&connection.outbox);
-        let socket = Arc::downgrade(&outbox);
-        let max_numbers = process.config().max_numbers;
-        let peer = Server::new(
-            process,
-            callee,
-            outbox,
-            hold,
-            Box::new(|| true),
-            max_numbers,
-        );
-        let serving = connection.run(&[], process.config(), process.buffers(), peer);
-        let (mut read, mut write) = tokio::io::split(ours);
-        let calling = async {
-            // The other side may have closed the connection already.
-            let _ = write.write_all(bytes).await;
-            let _ = write.shutdown().await;
-        };
-        let mut replies = Vec::new();
-        let listening = read.read_to_end(&mut replies);
-        let _ = tokio::join!(serving, calling, listening);
-        socket
     }
 }

@@ -323,7 +323,7 @@ async fn fetch(shared: &Shared) {
             let answer = pin!(asked.next());
             match select(answer, &mut tick).await {
                 Either::Left((Some((worker, Ok(steps))), _)) => shared.take(worker, steps),
-                // Whoever runs the worker finds out too.
+                // The trainer finds out too: it waits for the worker.
                 Either::Left((Some((_, Err(_))), _)) => {}
                 Either::Left((None, tick)) => {
                     tick.await;
@@ -344,7 +344,7 @@ async fn look_at_nodes(shared: &Shared, cluster: &Cluster) {
 
 async fn look_at_servers(shared: &Shared, servers: &ServerGroup) {
     loop {
-        // Whoever trains finds out if they cannot be reached.
+        // The trainer finds out if they cannot be reached.
         if let Ok(status) = servers.status().await {
             let nodes = servers.servers().map(|server| server.node());
             let nodes = nodes.map(|node| node.unwrap_or(NodeId::DRIVER)).collect();

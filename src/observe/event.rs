@@ -135,7 +135,7 @@ pub struct RunStarted {
     pub unix_time: f64,
     /// What was asked for.
     pub settings: Settings,
-    /// What runs it.
+    /// The versions of ps and of burn.
     pub versions: Versions,
     /// The version of the weights from which the training goes on. 0 for a new one.
     pub first_version: Version,
@@ -164,9 +164,12 @@ pub struct Settings {
     pub steps_per_worker: u64,
     /// The seed of the order of examples and of dropout.
     pub seed: u64,
-    /// The learning rate.
+    /// The learning rate of the first update.
     #[serde(with = "number")]
     pub learning_rate: f64,
+    /// The schedule of the learning rate. Empty if the rate stays the same.
+    #[serde(default)]
+    pub schedule: String,
     /// The consistency mode, such as `ssp:3`.
     pub consistency: String,
     /// How the gradients of one update are combined, such as `mean`.
@@ -207,9 +210,9 @@ impl Versions {
 pub struct SettledStep {
     /// When the worker got the answer, in seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that took the step.
     pub worker: WorkerId,
-    /// The incarnation of the worker.
+    /// The incarnation that the worker had when it took the step.
     pub incarnation: Incarnation,
     /// The clock of the step: 0 for the worker's first one.
     pub clock: Clock,
@@ -340,7 +343,7 @@ impl StepTimes {
 pub struct StepsMissed {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that took the steps.
     pub worker: WorkerId,
     /// The clock of the first of these steps. The others follow it.
     pub first: Clock,
@@ -373,9 +376,9 @@ pub struct Evaluated {
 pub struct WorkerJoined {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that was started.
     pub worker: WorkerId,
-    /// Where it computes.
+    /// The node on which it computes.
     pub node: NodeId,
 }
 
@@ -385,9 +388,9 @@ pub struct WorkerJoined {
 pub struct WorkerLost {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that was lost.
     pub worker: WorkerId,
-    /// Where it was.
+    /// The node on which it computed.
     pub node: NodeId,
     /// Why the driver took it for lost.
     pub reason: String,
@@ -399,11 +402,11 @@ pub struct WorkerLost {
 pub struct WorkerMoved {
     /// Seconds since the run started.
     pub time: f64,
-    /// The worker.
+    /// The worker that moves.
     pub worker: WorkerId,
-    /// Where it was.
+    /// The node on which it computed.
     pub from: NodeId,
-    /// Where it goes on.
+    /// The node on which it goes on.
     pub to: NodeId,
 }
 
@@ -413,7 +416,7 @@ pub struct WorkerMoved {
 pub struct NodeJoined {
     /// Seconds since the run started.
     pub time: f64,
-    /// The node.
+    /// The id of the process in the cluster: rank and incarnation.
     pub node: NodeId,
     /// The name of its machine.
     pub host: String,
@@ -427,7 +430,7 @@ pub struct NodeJoined {
 pub struct NodeLost {
     /// Seconds since the run started.
     pub time: f64,
-    /// The node.
+    /// The id that the process had in the cluster: rank and incarnation.
     pub node: NodeId,
 }
 

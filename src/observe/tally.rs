@@ -70,7 +70,7 @@ pub struct Tally {
 /// What is known of one worker.
 #[derive(Clone, Debug, Default)]
 pub struct WorkerTally {
-    /// Where it computes.
+    /// The node on which it computes. `None` until the worker has joined.
     pub node: Option<NodeId>,
     /// Whether it is lost now.
     pub is_lost: bool,
@@ -198,7 +198,7 @@ pub enum Cause {
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Straggler {
-    /// The worker.
+    /// The worker that is slower.
     pub worker: WorkerId,
     /// Why it is slow.
     pub cause: Cause,

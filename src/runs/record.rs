@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use super::{EVENTS, FinalReport, REPORT};
 use crate::observe::{Evaluated, Event, RunStarted, SettledStep, Tally};
 
+/// An error of the library that reads JSON.
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why the directory of a run cannot be read or compared.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -17,13 +20,13 @@ pub enum RunError {
         .path.display()
     )]
     NotARun {
-        /// The directory.
+        /// The directory that was named.
         path: PathBuf,
     },
     /// A file cannot be read.
     #[error("cannot read {}", .path.display())]
     Read {
-        /// The file.
+        /// The file that was to be read.
         path: PathBuf,
         /// Why it cannot be read.
         #[source]
@@ -32,33 +35,33 @@ pub enum RunError {
     /// A line of the file of events is no event.
     #[error("line {line} of {} is not an event: the file is damaged, or of another program", .path.display())]
     BadLine {
-        /// The file.
+        /// The file of events.
         path: PathBuf,
         /// The number of the line, from 1.
         line: u64,
         /// What is wrong with it.
         #[source]
-        source: serde_json::Error,
+        source: Cause,
     },
     /// The file of events does not begin with the start of a run.
     #[error("{} does not begin with the start of a run, so it is of no use", .path.display())]
     NoStart {
-        /// The file.
+        /// The file of events.
         path: PathBuf,
     },
     /// The report is no report.
     #[error("{} is not a report of a run", .path.display())]
     BadReport {
-        /// The file.
+        /// The file with the report.
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: serde_json::Error,
+        source: Cause,
     },
     /// A picture or table cannot be written.
     #[error("cannot write {}", .path.display())]
     Write {
-        /// The file.
+        /// The file that was to be written.
         path: PathBuf,
         /// Why it cannot be written.
         #[source]
@@ -78,7 +81,7 @@ pub enum RunError {
 /// What the directory of a run says.
 #[derive(Clone, Debug)]
 pub struct RunRecord {
-    /// The directory.
+    /// The directory that was read.
     pub path: PathBuf,
     /// The settings and the start. If the run went on later, those of its first process.
     pub started: RunStarted,
@@ -195,7 +198,7 @@ fn read_events(mut reader: impl io::BufRead, path: &Path) -> Result<(Vec<Event>,
         let event = serde_json::from_slice(&text).map_err(|source| RunError::BadLine {
             path: path.to_owned(),
             line,
-            source,
+            source: source.into(),
         })?;
         match &event {
             // Another process goes on.
@@ -223,7 +226,7 @@ fn read_report(path: &Path) -> Result<Option<FinalReport>, RunError> {
     };
     let report = serde_json::from_slice(&text).map_err(|source| RunError::BadReport {
         path: path.to_owned(),
-        source,
+        source: source.into(),
     })?;
     Ok(Some(report))
 }

@@ -30,7 +30,7 @@ pub struct FinalReport {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct WorkerSummary {
-    /// The worker.
+    /// The worker that did this.
     pub worker: WorkerId,
     /// Where it was in the end.
     pub node: Option<NodeId>,

@@ -13,7 +13,7 @@ use super::server::PartConfig;
 /// Identifies one trainer's computation of one step, on any number of parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ContextId {
-    /// The trainer.
+    /// The trainer whose step it is. A trainer has a number among the workers.
     pub trainer: WorkerId,
     /// The incarnation of the trainer.
     pub incarnation: Incarnation,

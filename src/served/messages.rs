@@ -46,7 +46,7 @@ pub struct Forward {
     pub call: u32,
     /// The seed of dropout. It is the same for all calls of a context.
     pub seed: StepSeed,
-    /// The input.
+    /// The input, in the shape that the part expects.
     pub input: ArrayMessage,
     /// Whether [`Backward`] is to return the gradient of the input.
     pub wants_input_gradient: bool,

@@ -52,6 +52,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     format!("{error}: {source}")
 }
 
+///
 #[test]
 fn each_training_in_a_process_uses_its_own_model_data_and_optimizer() {
     let cluster = Cluster::alone(fold(0).hosts(Hosts::new()).unwrap());
@@ -64,7 +65,7 @@ fn each_training_in_a_process_uses_its_own_model_data_and_optimizer() {
     }
 }
 
-/// With servers on nodes, which have to have the right optimizer.
+/// with servers on nodes, which have to have the right optimizer.
 #[test]
 fn each_training_on_nodes_uses_its_own_model_data_and_optimizer() {
     let trainings = [|| fold(0), || fold(1), || with_adam(0), || with_adam(1)];
@@ -84,6 +85,7 @@ fn each_training_on_nodes_uses_its_own_model_data_and_optimizer() {
     });
 }
 
+///
 #[test]
 fn a_node_that_hosts_other_trainings_only_says_what_to_do() {
     let hosts = fold(0).hosts(Hosts::new()).unwrap();
@@ -101,6 +103,7 @@ fn a_node_that_hosts_other_trainings_only_says_what_to_do() {
     });
 }
 
+///
 #[test]
 fn a_spawn_without_a_variant_gets_the_only_one_or_an_error() {
     let (device, model) = (device(), ConvNet::init(3, &device()));
@@ -182,6 +185,7 @@ fn mlp(model: Mlp, first: f32) -> Trainer<Mlp, impl Examples<Batch = Vec<f32>>> 
     Trainer::new(model, data).device(&device())
 }
 
+///
 #[test]
 fn a_process_with_another_model_data_optimizer_or_setting_is_refused_by_name() {
     let hosts = |trainer: Trainer<ConvNet, ImageDataset>| trainer.hosts(Hosts::new()).unwrap();
@@ -216,6 +220,7 @@ fn a_process_with_another_model_data_optimizer_or_setting_is_refused_by_name() {
     }
 }
 
+///
 #[test]
 fn a_process_with_a_model_of_as_many_weights_but_other_shapes_or_frozen_values_is_refused() {
     device().seed(1);

@@ -211,7 +211,7 @@ fn ended_in_order(run: Run, name: &str, signal: &str) -> String {
     output
 }
 
-/// Alone and with others, the driver's own loops and the trainer, servers here and on nodes.
+/// alone and with others, the driver's own loops and the trainer, servers here and on nodes.
 #[test]
 fn an_interrupted_driver_ends_in_order() {
     let endless = ["--iterations", "1000000"];
@@ -274,7 +274,7 @@ fn start_with_a_worker_that_hangs() -> Run {
     run
 }
 
-/// A worker that does not come to the end of its step costs the driver some seconds, not the result.
+/// a worker that does not come to the end of its step costs the driver some seconds, not the result.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
@@ -286,7 +286,7 @@ fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
     assert!(output.contains("Final accuracy is"), "{output}");
 }
 
-/// A second signal is for those who do not want to wait.
+/// a second signal is for those who do not want to wait.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_driver_that_is_interrupted_twice_ends_at_once() {

@@ -81,18 +81,18 @@ pub struct Plan {
 pub enum Fault {
     /// A worker's process ends, and is started again.
     KillWorker {
-        /// The worker.
+        /// The rank of the worker whose process ends.
         worker: u32,
-        /// The clock of the step.
+        /// The clock of the step that it is about to compute.
         step: u64,
     },
     /// A worker's process does nothing for a while, and then goes on as if nothing had happened.
     StopWorker {
-        /// The worker.
+        /// The rank of the worker whose process does nothing.
         worker: u32,
-        /// For how long.
+        /// How long it does nothing.
         pause: Duration,
-        /// The clock of the step.
+        /// The clock of the step that it is about to compute.
         step: u64,
     },
     /// A server's process ends.
@@ -106,7 +106,7 @@ pub enum Fault {
     StopServer {
         /// The index of the server in its group.
         server: usize,
-        /// For how long.
+        /// How long it does nothing.
         pause: Duration,
         /// The version of the weights.
         version: u64,

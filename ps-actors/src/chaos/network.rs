@@ -1,8 +1,8 @@
 //! Faults of the network between this process and servers of other processes.
 //!
 //! Between processes there are reliable streams, which lose and double nothing. What does get lost is a connection,
-//! and with it the calls whose answers had not come. Who made them makes them again, and that is how a message
-//! arrives twice. So this is what the clauses of a plan mean for real processes:
+//! with all calls that wait for an answer. The callers then repeat those calls, and that is how a message arrives
+//! twice. So this is what the clauses of a plan mean for real processes:
 //!
 //! | clause | what happens to a call |
 //! |---|---|
@@ -145,7 +145,7 @@ impl Network {
         }
         match under_way {
             Some(call) => call.await,
-            // Whoever makes it would make it again.
+            // Its caller would make it again.
             None => actor.ask(message).await,
         }
     }

@@ -50,9 +50,9 @@ pub struct CheckpointDir {
 /// The newest checkpoint that can be used.
 #[derive(Debug)]
 pub struct Found {
-    /// Where it is.
+    /// The directory of this checkpoint, inside the run's directory.
     pub path: PathBuf,
-    /// The checkpoint.
+    /// The state of all servers at one version, with every checksum verified.
     pub checkpoint: Checkpoint,
     /// Newer checkpoints that cannot be used, with the reasons.
     pub refused: Vec<CheckpointError>,

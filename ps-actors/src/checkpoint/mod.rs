@@ -236,8 +236,8 @@ impl Checkpoint {
         self
     }
 
-    /// Writes the checkpoint to a new directory `path`. It is there as a whole or not at all, whatever
-    /// happens meanwhile: the files are written to a temporary directory beside it, which is renamed when
+    /// Writes the checkpoint to a new directory `path`. The directory is either complete or does not exist,
+    /// whatever happens meanwhile: the files are written to a temporary directory beside it, which is renamed when
     /// all of them are on the disk. A usable checkpoint of the same version that is already there is left
     /// as it is.
     ///
@@ -294,6 +294,24 @@ fn join_rules(mut rules: Vec<SavedRule>) -> SavedRule {
 /// What servers start from: initial weights, or a checkpoint.
 ///
 /// Functions that start servers take `impl Into<Start>`, so a program passes `&weights` or `&checkpoint`.
+///
+/// ```
+/// use ps_actors::checkpoint::{Checkpoint, Start};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{ParameterServer, ServerConfig, TakeCheckpoint};
+/// use ps_actors::weights::{Layout, Weights};
+///
+/// fn server<'a>(start: impl Into<Start<'a>>) -> Result<ParameterServer, Box<dyn std::error::Error>> {
+///     Ok(ParameterServer::new(start, Sgd::with_momentum(0.9), ServerConfig::default())?)
+/// }
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![1.0, 2.0]);
+/// let first = server(&initial)?.spawn()?;
+/// let checkpoint = Checkpoint::of(first.ask(TakeCheckpoint).wait()??)?;
+/// let second = server(&checkpoint)?.spawn()?; // With the momentum of the first.
+/// # drop(second);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub enum Start<'a> {
     /// The initial weights of a model, with a fresh update rule.
@@ -366,16 +384,16 @@ pub enum CheckpointError {
     /// The directory for checkpoints cannot be made or used.
     #[error("cannot use {} for checkpoints", path.display())]
     Directory {
-        /// The directory.
+        /// The directory that was given for the checkpoints of a run.
         path: PathBuf,
-        /// Why not.
+        /// Why the operating system does not let it be used.
         #[source]
         source: std::io::Error,
     },
     /// Another process writes its checkpoints there.
     #[error("another process writes its checkpoints to {}: use a directory for each run", path.display())]
     InUse {
-        /// The directory.
+        /// The directory that the other process has locked.
         path: PathBuf,
     },
     /// The directory has checkpoints already, and the run does not go on from them.
@@ -385,7 +403,7 @@ pub enum CheckpointError {
         path.display()
     )]
     NotEmpty {
-        /// The directory.
+        /// The directory that has checkpoints.
         path: PathBuf,
         /// The version of the newest one.
         newest: Version,
@@ -393,34 +411,34 @@ pub enum CheckpointError {
     /// A file cannot be written.
     #[error("cannot write {}", path.display())]
     Write {
-        /// The file or directory.
+        /// The file or directory that was to be written.
         path: PathBuf,
-        /// Why not.
+        /// Why the operating system did not write it.
         #[source]
         source: std::io::Error,
     },
     /// The update log cannot be written.
     #[error("cannot write the update log in {}", path.display())]
     Log {
-        /// The directory.
+        /// The directory with the segments of the log.
         path: PathBuf,
-        /// Why not.
+        /// Why the operating system did not write the log.
         #[source]
         source: std::io::Error,
     },
     /// A file cannot be read.
     #[error("cannot read {}", path.display())]
     Read {
-        /// The file or directory.
+        /// The file or directory that was to be read.
         path: PathBuf,
-        /// Why not.
+        /// Why the operating system did not read it.
         #[source]
         source: std::io::Error,
     },
     /// A file is not what the checkpoint's list of files says, or makes no sense.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {
-        /// The file or directory.
+        /// The file or directory that is damaged.
         path: PathBuf,
         /// What is wrong with it.
         reason: String,
@@ -428,17 +446,17 @@ pub enum CheckpointError {
     /// The checkpoint is of another run: another model, optimizer or data.
     #[error("{} is of another run: {reason}", path.display())]
     Foreign {
-        /// The checkpoint.
+        /// The directory of the checkpoint.
         path: PathBuf,
-        /// The difference.
+        /// What differs, with its value here and there.
         reason: String,
     },
     /// There are checkpoints, but none of them can be used.
     #[error("no checkpoint in {} can be used: {reasons}", path.display())]
     NoneUsable {
-        /// The directory.
+        /// The directory that has the checkpoints.
         path: PathBuf,
-        /// Why not, for each of them.
+        /// Why each of them cannot be used.
         reasons: String,
     },
 }

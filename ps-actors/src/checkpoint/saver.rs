@@ -129,7 +129,7 @@ pub enum SaveEvent {
     Saved {
         /// The version of the weights.
         version: Version,
-        /// Where it is.
+        /// The directory that was made for it.
         path: PathBuf,
         /// How long it took to write it.
         took: Duration,
@@ -141,12 +141,12 @@ pub enum SaveEvent {
     },
     /// It could not be taken or written.
     Failed {
-        /// Why.
+        /// Why it failed, with all causes.
         reason: String,
     },
 }
 
-/// Who wants to know what becomes of the checkpoints.
+/// Is told the result of each checkpoint.
 #[derive(Clone, Default)]
 struct Listener(Option<Arc<dyn Fn(SaveEvent) + Send + Sync>>);
 

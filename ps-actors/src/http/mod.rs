@@ -68,7 +68,7 @@ impl Default for HttpConfig {
     }
 }
 
-/// The routes of a model that may come later, or be there only for a while. Cheap to clone.
+/// The HTTP routes for a model. The model can be set later, and removed again. Cheap to clone.
 ///
 /// Without a model, requests are answered with status 503.
 #[derive(Clone, Debug)]

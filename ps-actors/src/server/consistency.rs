@@ -100,7 +100,7 @@ pub enum ConsistencyError {
     /// The text does not name a mode.
     #[error("`{text}` is no consistency mode: use bsp, asp, ssp:BOUND or k-of-n:K with K ≥ 1")]
     Unknown {
-        /// The text.
+        /// The text that was read as a mode.
         text: String,
     },
     /// `k` is 0 or more than the number of workers.
@@ -114,6 +114,15 @@ pub enum ConsistencyError {
 }
 
 /// How the gradients of one update are combined into one.
+///
+/// ```
+/// use ps_actors::server::Reduction;
+///
+/// assert_eq!("sum".parse(), Ok(Reduction::Sum));
+/// assert_eq!(Reduction::default(), Reduction::Mean);
+/// ```
+///
+/// [`ApplyGradients`](super::ApplyGradients) and [`ServerConfig::reduction`](super::ServerConfig::reduction) take one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reduction {
     /// The mean of the gradients, weighted with the number of examples of each batch. This is what one

@@ -20,11 +20,33 @@ use crate::weights::{Gradient, GradientUpdate, Weights};
 use crate::worker::WorkerError;
 
 /// Returns the current weights of the server's range.
+///
+/// ```
+/// use ps_actors::ids::Version;
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{
+///     Consistency, GetStatus, GetWeights, ParameterServer, ServerConfig, SetConsistency, SetLearningRate,
+/// };
+/// use ps_actors::weights::{Layout, Weights};
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![1.0, 2.0]);
+/// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// assert_eq!(server.ask(GetWeights).wait()?.to_vec(), [1.0, 2.0]);
+///
+/// // Both hold from the next update on.
+/// server.ask(SetConsistency(Consistency::Ssp { bound: 2 })).wait()??;
+/// server.ask(SetLearningRate(0.5)).wait()??;
+/// let status = server.ask(GetStatus).wait()?;
+/// assert_eq!((status.version, status.learning_rate), (Version(0), 0.5));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Weights")]
 pub struct GetWeights;
 
 /// Returns the weights of the server's range at a certain version. Waits until this version exists.
+///
+/// For an example, see [`Push`].
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct Pull(pub PullVersion);
@@ -90,6 +112,29 @@ impl ApplyGradients {
 /// The same as [`ApplyGradients`], for gradients that are still in the processes that computed them. The
 /// server fetches them there, so they do not pass through the driver. See
 /// [`ActorRef::ask_kept`](ps_runtime::ActorRef::ask_kept).
+///
+/// ```
+/// use ps_actors::ids::{Clock, WorkerId};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{ApplyKept, GetWeights, ParameterServer, ServerConfig};
+/// use ps_actors::weights::{Gradient, Layout, Weights};
+/// use ps_actors::worker::{ComputeGradients, DataWorker, LocalGradient};
+///
+/// let initial = Weights::initial(Layout::flat(1), vec![0.0]);
+/// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// let worker = ps_actors::spawn(|| {
+///     DataWorker::new(WorkerId(0), |_: Clock, _: &Weights| {
+///         let gradient = Gradient::new(vec![-100.0]);
+///         Ok(LocalGradient { gradient, loss: 1.0, num_examples: 32 })
+///     })
+/// });
+///
+/// let weights = server.ask(GetWeights).wait()?;
+/// let kept = worker.ask_kept(ComputeGradients(weights)).wait()?; // A ticket, not the numbers.
+/// let weights = server.ask(ApplyKept::mean([kept])).wait()??;
+/// assert_eq!(weights.to_vec(), [1.0]); // The default learning rate is 0.01.
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct ApplyKept {
@@ -178,12 +223,51 @@ pub struct Stage {
 
 /// Pushes a gradient over exactly the weights of the model. It is applied when the consistency mode says
 /// so. Sent to the first server.
+///
+/// ```
+/// use ps_actors::ids::{Clock, GradientId, JoinRequest, Version, WorkerId};
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{
+///     Consistency, Join, ParameterServer, Pull, PullVersion, Push, PushPull, ServerConfig,
+/// };
+/// use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+///
+/// let config = ServerConfig {
+///     consistency: Consistency::Asp,
+///     learning_rate: 0.5,
+///     ..ServerConfig::default()
+/// };
+/// let initial = Weights::initial(Layout::flat(1), vec![2.0]);
+/// let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
+///
+/// let worker = WorkerId(0);
+/// let joined = server.ask(Join { worker, request: JoinRequest(7) }).wait()??;
+/// let update = |clock| GradientUpdate {
+///     id: GradientId { worker, incarnation: joined.incarnation, clock: Clock(clock) },
+///     computed_on: Version(clock),
+///     loss: 0.0,
+///     num_examples: 1,
+///     gradient: Gradient::new(vec![1.0]),
+/// };
+/// let outcome = server.ask(Push(update(0))).wait()??;
+/// assert_eq!(outcome.version(), Version(1));
+///
+/// // The same with the new weights in the answer: 2.0 − 2 · 0.5 · 1.0.
+/// let pushed = server.ask(PushPull(update(1))).wait()??;
+/// assert_eq!(pushed.weights.to_vec(), [1.0]);
+///
+/// let pulled = server.ask(Pull(PullVersion::AtLeast(Version(2)))).wait()??;
+/// assert_eq!(pulled.to_vec(), [1.0]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Outcome, ServerError>")]
 pub struct Push(pub GradientUpdate);
 
 /// Pushes a gradient. Returns its outcome and the weights for the worker's next step, as soon as the
 /// consistency mode lets this step start. Sent to the first server.
+///
+/// For an example, see [`Push`].
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Pushed, ServerError>")]
 pub struct PushPull(pub GradientUpdate);
@@ -201,16 +285,22 @@ pub struct Pushed {
 }
 
 /// Changes the consistency mode from now on. Sent to the first server.
+///
+/// For an example, see [`GetWeights`].
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetConsistency(pub Consistency);
 
 /// Changes the learning rate of all updates from now on. Sent to the first server.
+///
+/// For an example, see [`GetWeights`].
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetLearningRate(pub f64);
 
 /// Returns the status of a server.
+///
+/// For an example, see [`GetWeights`].
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "ServerStatus")]
 pub struct GetStatus;
@@ -226,7 +316,8 @@ pub struct ServerStatus {
     pub num_staged: usize,
     /// How many calls wait at this server for their answers.
     pub num_waiting: usize,
-    /// The learning rate of the next update.
+    /// The learning rate of the next update. If this is not the first server of its group: that of its latest
+    /// update.
     pub learning_rate: f64,
     /// The status of the whole run, if this is the first server of its group.
     pub coordinator: Option<CoordinatorStatus>,
@@ -508,6 +599,7 @@ mod tests {
         let config = [
             ConfigError::LearningRate(f64::NAN),
             ConfigError::MaxNorm(-0.5),
+            ConfigError::Clipping(-0.5),
             ConfigError::Lease(std::time::Duration::from_nanos(1)),
             ConfigError::NoQuorum,
             ConfigError::RuleState("it keeps no state".to_owned()),

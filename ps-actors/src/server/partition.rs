@@ -37,6 +37,7 @@ mod tests {
     use super::*;
 
     proptest! {
+        /// PS-1.
         #[test]
         fn ranges_are_contiguous_cover_everything_and_are_balanced(
             len in 0usize..5_000, num_servers in 1usize..40,

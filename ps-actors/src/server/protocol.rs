@@ -90,7 +90,7 @@ pub(super) enum Event {
     Push {
         /// The caller to answer.
         ticket: Ticket,
-        /// The gradient.
+        /// What the coordinator knows of the gradient.
         stamp: Stamp,
         /// Whether the answer has to wait until the worker may start its next step.
         then_start: bool,
@@ -99,7 +99,7 @@ pub(super) enum Event {
     Apply {
         /// The caller to answer.
         ticket: Ticket,
-        /// The gradients.
+        /// What the coordinator knows of each gradient.
         stamps: Vec<Stamp>,
         /// How the gradients are combined into one.
         reduction: Reduction,
@@ -125,7 +125,7 @@ pub(super) enum Effect {
     },
     /// A worker has joined by this request. Nothing has to be done for that, but an update log must have it.
     Joined {
-        /// The worker.
+        /// The worker that has joined.
         worker: WorkerId,
         /// The request that began its incarnation.
         request: JoinRequest,
@@ -134,16 +134,16 @@ pub(super) enum Effect {
     Discard(GradientId),
     /// Forget all gradients of earlier incarnations of this worker, and accept no more of them.
     Fence {
-        /// The worker.
+        /// The worker whose earlier incarnations are over.
         worker: WorkerId,
         /// The first incarnation that is still valid.
         below: Incarnation,
     },
     /// Answer a caller.
     Answer {
-        /// The caller.
+        /// The caller that gets the answer.
         ticket: Ticket,
-        /// The answer.
+        /// What it is told.
         answer: Result<Answer, Refusal>,
     },
 }
@@ -157,6 +157,32 @@ pub(crate) struct Update {
     pub gradients: Vec<Summand>,
     /// How the gradients are combined into one.
     pub reduction: Reduction,
+    /// How the combined gradient is clipped. The first server fills it in before anybody follows the update,
+    /// because only this server has the whole gradients.
+    pub clip: Clip,
+}
+
+/// How the combined gradient of one update is clipped. Each server does this to its own part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Clip {
+    /// Not at all.
+    #[default]
+    None,
+    /// It is multiplied by this factor, from 0 to 1.
+    Scale(f32),
+    /// Its numbers are limited to the range from minus this positive number to this number.
+    Value(f32),
+}
+
+impl Clip {
+    /// Whether a first server can have decided this.
+    pub(crate) fn is_possible(self) -> bool {
+        match self {
+            Self::None => true,
+            Self::Scale(factor) => (0.0..=1.0).contains(&factor),
+            Self::Value(limit) => limit > 0.0,
+        }
+    }
 }
 
 /// A gradient's part in an update.

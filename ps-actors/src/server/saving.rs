@@ -29,6 +29,20 @@ use crate::weights::Weights;
 /// [`ServerGroup::checkpoint`](crate::group::ServerGroup::checkpoint) sends these messages and joins the
 /// answers. [`Checkpoint::of`](crate::checkpoint::Checkpoint::of) makes a checkpoint of the answer of a
 /// server that holds all weights.
+///
+/// ```
+/// use ps_actors::checkpoint::Checkpoint;
+/// use ps_actors::ids::Version;
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{ParameterServer, ServerConfig, TakeCheckpoint};
+/// use ps_actors::weights::{Layout, Weights};
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![1.0, 2.0]);
+/// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+/// let checkpoint = Checkpoint::of(server.ask(TakeCheckpoint).wait()??)?;
+/// assert_eq!(checkpoint.weights().version(), Version(0));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<ServerState, ServerError>")]
 pub struct TakeCheckpoint;

@@ -75,7 +75,7 @@ pub struct StopSteps;
 
 /// Lets the next [`RunSteps`] keep its membership when it ends before all steps are taken: when [`StopSteps`] ends
 /// it, when it fails, and when the worker is killed or panics. Another worker goes on in its place, so no round
-/// closes without it. Whoever sends this must start that worker, [report](crate::server::ReportLost) this one
+/// closes without it. The sender of this message must start that worker, [report](crate::server::ReportLost) this one
 /// lost, or end the servers.
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]

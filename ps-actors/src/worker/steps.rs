@@ -1,7 +1,7 @@
 //! What a worker remembers of its latest steps, for those who observe a training.
 //!
 //! A worker records nothing until somebody asks for the first time. From then on it keeps the records of its
-//! latest [`MAX_RECORDS`] steps. Clocks of settled steps rise, so whoever asks sees a gap if the worker took
+//! latest [`MAX_RECORDS`] steps. Clocks of settled steps rise, so the observer sees a gap if the worker took
 //! more steps than that in between. A record is kept until the next question says that it has arrived.
 
 use std::collections::VecDeque;

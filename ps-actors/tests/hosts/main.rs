@@ -162,7 +162,7 @@ fn a_host_that_is_heard_but_does_not_hear_is_lost_and_the_other_way_round() {
 }
 
 #[test]
-fn a_driver_that_is_cut_off_goes_on_with_the_next_lives_of_its_nodes() {
+fn a_driver_that_is_cut_off_goes_on_with_the_next_incarnations_of_its_nodes() {
     let Some(mut world) = World::start(endless(Consistency::Bsp)) else {
         return;
     };

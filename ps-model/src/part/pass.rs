@@ -60,7 +60,7 @@ fn check_input<P: Part>(part: &P, input: &Array) -> Result<(), PartError> {
 #[derive(Debug)]
 pub struct Pass<P: Part> {
     part: P,
-    /// With autodiff.
+    /// The device of the part, with autodiff switched on.
     device: Device,
     view: FlatView,
     random_layers: Vec<String>,

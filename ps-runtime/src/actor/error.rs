@@ -93,7 +93,7 @@ pub enum NotDelivered {
     /// The caller's timeout passed while the call was still queued.
     #[error("timed out after {after:?} before its handler began")]
     TimedOut {
-        /// The timeout.
+        /// The limit that the caller gave.
         after: Duration,
     },
     /// The caller would have blocked the thread that the handler needs.
@@ -142,7 +142,7 @@ pub enum UnknownOutcome {
     /// The caller's timeout passed while the handler was running; the handler goes on.
     #[error("timed out after {after:?} while its handler was running")]
     TimedOut {
-        /// The timeout.
+        /// The limit that the caller gave.
         after: Duration,
     },
     /// The actor ended while the handler was running.
@@ -389,6 +389,7 @@ pub struct StillRunning {
 /// Why a call to an actor that answers with a `Result` failed; see
 /// [`Reply::flatten`](super::Reply::flatten).
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum AskError<E> {
     /// The call failed.
     #[error(transparent)]

@@ -23,6 +23,8 @@ use crate::remote::process::Process;
 use crate::remote::reference::{Wire, on_behalf_of};
 
 /// An actor type that a [`Cluster`](super::Cluster) can start in another process.
+///
+/// For an example, see [`Hosts`].
 pub trait Hosted: Remote {
     /// The arguments from which an actor is made. They are sent to the process that makes it.
     type Args: Serialize + DeserializeOwned + Send + 'static;

@@ -46,9 +46,9 @@ pub enum Placement {
     /// The nodes in turn, or the driver if there are no nodes.
     #[default]
     RoundRobin,
-    /// The driver.
+    /// The process of the driver.
     Driver,
-    /// This node.
+    /// The node with this id. An id names one incarnation of a rank.
     Node(NodeId),
     /// The node that has this rank, in any incarnation. Rank 0 is the driver.
     Rank(u32),

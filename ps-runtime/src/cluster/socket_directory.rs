@@ -185,6 +185,7 @@ mod tests {
         path
     }
 
+    ///
     #[test]
     fn a_directory_is_private_and_goes_with_its_owner() {
         let parent = tempfile::tempdir().unwrap();
@@ -198,7 +199,7 @@ mod tests {
         assert!(names(parent.path()).is_empty());
     }
 
-    /// In a process of its own, which is killed.
+    /// in a process of its own, which is killed.
     #[test]
     fn what_a_killed_process_leaves_is_removed_at_the_next_start() {
         const PARENT: &str = "PS_TEST_SOCKET_PARENT";
@@ -230,6 +231,7 @@ mod tests {
         assert!(names(parent.path()).is_empty());
     }
 
+    ///
     #[test]
     fn only_what_is_as_we_leave_it_is_removed() {
         let parent = tempfile::tempdir().unwrap();
@@ -269,7 +271,7 @@ mod tests {
         assert_eq!(fs::read_to_string(more.join("notes")).unwrap(), "mine");
     }
 
-    /// Locks belong to open files, so threads stand for processes.
+    /// locks belong to open files, so threads stand for processes.
     #[test]
     fn many_that_start_at_once_take_nothing_from_each_other() {
         const NUM_STARTING: usize = 8;
@@ -302,6 +304,7 @@ mod tests {
         }
     }
 
+    ///
     #[test]
     fn a_crowded_temporary_directory_costs_a_bounded_time() {
         let parent = tempfile::tempdir().unwrap();

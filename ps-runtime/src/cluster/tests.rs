@@ -1,6 +1,7 @@
 //! Tests that need private parts of the crate: which processes may send to nodes, that nothing of an
 //! incarnation stays in memory, and which messages are too large to be sent.
 
+mod fuzz;
 mod refusals;
 
 use std::net::{Ipv4Addr, SocketAddr};
@@ -133,7 +134,7 @@ fn carry(lengths: &[usize], num_back: usize) -> Carry {
 
 /// an incarnation that is over is refused everywhere, also by other nodes.
 #[test]
-fn a_life_that_is_over_is_refused_by_other_nodes() {
+fn an_incarnation_that_is_over_is_refused_by_other_nodes() {
     let (network, alive) = (MemoryNetwork::new(), Arc::default());
     let config = config(&network, patient(1));
     let (cluster, address) = listen(&config, &hosts(&alive));
@@ -254,7 +255,7 @@ fn a_reference_that_was_given_up_connects_again() {
     there.ask(carry(&[1], 1)).wait_timeout(SOON).unwrap();
     // It does not connect again once the last reference was dropped.
     drop(there);
-    eventually("it is let go of", || !is_connected());
+    eventually("the connection is closed", || !is_connected());
 }
 
 #[test]
@@ -329,7 +330,7 @@ impl Gate {
 }
 
 #[test]
-fn what_was_being_made_for_a_lost_driver_ends_and_nothing_of_that_life_stays() {
+fn what_was_being_made_for_a_lost_driver_ends_and_nothing_of_that_incarnation_stays() {
     let network = MemoryNetwork::with_faults(0, Faults::default());
     let config = config(&network, Duration::from_millis(201));
     let (alive, gate) = (Arc::<AtomicUsize>::default(), Gate::default());

@@ -124,7 +124,7 @@ impl<T: Value> Hosted for Owned<T> {
 /// Copies the value.
 #[derive(Serialize, Deserialize)]
 #[serde(bound = "")]
-pub(crate) struct Fetch<T>(PhantomData<fn() -> T>);
+pub(crate) struct Fetch<T>(pub(crate) PhantomData<fn() -> T>);
 
 impl<T: 'static> Message for Fetch<T> {
     type Result = T;

@@ -15,9 +15,9 @@ pub enum LaunchError {
     /// The value of a variable is not a number, or is too large.
     #[error("{variable}={value:?} is not a whole number from 0 to {largest}")]
     NotANumber {
-        /// The variable.
+        /// The name of the variable.
         variable: &'static str,
-        /// Its value.
+        /// The value that it has.
         value: String,
         /// The largest number that it may hold.
         largest: u64,
@@ -28,9 +28,9 @@ pub enum LaunchError {
         world_size.saturating_sub(1)
     )]
     RankOutOfRange {
-        /// The launcher, or the flags.
+        /// The launcher whose variables were read, or the flags.
         set_by: &'static str,
-        /// The rank.
+        /// The rank that this process was given.
         rank: u32,
         /// How many copies there are.
         world_size: u32,
@@ -38,7 +38,7 @@ pub enum LaunchError {
     /// The world size is 0.
     #[error("{set_by} is 0, but this process is one: it must be at least 1")]
     NoProcesses {
-        /// The variable, or the flag.
+        /// The variable or flag that says how many copies there are.
         set_by: &'static str,
     },
     /// A variable or flag needs another one, which is not set.
@@ -54,9 +54,9 @@ pub enum LaunchError {
         "{set_by} makes this rank {rank} of {world_size}, but nothing says where rank 0 listens: set {needed}"
     )]
     NoAddress {
-        /// The launcher.
+        /// The launcher whose variables were read, or the flags.
         set_by: &'static str,
-        /// The rank.
+        /// The rank that this process was given.
         rank: u32,
         /// How many copies there are.
         world_size: u32,
@@ -66,9 +66,9 @@ pub enum LaunchError {
     /// A host, or a host and port, cannot be read.
     #[error("{variable}={value:?} is no address: {problem}")]
     BadAddress {
-        /// The variable, or the flag.
+        /// The variable or flag that was read.
         variable: &'static str,
-        /// Its value.
+        /// The value that it has.
         value: String,
         /// What is wrong with the value, and what it should be.
         problem: &'static str,
@@ -76,9 +76,9 @@ pub enum LaunchError {
     /// The port is 0, is not a number, or is above 65535.
     #[error("{variable}={value:?} is no port: {problem}")]
     BadPort {
-        /// The variable, or the flag.
+        /// The variable or flag that was read.
         variable: &'static str,
-        /// Its value.
+        /// The value that it has.
         value: String,
         /// What is wrong with it.
         problem: &'static str,
@@ -88,9 +88,9 @@ pub enum LaunchError {
         "{variable}={value:?} is no list of hosts: {problem} (PS_RENDEZVOUS=host:port needs no list)"
     )]
     BadHostList {
-        /// The variable.
+        /// The name of the variable.
         variable: &'static str,
-        /// Its value.
+        /// The value that it has.
         value: String,
         /// What is wrong with it.
         problem: &'static str,
@@ -106,7 +106,7 @@ pub enum LaunchError {
         "--processes starts all copies itself, but {launcher} has already started this one as rank {rank} of {world_size}: leave out --processes, or start one copy only"
     )]
     AlreadyLaunched {
-        /// The launcher.
+        /// The launcher that has started this copy.
         launcher: &'static str,
         /// The rank that the launcher gave to this copy.
         rank: u32,
@@ -131,9 +131,9 @@ pub enum ProcessError {
     /// The system did not start the process.
     #[error("could not start {} as rank {rank}", .program.display())]
     Spawn {
-        /// The rank of the process.
+        /// The rank that the process was to have.
         rank: u32,
-        /// The program.
+        /// The file of the program that was to be started.
         program: PathBuf,
         /// The error of the operating system.
         #[source]
@@ -156,13 +156,13 @@ pub enum ProcessError {
     NoSuchRank {
         /// The rank asked for.
         rank: u32,
-        /// The world size.
+        /// How many processes there are, the driver included.
         world_size: u32,
     },
     /// The rank still runs, so it cannot be started again.
     #[error("rank {rank} is still running: kill it, and wait for its exit, before a restart")]
     StillRunning {
-        /// The rank.
+        /// The rank whose process has not ended.
         rank: u32,
     },
     /// The thread that watches the processes has panicked; they have been killed.

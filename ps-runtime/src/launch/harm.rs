@@ -31,8 +31,8 @@ pub fn stop_this_process(pause: Duration) -> io::Result<()> {
         use std::process::{Command, Stdio};
 
         use rustix::process::{Signal, getpid, kill_process};
-        // The shell is ready to send the signal before this process stops. Its output is not inherited: whoever
-        // reads the output of this process must not wait for the shell.
+        // The shell is ready to send the signal before this process stops. Its output is not inherited: a
+        // process that reads the output of this one must not wait for the shell.
         let pid = getpid();
         let script = format!(
             "sleep {}; kill -CONT {}",

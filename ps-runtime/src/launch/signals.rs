@@ -17,6 +17,8 @@ pub const EXIT_OK: u8 = 0;
 pub const EXIT_CONFIG: u8 = 64;
 
 /// A signal that asks a process to end. `Display` writes its name.
+///
+/// For an example, see [`exit_code`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
     /// SIGTERM, from a launcher or from `kill`.

@@ -29,7 +29,7 @@ use crate::codec::{Encoded, MAX_HEADER};
 /// The length of a frame's fixed part in bytes.
 pub(crate) const HEAD_LEN: usize = 24;
 
-/// The largest number of buffers in one frame. A message with more shards or gradients must be split.
+/// The largest number of buffers in one frame. A message with more fails with `NotDelivered::TooLarge`.
 pub(crate) const MAX_BUFFERS: usize = 4096;
 
 const MARK: u8 = 0xA7;

@@ -41,6 +41,8 @@ pub const KEPT_FOR: Duration = Duration::from_secs(600);
 /// It can be sent to other actors, in messages and replies. The first process that takes the value gets
 /// it, and the value can be taken once. The value is removed when it is taken, when a receiver drops its
 /// ticket without having sent it on, after [`KEPT_FOR`], and when its process loses the driver.
+///
+/// For an example, see [`take`](Self::take).
 pub struct Kept<T> {
     place: Mutex<Place<T>>,
 }
@@ -83,6 +85,16 @@ impl<T> Kept<T> {
         Self {
             place: Mutex::new(place),
         }
+    }
+
+    /// A value that the object store of this process has.
+    #[cfg(any(test, feature = "test-util"))]
+    pub(crate) fn of_ticket(ticket: Ticket, process: &Arc<Process>) -> Self {
+        Self::new(Place::There {
+            ticket,
+            process: Arc::clone(process),
+            is_sent: false,
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Place<T>> {
@@ -356,7 +368,7 @@ impl Remote for KeptResults {
 
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Option<Blob>")]
-struct Take(u64);
+pub(crate) struct Take(pub(crate) u64);
 
 impl Handler<Take> for KeptResults {
     type Result = Option<Blob>;
@@ -369,7 +381,7 @@ impl Handler<Take> for KeptResults {
 
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "()")]
-struct Discard(u64);
+pub(crate) struct Discard(pub(crate) u64);
 
 impl Handler<Discard> for KeptResults {
     type Result = ();
@@ -391,6 +403,20 @@ pub(crate) mod tests {
         });
         start.expect("the system gives a thread")
     }
+
+    /// A store with so many values, numbered from 0, and how many it has.
+    pub(crate) fn store_of(num_values: u64) -> (ActorRef<KeptResults>, impl Fn() -> usize) {
+        let values = Arc::new(Values::default());
+        let value = codec::encode(&7_u64).unwrap();
+        let all = (0..num_values).map(|number| (number, (Instant::now(), value.clone())));
+        values.lock().extend(all);
+        let kept = Arc::clone(&values);
+        let start = Spawn::new().start(move || KeptResults {
+            values: Arc::clone(&values),
+        });
+        let store = start.expect("the system gives a thread");
+        (store, move || kept.lock().len())
+    }
     use crate::actor::run;
     use crate::net::NetConfig;
     use crate::remote::NodeId;
@@ -401,22 +427,16 @@ pub(crate) mod tests {
         process
     }
 
-    fn shelved(process: &Arc<Process>, value: u64) -> impl Fn() -> Kept<u64> + use<> {
+    fn kept(process: &Arc<Process>, value: u64) -> impl Fn() -> Kept<u64> + use<> {
         let ticket = process.keep_result(codec::encode(&value).unwrap()).unwrap();
         let process = Arc::clone(process);
-        move || {
-            Kept::new(Place::There {
-                ticket: ticket.clone(),
-                process: Arc::clone(&process),
-                is_sent: false,
-            })
-        }
+        move || Kept::of_ticket(ticket.clone(), &process)
     }
 
     ///
     #[test]
     fn a_value_is_taken_once() {
-        let ticket = shelved(&process(), 7);
+        let ticket = kept(&process(), 7);
         assert_eq!(run(ticket().take()).unwrap(), 7);
         let second = run(ticket().take());
         assert!(matches!(second, Err(KeptError::Gone)), "{second:?}");
@@ -426,12 +446,12 @@ pub(crate) mod tests {
     #[test]
     fn a_value_goes_with_its_ticket_unless_that_was_sent_on() {
         let process = process();
-        let ticket = shelved(&process, 7);
+        let ticket = kept(&process, 7);
         let sent = ticket();
         on_behalf_of(&process, || codec::encode(&sent)).unwrap();
         drop(sent);
         assert_eq!(run(ticket().take()).unwrap(), 7, "the receiver has it now");
-        let ticket = shelved(&process, 8);
+        let ticket = kept(&process, 8);
         drop(ticket());
         assert!(matches!(run(ticket().take()), Err(KeptError::Gone)));
     }
@@ -440,10 +460,10 @@ pub(crate) mod tests {
     #[test]
     fn what_nobody_comes_for_goes_after_a_while() {
         let process = process();
-        let ticket = shelved(&process, 7);
+        let ticket = kept(&process, 7);
         process.sweep_kept(Instant::now());
         assert_eq!(run(ticket().take()).unwrap(), 7);
-        let ticket = shelved(&process, 8);
+        let ticket = kept(&process, 8);
         process.sweep_kept(Instant::now() + KEPT_FOR + Duration::from_secs(1));
         assert!(matches!(run(ticket().take()), Err(KeptError::Gone)));
     }

@@ -20,6 +20,8 @@ use crate::codec::{CodecError, Encoded, decode, encode};
 use crate::schema::Schema;
 
 /// Collects the messages of an actor type; see [`Remote::messages`].
+///
+/// For an example, see [`Remote`].
 pub struct Messages<A: Actor> {
     by_code: Vec<Serve<A>>,
     by_type: HashMap<TypeId, Known<A>>,
@@ -225,6 +227,12 @@ impl<A: Actor> Table<A> {
     ) -> Option<Box<dyn Any>> {
         let known = self.messages.by_type.get(&id)?;
         (known.begin)(remote, message, how)
+    }
+
+    /// How many messages the actor takes from other processes.
+    #[cfg(any(test, feature = "test-util"))]
+    pub(crate) fn num_messages(&self) -> u32 {
+        self.messages.by_code.len() as u32
     }
 
     /// Runs the message with this code.

@@ -11,7 +11,7 @@ use shuttle::thread;
 use crate::actor::call::{GiveUp, ReplySlot};
 use crate::actor::mailbox::Mailbox;
 use crate::actor::{CallError, Reply};
-use crate::stage::{Count, CountLater, Counter, Shelf, Stage, under_many_schedules};
+use crate::stage::{Count, CountLater, Counter, Parking, Stage, under_many_schedules};
 
 fn ask(mailbox: &Arc<Mailbox<Counter>>) -> Reply<u64> {
     Reply::started(mailbox.push(Count, false))
@@ -158,12 +158,12 @@ fn a_kill_leaves_no_call_without_an_end() {
 fn a_response_that_comes_later_is_answered() {
     under_many_schedules(|| {
         let stage = Stage::new(1);
-        let shelf: Shelf<_> = Arc::default();
-        let call = stage.mailbox.push(CountLater(Arc::clone(&shelf)), false);
+        let parking: Parking<_> = Arc::default();
+        let call = stage.mailbox.push(CountLater(Arc::clone(&parking)), false);
         let call = call.unwrap();
         let answerer = thread::spawn(move || {
             loop {
-                let taken = shelf.lock().unwrap().take();
+                let taken = parking.lock().unwrap().take();
                 if let Some((sender, gone)) = taken {
                     drop(gone);
                     sender.send(7).unwrap();
@@ -184,18 +184,18 @@ fn a_response_that_comes_later_is_answered() {
 fn a_handler_learns_that_its_caller_has_gone() {
     under_many_schedules(|| {
         let stage = Stage::new(1);
-        let shelf: Shelf<_> = Arc::default();
-        let call = stage.mailbox.push(CountLater(Arc::clone(&shelf)), false);
+        let parking: Parking<_> = Arc::default();
+        let call = stage.mailbox.push(CountLater(Arc::clone(&parking)), false);
         let call = call.unwrap();
         let handler = thread::spawn(move || {
             loop {
-                let taken = shelf.lock().unwrap().take();
+                let taken = parking.lock().unwrap().take();
                 if let Some((sender, gone)) = taken {
                     block_on(gone);
                     // The response is lost, and the slot comes back.
                     return drop(sender);
                 }
-                if Arc::strong_count(&shelf) == 1 {
+                if Arc::strong_count(&parking) == 1 {
                     // The call was taken back before it began.
                     return;
                 }

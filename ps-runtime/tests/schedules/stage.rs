@@ -72,22 +72,22 @@ impl Handler<Count> for Counter {
     }
 }
 
-/// Answered by whoever takes the sender.
+/// Answered by the thread that takes the sender.
 #[derive(Message)]
 #[rtype(result = "u64")]
-pub(crate) struct CountLater(pub(crate) Shelf<(OneshotSender<u64>, CallerGone)>);
+pub(crate) struct CountLater(pub(crate) Parking<(OneshotSender<u64>, CallerGone)>);
 
 /// Where one thread leaves something for another.
-pub(crate) type Shelf<T> = Arc<Mutex<Option<T>>>;
+pub(crate) type Parking<T> = Arc<Mutex<Option<T>>>;
 
-pub(crate) struct Parked(Shelf<(OneshotSender<u64>, CallerGone)>, CallerGone);
+pub(crate) struct Parked(Parking<(OneshotSender<u64>, CallerGone)>, CallerGone);
 
 impl Handler<CountLater> for Counter {
     type Result = Parked;
 
-    fn handle(&mut self, CountLater(shelf): CountLater, _: &mut Context<Self>) -> Parked {
+    fn handle(&mut self, CountLater(parking): CountLater, _: &mut Context<Self>) -> Parked {
         self.num_begun.fetch_add(1, Ordering::Relaxed);
-        Parked(shelf, caller_gone())
+        Parked(parking, caller_gone())
     }
 }
 

@@ -221,7 +221,7 @@ fn a_trainer_in_another_life_goes_on_where_the_earlier_one_ended() {
         let mut context = second.begin();
         compute(&mut context, &part, &batch(0, 2)).await.unwrap();
         second.step(context).await.unwrap();
-        // The earlier life is over: its step is neither applied nor taken for the later one's.
+        // The earlier incarnation is over: its step is neither applied nor taken for the later one's.
         let error = first.step(left).await.unwrap_err();
         assert!(matches!(error, OptimizerError::Served { .. }), "{error:?}");
         let latest = servers.pull(PullVersion::Latest).await.unwrap();

@@ -1,6 +1,7 @@
 //! Models that live with a server: remote forward and backward, and the distributed optimizer.
 
 mod exactly_once;
+mod fuzz;
 mod limits;
 mod local_training;
 mod split;

@@ -2,7 +2,7 @@
 
 use super::super::config::ServerConfig;
 use super::super::consistency::Reduction;
-use super::super::protocol::{Summand, Update};
+use super::super::protocol::{Clip, Summand, Update};
 use super::*;
 use crate::checkpoint::Rest;
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
@@ -46,6 +46,7 @@ fn decide(version: u64, gradients: Vec<GradientId>, learning_rate: f64) -> Decis
                 })
                 .collect(),
             reduction: Reduction::Sum,
+            clip: Clip::None,
         },
         learning_rate,
     }
@@ -59,6 +60,7 @@ fn follow(secret: &GroupSecret, number: u64, decisions: Vec<Decision>) -> Follow
     }
 }
 
+/// PS-10.
 #[test]
 fn a_stranger_is_not_followed_and_does_not_learn_the_secret() {
     let secret = GroupSecret::random();
@@ -77,6 +79,7 @@ fn a_stranger_is_not_followed_and_does_not_learn_the_secret() {
     assert_eq!(server.shard.weights().to_vec(), [0.5; 2]);
 }
 
+/// PS-10.
 #[test]
 fn what_is_told_again_counts_once_and_is_answered_as_the_first_time() {
     let secret = GroupSecret::random();

@@ -223,9 +223,9 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    /// `life` counts how often the process has been started.
-    pub(super) fn new(caller: Address, life: u32) -> Self {
-        let next = u64::from(life) << 40;
+    /// `num_starts` counts how often the process was started before.
+    pub(super) fn new(caller: Address, num_starts: u32) -> Self {
+        let next = u64::from(num_starts) << 40;
         Self { caller, next }
     }
 

@@ -61,7 +61,8 @@ pub(super) struct Worker {
     settings: std::sync::Arc<Settings>,
     group: Option<Group>,
     calls: Calls,
-    life: u32,
+    /// How often the process was started before.
+    num_starts: u32,
     num_joins: u64,
     phase: Phase,
     /// Counts the phases, so that an old timer does nothing.
@@ -81,15 +82,15 @@ impl Worker {
     pub(super) fn new(
         id: WorkerId,
         settings: std::sync::Arc<Settings>,
-        life: u32,
+        num_starts: u32,
         slowness: f64,
     ) -> Self {
         Self {
             id,
             settings,
             group: None,
-            calls: Calls::new(Address::Worker(id.0), life),
-            life,
+            calls: Calls::new(Address::Worker(id.0), num_starts),
+            num_starts,
             num_joins: 0,
             phase: Phase::Waiting,
             phase_number: 0,
@@ -197,7 +198,7 @@ impl Worker {
     fn join(&mut self, turn: &mut Turn<'_>) {
         self.enter(Phase::Joining);
         self.num_joins += 1;
-        let request = u64::from(self.id.0) << 48 | u64::from(self.life) << 32 | self.num_joins;
+        let request = u64::from(self.id.0) << 48 | u64::from(self.num_starts) << 32 | self.num_joins;
         self.call(0, Request::Join(self.id, JoinRequest(request)), turn);
         if let (Some(lease), false) = (self.settings.worker_lease, self.is_beating) {
             self.is_beating = true;

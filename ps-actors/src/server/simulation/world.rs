@@ -90,7 +90,8 @@ pub(super) struct World {
     num_events: u64,
     pub(super) processes: BTreeMap<Address, Process>,
     num_instances: u64,
-    worker_lives: Vec<u32>,
+    /// How often each worker's process has been started.
+    num_starts: Vec<u32>,
     slowness: Vec<f64>,
     pub(super) group: Option<Group>,
     pub(super) network: Network,
@@ -134,7 +135,7 @@ impl World {
             num_events: 0,
             processes: BTreeMap::new(),
             num_instances: 0,
-            worker_lives: vec![0; settings.num_workers as usize],
+            num_starts: vec![0; settings.num_workers as usize],
             slowness,
             group: None,
             network: Network::new(&settings),
@@ -553,11 +554,11 @@ impl World {
     fn start_worker(&mut self, number: u32) -> Result<(), String> {
         let address = Address::Worker(number);
         let index = number as usize;
-        let life = self.worker_lives[index];
-        self.worker_lives[index] += 1;
+        let num_starts = self.num_starts[index];
+        self.num_starts[index] += 1;
         let settings = Arc::clone(&self.settings);
         let id = crate::ids::WorkerId(number);
-        let worker = Worker::new(id, settings, life, self.slowness[index]);
+        let worker = Worker::new(id, settings, num_starts, self.slowness[index]);
         self.insert(address, Kind::Worker(Box::new(worker)));
         self.trace.add(self.now, [4, u64::from(number), 0], || {
             format!("{address} starts")

@@ -98,7 +98,7 @@ impl World {
 
 const NUM_STEPS: u64 = 400;
 
-/// No process is lost with a link: whoever finds the other end silent for more than two leases goes on
+/// PS-10: no process is lost with a link: whoever finds the other end silent for more than two leases goes on
 /// when it is back, and each gradient counts once.
 #[test]
 fn a_link_that_is_silent_for_more_than_two_leases_ends_nothing() {
@@ -124,6 +124,7 @@ fn a_link_that_is_silent_for_more_than_two_leases_ends_nothing() {
     }
 }
 
+/// PS-10.
 #[test]
 fn a_link_that_is_reset_again_and_again_ends_nothing() {
     for pair in [(FIRST, SECOND), (WORKER, SECOND)] {

@@ -3,8 +3,8 @@
 
 mod calls;
 mod hostile;
+mod incarnations;
 mod kept;
-mod lives;
 mod nodes;
 mod tls;
 mod values;

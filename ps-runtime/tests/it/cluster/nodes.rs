@@ -165,6 +165,7 @@ fn actors_go_where_there_is_what_they_need() {
     }
 }
 
+///
 #[test]
 fn a_node_with_other_data_is_not_let_in() {
     for transport in transports() {

@@ -27,8 +27,8 @@ fn config(transport: Transport) -> ClusterConfig {
 
 fn incarnation_of(world: &World, rank: u32) -> Option<u64> {
     let nodes = world.cluster.nodes().into_iter();
-    let mut lives = nodes.map(|info| info.node).filter(|node| node.rank == rank);
-    lives.next().map(|node| node.incarnation)
+    let mut of_rank = nodes.map(|info| info.node).filter(|node| node.rank == rank);
+    of_rank.next().map(|node| node.incarnation)
 }
 
 fn assert_not_delivered(error: CallError) {
