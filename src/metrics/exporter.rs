@@ -38,15 +38,7 @@ impl Exporter {
     /// Makes an exporter without metrics. Nothing is installed in the program.
     #[must_use]
     pub fn new() -> Self {
-        let mut builder = PrometheusBuilder::new();
-        for metric in names::ALL {
-            if let Kind::Histogram(buckets) = metric.kind {
-                let matcher = Matcher::Full(metric.name.to_owned());
-                let built = builder.set_buckets_for_metric(matcher, buckets);
-                builder = built.expect("a histogram has buckets");
-            }
-        }
-        let recorder = builder.build_recorder();
+        let recorder = recorder();
         Self {
             handle: recorder.handle(),
             recorder: Arc::new(recorder),
@@ -92,6 +84,19 @@ impl Exporter {
     pub fn listen(&self, address: SocketAddr, token: Option<Token>) -> io::Result<MetricsListener> {
         MetricsListener::start(address, token, self.routes())
     }
+}
+
+/// Makes a recorder that knows the buckets of the histograms.
+fn recorder() -> PrometheusRecorder {
+    let mut builder = PrometheusBuilder::new();
+    for metric in names::ALL {
+        if let Kind::Histogram(buckets) = metric.kind {
+            let matcher = Matcher::Full(metric.name.to_owned());
+            let built = builder.set_buckets_for_metric(matcher, buckets);
+            builder = built.expect("a histogram has buckets");
+        }
+    }
+    builder.build_recorder()
 }
 
 impl Default for Exporter {
