@@ -106,7 +106,14 @@ fn without_faults(arguments: impl Iterator<Item = OsString>, saved: &OsString) -
         {
             continue;
         }
-        let flags = ["--chaos", "--export", "--record", "--checkpoint-dir"];
+        let flags = [
+            "--chaos",
+            "--export",
+            "--record",
+            "--metrics",
+            "--tensorboard",
+            "--checkpoint-dir",
+        ];
         let Some(flag) = flags.into_iter().find(|flag| is_flag(&word, flag)) else {
             kept.push(word);
             continue;
@@ -150,7 +157,8 @@ mod tests {
                 "--num-workers 3 --chaos=",
             ),
             (
-                "--checkpoint-dir a --chaos=x --chaos-control --resume --record=y --net",
+                // The port of the metrics is taken by the run with faults.
+                "--checkpoint-dir a --chaos=x --metrics 127.0.0.1:1 --chaos-control --resume --record=y --net",
                 "--checkpoint-dir TEMP --net --chaos=",
             ),
             (
