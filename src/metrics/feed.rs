@@ -210,7 +210,7 @@ mod tests {
             servers: (0..num_servers)
                 .map(|number| ServerSeen {
                     node: NodeId::DRIVER,
-                    version: Version(100 - number),
+                    version: Version(1100 - number),
                     num_weights: 10,
                     num_staged: 1,
                     num_waiting: 2,
@@ -327,7 +327,7 @@ mod tests {
                 "ps_awaited_workers 1",
                 "ps_nodes 0",
                 "ps_pending_pushes 3",
-                r#"ps_server_version{server="1"} 99"#,
+                r#"ps_server_version{server="1"} 1099"#,
                 r#"ps_server_weights_bytes{server="0"} 40"#,
                 r#"ps_server_staged_gradients{server="0"} 1"#,
                 r#"ps_server_waiting_calls{server="0"} 2"#,
@@ -394,7 +394,8 @@ mod tests {
             &once,
             &[
                 r#"ps_server_weights_bytes{server="other"} 37440"#,
-                r#"ps_server_version{server="63"} 37"#,
+                r#"ps_server_version{server="63"} 1037"#,
+                r#"ps_server_version{server="other"} 101"#,
             ],
         );
         events.extend(steps(1));
