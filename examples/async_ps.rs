@@ -67,7 +67,7 @@ fn train(
     let device = data.device()?;
     let mnist = data.mnist()?;
     let model = ConvNet::init(args.seed, &device);
-    let mut chaos = chaos.begin(&args, &cluster, &saving, ServerPlaces::DRIVEN)?;
+    let mut chaos = chaos.begin(args.num_workers, &cluster, &saving, ServerPlaces::DRIVEN)?;
     let hosts = chaos.hosts(host_workers(Hosts::new(), &model, &device, &mnist.train));
     // `None`: this process was a worker's home, and the training is over.
     let Some(cluster) = cluster.launch(hosts) else {

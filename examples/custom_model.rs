@@ -20,7 +20,7 @@ use burn::optim::AdamConfig;
 use burn::tensor::activation::tanh;
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, ShowArgs, say};
+use ps::cli::{self, ChaosArgs, CheckpointArgs, ClusterArgs, ServerPlaces, ShowArgs, say};
 use ps::prelude::*;
 
 /// Training a model and data of your own.
@@ -39,6 +39,8 @@ struct Args {
     checkpoints: CheckpointArgs,
     #[command(flatten)]
     show: ShowArgs,
+    #[command(flatten)]
+    chaos: ChaosArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -46,6 +48,9 @@ const EXAMPLES: &str = "Examples:
   custom_model --processes 3              two workers in processes of their own
   custom_model --num-workers 4 --epochs 20
   custom_model --checkpoint-dir runs/one --resume   go on after an interruption";
+
+const NUM_POINTS: usize = 4_000;
+const BATCH_SIZE: usize = 50;
 
 fn main() -> ExitCode {
     cli::main(train)
@@ -59,31 +64,41 @@ fn train(args: Args) -> Result<ExitCode> {
     let test = collated(landscape(1_000, 0.5), as_batch);
 
     // Processes compare their data, too.
-    let train = collated(landscape(4_000, 0.0), as_batch).compared_by(|point| format!("{point:?}"));
+    let train =
+        collated(landscape(NUM_POINTS, 0.0), as_batch).compared_by(|point| format!("{point:?}"));
     let trainer = Trainer::new(model.clone(), train)
         .test_data(test)
         .device(&device)
         .workers(args.num_workers)
         .optimizer(AdamConfig::new())
         .learning_rate(5e-3)
-        .batch_size(50)
+        .batch_size(BATCH_SIZE)
         .epochs(args.epochs)
         .checkpoints(args.checkpoints.config())
         .observe_all(args.show.observers());
-    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
+    let servers = ServerPlaces {
+        num_servers: 1,
+        num_in_driver: 1,
+        workers_call: true,
+    };
+    let saving = &args.checkpoints;
+    let mut chaos = (args.chaos).begin(args.num_workers, &args.cluster, saving, servers)?;
+    let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
+    let Some(cluster) = args.cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
     };
+    chaos.start(&cluster)?;
     let report = trainer.run_on(&cluster)?;
     let error = report
         .final_evaluation
         .map_or(f64::NAN, |result| result.mean_loss());
     say!("{report}");
     say!("Final mean squared error is {error:.4}.");
-    args.checkpoints.export(&model, &device, &report.weights)?;
-    Ok(cli::end_of_training(
-        report.interrupted,
-        report.saved_all().is_some(),
-    ))
+    saving.export(&model, &device, &report.weights)?;
+    let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
+    // Examples that do not fill one batch of every worker are left out of an epoch.
+    let num_steps = args.epochs * (NUM_POINTS / (args.num_workers * BATCH_SIZE)) as u64;
+    Ok(chaos.conclude(Some(&report.done(num_steps)), code)?)
 }
 
 /// A point (x, y) and its height.

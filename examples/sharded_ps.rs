@@ -15,8 +15,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Parser;
 use ps::cli::{
-    self, ChaosArgs, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, ServerPlaces, ShowArgs,
-    TrainArgs, say,
+    self, ChaosArgs, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, ScheduleArgs, ServerPlaces,
+    ShowArgs, TrainArgs, say,
 };
 use ps::prelude::*;
 
@@ -26,6 +26,8 @@ use ps::prelude::*;
 struct Args {
     #[command(flatten)]
     train: TrainArgs,
+    #[command(flatten)]
+    schedule: ScheduleArgs,
     #[command(flatten)]
     servers: ServerArgs,
     #[command(flatten)]
@@ -47,6 +49,7 @@ const EXAMPLES: &str = "Examples:
   sharded_ps --processes 4 --num-workers 3 --consistency asp
   sharded_ps --processes 3 --servers-on-nodes --net
   sharded_ps --checkpoint-dir runs/one --resume   go on after an interruption
+  sharded_ps --lr-schedule cosine --warmup 20 --clip-norm 1
   sharded_ps --run-dir runs/one   curves and events of the run
   sharded_ps --consistency asp --record run.schedule
   sharded_ps --consistency asp --replay run.schedule   the same bits again";
@@ -94,7 +97,6 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .servers_on_nodes(args.servers.servers_on_nodes)
         .consistency(args.servers.consistency)
         .reduction(args.servers.reduction)
-        .learning_rate(args.train.learning_rate)
         .batch_size(args.train.batch_size)
         .iterations(args.train.iterations)
         .seed(args.train.seed)
@@ -106,6 +108,8 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
             say!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
         });
+    let rate = args.train.learning_rate;
+    let trainer = args.schedule.apply(trainer, rate, num_updates(args))?;
     if let Some(file) = &args.record.replay {
         let replay = trainer.replay(file)?;
         let accuracy = replay.final_evaluation.and_then(|result| result.accuracy());
@@ -114,9 +118,12 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         args.checkpoints.export(&model, &device, &replay.weights)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut chaos =
-        args.chaos
-            .begin(&args.train, &args.cluster, &args.checkpoints, places(args))?;
+    let mut chaos = args.chaos.begin(
+        args.train.num_workers,
+        &args.cluster,
+        &args.checkpoints,
+        places(args),
+    )?;
     // `None`: this process was the home of a worker or server, and the training is over.
     let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
     let Some(cluster) = args.cluster.launch(hosts) else {
@@ -130,6 +137,17 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
     let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
     let done = report.done(args.train.iterations);
     Ok(chaos.conclude(Some(&done), code)?)
+}
+
+/// How many updates the run makes. In rounds, one update has a gradient of several workers.
+fn num_updates(args: &Args) -> u64 {
+    let num_workers = args.train.num_workers as u64;
+    match args.servers.consistency {
+        Consistency::Asp | Consistency::Ssp { .. } => {
+            args.train.iterations.saturating_mul(num_workers)
+        }
+        Consistency::Bsp | Consistency::KofN { .. } => args.train.iterations,
+    }
 }
 
 /// The first server is in this process if it writes files, or if there is nothing about nodes.

@@ -294,6 +294,17 @@ impl<B: Send + 'static> WorkerBatches<B> {
         E: Examples<Batch = B>,
     {
         let data = data.clone();
+        Self::made_by(data.num_examples(), config, move |indices| {
+            data.batch(indices)
+        })
+    }
+
+    /// Makes the batches of a worker's share by `make`, from the indexes of their examples.
+    fn made_by(
+        num_examples: usize,
+        config: WorkerConfig,
+        make: impl FnMut(&[usize]) -> B + Send + 'static,
+    ) -> Result<Self, SamplerError> {
         let sampler = SamplerConfig {
             shard: config.worker.0 as usize,
             num_shards: config.num_workers,
@@ -301,10 +312,10 @@ impl<B: Send + 'static> WorkerBatches<B> {
             // All batches are full, and all workers have as many of them. So a mean of their means is the
             // mean.
             drop_last: true,
-            ..SamplerConfig::new(data.num_examples(), config.batch_size)
+            ..SamplerConfig::new(num_examples, config.batch_size)
         };
         Ok(Self {
-            batches: Batches::new(sampler, move |indices| data.batch(indices))?,
+            batches: Batches::new(sampler, make)?,
         })
     }
 
@@ -331,8 +342,65 @@ impl<B: Send + 'static> WorkerBatches<B> {
     }
 }
 
+/// A part of a batch, with the number of its examples.
+pub(crate) type MicroBatch<B> = (usize, B);
+
+impl<B: Send + 'static> WorkerBatches<Vec<MicroBatch<B>>> {
+    /// Makes the same batches, each in `num_parts` parts of the same size, or of nearly the same.
+    pub(crate) fn in_parts<E>(
+        data: &E,
+        config: WorkerConfig,
+        num_parts: usize,
+    ) -> Result<Self, SamplerError>
+    where
+        E: Examples<Batch = B>,
+    {
+        let data = data.clone();
+        Self::made_by(data.num_examples(), config, move |indices| {
+            let parts = parts(indices, num_parts).into_iter();
+            parts.map(|part| (part.len(), data.batch(part))).collect()
+        })
+    }
+}
+
+/// Cuts a slice into this many parts, of which none is empty. The first ones may be longer by one.
+fn parts<T>(mut whole: &[T], num_parts: usize) -> Vec<&[T]> {
+    let num_parts = num_parts.clamp(1, whole.len().max(1));
+    let lengths = (0..num_parts).map(|part| (whole.len() + num_parts - 1 - part) / num_parts);
+    let lengths: Vec<usize> = lengths.collect();
+    let cut = lengths.into_iter().map(|len| {
+        let (part, rest) = whole.split_at(len);
+        whole = rest;
+        part
+    });
+    cut.collect()
+}
+
 impl<B> fmt::Debug for WorkerBatches<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WorkerBatches").finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parts;
+
+    #[test]
+    fn parts_have_all_items_and_nearly_the_same_size() {
+        for len in 1..12_usize {
+            let whole: Vec<usize> = (0..len).collect();
+            for num_parts in 1..14 {
+                let parts = parts(&whole, num_parts);
+                assert_eq!(parts.len(), num_parts.min(len));
+                assert_eq!(parts.concat(), whole);
+                let sizes = || parts.iter().map(|part| part.len());
+                let spread = sizes().max().unwrap() - sizes().min().unwrap();
+                assert!(
+                    spread <= 1 && sizes().all(|size| size > 0),
+                    "{len}, {num_parts}"
+                );
+            }
+        }
     }
 }

@@ -59,6 +59,7 @@
 //! | [`served`] | models that live with a server: remote forward and backward |
 //! | [`lasting`] | workers for a driver's own loop that are started again when their process is lost |
 //! | [`rule`] | a burn optimizer as a server's update rule |
+//! | [`learning_rate`] | burn's learning-rate schedulers as a server's schedule |
 //! | [`export`] | files with a trained model for other programs |
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
@@ -78,6 +79,7 @@ pub mod cli;
 pub mod data;
 pub mod export;
 pub mod lasting;
+pub mod learning_rate;
 pub mod observe;
 pub mod report;
 mod resume;
@@ -123,7 +125,9 @@ pub mod prelude {
     pub use ps_actors::worker::{
         ComputeGradients, DataWorker, GradientSource, LocalGradient, RunSteps,
     };
-    pub use ps_data::{FashionMnist, ImageDataset, Mnist, MnistOptions};
+    pub use ps_data::ImageDataset;
+    #[cfg(feature = "mnist")]
+    pub use ps_data::{FashionMnist, Mnist, MnistOptions};
     pub use ps_model::{
         ConvNet, Evaluation, ImageBatch, Model, Net, Part, Step, compiled_devices,
         default_device_name, nll_loss, select_device,
@@ -132,6 +136,7 @@ pub mod prelude {
     pub use crate::agreement::{agree_on_data, agree_on_model};
     pub use crate::data::{Examples, WorkerBatches, batched, collated};
     pub use crate::lasting::LastingWorker;
+    pub use crate::learning_rate::BurnSchedule;
     pub use crate::report::Report;
     pub use crate::rule::OptimizerRule;
     pub use crate::source::{

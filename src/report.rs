@@ -54,6 +54,9 @@ pub struct Report {
     pub reduction: Reduction,
     /// The signal that ended the training before all steps were taken, if one did.
     pub interrupted: Option<Signal>,
+    /// The version whose evaluation ended the training before all steps were taken, if one did. See
+    /// [`Trainer::stop_when`](crate::Trainer::stop_when).
+    pub stopped_early: Option<Version>,
     /// Where the training went on, if it went on from a checkpoint. The counts below are those of the whole
     /// training. Times, losses and evaluations are those since then.
     pub resumed: Option<Resumed>,
@@ -163,7 +166,8 @@ impl Report {
     pub fn done(&self, num_steps: u64) -> crate::chaos::Done {
         let num_expected = num_steps.saturating_mul(self.num_workers as u64);
         crate::chaos::Done {
-            num_expected: self.interrupted.is_none().then_some(num_expected),
+            num_expected: (self.interrupted.is_none() && self.stopped_early.is_none())
+                .then_some(num_expected),
             num_settled: self.num_applied + self.num_dropped_late + self.num_refused,
             num_applied: self.num_applied,
             num_applied_before: self.num_applied_before,
@@ -202,6 +206,16 @@ impl Report {
         }
     }
 
+    /// Returns the error of a training that refused more than half of its gradients, if this is one.
+    pub(crate) fn most_refused(&self) -> Option<TrainError> {
+        let num_all = self.num_applied + self.num_dropped_late + self.num_refused;
+        let num_refused = self.num_refused;
+        (num_refused > num_all / 2).then_some(TrainError::MostRefused {
+            num_refused,
+            num_all,
+        })
+    }
+
     pub(crate) fn incomplete(self, error: TrainError) -> TrainError {
         TrainError::Incomplete {
             report: Box::new(self),
@@ -217,6 +231,13 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "Interrupted by {signal} after {} updates",
+                self.num_updates
+            )?;
+        }
+        if let Some(version) = self.stopped_early {
+            writeln!(
+                f,
+                "Stopped early after {} updates: the evaluation of {version} met the condition",
                 self.num_updates
             )?;
         }

@@ -17,10 +17,14 @@ use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSee
 use serde::{Deserialize, Serialize};
 
 use crate::agreement::Facts;
-use crate::data::{Examples, WorkerBatches};
+use crate::data::{Examples, MicroBatch, WorkerBatches};
 
 /// How many examples an [`Evaluator`] evaluates at a time.
 const EVALUATION_BATCH: usize = 256;
+
+/// An odd number that makes the seeds of the parts of a batch differ in all their bits (2⁶⁴ divided by the
+/// golden ratio, as in SplitMix64).
+const PART_SEED: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// Why a model and its data cannot be used for training.
 #[derive(Debug, thiserror::Error)]
@@ -173,7 +177,8 @@ pub struct WorkerConfig {
 /// take their random numbers from [`Step`](ps_model::Step).
 pub struct ModelSource<M: Model> {
     loadable: Loadable<M>,
-    batches: WorkerBatches<M::Batch>,
+    /// The parts of each batch, whose gradients are computed one after the other.
+    batches: WorkerBatches<Vec<MicroBatch<M::Batch>>>,
     config: WorkerConfig,
     gradients: BufferPool,
     /// How long the latest batch was waited for.
@@ -194,12 +199,33 @@ impl<M: Model> ModelSource<M> {
     where
         E: Examples<Batch = M::Batch>,
     {
+        Self::in_micro_batches(model, device, data, config, 1)
+    }
+
+    /// Does the same, but computes the gradient of each batch in `num_parts` parts, one after the other, and
+    /// accumulates them. So the device needs the memory for one part only. The gradient is that of the
+    /// whole batch, up to rounding, if the model's loss is a mean over the examples. Random numbers, such as
+    /// those of dropout, are others in each part.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn in_micro_batches<E>(
+        model: &M,
+        device: &Device,
+        data: &E,
+        config: WorkerConfig,
+        num_parts: usize,
+    ) -> Result<Self, SetupError>
+    where
+        E: Examples<Batch = M::Batch>,
+    {
         Ok(Self {
             loadable: Loadable::new(model, device)?,
-            batches: WorkerBatches::new(data, config)?,
+            batches: WorkerBatches::in_parts(data, config, num_parts)?,
             config,
-            // One buffer is being pushed, one is being computed, and one is spare.
-            gradients: BufferPool::new(3),
+            // One buffer is being pushed, one is being computed, and one is spare. Parts of a batch need one
+            // more.
+            gradients: BufferPool::new(if num_parts > 1 { 4 } else { 3 }),
             data_time: Duration::ZERO,
         })
     }
@@ -214,19 +240,39 @@ impl<M: Model> ModelSource<M> {
 impl<M: Model> GradientSource for ModelSource<M> {
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
         let started = Instant::now();
-        let batch = self.batches.batch(clock)?;
+        let parts = self.batches.batch(clock)?;
         self.data_time = started.elapsed();
         self.loadable.load(weights)?;
         let model = &self.loadable.model;
         let WorkerConfig { worker, seed, .. } = self.config;
-        let step = StepSeed {
-            seed,
+        let step = |part: usize| StepSeed {
+            // The first part has the random numbers of a batch in one piece.
+            seed: seed.wrapping_add((part as u64).wrapping_mul(PART_SEED)),
             worker: worker.0.into(),
             clock: clock.0,
         };
         let mut gradient = self.gradients.take(model.num_weights());
-        let loss = model.gradient(&batch, step, &mut gradient)?;
-        let num_examples = M::num_examples(&batch);
+        if let [(_, batch)] = &parts[..] {
+            let loss = model.gradient(batch, step(0), &mut gradient)?;
+            let num_examples = M::num_examples(batch);
+            return Ok(LocalGradient {
+                gradient: Gradient::new(gradient),
+                loss,
+                num_examples,
+            });
+        }
+        let all: usize = parts.iter().map(|(len, _)| len).sum();
+        let (mut loss, mut num_examples) = (0.0, 0);
+        let mut part_gradient = self.gradients.take(model.num_weights());
+        gradient.fill(0.0);
+        for (part, (len, batch)) in parts.iter().enumerate() {
+            let share = *len as f32 / all as f32;
+            loss += share * model.gradient(batch, step(part), &mut part_gradient)?;
+            for (sum, slope) in gradient.iter_mut().zip(&part_gradient[..]) {
+                *sum += share * slope;
+            }
+            num_examples += M::num_examples(batch);
+        }
         Ok(LocalGradient {
             gradient: Gradient::new(gradient),
             loss,
@@ -337,7 +383,7 @@ where
 {
     let facts = Facts::default().model(model, device).data(data);
     let hosts = facts.must_agree(hosts);
-    host_variant(hosts, facts.variant(WORKERS), model, device, data)
+    host_variant(hosts, facts.variant(WORKERS), model, device, data, 1)
 }
 
 /// Returns the variant of the workers that [`host_workers`] hosts for this model and data.
@@ -377,6 +423,7 @@ pub(crate) fn host_variant<M, E>(
     model: &M,
     device: &Device,
     data: &E,
+    num_micro_batches: usize,
 ) -> Hosts
 where
     M: Model,
@@ -389,7 +436,8 @@ where
             Ok(originals) => originals.clone(),
             Err(poisoned) => poisoned.into_inner().clone(),
         };
-        let source = ModelSource::new(&model, &device, &data, config)?;
+        let parts = num_micro_batches;
+        let source = ModelSource::in_micro_batches(&model, &device, &data, config, parts)?;
         Ok(DataWorker::new(config.worker, source))
     })
 }

@@ -6,13 +6,16 @@
 //! writes new files, and that of the rest of the run.
 //!
 //! `cargo bench -p ps-bench --bench update_log -- [ConvNet | Net | follow]`. The directory is `$PS_BENCH_DIR`,
-//! or a temporary one; the disk under it matters.
+//! or a temporary one; the disk under it matters. `$PS_BENCH_LOG_MIB` is the size of a segment in MiB, in place of the
+//! default: a checkpoint is taken when a segment is full.
 
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use ps::actors::checkpoint::CheckpointDir;
+use ps::observe::Event;
 use ps::prelude::*;
 
 const NUM_ROUNDS: usize = 5;
@@ -64,13 +67,13 @@ fn compare<M: Model<Batch = ImageBatch>>(
     // Each update writes one gradient.
     let device = select_device(default_device_name())?;
     let num_bytes = 4 * initial_weights(model, &device)?.len() as u64;
-    let segment = (LogConfig::default().max_bytes / num_bytes).min(EVERY);
+    let segment = (max_bytes()? / num_bytes).clamp(1, EVERY);
     let num_updates = (NUM_FRESH * segment).max(least);
     for round in 0..NUM_ROUNDS {
         let run = |log: Option<LogSync>| {
             let case = log.map_or("none".to_owned(), |sync| sync.to_string());
             let directory = directory.join(format!("{name}-{round}-{case}"));
-            let speeds = train(model, num_updates, config(&directory, log))?;
+            let speeds = train(model, num_updates, config(&directory, log)?)?;
             std::fs::remove_dir_all(directory)?;
             Ok::<_, anyhow::Error>(speeds)
         };
@@ -100,15 +103,21 @@ fn compare<M: Model<Batch = ImageBatch>>(
     Ok(())
 }
 
-fn config(directory: &Path, log: Option<LogSync>) -> CheckpointConfig {
-    CheckpointConfig {
-        every: EVERY,
-        log: log.map(|sync| LogConfig {
-            sync,
-            ..LogConfig::default()
-        }),
-        ..CheckpointConfig::new(directory)
+/// The size of a segment of the log, in bytes.
+fn max_bytes() -> Result<u64> {
+    match std::env::var("PS_BENCH_LOG_MIB") {
+        Ok(mib) => Ok(mib.parse::<u64>().context("PS_BENCH_LOG_MIB")? << 20),
+        Err(_) => Ok(LogConfig::default().max_bytes),
     }
+}
+
+fn config(directory: &Path, log: Option<LogSync>) -> Result<CheckpointConfig> {
+    let max_bytes = max_bytes()?;
+    Ok(CheckpointConfig {
+        every: EVERY,
+        log: log.map(|sync| LogConfig { sync, max_bytes }),
+        ..CheckpointConfig::new(directory)
+    })
 }
 
 /// Trains for twice this number of updates. Returns how many were made per second in each half.
@@ -117,27 +126,30 @@ fn train<M: Model<Batch = ImageBatch>>(
     num_updates: u64,
     checkpoints: CheckpointConfig,
 ) -> Result<[f64; 2]> {
-    let mnist = Mnist::bundled_sample();
-    let report = Trainer::new(model.clone(), mnist.train)
+    let (sender, seen) = mpsc::channel();
+    let report = Trainer::new(model.clone(), Mnist::bundled_sample().train)
         .device(&select_device(default_device_name())?)
         .workers(2)
         .consistency(Consistency::Asp)
         // Two workers, and two halves.
         .iterations(num_updates)
-        .test_data(mnist.test)
-        .evaluate_every(num_updates)
         .checkpoints(checkpoints)
+        .observe(move |event: &Event| {
+            if let Event::Step(step) = event {
+                let _ = sender.send(step.time);
+            }
+        })
         .run()?;
     let saved = report.checkpoints.as_ref().context("they were saved")?;
     assert_eq!((saved.num_failed, saved.num_log_failures), (0, 0));
-    let point = |at: usize| {
-        let point = report.curve.get(at).context("evaluated in the middle")?;
-        Ok::<_, anyhow::Error>((point.version.0 as f64, point.elapsed.as_secs_f64()))
-    };
-    let (middle, last) = (point(0)?, point(report.curve.len() - 1)?);
+    let mut times: Vec<f64> = seen.iter().collect();
+    times.sort_by(f64::total_cmp);
+    let half = times.len() / 2;
+    let (middle, last) = (times[half], times[times.len() - 1]);
+    let speed = |num: usize, seconds: f64| num as f64 / seconds;
     Ok([
-        middle.0 / middle.1,
-        (last.0 - middle.0) / (last.1 - middle.1),
+        speed(half, middle - times[0]),
+        speed(times.len() - half, last - middle),
     ])
 }
 
@@ -148,7 +160,7 @@ fn follow(directory: &Path) -> Result<()> {
     let directory = directory.join("follow");
     let began = Instant::now();
     let log = Some(LogSync::Never);
-    train(&model, 50, config(&directory, log))?;
+    train(&model, 50, config(&directory, log)?)?;
     let trained = began.elapsed();
     // The run's last checkpoint would leave nothing to follow.
     let (_, last) = CheckpointDir::open(&directory)?
@@ -159,7 +171,7 @@ fn follow(directory: &Path) -> Result<()> {
     let began = Instant::now();
     let resume = CheckpointConfig {
         resume: true,
-        ..config(&directory, None)
+        ..config(&directory, None)?
     };
     let (_, found) = Checkpoints::open(resume, Box::new(Sgd::new()), |_| Ok(()))?;
     let version = found.context("there is one")?.checkpoint.version();

@@ -80,7 +80,7 @@ impl Saved {
     }
 }
 
-fn update(clock: u64) -> GradientUpdate {
+pub(crate) fn update(clock: u64) -> GradientUpdate {
     GradientUpdate {
         id: GradientId {
             worker: WorkerId(0),
@@ -94,8 +94,8 @@ fn update(clock: u64) -> GradientUpdate {
     }
 }
 
-/// A small checkpoint after one update.
-fn checkpoint() -> Checkpoint {
+/// The weights of a small model.
+pub(crate) fn initial() -> Weights {
     let parameter = |name: &str, shape: &[usize], range| Parameter {
         name: name.to_owned(),
         shape: shape.to_vec(),
@@ -105,7 +105,12 @@ fn checkpoint() -> Checkpoint {
         parameter("linear.weight", &[2, 3], 0..6),
         parameter("linear.bias", &[2], 6..8),
     ]);
-    let initial = Weights::initial(layout.expect("it is whole"), vec![1.0; 8]);
+    Weights::initial(layout.expect("it is whole"), vec![1.0; 8])
+}
+
+/// A small checkpoint after one update.
+fn checkpoint() -> Checkpoint {
+    let initial = initial();
     let rule = Sgd::with_momentum(0.9);
     let server = ParameterServer::new(&initial, rule, ServerConfig::default());
     let server = server.expect("the settings work").spawn();

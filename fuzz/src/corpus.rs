@@ -19,6 +19,16 @@ fn main() -> io::Result<()> {
         &corpus.join("checkpoint"),
         ps_fuzz::checkpoint::seeds(),
         ps_fuzz::checkpoint::run,
+    )?;
+    run_all(
+        &corpus.join("schedule"),
+        ps_fuzz::schedule::seeds(),
+        ps_fuzz::schedule::run,
+    )?;
+    run_all(
+        &corpus.join("update_log"),
+        ps_fuzz::update_log::seeds(),
+        ps_fuzz::update_log::run,
     )
 }
 

@@ -5,3 +5,6 @@
 
 pub mod checkpoint;
 pub mod frames;
+mod repair;
+pub mod schedule;
+pub mod update_log;

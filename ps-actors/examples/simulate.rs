@@ -20,7 +20,7 @@ use std::time::Duration;
 use clap::Parser;
 use ps_actors::chaos::Plan;
 use ps_actors::server::Consistency;
-use ps_actors::simulation::{Problem, Saving, Settings, Times, simulate, simulate_with_trace};
+use ps_actors::simulation::{Settings, simulate, simulate_with_trace};
 
 /// Simulates a training in virtual time.
 #[derive(Parser)]
@@ -73,31 +73,6 @@ fn main() -> ExitCode {
 /// The loss that a run should reach, of 0.31 at first.
 const TARGET: f64 = 0.002;
 
-/// One worker in twenty takes twice as long, and single steps differ much.
-fn stragglers(
-    num_workers: u32,
-    num_servers: usize,
-    consistency: Consistency,
-    learning_rate: f64,
-) -> Settings {
-    let micros = Duration::from_micros;
-    let mut settings = Settings::new(num_workers, num_servers, consistency);
-    settings.saving = Saving::Nothing;
-    settings.times = Times {
-        step: Duration::from_millis(100),
-        jitter: 0.6,
-        stragglers: (5.0, 2.0),
-        delay: (micros(200), micros(200)),
-        service: micros(10),
-    };
-    settings.problem = Problem::Quadratic {
-        num_weights: 16 * num_servers,
-        learning_rate: learning_rate / f64::from(num_workers),
-        target: TARGET,
-    };
-    settings
-}
-
 fn modes(args: &Args) -> Result<(), Box<dyn Error>> {
     let (workers, servers) = (args.workers, usize::from(args.servers));
     let time = Duration::from_secs(args.seconds);
@@ -123,7 +98,8 @@ fn modes(args: &Args) -> Result<(), Box<dyn Error>> {
         ssp(8),
         Consistency::Asp,
     ] {
-        let mut settings = stragglers(workers, servers, consistency, args.learning_rate);
+        let rate = args.learning_rate;
+        let mut settings = Settings::stragglers(workers, servers, consistency, rate, TARGET);
         (settings.num_steps, settings.run_for) = (u64::MAX, Some(time));
         let outcome = simulate(settings)?;
         let target = outcome.time_to_target;
@@ -163,7 +139,7 @@ fn cost() -> Result<(), Box<dyn Error>> {
                 },
                 other => other,
             };
-            let mut settings = stragglers(workers, 1, consistency, 0.2);
+            let mut settings = Settings::stragglers(workers, 1, consistency, 0.2, TARGET);
             // About the same number of pushes for each.
             let time = Duration::from_millis(u64::from(2_000_000 / workers));
             (settings.num_steps, settings.run_for) = (u64::MAX, Some(time));

@@ -32,6 +32,7 @@
 //! | [`update_log`] | the updates since the last checkpoint, in files, so that a run that goes on loses none |
 //! | [`http`] | the parameter server for workers in any language |
 //! | [`rule`] | update rules, which change the weights by a gradient; SGD |
+//! | [`learning_rate`] | learning rates that change during a run |
 //! | [`ids`] | worker, incarnation, clock, version, epoch |
 //!
 //! The modules of the actor runtime are re-exported, so a program needs only this crate: [`actor`],
@@ -46,6 +47,7 @@ pub mod group;
 pub mod heartbeat;
 pub mod http;
 pub mod ids;
+pub mod learning_rate;
 pub mod rule;
 pub mod schedule;
 pub mod server;

@@ -13,6 +13,8 @@ use ps_runtime::codec::Bulk;
 use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 use serde::{Deserialize, Serialize};
 
+use crate::ids::Version;
+
 /// Changes weights by a gradient. Implementations must be deterministic and elementwise (see the
 /// [module](self)).
 ///
@@ -65,6 +67,16 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
         self.update(next, gradient, learning_rate);
     }
 
+    /// Returns the learning rate of the update that makes `version`, if the server's settings have `set`.
+    /// The default is `set`. A rule with a schedule ([`Scheduled`](crate::learning_rate::Scheduled)) returns
+    /// the rate of its schedule.
+    ///
+    /// Only the first server of a group is asked. All servers make the update with its answer.
+    fn learning_rate(&mut self, version: Version, set: f64) -> f64 {
+        let _ = version;
+        set
+    }
+
     /// Returns the rule's own state, such as momentum, as named vectors and numbers.
     fn save(&self) -> RuleState {
         RuleState::default()
@@ -82,6 +94,34 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
             rule: format!("{self:?}"),
             problem: "it keeps no state".to_owned(),
         })
+    }
+}
+
+impl UpdateRule for Box<dyn UpdateRule> {
+    fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
+        (**self).update(weights, gradient, learning_rate);
+    }
+
+    fn update_into(
+        &mut self,
+        weights: &[f32],
+        gradient: &[f32],
+        learning_rate: f64,
+        next: &mut [f32],
+    ) {
+        (**self).update_into(weights, gradient, learning_rate, next);
+    }
+
+    fn learning_rate(&mut self, version: Version, set: f64) -> f64 {
+        (**self).learning_rate(version, set)
+    }
+
+    fn save(&self) -> RuleState {
+        (**self).save()
+    }
+
+    fn restore(&mut self, state: RuleState) -> Result<(), RuleStateError> {
+        (**self).restore(state)
     }
 }
 

@@ -239,6 +239,7 @@ pub enum IdxError {
 }
 
 /// Joins an error and its sources into one line.
+#[cfg(feature = "mnist")]
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut source = error.source();

@@ -9,7 +9,7 @@
 //!  SamplerConfig, Cursor ──▶ Sampler: which examples form which batch
 //! ```
 //!
-//! - [`Mnist`], [`FashionMnist`]: loaded from a directory, the user's cache or the network, and verified.
+//! - `Mnist`, `FashionMnist` (feature `mnist`): loaded from a directory, the user's cache or the network, and verified.
 //!   If none of them has MNIST, a bundled sample of the real images is used.
 //! - [`ImageDataset`]: labelled images in memory. It is a burn `Dataset`, and makes normalized
 //!   [`ImageBatch`]es.
@@ -51,16 +51,22 @@ mod batches;
 #[cfg(feature = "download")]
 mod download;
 mod error;
+#[cfg(feature = "mnist")]
 mod idx;
 mod image;
+#[cfg(feature = "mnist")]
 mod load;
+#[cfg(feature = "mnist")]
 mod locate;
+#[cfg(feature = "mnist")]
 mod mnist;
 mod sampler;
+#[cfg(feature = "mnist")]
 mod spec;
 
 pub use batches::{BatchError, Batches};
 pub use error::{DataError, IdxError};
 pub use image::{ImageBatch, ImageDataset, ImageItem, Normalization, Split};
+#[cfg(feature = "mnist")]
 pub use mnist::{DataSource, FashionMnist, Mnist, MnistOptions};
 pub use sampler::{Cursor, Sampler, SamplerConfig, SamplerError};

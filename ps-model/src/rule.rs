@@ -27,7 +27,7 @@ pub enum RuleError {
     /// The configuration asks for clipping by norm.
     #[error(
         "clipping by norm needs the norm over whole parameters, but a shard holds pieces of them: \
-         clip by value, or guard the norm where the whole gradient is known"
+         let the server clip the whole gradient (`Trainer::clip_norm`, `ServerConfig::clipping`)"
     )]
     ClippingByNorm,
     /// The numbers of weights and of gradients differ.

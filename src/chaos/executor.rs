@@ -104,7 +104,7 @@ impl Executor {
                 tracing::warn!(%fault, "is left out: it would end the driver, and there is no checkpoint");
                 Some(false)
             }
-            Role::Driver { ledger, .. } => Some(ledger.claim(index, now)),
+            Role::Driver { ledger, .. } => Some(ledger.claim(index, is_last, now)),
             Role::Node(link) => link.claim(index),
         };
         let Some(is_granted) = is_granted else {

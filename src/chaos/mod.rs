@@ -26,7 +26,8 @@
 //! - A fault that would end the run is refused at the start: a server that is killed needs `--checkpoint-dir`. A fault
 //!   that kills the driver, because the server or worker lives there, needs it too. The run then ends with the driver,
 //!   and the same command with `--resume` goes on. Which faults have happened is noted in the directory, so they do not
-//!   happen again. How long the recovery of a driver took is not in the report of the next one.
+//!   happen again. So is when they ended the driver: its recovery lasts from there to the first update of the driver that
+//!   goes on, and the time until somebody has started it is part of it.
 //! - Steps are counted at the first server: which worker's gradient of which step was in which update. So a step that
 //!   is lost or doubled is seen, also if a ledger is wrong.
 

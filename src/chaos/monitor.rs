@@ -8,7 +8,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use actix::{Actor, Context, Handler, Message, MessageResult};
 use ps_actors::chaos::network::NetworkFaults;
@@ -17,8 +17,15 @@ use ps_actors::cluster::Hosted;
 use ps_actors::remote::{Messages, Remote};
 use serde::{Deserialize, Serialize};
 
-/// The file in the directory of the checkpoints that says which faults have happened.
+/// The file in the directory of the checkpoints that says which faults have happened: one clause of the plan per line, and
+/// after those that ended the driver, [`ENDED`] and the time. A line with [`RECOVERED`] follows when the run has gone on.
 const MARKS: &str = "chaos-happened";
+
+/// Comes before the microseconds since 1970.
+const ENDED: &str = " ended the driver at ";
+
+/// Comes before the microseconds that it took.
+const RECOVERED: &str = "the next driver went on after ";
 
 /// Something that a process has seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,7 +103,7 @@ impl Handler<Claim> for Monitor {
     type Result = MessageResult<Claim>;
 
     fn handle(&mut self, claim: Claim, _: &mut Self::Context) -> Self::Result {
-        MessageResult(self.0.claim(claim.fault as usize, Instant::now()))
+        MessageResult(self.0.claim(claim.fault as usize, false, Instant::now()))
     }
 }
 
@@ -116,6 +123,8 @@ struct State {
     /// Faults after which nothing was applied yet.
     open: Vec<Open>,
     recoveries: Vec<Duration>,
+    /// When faults ended the drivers before this one, as long as nothing was applied since.
+    driver_ends: Vec<SystemTime>,
     /// The gradients of each update. Updates that were made again replace the first ones.
     updates: BTreeMap<u64, Vec<(u32, u64)>>,
     num_repeated: u64,
@@ -155,15 +164,16 @@ impl Ledger {
     pub(super) fn new(plan: Plan, directory: Option<&Path>, resumes: bool) -> Self {
         let marks = directory.filter(|_| resumes);
         let marks = marks.and_then(|path| fs::read_to_string(path.join(MARKS)).ok());
-        let marks = marks.unwrap_or_default();
-        let mut marks: Vec<&str> = marks.lines().collect();
+        let mut marks = Marks::read(&marks.unwrap_or_default());
         let has_happened = plan.faults.iter().map(|fault| {
             let text = fault.to_string();
-            let mark = marks.iter().position(|mark| *mark == text);
-            mark.map(|mark| marks.remove(mark)).is_some()
+            let mark = marks.faults.iter().position(|mark| *mark == text);
+            mark.map(|mark| marks.faults.remove(mark)).is_some()
         });
         let state = State {
             has_happened: has_happened.collect(),
+            driver_ends: marks.driver_ends.split_off(marks.recoveries.len()),
+            recoveries: marks.recoveries,
             ..State::default()
         };
         if let Some(path) = directory.filter(|_| !resumes) {
@@ -183,7 +193,8 @@ impl Ledger {
 
     /// Whether the fault is to happen now. It then counts as happened. It is written down first, if there is a
     /// directory, so that it does not happen again to a driver that goes on with this run.
-    pub(super) fn claim(&self, fault: usize, now: Instant) -> bool {
+    /// `ends_driver`: it ends this process.
+    pub(super) fn claim(&self, fault: usize, ends_driver: bool, now: Instant) -> bool {
         let mut state = self.lock();
         let State {
             has_happened, open, ..
@@ -196,7 +207,14 @@ impl Ledger {
         if *has_happened {
             return false;
         }
-        if let Err(error) = self.mark(fault) {
+        let mark = match ends_driver {
+            true => format!(
+                "{fault}{ENDED}{}",
+                since_1970(SystemTime::now()).as_micros()
+            ),
+            false => fault.to_string(),
+        };
+        if let Err(error) = self.mark(&mark) {
             tracing::warn!(%fault, %error, "is left out: it cannot be written down");
             return false;
         }
@@ -214,7 +232,7 @@ impl Ledger {
         true
     }
 
-    fn mark(&self, fault: &Fault) -> io::Result<()> {
+    fn mark(&self, line: &str) -> io::Result<()> {
         let Some(directory) = &self.directory else {
             return Ok(());
         };
@@ -226,7 +244,7 @@ impl Ledger {
             .append(true)
             .open(directory.join(MARKS))?;
         // In one piece. The system has it then, whatever becomes of this process.
-        file.write_all(format!("{fault}\n").as_bytes())
+        file.write_all(format!("{line}\n").as_bytes())
     }
 
     /// Notes an event, and damages a checkpoint if the plan says so.
@@ -244,6 +262,7 @@ impl Ledger {
                 }
                 Event::Applied { version, gradients } => {
                     state.applied(version, gradients, at);
+                    self.note_recoveries(&mut state, at);
                     version
                 }
             }
@@ -255,7 +274,21 @@ impl Ledger {
                 && let Some(directory) = &self.directory
                 && damage_newest(directory).unwrap_or(false)
             {
-                self.claim(index, at);
+                self.claim(index, false, at);
+            }
+        }
+    }
+
+    /// The first update of this driver ends the recoveries from the ends of the drivers before it. They are written
+    /// down for the report of another driver, should this one end, too.
+    fn note_recoveries(&self, state: &mut State, at: Instant) {
+        for ended in std::mem::take(&mut state.driver_ends) {
+            // The clock of the system may have been set since.
+            let until_now = SystemTime::now().duration_since(ended).unwrap_or_default();
+            let took = until_now.saturating_sub(at.elapsed());
+            state.recoveries.push(took);
+            if let Err(error) = self.mark(&format!("{RECOVERED}{}", took.as_micros())) {
+                tracing::warn!(%error, "the recovery of the driver cannot be written down");
             }
         }
     }
@@ -347,6 +380,43 @@ impl State {
     }
 }
 
+/// What is written in the file [`MARKS`].
+struct Marks {
+    faults: Vec<String>,
+    driver_ends: Vec<SystemTime>,
+    /// As many of the drivers' ends, from the first one on, as were recovered from.
+    recoveries: Vec<Duration>,
+}
+
+impl Marks {
+    fn read(text: &str) -> Self {
+        let mut marks = Self {
+            faults: Vec::new(),
+            driver_ends: Vec::new(),
+            recoveries: Vec::new(),
+        };
+        let micros = |text: &str| text.parse().ok().map(Duration::from_micros);
+        for line in text.lines() {
+            if let Some(took) = line.strip_prefix(RECOVERED) {
+                marks.recoveries.extend(micros(took));
+            } else if let Some((fault, at)) = line.split_once(ENDED) {
+                let at = micros(at).and_then(|since| UNIX_EPOCH.checked_add(since));
+                marks.driver_ends.extend(at);
+                marks.faults.push(fault.to_owned());
+            } else {
+                marks.faults.push(line.to_owned());
+            }
+        }
+        // Somebody may have written to the file.
+        marks.recoveries.truncate(marks.driver_ends.len());
+        marks
+    }
+}
+
+fn since_1970(time: SystemTime) -> Duration {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
 /// Changes one byte in the newest checkpoint of the directory. Returns `false` if there is none.
 fn damage_newest(directory: &Path) -> io::Result<bool> {
     let entries = fs::read_dir(directory)?.map_while(Result::ok);
@@ -390,8 +460,8 @@ mod tests {
             false,
         );
         let now = Instant::now();
-        assert!(ledger.claim(0, now) && !ledger.claim(0, now));
-        assert!(ledger.claim(1, now) && !ledger.claim(2, now));
+        assert!(ledger.claim(0, false, now) && !ledger.claim(0, false, now));
+        assert!(ledger.claim(1, false, now) && !ledger.claim(2, false, now));
         assert!(ledger.report().is_complete());
     }
 
@@ -402,22 +472,56 @@ mod tests {
         let plan = "kill server 0 @ version 3; kill server 0 @ version 9";
         let now = Instant::now();
         let first = ledger(plan, path, false);
-        assert!(first.claim(0, now));
+        assert!(first.claim(0, false, now));
         let next = ledger(plan, path, true);
-        assert!(!next.claim(0, now) && next.claim(1, now));
+        assert!(!next.claim(0, false, now) && next.claim(1, false, now));
         assert!(ledger(plan, path, true).report().is_complete());
         // Another run.
-        assert!(ledger(plan, path, false).claim(0, now));
+        assert!(ledger(plan, path, false).claim(0, false, now));
+    }
+
+    /// From the kill, over the time until somebody starts the next driver, to its first update.
+    #[test]
+    fn the_recoveries_of_drivers_are_in_the_report_of_the_last_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = Some(directory.path());
+        let plan = "kill worker 1 @ step 2; kill server 0 @ version 3; kill server 0 @ version 9";
+        let first = ledger(plan, path, false);
+        assert!(first.claim(0, false, Instant::now()) && first.claim(1, true, Instant::now()));
+
+        // Half a minute passes.
+        let marks = directory.path().join(MARKS);
+        let text = fs::read_to_string(&marks).unwrap();
+        let (before, at) = text.trim_end().rsplit_once(ENDED).unwrap();
+        let earlier = at.parse::<u64>().unwrap() - 30_000_000;
+        fs::write(&marks, format!("{before}{ENDED}{earlier}\n")).unwrap();
+
+        let second = ledger(plan, path, true);
+        assert!(second.report().recoveries.is_empty());
+        for version in [3, 4] {
+            second.saw(applied(version, &[(0, version)]), Instant::now());
+        }
+        let seconds = |ledger: &Ledger| {
+            let recoveries = ledger.report().recoveries.into_iter();
+            recoveries.map(|one| one.as_secs()).collect::<Vec<_>>()
+        };
+        assert_eq!(seconds(&second), [30]);
+        assert!(second.claim(2, true, Instant::now()));
+
+        let third = ledger(plan, path, true);
+        third.saw(applied(9, &[(0, 9)]), Instant::now());
+        assert_eq!(seconds(&third), [30, 0]);
+        assert!(third.report().is_complete());
     }
 
     #[test]
     fn a_recovery_ends_with_a_gradient_of_the_worker_or_of_the_new_servers() {
         let plan = "kill worker 1 @ step 3; kill server 1 @ version 9";
         let (ledger, start) = (ledger(plan, None, false), Instant::now());
-        ledger.claim(0, start);
+        ledger.claim(0, false, start);
         ledger.saw(applied(1, &[(0, 0)]), after(start, 10));
         ledger.saw(applied(2, &[(0, 1), (1, 0)]), after(start, 20));
-        ledger.claim(1, after(start, 30));
+        ledger.claim(1, false, after(start, 30));
         ledger.saw(applied(3, &[(0, 2)]), after(start, 31));
         ledger.saw(Event::Made, after(start, 70));
         ledger.saw(applied(3, &[(0, 2)]), after(start, 80));

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use ps_actors::chaos::Plan;
 use ps_actors::launch::{self, Launch, env};
 
-use super::{CheckpointArgs, ClusterArgs, TrainArgs, say};
+use super::{CheckpointArgs, ClusterArgs, say};
 use crate::chaos::{Chaos, ChaosError, Done, Setting};
 
 // No doc comment on this type: `--help` would take it for the program's own text.
@@ -50,7 +50,7 @@ impl ChaosArgs {
     /// If the plan cannot be followed.
     pub fn begin(
         &self,
-        train: &TrainArgs,
+        num_workers: usize,
         cluster: &ClusterArgs,
         checkpoints: &CheckpointArgs,
         servers: ServerPlaces,
@@ -63,7 +63,7 @@ impl ChaosArgs {
         let setting = Setting {
             rank: launch.rank(),
             is_alone: matches!(launch, Launch::Alone),
-            num_workers: train.num_workers,
+            num_workers,
             num_servers: servers.num_servers,
             num_servers_in_driver: servers.num_in_driver,
             workers_call_servers: servers.workers_call,

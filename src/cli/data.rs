@@ -1,12 +1,15 @@
 //! Flags of a training on MNIST.
 
+#[cfg(feature = "mnist")]
 use std::path::PathBuf;
 
 use ps_actors::ids::WorkerId;
+#[cfg(feature = "mnist")]
 use ps_data::{DataError, Mnist, MnistOptions};
 use ps_model::burn::tensor::Device;
 use ps_model::{DeviceError, default_device_name, select_device};
 
+#[cfg(feature = "mnist")]
 use super::{RANK, say};
 use crate::observe::Settings;
 use crate::source::WorkerConfig;
@@ -19,9 +22,11 @@ use crate::source::WorkerConfig;
 pub struct DataArgs {
     /// Directory with the four MNIST files. Default: $PS_MNIST_DIR, the cache, a download, or the
     /// sample of the real data that is built in.
+    #[cfg(feature = "mnist")]
     #[arg(long)]
     pub data_dir: Option<PathBuf>,
     /// Do not try to download MNIST.
+    #[cfg(feature = "mnist")]
     #[arg(long)]
     pub offline: bool,
     /// Where to compute, such as flex, ndarray, tch, tch:cuda:0, cuda:0 or wgpu, if compiled in.
@@ -34,6 +39,7 @@ impl DataArgs {
     ///
     /// # Errors
     /// When the files are not there or are damaged.
+    #[cfg(feature = "mnist")]
     pub fn mnist(&self) -> Result<Mnist, DataError> {
         let mnist = Mnist::load(&MnistOptions {
             directory: self.data_dir.clone(),

@@ -56,6 +56,7 @@
 //! | `doctor` | `--doctor`: checks whether the processes find and reach each other |
 //! | `log` | log lines on standard error, with the role of the process; `RUST_LOG` |
 //! | `record` | [`RecordArgs`]: record a training, and replay it |
+//! | `schedule` | [`ScheduleArgs`]: the schedule of the learning rate, and clipping |
 //! | `output` | [`say!`]: lines on standard output, above the progress bar |
 //! | `show` | [`ShowArgs`]: progress, and what a training leaves behind |
 
@@ -67,6 +68,7 @@ mod doctor;
 mod log;
 mod output;
 mod record;
+mod schedule;
 mod show;
 
 use std::error::Error;
@@ -86,6 +88,7 @@ pub use data::{DataArgs, TrainArgs};
 pub use output::print_line;
 pub use output::say;
 pub use record::RecordArgs;
+pub use schedule::{LongWarmup, LrSchedule, NoSchedule, ScheduleArgs};
 pub use show::{Progress, ShowArgs, closing_table};
 
 /// This process's number among all, once [`main`] knows it.

@@ -164,9 +164,12 @@ pub struct Settings {
     pub steps_per_worker: u64,
     /// The seed of the order of examples and of dropout.
     pub seed: u64,
-    /// The learning rate.
+    /// The learning rate of the first update.
     #[serde(with = "number")]
     pub learning_rate: f64,
+    /// The schedule of the learning rate. Empty if the rate stays the same.
+    #[serde(default)]
+    pub schedule: String,
     /// The consistency mode, such as `ssp:3`.
     pub consistency: String,
     /// How the gradients of one update are combined, such as `mean`.

@@ -37,6 +37,9 @@ impl RunEnded {
 pub struct RunSummary {
     /// The signal that ended the training before all steps were taken, if one did.
     pub interrupted: Option<String>,
+    /// The version whose evaluation ended the training before all steps were taken, if one did.
+    #[serde(default)]
+    pub stopped_early: Option<Version>,
     /// The version from which the training went on, if it went on from a checkpoint.
     pub resumed_from: Option<Version>,
     /// The number of workers.
@@ -135,6 +138,7 @@ impl From<&Report> for RunSummary {
         });
         Self {
             interrupted: report.interrupted.map(|signal| signal.to_string()),
+            stopped_early: report.stopped_early,
             resumed_from: report.resumed.map(|resumed| resumed.version),
             num_workers: report.num_workers,
             num_servers: report.num_servers,

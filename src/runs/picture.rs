@@ -175,6 +175,10 @@ fn title(run: &RunRecord) -> String {
         counted(settings.num_workers, "worker"),
         counted(settings.num_servers, "server"),
         format!("learning rate {}", settings.learning_rate),
+        match settings.schedule.is_empty() {
+            true => String::new(),
+            false => "with a schedule".to_owned(),
+        },
     ]
     .into_iter()
     .filter(|part| !part.is_empty())

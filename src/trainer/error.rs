@@ -10,6 +10,7 @@ use ps_actors::worker::WorkerError;
 use ps_model::{DeviceError, ModelError, RuleError};
 
 use super::ReplayError;
+use crate::learning_rate::ScheduleError;
 use crate::report::Report;
 use crate::source::SetupError;
 
@@ -34,6 +35,22 @@ pub enum TrainError {
     /// There are more workers than can be numbered.
     #[error("{0} workers are too many: at most {max} can take part", max = u16::MAX)]
     TooManyWorkers(usize),
+    /// A batch cannot be cut into so many parts.
+    #[error(
+        "a batch of {batch_size} examples cannot be computed in {parts} micro-batches: give 1 to the batch size"
+    )]
+    MicroBatches {
+        /// The number of parts.
+        parts: usize,
+        /// The number of examples in a batch.
+        batch_size: usize,
+    },
+    /// A condition on evaluations must end the training, but there are none.
+    #[error(
+        "a training that must stop early needs evaluations: set `test_data`, and `evaluate_every` to a number \
+         of updates"
+    )]
+    NoEvaluations,
     /// The consistency mode does not fit the number of workers.
     #[error(transparent)]
     Consistency(#[from] ConsistencyError),
@@ -46,6 +63,9 @@ pub enum TrainError {
     /// The optimizer cannot be used.
     #[error("the optimizer cannot be used")]
     Rule(#[from] RuleError),
+    /// The schedule of the learning rate cannot be used.
+    #[error(transparent)]
+    Schedule(#[from] ScheduleError),
     /// The directory for checkpoints cannot be used, or has no checkpoint from which this training can go
     /// on.
     #[error("checkpoints cannot be used")]
@@ -92,6 +112,19 @@ pub enum TrainError {
     Diverged {
         /// How the result shows it.
         what: String,
+    },
+    /// More than half of the gradients were refused because of their norm.
+    #[error(
+        "{num_refused} of {num_all} gradients were refused because of their norm, so the weights were trained \
+         on the smaller part of the data; if the limit (`max_gradient_norm`) is too low, raise it, or clip \
+         gradients (`clip_norm`) and do not refuse them; if there is no limit, the gradients are not finite, \
+         and a lower learning rate helps most often"
+    )]
+    MostRefused {
+        /// How many gradients were refused.
+        num_refused: u64,
+        /// How many gradients there were.
+        num_all: u64,
     },
     /// The run failed, but there are weights that were trained until then.
     #[error("the training ended without success after {} updates", .report.num_updates)]

@@ -1,7 +1,5 @@
 //! What the processes of a cluster host for a training, and what they must agree on.
 
-use std::sync::Arc;
-
 use ps_actors::actor::{RestartPolicy, Spawn};
 use ps_actors::cluster::Hosts;
 use ps_actors::group::ServerArgs;
@@ -12,6 +10,8 @@ use super::{TrainError, Trainer};
 use crate::agreement::Facts;
 use crate::data::Examples;
 use crate::source::{WORKERS, host_variant};
+
+const MICRO_BATCHES: &str = "the number of micro-batches";
 
 impl<M, E> Trainer<M, E>
 where
@@ -48,7 +48,8 @@ where
         let hosts = Facts::default()
             .state("the batch size", self.batch_size)
             .state("the seed", self.seed)
-            .state("the learning rate", self.server.learning_rate)
+            .state("the learning rate", self.describe_rate())
+            .state("the clipping", self.server.clipping)
             .state("the number of workers", self.num_workers)
             .must_agree(hosts);
         let variants = Variants::of(&workers, &servers);
@@ -58,6 +59,10 @@ where
     /// What distinguishes the workers of this training, besides their [`WorkerConfig`].
     pub(super) fn worker_facts(&self, device: &Device) -> Facts {
         let facts = Facts::default().model(&self.model, device);
+        let facts = match self.num_micro_batches {
+            1 => facts,
+            parts => facts.state(MICRO_BATCHES, parts),
+        };
         self.named(facts.data(&self.train))
     }
 
@@ -67,7 +72,8 @@ where
         // The layout is compared in full. The type's name may change, as a program grows.
         let facts = facts
             .without("the model's type")
-            .without("the model's layout");
+            .without("the model's layout")
+            .without(MICRO_BATCHES);
         facts
             .state("the optimizer", (self.describe_rule)())
             .state("the batch size", self.batch_size)
@@ -76,7 +82,13 @@ where
 
     /// What distinguishes the servers of this training, besides their [`ServerArgs`].
     pub(super) fn server_facts(&self) -> Facts {
-        self.named(Facts::default().state("the optimizer", (self.describe_rule)()))
+        let facts = Facts::default().state("the optimizer", (self.describe_rule)());
+        // Servers on nodes make their schedule themselves. A constant rate comes from the driver.
+        let facts = match &self.schedule {
+            Some(_) => facts.state("the learning rate", self.describe_rate()),
+            None => facts,
+        };
+        self.named(facts)
     }
 
     pub(super) fn named(&self, facts: Facts) -> Facts {
@@ -87,15 +99,16 @@ where
     }
 
     pub(super) fn host(&self, hosts: Hosts, device: &Device, variants: &Variants) -> Hosts {
-        let (make_rule, on) = (Arc::clone(&self.make_rule), device.clone());
+        let (rule, on) = (self.server_rule(), device.clone());
         let hosts = hosts.host_variant(
             &variants.servers,
             // A restart would silently go back to the initial weights.
             Spawn::new().restart(RestartPolicy::NEVER),
-            move |args: ServerArgs| Ok(args.into_server(make_rule(&on)?)?),
+            move |args: ServerArgs| Ok(args.into_server(rule.make(&on)?)?),
         );
         let variant = variants.workers.clone();
-        host_variant(hosts, variant, &self.model, device, &self.train)
+        let parts = self.num_micro_batches;
+        host_variant(hosts, variant, &self.model, device, &self.train, parts)
     }
 
     pub(super) fn chosen_device(&self) -> Result<Device, DeviceError> {

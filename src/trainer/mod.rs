@@ -9,13 +9,16 @@ use ps_actors::checkpoint::CheckpointConfig;
 use ps_actors::cluster::{Cluster, ClusterConfig, Hosts};
 use ps_actors::group::GroupSpawnError;
 use ps_actors::launch::LaunchOptions;
+use ps_actors::learning_rate::LearningRateSchedule;
 use ps_actors::rule::{Sgd, UpdateRule};
-use ps_actors::server::{Consistency, Reduction, ServerConfig};
+use ps_actors::server::{Clipping, Consistency, Reduction, ServerConfig};
+use ps_model::burn::lr_scheduler::LrSchedulerConfig;
 use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
 use ps_model::{ElementwiseConfig, Model, RuleError};
 
 use crate::data::Examples;
+use crate::learning_rate::{BurnSchedule, ScheduleError};
 use crate::observe::Observer;
 use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
@@ -23,12 +26,19 @@ use crate::rule::OptimizerRule;
 mod error;
 mod hosting;
 mod replay;
+mod rules;
 mod run;
+mod stopping;
 
 pub use error::TrainError;
 pub use replay::{Replay, ReplayError};
+pub use stopping::EarlyStopping;
+
+use stopping::StopWhen;
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
+type MakeSchedule =
+    Arc<dyn Fn() -> Result<Box<dyn LearningRateSchedule>, ScheduleError> + Send + Sync>;
 type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
 
 /// The settings of a training run, and the methods that [run](Self::run) it.
@@ -59,13 +69,16 @@ pub struct Trainer<M: Model, E> {
     make_rule: MakeRule,
     /// Returns a text that describes the optimizer and its settings.
     describe_rule: Arc<dyn Fn() -> String + Send + Sync>,
+    schedule: Option<MakeSchedule>,
     name: Option<String>,
     servers_on_nodes: bool,
     batch_size: usize,
+    num_micro_batches: usize,
     length: Length,
     seed: u64,
     evaluate_every: u64,
     on_evaluation: OnEvaluation,
+    stop_when: Vec<StopWhen>,
     observers: Vec<Box<dyn Observer>>,
     heeds_signals: bool,
     checkpoints: Option<CheckpointConfig>,
@@ -100,13 +113,16 @@ where
             server: ServerConfig::default(),
             make_rule: Arc::new(|_| Ok(Box::new(Sgd::new()))),
             describe_rule: Arc::new(|| format!("{:?}", Sgd::new())),
+            schedule: None,
             name: None,
             servers_on_nodes: false,
             batch_size: 32,
+            num_micro_batches: 1,
             length: Length::Epochs(1),
             seed: 0,
             evaluate_every: 0,
             on_evaluation: Box::new(|_| {}),
+            stop_when: Vec::new(),
             observers: Vec::new(),
             heeds_signals: true,
             checkpoints: None,
@@ -166,17 +182,88 @@ where
         self
     }
 
-    /// Sets the learning rate.
+    /// Sets the learning rate, which is then the same for all updates.
     #[must_use]
     pub fn learning_rate(mut self, learning_rate: f64) -> Self {
         self.server.learning_rate = learning_rate;
+        self.schedule = None;
         self
     }
 
-    /// Refuses gradients with a Euclidean norm above `max_norm`.
+    /// Changes the learning rate during the run, as one of burn's schedulers says. It is stepped once for
+    /// each *update*: in [`Consistency::Bsp`] that is once for each step that all workers take, and in
+    /// [`Consistency::Asp`] once for each step of each worker. This replaces
+    /// [`learning_rate`](Self::learning_rate). For a warm-up, see
+    /// [`BurnSchedule`].
+    ///
+    /// All servers use the same rates. So does a run that goes on from a checkpoint, unless it has another
+    /// schedule.
+    ///
+    /// ```
+    /// use ps::model::burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
+    /// use ps::prelude::*;
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// let report = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+    ///     .device(&device)
+    ///     .workers(2)
+    ///     .lr_scheduler(CosineAnnealingLrSchedulerConfig::new(0.05, 10))
+    ///     .iterations(10)
+    ///     .run()?;
+    /// assert_eq!(report.num_updates, 10);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn lr_scheduler(self, config: impl Into<LrSchedulerConfig>) -> Self {
+        let config = config.into();
+        self.schedule_with(move || Ok(Box::new(BurnSchedule::new(config.clone())?)))
+    }
+
+    /// Changes the learning rate during the run by a schedule of your own, as
+    /// [`lr_scheduler`](Self::lr_scheduler) does by one of burn's. `schedule` is called once per server, and
+    /// to check the rates before the run. Processes compare the text that the schedule's `Debug` prints, so
+    /// it should contain its settings.
+    #[must_use]
+    pub fn learning_rate_schedule<S: LearningRateSchedule>(
+        self,
+        schedule: impl Fn() -> S + Send + Sync + 'static,
+    ) -> Self {
+        self.schedule_with(move || Ok(Box::new(schedule())))
+    }
+
+    fn schedule_with(
+        mut self,
+        schedule: impl Fn() -> Result<Box<dyn LearningRateSchedule>, ScheduleError>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
+        self.schedule = Some(Arc::new(schedule));
+        self
+    }
+
+    /// Refuses gradients with a Euclidean norm above `max_norm`. To scale a large gradient down instead, see
+    /// [`clip_norm`](Self::clip_norm).
     #[must_use]
     pub fn max_gradient_norm(mut self, max_norm: f64) -> Self {
         self.server.max_norm = max_norm;
+        self
+    }
+
+    /// Clips the combined gradient of each update by its norm. If its Euclidean norm over all weights is above
+    /// `limit`, it is multiplied by one factor, so that its norm is `limit`. The number of servers does not
+    /// change the result. Only one kind of clipping is used: the one that was set last.
+    #[must_use]
+    pub fn clip_norm(mut self, limit: f64) -> Self {
+        self.server.clipping = Clipping::Norm(limit);
+        self
+    }
+
+    /// Clips the combined gradient of each update by value: each of its numbers is limited to the range from
+    /// `-limit` to `limit`.
+    #[must_use]
+    pub fn clip_value(mut self, limit: f32) -> Self {
+        self.server.clipping = Clipping::Value(limit);
         self
     }
 
@@ -237,6 +324,16 @@ where
         self
     }
 
+    /// Computes the gradient of each batch in `num_parts` parts, one after the other, and accumulates them
+    /// (gradient accumulation). So a batch that is too large for the device's memory can be used. The result
+    /// is that of the whole batch, up to rounding, if the model's loss is a mean over the examples. The
+    /// default is 1.
+    #[must_use]
+    pub fn micro_batches(mut self, num_parts: usize) -> Self {
+        self.num_micro_batches = num_parts;
+        self
+    }
+
     /// Sets how many steps each worker takes.
     #[must_use]
     pub fn iterations(mut self, num_iterations: u64) -> Self {
@@ -273,6 +370,42 @@ where
     pub fn on_evaluation(mut self, on_evaluation: impl FnMut(&CurvePoint) + 'static) -> Self {
         self.on_evaluation = Box::new(on_evaluation);
         self
+    }
+
+    /// Ends the training in an orderly way when `is_met` returns `true` for an evaluation during the run. The
+    /// workers finish their current step, as after a signal. The result has the last weights, not the best
+    /// ones, and says that it was [stopped early](Report::stopped_early). It may be called several times: then
+    /// any of the conditions ends the training. It needs [`test_data`](Self::test_data) and
+    /// [`evaluate_every`](Self::evaluate_every).
+    #[must_use]
+    pub fn stop_when(mut self, is_met: impl FnMut(&CurvePoint) -> bool + 'static) -> Self {
+        self.stop_when.push(Box::new(is_met));
+        self
+    }
+
+    /// Ends the training when the loss on the test data has stopped falling. See
+    /// [`stop_when`](Self::stop_when).
+    ///
+    /// ```
+    /// use ps::prelude::*;
+    /// use ps::trainer::EarlyStopping;
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// let mnist = Mnist::bundled_sample();
+    /// let report = Trainer::new(ConvNet::init(1, &device), mnist.train)
+    ///     .device(&device)
+    ///     .test_data(mnist.test)
+    ///     .learning_rate(0.0) // So the loss never falls.
+    ///     .epochs(1_000)
+    ///     .evaluate_every(1)
+    ///     .early_stopping(EarlyStopping::new(3))
+    ///     .run()?;
+    /// assert!(report.stopped_early.is_some());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn early_stopping(self, mut stopping: EarlyStopping) -> Self {
+        self.stop_when(move |point| stopping.must_stop(point.evaluation.mean_loss()))
     }
 
     /// Gives the events of the training to an [`Observer`]: to a closure, a progress display, files. It may be
@@ -366,6 +499,7 @@ where
     /// - If a setting cannot work, or the model does not accept the test data. This is found before
     ///   anything is started.
     /// - If a worker or server fails and cannot be replaced.
+    /// - If most gradients were refused because of their norm.
     /// - If the training diverges: more than [100](ps_actors::worker::MAX_REFUSED) of a worker's gradients
     ///   are refused in a row while no worker's gradient is applied, or the result is not finite.
     ///
@@ -423,11 +557,20 @@ where
         if self.num_workers > usize::from(u16::MAX) {
             return Err(TrainError::TooManyWorkers(self.num_workers));
         }
+        let parts = self.num_micro_batches;
+        if parts == 0 || parts > self.batch_size.max(1) {
+            let batch_size = self.batch_size;
+            return Err(TrainError::MicroBatches { parts, batch_size });
+        }
         if self.num_servers == 0 {
             return Err(GroupSpawnError::NoServers.into());
         }
+        if !self.stop_when.is_empty() && (self.test.is_none() || self.evaluate_every == 0) {
+            return Err(TrainError::NoEvaluations);
+        }
         self.server.consistency.check(self.num_workers)?;
         self.server.check().map_err(GroupSpawnError::Config)?;
+        self.make_schedule()?;
         Ok(())
     }
 }

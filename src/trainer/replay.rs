@@ -9,7 +9,7 @@ use ps_actors::group::ServerGroup;
 use ps_actors::ids::{GradientId, Version, WorkerId};
 use ps_actors::schedule::{Record, Schedule, ScheduleError, ScheduleWriter, ScheduledGradient};
 use ps_actors::server::{
-    ApplyGradients, GetWeights, ParameterServer, ServerConfig, SetLearningRate,
+    ApplyGradients, Clipping, GetWeights, ParameterServer, ServerConfig, SetLearningRate,
 };
 use ps_actors::weights::{GradientUpdate, Weights};
 use ps_actors::worker::{GradientSource, LocalGradient, SourceError};
@@ -123,6 +123,10 @@ where
             .state("the batch size", self.batch_size)
             .state("the seed", self.seed)
             .state("the number of workers", self.num_workers);
+        let facts = match self.server.clipping {
+            Clipping::Off => facts,
+            clipping => facts.state("the clipping", clipping),
+        };
         let facts = facts.iter();
         Ok(facts
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
@@ -199,7 +203,12 @@ where
         let device = self.chosen_device()?;
         let initial = initial_weights(&self.model, &device)?;
         let rule = (self.make_rule)(&device)?;
-        let servers = ServerGroup::spawn(&initial, 1, ServerConfig::default(), {
+        // The schedule has the learning rate of each update, and a clipping factor follows from its gradients.
+        let config = ServerConfig {
+            clipping: self.server.clipping,
+            ..ServerConfig::default()
+        };
+        let servers = ServerGroup::spawn(&initial, 1, config, {
             let mut rule = Some(rule);
             move |_| rule.take().expect("there is one server")
         })?;
@@ -288,8 +297,7 @@ where
         let source = match sources.entry(id.worker) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => {
-                let (config, device) = (self.worker_config(rank), self.chosen_device()?);
-                let source = ModelSource::new(&self.model, &device, &self.train, config)?;
+                let source = self.worker_source(rank, &self.chosen_device()?)?;
                 new.insert(source)
             }
         };

@@ -19,6 +19,7 @@ use ps_model::Model;
 use ps_model::burn::tensor::Device;
 
 use super::hosting::Variants;
+use super::stopping::{Met, must_stop};
 use super::{Length, TrainError, Trainer};
 use crate::agreement::Facts;
 use crate::data::Examples;
@@ -28,7 +29,9 @@ use crate::observe::{
 };
 use crate::report::{CurvePoint, Report};
 use crate::resume::{self, Dealing, Resumed, Terms};
-use crate::source::{Evaluator, ModelSource, ModelWorker, WorkerConfig, initial_weights};
+use crate::source::{
+    Evaluator, ModelSource, ModelWorker, SetupError, WorkerConfig, initial_weights,
+};
 use crate::workers::{Worker, WorkerRun, balance, end_round};
 
 /// How long workers may take to finish the current step when the training is interrupted.
@@ -84,12 +87,13 @@ where
             None => None,
         };
         // A mistake is returned here. Otherwise it would be a worker that cannot start.
-        let one = ModelSource::new(&self.model, &device, &self.train, self.worker_config(0))?;
+        let one = self.worker_source(0, &device)?;
         let num_steps = match self.length {
             Length::Iterations(iterations) => iterations,
             Length::Epochs(epochs) => epochs.saturating_mul(one.steps_per_epoch()),
         };
         drop(one);
+        self.check_schedule(num_steps)?;
         let initial = initial_weights(&self.model, &device)?;
         if let Some(evaluator) = &mut evaluator {
             // The test data is checked now, and not after hours of training.
@@ -129,6 +133,7 @@ where
             evaluator,
             checkpoints,
             num_steps,
+            met: Met::default(),
             stop: stop.as_ref(),
             recoveries: Recoveries::default(),
             num_applied_before: None,
@@ -176,7 +181,11 @@ where
             batch_size: self.batch_size,
             steps_per_worker: num_steps,
             seed: self.seed,
-            learning_rate: self.server.learning_rate,
+            learning_rate: self.first_rate(),
+            schedule: match &self.schedule {
+                Some(_) => self.describe_rate(),
+                None => String::new(),
+            },
             consistency: self.server.consistency.to_string(),
             reduction: self.server.reduction.to_string(),
             optimizer: (self.describe_rule)(),
@@ -204,6 +213,16 @@ where
         let started = started.collect::<Result<_, SpawnOnError>>()?;
         let consistency = self.server.consistency;
         Ok(Worker::all(started, cluster, &spawn, consistency))
+    }
+
+    /// Makes what a worker computes its gradients with.
+    pub(super) fn worker_source(
+        &self,
+        rank: usize,
+        device: &Device,
+    ) -> Result<ModelSource<M>, SetupError> {
+        let (config, parts) = (self.worker_config(rank), self.num_micro_batches);
+        ModelSource::in_micro_batches(&self.model, device, &self.train, config, parts)
     }
 
     pub(super) fn worker_config(&self, rank: usize) -> WorkerConfig {
@@ -237,7 +256,8 @@ where
             return Ok(actor::try_run(spawn).map_err(TrainError::EventLoop)??);
         }
         // All rules are made first, because a server that is started must get one.
-        let rules = (0..self.num_servers).map(|_| (self.make_rule)(device));
+        let rule = self.server_rule();
+        let rules = (0..self.num_servers).map(|_| rule.make(device));
         let mut rules = rules.collect::<Result<Vec<_>, _>>()?.into_iter();
         let rule = |_: Range<usize>| rules.next().expect("one for each server");
         Ok(ServerGroup::spawn(
@@ -263,9 +283,10 @@ where
             recoveries,
             num_applied_before,
             collector,
+            met,
             ..
         } = run;
-        let (num_steps, stop, collector) = (*num_steps, *stop, &*collector);
+        let (num_steps, stop, collector, met) = (*num_steps, *stop, &*collector, &*met);
         let observers = collector.observers();
         let resumed = match from {
             Some(_) => {
@@ -280,7 +301,7 @@ where
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
-            let given_up = stop_workers(stop, &servers, &workers).shared();
+            let given_up = stop_workers(stop, met, &servers, &workers).shared();
             let runs = workers.iter().map(|worker| {
                 let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
                 worker.run(&servers, collector, first_step, num_steps, given_up.clone())
@@ -292,6 +313,7 @@ where
                     Some(evaluator) if every > 0 => {
                         let on_evaluation = |point: CurvePoint| {
                             (self.on_evaluation)(&point);
+                            met.look(&point, &mut self.stop_when);
                             curve.push(point);
                         };
                         let at = (started, observers);
@@ -335,6 +357,7 @@ where
         let is_cut_short = runs.iter().any(|run| run.is_cut_short);
         let mut report = self.report(&servers, runs, seen, collector).await?;
         report.checkpoints = save_last(checkpoints, &servers, &report).await;
+        report.stopped_early = met.version().filter(|_| is_cut_short);
         report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
         if let Some(evaluator) = evaluator {
             let began = observers.seconds();
@@ -348,8 +371,12 @@ where
                 Err(error) => return Err(report.incomplete(error.into())),
             }
         }
-        match report.find_divergence() {
-            Some(what) => Err(report.incomplete(TrainError::Diverged { what })),
+        let failure = report
+            .find_divergence()
+            .map(|what| TrainError::Diverged { what })
+            .or_else(|| report.most_refused());
+        match failure {
+            Some(failure) => Err(report.incomplete(failure)),
             None => Ok(report),
         }
     }
@@ -417,6 +444,7 @@ where
             consistency: status.consistency,
             reduction: status.reduction,
             interrupted: None,
+            stopped_early: None,
             resumed,
             checkpoints: None,
             num_recoveries,
@@ -448,6 +476,7 @@ struct Run<'a, M: Model> {
     evaluator: Option<Evaluator<M>>,
     checkpoints: Checkpoints,
     num_steps: u64,
+    met: Met,
     stop: Option<&'a StopSignal>,
     recoveries: Recoveries,
     collector: Collector,
@@ -549,16 +578,15 @@ async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupEr
     Ok(status.expect("the first server of a group coordinates"))
 }
 
-/// Stops the workers after a signal. Becomes ready when their time for the current step is over.
+/// Stops the workers after a signal, or when an evaluation met a condition. Becomes ready when their time for
+/// the current step is over.
 async fn stop_workers<M: Model>(
     stop: Option<&StopSignal>,
+    met: &Met,
     servers: &ServerGroup,
     workers: &[Worker<M>],
 ) {
-    let Some(stop) = stop else {
-        return std::future::pending().await;
-    };
-    stop.wait().await;
+    must_stop(stop, met).await;
     workers.iter().for_each(Worker::stop);
     let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
     let ending = pin!(async {

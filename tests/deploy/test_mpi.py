@@ -97,6 +97,30 @@ class UnderMpi(unittest.TestCase):
                 self.assertIn("updates of 8000 gradients", text)
                 self.assertGreater(float(re.findall(r"Final accuracy is (\d+\.\d)", text)[-1]), 85)
 
+    def test_a_rank_that_is_asked_to_leave_and_a_run_that_is_asked_to_end(self):
+        line = command("deploy/mpi/README.md", "mpirun -np 5 ./sharded_ps")
+        export = command("deploy/mpi/README.md", "export OMPI_MCA_odls_base_sigkill_timeout=")
+        for launcher in LAUNCHERS:
+            with self.subTest(launcher):
+                saved = self.folder / launcher
+                endless = f"{line} --iterations=1000000 --servers-on-nodes --num-servers=2 --checkpoint-every=0"
+                training = self.mpirun(launcher, f"{export}; exec {endless} --checkpoint-dir={saved}")
+                process = training.wait_for(r"a node has joined node=node 4 .*pid=(\d+)")[1]
+                training.wait_for("Iter .*accuracy")
+                # One rank. Its worker goes on elsewhere, and no other rank ends.
+                os.kill(int(process), signal.SIGTERM)
+                training.wait_for("a node has left node=node 4")
+                training.wait_for("a worker goes on at another node")
+                so_far = training.text().count("Iter ")
+                training.wait_for("Iter .*accuracy", occurrence=so_far + 1)
+                self.assertNotIn("is lost", training.text())
+                # All of them, by mpirun.
+                os.kill(training.child.pid, signal.SIGTERM)
+                _, text = training.wait(60)
+                self.assertIn("Interrupted by SIGTERM", text)
+                self.assertIn("To go on: ", text)
+                self.assertEqual(len(list(saved.glob("checkpoint-*"))), 1, text)
+
     def test_on_several_hosts_it_says_what_to_pass(self):
         line = command("deploy/mpi/README.md", "mpirun -np 5 ./sharded_ps")
         # As if some of the ranks were elsewhere.

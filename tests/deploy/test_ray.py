@@ -106,9 +106,10 @@ class OnRay(unittest.TestCase):
         directory = cluster.hosts.directory
         line = words_of_the_job()
         program = line[line.index("--"):]
+        length = ["--batch-size=64", "--iterations=8000"]
         job = self.job(
-            cluster, *program, "--batch-size=64", "--iterations=8000", f"--checkpoint-dir={directory / 'saved'}",
-            "--checkpoint-every=500", "--resume",
+            cluster, *program, *length, f"--checkpoint-dir={directory / 'saved'}", "--checkpoint-every=500", "--resume",
+            f"--export={directory / 'on-ray.safetensors'}",
         )
         job.wait_for("saved a checkpoint", 90)
         # The processes of all hosts have numbers that are valid here, too.
@@ -134,13 +135,26 @@ class OnRay(unittest.TestCase):
         # 8000 steps of 3 workers: each gradient was applied once.
         self.assertIn("updates of 24000 gradients", text)
 
+        # The same training in one process, to which nothing happens: the same bits (S-13, S-16).
+        flags = [word for word in program[2:] if word != "--servers-on-nodes"]
+        undisturbed = Process(
+            self, [example("sharded_ps"), *flags, *length, "--offline", f"--export={directory / 'undisturbed.safetensors'}"],
+            # Without data of this user, as on Ray.
+            env=environment(HOME=str(directory)),
+        )
+        code, text = undisturbed.wait(180)
+        self.assertEqual(code, 0, text)
+        ours, theirs = [(directory / f"{name}.safetensors").read_bytes() for name in ("on-ray", "undisturbed")]
+        self.assertGreater(len(ours), 1000)
+        self.assertTrue(ours == theirs, "a training on Ray whose processes and host were lost has other weights")
+
     def test_a_training_outlives_the_host_of_its_driver(self):
         cluster = Cluster(self, [1, 2, 2])
         saved = cluster.hosts.directory / "saved"
         job = cluster.submit(
             self.working_dir(), "python", "ps_on_ray.py", "--workers=1", "--driver-resources=CPU=1,side=0.1",
             "--", "./sharded_ps", "--offline", "--num-workers=1", "--batch-size=64", "--iterations=3000",
-            f"--checkpoint-dir={saved}", "--checkpoint-every=500", "--resume",
+            f"--checkpoint-dir={saved}", "--checkpoint-every=500", "--resume", "--update-log",
         )
         first = job.wait_for(r"driver 0: runs on 10.78.0.(\d) .*, attempt 0", 90)
         job.wait_for("saved a checkpoint", 90)

@@ -81,6 +81,14 @@ class Readme(unittest.TestCase):
             self.ends_well(self.type(line), r"Final accuracy is \d\d\.\d")
         self.ends_well(self.type(command("README.md", "cargo run --release --example rpc_ps")), "updates by 2 trainers")
 
+    def test_a_schedule_of_the_learning_rate(self):
+        line = command("README.md", "cargo run --release --example sharded_ps -- --lr-schedule cosine")
+        self.ends_well(self.type(line), r"Final accuracy is \d\d\.\d", "200 updates of 400 gradients")
+        # A flag that names no schedule says which there are.
+        code, text = self.type(line.replace("cosine", "cos")).wait(150)
+        self.assertEqual(code, 2, text)
+        self.assertIn("`cos` is no schedule: give constant, linear", text)
+
     def test_checkpoints(self):
         first = command("README.md", "cargo run --release --example sharded_ps -- --checkpoint-dir runs/one")
         again = command("README.md", "cargo run --release --example sharded_ps -- --checkpoint-dir runs/one --resume")

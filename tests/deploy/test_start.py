@@ -157,7 +157,7 @@ class Start(unittest.TestCase):
         driver, node = self.start(0, world_size=2), self.start(1, world_size=2)
         self.explain(node, "joined node=node 1")
         self.explain(driver, "this node has joined, but it does not answer at its own address")
-        driver[1].wait_for("BAD .*rank 1 has joined, but this process cannot call it")
+        driver[1].explains("BAD .*rank 1 has joined, but this process cannot call it: .*firewall before it")
 
     def test_a_driver_that_starts_later_is_found(self):
         nodes = [self.start(rank) for rank in (1, 2)]

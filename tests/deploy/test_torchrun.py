@@ -40,6 +40,29 @@ class UnderTorchrun(unittest.TestCase):
         self.assertIn("updates of 12000 gradients", text)
         self.assertGreater(float(re.findall(r"Final accuracy is (\d+\.\d)", text)[-1]), 85)
 
+    def test_a_rank_that_is_asked_to_leave_and_a_run_that_is_asked_to_end(self):
+        line = command("deploy/torchrun/README.md", "torchrun --no-python --nproc-per-node=5")
+        port = f"--master-addr=127.0.0.1 --master-port={22000 + 2 * (os.getpid() % 1000)} --max-restarts=2"
+        saved = self.folder / "saved"
+        flags = f"--iterations=1000000 --servers-on-nodes --num-servers=2 --checkpoint-every=0 --checkpoint-dir={saved}"
+        line = f"exec {line.replace('./', f'{port} ./')} {flags}"
+        training = Process(self, ["bash", "-c", line], cwd=self.folder, env=self.variables)
+        process = training.wait_for(r"a node has joined node=node 4 .*pid=(\d+)", 90)[1]
+        training.wait_for("Iter .*accuracy")
+        # One rank. Its worker goes on elsewhere, and torchrun starts nothing again.
+        os.kill(int(process), signal.SIGTERM)
+        training.wait_for("a node has left node=node 4")
+        training.wait_for("a worker goes on at another node")
+        so_far = training.text().count("Iter ")
+        training.wait_for("Iter .*accuracy", occurrence=so_far + 1)
+        self.assertNotIn("is lost", training.text())
+        # All of them, by torchrun, which allows 30 s.
+        os.kill(training.child.pid, signal.SIGTERM)
+        _, text = training.wait(60)
+        self.assertIn("Interrupted by SIGTERM", text)
+        self.assertIn("To go on: ", text)
+        self.assertEqual(len(list(saved.glob("checkpoint-*"))), 1, text)
+
     def test_two_machines(self):
         # The first one's address in the guide is 10.0.0.1.
         hosts = Hosts(self, 2, prefix="ps-torchrun", network="10.0.0")

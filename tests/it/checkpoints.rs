@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use burn::grad_clipping::GradientClippingConfig;
+use burn::module::Module;
 use burn::optim::{AdamConfig, AdamWConfig};
+use burn_store::{ModuleSnapshot as _, SafetensorsStore};
 use ps::prelude::*;
 
 fn trainer(checkpoints: CheckpointConfig) -> Trainer<ConvNet, ImageDataset> {
@@ -267,4 +269,35 @@ fn a_checkpoint_of_another_training_is_refused_by_what_differs() {
         .run()
         .unwrap();
     assert_eq!(report.num_applied, 8);
+}
+
+/// S-13: burn's own reader of safetensors finds each trained parameter by its name, as other programs do.
+#[test]
+fn burns_own_loader_reads_the_weights_of_a_checkpoint() {
+    fn check<M: Model + Module>(mut model: M, file: &std::path::Path, expected: &Weights) {
+        let device = select_device(default_device_name()).unwrap();
+        let other = initial_weights(&model, &device).unwrap();
+        assert!(bits(&other) != bits(expected));
+        let read = model.load_from(&mut SafetensorsStore::from_file(file));
+        let read = read.unwrap_or_else(|error| panic!("{error}"));
+        let is_whole = read.errors.is_empty() && read.missing.is_empty() && read.unused.is_empty();
+        assert!(is_whole, "{read:?}");
+        let weights = initial_weights(&model, &device).unwrap();
+        assert!(bits(&weights) == bits(expected));
+    }
+
+    let device = select_device(default_device_name()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let report = trainer(resume(directory.path()))
+        .iterations(3)
+        .run()
+        .unwrap();
+    let file = report.saved_all().unwrap().join("model.safetensors");
+    check(ConvNet::init(2, &device), &file, &report.weights);
+
+    // With linear layers, whose weights PyTorch has the other way round.
+    let weights = initial_weights(&Net::init(1, &device), &device).unwrap();
+    let file = directory.path().join("net.safetensors");
+    weights.write_safetensors(&file).unwrap();
+    check(Net::init(2, &device), &file, &weights);
 }

@@ -208,3 +208,20 @@ fn each_example_counts_once_per_epoch_while_nodes_come_and_go() {
         assert!(report.num_worker_moves > 0, "{consistency}: {report}");
     }
 }
+
+/// S-16: in `KofN`, late gradients are dropped. Each step is settled once, and no example counts more often than once per
+/// epoch.
+#[test]
+fn each_step_is_settled_once_in_k_of_n_while_nodes_come_and_go() {
+    let report = count(Consistency::KofN { k: 3 });
+    let num_steps = NUM_EPOCHS * NUM_EXAMPLES as u64 / 4;
+    let num_settled = report.num_applied + report.num_dropped_late;
+    assert_eq!(num_settled, num_steps, "{report}");
+    let weights = report.weights.to_vec();
+    let is_possible = |weight: &f32| (-(NUM_EPOCHS as f32)..=0.0).contains(weight);
+    assert!(weights.iter().all(is_possible), "{weights:?}");
+    let num_examples = -weights.iter().sum::<f32>();
+    assert_eq!(num_examples, 4.0 * report.num_applied as f32, "{report}");
+    assert!(report.num_worker_restarts > 0, "{report}");
+    assert!(report.num_worker_moves > 0, "{report}");
+}

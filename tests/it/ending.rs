@@ -64,6 +64,75 @@ fn a_limit_that_nothing_keeps_to_ends_the_run() {
     assert!(error.contains("all 6 gradients were refused"), "{error}");
 }
 
+/// With a learning rate of 0 the weights do not change, so the norms are those of the recorded run.
+#[test]
+fn a_run_that_refuses_most_of_its_gradients_ends_with_an_error_that_says_how_many() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("schedule");
+    let run = || convnet().learning_rate(0.0).iterations(10);
+    run().record(file.clone()).run().unwrap();
+    let schedule = ps::actors::schedule::Schedule::read(&file).unwrap();
+    let gradients = schedule.updates.iter().flat_map(|update| &update.gradients);
+    let mut norms: Vec<f64> = gradients.map(|gradient| gradient.norm).collect();
+    norms.sort_unstable_by(f64::total_cmp);
+    assert_eq!(norms.len(), 20);
+    let between = |index: usize| (norms[index - 1] + norms[index]) / 2.0;
+    let error = run().max_gradient_norm(between(9)).run().unwrap_err();
+    let text = chain(&error);
+    assert!(text.contains("11 of 20 gradients were refused"), "{text}");
+    let report = error.report().expect("the weights are there");
+    assert_eq!((report.num_applied, report.num_refused), (9, 11));
+    let half = run().max_gradient_norm(between(10)).run().unwrap();
+    assert_eq!((half.num_applied, half.num_refused), (10, 10));
+}
+
+#[test]
+fn an_evaluation_that_meets_a_condition_ends_the_run_in_an_orderly_way() {
+    for mode in [Consistency::Bsp, Consistency::Asp] {
+        let directory = tempfile::tempdir().unwrap();
+        let trainer = || {
+            let checkpoints = CheckpointConfig {
+                resume: true,
+                ..CheckpointConfig::new(directory.path())
+            };
+            convnet()
+                .consistency(mode)
+                .checkpoints(checkpoints)
+                .evaluate_every(2)
+        };
+        let report = trainer()
+            .iterations(1_000_000)
+            .stop_when(|_| false)
+            .stop_when(|point| point.version >= Version(4))
+            .run()
+            .unwrap();
+        let version = report.stopped_early.expect("the condition was met");
+        assert!(
+            version >= Version(4) && version.0 <= report.num_updates,
+            "{mode}"
+        );
+        assert!(report.num_updates < 1_000_000 && report.interrupted.is_none());
+        assert!(report.saved_all().is_some() && report.final_evaluation.is_some());
+        assert!(
+            report.to_string().starts_with("Stopped early after"),
+            "{report}"
+        );
+
+        // It can go on, and a condition that is met only after the last step ends nothing.
+        let num_steps = report.num_updates + 3;
+        let after = trainer().iterations(num_steps).stop_when(|_| false).run();
+        let after = after.unwrap();
+        assert_eq!(after.resumed.unwrap().version.0, report.num_updates);
+        assert_eq!(after.stopped_early, None);
+    }
+}
+
+#[test]
+fn a_condition_without_evaluations_is_refused() {
+    let text = chain(&convnet().stop_when(|_| true).run().unwrap_err());
+    assert!(text.contains("`evaluate_every`"), "{text}");
+}
+
 /// S-12.
 #[test]
 fn a_test_set_that_the_model_does_not_take_is_found_before_the_first_step() {

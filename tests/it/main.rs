@@ -11,6 +11,7 @@ mod frozen;
 mod nodes;
 mod observe;
 mod replay;
+mod schedules;
 mod served;
 mod structure;
 mod torch;

@@ -68,10 +68,37 @@ fn a_plan_may_kill_the_driver_if_there_are_checkpoints() {
         Run::start("sharded_ps", &[&arguments[..], &["--resume"]].concat()).finish();
     assert!(status.success(), "{output}");
     assert!(output.contains("lost: 0, doubled: 0"), "{output}");
+    // Those of the two drivers that were killed. The worker was killed while the second one lived.
+    assert!(output.contains("recoveries: 2, median"), "{output}");
     assert_eq!(happened(&output, "kill server"), ["2", "2"], "{output}");
     // It happened while the second driver lived, and not again.
     assert_eq!(happened(&output, "kill worker"), ["1", "1"], "{output}");
     assert!(output.contains(" 0 worker restarts"), "{output}");
+}
+
+/// With Adam, and the servers in the driver.
+#[test]
+fn a_model_of_your_own_follows_a_plan() {
+    let plan = "kill worker 1 @ step 30; stop worker 0 for 200ms @ step 60; kill worker 0 @ step 90; drop 1%; seed 1";
+    let arguments = [
+        "--epochs",
+        "3",
+        "--processes",
+        "3",
+        "--chaos",
+        plan,
+        "--chaos-control",
+    ];
+    let (status, output) = Run::start_plain("custom_model", &arguments).finish();
+    assert!(status.success(), "{output}");
+    // 4,000 points in batches of 50, three times.
+    for text in [
+        "240 applied, lost: 0, doubled: 0",
+        "the weights have the bits of the run without faults",
+    ] {
+        assert!(output.contains(text), "{text}: {output}");
+    }
+    assert_eq!(happened(&output, "kill worker"), ["2", "2"], "{output}");
 }
 
 #[test]

@@ -17,8 +17,9 @@ use std::sync::Mutex;
 use anyhow::{Context as _, Error, Result, bail, ensure};
 use burn::data::dataset::InMemDataset;
 use burn::module::{Module, Param};
+use burn::optim::AdamConfig;
 use burn::tensor::{Device, Tensor, TensorData};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use ps::actors::chaos::points::{Point, Watch, watch};
 use ps::actors::launch::{env, harm};
 use ps::cli::{self, CheckpointArgs, ClusterArgs, say};
@@ -41,12 +42,22 @@ struct Args {
     consistency: Consistency,
     #[arg(long, default_value_t = 3)]
     epochs: u64,
+    /// With another one than plain SGD, the weights do not say how often each example was applied.
+    #[arg(long, value_enum, default_value_t = Optimizer::Sgd)]
+    optimizer: Optimizer,
     #[arg(long)]
     die: Vec<Death>,
     #[command(flatten)]
     cluster: ClusterArgs,
     #[command(flatten)]
     checkpoints: CheckpointArgs,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Optimizer {
+    Sgd,
+    Momentum,
+    Adam,
 }
 
 fn main() -> ExitCode {
@@ -69,6 +80,11 @@ fn count(args: Args) -> Result<ExitCode> {
         .batch_size(BATCH_SIZE)
         .epochs(args.epochs)
         .checkpoints(args.checkpoints.config());
+    let trainer = match args.optimizer {
+        Optimizer::Sgd => trainer,
+        Optimizer::Momentum => trainer.update_rule(|| Sgd::with_momentum(0.9)),
+        Optimizer::Adam => trainer.optimizer(AdamConfig::new()),
+    };
     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
         return Ok(ExitCode::SUCCESS);
     };

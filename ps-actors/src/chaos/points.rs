@@ -6,6 +6,7 @@
 //! anything that follows the point. So a test can kill a process between any two actions that matter, which it
 //! cannot from outside.
 
+use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -82,6 +83,15 @@ pub trait Watch: Send + Sync {
     fn cuts_log(&self) -> bool {
         false
     }
+
+    /// Is called before each file of a checkpoint is written, on the thread that writes. It may wait, as a slow disk
+    /// does.
+    ///
+    /// # Errors
+    /// The error takes the place of that of the disk, and the file is not written.
+    fn before_write(&self, _file: &Path) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 static WATCH: OnceLock<Box<dyn Watch>> = OnceLock::new();
@@ -107,6 +117,10 @@ pub(crate) fn reached(point: &Point<'_>) {
 
 pub(crate) fn cuts_log() -> bool {
     WATCH.get().is_some_and(|watch| watch.cuts_log())
+}
+
+pub(crate) fn before_write(file: &Path) -> io::Result<()> {
+    WATCH.get().map_or(Ok(()), |watch| watch.before_write(file))
 }
 
 /// Whether somebody is told of points, so that it is worth collecting what they say.

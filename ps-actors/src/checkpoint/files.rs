@@ -254,6 +254,21 @@ impl Weights {
     }
 }
 
+/// Whether the disk takes this file. With the feature `chaos`, it may be slow or have faults.
+#[cfg(feature = "chaos")]
+fn disk_takes(path: &Path) -> io::Result<()> {
+    crate::chaos::points::before_write(path)
+}
+
+#[cfg(not(feature = "chaos"))]
+#[allow(
+    clippy::unnecessary_wraps,
+    reason = "with the feature `chaos` it may fail"
+)]
+fn disk_takes(_: &Path) -> io::Result<()> {
+    Ok(())
+}
+
 fn write_tensors<'a>(
     path: &Path,
     tensors: impl Iterator<Item = (String, Tensor<'a>)>,
@@ -261,6 +276,7 @@ fn write_tensors<'a>(
     // The convention by which some loaders recognize files of weights.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let written = || {
+        disk_takes(path)?;
         // The crate makes a file that only its owner may read. It gets the rights of the other files.
         let rights = File::create(path)?.metadata()?.permissions();
         let written = safetensors::serialize_to_file(tensors, Some(metadata), path);
@@ -279,6 +295,7 @@ fn write_tensors<'a>(
 }
 
 fn write_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    disk_takes(path)?;
     let mut file = File::create(path)?;
     file.write_all(bytes)?;
     file.sync_all()

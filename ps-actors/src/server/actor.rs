@@ -12,7 +12,7 @@ use actix::{Actor, AsyncContext, Context, StreamHandler};
 use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 use tokio::sync::oneshot;
 
-use super::config::{ConfigError, ServerConfig};
+use super::config::{Clipping, ConfigError, ServerConfig};
 use super::coordinator::Coordinator;
 use super::followers::{Follower, GroupSecret};
 use super::following::Following;
@@ -71,6 +71,7 @@ pub(super) struct First {
     /// Shows the followers that this is the first server.
     pub(super) secret: GroupSecret,
     pub(super) leases: Leases,
+    pub(super) clipping: Clipping,
     /// Writes the schedule of the updates, if it is recorded.
     pub(super) schedule: Option<ScheduleWriter>,
     pub(super) update_log: Option<UpdateLog>,
@@ -120,6 +121,7 @@ impl ParameterServer {
             followers: followers.into_iter().map(Follower::new).collect(),
             secret,
             leases: Leases::new(config.worker_lease),
+            clipping: config.clipping,
             schedule: None,
             update_log: None,
         };
@@ -214,13 +216,25 @@ impl ParameterServer {
         event: Event,
         ctx: &mut Context<Self>,
     ) -> Result<(), ServerError> {
-        let effects = self.coordinate()?.coordinator.step(event);
-        self.write_ahead(&effects)?;
+        let First {
+            coordinator,
+            clipping,
+            ..
+        } = self.coordinate()?;
+        let (mut effects, clipping) = (coordinator.step(event), *clipping);
+        for effect in &mut effects {
+            if let Effect::Update(update) = effect {
+                update.clip = self.shard.decide_clip(update, clipping);
+            }
+        }
+        let rates = self.rates(&effects);
+        self.write_ahead(&effects, &rates)?;
+        let mut rates = rates.into_iter();
         for effect in effects {
             match effect {
                 Effect::Answer { ticket, answer } => self.answer_worker(ticket, answer),
                 Effect::Update(update) => {
-                    let learning_rate = self.shard.learning_rate();
+                    let learning_rate = rates.next().expect("each update has a rate");
                     self.decide(Decision::Update {
                         update,
                         learning_rate,
@@ -237,21 +251,32 @@ impl ParameterServer {
         Ok(())
     }
 
+    /// Returns the learning rate of each update among `effects`.
+    fn rates(&mut self, effects: &[Effect]) -> Vec<f64> {
+        let updates = effects.iter().filter_map(|effect| match effect {
+            Effect::Update(update) => Some(update.version),
+            _ => None,
+        });
+        let rates = updates.map(|version| self.shard.learning_rate_of(version));
+        rates.collect()
+    }
+
     /// Writes what was decided to the schedule and to the update log, if there are any. Nothing of it is done
     /// or answered before. The schedule comes first, because a run that follows the log needs it.
     ///
     /// # Errors
     /// If this server was replaced, and its log belongs to another server now.
-    fn write_ahead(&mut self, effects: &[Effect]) -> Result<(), ServerError> {
-        let learning_rate = self.shard.learning_rate();
+    fn write_ahead(&mut self, effects: &[Effect], rates: &[f64]) -> Result<(), ServerError> {
         let Role::First(first) = &mut self.role else {
             return Ok(());
         };
         if let Some(schedule) = &mut first.schedule {
-            for effect in effects {
-                if let Effect::Update(update) = effect {
-                    schedule.write(&ScheduledUpdate::of(update, learning_rate));
-                }
+            let updates = effects.iter().filter_map(|effect| match effect {
+                Effect::Update(update) => Some(update),
+                _ => None,
+            });
+            for (update, &rate) in updates.zip(rates) {
+                schedule.write(&ScheduledUpdate::of(update, rate));
             }
         }
         #[cfg(feature = "chaos")]
@@ -266,7 +291,7 @@ impl ParameterServer {
         let Some(log) = &first.update_log else {
             return Ok(());
         };
-        for entry in entries(effects, learning_rate) {
+        for entry in entries(effects, rates) {
             let named = match &entry {
                 LogEntry::Update { update, .. } => &update.gradients[..],
                 _ => &[],

@@ -42,6 +42,9 @@ pub struct ServerConfig {
     /// norm is refused. Too low: useful gradients are refused. Too high: one bad batch can spoil the
     /// weights. Default: infinity. Gradients that contain NaN or infinity are refused in any case.
     pub max_norm: f64,
+    /// What is done to the combined gradient of each update before the update rule gets it. Default:
+    /// [`Clipping::Off`].
+    pub clipping: Clipping,
     /// How long a member may be silent before it counts as lost; at least 10 ms. Workers send heartbeats
     /// while they compute. Too short: a worker on a busy machine or a slow network must join again and
     /// again. Too long: a dead worker holds up synchronous rounds. Default: `None`, which means for ever. A
@@ -64,9 +67,73 @@ impl Default for ServerConfig {
             reduction: Reduction::Mean,
             learning_rate: 0.01,
             max_norm: f64::INFINITY,
+            clipping: Clipping::Off,
             worker_lease: None,
             wait_for_workers: 0,
             num_kept_versions: 0,
+        }
+    }
+}
+
+/// What is done to the combined gradient of an update: the mean or sum of the workers' gradients.
+///
+/// This is another thing than [`ServerConfig::max_norm`], which refuses single gradients.
+///
+/// ```
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{ApplyGradients, Clipping, ParameterServer, ServerConfig};
+/// # use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+/// # use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
+///
+/// let initial = Weights::initial(Layout::flat(2), vec![0.0, 0.0]);
+/// let config = ServerConfig {
+///     learning_rate: 1.0,
+///     clipping: Clipping::Norm(1.0),
+///     ..ServerConfig::default()
+/// };
+/// let server = ParameterServer::new(&initial, Sgd::new(), config)?.spawn()?;
+/// # let id = GradientId { worker: WorkerId(0), incarnation: Incarnation(1), clock: Clock(0) };
+/// # let gradient = Gradient::new(vec![3.0, -4.0]);
+/// # let update =
+/// #     GradientUpdate { id, computed_on: Version(0), loss: 0.0, num_examples: 1, gradient };
+/// // `update` is a worker's gradient: [3.0, -4.0], of norm 5.
+/// let weights = server.ask(ApplyGradients::mean([update])).flatten().wait()?;
+/// assert_eq!(weights.to_vec(), [-0.6, 0.8]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub enum Clipping {
+    /// Nothing.
+    #[default]
+    Off,
+    /// If the Euclidean norm of the combined gradient over all weights of the model is above this positive
+    /// number, the gradient is multiplied by one factor, so that its norm is this number.
+    Norm(f64),
+    /// Each number of the combined gradient is limited to the range from minus this positive number to this
+    /// number.
+    Value(f32),
+}
+
+impl std::fmt::Display for Clipping {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::Norm(limit) => write!(f, "norm {limit}"),
+            Self::Value(limit) => write!(f, "value {limit}"),
+        }
+    }
+}
+
+impl Clipping {
+    fn check(self) -> Result<(), ConfigError> {
+        match self {
+            Self::Norm(limit) if limit.is_nan() || limit <= 0.0 => {
+                Err(ConfigError::Clipping(limit))
+            }
+            Self::Value(limit) if limit.is_nan() || limit <= 0.0 => {
+                Err(ConfigError::Clipping(limit.into()))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -81,6 +148,9 @@ pub enum ConfigError {
     /// The largest gradient norm is NaN, zero, or negative.
     #[error("the largest gradient norm must be a positive number or infinity, but is {0}")]
     MaxNorm(f64),
+    /// The limit of [`Clipping`] is NaN, zero, or negative.
+    #[error("a gradient can only be clipped to a positive number, but the limit is {0}")]
+    Clipping(f64),
     /// The worker lease is too short.
     #[error("the worker lease must be at least {MIN_LEASE:?}, but is {0:?}")]
     Lease(Duration),
@@ -111,6 +181,7 @@ impl ServerConfig {
         if self.max_norm.is_nan() || self.max_norm <= 0.0 {
             return Err(ConfigError::MaxNorm(self.max_norm));
         }
+        self.clipping.check()?;
         match self.worker_lease {
             Some(lease) if lease < MIN_LEASE => Err(ConfigError::Lease(lease)),
             _ => Ok(()),
@@ -118,7 +189,7 @@ impl ServerConfig {
     }
 }
 
-pub(super) fn check_learning_rate(rate: f64) -> Result<(), ConfigError> {
+pub(crate) fn check_learning_rate(rate: f64) -> Result<(), ConfigError> {
     // Weights are `f32`: a larger rate would be infinite there.
     match (0.0..=f64::from(f32::MAX)).contains(&rate) {
         true => Ok(()),

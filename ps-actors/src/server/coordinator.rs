@@ -7,24 +7,27 @@
 //! number of servers computes the same bits as one (PS-3), and a version means the same everywhere (PS-5).
 //!
 //! A push is *new*, then *pending* (it waits for its round, or for slower workers), then *settled* with an
-//! [`Outcome`] in the worker's ledger (PS-2). After every event, `rounds` decides everything that may
+//! [`Outcome`](super::ledger::Outcome) in the worker's ledger (PS-2). After every event, `rounds` decides everything that may
 //! happen next.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::consistency::{Consistency, Reduction};
-use super::ledger::{Ledger, Outcome};
+use super::ledger::Ledger;
 use super::protocol::{Answer, Effect, Event, Membership, Refusal, Ticket};
 use super::status::{CoordinatorStatus, WorkerStatus};
 use crate::ids::{Clock, Epoch, Incarnation, JoinRequest, Version, WorkerId};
 
 mod admission;
 mod callers;
+pub(super) mod cost;
+mod held;
 mod members;
 mod pending;
 mod rounds;
 mod state;
 
+use held::Held;
 use members::{Member, Members};
 use pending::{Looked, Pending};
 pub(crate) use state::{CoordinatorState, beside_header};
@@ -33,15 +36,6 @@ pub(crate) use state::{CoordinatorState, beside_header};
 struct Waiter {
     ticket: Ticket,
     then_start: bool,
-}
-
-/// A settled push whose worker may not start its next step yet.
-#[derive(Clone, Debug)]
-struct HeldAnswer {
-    ticket: Ticket,
-    worker: WorkerId,
-    clock: Clock,
-    outcome: Outcome,
 }
 
 /// What decides which workers may start a step: the mode, the slowest member, and who the members are.
@@ -65,7 +59,7 @@ pub(super) struct Coordinator {
     /// The pending pushes that do not have to be looked at.
     looked_at_pending: Looked<Pace>,
     looked_at_late: Looked<Version>,
-    held_answers: Vec<HeldAnswer>,
+    held_answers: Held,
     looked_at_held: Looked<Pace>,
     stats: BTreeMap<WorkerId, WorkerStatus>,
     /// No worker that joins begins at an earlier clock.
@@ -90,7 +84,7 @@ impl Coordinator {
             pending: Pending::default(),
             looked_at_pending: Looked::default(),
             looked_at_late: Looked::default(),
-            held_answers: Vec::new(),
+            held_answers: Held::default(),
             looked_at_held: Looked::default(),
             stats: BTreeMap::new(),
             least_clock: Clock(0),

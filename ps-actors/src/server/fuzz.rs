@@ -12,7 +12,7 @@ use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::server::messages::{Decision, Follow};
-use crate::server::protocol::{Summand, Update};
+use crate::server::protocol::{Clip, Summand, Update};
 use crate::server::{
     ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetSavedState, GetStatus,
     GetWeights, GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push,
@@ -57,6 +57,12 @@ fn follow(dice: &mut Dice, secret: &GroupSecret) -> Follow {
         version: Version(dice.one_of(&[0, 1, 1, 2])),
         gradients: vec![summand; dice.one_of(&[0, 1, 1, 1, 2])],
         reduction: Reduction::Mean,
+        clip: [
+            Clip::None,
+            Clip::Scale(0.5),
+            Clip::Value(0.5),
+            Clip::Value(f32::NAN),
+        ][below(rng, 4)],
     };
     let fence = Decision::Fence {
         worker: id.worker,

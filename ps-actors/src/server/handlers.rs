@@ -290,12 +290,16 @@ impl Handler<GetStatus> for ParameterServer {
     type Result = MessageResult<GetStatus>;
 
     fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+        let learning_rate = match self.role {
+            Role::First(_) => self.shard.next_learning_rate(),
+            Role::Follower(_) => self.shard.learning_rate(),
+        };
         MessageResult(ServerStatus {
             version: self.shard.weights().version(),
             range: self.shard.range(),
             num_staged: self.shard.num_staged(),
             num_waiting: self.waiting.len(),
-            learning_rate: self.shard.learning_rate(),
+            learning_rate,
             coordinator: match &self.role {
                 Role::First(first) => Some(first.coordinator.status()),
                 Role::Follower(_) => None,

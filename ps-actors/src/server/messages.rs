@@ -316,7 +316,8 @@ pub struct ServerStatus {
     pub num_staged: usize,
     /// How many calls wait at this server for their answers.
     pub num_waiting: usize,
-    /// The learning rate of the next update.
+    /// The learning rate of the next update. If this is not the first server of its group: that of its latest
+    /// update.
     pub learning_rate: f64,
     /// The status of the whole run, if this is the first server of its group.
     pub coordinator: Option<CoordinatorStatus>,
@@ -598,6 +599,7 @@ mod tests {
         let config = [
             ConfigError::LearningRate(f64::NAN),
             ConfigError::MaxNorm(-0.5),
+            ConfigError::Clipping(-0.5),
             ConfigError::Lease(std::time::Duration::from_nanos(1)),
             ConfigError::NoQuorum,
             ConfigError::RuleState("it keeps no state".to_owned()),

@@ -48,7 +48,8 @@ mod tests;
 mod waiting;
 
 pub use actor::ParameterServer;
-pub use config::{ConfigError, ServerConfig};
+pub(crate) use config::check_learning_rate;
+pub use config::{Clipping, ConfigError, ServerConfig};
 pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};
 pub(crate) use coordinator::{CoordinatorState, beside_header};
 pub(crate) use followers::GroupSecret;

@@ -157,6 +157,32 @@ pub(crate) struct Update {
     pub gradients: Vec<Summand>,
     /// How the gradients are combined into one.
     pub reduction: Reduction,
+    /// How the combined gradient is clipped. The first server fills it in before anybody follows the update,
+    /// because only this server has the whole gradients.
+    pub clip: Clip,
+}
+
+/// How the combined gradient of one update is clipped. Each server does this to its own part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) enum Clip {
+    /// Not at all.
+    #[default]
+    None,
+    /// It is multiplied by this factor, from 0 to 1.
+    Scale(f32),
+    /// Its numbers are limited to the range from minus this positive number to this number.
+    Value(f32),
+}
+
+impl Clip {
+    /// Whether a first server can have decided this.
+    pub(crate) fn is_possible(self) -> bool {
+        match self {
+            Self::None => true,
+            Self::Scale(factor) => (0.0..=1.0).contains(&factor),
+            Self::Value(limit) => limit > 0.0,
+        }
+    }
 }
 
 /// A gradient's part in an update.

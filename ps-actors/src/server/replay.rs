@@ -38,12 +38,14 @@ pub(crate) enum LogEntry {
     Update { update: Update, learning_rate: f64 },
 }
 
-/// Returns the log entries of the coordinator's decisions, in order.
-pub(super) fn entries(effects: &[Effect], learning_rate: f64) -> impl Iterator<Item = LogEntry> {
+/// Returns the log entries of the coordinator's decisions, in order. `rates` are the learning rates of the
+/// updates among them.
+pub(super) fn entries(effects: &[Effect], rates: &[f64]) -> impl Iterator<Item = LogEntry> {
+    let mut rates = rates.iter().copied();
     effects.iter().filter_map(move |effect| match *effect {
         Effect::Update(ref update) => Some(LogEntry::Update {
             update: update.clone(),
-            learning_rate,
+            learning_rate: rates.next().expect("each update has a rate"),
         }),
         Effect::Settled { id, outcome } => Some(LogEntry::Settled { id, outcome }),
         Effect::Joined { worker, request } => Some(LogEntry::Joined { worker, request }),

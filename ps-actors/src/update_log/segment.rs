@@ -10,7 +10,7 @@ use crate::frames::{self, FrameReader, Next};
 use crate::ids::Version;
 use crate::server::LogEntry;
 
-const FIRST_LINE: &[u8] = b"ps updates 1\n";
+const FIRST_LINE: &[u8] = b"ps updates 2\n";
 const NAME: (&str, &str) = ("updates-", ".log");
 
 /// The salt of the header. The entries have the number of their segment as salt.

@@ -4,9 +4,10 @@ use super::writer::UpdateLog;
 use super::*;
 use crate::checkpoint::{Checkpoint, CheckpointDir};
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
+use crate::learning_rate::{LearningRateSchedule, Scheduled};
 use crate::rule::{Sgd, UpdateRule};
 use crate::server::{
-    ApplyGradients, Consistency, Join, ParameterServer, Push, ServerConfig, ServerError,
+    ApplyGradients, Clipping, Consistency, Join, ParameterServer, Push, ServerConfig, ServerError,
     TakeCheckpoint,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Weights};
@@ -26,15 +27,30 @@ struct Run {
     directory: tempfile::TempDir,
 }
 
+/// Falls from update to update.
+#[derive(Debug)]
+struct Falling;
+
+impl LearningRateSchedule for Falling {
+    fn learning_rate(&mut self, version: Version) -> f64 {
+        0.1 / (version.0 as f64).sqrt()
+    }
+}
+
 fn start(config: LogConfig) -> Run {
+    start_with(config, Clipping::Off, Sgd::with_momentum(0.9))
+}
+
+fn start_with(config: LogConfig, clipping: Clipping, rule: impl UpdateRule) -> Run {
     let directory = tempfile::tempdir().unwrap();
     let initial = Weights::initial(Layout::flat(LEN), vec![1.0; LEN]);
     let settings = ServerConfig {
         consistency: Consistency::KofN { k: 1 },
         max_norm: 1e3,
+        clipping,
         ..ServerConfig::default()
     };
-    let server = ParameterServer::new(&initial, Sgd::with_momentum(0.9), settings).unwrap();
+    let server = ParameterServer::new(&initial, rule, settings).unwrap();
     let server = server.spawn().unwrap();
     let base = take(&server);
     let chain = Chain::of_nothing(directory.path()).unwrap();
@@ -130,6 +146,23 @@ fn check_same(one: &Checkpoint, other: &Checkpoint) {
     assert_eq!(format!("{:?}", one.rule), format!("{:?}", other.rule));
     assert_eq!(one.learning_rate.to_bits(), other.learning_rate.to_bits());
     assert!(one.coordinator.has_same_outcomes(&other.coordinator));
+}
+
+/// S-15. The log has the learning rates and the factors, so who follows it needs neither settings nor schedule.
+#[test]
+fn a_log_is_followed_with_the_learning_rates_and_the_clipping_of_the_server() {
+    let mut ends = Vec::new();
+    for clipping in [Clipping::Off, Clipping::Norm(0.75), Clipping::Value(0.5)] {
+        let rule = Scheduled::new(Sgd::with_momentum(0.9), Falling);
+        let run = start_with(LogConfig::default(), clipping, rule);
+        for round in 0..10 {
+            run.work(round);
+        }
+        let expected = take(&run.server);
+        check_same(&run.followed().0, &expected);
+        ends.push(expected.weights.to_vec());
+    }
+    assert!(ends[0] != ends[1] && ends[1] != ends[2]);
 }
 
 /// S-15.

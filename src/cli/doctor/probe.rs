@@ -4,11 +4,12 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use actix::clock::timeout;
 use actix::{Actor, Context, Handler, Message, MessageResult, ResponseFuture};
 use ps_actors::ActorRef;
-use ps_actors::actor::error_chain;
+use ps_actors::actor::{error_chain, run};
 use ps_actors::cluster::{Cluster, Hosted, Placement};
 use ps_actors::remote::{Messages, Remote};
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,9 @@ use super::Findings;
 
 /// For each call.
 const LIMIT: Duration = Duration::from_secs(2);
+/// For the start of all probes. A firewall before a node drops the packets, so nothing but the time says that the driver
+/// cannot call it. The longest time that still names this cause within 5 s of the start of the processes.
+const STARTS_WITHIN: Duration = Duration::from_secs(3);
 /// Certificates and log lines of machines that differ by more are of no use.
 const CLOCK_TOLERANCE: f64 = 1.0;
 /// With more processes, each calls only the next.
@@ -169,7 +173,7 @@ pub(super) type Probes = Vec<(u32, ActorRef<Probe>)>;
 pub(super) fn look_at_all(cluster: &Cluster, world_size: u32, findings: &mut Findings) -> Probes {
     let nodes = cluster.nodes();
     let mut probes = Vec::new();
-    let own = program();
+    let mut starting = Vec::new();
     for rank in 0..world_size {
         let node = nodes.iter().find(|node| node.node.rank == rank);
         if rank > 0 && node.is_none() {
@@ -179,16 +183,30 @@ pub(super) fn look_at_all(cluster: &Cluster, world_size: u32, findings: &mut Fin
             continue;
         }
         let place = Placement::Rank(rank);
-        match cluster.spawn_with::<Probe>(place.into(), ()).wait() {
-            Ok(probe) => probes.push((rank, probe)),
-            Err(error) => findings.bad(&format!(
-                "rank {rank} has joined, but this process cannot call it: {}",
-                error_chain(&error)
-            )),
-        }
-        if let (Some(node), Some((_, probe))) = (node, probes.last()) {
-            compare(rank, &node.host, probe, own, findings);
-        }
+        let host = node.map(|node| node.host.as_str());
+        starting.push((rank, host, cluster.spawn_with::<Probe>(place.into(), ())));
+    }
+    let deadline = Instant::now() + STARTS_WITHIN;
+    let own = program();
+    for (rank, host, task) in starting {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let reason = match run(async { timeout(left, task).await }) {
+            Ok(Ok(probe)) => {
+                if let Some(host) = host {
+                    compare(rank, host, &probe, own, findings);
+                }
+                probes.push((rank, probe));
+                continue;
+            }
+            Ok(Err(error)) => error_chain(&error),
+            Err(_) => format!(
+                "it has not answered for {STARTS_WITHIN:?}: a firewall before it drops packets (nodes listen on any \
+                 free port), or it has no time to answer"
+            ),
+        };
+        findings.bad(&format!(
+            "rank {rank} has joined, but this process cannot call it: {reason}"
+        ));
     }
     call_each_other(&probes, findings);
     probes

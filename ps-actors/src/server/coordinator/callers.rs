@@ -19,8 +19,7 @@ impl Coordinator {
     pub(crate) fn forget_callers(&mut self, tickets: &BTreeSet<Ticket>) {
         self.pending.forget_callers(tickets);
         self.looked_at_held.forget();
-        self.held_answers
-            .retain(|held| !tickets.contains(&held.ticket));
+        self.held_answers.forget(tickets);
     }
 
     /// Returns how many pushes wait to be applied, or for their worker's next step.
@@ -66,8 +65,7 @@ impl Coordinator {
 
     /// Limits the number of callers that wait until their worker may start its next step.
     pub(super) fn check_room_to_hold(&self, worker: WorkerId) -> Result<(), Refusal> {
-        let held = self.held_answers.iter();
-        match held.filter(|held| held.worker == worker).count() {
+        match self.held_answers.num_of(worker) {
             MAX_PENDING.. => Err(Refusal::TooManyPending { worker }),
             _ => Ok(()),
         }

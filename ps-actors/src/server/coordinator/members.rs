@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::cost::looks_at;
 use crate::ids::{Clock, Incarnation, WorkerId};
 
 #[derive(Clone, Debug)]
@@ -46,9 +47,8 @@ impl Members {
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (WorkerId, &Member)> + '_ {
-        self.members
-            .iter()
-            .map(|(&worker, member)| (worker, member))
+        let members = self.members.iter().inspect(|_| looks_at(1));
+        members.map(|(&worker, member)| (worker, member))
     }
 
     /// Returns the progress of the slowest member.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::protocol::{Stamp, Ticket};
 use super::Waiter;
+use super::cost::looks_at;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 
 #[derive(Clone, Debug)]
@@ -55,7 +56,7 @@ impl Pending {
         };
         let first = id(Incarnation(0), Clock(0));
         let last = id(Incarnation(u64::MAX), Clock(u64::MAX));
-        let found = self.arrivals.range(first..=last);
+        let found = self.arrivals.range(first..=last).inspect(|_| looks_at(1));
         found.map(|(&id, &arrival)| (id, arrival))
     }
 
@@ -77,7 +78,7 @@ impl Pending {
         &self,
         first: Arrival,
     ) -> impl Iterator<Item = (Arrival, &PendingPush)> + '_ {
-        let found = self.pushes.range(first..);
+        let found = self.pushes.range(first..).inspect(|_| looks_at(1));
         found.map(|(&arrival, push)| (arrival, push))
     }
 
@@ -98,6 +99,7 @@ impl Pending {
 
     /// Forgets these callers. Their pushes stay.
     pub(super) fn forget_callers(&mut self, tickets: &BTreeSet<Ticket>) {
+        looks_at(self.pushes.len());
         for push in self.pushes.values_mut() {
             push.waiters
                 .retain(|waiter| !tickets.contains(&waiter.ticket));

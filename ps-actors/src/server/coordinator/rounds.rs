@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use super::super::consistency::{Consistency, Reduction};
 use super::super::ledger::Outcome;
-use super::super::protocol::{Answer, Effect, Update};
+use super::super::protocol::{Answer, Clip, Effect, Update};
+use super::held::HeldAnswer;
 use super::pending::{Arrival, PendingPush};
-use super::{Coordinator, HeldAnswer, Pace, Waiter};
+use super::{Coordinator, Pace, Waiter};
 use crate::ids::{Clock, GradientId, WorkerId};
 
 impl Coordinator {
@@ -117,6 +118,7 @@ impl Coordinator {
             version: self.version,
             gradients,
             reduction,
+            clip: Clip::None,
         }));
         let mut latest = Outcome::Applied {
             version: self.version,
@@ -183,7 +185,7 @@ impl Coordinator {
     fn release_answers(&mut self, effects: &mut Vec<Effect>) {
         let pace = self.pace();
         let looked_at = self.looked_at_held.until(&pace) as usize;
-        let held = self.held_answers.split_off(looked_at);
+        let held = self.held_answers.take_since(looked_at);
         for answer in held {
             let may_start = match self.consistency {
                 Consistency::Ssp { bound } => {

@@ -2,7 +2,7 @@
 
 use super::super::config::ServerConfig;
 use super::super::consistency::Reduction;
-use super::super::protocol::{Summand, Update};
+use super::super::protocol::{Clip, Summand, Update};
 use super::*;
 use crate::checkpoint::Rest;
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
@@ -46,6 +46,7 @@ fn decide(version: u64, gradients: Vec<GradientId>, learning_rate: f64) -> Decis
                 })
                 .collect(),
             reduction: Reduction::Sum,
+            clip: Clip::None,
         },
         learning_rate,
     }

@@ -63,8 +63,11 @@ pub enum ShardError {
         /// The version that the next update must make.
         expected: Version,
     },
-    /// An update names no gradient, or names one of them twice.
-    #[error("the update that makes version {version:?} names no gradient, or one of them twice")]
+    /// An update names no gradient, names one of them twice, or is clipped in an impossible way.
+    #[error(
+        "the update that makes version {version:?} names no gradient, or one of them twice, or is clipped \
+         in an impossible way"
+    )]
     BadUpdate {
         /// The version that the update would make.
         version: Version,

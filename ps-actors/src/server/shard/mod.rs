@@ -14,7 +14,8 @@ use std::sync::Arc;
 use ps_runtime::buffer::BufferPool;
 use serde::{Deserialize, Serialize};
 
-use super::protocol::{Summand, Ticket, Update};
+use super::config::Clipping;
+use super::protocol::{Clip, Summand, Ticket, Update};
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use crate::rule::UpdateRule;
 use crate::weights::{Gradient, Segment, Weights};
@@ -25,7 +26,7 @@ mod sum;
 
 pub use error::ShardError;
 pub(super) use saved::ShardState;
-use sum::{reduce, shares};
+use sum::{clip, norm_above, reduce, shares};
 
 /// How many undecided gradients of one worker may be staged.
 pub(super) const MAX_STAGED: usize = 32;
@@ -66,6 +67,8 @@ pub(super) struct Shard {
     num_kept: usize,
     rule: Box<dyn UpdateRule>,
     learning_rate: f64,
+    /// Whether the learning rate was set while the server ran. Then the rule's schedule is over.
+    is_rate_set: bool,
     pool: BufferPool,
     staged: BTreeMap<GradientId, Gradient>,
     fences: BTreeMap<WorkerId, Incarnation>,
@@ -108,6 +111,7 @@ impl Shard {
             num_kept,
             rule,
             learning_rate,
+            is_rate_set: false,
             pool,
             staged: BTreeMap::new(),
             fences: BTreeMap::new(),
@@ -131,15 +135,32 @@ impl Shard {
         self.current.range()
     }
 
-    /// Returns the learning rate of updates that are decided from now on.
+    /// Returns the learning rate of the latest update, or the one that was set since then.
     #[must_use]
     pub(super) fn learning_rate(&self) -> f64 {
         self.learning_rate
     }
 
-    /// Changes the learning rate of updates that are decided from now on.
+    /// Returns the learning rate of the next update, if it is decided now.
+    pub(super) fn next_learning_rate(&mut self) -> f64 {
+        self.learning_rate_of(self.current.version().next())
+    }
+
+    /// Returns the learning rate of the update that makes `version`, if it is decided now.
+    ///
+    /// # Panics
+    /// If the rule's schedule gives no usable rate. The server then stops (S-8).
+    pub(super) fn learning_rate_of(&mut self, version: Version) -> f64 {
+        match self.is_rate_set {
+            true => self.learning_rate,
+            false => self.rule.learning_rate(version, self.learning_rate),
+        }
+    }
+
+    /// Changes the learning rate of updates that are decided from now on. A schedule ends.
     pub(super) fn set_learning_rate(&mut self, learning_rate: f64) {
         self.learning_rate = learning_rate;
+        self.is_rate_set = true;
     }
 
     /// Returns how many workers the shard has records of.
@@ -240,6 +261,26 @@ impl Shard {
         self.staged.get(&id)
     }
 
+    /// Returns how the combined gradient of `update` is clipped. All its gradients are staged here, over all
+    /// weights of the model. So the answer does not depend on the number of servers.
+    pub(super) fn decide_clip(&self, update: &Update, clipping: Clipping) -> Clip {
+        let limit = match clipping {
+            Clipping::Off => return Clip::None,
+            Clipping::Value(limit) => return Clip::Value(limit),
+            Clipping::Norm(limit) => limit,
+        };
+        let staged = update.gradients.iter().map(|one| self.staged(one.id));
+        let Some(gradients) = staged.collect::<Option<Vec<_>>>() else {
+            return Clip::None;
+        };
+        let norm = norm_above(&gradients, update, limit);
+        // No factor makes a sum finite that is not.
+        match norm.filter(|norm| norm.is_finite()) {
+            Some(norm) => Clip::Scale((limit / norm) as f32),
+            None => Clip::None,
+        }
+    }
+
     /// Returns the ids of at most `most` gradients that updates wait for. Those of the earliest update come
     /// first.
     pub(crate) fn lacking(&self, most: usize) -> Vec<GradientId> {
@@ -277,7 +318,8 @@ impl Shard {
     /// that can be answered now.
     ///
     /// # Errors
-    /// If the update is not the next one (PS-5), or names no gradient, or names one twice.
+    /// If the update is not the next one (PS-5), names no gradient or one twice, or is clipped in an impossible
+    /// way.
     pub(super) fn update(
         &mut self,
         update: Update,
@@ -293,7 +335,8 @@ impl Shard {
             return Err(ShardError::WrongUpdate { got, expected });
         }
         let distinct: BTreeSet<GradientId> = update.gradients.iter().map(|one| one.id).collect();
-        if distinct.is_empty() || distinct.len() < update.gradients.len() {
+        let is_possible = update.clip.is_possible();
+        if distinct.is_empty() || distinct.len() < update.gradients.len() || !is_possible {
             return Err(ShardError::BadUpdate { version });
         }
         self.undone_updates.push_back((update, learning_rate));
@@ -353,15 +396,23 @@ impl Shard {
             {
                 // Their buffers come back before anybody is answered.
                 let gradients = self.take_gradients(&update);
-                let sum;
+                let mut sum;
                 let gradient = match &gradients[..] {
-                    [single] => single.values(),
+                    [single] if update.clip == Clip::None => single.values(),
+                    [single] => {
+                        sum = self.pool.take(single.values().len());
+                        sum.copy_from_slice(single.values());
+                        clip(&mut sum, update.clip);
+                        &sum
+                    }
                     several => {
                         let shares = shares(&update);
                         sum = reduce(several, shares.as_deref(), update.reduction, &self.pool);
+                        clip(&mut sum, update.clip);
                         &sum
                     }
                 };
+                self.learning_rate = learning_rate;
                 self.write(gradient, learning_rate, update.version);
             }
             // Calls are answered after every single version, because one may wait for exactly this version.
@@ -438,6 +489,7 @@ impl Clone for Shard {
             num_kept: self.num_kept,
             rule: Box::new(rule),
             learning_rate: self.learning_rate,
+            is_rate_set: self.is_rate_set,
             pool: self.pool.clone(),
             staged: self.staged.clone(),
             fences: self.fences.clone(),

@@ -1,10 +1,12 @@
 //! Makes one gradient of those of an update.
 
+use std::ops::Range;
+
 use ps_runtime::buffer::{Buffer, BufferPool};
-use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
+use ps_runtime::parallel::{PART_LEN, for_each, norm_squared, vectorized};
 
 use crate::server::consistency::Reduction;
-use crate::server::protocol::Update;
+use crate::server::protocol::{Clip, Update};
 use crate::weights::Gradient;
 
 /// Returns the weight of each gradient in a mean of batches of different sizes. Returns `None` if all have
@@ -28,49 +30,208 @@ pub(super) fn reduce(
     reduction: Reduction,
     pool: &BufferPool,
 ) -> Buffer {
+    let gradients: Vec<&[f32]> = gradients.iter().map(Gradient::values).collect();
+    let mut sum = pool.take(gradients.first().map_or(0, |first| first.len()));
+    let num_bytes = size_of_val(&sum[..]);
+    let parts = (0..).step_by(PART_LEN).zip(sum.chunks_mut(PART_LEN));
+    for_each(num_bytes, parts, |(start, sum)| {
+        let part = start..start + sum.len();
+        reduce_part(&gradients, part, weights, reduction, sum);
+    });
+    sum
+}
+
+/// Does the same for the numbers of one part of the gradients.
+fn reduce_part(
+    gradients: &[&[f32]],
+    part: Range<usize>,
+    weights: Option<&[f32]>,
+    reduction: Reduction,
+    sum: &mut [f32],
+) {
     let (first, rest) = gradients.split_first().expect("an update has gradients");
     let scale = match reduction {
         Reduction::Mean => 1.0 / gradients.len() as f32,
         Reduction::Sum => 1.0,
     };
-    let mut sum = pool.take(first.values().len());
-    let num_bytes = size_of_val(&sum[..]);
-    let parts = (0..).step_by(PART_LEN).zip(sum.chunks_mut(PART_LEN));
-    for_each(num_bytes, parts, |(start, sum)| {
-        let part = start..start + sum.len();
-        vectorized(
-            #[inline(always)]
-            || {
-                let first = &first.values()[part.clone()];
-                if let Some(weights) = weights {
-                    for (sum, value) in sum.iter_mut().zip(first) {
-                        *sum = value * weights[0];
-                    }
-                    for (gradient, weight) in rest.iter().zip(&weights[1..]) {
-                        for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
-                            *sum += value * weight;
-                        }
-                    }
-                    return;
+    vectorized(
+        #[inline(always)]
+        || {
+            let first = &first[part.clone()];
+            if let Some(weights) = weights {
+                for (sum, value) in sum.iter_mut().zip(first) {
+                    *sum = value * weights[0];
                 }
-                sum.copy_from_slice(first);
-                for gradient in rest {
-                    for (sum, value) in sum.iter_mut().zip(&gradient.values()[part.clone()]) {
-                        *sum += value;
+                for (gradient, weight) in rest.iter().zip(&weights[1..]) {
+                    for (sum, value) in sum.iter_mut().zip(&gradient[part.clone()]) {
+                        *sum += value * weight;
                     }
                 }
-                for sum in sum.iter_mut() {
-                    *sum *= scale;
+                return;
+            }
+            sum.copy_from_slice(first);
+            for gradient in rest {
+                for (sum, value) in sum.iter_mut().zip(&gradient[part.clone()]) {
+                    *sum += value;
                 }
-            },
+            }
+            for sum in sum.iter_mut() {
+                *sum *= scale;
+            }
+        },
+    );
+}
+
+/// Returns the Euclidean norm of the combined gradient of `update`, if it is above `limit`. The gradients are
+/// those of the update, over all weights of the model.
+pub(super) fn norm_above(gradients: &[&Gradient], update: &Update, limit: f64) -> Option<f64> {
+    if let [single] = gradients {
+        return Some(single.norm()).filter(|&norm| norm > limit);
+    }
+    let weights = shares(update);
+    if bound(gradients, weights.as_deref(), update.reduction) <= limit {
+        // Most updates of a run that goes well need no further look at the numbers.
+        return None;
+    }
+    let values: Vec<&[f32]> = gradients.iter().map(|gradient| gradient.values()).collect();
+    let len = values.first().map_or(0, |first| first.len());
+    let starts = (0..len).step_by(PART_LEN);
+    let mut squares = vec![0.0; starts.len()];
+    let parts = starts.zip(&mut squares);
+    for_each(len * size_of::<f32>(), parts, |(start, square)| {
+        let part = start..len.min(start + PART_LEN);
+        let mut sum = vec![0.0; part.len()];
+        reduce_part(
+            &values,
+            part,
+            weights.as_deref(),
+            update.reduction,
+            &mut sum,
         );
+        *square = norm_squared(&sum);
     });
-    sum
+    // The order of this sum is fixed, so its bits are.
+    let norm = squares.iter().sum::<f64>().sqrt();
+    Some(norm).filter(|&norm| norm > limit)
+}
+
+/// Returns a number that the norm of the combined gradient is not above: that of gradients that all have the
+/// same direction.
+fn bound(gradients: &[&Gradient], weights: Option<&[f32]>, reduction: Reduction) -> f64 {
+    let norms = gradients.iter().map(|gradient| gradient.norm());
+    match (weights, reduction) {
+        (Some(weights), _) => norms.zip(weights).map(|(n, &w)| n * f64::from(w)).sum(),
+        (None, Reduction::Sum) => norms.sum(),
+        (None, Reduction::Mean) => norms.sum::<f64>() / gradients.len() as f64,
+    }
+}
+
+/// Clips a part of a combined gradient.
+pub(super) fn clip(gradient: &mut [f32], clip: Clip) {
+    let num_bytes = size_of_val(gradient);
+    let parts = gradient.chunks_mut(PART_LEN);
+    match clip {
+        Clip::None => {}
+        Clip::Scale(factor) => for_each(num_bytes, parts, |part| {
+            vectorized(
+                #[inline(always)]
+                || part.iter_mut().for_each(|value| *value *= factor),
+            );
+        }),
+        Clip::Value(limit) => for_each(num_bytes, parts, |part| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    part.iter_mut()
+                        .for_each(|value| *value = value.clamp(-limit, limit))
+                },
+            );
+        }),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+    use crate::server::protocol::Summand;
+
+    fn update(gradients: &[Gradient], sizes: &[u64], reduction: Reduction) -> Update {
+        let summands = (0..).zip(gradients.iter().zip(sizes));
+        let gradients = summands.map(|(worker, (gradient, &num_examples))| Summand {
+            id: GradientId {
+                worker: WorkerId(worker),
+                incarnation: Incarnation(1),
+                clock: Clock(0),
+            },
+            computed_on: Version(0),
+            norm: gradient.norm(),
+            num_examples,
+        });
+        Update {
+            version: Version(1),
+            gradients: gradients.collect(),
+            reduction,
+            clip: Clip::None,
+        }
+    }
+
+    /// The norm is that of the numbers which the update rule would get.
+    #[test]
+    fn the_norm_of_the_combined_gradient_is_that_of_its_numbers() {
+        let of = |k: i64| {
+            let numbers = (0..700_001_i64).map(|i| ((i * k) % 1013 - 506) as f32 * 1e-4);
+            Gradient::new(numbers.collect::<Vec<_>>())
+        };
+        let gradients = [of(1), of(3), of(7)];
+        let all: Vec<&Gradient> = gradients.iter().collect();
+        for (sizes, reduction) in [
+            ([1, 1, 1], Reduction::Mean),
+            ([5, 1, 2], Reduction::Mean),
+            ([1, 1, 1], Reduction::Sum),
+        ] {
+            let update = update(&gradients, &sizes, reduction);
+            let weights = shares(&update);
+            let sum = reduce(
+                &gradients,
+                weights.as_deref(),
+                reduction,
+                &BufferPool::new(0),
+            );
+            let expected = norm_squared(&sum).sqrt();
+            let norm = norm_above(&all, &update, 0.0).unwrap();
+            assert_eq!(norm.to_bits(), expected.to_bits(), "{reduction} {sizes:?}");
+            assert!(
+                norm <= bound(&all, weights.as_deref(), reduction),
+                "{reduction}"
+            );
+            assert_eq!(norm_above(&all, &update, norm), None);
+            assert_eq!(norm_above(&all, &update, norm * 0.999), Some(norm));
+        }
+        let single = update(&gradients[..1], &[1], Reduction::Mean);
+        let norm = gradients[0].norm();
+        assert_eq!(norm_above(&all[..1], &single, norm), None);
+        assert_eq!(norm_above(&all[..1], &single, norm / 2.0), Some(norm));
+    }
+
+    #[test]
+    fn clipping_scales_or_limits_each_number() {
+        let numbers: Vec<f32> = (-3..4).map(|i| i as f32).collect();
+        let clipped = |how| {
+            let mut numbers = numbers.clone();
+            clip(&mut numbers, how);
+            numbers
+        };
+        assert_eq!(clipped(Clip::None), numbers);
+        assert_eq!(
+            clipped(Clip::Scale(0.5)),
+            [-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5]
+        );
+        assert_eq!(
+            clipped(Clip::Value(1.5)),
+            [-1.5, -1.5, -1.0, 0.0, 1.0, 1.5, 1.5]
+        );
+    }
 
     #[test]
     fn long_gradients_are_added_up_as_short_ones() {

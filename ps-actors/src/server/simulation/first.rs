@@ -414,7 +414,9 @@ impl First {
     }
 
     fn log(&self, effects: &[Effect], turn: &mut Turn<'_>) {
-        for entry in entries(effects, self.shard.learning_rate()) {
+        // The simulated problems have one learning rate.
+        let rates = vec![self.shard.learning_rate(); effects.len()];
+        for entry in entries(effects, &rates) {
             let named = match &entry {
                 LogEntry::Update { update, .. } => &update.gradients[..],
                 _ => &[],

@@ -3,7 +3,8 @@
 //! The processes are those of the simulator, and so is the observer. Here no dice decide what happens next:
 //! [`stateright`] tries everything, within bounds: until a crash, messages arrive in every order, and one is
 //! lost or comes twice. Each process is killed at every point of every such order without losses, also between
-//! any two of its actions. What follows a crash happens in two orders.
+//! any two of its actions; in two modes also when a message has come twice. What follows a crash happens in two
+//! orders.
 
 use std::collections::BTreeMap;
 use std::collections::hash_map::DefaultHasher;
@@ -614,9 +615,17 @@ fn budget(crashes: u8, losses: u8, doubles: u8) -> Budget {
     }
 }
 
+/// With a bound of 0, the answer to one worker waits for the step of the other. With `k` = 1, one of the two is late.
+const MODES: [Consistency; 4] = [
+    Consistency::Bsp,
+    Consistency::Asp,
+    Consistency::Ssp { bound: 0 },
+    Consistency::KofN { k: 1 },
+];
+
 #[test]
 fn every_order_of_messages_of_which_one_comes_twice_or_is_lost_keeps_the_guarantees() {
-    for consistency in [Consistency::Bsp, Consistency::Asp] {
+    for consistency in MODES {
         check(consistency, budget(0, 1, 0));
         check(consistency, budget(0, 0, 1));
     }
@@ -624,23 +633,32 @@ fn every_order_of_messages_of_which_one_comes_twice_or_is_lost_keeps_the_guarant
 
 #[test]
 fn a_crash_at_any_point_keeps_the_guarantees() {
-    for consistency in [Consistency::Bsp, Consistency::Asp] {
+    for consistency in MODES {
         check(consistency, budget(1, 0, 0));
+    }
+}
+
+#[test]
+fn a_crash_after_a_message_that_came_twice_keeps_the_guarantees() {
+    for consistency in [Consistency::Bsp, Consistency::Asp] {
+        check(consistency, budget(1, 0, 1));
     }
 }
 
 /// The model finds what it should find.
 #[test]
 fn the_model_finds_an_answer_before_the_log() {
-    let model = SmallGroup {
-        consistency: Consistency::Asp,
-        budget: budget(1, 0, 0),
-        mistake: Some(Mistake::AnswersBeforeLog),
-    };
-    let checker = model.checker().spawn_bfs().join();
-    let found = checker
-        .discovery("all guarantees hold")
-        .expect("the mistake");
-    let error = found.last_state().error.clone().unwrap_or_default();
-    assert!(error.contains("acknowledged"), "{error}");
+    for consistency in MODES {
+        let model = SmallGroup {
+            consistency,
+            budget: budget(1, 0, 0),
+            mistake: Some(Mistake::AnswersBeforeLog),
+        };
+        let checker = model.checker().spawn_bfs().join();
+        let found = checker
+            .discovery("all guarantees hold")
+            .unwrap_or_else(|| panic!("{consistency}: the mistake is not found"));
+        let error = found.last_state().error.clone().unwrap_or_default();
+        assert!(error.contains("acknowledged"), "{consistency}: {error}");
+    }
 }

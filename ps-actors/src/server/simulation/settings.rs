@@ -155,6 +155,35 @@ impl Settings {
         }
     }
 
+    /// Returns the settings of a training in which workers wait for each other: one worker in twenty takes twice as
+    /// long, and single steps, of 0.1 s on average, differ much. Nothing is saved. The run notes when the loss, of 0.31
+    /// at first, is below `target`. `learning_rate` is that of one gradient, times the number of workers.
+    #[must_use]
+    pub fn stragglers(
+        num_workers: u32,
+        num_servers: usize,
+        consistency: Consistency,
+        learning_rate: f64,
+        target: f64,
+    ) -> Self {
+        let micros = Duration::from_micros;
+        let mut settings = Self::new(num_workers, num_servers, consistency);
+        settings.saving = Saving::Nothing;
+        settings.times = Times {
+            step: Duration::from_millis(100),
+            jitter: 0.6,
+            stragglers: (5.0, 2.0),
+            delay: (micros(200), micros(200)),
+            service: micros(10),
+        };
+        settings.problem = Problem::Quadratic {
+            num_weights: 16 * num_servers,
+            learning_rate: learning_rate / f64::from(num_workers),
+            target,
+        };
+        settings
+    }
+
     /// Returns settings that follow from a seed: of everything a bit, and some faults.
     #[must_use]
     pub fn random(seed: u64) -> Self {

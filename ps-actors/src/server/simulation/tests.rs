@@ -1,7 +1,10 @@
 //! Many seeds, and mistakes that are made on purpose.
 
+use std::time::Duration;
+
 use super::settings::Mistake;
 use super::*;
+use crate::server::Consistency;
 
 fn number(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
@@ -81,6 +84,48 @@ fn mistakes_that_are_made_on_purpose_are_found() {
             "{mistake:?}, seed {seed}: {reason}"
         );
     }
+}
+
+/// Li et al., OSDI 2014, figures 12 and 13: as the bound grows, workers wait less and compute on older weights, so the
+/// time to a given loss is shortest in between. Everything is in virtual time, so the numbers are the same on every machine.
+#[test]
+fn a_bounded_delay_is_faster_than_none_and_than_no_bound() {
+    let ssp = |bound| Consistency::Ssp { bound };
+    let modes = [ssp(0), ssp(1), ssp(2), ssp(4), ssp(8), Consistency::Asp];
+    let outcomes = modes.map(|consistency| {
+        let mut settings = Settings::stragglers(100, 4, consistency, 1.8, 0.002);
+        (settings.num_steps, settings.run_for) = (u64::MAX, Some(Duration::from_secs(4)));
+        let outcome = simulate(settings).unwrap_or_else(|failure| panic!("{failure}"));
+        println!(
+            "{consistency}: idle {:.3}, staleness {:.1}, {:?} to the loss, {} gradients",
+            outcome.idle,
+            outcome.mean_staleness,
+            outcome.time_to_target,
+            outcome.report.work.num_applied
+        );
+        outcome
+    });
+    for (pair, modes) in outcomes.windows(2).zip(modes.windows(2)) {
+        assert!(pair[1].idle <= pair[0].idle, "idle: {modes:?}");
+        assert!(
+            pair[1].mean_staleness >= pair[0].mean_staleness,
+            "staleness: {modes:?}"
+        );
+    }
+    let [first, .., last] = &outcomes;
+    assert!(
+        first.idle > 0.3 && last.idle < 0.05,
+        "{} {}",
+        first.idle,
+        last.idle
+    );
+    let time = |outcome: &Outcome| outcome.time_to_target.unwrap_or(Duration::MAX);
+    let best = outcomes[1..5].iter().map(time).min().expect("four");
+    assert!(
+        best < time(first) && best < time(last),
+        "{best:?}: {:?}",
+        outcomes.each_ref().map(time)
+    );
 }
 
 #[test]

@@ -13,6 +13,7 @@ use crate::weights::{Gradient, Layout, Weights};
 
 mod bounds;
 mod consistency;
+mod cost;
 mod exactly_once;
 mod sharding;
 

@@ -291,6 +291,7 @@ fn an_update_waits_for_the_gradients_that_it_names() {
         version: Version(version),
         gradients: vec![one(id(0, 1, clock))],
         reduction: Reduction::Sum,
+        clip: Clip::None,
     };
     shard.stage(id(0, 1, 1), &gradient).unwrap();
     assert!(shard.update(update(1, 0), -1.0).unwrap().is_empty());
@@ -368,6 +369,7 @@ fn an_update_that_cannot_be_the_next_one_is_refused_and_changes_nothing() {
         version: Version(version),
         gradients: gradients.iter().copied().map(one).collect(),
         reduction: Reduction::Sum,
+        clip: Clip::None,
     };
     for bad in [
         update(0, &[first]),

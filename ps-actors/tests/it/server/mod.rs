@@ -9,8 +9,8 @@ use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use ps_actors::rule::{RuleState, Scalar, Sgd, UpdateRule};
 use ps_actors::server::{
-    ApplyGradients, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights, Join,
-    Outcome, ParameterServer, PullVersion, Push, PushPull, Reduction, Refusal, ServerConfig,
+    ApplyGradients, Clipping, ConfigError, Consistency, CoordinatorStatus, GetStatus, GetWeights,
+    Join, Outcome, ParameterServer, PullVersion, Push, PushPull, Reduction, Refusal, ServerConfig,
     ServerError, SetLearningRate, ShardError, Stage,
 };
 use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
@@ -23,6 +23,7 @@ mod callers;
 mod checkpoints;
 mod faults;
 mod links;
+mod schedules;
 
 const LEN: usize = 100;
 
@@ -325,6 +326,20 @@ fn settings_that_cannot_work_are_refused_with_the_reason() {
                 ..good
             },
             "at least 10ms, but is 1ns",
+        ),
+        (
+            ServerConfig {
+                clipping: Clipping::Norm(0.0),
+                ..good
+            },
+            "clipped to a positive number, but the limit is 0",
+        ),
+        (
+            ServerConfig {
+                clipping: Clipping::Value(f32::NAN),
+                ..good
+            },
+            "clipped to a positive number, but the limit is NaN",
         ),
         (
             ServerConfig {

@@ -182,7 +182,10 @@ fn a_driver_that_ends_tells_those_that_it_has_refused_first() {
         thread::scope(|scope| {
             scope.spawn(|| knock(&config, &address, 1, 4_000));
             let error = gather(&cluster, 2, FOREVER, None).unwrap_err();
-            assert!(matches!(error, ClusterError::NodesRefused { .. }), "{error}");
+            assert!(
+                matches!(error, ClusterError::NodesRefused { .. }),
+                "{error}"
+            );
             drop(cluster);
         });
     }
