@@ -65,6 +65,8 @@
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
 //! | `chaos` (feature `cli`) | follows a plan of faults in a run of real processes |
 //! | `runs` (feature) | the directory of a run: events, report and pictures |
+//! | `metrics` (feature) | metrics for Prometheus and others |
+//! | `tensorboard` (feature) | event files for TensorBoard |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 
@@ -80,6 +82,8 @@ pub mod data;
 pub mod export;
 pub mod lasting;
 pub mod learning_rate;
+#[cfg(feature = "metrics")]
+pub mod metrics;
 pub mod observe;
 pub mod report;
 mod resume;
@@ -88,6 +92,8 @@ pub mod rule;
 pub mod runs;
 pub mod served;
 pub mod source;
+#[cfg(feature = "tensorboard")]
+pub mod tensorboard;
 pub mod trainer;
 mod workers;
 

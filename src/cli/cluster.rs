@@ -98,7 +98,12 @@ impl ClusterArgs {
         if self.doctor.is_some() {
             exit(doctor::compare(self, hosts).into());
         }
-        match Cluster::launch(&self.options(), self.config(), hosts) {
+        let (options, config) = (self.options(), self.config());
+        #[cfg(feature = "metrics")]
+        let launched = Cluster::launch_with(&options, config, hosts, super::show::routes());
+        #[cfg(not(feature = "metrics"))]
+        let launched = Cluster::launch(&options, config, hosts);
+        match launched {
             Ok(cluster) => cluster,
             Err(error) => end(error.exit_code(), &error_chain(&error)),
         }

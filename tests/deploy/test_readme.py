@@ -107,6 +107,11 @@ class Readme(unittest.TestCase):
         self.ends_well(self.type(command("README.md", "cargo run --release --example compare_runs")), "one", "two")
         self.assertGreater((self.folder / "runs" / "compare.svg").stat().st_size, 1000)
 
+    def test_other_tools_look_on(self):
+        line = command("README.md", "cargo run --release --example sharded_ps -- --tensorboard")
+        self.ends_well(self.type(line), "metrics are at http://127.0.0.1:9464/metrics", "Final accuracy is")
+        self.assertTrue(list((self.folder / "runs/tensorboard/one").glob("*tfevents*")))
+
     def test_three_machines(self):
         # The driver's address in README.md is 10.0.0.1.
         hosts = Hosts(self, 3, prefix="ps-readme", network="10.0.0")

@@ -1,13 +1,19 @@
 //! Flags for what a training shows while it runs, and what it leaves behind.
 
+#[cfg(feature = "metrics")]
+mod metrics;
 mod progress;
 mod table;
 
-#[cfg(feature = "runs")]
+#[cfg(feature = "metrics")]
+use std::net::SocketAddr;
+#[cfg(any(feature = "runs", feature = "tensorboard"))]
 use std::path::PathBuf;
 
 use crate::observe::Observer;
 
+#[cfg(feature = "metrics")]
+pub(super) use metrics::routes;
 pub use progress::Progress;
 pub use table::closing_table;
 
@@ -25,11 +31,23 @@ pub struct ShowArgs {
     #[cfg(feature = "runs")]
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
+    /// Write event files for TensorBoard into this directory. If it has a run already, the name gets a number.
+    #[cfg(feature = "tensorboard")]
+    #[arg(long, value_name = "DIR")]
+    pub tensorboard: Option<PathBuf>,
+    /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. From other machines,
+    /// reading them needs the token in $PS_TOKEN, if there is one.
+    #[cfg(feature = "metrics")]
+    #[arg(long, value_name = "ADDR", value_parser = metrics::address)]
+    pub metrics: Option<SocketAddr>,
 }
 
 impl ShowArgs {
     /// Returns the observers that the user asks for, for [`Trainer::observe`](crate::Trainer::observe) or
     /// [`Observers::start`](crate::observe::Observers::start).
+    ///
+    /// With `--metrics`, the driver begins to serve them. Ends the process with
+    /// [`EXIT_CONFIG`](ps_actors::launch::EXIT_CONFIG) if it cannot listen there.
     #[must_use]
     pub fn observers(&self) -> Vec<Box<dyn Observer>> {
         let mut observers: Vec<Box<dyn Observer>> = Vec::new();
@@ -40,6 +58,12 @@ impl ShowArgs {
         if let Some(directory) = &self.run_dir {
             observers.push(Box::new(crate::runs::RunDir::new(directory)));
         }
+        #[cfg(feature = "tensorboard")]
+        if let Some(directory) = &self.tensorboard {
+            observers.push(Box::new(crate::tensorboard::TensorBoard::new(directory)));
+        }
+        #[cfg(feature = "metrics")]
+        observers.extend(self.metrics.and_then(metrics::observer));
         observers
     }
 }

@@ -1,0 +1,102 @@
+//! What observing a training costs: gradients per second with everything on, against everything off. `ConvNet`, batch 128,
+//! two workers, `asp`, in one process. The runs come in turn, ten pairs, and every second pair begins with the other one.
+//! On: the run directory, event files for TensorBoard, and metrics, which are fetched once per second. A third run of
+//! each pair is off as well: its ratio to the other shows the noise.
+//!
+//! `cargo bench -p ps-bench --bench observing`. The files are in `$PS_BENCH_DIR`, or in a temporary directory.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use ps::metrics::Exporter;
+use ps::prelude::*;
+use ps::runs::RunDir;
+use ps::tensorboard::TensorBoard;
+
+const NUM_PAIRS: usize = 10;
+
+/// Of each worker.
+const NUM_STEPS: u64 = 1500;
+
+fn main() -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let directory = std::env::var_os("PS_BENCH_DIR").map(std::path::PathBuf::from);
+    let directory = directory.unwrap_or_else(|| temporary.path().to_owned());
+    let mnist = Mnist::load(&MnistOptions::default())?;
+    // The first run warms caches up.
+    train(&mnist, None)?;
+    let (mut costs, mut noises) = (Vec::new(), Vec::new());
+    for pair in 0..NUM_PAIRS {
+        let on = || train(&mnist, Some(&directory.join(format!("pair-{pair}"))));
+        let (off, observed) = match pair % 2 {
+            0 => (train(&mnist, None)?, on()?),
+            _ => {
+                let observed = on()?;
+                (train(&mnist, None)?, observed)
+            }
+        };
+        let again = train(&mnist, None)?;
+        println!("pair {pair}: off {off:.1}/s, on {observed:.1}/s, off again {again:.1}/s");
+        costs.push(observed / off);
+        noises.push(again / off);
+    }
+    println!("on / off: {}", spread(&mut costs));
+    println!("off / off: {}", spread(&mut noises));
+    Ok(())
+}
+
+/// Returns the gradients per second of one training.
+fn train(mnist: &Mnist, observed: Option<&Path>) -> Result<f64> {
+    let device = select_device(default_device_name())?;
+    let trainer = Trainer::new(ConvNet::init(0, &device), mnist.train.clone())
+        .device(&device)
+        .workers(2)
+        .batch_size(128)
+        .consistency(Consistency::Asp)
+        .iterations(NUM_STEPS);
+    let Some(directory) = observed else {
+        return Ok(trainer.run()?.gradients_per_second());
+    };
+    let exporter = Exporter::new();
+    let listener = exporter.listen(([127, 0, 0, 1], 0).into(), None)?;
+    let (address, (end, ended)) = (listener.address(), channel::<()>());
+    let reader = std::thread::spawn(move || -> Result<usize> {
+        let mut num_read = 0;
+        while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(Duration::from_secs(1)) {
+            num_read += fetch(address)?;
+        }
+        Ok(num_read)
+    });
+    let report = trainer
+        .observe(RunDir::new(directory))
+        .observe(TensorBoard::new(directory))
+        .observe(exporter.observer())
+        .run()?;
+    drop(end);
+    let num_read = reader.join().ok().context("the reader panicked")??;
+    anyhow::ensure!(
+        num_read > 0,
+        "nobody has read the metrics: the run is too short"
+    );
+    Ok(report.gradients_per_second())
+}
+
+/// Fetches the metrics. Returns how many bytes they have.
+fn fetch(address: SocketAddr) -> Result<usize> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: ps\r\nconnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    Ok(stream.read_to_string(&mut answer)?)
+}
+
+fn spread(ratios: &mut [f64]) -> String {
+    ratios.sort_by(f64::total_cmp);
+    let middle = ratios.len() / 2;
+    let median = (ratios[middle - 1] + ratios[middle]) / 2.0;
+    let (least, most) = (ratios[0], ratios[ratios.len() - 1]);
+    format!("{median:.4} in the middle, from {least:.4} to {most:.4}")
+}

@@ -1,0 +1,106 @@
+//! `--metrics`: one exporter for all trainings of this process, in the driver only.
+
+use std::net::SocketAddr;
+use std::process::exit;
+use std::sync::OnceLock;
+
+use axum::Router;
+use ps_actors::launch::{EXIT_CONFIG, env};
+use ps_actors::net::Token;
+
+use super::super::{RANK, output};
+use crate::metrics::{Exporter, MetricsListener};
+use crate::observe::Observer;
+
+/// It lives as long as the process, so the last numbers can still be fetched after a training.
+static EXPORTER: OnceLock<(Exporter, MetricsListener)> = OnceLock::new();
+
+/// Reads an address. A name would have to mean the same to all processes.
+pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
+    let numbers = text.replace("localhost", "127.0.0.1");
+    numbers.parse().map_err(|_| {
+        "write an IP address of this machine and a port, such as 127.0.0.1:9464".to_owned()
+    })
+}
+
+/// Makes an observer that feeds the exporter; begins to serve if nobody has. `None` in a node. Ends the process if
+/// this is not possible.
+pub(super) fn observer(address: SocketAddr) -> Option<Box<dyn Observer>> {
+    if RANK.get().is_some_and(|&rank| rank != 0) {
+        return None;
+    }
+    let (exporter, _) = EXPORTER.get_or_init(|| start(address));
+    Some(Box::new(exporter.observer()))
+}
+
+/// The routes of the exporter, for the port of the driver. None if there is no exporter.
+pub(in super::super) fn routes() -> Router {
+    let exporter = EXPORTER.get().map(|(exporter, _)| exporter.routes());
+    exporter.unwrap_or_default()
+}
+
+fn start(address: SocketAddr) -> (Exporter, MetricsListener) {
+    let token = match address.ip().is_loopback() {
+        // Only processes of this machine can connect.
+        true => None,
+        false => token(),
+    };
+    let is_open = token.is_none() && !address.ip().is_loopback();
+    let exporter = Exporter::new();
+    match exporter.listen(address, token) {
+        Ok(listener) => {
+            let address = listener.address();
+            tracing::info!("metrics are at http://{address}/metrics");
+            if is_open {
+                tracing::warn!(
+                    "anybody who can connect to {address} can read the metrics; set PS_TOKEN to ask for it"
+                );
+            }
+            (exporter, listener)
+        }
+        Err(error) => end(&format!(
+            "cannot serve metrics at {address} (--metrics): {error}; choose an address of this machine and a free port"
+        )),
+    }
+}
+
+fn token() -> Option<Token> {
+    match env::read(env::TOKEN).map(Token::new) {
+        None => None,
+        Some(Ok(token)) => Some(token),
+        Some(Err(error)) => end(&format!("PS_TOKEN cannot be used: {error}")),
+    }
+}
+
+fn end(error: &str) -> ! {
+    output::complain(error);
+    exit(EXIT_CONFIG.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_has_a_number_and_a_port() {
+        for (text, expected) in [
+            ("127.0.0.1:9464", "127.0.0.1:9464"),
+            ("localhost:1", "127.0.0.1:1"),
+            ("[::1]:9464", "[::1]:9464"),
+            ("0.0.0.0:0", "0.0.0.0:0"),
+        ] {
+            assert_eq!(address(text), Ok(expected.parse().unwrap()));
+        }
+        for text in [
+            "",
+            "9464",
+            ":9464",
+            "127.0.0.1",
+            "host:9464",
+            "127.0.0.1:99999",
+        ] {
+            let error = address(text).unwrap_err();
+            assert!(error.contains("127.0.0.1:9464"), "{text}: {error}");
+        }
+    }
+}
