@@ -64,7 +64,6 @@ fn a_schedule_is_stepped_once_for_each_update_in_any_order() {
                 assert_eq!(again.to_bits(), rate.to_bits(), "{schedule:?}, {update}");
             }
         }
-        assert!(format!("{schedule:?}").contains("0.") || rates[0] == rates[1]);
     }
     let mut schedule = BurnSchedule::new(warm_up_and_cosine()).unwrap();
     let rates = [1, 5, 9, 13].map(|update| schedule.learning_rate(Version(update)));
@@ -175,9 +174,9 @@ fn servers_and_workers_on_nodes_use_the_schedule_the_clipping_and_the_parts_of_t
     let hosts = constant().hosts(with_two_halves().hosts(Hosts::new()).unwrap());
     let hosts = hosts.unwrap();
     with_two_nodes(Transport::Memory(MemoryNetwork::new()), hosts, |cluster| {
-        for make in [&with_two_halves as &dyn Fn() -> _, &constant] {
-            let trainer: Trainer<ConvNet, ImageDataset> = make();
-            let trainer = trainer.servers_on_nodes(true).servers(2);
+        let both: [&dyn Fn() -> Trainer<ConvNet, ImageDataset>; 2] = [&with_two_halves, &constant];
+        for make in both {
+            let trainer = make().servers_on_nodes(true).servers(2);
             let report = trainer.run_on(cluster).unwrap();
             assert!(bits(&report.weights) == bits(&make().run().unwrap().weights));
         }

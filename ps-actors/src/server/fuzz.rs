@@ -57,12 +57,12 @@ fn follow(dice: &mut Dice, secret: &GroupSecret) -> Follow {
         version: Version(dice.one_of(&[0, 1, 1, 2])),
         gradients: vec![summand; dice.one_of(&[0, 1, 1, 1, 2])],
         reduction: Reduction::Mean,
-        clip: [
+        clip: dice.one_of(&[
             Clip::None,
             Clip::Scale(0.5),
             Clip::Value(0.5),
             Clip::Value(f32::NAN),
-        ][below(rng, 4)],
+        ]),
     };
     let fence = Decision::Fence {
         worker: id.worker,

@@ -345,7 +345,7 @@ impl Handler<GetIncarnations> for DriverAgent {
         _: &mut Self::Context,
     ) -> Self::Result {
         let members = Arc::clone(&self.members);
-        Box::pin(async move { members.lives(newer_than).await })
+        Box::pin(async move { members.incarnations(newer_than).await })
     }
 }
 

@@ -361,7 +361,7 @@ impl Members {
     }
 
     /// Returns the incarnations of all ranks, as soon as they differ from what the caller has `heard`.
-    pub(crate) async fn lives(&self, heard: Option<u64>) -> KnownIncarnations {
+    pub(crate) async fn incarnations(&self, heard: Option<u64>) -> KnownIncarnations {
         let mut changed = self.changed.subscribe();
         let is_news = |version: &u64| heard != Some(*version) || self.lock().is_over;
         // The sender lives as long as `self`. The version is read before the list, so that the list may be

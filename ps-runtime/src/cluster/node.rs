@@ -380,11 +380,11 @@ impl Node {
         // Connects again, now as this node: the first connection was made without a `NodeId`.
         drop(driver);
         let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
-        let lives = NodeIncarnations::new(&process);
-        let as_node: Arc<dyn Incarnations> = Arc::new(AsNode(Arc::clone(&lives)));
+        let incarnations = NodeIncarnations::new(&process);
+        let as_node: Arc<dyn Incarnations> = Arc::new(AsNode(Arc::clone(&incarnations)));
         let endpoint = bound.serve(&process, &as_node, &Router::new());
         let mut following = JoinSet::new();
-        following.spawn(lives.follow(driver.clone()));
+        following.spawn(incarnations.follow(driver.clone()));
         Ok(Membership {
             scope,
             driver,

@@ -18,7 +18,7 @@ use crate::actor::Spawn;
 use crate::net::Address;
 use crate::remote::kept::tests::store_of;
 use crate::remote::kept::{Discard, Take};
-use crate::test_util::{Dice, Fed, Fuzz, Sent};
+use crate::test_util::{Dice, Fed, Fuzz};
 
 const FUZZ: Fuzz = Fuzz {
     one_in: 5,
