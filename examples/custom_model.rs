@@ -63,7 +63,8 @@ fn train(args: Args) -> Result<ExitCode> {
         .batch_size(50)
         .epochs(args.epochs)
         .checkpoints(args.checkpoints.config())
-        .observe_all(args.show.observers());
+        .observe_all(args.show.observers())
+        .controls(&args.show.controls);
     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
         return Ok(ExitCode::SUCCESS);
     };

@@ -52,6 +52,8 @@
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
 //! | `chaos` (feature `cli`) | follows a plan of faults in a run of real processes |
 //! | `runs` (feature) | the directory of a run: events, report and pictures |
+//! | [`controls`] | a handle that changes a training while it runs |
+//! | `dashboard` (feature) | a page in the browser that shows a training, and controls it |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 
@@ -63,6 +65,9 @@ mod balance;
 pub mod chaos;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod controls;
+#[cfg(feature = "dashboard")]
+pub mod dashboard;
 pub mod data;
 pub mod export;
 pub mod lasting;

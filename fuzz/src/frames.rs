@@ -11,7 +11,7 @@ use ps_actors::rule::UpdateRule;
 use ps_actors::server::{
     ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
     Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull, ReportLost,
-    ServerConfig, SetConsistency, SetLearningRate, Stage, TakeCheckpoint,
+    ServerConfig, SetConsistency, SetLearningRate, SetPaused, Stage, TakeCheckpoint,
 };
 use ps_actors::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use ps_actors::worker::{
@@ -178,7 +178,7 @@ fn place(code: u32) -> usize {
 }
 
 /// With the codes that `ParameterServer`'s list of messages gives them.
-fn server_messages() -> [(u32, Result<Encoded, CodecError>); 16] {
+fn server_messages() -> [(u32, Result<Encoded, CodecError>); 17] {
     let (worker, incarnation) = (WorkerId(0), Incarnation(1));
     let id = GradientId {
         worker,
@@ -233,6 +233,7 @@ fn server_messages() -> [(u32, Result<Encoded, CodecError>); 16] {
             }),
         ),
         (16, encode(&ForgetSavedStates { until: Version(0) })),
+        (18, encode(&SetPaused(false))),
     ]
 }
 

@@ -15,6 +15,7 @@ use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
 use ps_model::{ElementwiseConfig, Model, RuleError};
 
+use crate::controls::Controls;
 use crate::data::Examples;
 use crate::observe::Observer;
 use crate::report::{CurvePoint, Report};
@@ -67,6 +68,7 @@ pub struct Trainer<M: Model, E> {
     evaluate_every: u64,
     on_evaluation: OnEvaluation,
     observers: Vec<Box<dyn Observer>>,
+    controls: Controls,
     heeds_signals: bool,
     checkpoints: Option<CheckpointConfig>,
     /// Whether the checkpoints have an update log. Known when the training runs.
@@ -108,6 +110,7 @@ where
             evaluate_every: 0,
             on_evaluation: Box::new(|_| {}),
             observers: Vec::new(),
+            controls: Controls::new(),
             heeds_signals: true,
             checkpoints: None,
             logs_updates: false,
@@ -287,6 +290,14 @@ where
     #[must_use]
     pub fn observe_all(mut self, observers: Vec<Box<dyn Observer>>) -> Self {
         self.observers.extend(observers);
+        self
+    }
+
+    /// Lets this handle control the training while it runs: pause it, save a checkpoint, change the learning
+    /// rate. See [`controls`](crate::controls).
+    #[must_use]
+    pub fn controls(mut self, controls: &Controls) -> Self {
+        self.controls = controls.clone();
         self
     }
 

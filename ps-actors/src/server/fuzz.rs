@@ -24,7 +24,7 @@ use crate::server::protocol::{Summand, Update};
 use crate::server::{
     ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
     GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull,
-    Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, Stage, TakeCheckpoint,
+    Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, SetPaused, Stage, TakeCheckpoint,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use crate::worker::{ComputeGradients, DataWorker, GetProgress, LocalGradient, SourceError};
@@ -139,6 +139,7 @@ fn messages(rng: &mut TestRng, secret: &GroupSecret) -> Vec<Encoded> {
             until: Version(rng.next_u64() % 4),
         }),
         encode(&follow),
+        encode(&SetPaused(rng.next_u32().is_multiple_of(4))),
     ];
     all.map(|message| message.expect("each can be written"))
         .into()
