@@ -602,6 +602,32 @@ mod tests {
     }
 
     #[test]
+    fn a_worker_that_was_removed_is_not_waited_for() {
+        let mut tally = Tally::default();
+        tally.count(&Event::RunStarted(Box::new(super::super::RunStarted {
+            time: 0.0,
+            unix_time: 0.0,
+            settings: Settings {
+                num_workers: 2,
+                steps_per_worker: 10,
+                ..Settings::default()
+            },
+            versions: super::super::Versions::here(),
+            first_version: Version(0),
+        })));
+        for clock in 0..3 {
+            tally.count(&step(1, clock, 1.0, StepTimes::default()));
+        }
+        assert_eq!(tally.steps_done(), (3, 20));
+        let worker = WorkerId(1);
+        tally.count(&Event::Controlled(super::super::Controlled {
+            time: 2.0,
+            change: Change::WorkerRemoved { worker },
+        }));
+        assert_eq!(tally.steps_done(), (3, 13));
+    }
+
+    #[test]
     fn events_are_counted() {
         let mut tally = tally(&[[1.0, 20.0, 2.0], [1.0, 20.0, 2.0]]);
         assert_eq!((tally.num_steps(), tally.num_applied()), (20, 20));

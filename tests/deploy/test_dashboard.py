@@ -229,7 +229,7 @@ class Dashboard(unittest.TestCase):
             browser.eventually("return document.documentElement.clientWidth === arguments[0]", width)
             # Nothing has to be scrolled to the side.
             self.assertLessEqual(browser.run("return document.documentElement.scrollWidth"), width, name)
-            browser.screenshot(self.pictures / f"dashboard-{name}.png", 1900 if is_phone else None)
+            browser.screenshot(self.pictures / f"dashboard-{name}.png", 1500 if is_phone else 1130)
         # The switch overrules the system.
         browser.look(1280, 900, "light")
         browser.run("const theme = document.querySelector('#theme'); theme.value = 'dark'; theme.dispatchEvent(new Event('change'))")

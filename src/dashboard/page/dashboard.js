@@ -174,12 +174,12 @@ function showWorkers() {
     if (worker.num_refused > 0) notes.push(`${count(worker.num_refused)} refused`);
     return element("tr", { class: worker.worker === slow ? "slow" : null },
       element("th", { scope: "row" }, `worker ${worker.worker}`),
-      cell("", {}, element("span", { class: "state", "data-state": worker.state }, worker.state), notes.length ? element("span", { class: "small" }, ` ${notes.join(", ")}`) : ""),
+      cell("", {}, element("span", { class: "state", "data-state": worker.state }, worker.state), notes.length ? element("span", { class: "notes" }, notes.join(", ")) : ""),
       cell("steps", { class: "num" }, count(worker.steps)),
       cell("gradients/s", { class: "num" }, number(worker.gradients_per_second)),
       shares,
       cell("staleness", { class: "num" }, `${worker.mean_staleness.toFixed(2)}, max ${count(worker.max_staleness)}`),
-      cell("on", {}, worker.place));
+      cell("on", { class: "on" }, worker.place));
   }), [state.workers, slow]);
   const more = state.num_workers - state.workers.length;
   text("workers-more", more > 0 ? `and ${many(more, "more worker")}, which took more steps` : "");
