@@ -236,13 +236,12 @@ mod tests {
     use axum::http::{HeaderName, HeaderValue};
 
     fn headers(pairs: &[(&str, &str)]) -> HeaderMap {
-        let pair = |&(name, value): &(&str, &str)| {
-            (
-                name.parse::<HeaderName>().unwrap(),
-                value.parse::<HeaderValue>().unwrap(),
-            )
-        };
-        pairs.iter().map(pair).collect()
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            let name: HeaderName = name.parse().unwrap();
+            headers.append(name, value.parse::<HeaderValue>().unwrap());
+        }
+        headers
     }
 
     fn guard(token: Option<&str>) -> Guard {

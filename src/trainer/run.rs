@@ -575,8 +575,9 @@ async fn stop_workers<M: Model>(
         return std::future::pending().await;
     };
     stop.wait().await;
-    end_pause(controls, servers).await;
     workers.iter().for_each(Worker::stop);
+    // Their last step may wait for it.
+    end_pause(controls, servers).await;
     let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
     let ending = pin!(async {
         match workers.iter().any(Worker::waits_for_all) {

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -25,15 +26,22 @@ CHARTS = ["chart-loss", "chart-accuracy", "chart-rate", "chart-staleness"]
 class Dashboard(unittest.TestCase):
     def setUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="ps-dashboard-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.pictures = pathlib.Path(os.environ.get("PS_SCREENSHOTS", self.folder))
         self.binaries = desk(self.folder)
-        self.browser = Browser(self)
 
-    def start(self, *flags, port=0, token=TOKEN):
+    @property
+    def browser(self):
+        """The browser, started when a test first needs it."""
+        if not hasattr(self, "_browser"):
+            self._browser = Browser(self)
+        return self._browser
+
+    def start(self, *flags, port=0, token=TOKEN, consistency="ssp:2"):
         """Starts a training of some minutes, and returns its process and the address of its page."""
         variables = {"PS_DASHBOARD_TOKEN": token} if token else {}
         line = [example("sharded_ps"), "--iterations", "200000", "--batch-size", "32", "--num-servers", "2",
-                "--consistency", "ssp:2", "--dashboard", f"127.0.0.1:{port}", *flags]
+                "--consistency", consistency, "--dashboard", f"127.0.0.1:{port}", *flags]
         process = Process(self, line, cwd=self.folder, env=environment(**variables))
         return process, process.wait_for(r"The dashboard is at (http://\S+)")[1]
 
@@ -47,6 +55,22 @@ class Dashboard(unittest.TestCase):
 
     def version(self, url):
         return self.state(url)["version"]
+
+    def post(self, url, path, **body):
+        """Changes something as a program does, and returns what the training says."""
+        headers = {"content-type": "application/json", "x-ps-dashboard": "1", "authorization": f"Bearer {TOKEN}"}
+        request = urllib.request.Request(f"{url}api/{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)["done"]
+
+    def stands_still(self, url):
+        """Waits for two looks at the servers, and checks that no update was made in between. Returns the version."""
+        for _ in range(2):
+            version, looked = self.version(url), self.state(url)["seconds"]
+            # They are looked at once per second.
+            eventually(lambda: self.state(url)["seconds"] > looked + 1.5, "a look at the servers")
+        self.assertEqual(self.version(url), version)
+        return version
 
     def is_live(self):
         self.browser.eventually("return document.querySelector('#connection').dataset.state === 'live'")
@@ -84,12 +108,7 @@ class Dashboard(unittest.TestCase):
         browser.type("#token", TOKEN)
         browser.click("#pause")
         browser.eventually("return document.querySelector('#status').textContent === 'paused'")
-        # The servers are looked at once per second: two looks after the pause.
-        looked = self.state(url)["seconds"]
-        eventually(lambda: self.state(url)["seconds"] > looked + 1.5, "a look at the servers")
-        paused_at, looked = self.version(url), self.state(url)["seconds"]
-        eventually(lambda: self.state(url)["seconds"] > looked + 1.5, "a look at the servers")
-        self.assertEqual(self.version(url), paused_at)
+        paused_at = self.stands_still(url)
 
         # Settings change, and a checkpoint is saved, while it is paused.
         browser.run("document.querySelector('#rate').value = ''")
@@ -212,6 +231,35 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelector('#status').textContent === 'training'")
         first = self.state(url)["run"]["first_version"]
         self.assertGreater(first, 0)
+        self.end(process)
+
+    def test_a_signal_ends_a_pause_and_nothing_is_lost(self):
+        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved", consistency="bsp")
+        self.post(url, "pause")
+        version = self.stands_still(url)
+        os.killpg(process.child.pid, signal.SIGTERM)
+        code, text = process.wait(30)
+        self.assertEqual(code, 0, text)
+        self.assertNotIn("before all steps are finished", text)
+        saved = int(re.search(r"saved a checkpoint.*version=(\d+)", text)[1])
+        self.assertIn(saved - version, (0, 1), text)
+
+    def test_a_pause_and_settings_outlive_the_servers(self):
+        process, url = self.start("--num-workers", "2", "--processes", "3", "--servers-on-nodes",
+                                  "--checkpoint-dir", "saved", "--checkpoint-every", "200")
+        eventually(lambda: self.state(url)["num_checkpoints"] > 0, "a checkpoint", 120)
+        self.post(url, "learning-rate", learning_rate=0.005)
+        self.post(url, "consistency", consistency="asp")
+        self.post(url, "pause")
+        joined = [one["text"] for one in self.state(url)["incidents"] if "joined" in one["text"]]
+        os.kill(int(re.search(r"process (\d+)", joined[-1])[1]), signal.SIGKILL)
+        eventually(lambda: any("goes on from update" in one["text"] for one in self.state(url)["incidents"]), process.text, 60)
+        self.assertEqual(self.state(url)["status"], "paused")
+        version = self.stands_still(url)
+        state = self.state(url)
+        self.assertEqual((state["learning_rate"], state["consistency"]), (0.005, "asp"))
+        self.post(url, "resume")
+        eventually(lambda: self.version(url) > version, "it goes on")
         self.end(process)
 
     def test_several_processes_colours_sizes_and_pictures(self):
