@@ -170,6 +170,12 @@ pub enum ClusterError {
         /// The driver's reason.
         reason: String,
     },
+    /// The driver's run has ended.
+    #[error("the driver at {address} did not take this process: the run is over")]
+    RunOver {
+        /// The address of the driver, as it was given.
+        address: String,
+    },
     /// The system gave no threads for the network.
     #[error("{NO_THREADS}")]
     Threads(#[source] std::io::Error),
@@ -225,6 +231,7 @@ impl ClusterError {
             Self::NoToken(_)
                 | Self::Address { .. }
                 | Self::Refused { .. }
+                | Self::RunOver { .. }
                 | Self::NodesRefused { .. }
                 | Self::Listen { .. }
         )

@@ -54,6 +54,8 @@ impl Door {
             return Err(JoinRefused::NotLocal(far.clone()));
         }
         self.members.check_run(join.run_id.as_deref())?;
+        // What a driver states that has ended says nothing about the next one at the same address.
+        self.members.check_not_over()?;
         self.scope.check_facts(&join.facts)?;
         let node = loop {
             match self.members.admit(&join)? {

@@ -37,8 +37,9 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// The processes that work together, as the driver sees them. A clone is another handle to the same
 /// cluster.
 ///
-/// When the last handle is dropped, all nodes are released. The drop waits until every node has answered,
-/// but no longer than 2 s. A drop on a thread of the network does not wait.
+/// When the last handle is dropped, all nodes are released. The drop waits until every node has answered, and until
+/// every process that was refused has read why, but no longer than 2 s for each of the two. A drop on a thread of the
+/// network does not wait.
 #[derive(Clone)]
 pub struct Cluster {
     inner: Arc<Inner>,
@@ -535,7 +536,8 @@ impl Drop for Inner {
         let members = self.members.close();
         self.scope.kill_all();
         let (listening, children) = (self.listening.take(), self.children.take());
-        if members.is_empty() {
+        let guests = self.process.guests().clone();
+        if members.is_empty() && guests.are_none() {
             return;
         }
         let told = Task::start(async move {
@@ -543,6 +545,8 @@ impl Drop for Inner {
                 .iter()
                 .map(|member| member.agent.ask_within(Release, FAREWELL));
             join_all(told).await;
+            // A process that was refused must learn it, else it tries to join until its own timeout.
+            let _ = tokio::time::timeout(FAREWELL, guests.gone()).await;
             // Not earlier: the answers arrive through it, and nodes would try to join again.
             drop(listening);
         });

@@ -134,6 +134,14 @@ impl Members {
         }
     }
 
+    /// Refuses everybody after the end of the run.
+    pub(crate) fn check_not_over(&self) -> Result<(), JoinRefused> {
+        match self.lock().is_over {
+            true => Err(JoinRefused::Over),
+            false => Ok(()),
+        }
+    }
+
     /// Records that a process was refused. Returns `false` if the log has already named it.
     pub(crate) fn note_refusal(&self, process: u64) -> bool {
         let mut state = self.lock();

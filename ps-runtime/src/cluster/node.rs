@@ -397,9 +397,13 @@ impl Node {
     }
 
     fn refused(&self, refused: &JoinRefused) -> JoinError {
-        JoinError::Permanent(ClusterError::Refused {
-            address: self.driver.clone(),
-            reason: refused.to_string(),
+        let address = self.driver.clone();
+        JoinError::Permanent(match refused {
+            JoinRefused::Over => ClusterError::RunOver { address },
+            refused => ClusterError::Refused {
+                address,
+                reason: refused.to_string(),
+            },
         })
     }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -22,6 +22,7 @@ use tokio::task::JoinSet;
 
 use super::callee::Server;
 use super::dial::{JOINING, MAX_NUMBERS, NODE, PROTOCOL, SCHEMA, SESSION, VERSION};
+use super::guests::Guest;
 use super::process::{Joining, NodeId, Process};
 use super::strangers::{Stranger, Strangers};
 use crate::net::access::may_pass;
@@ -218,6 +219,10 @@ struct Shared {
 /// Passes an upgrade from the request to the connection's task.
 type Upgrades = mpsc::Sender<Upgrade>;
 
+/// Marks a connection as that of a process that asks to join.
+#[derive(Clone, Default)]
+struct Visit(Arc<OnceLock<Guest>>);
+
 struct Upgrade {
     on: hyper::upgrade::OnUpgrade,
     server: MakeServer,
@@ -248,7 +253,10 @@ async fn greet(
     permit: OwnedSemaphorePermit,
 ) {
     let (sender, mut upgrades) = mpsc::channel::<Upgrade>(1);
+    // Held here until the peer has read its answer and closes the connection.
+    let visit = Visit::default();
     let routes = routes
+        .layer(axum::Extension(visit.clone()))
         .layer(axum::Extension(sender))
         .layer(axum::Extension(stranger))
         .layer(axum::Extension(peer));
@@ -263,6 +271,7 @@ async fn greet(
     if let Ok(upgrade) = upgrades.try_recv() {
         run(upgrade).await;
     }
+    drop(visit);
     drop(permit);
 }
 
@@ -323,10 +332,11 @@ async fn upgrade(
     Path(number): Path<u64>,
     axum::Extension(upgrades): axum::Extension<Upgrades>,
     axum::Extension(peer): axum::Extension<Peer>,
+    axum::Extension(visit): axum::Extension<Visit>,
     mut request: Request,
 ) -> Response {
     let on = hyper::upgrade::on(&mut request);
-    match admit(&shared, peer, number, request.headers()).await {
+    match admit(&shared, peer, &visit, number, request.headers()).await {
         Ok(server) => {
             let process = Arc::clone(&shared.process);
             let upgrade = Upgrade {
@@ -351,6 +361,7 @@ type MakeServer = Box<dyn FnOnce(Arc<crate::net::outbox::Outbox>) -> Server + Se
 async fn admit(
     shared: &Arc<Shared>,
     peer: Peer,
+    visit: &Visit,
     number: u64,
     headers: &HeaderMap,
 ) -> Result<MakeServer, (StatusCode, String)> {
@@ -370,6 +381,9 @@ async fn admit(
     // A process that has not joined yet may only connect to the driver.
     let is_driver = process.id() == NodeId::DRIVER;
     let is_joining = session == 0 && number == super::process::AGENT && is_driver;
+    if is_joining {
+        visit.0.get_or_init(|| process.guests().enter());
+    }
     if session != process.session() && !is_joining {
         let why = "the caller belongs to another run of the program";
         return Err((StatusCode::GONE, why.to_owned()));

@@ -9,6 +9,7 @@
 //! | `table` | the messages of an actor type: how to write, read and run each of them |
 //! | `caller`, `call` | an actor of another process, with its connection; one call to it |
 //! | `dial`, `listen` | both sides of the handshake |
+//! | `guests` | counts the connections of processes that ask to join |
 //! | `strangers` | bounds the connections that are still in their handshake |
 //! | `callee` | an actor of this process that other processes call |
 //! | `kept` | kept results: they stay in the process that made them |
@@ -19,6 +20,7 @@ pub(crate) mod call;
 pub(crate) mod callee;
 pub(crate) mod caller;
 pub(crate) mod dial;
+pub(crate) mod guests;
 pub(crate) mod kept;
 pub(crate) mod listen;
 pub(crate) mod process;

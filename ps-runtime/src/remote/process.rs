@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::Remote;
 use super::callee::{Callee, Exported, Keep};
 use super::caller::RemoteActor;
+use super::guests::Guests;
 use super::kept::{ObjectStore, Ticket};
 use super::reference::Wire;
 use super::table::Table;
@@ -140,6 +141,8 @@ pub(crate) struct Process {
     memory: Option<MemoryNetwork>,
     resolve: OnceLock<Resolve>,
     object_store: ObjectStore,
+    /// Processes that ask this one, the driver, to join.
+    guests: Guests,
     is_closed: AtomicBool,
     num_exported: AtomicU64,
     exports: Mutex<HashMap<u64, Export>>,
@@ -174,6 +177,7 @@ impl Process {
             memory,
             resolve: OnceLock::new(),
             object_store: ObjectStore::default(),
+            guests: Guests::new(),
             is_closed: AtomicBool::new(false),
             num_exported: AtomicU64::new(0),
             exports: Mutex::default(),
@@ -188,6 +192,10 @@ impl Process {
     /// first call counts.
     pub(crate) fn wants(&self, place: Joining) {
         let _ = self.joining.set(place);
+    }
+
+    pub(crate) fn guests(&self) -> &Guests {
+        &self.guests
     }
 
     /// Returns the rank that this process asks for, until it has joined.

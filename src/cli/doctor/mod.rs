@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ps_actors::actor::error_chain;
-use ps_actors::cluster::{Cluster, Hosts, StartError};
+use ps_actors::cluster::{Cluster, ClusterError, Hosts, StartError};
 use ps_actors::launch::{self, EXIT_CONFIG, EXIT_OK, Launch, LaunchError, Place, env, log_prefix};
 
 use super::cluster::ClusterArgs;
@@ -119,9 +119,9 @@ pub(super) fn examine(args: &ClusterArgs, within: Duration) -> Option<ExitCode> 
 /// How long a process that has loaded its data waits for the driver to end its first look.
 const FIRST_LOOK_ENDS: Duration = Duration::from_secs(5);
 
-/// Whether a process that loads quickly was refused by the driver's first look, which states nothing.
+/// Whether a process that loads quickly asked the driver of the first look, which ends.
 fn is_of_first_look(error: &StartError) -> bool {
-    error_chain(error).contains("not stated in the driver")
+    matches!(error, StartError::Cluster(ClusterError::RunOver { .. }))
 }
 
 /// Compares what the processes have loaded, by letting them join each other with it. Returns the exit code.

@@ -173,6 +173,36 @@ fn without_a_token_another_user_and_another_build_of_one_are_strangers() {
     assert!(cluster.refusal(1).is_none());
 }
 
+/// It must not have to try again until its own timeout, which here is 1 ms.
+#[test]
+fn a_driver_that_ends_tells_those_that_it_has_refused_first() {
+    let config = driver_config();
+    for _ in 0..20 {
+        let (cluster, address) = listen(&config, &facts(60_000));
+        thread::scope(|scope| {
+            scope.spawn(|| knock(&config, &address, 1, 4_000));
+            let error = gather(&cluster, 2, FOREVER, None).unwrap_err();
+            assert!(matches!(error, ClusterError::NodesRefused { .. }), "{error}");
+            drop(cluster);
+        });
+    }
+}
+
+/// What its driver states says nothing about the next one at the same address.
+#[test]
+fn after_the_end_of_the_run_that_is_the_reason_whatever_a_process_states() {
+    let config = driver_config();
+    let (cluster, address) = listen(&config, &facts(60_000));
+    cluster.release().wait();
+    for examples in [60_000, 4_000] {
+        let refused = start(&config, &address, 1, examples).wait();
+        assert!(
+            matches!(refused, Err(ClusterError::RunOver { .. })),
+            "{refused:?}"
+        );
+    }
+}
+
 /// Its driver was killed, and somebody starts another training at the same address.
 #[test]
 fn without_a_token_a_node_of_an_earlier_driver_is_a_stranger() {
