@@ -12,6 +12,13 @@ use crate::observe::{Change, Event, ServersSeen, Tally, Versions};
 const MAX_CHECKPOINTS: usize = 20;
 const MAX_INCIDENTS: usize = 50;
 
+/// How long ago a step must be until it is part of the curve, in seconds: steps of different workers come in
+/// turns, each with some of the latest ones.
+const SORTED_AFTER: f64 = 0.6;
+
+/// How many steps may wait for that.
+const MAX_WAITING: usize = 4096;
+
 /// How many characters of a text from elsewhere are kept.
 const MAX_TEXT: usize = 500;
 
@@ -23,6 +30,10 @@ pub(super) struct State {
     /// When the run started, in seconds since 1970.
     pub(super) started: f64,
     pub(super) loss: Curve,
+    /// Version, time and loss of steps that are not part of the curve yet.
+    waiting: Vec<(u64, f64, f64)>,
+    /// When steps were last sorted.
+    sorted: f64,
     pub(super) accuracy: Curve,
     /// Gradients per second, over time.
     pub(super) rate: Curve,
@@ -138,7 +149,8 @@ impl State {
         match event {
             Event::Step(step) => {
                 self.recent.entry(step.worker).or_default().count(time);
-                self.loss.add(step.version.0, time, f64::from(step.loss));
+                self.waiting
+                    .push((step.version.0, time, f64::from(step.loss)));
             }
             Event::Evaluated(evaluated) => {
                 let shown = evaluated.accuracy.unwrap_or(evaluated.loss);
@@ -212,6 +224,7 @@ impl State {
             Event::ServersRecovered(recovered) => {
                 self.is_recovering = false;
                 let version = recovered.version;
+                self.waiting.clear();
                 for curve in [&mut self.loss, &mut self.accuracy, &mut self.rate] {
                     curve.go_back_to(version.0);
                 }
@@ -239,6 +252,27 @@ impl State {
             }
             _ => {}
         }
+        self.sort(matches!(event, Event::RunEnded(_)));
+    }
+
+    /// Adds steps to the curve in the order of their versions, when none of an earlier version can be expected.
+    fn sort(&mut self, is_over: bool) {
+        let now = self.tally.seconds;
+        let until = match is_over || self.waiting.len() >= MAX_WAITING {
+            true => f64::INFINITY,
+            false => now - SORTED_AFTER,
+        };
+        if now < self.sorted + SORTED_AFTER && until.is_finite() {
+            return;
+        }
+        self.sorted = now;
+        self.waiting.sort_unstable_by_key(|&(version, ..)| version);
+        self.waiting.retain(|&(version, time, loss)| {
+            if time <= until {
+                self.loss.add(version, time, loss);
+            }
+            time > until
+        });
     }
 
     /// Names a node, with its machine if that is known.
@@ -312,6 +346,30 @@ mod tests {
     }
 
     #[test]
+    fn steps_of_workers_that_come_in_turns_make_one_curve() {
+        let mut state = State::default();
+        // Each worker brings its steps of a quarter of a second.
+        for part in 0..40_u64 {
+            for worker in 0..2 {
+                for step in 0..5 {
+                    let version = 10 * part + 2 * step + worker;
+                    let time = version as f64 / 40.0;
+                    state.count(&testing::step(worker as u32, version, time));
+                }
+            }
+        }
+        let (points, ..) = state.loss.since(super::super::curve::Mark::default());
+        let text = serde_json::to_string(points).unwrap();
+        let read: Vec<(u64, f64, f64, f64, f64)> = serde_json::from_str(&text).unwrap();
+        assert!(
+            read.len() > 300 && read.is_sorted_by_key(|point| point.0),
+            "{text}"
+        );
+        state.sort(true);
+        assert!(state.waiting.is_empty());
+    }
+
+    #[test]
     fn a_long_run_with_many_faults_takes_bounded_memory() {
         let mut state = State::default();
         for number in 0..20_000 {
@@ -321,6 +379,7 @@ mod tests {
         }
         assert_eq!(state.incidents.len(), MAX_INCIDENTS);
         assert_eq!(state.recent.len(), 3);
+        assert!(state.waiting.len() <= MAX_WAITING);
         let last = state.incidents.back().unwrap();
         assert_eq!((last.time, last.kind), (1999.9, Kind::Fault));
     }

@@ -220,6 +220,10 @@ fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
     }
     drop(stream);
     training.done("/api/pause", &json!({}));
+    let paused = training.state()["seconds"].as_f64().unwrap();
+    training.eventually("all steps are in their places", |state| {
+        state["seconds"].as_f64().unwrap() > paused + 2.5
+    });
     // Now the curve stands still: the client gets what is new, and not what it has.
     let whole = num_points(&training.get("/api/state").json());
     let mut again = Stream::open(&training, Some(&id));

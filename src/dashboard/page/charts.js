@@ -28,7 +28,7 @@ export function ticks(from, to, about) {
   if (!(to > from)) return [from];
   const raw = (to - from) / about;
   const size = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].find((times) => times * size >= raw) * size;
+  const step = [1, 2, 2.5, 5, 10].find((times) => times * size >= raw) * size;
   const first = Math.ceil(from / step - 1e-9) * step;
   const result = [];
   for (let at = first; at <= to + step * 1e-9; at += step) result.push(Math.abs(at) < step * 1e-9 ? 0 : at);

@@ -111,7 +111,7 @@ function show() {
   const model = run.name || (run.model.split("::").pop() || "Training").replace(/<.*/, "");
   text("title", model);
   const chip = $("status");
-  if (chip.dataset.status !== state.status) announce(`The training is ${WORDS[state.status]}.`);
+  if (chip.dataset.status !== state.status) announce(`The training: ${WORDS[state.status]}.`);
   chip.dataset.status = state.status;
   text("status", WORDS[state.status]);
 
