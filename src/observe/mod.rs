@@ -62,7 +62,7 @@ pub(crate) use collector::Collector;
 #[cfg(test)]
 pub(crate) use event::testing;
 pub use event::{
-    CheckpointFailed, CheckpointSaved, Evaluated, Event, EventsSkipped, NodeJoined, NodeLost,
+    Change, CheckpointFailed, CheckpointSaved, Controlled, Evaluated, Event, EventsSkipped, NodeJoined, NodeLost,
     RunStarted, ServerSeen, ServersLost, ServersRecovered, ServersSeen, Settings, SettledStep,
     StepOutcome, StepTimes, StepsMissed, StepsThinned, Versions, WorkerJoined, WorkerLost,
     WorkerMoved,

@@ -16,7 +16,7 @@ use crate::server::protocol::{Clip, Summand, Update};
 use crate::server::{
     ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetSavedState, GetStatus,
     GetWeights, GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push,
-    PushPull, Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, Stage,
+    PushPull, Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, SetPaused, Stage,
     TakeCheckpoint,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
@@ -150,6 +150,7 @@ fn messages(process: &Fed, dice: &mut Dice, secret: &GroupSecret) -> Vec<Sent> {
         server(process, &saved),
         server(process, &forgotten),
         server(process, &follow(dice, secret)),
+        server(process, &SetPaused(dice.once_in(4))),
     ]
 }
 
