@@ -52,11 +52,11 @@ impl Listening {
 
     /// Adds what was changed to the settings of servers that are started now.
     pub(crate) fn adjust(&self, config: &mut ServerConfig) {
-        config.learning_rate = self.learning_rate.unwrap_or(config.learning_rate);
         config.consistency = self.consistency.unwrap_or(config.consistency);
     }
 
-    /// Lets new servers and workers begin as the lost ones were: paused, and without those that were removed.
+    /// Lets new servers and workers begin as the lost ones were: with the learning rate that was set, paused, and
+    /// without those that were removed.
     pub(crate) async fn restore<M: Model>(
         &self,
         servers: &ServerGroup,
@@ -66,6 +66,10 @@ impl Listening {
             .iter()
             .filter(|worker| self.removed.contains(&worker.id()));
         removed.for_each(Worker::remove);
+        if let Some(learning_rate) = self.learning_rate {
+            // Not by their settings: a schedule ends only if the rate is set while they run (S-17).
+            servers.set_learning_rate(learning_rate).await?;
+        }
         match self.controls.is_paused() {
             true => servers.set_paused(true).await,
             false => Ok(()),

@@ -16,5 +16,6 @@ mod schedules;
 mod served;
 mod structure;
 mod torch;
+mod trace;
 mod training;
 mod trainings;

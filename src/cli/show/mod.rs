@@ -9,7 +9,7 @@ mod table;
 
 #[cfg(feature = "metrics")]
 use std::net::SocketAddr;
-#[cfg(any(feature = "runs", feature = "tensorboard"))]
+#[cfg(any(feature = "runs", feature = "tensorboard", feature = "trace"))]
 use std::path::PathBuf;
 
 use crate::controls::Controls;
@@ -40,6 +40,10 @@ pub struct ShowArgs {
     #[cfg(feature = "tensorboard")]
     #[arg(long, value_name = "DIR")]
     pub tensorboard: Option<PathBuf>,
+    /// Write a trace of the training into this file, for Perfetto (ui.perfetto.dev) or Chrome (chrome://tracing).
+    #[cfg(feature = "trace")]
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. From other machines,
     /// reading them needs the token in $PS_TOKEN, if there is one.
     #[cfg(feature = "metrics")]
@@ -72,6 +76,10 @@ impl ShowArgs {
         #[cfg(feature = "tensorboard")]
         if let Some(directory) = &self.tensorboard {
             observers.push(Box::new(crate::tensorboard::TensorBoard::new(directory)));
+        }
+        #[cfg(feature = "trace")]
+        if let Some(file) = &self.trace {
+            observers.push(Box::new(crate::trace::Trace::new(file)));
         }
         #[cfg(feature = "metrics")]
         observers.extend(self.metrics.and_then(metrics::observer));
