@@ -75,7 +75,8 @@ fn train(args: Args) -> Result<ExitCode> {
         .batch_size(BATCH_SIZE)
         .epochs(args.epochs)
         .checkpoints(args.checkpoints.config())
-        .observe_all(args.show.observers());
+        .observe_all(args.show.observers())
+        .controls(&args.show.controls);
     let servers = ServerPlaces {
         num_servers: 1,
         num_in_driver: 1,

@@ -51,6 +51,7 @@ const EXAMPLES: &str = "Examples:
   sharded_ps --checkpoint-dir runs/one --resume   go on after an interruption
   sharded_ps --lr-schedule cosine --warmup 20 --clip-norm 1
   sharded_ps --run-dir runs/one   curves and events of the run
+  sharded_ps --dashboard          a page that shows it: http://127.0.0.1:8265/
   sharded_ps --consistency asp --record run.schedule
   sharded_ps --consistency asp --replay run.schedule   the same bits again";
 
@@ -103,6 +104,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .checkpoints(args.checkpoints.config())
         .record(args.record.record.clone())
         .observe_all(args.show.observers())
+        .controls(&args.show.controls)
         .evaluate_every(10)
         .on_evaluation(|point| {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);

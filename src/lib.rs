@@ -67,6 +67,9 @@
 //! | `runs` (feature) | the directory of a run: events, report and pictures |
 //! | `metrics` (feature) | metrics for Prometheus and others |
 //! | `tensorboard` (feature) | event files for TensorBoard |
+//! | `trace` (feature) | a trace for Perfetto and Chrome |
+//! | [`controls`] | a handle that changes a training while it runs |
+//! | `dashboard` (feature) | a page in the browser that shows a training, and controls it |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
 //! | [`actors`], [`model`], [`dataset`] | the crates below, re-exported |
 
@@ -78,6 +81,9 @@ mod balance;
 pub mod chaos;
 #[cfg(feature = "cli")]
 pub mod cli;
+pub mod controls;
+#[cfg(feature = "dashboard")]
+pub mod dashboard;
 pub mod data;
 pub mod export;
 pub mod lasting;
@@ -94,6 +100,8 @@ pub mod served;
 pub mod source;
 #[cfg(feature = "tensorboard")]
 pub mod tensorboard;
+#[cfg(feature = "trace")]
+pub mod trace;
 pub mod trainer;
 mod workers;
 

@@ -20,6 +20,7 @@ use ps_actors::server::{Consistency, GroupError};
 use ps_actors::session::Session;
 use ps_actors::worker::{KeepMembership, RunReport, RunSteps, StopSteps, WorkerError};
 use ps_model::Model;
+use tokio::sync::Notify;
 
 use crate::balance::Places;
 use crate::observe::Collector;
@@ -29,6 +30,12 @@ use crate::trainer::TrainError;
 /// How often in a row a worker is started again after its process was lost, without a settled gradient in
 /// between.
 pub(crate) const MAX_LOSSES: u32 = 20;
+
+/// How long a worker that is removed may take to finish its step.
+const LAST_STEP: Duration = Duration::from_secs(10);
+
+/// How long a worker that was ended may take to be gone.
+const KILLED: Duration = Duration::from_secs(2);
 
 /// The pause before workers that still wait for an update are told again that none will be made.
 const END_ROUND: Duration = Duration::from_millis(20);
@@ -44,11 +51,16 @@ pub(crate) struct Worker<M: Model> {
     /// Where the worker goes on after its current step.
     moves_to: Cell<Option<NodeId>>,
     /// Whether every update has a gradient of each worker.
-    waits_for_all: bool,
+    waits_for_all: Cell<bool>,
+    /// Whether the worker must leave for good.
+    is_removed: Cell<bool>,
+    removed: Notify,
     /// Whether the worker must take no more steps.
     is_stopped: Cell<bool>,
-    /// Whether [`run`](Self::run) is over.
+    /// Whether [`run`](Self::run) is over before all steps are taken.
     is_over: Cell<bool>,
+    /// Whether all steps are taken.
+    is_done: Cell<bool>,
 }
 
 /// What a worker has done, in all its incarnations.
@@ -81,9 +93,12 @@ impl<M: Model> Worker<M> {
             spawn: spawn.clone(),
             places: Rc::clone(&places),
             moves_to: Cell::new(None),
-            waits_for_all: consistency == Consistency::Bsp,
+            waits_for_all: Cell::new(consistency == Consistency::Bsp),
+            is_removed: Cell::new(false),
+            removed: Notify::new(),
             is_stopped: Cell::new(false),
             is_over: Cell::new(false),
+            is_done: Cell::new(false),
         });
         workers.collect()
     }
@@ -94,7 +109,31 @@ impl<M: Model> Worker<M> {
 
     /// Whether every update has a gradient of each worker.
     pub(crate) fn waits_for_all(&self) -> bool {
-        self.waits_for_all
+        self.waits_for_all.get()
+    }
+
+    /// The servers have another mode now.
+    pub(crate) fn set_consistency(&self, consistency: Consistency) {
+        self.waits_for_all.set(consistency == Consistency::Bsp);
+    }
+
+    /// Whether the worker takes steps, or will go on to.
+    pub(crate) fn is_there(&self) -> bool {
+        !self.is_removed.get() && !self.is_over.get() && !self.is_done.get()
+    }
+
+    /// Lets the worker leave for good after the current step, or after 10 s.
+    pub(crate) fn remove(&self) {
+        self.is_removed.set(true);
+        self.removed.notify_one();
+        // A worker that cannot be reached is lost. It is then not started again.
+        let _ = self.actor.borrow().tell(StopSteps);
+    }
+
+    /// Becomes ready when the time for the last step of a worker that is removed is over.
+    async fn must_be_gone(&self) {
+        self.removed.notified().await;
+        actix::clock::sleep(LAST_STEP).await;
     }
 
     /// Lets the worker end after the current step.
@@ -133,12 +172,21 @@ impl<M: Model> Worker<M> {
         let mut told = WorkerRun::default();
         let (mut num_losses, mut step_at_loss) = (0, first_step);
         let mut next_step = first_step;
-        collector.joined(worker, place_of(&self.actor.borrow()));
+        if !self.is_removed.get() {
+            collector.joined(worker, place_of(&self.actor.borrow()));
+        }
         loop {
+            if self.is_removed.get() {
+                // Its membership ends, and with it a gradient that waits. The others go on without it.
+                servers.report_lost(worker).await?;
+                self.kill();
+                self.is_over.set(true);
+                return Ok(told);
+            }
             if self.is_stopped.get() {
                 told.is_cut_short = true;
                 self.is_over.set(true);
-                if !self.waits_for_all {
+                if !self.waits_for_all() {
                     // Nobody goes on in its place.
                     servers.report_lost(worker).await?;
                 }
@@ -153,10 +201,18 @@ impl<M: Model> Worker<M> {
             // If it does not arrive, the run does not either.
             let _ = actor.tell(KeepMembership);
             collector.watch(worker, &actor, Clock(first_step));
-            let answer = match select(actor.ask(run), pin!(given_up.clone())).await {
+            let given_up = pin!(async {
+                select(pin!(given_up.clone()), pin!(self.must_be_gone())).await;
+            });
+            let answer = match select(actor.ask(run), given_up).await {
                 Either::Left((answer, _)) => answer,
                 Either::Right(_) => {
                     actor.kill();
+                    if self.is_removed.get() {
+                        // It must not join again after it was reported lost.
+                        let is_gone = pin!(actor.stopped());
+                        select(is_gone, pin!(actix::clock::sleep(KILLED))).await;
+                    }
                     continue;
                 }
             };
@@ -167,9 +223,10 @@ impl<M: Model> Worker<M> {
                     told.num_told += part.losses.len() as u64;
                     told.report.append(part);
                     if !told.report.was_stopped {
+                        self.is_done.set(true);
                         return Ok(told);
                     }
-                    if self.is_stopped.get() {
+                    if self.is_stopped.get() || self.is_removed.get() {
                         continue;
                     }
                     tracing::info!(%worker, "a worker goes on at another node");
@@ -181,8 +238,8 @@ impl<M: Model> Worker<M> {
                     ..
                 })) if !actor.is_local() => Some(source),
                 Ok(Err(error)) => return Err(error.into()),
-                // Its process ends at the same time as this one.
-                Err(_) if self.is_stopped.get() => continue,
+                // Its process ends at the same time as this one, or it would not go on in any case.
+                Err(_) if self.is_stopped.get() || self.is_removed.get() => continue,
                 Err(lost) => Some(lost),
             };
             match &lost {
@@ -263,9 +320,9 @@ pub(crate) async fn end_round<M: Model>(
     workers: &[Worker<M>],
 ) -> Infallible {
     loop {
-        let is_over = |worker: &&Worker<M>| worker.is_over.get();
+        let is_over = |worker: &&Worker<M>| worker.is_over.get() && !worker.is_removed.get();
         if workers.iter().any(|worker| is_over(&worker)) {
-            for worker in workers.iter().filter(|worker| !is_over(worker)) {
+            for worker in workers.iter().filter(|worker| !worker.is_over.get()) {
                 match Session::join(servers, worker.id()).await {
                     Ok(session) => session.stay(),
                     // The workers find out too.

@@ -11,7 +11,7 @@ use ps_actors::rule::UpdateRule;
 use ps_actors::server::{
     ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
     Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull, ReportLost,
-    ServerConfig, SetConsistency, SetLearningRate, Stage, TakeCheckpoint,
+    ServerConfig, SetConsistency, SetLearningRate, SetPaused, Stage, TakeCheckpoint,
 };
 use ps_actors::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use ps_actors::worker::{
@@ -241,6 +241,7 @@ impl Actors {
             self.server(&TakeCheckpoint),
             self.server(&GetSavedState { version }),
             self.server(&ForgetSavedStates { until }),
+            self.server(&SetPaused(false)),
         ]
     }
 

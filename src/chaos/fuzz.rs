@@ -44,7 +44,10 @@ fn nothing_that_a_peer_sends_harms_the_monitor() {
         },
         |monitor| {
             let fault = u32::MAX;
-            assert!(!monitor.ask(Claim { fault }).wait()?, "there is no such fault");
+            assert!(
+                !monitor.ask(Claim { fault }).wait()?,
+                "there is no such fault"
+            );
             let known = known.borrow();
             let known = known.as_ref().expect("the monitor was made");
             let report = known.report();
@@ -52,5 +55,8 @@ fn nothing_that_a_peer_sends_harms_the_monitor() {
             Ok(known.counts().num_steps > 0 && has_happened)
         },
     );
-    assert!(num_effects > 0, "no step was counted, or no fault has happened");
+    assert!(
+        num_effects > 0,
+        "no step was counted, or no fault has happened"
+    );
 }

@@ -36,7 +36,8 @@
 //!         .iterations(args.train.iterations)
 //!         .learning_rate(args.train.learning_rate)
 //!         .seed(args.train.seed)
-//!         .observe_all(args.show.observers());
+//!         .observe_all(args.show.observers())
+//!         .controls(&args.show.controls);
 //!     // `None`: this process made workers for another one, and the training is over.
 //!     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
 //!         return Ok(ExitCode::SUCCESS);
@@ -89,6 +90,8 @@ pub use output::print_line;
 pub use output::say;
 pub use record::RecordArgs;
 pub use schedule::{LongWarmup, LrSchedule, NoSchedule, ScheduleArgs};
+#[cfg(feature = "dashboard")]
+pub use show::DashboardArgs;
 pub use show::{Progress, ShowArgs, closing_table};
 
 /// This process's number among all, once [`main`] knows it.

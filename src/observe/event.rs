@@ -47,6 +47,8 @@ pub enum Event {
     ServersRecovered(ServersRecovered),
     /// The state of the servers, about once per second.
     ServersSeen(ServersSeen),
+    /// Somebody changed the training while it ran; see [`Controls`](crate::controls::Controls).
+    Controlled(Controlled),
     /// The observer was too slow, and did not get some of the [steps](Self::Step).
     EventsSkipped(EventsSkipped),
     /// In the file of a run only: from here on and before, not all steps are kept.
@@ -92,6 +94,7 @@ impl Event {
             Self::ServersLost(event) => event.time,
             Self::ServersRecovered(event) => event.time,
             Self::ServersSeen(event) => event.time,
+            Self::Controlled(event) => event.time,
             Self::EventsSkipped(event) => event.time,
             Self::StepsThinned(event) => event.time,
             Self::RunEnded(event) => event.time,
@@ -116,6 +119,7 @@ impl Event {
             Self::ServersLost(event) => &mut event.time,
             Self::ServersRecovered(event) => &mut event.time,
             Self::ServersSeen(event) => &mut event.time,
+            Self::Controlled(event) => &mut event.time,
             Self::EventsSkipped(event) => &mut event.time,
             Self::StepsThinned(event) => &mut event.time,
             Self::RunEnded(event) => &mut event.time,
@@ -515,6 +519,46 @@ pub struct ServerSeen {
     pub num_staged: usize,
     /// How many calls wait there for their answers.
     pub num_waiting: usize,
+}
+
+/// Somebody changed the training while it ran.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Controlled {
+    /// Seconds since the run started.
+    pub time: f64,
+    /// What was changed.
+    #[serde(flatten)]
+    pub change: Change,
+}
+
+/// What somebody changed; see [`Controlled`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "change", rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Change {
+    /// No update is made any more.
+    Paused,
+    /// Updates are made again.
+    Resumed,
+    /// A checkpoint of the current version is to be saved.
+    CheckpointAsked,
+    /// The learning rate of all further updates.
+    LearningRate {
+        /// The new learning rate.
+        #[serde(with = "number")]
+        learning_rate: f64,
+    },
+    /// The consistency mode from now on.
+    Consistency {
+        /// The new mode, such as `ssp:3`.
+        consistency: String,
+    },
+    /// A worker was told to leave for good after its step.
+    WorkerRemoved {
+        /// The worker.
+        worker: WorkerId,
+    },
 }
 
 /// The observer was too slow, and did not get some of the steps.

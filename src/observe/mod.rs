@@ -62,10 +62,10 @@ pub(crate) use collector::Collector;
 #[cfg(test)]
 pub(crate) use event::testing;
 pub use event::{
-    CheckpointFailed, CheckpointSaved, Evaluated, Event, EventsSkipped, NodeJoined, NodeLost,
-    RunStarted, ServerSeen, ServersLost, ServersRecovered, ServersSeen, Settings, SettledStep,
-    StepOutcome, StepTimes, StepsMissed, StepsThinned, Versions, WorkerJoined, WorkerLost,
-    WorkerMoved,
+    Change, CheckpointFailed, CheckpointSaved, Controlled, Evaluated, Event, EventsSkipped,
+    NodeJoined, NodeLost, RunStarted, ServerSeen, ServersLost, ServersRecovered, ServersSeen,
+    Settings, SettledStep, StepOutcome, StepTimes, StepsMissed, StepsThinned, Versions,
+    WorkerJoined, WorkerLost, WorkerMoved,
 };
 pub use observers::Observers;
 pub use summary::{EvaluationSummary, RunEnded, RunSummary};

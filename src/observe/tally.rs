@@ -6,7 +6,7 @@ use ps_actors::cluster::NodeId;
 use ps_actors::ids::{Clock, Version, WorkerId};
 use ps_actors::server::Histogram;
 
-use super::event::{Event, Settings, SettledStep, StepOutcome, StepTimes};
+use super::event::{Change, Event, Settings, SettledStep, StepOutcome, StepTimes};
 
 /// By how much a straggler's own part of a step must be longer than that of the others.
 const SLOWER: f64 = 1.3;
@@ -74,6 +74,8 @@ pub struct WorkerTally {
     pub node: Option<NodeId>,
     /// Whether it is lost now.
     pub is_lost: bool,
+    /// Whether it was removed for good.
+    pub is_removed: bool,
     /// How often it was lost.
     pub num_losses: u64,
     /// How often it went on at another node.
@@ -294,6 +296,11 @@ impl Tally {
                 let first = seen.servers.first().map(|first| first.version);
                 self.version = self.version.max(first.unwrap_or_default());
             }
+            Event::Controlled(controlled) => {
+                if let Change::WorkerRemoved { worker } = controlled.change {
+                    self.workers.entry(worker).or_default().is_removed = true;
+                }
+            }
             Event::EventsSkipped(skipped) => {
                 self.num_skipped = self.num_skipped.saturating_add(skipped.num_events);
             }
@@ -357,13 +364,14 @@ impl Tally {
     /// before the checkpoint from which the training went on.
     #[must_use]
     pub fn steps_done(&self) -> (u64, u64) {
-        let all = self.settings.steps_per_worker;
-        let done = self
-            .workers
-            .values()
-            .map(|worker| worker.next_clock.0.min(all));
-        let num_workers = self.settings.num_workers as u64;
-        (done.sum(), num_workers.saturating_mul(all))
+        let each = self.settings.steps_per_worker;
+        let steps_of = |worker: &WorkerTally| worker.next_clock.0.min(each);
+        let done = self.workers.values().map(steps_of).sum();
+        // A worker that was removed takes no more steps.
+        let removed = self.workers.values().filter(|worker| worker.is_removed);
+        let left_out: u64 = removed.map(|worker| each - steps_of(worker)).sum();
+        let all = (self.settings.num_workers as u64).saturating_mul(each);
+        (done, all.saturating_sub(left_out))
     }
 
     /// Returns how long the remaining steps will take if they come as fast as those of the last seconds.
@@ -591,6 +599,32 @@ mod tests {
             "{}",
             rate.per_second(2.5)
         );
+    }
+
+    #[test]
+    fn a_worker_that_was_removed_is_not_waited_for() {
+        let mut tally = Tally::default();
+        tally.count(&Event::RunStarted(Box::new(super::super::RunStarted {
+            time: 0.0,
+            unix_time: 0.0,
+            settings: Settings {
+                num_workers: 2,
+                steps_per_worker: 10,
+                ..Settings::default()
+            },
+            versions: super::super::Versions::here(),
+            first_version: Version(0),
+        })));
+        for clock in 0..3 {
+            tally.count(&step(1, clock, 1.0, StepTimes::default()));
+        }
+        assert_eq!(tally.steps_done(), (3, 20));
+        let worker = WorkerId(1);
+        tally.count(&Event::Controlled(super::super::Controlled {
+            time: 2.0,
+            change: Change::WorkerRemoved { worker },
+        }));
+        assert_eq!(tally.steps_done(), (3, 13));
     }
 
     #[test]

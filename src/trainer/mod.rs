@@ -17,6 +17,7 @@ use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::Device;
 use ps_model::{ElementwiseConfig, Model, RuleError};
 
+use crate::controls::Controls;
 use crate::data::Examples;
 use crate::learning_rate::{BurnSchedule, ScheduleError};
 use crate::observe::Observer;
@@ -80,6 +81,7 @@ pub struct Trainer<M: Model, E> {
     on_evaluation: OnEvaluation,
     stop_when: Vec<StopWhen>,
     observers: Vec<Box<dyn Observer>>,
+    controls: Controls,
     heeds_signals: bool,
     checkpoints: Option<CheckpointConfig>,
     /// Whether the checkpoints have an update log. Known when the training runs.
@@ -124,6 +126,7 @@ where
             on_evaluation: Box::new(|_| {}),
             stop_when: Vec::new(),
             observers: Vec::new(),
+            controls: Controls::new(),
             heeds_signals: true,
             checkpoints: None,
             logs_updates: false,
@@ -420,6 +423,14 @@ where
     #[must_use]
     pub fn observe_all(mut self, observers: Vec<Box<dyn Observer>>) -> Self {
         self.observers.extend(observers);
+        self
+    }
+
+    /// Lets this handle control the training while it runs: pause it, save a checkpoint, change the learning
+    /// rate. See [`controls`](crate::controls).
+    #[must_use]
+    pub fn controls(mut self, controls: &Controls) -> Self {
+        self.controls = controls.clone();
         self
     }
 

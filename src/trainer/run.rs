@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{Either, join3, select, try_join_all};
+use futures_util::future::{Either, join4, select, try_join_all};
 use ps_actors::actor::{self, ActorRef};
 use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveEvent, SaveReport, Start};
 use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn, SpawnOnError};
@@ -22,6 +22,7 @@ use super::hosting::Variants;
 use super::stopping::{Met, must_stop};
 use super::{Length, TrainError, Trainer};
 use crate::agreement::Facts;
+use crate::controls::{Controls, Listening, Running, end_pause};
 use crate::data::Examples;
 use crate::observe::{
     CheckpointFailed, CheckpointSaved, Collector, Event, Observers, RunEnded, RunSummary,
@@ -126,10 +127,12 @@ where
         };
         let here = self.host(Hosts::new(), &device, &variants);
         let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
+        let listening = Listening::begin(&self.controls, !checkpoints.is_off());
         observers.run_started(self.settings(&initial, num_steps, &device), from);
         let mut run = Run {
             collector: Collector::new(observers),
             servers_lost: None,
+            listening,
             evaluator,
             checkpoints,
             num_steps,
@@ -140,6 +143,7 @@ where
         };
         loop {
             let start = resumed.as_ref().map_or(Start::from(&initial), Start::from);
+            run.listening.adjust(&mut self.server);
             let servers = self.spawn_servers(cluster, start, &device, &variants, &here)?;
             self.record_schedule(&servers, start.weights().version(), may_be_recorded)?;
             may_be_recorded = true;
@@ -284,6 +288,7 @@ where
             num_applied_before,
             collector,
             met,
+            listening,
             ..
         } = run;
         let (num_steps, stop, collector, met) = (*num_steps, *stop, &*collector, &*met);
@@ -298,10 +303,11 @@ where
         };
         let applied_before = resumed.map_or(0, |resumed| resumed.num_applied);
         let num_applied_before = *num_applied_before.get_or_insert(applied_before);
+        listening.restore(&servers, &workers).await?;
         let started = Instant::now();
         let mut curve = Vec::new();
         let outcome = {
-            let given_up = stop_workers(stop, met, &servers, &workers).shared();
+            let given_up = stop_workers(stop, met, &servers, &workers, &self.controls).shared();
             let runs = workers.iter().map(|worker| {
                 let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
                 worker.run(&servers, collector, first_step, num_steps, given_up.clone())
@@ -322,12 +328,20 @@ where
                     _ => std::future::pending().await,
                 }
             });
+            let save_now = checkpoints.save_now();
             let saving = checkpoints.save_when_due(&servers);
+            let obeying = listening.obey(Running {
+                servers: &servers,
+                workers: &workers,
+                save_now: &save_now,
+                stop,
+                observers,
+            });
             let stopping = given_up.clone();
             // Neither of them ends the run. Stopping also works while a worker waits for something else than
             // its steps.
             let beside = pin!(async {
-                let (never, _, ()) = join3(saving, balance(&workers), stopping).await;
+                let (never, _, _, ()) = join4(saving, balance(&workers), obeying, stopping).await;
                 match never {}
             });
             match select(runs, select(watch, beside)).await {
@@ -473,6 +487,7 @@ where
 
 /// What stays when the servers of a training are lost.
 struct Run<'a, M: Model> {
+    listening: Listening,
     evaluator: Option<Evaluator<M>>,
     checkpoints: Checkpoints,
     num_steps: u64,
@@ -585,9 +600,12 @@ async fn stop_workers<M: Model>(
     met: &Met,
     servers: &ServerGroup,
     workers: &[Worker<M>],
+    controls: &Controls,
 ) {
     must_stop(stop, met).await;
     workers.iter().for_each(Worker::stop);
+    // Their last step may wait for it.
+    end_pause(controls, servers).await;
     let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
     let ending = pin!(async {
         match workers.iter().any(Worker::waits_for_all) {

@@ -111,6 +111,7 @@ class Readme(unittest.TestCase):
         line = command("README.md", "cargo run --release --example sharded_ps -- --tensorboard")
         self.ends_well(self.type(line), "metrics are at http://127.0.0.1:9464/metrics", "Final accuracy is")
         self.assertTrue(list((self.folder / "runs/tensorboard/one").glob("*tfevents*")))
+        self.assertIn('"name":"compute"', (self.folder / "runs/one.json").read_text())
 
     def test_three_machines(self):
         # The driver's address in README.md is 10.0.0.1.

@@ -40,7 +40,10 @@ fn sources(directories: &[&str]) -> Vec<PathBuf> {
 /// Whether a file is nothing but tests.
 fn is_test(path: &Path) -> bool {
     let names = path.iter().map(|name| name.to_string_lossy());
-    names.rev().take(4).any(|name| ["tests", "tests.rs", "fuzz.rs", "lending.rs"].contains(&&*name))
+    names
+        .rev()
+        .take(4)
+        .any(|name| ["tests", "tests.rs", "fuzz.rs", "lending.rs"].contains(&&*name))
 }
 
 /// The types that implement `Remote` in a file, by their names. Examples in comments do not count.
@@ -59,15 +62,23 @@ fn each_actor_that_other_processes_can_call_is_in_a_fuzz_target() {
     let files = sources(&["src", "ps-runtime/src", "ps-actors/src"]);
     let product = files.iter().filter(|path| !is_test(path));
     let texts = product.map(|path| fs::read_to_string(path).unwrap());
-    let found: BTreeSet<String> = texts.flat_map(|text| remote_types(&text).collect::<Vec<_>>()).collect();
+    let found: BTreeSet<String> = texts
+        .flat_map(|text| remote_types(&text).collect::<Vec<_>>())
+        .collect();
     let targets = BTreeMap::from(TARGETS);
     let listed: BTreeSet<String> = targets.keys().map(ToString::to_string).collect();
-    assert_eq!(found, listed, "`impl Remote` and the list of fuzz targets differ");
+    assert_eq!(
+        found, listed,
+        "`impl Remote` and the list of fuzz targets differ"
+    );
     for (actor, file) in targets {
         let text = fs::read_to_string(root.join(file)).unwrap();
         let sends = [format!("sent::<{actor},"), format!("sent::<{actor}<")];
         let is_sent = sends.iter().any(|send| text.contains(send.as_str()));
-        assert!(is_sent && text.contains(".run"), "{file} sends nothing to {actor}");
+        assert!(
+            is_sent && text.contains(".run"),
+            "{file} sends nothing to {actor}"
+        );
     }
 }
 
@@ -91,10 +102,16 @@ fn each_claim_is_quoted_by_a_test() {
         let tests = match is_test(&path) {
             true => &text,
             // The tests of a file are at its end.
-            false => text.split_once("#[cfg(test)]").map_or("", |(_, tests)| tests),
+            false => text
+                .split_once("#[cfg(test)]")
+                .map_or("", |(_, tests)| tests),
         };
         let words = tests.split(|c: char| !c.is_alphanumeric() && c != '-');
-        quoted.extend(words.filter(|word| claims.contains(word)).map(str::to_owned));
+        quoted.extend(
+            words
+                .filter(|word| claims.contains(word))
+                .map(str::to_owned),
+        );
     }
     let claims: BTreeSet<String> = claims.into_iter().map(str::to_owned).collect();
     let missing: Vec<&String> = claims.difference(&quoted).collect();

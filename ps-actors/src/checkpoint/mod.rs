@@ -29,7 +29,7 @@ mod files;
 mod saver;
 
 pub use directory::{CheckpointDir, Found};
-pub use saver::{CheckpointConfig, Checkpoints, SaveEvent, SaveReport};
+pub use saver::{CheckpointConfig, Checkpoints, SaveEvent, SaveNow, SaveReport};
 
 /// Everything that the servers of a run must know to go on, at one version.
 ///

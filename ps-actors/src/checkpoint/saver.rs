@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
 use ps_runtime::actor::{ActorRef, error_chain};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
 use super::{Checkpoint, CheckpointDir, CheckpointError, Found, Start};
 use crate::group::ServerGroup;
@@ -111,6 +111,39 @@ pub struct Checkpoints {
     began: Version,
     log: Option<UpdateLog>,
     listener: Listener,
+    asked: Arc<Notify>,
+    /// The version of the latest checkpoint that was taken.
+    taken: Option<Version>,
+}
+
+/// Asks for checkpoints that are not due yet. A clone asks the same [`Checkpoints`].
+#[derive(Clone, Debug)]
+pub struct SaveNow {
+    /// `None`: nothing is saved.
+    asked: Option<Arc<Notify>>,
+}
+
+impl SaveNow {
+    /// Lets [`Checkpoints::save_when_due`] save a checkpoint of the current version, even if none is due. If
+    /// one is being written, it is saved after that. If it is asked several times before it begins, one is
+    /// saved. Nothing is saved if the current version has a checkpoint already. Returns `false` if nothing is
+    /// ever saved.
+    #[must_use]
+    pub fn ask(&self) -> bool {
+        let Some(asked) = &self.asked else {
+            return false;
+        };
+        asked.notify_one();
+        true
+    }
+}
+
+/// Why a checkpoint is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    Version,
+    LogFull,
+    Asked,
 }
 
 /// A checkpoint that is being written.
@@ -282,6 +315,8 @@ impl Checkpoints {
             began: Version(0),
             log: None,
             listener: Listener::default(),
+            asked: Arc::default(),
+            taken: None,
         }
     }
 
@@ -315,6 +350,19 @@ impl Checkpoints {
     pub fn on_save(mut self, listener: impl Fn(SaveEvent) + Send + Sync + 'static) -> Self {
         self.listener = Listener(Some(Arc::new(listener)));
         self
+    }
+
+    /// Returns a handle that asks for a checkpoint now.
+    ///
+    /// ```
+    /// use ps_actors::checkpoint::Checkpoints;
+    ///
+    /// assert!(!Checkpoints::off().save_now().ask(), "nothing is saved");
+    /// ```
+    #[must_use]
+    pub fn save_now(&self) -> SaveNow {
+        let asked = (!self.is_off()).then(|| Arc::clone(&self.asked));
+        SaveNow { asked }
     }
 
     /// Whether nothing is saved.
@@ -439,6 +487,7 @@ impl Checkpoints {
         };
         self.wait();
         self.next = self.due_after(checkpoint.version());
+        self.taken = Some(checkpoint.version());
         let checkpoint = self.with_facts(checkpoint);
         let (keep, log, began) = (self.keep, self.log.clone(), self.began);
         let listener = self.listener.clone();
@@ -499,36 +548,41 @@ impl Checkpoints {
         }
     }
 
-    /// [Saves](Self::save_group) a checkpoint each time that one is due, as long as it is polled. So run it
+    /// [Saves](Self::save_group) a checkpoint each time that one is due or [asked for](Self::save_now), as long as it is polled. So run it
     /// beside the training, and drop it at the end.
     pub async fn save_when_due(&mut self, servers: &ServerGroup) -> Infallible {
-        if self.is_off() || (self.every == 0 && self.log.is_none()) {
+        if self.is_off() {
             return std::future::pending().await;
         }
         loop {
-            let is_log_full = match self.wait_until_due(servers).await {
-                Ok(is_log_full) => is_log_full,
+            let due = match self.wait_until_due(servers).await {
+                Ok(due) => due,
                 // Those who train find out too.
                 Err(_) => return std::future::pending().await,
             };
             let writing = self.writing.as_mut().map(|writing| &mut writing.ended);
-            if let (true, Some(ended)) = (is_log_full, writing) {
-                // It frees a part of the log.
+            if let (Due::LogFull | Due::Asked, Some(ended)) = (due, writing) {
+                // It frees a part of the log, and whoever asks wants this one not to be skipped.
                 _ = ended.await;
+                self.wait();
             }
             let version = match servers.status().await {
                 Ok(status) => status[0].version,
                 Err(_) => return std::future::pending().await,
             };
-            if self.is_due(version) {
+            let is_due = match due {
+                Due::Asked => self.taken != Some(version),
+                Due::Version | Due::LogFull => self.is_due(version),
+            };
+            if is_due {
                 self.next = self.due_after(version);
                 self.save_group(servers).await;
             }
         }
     }
 
-    /// Waits until a checkpoint is due. Returns whether it is due because the log is full.
-    async fn wait_until_due(&self, servers: &ServerGroup) -> Result<bool, GroupError> {
+    /// Waits until a checkpoint is due, and returns why it is.
+    async fn wait_until_due(&self, servers: &ServerGroup) -> Result<Due, GroupError> {
         let version = pin!(servers.pull(PullVersion::AtLeast(self.next_due())));
         let full = pin!(async {
             match &self.log {
@@ -536,9 +590,11 @@ impl Checkpoints {
                 None => std::future::pending().await,
             }
         });
-        match select(version, full).await {
-            Either::Left((weights, _)) => weights.map(|_| false),
-            Either::Right(((), _)) => Ok(true),
+        let asked = pin!(self.asked.notified());
+        match select(select(version, full), asked).await {
+            Either::Left((Either::Left((weights, _)), _)) => weights.map(|_| Due::Version),
+            Either::Left((Either::Right(((), _)), _)) => Ok(Due::LogFull),
+            Either::Right(((), _)) => Ok(Due::Asked),
         }
     }
 
@@ -560,13 +616,17 @@ impl Checkpoints {
                 self.report.latest = Some(saved);
             }
             // The thread has logged why.
-            Ok(None) => self.report.num_failed += 1,
+            Ok(None) => {
+                self.report.num_failed += 1;
+                self.taken = None;
+            }
             Err(_) => self.failed(&io::Error::other("the thread that writes it panicked")),
         }
     }
 
     fn failed(&mut self, reason: &dyn std::error::Error) {
         self.report.num_failed += 1;
+        self.taken = None;
         self.listener.tell_failure(reason);
     }
 

@@ -22,7 +22,7 @@ use crate::server::{
     ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GroupError,
     Heartbeat, Join, Leave, Membership, Outcome, ParameterServer, Pull, PullVersion, Push,
     PushPull, Pushed, Reduction, ReportLost, ServerError, ServerStatus, SetConsistency,
-    SetLearningRate, ShardError, Stage, TakeCheckpoint,
+    SetLearningRate, SetPaused, ShardError, Stage, TakeCheckpoint,
 };
 use crate::weights::{BadPart, GradientUpdate, Weights};
 
@@ -407,6 +407,14 @@ impl ServerGroup {
     /// reached.
     pub async fn set_learning_rate(&self, learning_rate: f64) -> Result<(), GroupError> {
         self.ask(0, SetLearningRate(learning_rate)).await
+    }
+
+    /// Pauses all updates, or lets them go on; see [`SetPaused`].
+    ///
+    /// # Errors
+    /// If the server cannot be reached.
+    pub async fn set_paused(&self, is_paused: bool) -> Result<(), GroupError> {
+        self.ask(0, SetPaused(is_paused)).await
     }
 
     /// Takes a checkpoint: the state of all servers at one version, while workers push. The servers copy the

@@ -47,6 +47,8 @@ pub(super) struct Coordinator {
     consistency: Consistency,
     reduction: Reduction,
     max_norm: f64,
+    /// Whether pushes wait until somebody lets the updates go on.
+    is_paused: bool,
     /// How many more workers must join, or be declared lost, before the first round closes.
     num_awaited: usize,
     /// The workers that have already been subtracted from the number that was awaited.
@@ -75,6 +77,7 @@ impl Coordinator {
             consistency,
             reduction,
             max_norm,
+            is_paused: false,
             num_awaited: 0,
             arrived: BTreeSet::new(),
             version: Version(0),
@@ -204,9 +207,16 @@ impl Coordinator {
                 });
             }
             Event::SetConsistency(consistency) => self.consistency = consistency,
+            Event::SetPaused(is_paused) => self.is_paused = is_paused,
         }
         self.advance(&mut effects);
         effects
+    }
+
+    /// Whether pushes wait until somebody lets the updates go on.
+    #[must_use]
+    pub(super) fn is_paused(&self) -> bool {
+        self.is_paused
     }
 
     /// Returns the version of the weights once all updates so far are applied.
@@ -239,7 +249,8 @@ impl Coordinator {
     #[cfg(test)]
     pub(in crate::server) fn description(&self) -> String {
         format!(
-            "{:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+            "{:?} {:?} {:?} {:?} {:?} {:?} {:?} {:?}",
+            self.is_paused,
             self.version,
             self.epoch,
             self.num_awaited,
@@ -265,6 +276,7 @@ impl Coordinator {
         }
         CoordinatorStatus {
             consistency: self.consistency,
+            is_paused: self.is_paused,
             reduction: self.reduction,
             version: self.version,
             epoch: self.epoch,

@@ -16,8 +16,8 @@ use crate::server::protocol::{Clip, Summand, Update};
 use crate::server::{
     ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetSavedState, GetStatus,
     GetWeights, GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push,
-    PushPull, Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, Stage,
-    TakeCheckpoint,
+    PushPull, Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, SetPaused,
+    Stage, TakeCheckpoint,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use crate::worker::{
@@ -150,6 +150,7 @@ fn messages(process: &Fed, dice: &mut Dice, secret: &GroupSecret) -> Vec<Sent> {
         server(process, &saved),
         server(process, &forgotten),
         server(process, &follow(dice, secret)),
+        server(process, &SetPaused(dice.once_in(4))),
     ]
 }
 
@@ -253,7 +254,11 @@ fn layout(dice: &mut Dice) -> Layout {
     Layout::new(parameters.collect()).expect("they follow one another")
 }
 
-fn to_worker<S: GradientSource>(process: &Fed, dice: &mut Dice, servers: &ServerGroup) -> Vec<Sent> {
+fn to_worker<S: GradientSource>(
+    process: &Fed,
+    dice: &mut Dice,
+    servers: &ServerGroup,
+) -> Vec<Sent> {
     let layout = layout(dice);
     let values = vec![0.5; layout.num_weights()];
     let compute = ComputeGradients(Weights::initial(layout, values));

@@ -14,7 +14,7 @@ use super::ledger::Outcome;
 use super::messages::{
     ApplyGradients, ApplyKept, Follow, GetStatus, GetWeights, Heartbeat, Join, Leave, Pull, Push,
     PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency, SetLearningRate,
-    Stage,
+    SetPaused, Stage,
 };
 use super::protocol::{Answer, Event, Membership, Ticket};
 use super::saving::{ForgetSavedStates, GetSavedState, TakeCheckpoint};
@@ -61,7 +61,8 @@ impl Remote for ParameterServer {
             .add::<TakeCheckpoint>()
             .add::<GetSavedState>()
             .add::<ForgetSavedStates>()
-            .add::<Follow>();
+            .add::<Follow>()
+            .add::<SetPaused>();
     }
 }
 
@@ -259,6 +260,14 @@ impl Handler<SetLearningRate> for ParameterServer {
         check_learning_rate(message.0)?;
         self.shard.set_learning_rate(message.0);
         Ok(())
+    }
+}
+
+impl Handler<SetPaused> for ParameterServer {
+    type Result = Result<(), ServerError>;
+
+    fn handle(&mut self, message: SetPaused, ctx: &mut Self::Context) -> Self::Result {
+        self.step(Event::SetPaused(message.0), ctx)
     }
 }
 

@@ -298,6 +298,15 @@ pub struct SetConsistency(pub Consistency);
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetLearningRate(pub f64);
 
+/// Pauses all updates, or lets them go on. Sent to the first server.
+///
+/// While the server is paused, pushes wait as if for their round, so no worker gets ahead. Workers may join and
+/// leave, and checkpoints can be taken. When it goes on, it decides what it would have decided without a
+/// pause. [`ApplyGradients`] and [`ApplyKept`] are not held: a driver that sends them pauses by sending none.
+#[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
+#[rtype(result = "Result<(), ServerError>")]
+pub struct SetPaused(pub bool);
+
 /// Returns the status of a server.
 ///
 /// For an example, see [`GetWeights`].

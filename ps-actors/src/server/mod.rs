@@ -57,7 +57,7 @@ pub use ledger::Outcome;
 pub use messages::{
     ApplyGradients, ApplyKept, GetStatus, GetWeights, GroupError, Heartbeat, Join, KeptGradients,
     Leave, Pull, Push, PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency,
-    SetLearningRate, Stage,
+    SetLearningRate, SetPaused, Stage,
 };
 pub use partition::partition;
 pub(crate) use protocol::Update;

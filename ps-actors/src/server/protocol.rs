@@ -108,6 +108,8 @@ pub(super) enum Event {
     },
     /// Another mode is used from now on.
     SetConsistency(Consistency),
+    /// From now on no update is made of pushes, or they are made again.
+    SetPaused(bool),
 }
 
 /// What the server must do, in this order.

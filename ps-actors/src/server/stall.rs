@@ -38,6 +38,10 @@ impl ParameterServer {
     pub(super) fn look_for_stall(&mut self, _: &mut Context<Self>) {
         if let Role::First(first) = &self.role {
             let coordinator = &first.coordinator;
+            if coordinator.is_paused() {
+                self.stall = Stall::default();
+                return;
+            }
             let (version, num_held_up) = (coordinator.version(), coordinator.num_held_up());
             if let Some(num_looks) = self.stall.look(num_held_up, version) {
                 let awaited = coordinator.awaited();

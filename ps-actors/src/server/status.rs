@@ -14,6 +14,8 @@ use crate::ids::{Clock, Epoch, Version, WorkerId};
 pub struct CoordinatorStatus {
     /// The current consistency mode.
     pub consistency: Consistency,
+    /// Whether somebody has [paused](super::SetPaused) the updates.
+    pub is_paused: bool,
     /// How the gradients of one update are combined.
     pub reduction: Reduction,
     /// The number of updates so far.

@@ -1,5 +1,7 @@
 //! Flags for what a training shows while it runs, and what it leaves behind.
 
+#[cfg(feature = "dashboard")]
+mod dashboard;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod progress;
@@ -7,11 +9,14 @@ mod table;
 
 #[cfg(feature = "metrics")]
 use std::net::SocketAddr;
-#[cfg(any(feature = "runs", feature = "tensorboard"))]
+#[cfg(any(feature = "runs", feature = "tensorboard", feature = "trace"))]
 use std::path::PathBuf;
 
+use crate::controls::Controls;
 use crate::observe::Observer;
 
+#[cfg(feature = "dashboard")]
+pub use dashboard::DashboardArgs;
 #[cfg(feature = "metrics")]
 pub(super) use metrics::routes;
 pub use progress::Progress;
@@ -35,19 +40,29 @@ pub struct ShowArgs {
     #[cfg(feature = "tensorboard")]
     #[arg(long, value_name = "DIR")]
     pub tensorboard: Option<PathBuf>,
+    /// Write a trace of the training into this file, for Perfetto (ui.perfetto.dev) or Chrome (chrome://tracing).
+    #[cfg(feature = "trace")]
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. From other machines,
     /// reading them needs the token in $PS_TOKEN, if there is one.
     #[cfg(feature = "metrics")]
     #[arg(long, value_name = "ADDR", value_parser = metrics::address)]
     pub metrics: Option<SocketAddr>,
+    #[cfg(feature = "dashboard")]
+    #[command(flatten)]
+    pub dashboard: DashboardArgs,
+    /// What controls the training: give it to [`Trainer::controls`](crate::Trainer::controls).
+    #[arg(skip)]
+    pub controls: Controls,
 }
 
 impl ShowArgs {
     /// Returns the observers that the user asks for, for [`Trainer::observe`](crate::Trainer::observe) or
     /// [`Observers::start`](crate::observe::Observers::start).
     ///
-    /// With `--metrics`, the driver begins to serve them. Ends the process with
-    /// [`EXIT_CONFIG`](ps_actors::launch::EXIT_CONFIG) if it cannot listen there.
+    /// With `--metrics` and `--dashboard`, the driver begins to serve them. Ends the process with 64
+    /// ([`EXIT_CONFIG`](ps_actors::launch::EXIT_CONFIG)) if it cannot, or may not with these flags.
     #[must_use]
     pub fn observers(&self) -> Vec<Box<dyn Observer>> {
         let mut observers: Vec<Box<dyn Observer>> = Vec::new();
@@ -62,8 +77,16 @@ impl ShowArgs {
         if let Some(directory) = &self.tensorboard {
             observers.push(Box::new(crate::tensorboard::TensorBoard::new(directory)));
         }
+        #[cfg(feature = "trace")]
+        if let Some(file) = &self.trace {
+            observers.push(Box::new(crate::trace::Trace::new(file)));
+        }
         #[cfg(feature = "metrics")]
         observers.extend(self.metrics.and_then(metrics::observer));
+        #[cfg(feature = "dashboard")]
+        if let Some(dashboard) = self.dashboard.observer(&self.controls) {
+            observers.push(Box::new(dashboard));
+        }
         observers
     }
 }

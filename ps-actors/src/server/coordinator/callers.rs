@@ -36,7 +36,8 @@ impl Coordinator {
             Consistency::Bsp | Consistency::KofN { .. }
         );
         let workers = match self.consistency {
-            _ if self.num_held_up() == 0 => Vec::new(),
+            // Nobody could end a pause by pushing.
+            _ if self.is_paused || self.num_held_up() == 0 => Vec::new(),
             Consistency::Asp => Vec::new(),
             Consistency::Bsp | Consistency::KofN { .. } => {
                 let members = self.members.iter().map(|(worker, _)| worker);
@@ -54,7 +55,7 @@ impl Coordinator {
             }
         };
         Awaited {
-            num_to_join: if waits_for_rounds {
+            num_to_join: if waits_for_rounds && !self.is_paused {
                 self.num_awaited
             } else {
                 0

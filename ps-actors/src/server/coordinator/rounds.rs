@@ -13,6 +13,9 @@ use crate::ids::{Clock, GradientId, WorkerId};
 impl Coordinator {
     /// Does everything that can be done now. Afterwards, every pending push waits for another event.
     pub(super) fn advance(&mut self, effects: &mut Vec<Effect>) {
+        if self.is_paused {
+            return;
+        }
         loop {
             let progress = match self.consistency {
                 Consistency::Asp => self.apply_first_pending(effects),

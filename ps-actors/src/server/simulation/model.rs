@@ -490,7 +490,13 @@ impl World {
         self.open.hash(&mut hasher);
         self.disk.description().hash(&mut hasher);
         self.truth.description().hash(&mut hasher);
-        (self.generation, self.num_starts, &self.unreported, self.budget).hash(&mut hasher);
+        (
+            self.generation,
+            self.num_starts,
+            &self.unreported,
+            self.budget,
+        )
+            .hash(&mut hasher);
         (&self.error, self.crashed_after_log).hash(&mut hasher);
         hasher.finish()
     }

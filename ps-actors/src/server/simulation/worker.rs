@@ -198,7 +198,8 @@ impl Worker {
     fn join(&mut self, turn: &mut Turn<'_>) {
         self.enter(Phase::Joining);
         self.num_joins += 1;
-        let request = u64::from(self.id.0) << 48 | u64::from(self.num_starts) << 32 | self.num_joins;
+        let request =
+            u64::from(self.id.0) << 48 | u64::from(self.num_starts) << 32 | self.num_joins;
         self.call(0, Request::Join(self.id, JoinRequest(request)), turn);
         if let (Some(lease), false) = (self.settings.worker_lease, self.is_beating) {
             self.is_beating = true;

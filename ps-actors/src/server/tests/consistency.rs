@@ -176,6 +176,52 @@ fn switching_to_asp_releases_everything_that_waits() {
 }
 
 #[test]
+fn while_paused_no_mode_makes_an_update_and_then_goes_on_as_without_a_pause() {
+    for mode in [
+        Consistency::Asp,
+        Consistency::Bsp,
+        Consistency::Ssp { bound: 1 },
+        Consistency::KofN { k: 2 },
+    ] {
+        let run = |is_paused: bool| {
+            let mut world = World::new(2, mode, Reduction::Mean);
+            world.join(0, 1).unwrap();
+            world.join(1, 1).unwrap();
+            world.event(Event::SetPaused(is_paused));
+            let tickets = [0, 1].map(|worker| world.push(id(worker, 1, 0), 0, vec![1.0; LEN]));
+            if is_paused {
+                assert_eq!(world.weights(), vec![0.0; LEN], "{mode}");
+                assert_eq!(tickets.map(|ticket| world.outcome(ticket)), [None, None]);
+                let status = world.coordinator.status();
+                assert!(status.is_paused && status.awaited.is_nobody(), "{mode}");
+                world.event(Event::SetPaused(false));
+            }
+            let outcomes = tickets.map(|ticket| world.outcome(ticket));
+            assert!(outcomes.iter().all(Option::is_some), "{mode}");
+            assert!(!world.coordinator.status().is_paused);
+            (world.weights(), outcomes)
+        };
+        assert_eq!(run(true), run(false), "{mode}");
+    }
+}
+
+#[test]
+fn a_worker_that_is_lost_while_paused_leaves_nothing() {
+    let mut world = World::new(1, Consistency::Bsp, Reduction::Mean);
+    world.join(0, 1).unwrap();
+    world.join(1, 1).unwrap();
+    world.event(Event::SetPaused(true));
+    let ticket = world.push(id(0, 1, 0), 0, vec![1.0; LEN]);
+    world.push(id(1, 1, 0), 0, vec![5.0; LEN]);
+    let worker = WorkerId(1);
+    world.event(Event::Lost { worker });
+    assert_eq!(world.weights(), vec![0.0; LEN]);
+    world.event(Event::SetPaused(false));
+    assert!(world.outcome(ticket).is_some());
+    assert_eq!(world.weights(), vec![1.0; LEN]);
+}
+
+#[test]
 fn staleness_is_the_number_of_updates_in_between() {
     let mut world = World::new(1, Consistency::Asp, Reduction::Mean);
     world.join(0, 1).unwrap();

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::consistency::{Consistency, Reduction};
 use super::coordinator::Coordinator;
-use super::protocol::{Answer, Clip, Effect, Event, Membership, Refusal, Stamp, Summand, Ticket, Update};
+use super::protocol::{
+    Answer, Clip, Effect, Event, Membership, Refusal, Stamp, Summand, Ticket, Update,
+};
 use super::shard::{PullVersion, Shard, ShardAnswer, ShardError};
 use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::rule::Sgd;

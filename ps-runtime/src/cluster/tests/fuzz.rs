@@ -8,9 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use tokio::sync::watch;
 
-use super::super::agent::{
-    AreYouThere, GetIncarnations, Leave, PrepareToLeave, Release, Resolve,
-};
+use super::super::agent::{AreYouThere, GetIncarnations, Leave, PrepareToLeave, Release, Resolve};
 use super::super::members::Members;
 use super::super::value::Fetch;
 use super::*;
@@ -209,5 +207,8 @@ fn nothing_that_a_peer_sends_harms_a_value_that_others_use() {
         },
         |value| Ok(value.ask(Fetch::<Mean>(PhantomData)).wait()?.count > 0),
     );
-    assert!(num_effects > made.load(Ordering::Relaxed), "few calls had an effect");
+    assert!(
+        num_effects > made.load(Ordering::Relaxed),
+        "few calls had an effect"
+    );
 }

@@ -1,0 +1,325 @@
+//! Controls of a training while it runs: pause, resume, save a checkpoint, change the learning rate or the
+//! consistency mode, remove a worker.
+//!
+//! A program keeps a clone of its [`Controls`] and gives the other one to
+//! [`Trainer::controls`](crate::Trainer::controls). The dashboard (feature `dashboard`) uses the same handle.
+//!
+//! ```
+//! use std::sync::mpsc;
+//!
+//! use ps::controls::Controls;
+//! use ps::observe::Event;
+//! use ps::prelude::*;
+//!
+//! let device = select_device(default_device_name())?;
+//! let (sender, steps) = mpsc::channel();
+//! let controls = Controls::new();
+//! let trainer = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+//!     .device(&device)
+//!     .workers(2)
+//!     .iterations(50)
+//!     .controls(&controls)
+//!     .observe(move |event: &Event| {
+//!         if let Event::Step(step) = event {
+//!             let _ = sender.send(step.clock);
+//!         }
+//!     });
+//! let later = std::thread::spawn(move || {
+//!     let _ = steps.recv(); // The first step is settled.
+//!     controls.pause().wait()?;
+//!     controls.set_learning_rate(0.001).wait()?;
+//!     controls.resume().wait()
+//! });
+//! let report = trainer.run()?;
+//! # // A very quick training may be over before it is paused.
+//! # let _ =
+//! later.join().expect("no panic");
+//! assert_eq!(report.num_applied, 2 * 50);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What is promised
+//! - [`pause`](Controls::pause): when it is done, no update is made until [`resume`](Controls::resume). Workers finish
+//!   the gradient that they compute, and wait. A `Bsp` training has the same bits with and without pauses. A
+//!   signal that ends the training ends a pause first, so that workers can finish their step.
+//! - [`set_learning_rate`](Controls::set_learning_rate) and [`set_consistency`](Controls::set_consistency) hold for
+//!   all servers from the same update on. The learning rate is part of each update, also in the update log and in
+//!   the schedule of a recorded training, so a recovery and a replay have the same bits.
+//! - [`remove_worker`](Controls::remove_worker): the worker finishes its step, for at most 10 s, and leaves. The
+//!   others go on without it. The rest of its share of the data is not used.
+//! - All of it stays in force if the servers are lost and the training goes on from a checkpoint. A program that is
+//!   started again with `--resume` begins with its own settings, and with all workers.
+//! - Observers learn of each change by an [`Event::Controlled`](crate::observe::Event::Controlled).
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `mod` | the handle of the program, and its errors |
+//! | `listening` | the side of the training: carries out what is asked |
+
+mod listening;
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+
+use ps_actors::ids::WorkerId;
+use ps_actors::server::{Consistency, ConsistencyError, GroupError};
+use tokio::sync::{mpsc, oneshot};
+
+pub(crate) use listening::{Listening, Running, end_pause};
+
+/// How many calls may wait. A training carries out one after the other.
+const MAX_WAITING: usize = 16;
+
+/// A handle that controls a training while it runs. A clone is another handle to the same training.
+///
+/// It controls the training that it was given to by [`Trainer::controls`](crate::Trainer::controls); if there
+/// are several, the one that began last. For an example, see the [module](self).
+#[derive(Clone, Default)]
+pub struct Controls {
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// To the training that listens.
+    sender: Option<mpsc::Sender<Asked>>,
+    /// Whether a training listened before.
+    has_ended: bool,
+    is_paused: bool,
+    saves_checkpoints: bool,
+}
+
+/// What can be asked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Ask {
+    Pause(bool),
+    Checkpoint,
+    LearningRate(f64),
+    Consistency(Consistency),
+    RemoveWorker(WorkerId),
+}
+
+/// Something that was asked, and who wants to know.
+struct Asked {
+    ask: Ask,
+    answer: oneshot::Sender<Result<(), ControlError>>,
+}
+
+/// Why a training did not do what was asked. It goes on as before.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    /// No training listens yet.
+    #[error(
+        "no training listens: give the controls to `Trainer::controls` and wait until it has begun; a driver's own loop takes no controls"
+    )]
+    NotRunning,
+    /// The training has ended, or its servers were lost before it was done.
+    #[error("the training has ended, or its servers were lost before it was done")]
+    Ended,
+    /// A signal has ended the training: its workers finish their last step.
+    #[error("the training is ending, because of a signal")]
+    Ending,
+    /// Too many calls wait.
+    #[error("{MAX_WAITING} calls wait already; try again later")]
+    TooManyWaiting,
+    /// The training saves no checkpoints.
+    #[error(
+        "this training saves no checkpoints: it needs a directory for them (`--checkpoint-dir`, `Trainer::checkpoints`)"
+    )]
+    NoCheckpoints,
+    /// There is no such worker, or it was removed before.
+    #[error("there is no {0} in this training, or it was removed or has taken all its steps")]
+    NoSuchWorker(WorkerId),
+    /// The only worker that is left cannot be removed.
+    #[error("{0} is the last one: end the training instead")]
+    LastWorker(WorkerId),
+    /// The consistency mode does not fit the number of workers.
+    #[error("this mode cannot work")]
+    Consistency(#[from] ConsistencyError),
+    /// The servers refused it, or could not be reached.
+    #[error("the servers did not do it")]
+    Servers(#[from] GroupError),
+}
+
+/// The result of something that was asked: a future. It begins when the method of [`Controls`] is called.
+#[derive(Debug)]
+#[must_use = "it may have been refused: await it, or call `wait`"]
+pub struct Control(Waits);
+
+#[derive(Debug)]
+enum Waits {
+    For(oneshot::Receiver<Result<(), ControlError>>),
+    Refused(Option<ControlError>),
+}
+
+impl Control {
+    /// Waits for the result on a plain thread.
+    ///
+    /// # Errors
+    /// As the method of [`Controls`] that made it.
+    ///
+    /// # Panics
+    /// If it is called from asynchronous code.
+    pub fn wait(self) -> Result<(), ControlError> {
+        match self.0 {
+            Waits::For(answer) => answer.blocking_recv().unwrap_or(Err(ControlError::Ended)),
+            Waits::Refused(error) => Err(error.unwrap_or(ControlError::Ended)),
+        }
+    }
+}
+
+impl Future for Control {
+    type Output = Result<(), ControlError>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.0 {
+            Waits::For(answer) => {
+                let answer = Pin::new(answer).poll(context);
+                answer.map(|answer| answer.unwrap_or(Err(ControlError::Ended)))
+            }
+            Waits::Refused(error) => Poll::Ready(Err(error.take().unwrap_or(ControlError::Ended))),
+        }
+    }
+}
+
+impl Controls {
+    /// Makes a handle that no training listens to yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether a training listens now.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.lock().sender.is_some()
+    }
+
+    /// Whether the training is paused.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.lock().is_paused
+    }
+
+    /// Whether the training has a directory for checkpoints.
+    #[must_use]
+    pub fn saves_checkpoints(&self) -> bool {
+        self.lock().saves_checkpoints
+    }
+
+    /// Pauses the training. When this is done, no update is made until [`resume`](Self::resume).
+    ///
+    /// # Errors
+    /// If no training runs, if it is ending, or if its servers cannot be reached.
+    pub fn pause(&self) -> Control {
+        self.ask(Ask::Pause(true))
+    }
+
+    /// Lets a paused training go on.
+    ///
+    /// # Errors
+    /// If no training runs, or if its servers cannot be reached.
+    pub fn resume(&self) -> Control {
+        self.ask(Ask::Pause(false))
+    }
+
+    /// Lets the training save a checkpoint of its current version. This is done when the training knows of it,
+    /// not when the checkpoint is on the disk: that is a
+    /// [`CheckpointSaved`](crate::observe::Event::CheckpointSaved). If the version has a checkpoint already, no
+    /// other one is saved.
+    ///
+    /// # Errors
+    /// If no training runs, or if it saves no checkpoints.
+    pub fn save_checkpoint(&self) -> Control {
+        self.ask(Ask::Checkpoint)
+    }
+
+    /// Changes the learning rate of all updates from now on.
+    ///
+    /// # Errors
+    /// If no training runs, if the rate is not a usable number, or if the servers cannot be reached.
+    pub fn set_learning_rate(&self, learning_rate: f64) -> Control {
+        self.ask(Ask::LearningRate(learning_rate))
+    }
+
+    /// Changes the consistency mode from now on.
+    ///
+    /// # Errors
+    /// If no training runs, if the mode does not fit its workers, or if the servers cannot be reached.
+    pub fn set_consistency(&self, consistency: Consistency) -> Control {
+        self.ask(Ask::Consistency(consistency))
+    }
+
+    /// Lets a worker leave for good after its step. This is done when the worker is asked to. If it has not
+    /// finished its step after 10 s, it is ended at once.
+    ///
+    /// # Errors
+    /// If no training runs, if there is no such worker, or if it is the last one.
+    pub fn remove_worker(&self, worker: WorkerId) -> Control {
+        self.ask(Ask::RemoveWorker(worker))
+    }
+
+    fn ask(&self, ask: Ask) -> Control {
+        let (answer, receiver) = oneshot::channel();
+        let shared = self.lock();
+        let refused = match &shared.sender {
+            None if shared.has_ended => ControlError::Ended,
+            None => ControlError::NotRunning,
+            Some(sender) => match sender.try_send(Asked { ask, answer }) {
+                Ok(()) => return Control(Waits::For(receiver)),
+                Err(mpsc::error::TrySendError::Full(_)) => ControlError::TooManyWaiting,
+                Err(mpsc::error::TrySendError::Closed(_)) => ControlError::Ended,
+            },
+        };
+        Control(Waits::Refused(Some(refused)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Controls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shared = self.lock();
+        f.debug_struct("Controls")
+            .field("is_running", &shared.sender.is_some())
+            .field("is_paused", &shared.is_paused)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_training_every_call_says_so() {
+        let controls = Controls::new();
+        assert!(matches!(
+            controls.pause().wait(),
+            Err(ControlError::NotRunning)
+        ));
+        drop(Listening::begin(&controls, true));
+        assert!(matches!(controls.resume().wait(), Err(ControlError::Ended)));
+    }
+
+    #[test]
+    fn calls_that_wait_are_bounded_and_fail_when_the_training_ends() {
+        let controls = Controls::new();
+        let listening = Listening::begin(&controls, true);
+        let waiting: Vec<_> = (0..MAX_WAITING).map(|_| controls.pause()).collect();
+        assert!(matches!(
+            controls.pause().wait(),
+            Err(ControlError::TooManyWaiting)
+        ));
+        drop(listening);
+        for waiting in waiting {
+            assert!(matches!(waiting.wait(), Err(ControlError::Ended)));
+        }
+        assert!(!controls.is_running());
+    }
+}

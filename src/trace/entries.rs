@@ -1,0 +1,307 @@
+//! Events as entries of a trace.
+//!
+//! The format: <https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>. Times are in
+//! microseconds.
+
+use std::collections::BTreeMap;
+
+use ps_actors::cluster::NodeId;
+use ps_actors::ids::{Version, WorkerId};
+use serde_json::{Value, json};
+
+use crate::observe::{Event, SettledStep, StepOutcome, StepTimes};
+
+/// The "process" of the servers. Ranks are those of the others.
+const SERVERS: u64 = 1 << 32;
+
+/// The "thread" of a process for what is no worker's.
+const MAIN: u64 = 0;
+
+/// How many versions are remembered, for the other gradients of their updates.
+const MAX_VERSIONS: usize = 1024;
+
+/// What is known of a training so far.
+#[derive(Debug, Default)]
+pub(super) struct Entries {
+    /// Where each worker computes.
+    ranks: BTreeMap<WorkerId, u32>,
+    /// When updates were made.
+    updates: BTreeMap<Version, f64>,
+    pub(super) num_steps: u64,
+}
+
+/// Names the servers.
+pub(super) fn servers() -> Value {
+    json!({"ph": "M", "name": "process_name", "pid": SERVERS, "tid": MAIN, "args": {"name": "servers"}})
+}
+
+fn micros(seconds: f64) -> f64 {
+    (seconds * 1e9).round() / 1e3
+}
+
+fn thread(worker: WorkerId) -> u64 {
+    u64::from(worker.0) + 1
+}
+
+/// Something that took some time.
+fn slice(name: &str, (pid, tid): (u64, u64), from: f64, seconds: f64, args: Value) -> Value {
+    json!({
+        "ph": "X", "cat": "ps", "name": name, "pid": pid, "tid": tid,
+        "ts": micros(from), "dur": micros(seconds.max(0.0)), "args": args,
+    })
+}
+
+/// Something that happened at a moment.
+fn instant(name: &str, time: f64, args: Value) -> Value {
+    json!({
+        "ph": "i", "s": "g", "cat": "ps", "name": name, "pid": 0, "tid": MAIN, "ts": micros(time), "args": args,
+    })
+}
+
+fn named(kind: &str, (pid, tid): (u64, u64), name: String) -> Value {
+    json!({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}})
+}
+
+impl Entries {
+    /// Returns the entries of an event.
+    pub(super) fn of(&mut self, event: &Event) -> Vec<Value> {
+        match event {
+            Event::RunStarted(started) => vec![
+                servers(),
+                named("process_name", (0, MAIN), "driver".to_owned()),
+                named(
+                    "thread_name",
+                    (0, MAIN),
+                    "evaluation, checkpoints".to_owned(),
+                ),
+                named("thread_name", (SERVERS, MAIN), "updates".to_owned()),
+                instant(
+                    "the training begins",
+                    started.time,
+                    json!({"settings": started.settings, "versions": started.versions}),
+                ),
+            ],
+            Event::WorkerJoined(joined) => self.worker_at(joined.worker, joined.node),
+            Event::WorkerMoved(moved) => self.worker_at(moved.worker, moved.to),
+            Event::Step(step) => self.step(step),
+            Event::Evaluated(evaluated) => vec![slice(
+                "evaluation",
+                (0, MAIN),
+                evaluated.time,
+                evaluated.seconds,
+                json!({
+                    "version": evaluated.version.0, "loss": evaluated.loss, "accuracy": evaluated.accuracy,
+                }),
+            )],
+            Event::CheckpointSaved(saved) => vec![slice(
+                "checkpoint",
+                (0, MAIN),
+                saved.time - saved.seconds,
+                saved.seconds,
+                json!({"version": saved.version.0, "path": saved.path}),
+            )],
+            Event::NodeJoined(joined) => vec![
+                named(
+                    "process_name",
+                    (joined.node.rank.into(), MAIN),
+                    format!(
+                        "{} on {} (process {})",
+                        joined.node, joined.host, joined.pid
+                    ),
+                ),
+                instant(
+                    "a node joins",
+                    joined.time,
+                    json!({"node": joined.node.to_string()}),
+                ),
+            ],
+            // What tells of no moment that one looks for, or comes too often.
+            Event::ServersSeen(_) => Vec::new(),
+            Event::RunEnded(ended) => vec![instant("the training ends", ended.time, Value::Null)],
+            // The rest are rare, and their fields say all.
+            other => {
+                let args = serde_json::to_value(other).unwrap_or_default();
+                let name = args["event"].as_str().unwrap_or("event").replace('_', " ");
+                vec![instant(&name, other.time(), args)]
+            }
+        }
+    }
+
+    fn worker_at(&mut self, worker: WorkerId, node: NodeId) -> Vec<Value> {
+        self.ranks.insert(worker, node.rank);
+        let (pid, tid) = (u64::from(node.rank), thread(worker));
+        vec![
+            named("thread_name", (pid, tid), worker.to_string()),
+            named("thread_name", (SERVERS, tid), format!("pushes of {worker}")),
+        ]
+    }
+
+    fn step(&mut self, step: &SettledStep) -> Vec<Value> {
+        let Some(times) = step.times else {
+            // A driver's own loop does not know when the step began.
+            return Vec::new();
+        };
+        self.num_steps += 1;
+        let StepTimes {
+            data,
+            compute,
+            wire,
+            waiting,
+            ..
+        } = times;
+        let way = wire / 2.0;
+        let began = step.time - times.total();
+        let sent = began + data + compute;
+        let (arrived, answered) = (sent + way, sent + way + waiting);
+        let rank = self.ranks.get(&step.worker).copied().unwrap_or(0);
+        let (worker, pushes) = (
+            (u64::from(rank), thread(step.worker)),
+            (SERVERS, thread(step.worker)),
+        );
+        // The name of the gradient, which travels with each call about it.
+        let gradient = format!("{}.{}.{}", step.worker.0, step.incarnation.0, step.clock.0);
+        let about = json!({
+            "gradient": gradient, "computed on": step.computed_on.0, "outcome": step.outcome,
+            "version": step.version.0, "staleness": step.staleness, "loss": step.loss.to_string(),
+            "norm": step.norm.to_string(), "examples": step.num_examples,
+        });
+        let mut entries = vec![
+            slice(
+                &format!("step {}", step.clock.0),
+                worker,
+                began,
+                times.total(),
+                about,
+            ),
+            slice("batch", worker, began, data, Value::Null),
+            slice("compute", worker, began + data, compute, Value::Null),
+            slice("send", worker, sent, way, Value::Null),
+            slice("the servers hold it", worker, arrived, waiting, Value::Null),
+            slice("receive", worker, answered, way, Value::Null),
+            slice(
+                &format!("gradient {gradient}"),
+                pushes,
+                arrived,
+                waiting,
+                Value::Null,
+            ),
+        ];
+        // Arrows bind to the slices that are under way at these times.
+        let arrow = |phase: &str, (pid, tid): (u64, u64), time: f64| {
+            json!({
+                "ph": phase, "bp": "e", "cat": "ps", "name": "gradient", "id": gradient,
+                "pid": pid, "tid": tid, "ts": micros(time),
+            })
+        };
+        entries.push(arrow("s", worker, sent));
+        if step.outcome != StepOutcome::Applied {
+            entries.push(arrow("f", pushes, arrived));
+            return entries;
+        }
+        entries.push(arrow("t", pushes, arrived));
+        let mut is_new = false;
+        let updated = *self.updates.entry(step.version).or_insert_with(|| {
+            is_new = true;
+            answered
+        });
+        if is_new {
+            let name = format!("version {}", step.version.0);
+            entries.push(slice(&name, (SERVERS, MAIN), updated, 1e-6, Value::Null));
+            while self.updates.len() > MAX_VERSIONS {
+                self.updates.pop_first();
+            }
+        }
+        entries.push(arrow("f", (SERVERS, MAIN), updated));
+        entries
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::testing;
+
+    fn step(worker: u32, clock: u64, time: f64) -> SettledStep {
+        match testing::step(worker, clock, time) {
+            Event::Step(step) => step,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn slices<'a>(entries: &'a [Value], name: &str) -> Vec<&'a Value> {
+        let is_it = |entry: &&Value| entry["ph"] == "X" && entry["name"] == name;
+        entries.iter().filter(is_it).collect()
+    }
+
+    fn ends(slice: &Value) -> (f64, f64) {
+        let from = slice["ts"].as_f64().unwrap();
+        (from, from + slice["dur"].as_f64().unwrap())
+    }
+
+    /// Two workers, whose gradients make one update.
+    #[test]
+    fn a_gradient_is_followed_from_its_batch_to_the_update() {
+        let mut entries = Entries::default();
+        let mut all = Vec::new();
+        for worker in 0..2 {
+            let node = NodeId {
+                rank: worker + 1,
+                incarnation: 1,
+            };
+            all.extend(entries.worker_at(WorkerId(worker), node));
+        }
+        for worker in 0..2 {
+            let mut step = step(worker, 0, 10.0 + f64::from(worker));
+            step.times = Some(StepTimes::new(1.0, 2.0, 0.5, 0.25));
+            all.extend(entries.step(&step));
+        }
+        assert_eq!(entries.num_steps, 2);
+        assert_eq!(slices(&all, "version 1").len(), 1);
+        for (worker, end) in [(0_u64, 10.0e6), (1, 11.0e6)] {
+            let of = |entry: &&Value| entry["pid"] == worker + 1 && entry["tid"] == worker + 1;
+            let mine: Vec<Value> = all.iter().filter(of).cloned().collect();
+            let mut at = end - 3.75e6;
+            assert_eq!(ends(slices(&mine, "step 0")[0]), (at, end));
+            for (name, micros) in [
+                ("batch", 1.0e6),
+                ("compute", 2.0e6),
+                ("send", 0.25e6),
+                ("the servers hold it", 0.25e6),
+                ("receive", 0.25e6),
+            ] {
+                assert_eq!(ends(slices(&mine, name)[0]), (at, at + micros), "{name}");
+                at += micros;
+            }
+            let id = mine.iter().find(|entry| entry["ph"] == "s").unwrap()["id"].clone();
+            let arrows: Vec<&Value> = all.iter().filter(|entry| entry["id"] == id).collect();
+            let phases: Vec<&str> = arrows.iter().filter_map(|one| one["ph"].as_str()).collect();
+            assert_eq!(phases, ["s", "t", "f"]);
+            // Each is inside a slice of its thread.
+            for arrow in arrows {
+                let time = arrow["ts"].as_f64().unwrap();
+                let holds = |slice: &&Value| {
+                    let (from, to) = ends(slice);
+                    slice["ph"] == "X"
+                        && slice["pid"] == arrow["pid"]
+                        && slice["tid"] == arrow["tid"]
+                        && (from..=to).contains(&time)
+                };
+                assert!(
+                    all.iter()
+                        .filter(|one| one["dur"].is_f64())
+                        .any(|one| holds(&one)),
+                    "{arrow}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let mut entries = Entries::default();
+        for clock in 0..3_000 {
+            entries.step(&step(0, clock, clock as f64));
+        }
+        assert_eq!(entries.updates.len(), MAX_VERSIONS);
+    }
+}

@@ -1,0 +1,123 @@
+//! A training as a trace, for Perfetto (<https://ui.perfetto.dev>) and Chrome (`chrome://tracing`).
+//!
+//! [`Trace`] is an observer. It writes a file in Chrome's trace format (an array of JSON objects), in which one gradient
+//! can be followed from its batch to the update: a worker waits for the batch, computes, sends; the servers hold the
+//! push; an update is made; the worker receives the next weights. Arrows connect the three places.
+//!
+//! ```
+//! use ps::prelude::*;
+//! use ps::trace::Trace;
+//!
+//! # let directory = tempfile::tempdir()?;
+//! let file = directory.path().join("run.json");
+//! let device = select_device(default_device_name())?;
+//! Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+//!     .device(&device)
+//!     .workers(2)
+//!     .iterations(3)
+//!     .observe(Trace::new(&file))
+//!     .run()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # What the times mean
+//! A worker measures the parts of its step by its own clock, and the driver knows when the step ended, to within the
+//! clocks of the run's events (see [`observe`](crate::observe)). Nobody measures the two ways over the wire one by one,
+//! so each is drawn with half of their time. The times of servers follow from that. So lengths within a worker are
+//! exact, and places of different workers beside each other are as exact as half a way over the wire.
+//!
+//! # Bounds
+//! The file is created when the training begins, and written as it goes on. If the process dies, what is there can be
+//! opened: the format needs no end. After [`MAX_STEPS`] steps the trace ends, which the log says. If the file cannot be written, the log says so
+//! once, and the training goes on.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `entries` | makes entries of events; pure |
+//! | `mod` | writes them |
+
+mod entries;
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use entries::Entries;
+
+use crate::observe::{Event, Observer};
+
+/// After this many steps the trace ends. Perfetto opens files of this size: about 200 MB.
+pub const MAX_STEPS: u64 = 100_000;
+
+/// How long entries stay in memory at most, while others arrive.
+const FLUSH_AFTER: Duration = Duration::from_secs(1);
+
+/// Writes a training as a trace. For an example, see the [module](self).
+#[derive(Debug)]
+pub struct Trace {
+    path: PathBuf,
+    /// `None` before the training begins, after its end, and after an error.
+    file: Option<BufWriter<File>>,
+    entries: Entries,
+    flushed: Instant,
+}
+
+impl Trace {
+    /// Makes an observer that writes this file. One of that name is written over when the training begins.
+    /// Its directory is made.
+    #[must_use]
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            file: None,
+            entries: Entries::default(),
+            flushed: Instant::now(),
+        }
+    }
+
+    fn write(&mut self, event: &Event) -> io::Result<()> {
+        if let Event::RunStarted(_) = event {
+            if let Some(directory) = self.path.parent() {
+                fs::create_dir_all(directory)?;
+            }
+            let mut file = BufWriter::new(File::create(&self.path)?);
+            file.write_all(b"[\n")?;
+            self.file = Some(file);
+            self.entries = Entries::default();
+        }
+        let Some(file) = &mut self.file else {
+            return Ok(());
+        };
+        for entry in self.entries.of(event) {
+            serde_json::to_writer(&mut *file, &entry)?;
+            file.write_all(b",\n")?;
+        }
+        let is_over = self.entries.num_steps >= MAX_STEPS;
+        if is_over {
+            let path = self.path.display();
+            tracing::info!(%path, "the trace ends here: it has {MAX_STEPS} steps");
+        }
+        if is_over || matches!(event, Event::RunEnded(_)) {
+            // The array's last element has no comma behind it.
+            serde_json::to_writer(&mut *file, &entries::servers())?;
+            file.write_all(b"\n]\n")?;
+            file.flush()?;
+            self.file = None;
+        } else if self.flushed.elapsed() >= FLUSH_AFTER {
+            file.flush()?;
+            self.flushed = Instant::now();
+        }
+        Ok(())
+    }
+}
+
+impl Observer for Trace {
+    fn observe(&mut self, event: &Event) {
+        if let Err(error) = self.write(event) {
+            let path = self.path.display();
+            tracing::warn!(%path, %error, "the trace cannot be written; the training goes on without it");
+            self.file = None;
+        }
+    }
+}

@@ -1,0 +1,306 @@
+"""The dashboard in a real browser: what it shows, who may change something, keyboard, colours, sizes.
+
+With PS_SCREENSHOTS=DIR it leaves pictures there. Those of docs/ were made so."""
+
+import contextlib
+import http.server
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import unittest
+import urllib.request
+
+from browser import ENTER, RIGHT, TAB, Browser
+from hosts import Process, environment, eventually, example
+from readme import command, desk
+
+TOKEN = "correct-horse-battery-staple"
+CONTROLS = {"theme", "token", "pause", "checkpoint", "rate", "set-rate", "mode", "set-mode", "who", "remove"}
+CHARTS = ["chart-loss", "chart-accuracy", "chart-rate", "chart-staleness"]
+
+
+class Dashboard(unittest.TestCase):
+    def setUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="ps-dashboard-"))
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.pictures = pathlib.Path(os.environ.get("PS_SCREENSHOTS", self.folder))
+        self.binaries = desk(self.folder)
+
+    @property
+    def browser(self):
+        """The browser, started when a test first needs it."""
+        if not hasattr(self, "_browser"):
+            self._browser = Browser(self)
+        return self._browser
+
+    def start(self, *flags, port=0, token=TOKEN, consistency="ssp:2", iterations=200000):
+        """Starts a training of some minutes, and returns its process and the address of its page."""
+        variables = {"PS_DASHBOARD_TOKEN": token} if token else {}
+        line = [example("sharded_ps"), "--iterations", iterations, "--batch-size", "32", "--num-servers", "2",
+                "--consistency", consistency, "--dashboard", f"127.0.0.1:{port}", *flags]
+        process = Process(self, line, cwd=self.folder, env=environment(**variables))
+        return process, process.wait_for(r"The dashboard is at (http://\S+)")[1]
+
+    def end(self, process):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.child.pid, signal.SIGTERM)
+        process.wait(60)
+
+    def state(self, url):
+        with urllib.request.urlopen(f"{url}api/state", timeout=20) as answer:
+            return json.load(answer)["state"]
+
+    def version(self, url):
+        return self.state(url)["version"]
+
+    def post(self, url, path, **body):
+        """Changes something as a program does, and returns what the training says."""
+        headers = {"content-type": "application/json", "x-ps-dashboard": "1", "authorization": f"Bearer {TOKEN}"}
+        request = urllib.request.Request(f"{url}api/{path}", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return json.load(answer)["done"]
+
+    def stands_still(self, url):
+        """Waits for two looks at the servers, and checks that no update was made in between. Returns the version."""
+        for _ in range(2):
+            version, looked = self.version(url), self.state(url)["seconds"]
+            # They are looked at once per second.
+            eventually(lambda: self.state(url)["seconds"] > looked + 1.5, "a look at the servers")
+        self.assertEqual(self.version(url), version)
+        return version
+
+    def is_live(self):
+        self.browser.eventually("return document.querySelector('#connection').dataset.state === 'live'")
+
+    def number(self, selector):
+        return float(re.sub(r"[^\d.]", "", self.browser.text(selector)) or "nan")
+
+    def test_it_shows_a_training_and_controls_it(self):
+        browser = self.browser
+        process, url = self.start("--num-workers", "3", "--checkpoint-dir", "saved", "--checkpoint-every", "2000")
+        browser.open(url)
+        self.is_live()
+
+        # Numbers come and curves move.
+        line = "return document.querySelector('#chart-loss .line')?.getAttribute('points')"
+        before = browser.eventually(line)
+        browser.eventually(f"{line.replace('return', 'return arguments[0] !==')}", before)
+        browser.eventually("return document.querySelectorAll('#workers tbody tr').length === 3")
+        browser.eventually("return document.querySelectorAll('#servers tbody tr').length === 2")
+        browser.eventually("return document.querySelectorAll('#chart-staleness .bar').length > 0")
+        browser.eventually("return document.querySelector('#chart-accuracy .line') !== null")
+        self.assertEqual(browser.text("#status"), "training")
+
+        # Without the token nothing can be changed, and with a wrong one neither.
+        self.assertIn("Type the token", browser.text("#control-note"))
+        self.assertTrue(browser.run("return document.querySelector('#controls').disabled"))
+        browser.type("#token", "a-token-that-is-wrong")
+        browser.click("#pause")
+        browser.eventually("return document.querySelector('#result').dataset.ok === 'no'")
+        self.assertIn("not the dashboard's token", browser.text("#result"))
+        self.assertEqual(self.state(url)["status"], "training")
+
+        # With the token, pausing pauses.
+        browser.run("document.querySelector('#token').value = ''")
+        browser.type("#token", TOKEN)
+        browser.click("#pause")
+        browser.eventually("return document.querySelector('#status').textContent === 'paused'")
+        paused_at = self.stands_still(url)
+
+        # Settings change, and a checkpoint is saved, while it is paused.
+        browser.run("document.querySelector('#rate').value = ''")
+        browser.type("#rate", f"0.005{ENTER}")
+        browser.eventually("return document.querySelector('#n-version-more').textContent.includes('learning rate 0.005')")
+        browser.click("#checkpoint")
+        browser.eventually("return [...document.querySelectorAll('#checkpoints li')].some((one) => one.textContent.includes('Update'))")
+        browser.click("#resume")
+        eventually(lambda: self.version(url) > paused_at, "it goes on")
+
+        # A worker is removed, after it was asked again.
+        browser.run("document.querySelector('#who').value = '1'")
+        browser.click("#remove")
+        self.assertIn("Really remove worker 1?", browser.text("#remove"))
+        browser.click("#remove")
+        browser.eventually("return document.querySelectorAll('#workers .state[data-state=removed]').length === 1")
+
+        # What the page says of itself is right, and nothing went wrong in it.
+        self.assertIn("worker 1 was told to leave", browser.text("#incidents"))
+        problems = [entry for entry in browser.logs("browser") if entry["level"] == "SEVERE" and "401" not in entry["message"]]
+        self.assertEqual(problems, [])
+        elsewhere = [asked for asked in browser.requests() if not asked.startswith((url, "data:", "chrome:", "chrome-"))]
+        self.assertEqual(elsewhere, [])
+
+        # The training ends, and the page says so.
+        self.end(process)
+        browser.eventually("return document.querySelector('#status').textContent === 'interrupted'")
+        self.assertTrue(browser.run("return document.querySelector('#controls').disabled"))
+
+    def test_a_page_of_another_site_changes_nothing(self):
+        process, url = self.start("--num-workers", "2")
+        attack = f"""<!doctype html><form id=f method=post action="{url}api/pause" target=t enctype="text/plain">
+        <input name='{{"a":"' value='"}}'></form><iframe name=t></iframe><iframe id=page src="{url}"></iframe>"""
+
+        class Elsewhere(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("content-type", "text/html")
+                self.end_headers()
+                self.wfile.write(attack.encode())
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        # `localhost` is another site than 127.0.0.1.
+        self.browser.open(f"http://localhost:{server.server_port}/")
+        fetched = self.browser.run_async("""
+            const [url, token, done] = arguments;
+            const ask = (path, options) => fetch(url + path, options).then((answer) => answer.type + answer.status, () => "refused");
+            const custom = { "content-type": "application/json", "x-ps-dashboard": "1", authorization: `Bearer ${token}` };
+            Promise.all([
+                ask("api/pause", { method: "POST", headers: custom, body: "{}" }),
+                ask("api/pause", { method: "POST", mode: "no-cors", headers: { "content-type": "text/plain" }, body: "{}" }),
+                ask("api/state", {}),
+            ]).then(done);""", url, TOKEN)
+        self.assertEqual([fetched[0], fetched[2]], ["refused", "refused"])
+        self.assertIn(fetched[1], ["opaque0", "refused"])
+        self.browser.run("document.querySelector('#f').submit()")
+        # The answer to the form has come when its frame shows another document.
+        self.browser.eventually("try { return frames.t.document === null } catch { return true }")
+        self.assertEqual(self.state(url)["status"], "training")
+        self.assertFalse(self.state(url)["control"]["is_paused"])
+        self.end(process)
+
+    def test_the_keyboard_reaches_everything_and_charts_can_be_read_with_it(self):
+        browser = self.browser
+        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved")
+        browser.open(url)
+        self.is_live()
+        browser.type("#token", TOKEN)
+        browser.run("document.querySelector('.skip').focus()")
+        reached = ["skip"]
+        for _ in range(60):
+            browser.press(TAB)
+            reached.append(browser.run("""const at = document.activeElement;
+                return at === document.body ? null : at.id || at.closest('figure')?.id || at.name || at.className || at.tagName"""))
+            if reached[-1] is None:
+                break
+        self.assertLessEqual(CONTROLS | set(CHARTS) | {"skip", "axis"}, set(reached), reached)
+        # What has the focus can be seen: it has an outline.
+        browser.run("document.querySelector('#pause').focus()")
+        browser.press(ENTER)
+        browser.eventually("return document.querySelector('#status').textContent === 'paused'")
+        browser.eventually("return document.activeElement.id === 'resume'")
+        browser.press(ENTER)
+        browser.eventually("return document.querySelector('#status').textContent === 'training'")
+        # A chart says what is under the cursor.
+        browser.eventually("return document.querySelector('#chart-loss .line')")
+        browser.run("document.querySelector('#chart-loss svg').focus()")
+        browser.press("\ue011", RIGHT)
+        self.assertRegex(browser.text("#chart-loss output"), r"update [\d,.]+M?: [\d.]+")
+        self.assertEqual(browser.run("return document.querySelectorAll('#chart-loss .cross').length"), 1)
+        # Everything that takes input has a name, each chart a text and a table.
+        unnamed = browser.run("""return [...document.querySelectorAll('button, input, select, svg[role=img]')]
+            .filter((one) => !(one.textContent.trim() && one.tagName === 'BUTTON') && !one.labels?.length && !one.getAttribute('aria-label') && !one.getAttribute('aria-labelledby'))
+            .map((one) => one.outerHTML)""")
+        self.assertEqual(unnamed, [])
+        for chart in CHARTS:
+            self.assertTrue(browser.text(f"#{chart}-text"), chart)
+        browser.run("document.querySelector('#chart-loss details').open = true")
+        browser.eventually("return document.querySelectorAll('#chart-loss tbody tr').length > 3")
+        self.end(process)
+
+    def test_it_comes_back_when_the_driver_is_started_again(self):
+        browser = self.browser
+        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved", "--checkpoint-every", "50")
+        port = url.rstrip("/").rsplit(":", 1)[1]
+        browser.open(url)
+        self.is_live()
+        eventually(lambda: self.state(url)["num_checkpoints"] > 0, "a checkpoint")
+        process.kill()
+        browser.eventually("return document.querySelector('#connection').textContent === 'disconnected, reconnecting'")
+        process, again = self.start("--num-workers", "2", "--checkpoint-dir", "saved", "--resume", port=port)
+        self.assertEqual(again, url)
+        self.is_live()
+        browser.eventually("return document.querySelector('#status').textContent === 'training'")
+        first = self.state(url)["run"]["first_version"]
+        self.assertGreater(first, 0)
+        self.end(process)
+
+    def test_a_signal_ends_a_pause_and_nothing_is_lost(self):
+        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved", consistency="bsp")
+        self.post(url, "pause")
+        version = self.stands_still(url)
+        os.killpg(process.child.pid, signal.SIGTERM)
+        code, text = process.wait(30)
+        self.assertEqual(code, 0, text)
+        self.assertNotIn("before all steps are finished", text)
+        saved = int(re.search(r"saved a checkpoint.*version=\D*(\d+)", text)[1])
+        self.assertIn(saved - version, (0, 1), text)
+
+    def test_a_pause_and_settings_outlive_the_servers(self):
+        process, url = self.start("--num-workers", "2", "--processes", "3", "--servers-on-nodes",
+                                  "--checkpoint-dir", "saved", "--checkpoint-every", "200")
+        eventually(lambda: self.state(url)["num_checkpoints"] > 0, "a checkpoint", 120)
+        self.post(url, "learning-rate", learning_rate=0.005)
+        self.post(url, "consistency", consistency="asp")
+        self.post(url, "pause")
+        joined = [one["text"] for one in self.state(url)["incidents"] if "joined" in one["text"]]
+        os.kill(int(re.search(r"process (\d+)", joined[-1])[1]), signal.SIGKILL)
+        eventually(lambda: any("goes on from update" in one["text"] for one in self.state(url)["incidents"]), process.text, 60)
+        self.assertEqual(self.state(url)["status"], "paused")
+        version = self.stands_still(url)
+        state = self.state(url)
+        self.assertEqual((state["learning_rate"], state["consistency"]), (0.005, "asp"))
+        self.post(url, "resume")
+        eventually(lambda: self.version(url) > version, "it goes on")
+        self.end(process)
+
+    def test_several_processes_colours_sizes_and_pictures(self):
+        browser = self.browser
+        process, url = self.start("--num-workers", "3", "--processes", "3", "--servers-on-nodes",
+                                  "--checkpoint-dir", "saved", "--checkpoint-every", "1000", iterations=6000)
+        browser.open(url)
+        self.is_live()
+        browser.eventually("return document.querySelectorAll('#nodes li').length === 2")
+        # Enough for a picture.
+        eventually(lambda: (state := self.state(url))["steps_done"] > 0.3 * state["steps_all"], "a third of the steps", 120)
+        for name, width, height, colours, is_phone in [("light", 1280, 900, "light", False), ("dark", 1280, 900, "dark", False),
+                                                       ("phone", 390, 844, "light", True)]:
+            browser.look(width, height, colours, is_phone)
+            browser.eventually("return document.documentElement.dataset.theme === arguments[0]", colours)
+            browser.eventually("return innerWidth === arguments[0]", width)
+            # Nothing has to be scrolled to the side.
+            self.assertLessEqual(browser.run("return document.documentElement.scrollWidth"), width, name)
+            browser.screenshot(self.pictures / f"dashboard-{name}.png", 1500 if is_phone else 1130)
+        # The switch overrules the system.
+        browser.look(1280, 900, "light")
+        browser.run("const theme = document.querySelector('#theme'); theme.value = 'dark'; theme.dispatchEvent(new Event('change'))")
+        self.assertEqual(browser.run("return document.documentElement.dataset.theme"), "dark")
+        self.end(process)
+
+    def test_the_line_of_the_readme(self):
+        line = command("README.md", "cargo run --release --example sharded_ps -- --dashboard")
+        variables = environment(PATH=f"{self.binaries}:{os.environ['PATH']}", PS_DASHBOARD_TOKEN=TOKEN)
+        process = Process(self, ["bash", "-c", line], cwd=self.folder, env=variables)
+        process.wait_for(r"The dashboard is at http://127.0.0.1:8265/")
+        code, text = process.wait(150)
+        self.assertEqual(code, 0, text)
+
+    def test_other_hosts_need_a_token(self):
+        line = [example("sharded_ps"), "--dashboard", "0.0.0.0:0"]
+        code, text = Process(self, line, env=environment()).wait(60)
+        self.assertEqual(code, 64, text)
+        self.assertIn("needs a token", text)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

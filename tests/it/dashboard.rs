@@ -1,0 +1,539 @@
+//! The page of a training over plain HTTP: events arrive, controls do what they say, strangers are refused.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ps::actors::net::Token;
+use ps::controls::Controls;
+use ps::dashboard::{Dashboard, DashboardConfig};
+use ps::observe::{Change, Event};
+use ps::prelude::*;
+use serde_json::{Value, json};
+
+const TOKEN: &str = "correct-horse-battery";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A training with a dashboard.
+struct Training {
+    address: SocketAddr,
+    controls: Controls,
+    events: Receiver<Event>,
+    running: Option<JoinHandle<Result<Report, TrainError>>>,
+}
+
+fn trainer(iterations: u64) -> Trainer<ConvNet, ImageDataset> {
+    let device = select_device(default_device_name()).unwrap();
+    let Mnist { train, .. } = Mnist::bundled_sample();
+    Trainer::new(ConvNet::init(3, &device), train)
+        .device(&device)
+        .workers(2)
+        .batch_size(8)
+        .iterations(iterations)
+        .heed_signals(false)
+}
+
+fn begin(
+    token: Option<&str>,
+    make: impl FnOnce() -> Trainer<ConvNet, ImageDataset> + Send + 'static,
+) -> Training {
+    let controls = Controls::new();
+    let ((ready, address), (tell, events)) = (channel(), channel());
+    let config = DashboardConfig {
+        address: "127.0.0.1:0".parse().unwrap(),
+        token: token.map(|token| Token::new(token).unwrap()),
+        on_ready: Arc::new(move |address| ready.send(address).unwrap()),
+        ..DashboardConfig::default()
+    };
+    let dashboard = Dashboard::new(config, &controls).unwrap();
+    let listened = controls.clone();
+    let tell: Sender<Event> = tell;
+    let running = std::thread::spawn(move || {
+        let told = move |event: &Event| _ = tell.send(event.clone());
+        make()
+            .observe(dashboard)
+            .observe(told)
+            .controls(&listened)
+            .run()
+    });
+    Training {
+        address: address.recv_timeout(PATIENCE).expect("the page is served"),
+        controls,
+        events,
+        running: Some(running),
+    }
+}
+
+/// An answer to a request.
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+impl Training {
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// Sends a request with exactly these headers.
+    fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let mut stream = self.connect();
+        let mut text = format!("{method} {path} HTTP/1.1\r\nconnection: close\r\n");
+        for (name, value) in headers {
+            text += &format!("{name}: {value}\r\n");
+        }
+        let length = body.len();
+        text += &format!("content-length: {length}\r\n\r\n{body}");
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        Answer {
+            status,
+            head: head.to_ascii_lowercase(),
+            body: body.to_owned(),
+        }
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        self.send("GET", path, &[("host", &self.address.to_string())], "")
+    }
+
+    fn state(&self) -> Value {
+        self.get("/api/state").json()["state"].take()
+    }
+
+    /// Sends a change, as our own page does.
+    fn post(&self, path: &str, body: &Value) -> Answer {
+        let host = self.address.to_string();
+        let origin = format!("http://{host}");
+        let token = format!("Bearer {TOKEN}");
+        let headers = [
+            ("host", host.as_str()),
+            ("origin", &origin),
+            ("sec-fetch-site", "same-origin"),
+            ("content-type", "application/json"),
+            ("x-ps-dashboard", "1"),
+            ("authorization", &token),
+        ];
+        self.send("POST", path, &headers, &body.to_string())
+    }
+
+    fn done(&self, path: &str, body: &Value) {
+        let answer = self.post(path, body);
+        assert_eq!(answer.status, 200, "{path}: {answer:?}");
+        assert!(answer.json()["done"].is_string());
+    }
+
+    /// Waits until something is so.
+    fn eventually(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let state = self.state();
+            if is_so(&state) {
+                return state;
+            }
+            assert!(Instant::now() < deadline, "{what}: {state:#}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn end(mut self) -> (Report, Vec<Event>) {
+        let report = self.running.take().unwrap().join().unwrap().unwrap();
+        (report, self.events.iter().collect())
+    }
+}
+
+/// Reads server-sent events.
+struct Stream(BufReader<TcpStream>);
+
+impl Stream {
+    fn open(training: &Training, last_id: Option<&str>) -> Self {
+        let mut stream = training.connect();
+        let id = last_id.map_or(String::new(), |id| format!("last-event-id: {id}\r\n"));
+        let host = training.address;
+        write!(
+            stream,
+            "GET /api/events HTTP/1.1\r\nhost: {host}\r\n{id}\r\n"
+        )
+        .unwrap();
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        while line != "\r\n" {
+            line.clear();
+            assert!(
+                reader.read_line(&mut line).unwrap() > 0,
+                "the head has an end"
+            );
+        }
+        Self(reader)
+    }
+
+    /// Returns the next event's id and data. `None` at the end.
+    fn next(&mut self) -> Option<(String, Value)> {
+        let (mut id, mut line) = (String::new(), String::new());
+        loop {
+            line.clear();
+            if self.0.read_line(&mut line).unwrap() == 0 {
+                return None;
+            }
+            if let Some(rest) = line.strip_prefix("id: ") {
+                id = rest.trim().to_owned();
+            }
+            if let Some(data) = line.strip_prefix("data: ") {
+                return Some((id, serde_json::from_str(data.trim()).unwrap()));
+            }
+        }
+    }
+}
+
+fn num_points(data: &Value) -> usize {
+    data["curves"]["loss"]["points"].as_array().unwrap().len()
+}
+
+#[test]
+fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
+    // Large batches, so that the curve is not thinned before the training is paused.
+    let training = begin(Some(TOKEN), || trainer(400).batch_size(128));
+    let mut stream = Stream::open(&training, None);
+    let (mut id, mut seen) = (String::new(), 0);
+    while seen < 20 {
+        let (next, data) = stream.next().expect("it goes on");
+        if data["curves"]["loss"]["replaces"] == true {
+            seen = 0;
+        }
+        seen += num_points(&data);
+        id = next;
+    }
+    drop(stream);
+    training.done("/api/pause", &json!({}));
+    let paused = training.state()["seconds"].as_f64().unwrap();
+    training.eventually("all steps are in their places", |state| {
+        state["seconds"].as_f64().unwrap() > paused + 2.5
+    });
+    // Now the curve stands still: the client gets what is new, and not what it has.
+    let whole = num_points(&training.get("/api/state").json());
+    let mut again = Stream::open(&training, Some(&id));
+    let (_, data) = again.next().unwrap();
+    let curve = &data["curves"]["loss"];
+    if curve["replaces"] == false {
+        assert_eq!(num_points(&data), whole - seen, "{seen} of {whole}");
+    } else {
+        assert!(
+            whole < 600 && num_points(&data) == whole,
+            "it was thinned meanwhile"
+        );
+    }
+    // A client of another run gets everything.
+    let (_, data) = Stream::open(&training, Some("other-0.3-0.0-0.0"))
+        .next()
+        .unwrap();
+    assert_eq!(
+        (num_points(&data), &data["curves"]["loss"]["replaces"]),
+        (whole, &json!(true))
+    );
+    training.done("/api/resume", &json!({}));
+    let mut last = Value::Null;
+    while let Some((_, data)) = again.next() {
+        last = data;
+    }
+    assert_eq!(last["state"]["status"], "ended", "{last:#}");
+    assert_eq!(last["state"]["steps_done"], 800);
+    let (report, _) = training.end();
+    assert_eq!(report.num_applied, 800);
+}
+
+#[test]
+fn a_pause_really_pauses_in_every_mode_and_changes_no_bit_of_a_synchronous_run() {
+    let plain = trainer(300).run().unwrap();
+    for mode in ["bsp", "asp", "ssp:2", "k-of-n:1"] {
+        let training = begin(Some(TOKEN), move || {
+            trainer(300).servers(2).consistency(mode.parse().unwrap())
+        });
+        training.done("/api/pause", &json!({}));
+        assert!(training.controls.is_paused());
+        let paused = training.eventually("paused", |state| state["status"] == "paused");
+        let version = |state: &Value| {
+            let servers = state["servers"].as_array().unwrap();
+            servers
+                .first()
+                .map(|server| server["version"].as_u64().unwrap())
+        };
+        // The servers are looked at once per second. Two looks after the pause must show the same version.
+        let looks = |state: &Value| state["seconds"].as_f64().unwrap();
+        let first = training.eventually("a look", |state| looks(state) > looks(&paused) + 1.5);
+        let second = training.eventually("a look", |state| looks(state) > looks(&first) + 1.5);
+        assert!(version(&first).is_some(), "{mode}: {first:#}");
+        assert_eq!(version(&first), version(&second), "{mode}");
+        training.done("/api/resume", &json!({}));
+        let (report, events) = training.end();
+        if mode != "k-of-n:1" {
+            assert_eq!(report.num_applied, 600, "{mode}");
+        }
+        if mode == "bsp" {
+            assert_eq!(report.weights.to_vec(), plain.weights.to_vec());
+        }
+        let changes = events.iter().filter_map(|event| match event {
+            Event::Controlled(controlled) => Some(&controlled.change),
+            _ => None,
+        });
+        assert_eq!(
+            changes.collect::<Vec<_>>(),
+            [&Change::Paused, &Change::Resumed],
+            "{mode}"
+        );
+    }
+}
+
+#[test]
+fn learning_rate_and_mode_change_for_all_servers_and_a_recorded_run_replays_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("schedule");
+    let schedule = file.clone();
+    let training = begin(Some(TOKEN), move || {
+        trainer(300).servers(3).record(schedule)
+    });
+    training.done("/api/pause", &json!({}));
+    training.done("/api/learning-rate", &json!({"learning_rate": 0.05}));
+    training.done("/api/consistency", &json!({"consistency": "asp"}));
+    let bad = training.post("/api/learning-rate", &json!({"learning_rate": -1.0}));
+    assert_eq!(bad.status, 409, "{bad:?}");
+    assert!(bad.body.contains("learning rate"), "{bad:?}");
+    for body in [
+        json!({"consistency": "often"}),
+        json!({"consistency": "k-of-n:9"}),
+        json!({}),
+        json!(3),
+    ] {
+        assert_eq!(
+            training.post("/api/consistency", &body).status,
+            400,
+            "{body}"
+        );
+    }
+    training.eventually("changed", |state| {
+        state["learning_rate"] == 0.05 && state["consistency"] == "asp"
+    });
+    training.done("/api/resume", &json!({}));
+    let (report, _) = training.end();
+    assert_eq!(report.consistency, Consistency::Asp);
+    assert_eq!(report.num_applied, 600);
+    let replay = trainer(300).replay(&file).unwrap();
+    assert_eq!(replay.weights.to_vec(), report.weights.to_vec());
+}
+
+#[test]
+fn a_checkpoint_is_saved_when_it_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().to_owned();
+    let training = begin(Some(TOKEN), move || {
+        let config = CheckpointConfig {
+            every: 0,
+            ..CheckpointConfig::new(directory)
+        };
+        trainer(200).servers(2).checkpoints(config)
+    });
+    training.done("/api/pause", &json!({}));
+    training.done("/api/checkpoint", &json!({}));
+    let state = training.eventually("saved", |state| state["num_checkpoints"] == 1);
+    let version = state["checkpoints"][0]["version"].as_u64().unwrap();
+    // The same version again is not saved again.
+    training.done("/api/checkpoint", &json!({}));
+    training.done("/api/resume", &json!({}));
+    let (report, _) = training.end();
+    let saved = report.checkpoints.unwrap();
+    assert_eq!(
+        saved.num_saved,
+        if version == report.num_updates { 1 } else { 2 }
+    );
+    assert_eq!(saved.num_failed, 0);
+}
+
+#[test]
+fn without_a_directory_no_checkpoint_is_promised() {
+    let training = begin(Some(TOKEN), || trainer(300));
+    training.done("/api/pause", &json!({}));
+    let answer = training.post("/api/checkpoint", &json!({}));
+    assert_eq!(answer.status, 409);
+    assert!(answer.body.contains("--checkpoint-dir"), "{answer:?}");
+    training.done("/api/resume", &json!({}));
+    training.end();
+}
+
+#[test]
+fn a_worker_that_is_removed_leaves_and_the_others_go_on() {
+    for mode in ["bsp", "asp"] {
+        let training = begin(Some(TOKEN), move || {
+            trainer(300).workers(3).consistency(mode.parse().unwrap())
+        });
+        training.done("/api/remove-worker", &json!({"worker": 1}));
+        training.eventually("removed", |state| state["workers"][1]["state"] == "removed");
+        assert_eq!(
+            training
+                .post("/api/remove-worker", &json!({"worker": 1}))
+                .status,
+            400
+        );
+        assert_eq!(
+            training
+                .post("/api/remove-worker", &json!({"worker": 7}))
+                .status,
+            400
+        );
+        let (report, events) = training.end();
+        let steps: Vec<usize> = report.losses.iter().map(Vec::len).collect();
+        assert_eq!((steps[0], steps[2]), (300, 300), "{mode}");
+        assert!(steps[1] < 300, "{mode}: {steps:?}");
+        assert_eq!(
+            report.num_applied,
+            steps.iter().sum::<usize>() as u64,
+            "{mode}"
+        );
+        assert!(
+            !events
+                .iter()
+                .any(|event| matches!(event, Event::WorkerLost(_)))
+        );
+    }
+}
+
+#[test]
+fn the_last_worker_cannot_be_removed() {
+    let training = begin(Some(TOKEN), || trainer(200));
+    training.done("/api/pause", &json!({}));
+    training.done("/api/remove-worker", &json!({"worker": 0}));
+    let answer = training.post("/api/remove-worker", &json!({"worker": 1}));
+    assert_eq!(answer.status, 409, "{answer:?}");
+    assert!(answer.body.contains("last one"), "{answer:?}");
+    training.done("/api/resume", &json!({}));
+    let (report, _) = training.end();
+    assert_eq!(report.losses[1].len(), 200);
+}
+
+#[test]
+fn strangers_and_pages_of_other_sites_are_refused() {
+    let training = begin(Some(TOKEN), || trainer(400));
+    training.done("/api/pause", &json!({}));
+    let host = training.address.to_string();
+    let origin = format!("http://{host}");
+    let good: [(&str, &str); 6] = [
+        ("host", &host),
+        ("origin", &origin),
+        ("sec-fetch-site", "same-origin"),
+        ("content-type", "application/json"),
+        ("x-ps-dashboard", "1"),
+        ("authorization", "Bearer correct-horse-battery"),
+    ];
+    for (name, value, expected) in [
+        ("host", "evil.example", 421),
+        ("origin", "http://evil.example", 403),
+        ("sec-fetch-site", "cross-site", 403),
+        ("content-type", "text/plain", 415),
+        ("x-ps-dashboard", "no", 403),
+        ("authorization", "Bearer correct-horse-batterz", 401),
+    ] {
+        let headers: Vec<_> = good
+            .iter()
+            .map(|&(other, kept)| (other, if other == name { value } else { kept }))
+            .collect();
+        let answer = training.send("POST", "/api/resume", &headers, "{}");
+        assert_eq!(answer.status, expected, "{name}: {answer:?}");
+        assert!(!answer.head.contains("access-control-"), "{answer:?}");
+    }
+    // Nobody may ask whether a page of another site may send it.
+    let preflight = training.send(
+        "OPTIONS",
+        "/api/resume",
+        &[("host", &host), ("origin", "http://evil.example")],
+        "",
+    );
+    assert_eq!(preflight.status, 405);
+    // A site that lets its name point to this address reads nothing.
+    for path in ["/", "/api/state", "/api/events"] {
+        assert_eq!(
+            training
+                .send("GET", path, &[("host", "evil.example:80")], "")
+                .status,
+            421,
+            "{path}"
+        );
+    }
+    assert_eq!(
+        training.state()["status"],
+        "paused",
+        "none of them had an effect"
+    );
+    let large = "1".repeat(10_000);
+    assert_eq!(
+        training
+            .post("/api/learning-rate", &json!({ "learning_rate": large }))
+            .status,
+        400
+    );
+    let page = training.get("/");
+    assert_eq!(page.status, 200);
+    assert!(
+        page.head
+            .contains("content-security-policy: default-src 'none'"),
+        "{}",
+        page.head
+    );
+    assert_eq!(training.get("/nothing").status, 404);
+    training.done("/api/resume", &json!({}));
+    training.end();
+}
+
+#[test]
+fn without_a_token_the_page_only_shows() {
+    let training = begin(None, || trainer(300));
+    let answer = training.post("/api/pause", &json!({}));
+    assert_eq!(answer.status, 403);
+    assert!(answer.body.contains("read-only"), "{answer:?}");
+    assert_eq!(training.state()["control"]["is_allowed"], false);
+    training.end();
+}
+
+#[test]
+fn clients_that_read_nothing_do_not_hold_up_a_training() {
+    let training = begin(None, || trainer(200));
+    // More than may be served, and each of them is silent.
+    let silent: Vec<_> = (0..60).map(|_| training.connect()).collect();
+    let streams: Vec<_> = (0..40)
+        .map(|_| {
+            let mut stream = training.connect();
+            write!(
+                stream,
+                "GET /api/events HTTP/1.1\r\nhost: {}\r\n\r\n",
+                training.address
+            )
+            .unwrap();
+            stream
+        })
+        .collect();
+    let answers = streams.iter().map(|stream| {
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        line
+    });
+    let num_refused = answers.filter(|line| line.contains("503")).count();
+    assert_eq!(num_refused, 40 - 32);
+    let began = Instant::now();
+    let (report, _) = training.end();
+    assert_eq!(report.num_applied, 400);
+    assert!(began.elapsed() < PATIENCE);
+    drop(silent);
+}
