@@ -207,7 +207,8 @@ fn num_points(data: &Value) -> usize {
 
 #[test]
 fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
-    let training = begin(Some(TOKEN), || trainer(400));
+    // Large batches, so that the curve is not thinned before the training is paused.
+    let training = begin(Some(TOKEN), || trainer(400).batch_size(128));
     let mut stream = Stream::open(&training, None);
     let (mut id, mut seen) = (String::new(), 0);
     while seen < 20 {
