@@ -556,7 +556,7 @@ pub enum Change {
     },
     /// A worker was told to leave for good after its step.
     WorkerRemoved {
-        /// The worker.
+        /// The worker that leaves.
         worker: WorkerId,
     },
 }

@@ -137,7 +137,7 @@ pub enum ClusterError {
     /// This process cannot listen at the address.
     #[error("could not listen on {address}{}", listen_advice(source))]
     Listen {
-        /// The address.
+        /// The address, or the path of the socket.
         address: String,
         /// The error of the operating system.
         #[source]

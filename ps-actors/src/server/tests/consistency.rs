@@ -175,6 +175,7 @@ fn switching_to_asp_releases_everything_that_waits() {
     assert_eq!(world.weights(), vec![1.0; LEN]);
 }
 
+/// S-19.
 #[test]
 fn while_paused_no_mode_makes_an_update_and_then_goes_on_as_without_a_pause() {
     for mode in [
@@ -205,6 +206,7 @@ fn while_paused_no_mode_makes_an_update_and_then_goes_on_as_without_a_pause() {
     }
 }
 
+/// S-19.
 #[test]
 fn a_worker_that_is_lost_while_paused_leaves_nothing() {
     let mut world = World::new(1, Consistency::Bsp, Reduction::Mean);
