@@ -97,7 +97,7 @@ impl Drop for Directory {
 
 /// Returns the arguments with an empty plan and other checkpoints, and without what belongs to the run with faults.
 fn without_faults(arguments: impl Iterator<Item = OsString>, saved: &OsString) -> Vec<OsString> {
-    let mut arguments = arguments;
+    let mut arguments = arguments.peekable();
     let mut kept: Vec<OsString> = Vec::new();
     while let Some(word) = arguments.next() {
         if ["--chaos-control", "--resume"]
@@ -106,12 +106,23 @@ fn without_faults(arguments: impl Iterator<Item = OsString>, saved: &OsString) -
         {
             continue;
         }
+        if is_flag(&word, "--dashboard") {
+            // Its address may be a word of its own, or missing.
+            let is_address = |next: &OsString| !next.to_string_lossy().starts_with('-');
+            if word == *"--dashboard" {
+                let _ = arguments.next_if(is_address);
+            }
+            continue;
+        }
         let flags = [
             "--chaos",
             "--export",
             "--record",
             "--metrics",
             "--tensorboard",
+            "--trace",
+            "--dashboard-token-file",
+            "--dashboard-host",
             "--checkpoint-dir",
         ];
         let Some(flag) = flags.into_iter().find(|flag| is_flag(&word, flag)) else {
@@ -164,6 +175,10 @@ mod tests {
             (
                 "--processes 3 --checkpoint-dir=a --export b --update-log",
                 "--processes 3 --checkpoint-dir TEMP --update-log --chaos=",
+            ),
+            (
+                "--dashboard --net --dashboard 127.0.0.1:1 --dashboard-token-file f --trace t --quiet",
+                "--net --quiet --chaos=",
             ),
         ] {
             let words = command.split(' ').map(OsString::from);
