@@ -31,7 +31,7 @@ fn node(dice: &mut Dice) -> NodeId {
 }
 
 fn scope(process: &Fed, hosts: &Hosts) -> Arc<TaskScope> {
-    let resources = Resources::none().cpus(4.0);
+    let resources = Resources::none().cpus(2.0);
     TaskScope::new(Arc::clone(process.process()), hosts.clone(), resources)
 }
 
@@ -44,13 +44,14 @@ fn start<A: Remote>(make: impl Fn() -> A + Send + 'static) -> ActorRef<A> {
 fn nothing_that_a_peer_sends_harms_the_agent_of_a_node() {
     let alive = Arc::new(AtomicUsize::new(0));
     let hosts = hosts(&alive);
-    let last: RefCell<Option<Arc<TaskScope>>> = RefCell::default();
-    let num_effects = FUZZ.run::<NodeAgent>(
+    let fuzz = Fuzz {
+        // What each agent makes stays until the test ends, and takes a thread.
+        one_in: 20,
+        ..FUZZ
+    };
+    let num_effects = fuzz.run::<NodeAgent>(
         |process| {
             let scope = scope(process, &hosts);
-            if let Some(last) = last.replace(Some(Arc::clone(&scope))) {
-                last.kill_all();
-            }
             start(move || NodeAgent {
                 scope: Arc::clone(&scope),
                 released: watch::Sender::new(false),
