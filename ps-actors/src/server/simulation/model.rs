@@ -3,7 +3,7 @@
 //! The processes are those of the simulator, and so is the observer. Here no dice decide what happens next:
 //! [`stateright`] tries everything, within bounds: until a crash, messages arrive in every order, and one is
 //! lost or comes twice. Each process is killed at every point of every such order without losses, also between
-//! any two of its actions; in two modes also when a message has come twice. What follows a crash happens in two
+//! any two of its actions; in `Bsp` also when a message has come twice. What follows a crash happens in two
 //! orders.
 
 use std::collections::BTreeMap;
@@ -646,9 +646,8 @@ fn a_crash_at_any_point_keeps_the_guarantees() {
 
 #[test]
 fn a_crash_after_a_message_that_came_twice_keeps_the_guarantees() {
-    for consistency in [Consistency::Bsp, Consistency::Asp] {
-        check(consistency, budget(1, 0, 1));
-    }
+    // In the other modes there are four times as many states.
+    check(Consistency::Bsp, budget(1, 0, 1));
 }
 
 /// The model finds what it should find.

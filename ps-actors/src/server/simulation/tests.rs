@@ -90,42 +90,44 @@ fn mistakes_that_are_made_on_purpose_are_found() {
 /// time to a given loss is shortest in between. Everything is in virtual time, so the numbers are the same on every machine.
 #[test]
 fn a_bounded_delay_is_faster_than_none_and_than_no_bound() {
+    const NUM_SEEDS: u64 = 5;
+    const LENGTH: Duration = Duration::from_secs(4);
     let ssp = |bound| Consistency::Ssp { bound };
     let modes = [ssp(0), ssp(1), ssp(2), ssp(4), ssp(8), Consistency::Asp];
-    let outcomes = modes.map(|consistency| {
-        let mut settings = Settings::stragglers(100, 4, consistency, 1.8, 0.002);
-        (settings.num_steps, settings.run_for) = (u64::MAX, Some(Duration::from_secs(4)));
-        let outcome = simulate(settings).unwrap_or_else(|failure| panic!("{failure}"));
-        println!(
-            "{consistency}: idle {:.3}, staleness {:.1}, {:?} to the loss, {} gradients",
-            outcome.idle,
-            outcome.mean_staleness,
-            outcome.time_to_target,
-            outcome.report.work.num_applied
-        );
-        outcome
+    // The idle share, the staleness, and the seconds to the loss. In a single run, which worker happens to be the slowest
+    // matters more than the bound, so these are means.
+    let shapes = modes.map(|consistency| {
+        let outcomes = (0..NUM_SEEDS).map(|seed| {
+            let mut settings = Settings::stragglers(60, 2, consistency, 1.8, 0.002);
+            settings.seed = seed;
+            (settings.num_steps, settings.run_for) = (u64::MAX, Some(LENGTH));
+            simulate(settings).unwrap_or_else(|failure| panic!("seed {seed}: {failure}"))
+        });
+        let sums = outcomes.fold([0.0; 3], |[idle, staleness, time], outcome| {
+            let reached = outcome.time_to_target.unwrap_or(LENGTH).as_secs_f64();
+            [
+                idle + outcome.idle,
+                staleness + outcome.mean_staleness,
+                time + reached,
+            ]
+        });
+        let shape = sums.map(|sum| sum / NUM_SEEDS as f64);
+        println!("{consistency}: idle, staleness, seconds to the loss: {shape:.3?}");
+        shape
     });
-    for (pair, modes) in outcomes.windows(2).zip(modes.windows(2)) {
-        assert!(pair[1].idle <= pair[0].idle, "idle: {modes:?}");
+    for (pair, modes) in shapes.windows(2).zip(modes.windows(2)) {
+        let [[idle, staleness, _], [next_idle, next_staleness, _]] = [pair[0], pair[1]];
+        assert!(next_idle < idle, "idle, {modes:?}: {shapes:?}");
         assert!(
-            pair[1].mean_staleness >= pair[0].mean_staleness,
-            "staleness: {modes:?}"
+            next_staleness > staleness,
+            "staleness, {modes:?}: {shapes:?}"
         );
     }
-    let [first, .., last] = &outcomes;
-    assert!(
-        first.idle > 0.3 && last.idle < 0.05,
-        "{} {}",
-        first.idle,
-        last.idle
-    );
-    let time = |outcome: &Outcome| outcome.time_to_target.unwrap_or(Duration::MAX);
-    let best = outcomes[1..5].iter().map(time).min().expect("four");
-    assert!(
-        best < time(first) && best < time(last),
-        "{best:?}: {:?}",
-        outcomes.each_ref().map(time)
-    );
+    let [[first_idle, _, first], .., [last_idle, _, last]] = shapes;
+    assert!(first_idle > 0.5 && last_idle < 0.05, "{shapes:?}");
+    let best = shapes[1..5].iter().map(|[_, _, time]| *time);
+    let best = best.fold(f64::INFINITY, f64::min);
+    assert!(best < 0.9 * first && best < 0.9 * last, "{shapes:?}");
 }
 
 #[test]
