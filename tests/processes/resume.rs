@@ -106,9 +106,10 @@ fn a_run_that_is_killed_after_n_updates_and_goes_on_has_the_same_bits_with_every
         let (status, output) =
             Run::start_plain("count_steps", &saving(&arguments, "30", whole.path())).finish();
         assert!(status.success(), "{output}");
-        for n in ["30", "3"] {
+        for n in [30, 3] {
             let killed = tempfile::tempdir().unwrap();
-            let arguments = saving(&arguments, n, killed.path());
+            let every = n.to_string();
+            let arguments = saving(&arguments, &every, killed.path());
             let dies = [&arguments[..], &["--die", "0 checkpoint-named 1"]].concat();
             let (status, output) = Run::start_plain("count_steps", &dies).finish();
             assert!(
@@ -116,7 +117,8 @@ fn a_run_that_is_killed_after_n_updates_and_goes_on_has_the_same_bits_with_every
                 "{output}"
             );
             let (saved, _) = newest(killed.path()).expect("it was named");
-            assert_eq!(saved.to_string(), n, "{output}");
+            // One is taken as soon as so many updates were made; the next one may be made first.
+            assert!((n..60).contains(&saved), "{saved}: {output}");
 
             let again = [&arguments[..], &["--resume"]].concat();
             let (status, output) = Run::start_plain("count_steps", &again).finish();
