@@ -207,8 +207,9 @@ fn num_points(data: &Value) -> usize {
 
 #[test]
 fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
-    // Large batches, so that the curve is not thinned before the training is paused.
-    let training = begin(Some(TOKEN), || trainer(400).batch_size(128));
+    // Large batches, so that the curve is not thinned before the training is paused; and so many steps that it is paused
+    // long before it ends.
+    let training = begin(Some(TOKEN), || trainer(1500).batch_size(128));
     let mut stream = Stream::open(&training, None);
     let (mut id, mut seen) = (String::new(), 0);
     while seen < 20 {
@@ -252,9 +253,9 @@ fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
         last = data;
     }
     assert_eq!(last["state"]["status"], "ended", "{last:#}");
-    assert_eq!(last["state"]["steps_done"], 800);
+    assert_eq!(last["state"]["steps_done"], 3000);
     let (report, _) = training.end();
-    assert_eq!(report.num_applied, 800);
+    assert_eq!(report.num_applied, 3000);
 }
 
 #[test]
