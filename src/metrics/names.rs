@@ -177,8 +177,8 @@ mod tests {
                 let words = query.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
                 for word in words.filter(|word| word.starts_with("ps_")) {
                     let suffixes = ["_bucket", "_sum", "_count"].iter();
-                    let base = suffixes.filter_map(|suffix| word.strip_suffix(suffix));
-                    names.insert(base.last().unwrap_or(word).to_owned());
+                    let mut bases = suffixes.filter_map(|suffix| word.strip_suffix(suffix));
+                    names.insert(bases.next().unwrap_or(word).to_owned());
                 }
             }
         }

@@ -111,9 +111,7 @@ fn a_bounded_delay_is_faster_than_none_and_than_no_bound() {
                 time + reached,
             ]
         });
-        let shape = sums.map(|sum| sum / NUM_SEEDS as f64);
-        println!("{consistency}: idle, staleness, seconds to the loss: {shape:.3?}");
-        shape
+        sums.map(|sum| sum / NUM_SEEDS as f64)
     });
     for (pair, modes) in shapes.windows(2).zip(modes.windows(2)) {
         let [[idle, staleness, _], [next_idle, next_staleness, _]] = [pair[0], pair[1]];

@@ -68,7 +68,8 @@ fn looks_per_push(consistency: Consistency, num_workers: u32, num_pushes: u32) -
 #[test]
 fn what_a_push_costs_does_not_grow_with_the_number_of_workers() {
     let most = |num_workers: u32| num_workers as usize * 9 / 10;
-    let modes: [(&str, fn(usize) -> Consistency); 5] = [
+    type MakeMode = fn(usize) -> Consistency;
+    let modes: [(&str, MakeMode); 5] = [
         ("bsp", |_| Consistency::Bsp),
         ("k-of-n", |k| Consistency::KofN { k }),
         ("ssp:0", |_| Consistency::Ssp { bound: 0 }),
@@ -83,7 +84,6 @@ fn what_a_push_costs_does_not_grow_with_the_number_of_workers() {
                 40 * num_workers.max(100),
             )
         });
-        println!("{name}: {looks:.2?} entries per push, with 10, 100 and 1,000 workers");
         // To look at all workers, or at all that wait, would be hundreds.
         assert!(
             looks[2] < 12.0 && looks[2] < 2.0 * looks[0] + 1.0,
