@@ -20,7 +20,7 @@ use crate::trainer::Trainer;
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Schedule")]
 pub struct ScheduleArgs {
-    /// How the learning rate changes from update to update: constant, linear[:END], cosine[:END],
+    /// How the learning rate changes from update to update: constant, linear, linear:END, cosine, cosine:END,
     /// exponential:FACTOR, or step:UPDATES:FACTOR. Linear and cosine go down to END (0) at the end of the run.
     #[arg(long, default_value_t = LrSchedule::Constant)]
     pub lr_schedule: LrSchedule,

@@ -1,6 +1,6 @@
 //! Event files for TensorBoard.
 //!
-//! [`TensorBoard`] is an [`Observer`](crate::observe::Observer) that writes them. The flag `--tensorboard DIR` of
+//! [`TensorBoard`] is an [`Observer`] that writes them. The flag `--tensorboard DIR` of
 //! `ps::cli::ShowArgs` makes one.
 //!
 //! ```
