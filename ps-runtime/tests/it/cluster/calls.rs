@@ -188,11 +188,17 @@ fn calls_arrive_in_the_order_sent_when_the_connection_is_lost_and_opened_again()
         there.ask(Count(tag(99))).wait_timeout(SOON).unwrap();
         expected.extend((0..100).map(|index| tag(index).to_string()));
     }
-    // A `stop` keeps its place, too.
+    // A `stop` keeps its place, too. What is written before the loss is noticed may be lost, so that is waited for.
+    let gate = Gate::hold(&here);
+    let cut_off = there.ask(Count(CUT_OFF));
+    wait_until_arrived(&there);
     network.set_outage(Some(Outage::Refused));
+    let error = cut_off.wait_timeout(SOON).unwrap_err();
+    assert!(error.is_connection_lost(), "{error}");
     there.tell(Count(1_000)).unwrap();
     there.stop();
     network.set_outage(None);
+    drop(gate);
     ps_runtime::actor::run(here.stopped());
     expected.extend(["1000", "stopping", "stopped"].map(str::to_owned));
     let mut entries = log.entries();
