@@ -148,6 +148,7 @@ impl Training {
                 return state;
             }
             assert!(Instant::now() < deadline, "{what}: {state:#}");
+            // Between two looks: requests without a pause would take a core from the training that is looked at.
             std::thread::sleep(Duration::from_millis(20));
         }
     }
