@@ -19,7 +19,7 @@ use crate::weights::{GradientUpdate, Weights};
 pub struct ComputeGradients(pub Weights);
 
 /// Takes `num_steps` steps with these servers. Each step pulls the weights, computes the gradient and
-/// pushes it.
+/// pushes it. It ends earlier if the source [has no more](super::GradientSource::has_step) steps.
 ///
 /// A step counts once its gradient has been applied, dropped as late, or refused.
 ///
@@ -53,7 +53,7 @@ pub struct ComputeGradients(pub Weights);
 pub struct RunSteps {
     /// The servers that hold the weights.
     pub servers: ServerGroup,
-    /// How many steps to take.
+    /// How many steps to take at most.
     pub num_steps: u64,
 }
 

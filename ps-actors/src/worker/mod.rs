@@ -78,6 +78,13 @@ pub trait GradientSource: 'static {
     /// If the gradient cannot be computed. The worker's run then ends with this error.
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError>;
 
+    /// Returns whether there is a batch for step `clock`. If not, a [`RunSteps`] ends before it, as if all steps
+    /// were taken. It is asked before each step. The default is that there always is.
+    fn has_step(&mut self, clock: Clock) -> bool {
+        let _ = clock;
+        true
+    }
+
     /// Returns how long the latest [`gradient`](Self::gradient) waited for its batch. Those who observe a
     /// training see this part of a step on its own. The default is zero.
     fn data_time(&self) -> Duration {
@@ -175,6 +182,10 @@ impl<S> fmt::Debug for DataWorker<S> {
 }
 
 impl<S: GradientSource> State<S> {
+    fn has_next(&mut self) -> bool {
+        self.source.has_step(self.next_clock)
+    }
+
     fn compute(&mut self, weights: Weights) -> Result<GradientUpdate, WorkerError> {
         let (worker, clock) = (self.id, self.next_clock);
         reached!(WorkerComputes { worker, clock });

@@ -71,7 +71,7 @@ async fn push_patiently(
     }
 }
 
-/// Takes `num_steps` steps, or fewer if it is asked to stop.
+/// Takes `num_steps` steps, or fewer if it is asked to stop or if the source has no more.
 pub(super) async fn run<S: GradientSource>(
     state: &RefCell<State<S>>,
     servers: &ServerGroup,
@@ -89,7 +89,12 @@ pub(super) async fn run<S: GradientSource>(
     let mut num_rejoins = 0;
     // How many gradients in a row were refused, and at which version.
     let mut refused_in_a_row = (0, weights.version());
+    let mut is_at_end = false;
     while state.borrow().next_clock.0 < last_clock && !state.borrow().stop_requested {
+        if !state.borrow_mut().has_next() {
+            is_at_end = true;
+            break;
+        }
         let started = Instant::now();
         // `compute` drops the snapshot at its end, so that the server can then update in place.
         let gradients = state.borrow_mut().compute(weights)?;
@@ -153,7 +158,7 @@ pub(super) async fn run<S: GradientSource>(
         };
         report.wait_time += started.elapsed();
     }
-    report.was_stopped = state.borrow().next_clock.0 < last_clock;
+    report.was_stopped = !is_at_end && state.borrow().next_clock.0 < last_clock;
     report.unfetched = state.borrow().recorder.kept();
     if report.was_stopped && state.borrow().keeps_membership {
         session.stay();

@@ -1,7 +1,10 @@
 use std::time::Duration;
 
 use super::*;
-use crate::server::{GroupError, Refusal};
+use crate::group::ServerGroup;
+use crate::rule::Sgd;
+use crate::server::{GroupError, PullVersion, Refusal, ServerConfig};
+use crate::weights::Layout;
 use ps_runtime::codec::MAX_HEADER;
 use ps_runtime::test_util::{check_error_crosses, transport};
 
@@ -85,4 +88,47 @@ fn progress_crosses_a_wire() {
         latest_loss: 0.25,
     };
     assert_eq!(transport(&sent).unwrap(), sent);
+}
+
+/// Has 3 steps.
+struct Three;
+
+impl GradientSource for Three {
+    fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
+        assert!(clock.0 < 3, "there is no step {clock}");
+        Ok(LocalGradient {
+            gradient: Gradient::new(vec![1.0; weights.len()]),
+            loss: 0.0,
+            num_examples: 1,
+        })
+    }
+
+    fn has_step(&mut self, clock: Clock) -> bool {
+        clock.0 < 3
+    }
+}
+
+#[test]
+fn a_run_ends_when_the_source_has_no_more_steps() {
+    let initial = Weights::initial(Layout::flat(1), vec![0.0]);
+    let config = ServerConfig {
+        wait_for_workers: 2,
+        learning_rate: 1.0,
+        ..ServerConfig::default()
+    };
+    let servers = ServerGroup::spawn(&initial, 1, config, |_| Box::new(Sgd::new())).unwrap();
+    let workers =
+        [0, 1].map(|rank| ps_runtime::actor::spawn(move || DataWorker::new(WorkerId(rank), Three)));
+    // The first one is asked for fewer steps. It leaves, so that the other one does not wait for it.
+    let runs = [2, 100].map(|num_steps| RunSteps {
+        servers: servers.clone(),
+        num_steps,
+    });
+    let [one, other] = runs;
+    let replies = [workers[0].ask(one), workers[1].ask(other)];
+    let [one, other] = replies.map(|reply| reply.wait().unwrap().unwrap());
+    assert_eq!((one.losses.len(), one.was_stopped), (2, false));
+    assert_eq!((other.losses.len(), other.was_stopped), (3, false));
+    let weights = servers.pull(PullVersion::Latest);
+    assert_eq!(ps_runtime::actor::run(weights).unwrap().to_vec(), [-3.0]);
 }
