@@ -212,14 +212,14 @@ impl FlatView {
 }
 
 /// Whether the next float tensor of a visit is in the view.
-fn next(trainable: &mut slice::Iter<'_, bool>) -> bool {
+pub(crate) fn next(trainable: &mut slice::Iter<'_, bool>) -> bool {
     *trainable
         .next()
         .expect("the module has the fields that the view was made of")
 }
 
 /// Passes the numbers of a tensor to `take`, in row-major order.
-fn with_values<const D: usize>(tensor: Tensor<D>, take: impl FnOnce(&[f32])) {
+pub(crate) fn with_values<const D: usize>(tensor: Tensor<D>, take: impl FnOnce(&[f32])) {
     let data = tensor.into_data();
     let values = data.as_slice::<f32>();
     take(values.expect("a view has f32 parameters only"));

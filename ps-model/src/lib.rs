@@ -65,6 +65,7 @@
 #![warn(clippy::print_stdout)]
 
 mod batch;
+mod by_parameter;
 mod conv;
 mod convnet;
 pub mod device;
