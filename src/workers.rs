@@ -18,20 +18,21 @@ use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::server::{Consistency, GroupError};
 use ps_actors::session::Session;
-use ps_actors::worker::{KeepMembership, RunReport, RunSteps, StopSteps, WorkerError};
-use ps_model::Model;
+use ps_actors::worker::{
+    DataWorker, GradientSource, HostedSource, KeepMembership, RunReport, RunSteps, StopSteps,
+    WorkerError,
+};
 use tokio::sync::Notify;
 
 use crate::balance::Places;
 use crate::observe::Collector;
-use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 
 /// How often in a row a worker is started again after its process was lost, without a settled gradient in
 /// between.
 pub(crate) const MAX_LOSSES: u32 = 20;
 
-/// How long a worker that is removed may take to finish its step.
+/// How long workers that are stopped or removed may take to finish the current step.
 const LAST_STEP: Duration = Duration::from_secs(10);
 
 /// How long a worker that was ended may take to be gone.
@@ -41,10 +42,12 @@ const KILLED: Duration = Duration::from_secs(2);
 const END_ROUND: Duration = Duration::from_millis(20);
 
 /// A worker of a run. It can be replaced by another one.
-pub(crate) struct Worker<M: Model> {
-    config: WorkerConfig,
+pub(crate) struct Worker<S: HostedSource> {
+    id: WorkerId,
+    /// What the worker is made from, here or elsewhere.
+    args: S::Args,
     /// Replaced by another one when its process was lost or has left.
-    actor: RefCell<ActorRef<ModelWorker<M>>>,
+    actor: RefCell<ActorRef<DataWorker<S>>>,
     cluster: Cluster,
     spawn: SpawnOn,
     places: Rc<Places>,
@@ -76,18 +79,22 @@ pub(crate) struct WorkerRun {
     pub(crate) is_cut_short: bool,
 }
 
-impl<M: Model> Worker<M> {
+impl<S: HostedSource<Args: Clone>> Worker<S> {
     /// Makes the workers of a run of these actors, in the order of their ranks.
     pub(crate) fn all(
-        started: Vec<(WorkerConfig, ActorRef<ModelWorker<M>>)>,
+        started: Vec<(WorkerId, S::Args, ActorRef<DataWorker<S>>)>,
         cluster: &Cluster,
         spawn: &SpawnOn,
         consistency: Consistency,
     ) -> Vec<Self> {
-        let places = started.iter().map(|(_, actor)| place_of(actor)).collect();
+        let places = started
+            .iter()
+            .map(|(_, _, actor)| place_of(actor))
+            .collect();
         let places = Rc::new(Places::new(places));
-        let workers = started.into_iter().map(|(config, actor)| Self {
-            config,
+        let workers = started.into_iter().map(|(id, args, actor)| Self {
+            id,
+            args,
             actor: RefCell::new(actor),
             cluster: cluster.clone(),
             spawn: spawn.clone(),
@@ -104,7 +111,7 @@ impl<M: Model> Worker<M> {
     }
 
     pub(crate) fn id(&self) -> WorkerId {
-        self.config.worker
+        self.id
     }
 
     /// Whether every update has a gradient of each worker.
@@ -168,7 +175,7 @@ impl<M: Model> Worker<M> {
         num_steps: u64,
         given_up: impl Future<Output = ()> + Clone,
     ) -> Result<WorkerRun, TrainError> {
-        let worker = self.config.worker;
+        let worker = self.id;
         let mut told = WorkerRun::default();
         let (mut num_losses, mut step_at_loss) = (0, first_step);
         let mut next_step = first_step;
@@ -285,17 +292,17 @@ impl<M: Model> Worker<M> {
     }
 
     /// Starts the worker where it is to move, or on the node that has the fewest workers.
-    async fn respawn(&self, lost: &ActorRef<ModelWorker<M>>) -> Result<(), SpawnOnError> {
+    async fn respawn(&self, lost: &ActorRef<DataWorker<S>>) -> Result<(), SpawnOnError> {
         // If it is still alive, it must not go on beside the new one.
         lost.kill();
-        let rank = self.config.worker.0 as usize;
+        let rank = self.id.0 as usize;
         let nodes = able(&self.cluster.nodes());
         let wanted = self.moves_to.take();
         let wanted = wanted.or_else(|| self.places.emptiest(&nodes, rank));
         let there = match wanted {
             Some(node) => {
                 let spawn = self.spawn.clone().place(Placement::Node(node));
-                self.cluster.spawn_with(spawn, self.config).await.ok()
+                self.cluster.spawn_with(spawn, self.args.clone()).await.ok()
             }
             None => None,
         };
@@ -303,7 +310,7 @@ impl<M: Model> Worker<M> {
             Some(actor) => actor,
             None => {
                 let anywhere = self.spawn.clone();
-                self.cluster.spawn_with(anywhere, self.config).await?
+                self.cluster.spawn_with(anywhere, self.args.clone()).await?
             }
         };
         self.places.set(rank, place_of(&actor));
@@ -312,15 +319,34 @@ impl<M: Model> Worker<M> {
     }
 }
 
+/// Waits while workers that were stopped finish the current step. Becomes ready when their time for it is over.
+pub(crate) async fn last_steps<S: HostedSource<Args: Clone>>(
+    servers: &ServerGroup,
+    workers: &[Worker<S>],
+) {
+    let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
+    let ending = pin!(async {
+        match workers.iter().any(Worker::waits_for_all) {
+            true => end_round(servers, workers).await,
+            false => std::future::pending().await,
+        }
+    });
+    match select(time_is_over, ending).await {
+        Either::Left(_) => {}
+        Either::Right((never, _)) => match never {},
+    }
+    tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
+}
+
 /// Lets workers that were stopped end without another update, if every update has a gradient of each of them: as
 /// soon as one has ended, no further update may be made, because it would lack that worker's gradient. So those
 /// that wait for one lose their membership, which ends their step. Does not return.
-pub(crate) async fn end_round<M: Model>(
+async fn end_round<S: HostedSource<Args: Clone>>(
     servers: &ServerGroup,
-    workers: &[Worker<M>],
+    workers: &[Worker<S>],
 ) -> Infallible {
     loop {
-        let is_over = |worker: &&Worker<M>| worker.is_over.get() && !worker.is_removed.get();
+        let is_over = |worker: &&Worker<S>| worker.is_over.get() && !worker.is_removed.get();
         if workers.iter().any(|worker| is_over(&worker)) {
             for worker in workers.iter().filter(|worker| !worker.is_over.get()) {
                 match Session::join(servers, worker.id()).await {
@@ -337,7 +363,7 @@ pub(crate) async fn end_round<M: Model>(
 
 /// Moves workers to nodes that join, as long as it is polled, so that no node has two workers more than
 /// another one.
-pub(crate) async fn balance<M: Model>(workers: &[Worker<M>]) -> Infallible {
+pub(crate) async fn balance<S: HostedSource<Args: Clone>>(workers: &[Worker<S>]) -> Infallible {
     let Some(Worker {
         cluster, places, ..
     }) = workers.first()
@@ -357,11 +383,11 @@ pub(crate) async fn balance<M: Model>(workers: &[Worker<M>]) -> Infallible {
 }
 
 /// Returns the nodes that may get workers.
-fn able(nodes: &[NodeInfo]) -> Vec<NodeId> {
+pub(crate) fn able(nodes: &[NodeInfo]) -> Vec<NodeId> {
     let staying = nodes.iter().filter(|node| !node.is_leaving);
     staying.map(|node| node.node).collect()
 }
 
-fn place_of<M: Model>(actor: &ActorRef<ModelWorker<M>>) -> NodeId {
+fn place_of<S: GradientSource>(actor: &ActorRef<DataWorker<S>>) -> NodeId {
     actor.node().unwrap_or(NodeId::DRIVER)
 }

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::{Ask, Asked, ControlError, Controls, MAX_WAITING};
 use crate::observe::{Change, Controlled, Event, Observers};
+use crate::source::ModelSource;
 use crate::workers::Worker;
 
 /// What a training was asked to do. It lives as long as the training, also when servers are lost.
@@ -27,7 +28,7 @@ pub(crate) struct Listening {
 /// The parts of a training that change.
 pub(crate) struct Running<'a, M: Model> {
     pub(crate) servers: &'a ServerGroup,
-    pub(crate) workers: &'a [Worker<M>],
+    pub(crate) workers: &'a [Worker<ModelSource<M>>],
     pub(crate) save_now: &'a SaveNow,
     pub(crate) stop: Option<&'a StopSignal>,
     pub(crate) observers: &'a Observers,
@@ -60,7 +61,7 @@ impl Listening {
     pub(crate) async fn restore<M: Model>(
         &self,
         servers: &ServerGroup,
-        workers: &[Worker<M>],
+        workers: &[Worker<ModelSource<M>>],
     ) -> Result<(), GroupError> {
         let removed = workers
             .iter()

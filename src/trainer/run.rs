@@ -33,10 +33,7 @@ use crate::resume::{self, Dealing, Resumed, Terms};
 use crate::source::{
     Evaluator, ModelSource, ModelWorker, SetupError, WorkerConfig, initial_weights,
 };
-use crate::workers::{Worker, WorkerRun, balance, end_round};
-
-/// How long workers may take to finish the current step when the training is interrupted.
-const LAST_STEP: Duration = Duration::from_secs(10);
+use crate::workers::{Worker, WorkerRun, balance, last_steps};
 
 /// How often in a row the servers may be lost without a newer checkpoint in between.
 const MAX_IN_VAIN: u32 = 3;
@@ -202,7 +199,7 @@ where
         cluster: &Cluster,
         variants: &Variants,
         here: &Hosts,
-    ) -> Result<Vec<Worker<M>>, SpawnOnError> {
+    ) -> Result<Vec<Worker<ModelSource<M>>>, SpawnOnError> {
         let spawn = SpawnOn::new().variant(&variants.workers).here(here.clone());
         let configs = (0..self.num_workers).map(|rank| self.worker_config(rank));
         let started: Vec<_> = configs
@@ -213,7 +210,7 @@ where
             .collect();
         let started = started
             .into_iter()
-            .map(|(config, actor)| Ok((config, actor.wait()?)));
+            .map(|(config, actor)| Ok((config.worker, config, actor.wait()?)));
         let started = started.collect::<Result<_, SpawnOnError>>()?;
         let consistency = self.server.consistency;
         Ok(Worker::all(started, cluster, &spawn, consistency))
@@ -275,7 +272,7 @@ where
     async fn drive(
         &mut self,
         servers: ServerGroup,
-        workers: Vec<Worker<M>>,
+        workers: Vec<Worker<ModelSource<M>>>,
         run: &mut Run<'_, M>,
         from: Option<&Checkpoint>,
     ) -> Result<Report, TrainError> {
@@ -599,25 +596,14 @@ async fn stop_workers<M: Model>(
     stop: Option<&StopSignal>,
     met: &Met,
     servers: &ServerGroup,
-    workers: &[Worker<M>],
+    workers: &[Worker<ModelSource<M>>],
     controls: &Controls,
 ) {
     must_stop(stop, met).await;
     workers.iter().for_each(Worker::stop);
     // Their last step may wait for it.
     end_pause(controls, servers).await;
-    let time_is_over = pin!(actix::clock::sleep(LAST_STEP));
-    let ending = pin!(async {
-        match workers.iter().any(Worker::waits_for_all) {
-            true => end_round(servers, workers).await,
-            false => std::future::pending().await,
-        }
-    });
-    match select(time_is_over, ending).await {
-        Either::Left(_) => {}
-        Either::Right((never, _)) => match never {},
-    }
-    tracing::warn!("ending before all steps are finished, after {LAST_STEP:?}");
+    last_steps(servers, workers).await;
 }
 
 /// Tells the observers what becomes of the checkpoints.
