@@ -60,6 +60,7 @@
 //! | [`lasting`] | workers for a driver's own loop that are started again when their process is lost |
 //! | [`rule`] | a burn optimizer as a server's update rule |
 //! | [`learning_rate`] | burn's learning-rate schedulers as a server's schedule |
+//! | `learner` (feature `burn-train`) | a training strategy for burn's own `Learner` |
 //! | [`export`] | files with a trained model for other programs |
 //! | [`data`] | data sets that can be cut into batches |
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
@@ -87,6 +88,8 @@ pub mod dashboard;
 pub mod data;
 pub mod export;
 pub mod lasting;
+#[cfg(feature = "burn-train")]
+pub mod learner;
 pub mod learning_rate;
 #[cfg(feature = "metrics")]
 pub mod metrics;

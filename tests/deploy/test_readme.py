@@ -16,6 +16,7 @@ NOT_TYPED = {
     "README.md": {
         "cargo test --workspace": "it would run these tests again",
         "cargo run --release --example sharded_ps --features cuda": "it needs a GPU",
+        "cargo run --release --features burn-train --example burn_learner": "another build; tests/processes types it where CI has the feature",
         "cargo run --release --example sync_ps --no-default-features": "another build; CI checks that the backend compiles",
     },
     "deploy/ray/README.md": {

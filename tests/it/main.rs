@@ -9,6 +9,8 @@ mod elastic;
 mod ending;
 mod equivalence;
 mod frozen;
+#[cfg(feature = "burn-train")]
+mod learner;
 mod nodes;
 mod observe;
 mod replay;

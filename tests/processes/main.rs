@@ -3,6 +3,8 @@
 mod chaos;
 mod elastic;
 mod kills;
+#[cfg(feature = "burn-train")]
+mod learner;
 mod observe;
 mod resume;
 mod run;

@@ -1,0 +1,222 @@
+//! burn's own training loop on several processes: the MNIST model of burn's guide, trained with burn's `Learner`.
+//!
+//! The program is that of the guide (<https://burn.dev/books/burn/basic-workflow/>), with one statement more: the
+//! strategy, which makes workers of all processes. Metrics, checkpoints and the rest are burn's.
+//!
+//! ```text
+//! cargo run --release --features burn-train --example burn_learner
+//! cargo run --release --features burn-train --example burn_learner -- --processes 3
+//! ```
+//!
+//! Prints burn's metrics for each epoch, and the accuracy of the final model on the test images: above 80 % on the
+//! bundled sample.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use burn::data::dataloader::DataLoaderBuilder;
+use burn::data::dataloader::batcher::Batcher;
+use burn::module::Module;
+use burn::nn::conv::{Conv2d, Conv2dConfig};
+use burn::nn::loss::CrossEntropyLossConfig;
+use burn::nn::pool::{AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig};
+use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig, Relu};
+use burn::optim::AdamConfig;
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::train::metric::{AccuracyMetric, LossMetric};
+use burn::train::{
+    ClassificationOutput, InferenceStep, Learner, SupervisedTraining, TrainOutput, TrainStep,
+};
+use clap::Parser;
+use ps::cli::{self, ClusterArgs, DataArgs, say};
+use ps::dataset::ImageItem;
+use ps::learner::ClusterStrategy;
+use ps::prelude::*;
+
+/// Training with burn's Learner, on any number of processes.
+#[derive(Parser)]
+#[command(version, after_help = EXAMPLES)]
+struct Args {
+    /// How often to go through the training images.
+    #[arg(long, default_value_t = 5)]
+    epochs: usize,
+    /// The number of workers [default: one in each process].
+    #[arg(long)]
+    num_workers: Option<u16>,
+    /// The number of images in each worker's batch.
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
+    #[arg(long, default_value_t = 1e-3)]
+    learning_rate: f64,
+    /// When gradients are applied: bsp, asp, ssp:BOUND or k-of-n:K.
+    #[arg(long, default_value = "bsp")]
+    consistency: Consistency,
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// The probability that dropout sets a number to zero.
+    #[arg(long, default_value_t = 0.5)]
+    dropout: f64,
+    /// Where burn writes checkpoints, metrics and its log [default: a directory in that for temporary files].
+    #[arg(long)]
+    artifact_dir: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
+    #[command(flatten)]
+    cluster: ClusterArgs,
+}
+
+const EXAMPLES: &str = "Examples:
+  burn_learner                            one worker in this process
+  burn_learner --processes 3              three workers in processes of their own
+  burn_learner --processes 3 --consistency ssp:3";
+
+fn main() -> ExitCode {
+    cli::main(train)
+}
+
+fn train(args: Args) -> Result<ExitCode> {
+    let device = args.data.device()?.autodiff();
+    device.seed(args.seed);
+    let mnist = args.data.mnist()?;
+    let loader = || DataLoaderBuilder::new(MnistBatcher).batch_size(args.batch_size);
+    // With one thread, the order is the same in each run.
+    let train = loader()
+        .shuffle(args.seed)
+        .num_workers(1)
+        .build(mnist.train);
+    let test = loader().num_workers(1).build(mnist.test);
+    let learner = Learner::new(
+        Classifier::new(args.dropout, &device),
+        AdamConfig::new().init(),
+        args.learning_rate,
+    );
+
+    // What makes many processes of one. In the others it returns `None` when their work is over.
+    let strategy = ClusterStrategy::new(&learner, &train, &device)?
+        .seed(args.seed)
+        .workers(args.num_workers)
+        .consistency(args.consistency);
+    let Some(strategy) = strategy.launch(|hosts| args.cluster.launch(hosts)) else {
+        return Ok(ExitCode::SUCCESS);
+    };
+
+    let directory = args.artifact_dir.clone();
+    let directory = directory.unwrap_or_else(|| std::env::temp_dir().join("ps-burn-learner"));
+    let result = SupervisedTraining::new(&directory, train, test.clone())
+        .metrics((AccuracyMetric::new(), LossMetric::new()))
+        .with_default_checkpointers()
+        .num_epochs(args.epochs)
+        .with_application_logger(None)
+        .with_training_strategy(strategy)
+        .summary()
+        .launch(learner);
+    if let Some(error) = result.error {
+        bail!("the training failed: {error}");
+    }
+    if let Some(interrupted) = result.interrupted {
+        let reason = interrupted.reason.unwrap_or_default();
+        say!("Interrupted: {reason}.");
+        return Ok(ExitCode::FAILURE);
+    }
+
+    let (mut num_right, mut num_all) = (0, 0);
+    for batch in test.iter() {
+        let batch = batch?;
+        let classes = result.model.forward(batch.images).argmax(1).flatten(0, 1);
+        num_all += batch.labels.dims()[0];
+        num_right += classes.equal(batch.labels).int().sum().into_scalar::<i64>();
+    }
+    let accuracy = 100.0 * num_right as f64 / num_all as f64;
+    say!("Final accuracy is {accuracy:.1}.");
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Clone, Debug)]
+struct MnistBatch {
+    /// `[batch, 1, 28, 28]`
+    images: Tensor<4>,
+    /// `[batch]`
+    labels: Tensor<1, Int>,
+}
+
+#[derive(Clone)]
+struct MnistBatcher;
+
+impl Batcher<ImageItem, MnistBatch> for MnistBatcher {
+    fn batch(&self, items: Vec<ImageItem>, device: &Device) -> MnistBatch {
+        let labels: Vec<i64> = items.iter().map(|item| item.label.into()).collect();
+        let num = items.len();
+        let pixels: Vec<f32> = items.into_iter().flat_map(|item| item.image).collect();
+        MnistBatch {
+            images: Tensor::from_data(TensorData::new(pixels, [num, 1, 28, 28]), device),
+            labels: Tensor::from_data(TensorData::new(labels, [num]), device),
+        }
+    }
+}
+
+#[derive(Module, Debug)]
+struct Classifier {
+    conv1: Conv2d,
+    conv2: Conv2d,
+    pool: AdaptiveAvgPool2d,
+    dropout: Dropout,
+    linear1: Linear,
+    linear2: Linear,
+    activation: Relu,
+}
+
+impl Classifier {
+    fn new(dropout: f64, device: &Device) -> Self {
+        Self {
+            conv1: Conv2dConfig::new([1, 8], [3, 3]).init(device),
+            conv2: Conv2dConfig::new([8, 16], [3, 3]).init(device),
+            pool: AdaptiveAvgPool2dConfig::new([8, 8]).init(),
+            dropout: DropoutConfig::new(dropout).init(),
+            linear1: LinearConfig::new(16 * 8 * 8, 128).init(device),
+            linear2: LinearConfig::new(128, 10).init(device),
+            activation: Relu::new(),
+        }
+    }
+
+    /// Returns the scores of the classes, `[batch, 10]`.
+    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let x = self.conv1.forward(images);
+        let x = self.dropout.forward(x);
+        let x = self.conv2.forward(x);
+        let x = self.dropout.forward(x);
+        let x = self.activation.forward(x);
+        let x = self.pool.forward(x).flatten(1, 3);
+        let x = self.linear1.forward(x);
+        let x = self.dropout.forward(x);
+        let x = self.activation.forward(x);
+        self.linear2.forward(x)
+    }
+
+    fn classify(&self, batch: MnistBatch) -> ClassificationOutput {
+        let MnistBatch { images, labels } = batch;
+        let scores = self.forward(images);
+        let loss = CrossEntropyLossConfig::new().init(&scores.device());
+        let loss = loss.forward(scores.clone(), labels.clone());
+        ClassificationOutput::new(loss, scores, labels)
+    }
+}
+
+impl TrainStep for Classifier {
+    type Input = MnistBatch;
+    type Output = ClassificationOutput;
+
+    fn step(&self, batch: MnistBatch) -> TrainOutput<ClassificationOutput> {
+        let item = self.classify(batch);
+        TrainOutput::new(self, item.loss.backward(), item)
+    }
+}
+
+impl InferenceStep for Classifier {
+    type Input = MnistBatch;
+    type Output = ClassificationOutput;
+
+    fn step(&self, batch: MnistBatch) -> ClassificationOutput {
+        self.classify(batch)
+    }
+}

@@ -1,0 +1,204 @@
+//! One epoch: a server and workers that take all steps of their shares.
+
+use std::pin::pin;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use burn::train::{Learner, LearnerModel};
+use futures_util::FutureExt;
+use futures_util::future::{Either, join, select, try_join_all};
+use ps_actors::actor::{self, ActorRef};
+use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn};
+use ps_actors::group::ServerGroup;
+use ps_actors::ids::WorkerId;
+use ps_actors::server::ServerConfig;
+use ps_actors::worker::DataWorker;
+use ps_model::{FlatView, ModelError};
+use tokio::sync::oneshot;
+
+use super::rule::LearnerRule;
+use super::source::{EpochConfig, Input, LearnerSource, Output, Shared, lock};
+use crate::observe::{Collector, Observers};
+use crate::source::initial_weights;
+use crate::trainer::TrainError;
+use crate::workers::{Worker, able, balance, last_steps};
+
+/// How many outputs of steps wait for burn's metrics. Then the workers of the driver's process wait.
+const MAX_WAITING: usize = 16;
+
+/// How often the driver looks whether it must stop, while no step ends in its process.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What all epochs of a training have in common.
+pub(super) struct Epochs<'a, M: LearnerModel> {
+    pub(super) shared: &'a Arc<Shared<M>>,
+    pub(super) cluster: &'a Cluster,
+    pub(super) hosts: &'a Hosts,
+    pub(super) variant: &'a str,
+    pub(super) config: ServerConfig,
+    pub(super) num_workers: u32,
+    pub(super) num_accumulated: u32,
+    pub(super) learner: &'a Arc<Mutex<Learner<M>>>,
+}
+
+impl<M: LearnerModel> Epochs<'_, M>
+where
+    Input<M>: Clone,
+{
+    /// Takes all steps of one epoch. Afterwards the learner has the servers' weights. Calls `on_output` for the
+    /// output of each step of a worker in this process, after its gradient was settled, and `must_stop` again
+    /// and again. When that returns `true`, the epoch ends after the current steps.
+    pub(super) fn train(
+        &self,
+        epoch: u64,
+        mut on_output: impl FnMut(Output<M>),
+        mut must_stop: impl FnMut() -> bool,
+    ) -> Result<(), TrainError> {
+        let (sender, outputs) = sync_channel(MAX_WAITING);
+        let (stop, stopped) = oneshot::channel();
+        thread::scope(|scope| {
+            let taking = Taking::begin(self.shared, sender);
+            let training = scope.spawn(move || {
+                let result = self.take_steps(epoch, stopped);
+                drop(taking);
+                result
+            });
+            let mut stop = Some(stop);
+            while let Some(output) = next(&outputs) {
+                output.into_iter().for_each(&mut on_output);
+                if must_stop()
+                    && let Some(stop) = stop.take()
+                {
+                    // If nobody hears it, the steps have just ended.
+                    let _ = stop.send(());
+                }
+            }
+            match training.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })
+    }
+
+    fn take_steps(&self, epoch: u64, stopped: oneshot::Receiver<()>) -> Result<(), TrainError> {
+        let model = lock(self.learner).model();
+        let view = FlatView::new(&model).map_err(ModelError::from);
+        let view = view.map_err(crate::source::SetupError::from)?;
+        let initial = initial_weights(&model, &self.shared.device)?;
+        drop(model);
+        let rule = |_| -> Box<dyn ps_actors::rule::UpdateRule> {
+            Box::new(LearnerRule::new(self.learner, view.clone()))
+        };
+        let servers = ServerGroup::spawn(&initial, 1, self.config, rule)?;
+        let workers = self.spawn_workers(epoch)?;
+        let result = actor::try_run(drive(&servers, &workers, stopped));
+        // Nobody goes on in the background.
+        workers.iter().for_each(Worker::kill);
+        servers.servers().for_each(ActorRef::kill);
+        result.map_err(TrainError::EventLoop)?
+    }
+
+    /// Starts the first worker in this process, so that burn's metrics have something to show, and the others
+    /// on the nodes and here in turn. In each epoch a rank is at the same place, where its share of the
+    /// examples is being read.
+    fn spawn_workers(&self, epoch: u64) -> Result<Vec<Worker<LearnerSource<M>>>, TrainError> {
+        let mut nodes = able(&self.cluster.nodes());
+        nodes.sort_unstable();
+        let spawn = SpawnOn::new().variant(self.variant);
+        let spawn = spawn.here(self.hosts.clone());
+        let start = |config: EpochConfig, place: Placement| {
+            let spawn = spawn.clone().place(place);
+            (self.cluster).spawn_with::<DataWorker<LearnerSource<M>>>(spawn, config)
+        };
+        let started = (0..self.num_workers).map(|rank| {
+            let config = self.epoch_config(rank, epoch);
+            let place = match (rank as usize % (1 + nodes.len())).checked_sub(1) {
+                None => Placement::Driver,
+                Some(index) => Placement::Node(nodes[index]),
+            };
+            (config, place.clone(), start(config, place))
+        });
+        // All are being started before the first is waited for.
+        let started: Vec<_> = started.collect();
+        let started = started.into_iter().map(|(config, place, actor)| {
+            let actor = match (actor.wait(), place) {
+                // The node has just been lost, or leaves.
+                (Err(_), Placement::Node(_)) => start(config, Placement::RoundRobin).wait()?,
+                (actor, _) => actor?,
+            };
+            Ok((config.worker, config, actor))
+        });
+        let started = started.collect::<Result<_, TrainError>>()?;
+        let consistency = self.config.consistency;
+        Ok(Worker::all(started, self.cluster, &spawn, consistency))
+    }
+
+    fn epoch_config(&self, rank: u32, epoch: u64) -> EpochConfig {
+        EpochConfig {
+            worker: WorkerId(rank),
+            num_workers: self.num_workers,
+            epoch,
+            num_accumulated: self.num_accumulated,
+        }
+    }
+}
+
+/// Waits for an output, but not for long. `None` when there will be no more.
+fn next<M: LearnerModel>(outputs: &Receiver<Output<M>>) -> Option<Option<Output<M>>> {
+    match outputs.recv_timeout(LOOK) {
+        Ok(output) => Some(Some(output)),
+        Err(RecvTimeoutError::Timeout) => Some(None),
+        Err(RecvTimeoutError::Disconnected) => None,
+    }
+}
+
+/// As long as it exists, the workers of this process pass on their outputs.
+struct Taking<M: LearnerModel>(Arc<Shared<M>>);
+
+impl<M: LearnerModel> Taking<M> {
+    fn begin(shared: &Arc<Shared<M>>, sender: SyncSender<Output<M>>) -> Self {
+        *lock(&shared.outputs) = Some(sender);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl<M: LearnerModel> Drop for Taking<M> {
+    fn drop(&mut self) {
+        *lock(&self.0.outputs) = None;
+    }
+}
+
+/// Lets all workers take their steps, until they have taken them or are stopped.
+async fn drive<M: LearnerModel>(
+    servers: &ServerGroup,
+    workers: &[Worker<LearnerSource<M>>],
+    stopped: oneshot::Receiver<()>,
+) -> Result<(), TrainError>
+where
+    Input<M>: Clone,
+{
+    let collector = Collector::new(&Observers::start(Vec::new()));
+    let given_up = async {
+        if stopped.await.is_err() {
+            // Nobody is left who could stop them.
+            return std::future::pending().await;
+        }
+        workers.iter().for_each(Worker::stop);
+        last_steps(servers, workers).await;
+    };
+    let given_up = given_up.shared();
+    let runs = workers
+        .iter()
+        .map(|worker| worker.run(servers, &collector, 0, u64::MAX, given_up.clone()));
+    let runs = pin!(try_join_all(runs));
+    let beside = pin!(async {
+        let (never, ()) = join(balance(workers), given_up.clone()).await;
+        match never {}
+    });
+    match select(runs, beside).await {
+        Either::Left((outcome, _)) => outcome.map(drop),
+        Either::Right((never, _)) => never,
+    }
+}

@@ -1,0 +1,290 @@
+//! burn's `Learner` with the strategy of `ps`: the same weights as burn's own strategy, every example once in an epoch,
+//! and burn's interrupter, checkpoints and early stopping.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord};
+use burn::optim::{AdamConfig, ModuleOptimizer, SgdConfig};
+use burn::train::metric::store::EventStoreClient;
+use burn::train::{EarlyStoppingStrategy, Learner, TrainingStrategy};
+use ps::learner::ClusterStrategy;
+use ps::prelude::*;
+
+use net::{
+    Directory, Loader, Net, OnStep, assert_close, device, learner, loader, train, weights_of,
+};
+
+mod net;
+mod nodes;
+
+/// A strategy for this process alone.
+fn alone(
+    learner: &Learner<Net>,
+    loader: &Loader,
+    num_workers: u16,
+    consistency: Consistency,
+) -> TrainingStrategy<Net> {
+    let strategy = ClusterStrategy::new(learner, loader, &device()).unwrap();
+    let strategy = strategy.workers(num_workers).consistency(consistency);
+    strategy
+        .heed_signals(false)
+        .on(&Cluster::alone(Hosts::new()))
+}
+
+const OPTIMIZERS: [fn() -> ModuleOptimizer; 2] =
+    [|| SgdConfig::new().init(), || AdamConfig::new().init()];
+
+const NUM_EPOCHS: usize = 3;
+
+/// The order in which one process must take the examples, so that its batches are those of `num_workers` workers,
+/// joined.
+fn joined(num_examples: usize, num_workers: usize, batch_size: usize) -> Vec<usize> {
+    let share = num_examples / num_workers;
+    let batches = (0..share / batch_size).flat_map(|batch| {
+        (0..num_workers).flat_map(move |worker| {
+            let begin = worker * share + batch * batch_size;
+            begin..begin + batch_size
+        })
+    });
+    batches.collect()
+}
+
+#[test]
+fn bsp_ends_with_the_weights_of_burns_own_strategy_on_the_joined_batches() {
+    let nothing = OnStep::nothing();
+    for (number, optimizer) in OPTIMIZERS.into_iter().enumerate() {
+        let num_updates = NUM_EPOCHS * 60 / (3 * 5);
+        let alike = learner(optimizer(), num_updates);
+        let loads = loader(joined(60, 3, 5), 15, None, &nothing);
+        let expected = weights_of(&train(alike, loads, NUM_EPOCHS, None));
+
+        let learner = learner(optimizer(), num_updates);
+        let loads = loader(0..60, 5, None, &nothing);
+        let strategy = alone(&learner, &loads, 3, Consistency::Bsp);
+        let got = weights_of(&train(learner, loads, NUM_EPOCHS, Some(strategy)));
+        assert_close(&got, &expected, &format!("optimizer {number}"));
+        assert_ne!(got, Net::new(&device()).weights());
+    }
+}
+
+/// With the same order of the examples, which burn's loader shuffles.
+#[test]
+fn one_worker_trains_as_burns_own_strategy() {
+    let nothing = OnStep::nothing();
+    let loads = || loader(0..30, 4, Some(9), &nothing);
+    let new = || learner(AdamConfig::new().init(), 24);
+    let expected = weights_of(&train(new(), loads(), NUM_EPOCHS, None));
+    let (learner, loads) = (new(), loads());
+    let strategy = alone(&learner, &loads, 1, Consistency::Bsp);
+    let got = weights_of(&train(learner, loads, NUM_EPOCHS, Some(strategy)));
+    assert_close(&got, &expected, "one worker");
+}
+
+#[test]
+fn accumulated_gradients_are_summed_as_burns_own_strategy_does() {
+    let nothing = OnStep::nothing();
+    let loads = || loader(0..30, 4, None, &nothing);
+    let new = || learner(SgdConfig::new().init(), 24);
+    let accumulating = |strategy: Option<TrainingStrategy<Net>>, learner, loads| {
+        let directory = Directory::new();
+        let training = directory.training(loads, NUM_EPOCHS).grads_accumulation(3);
+        let training = match strategy {
+            Some(strategy) => training.with_training_strategy(strategy),
+            None => training,
+        };
+        weights_of(&training.launch(learner))
+    };
+    // 8 batches: the last step of an epoch has 2.
+    let expected = accumulating(None, new(), loads());
+    let (learner, loads) = (new(), loads());
+    let strategy = alone(&learner, &loads, 1, Consistency::Bsp);
+    let got = accumulating(Some(strategy), learner, loads);
+    assert_close(&got, &expected, "accumulated");
+}
+
+/// How often each example was in a step.
+#[derive(Clone, Default)]
+struct Counts(Arc<Mutex<Vec<usize>>>);
+
+impl Counts {
+    fn on_step(&self) -> OnStep {
+        let counts = Arc::clone(&self.0);
+        OnStep(Arc::new(move |ids| {
+            let mut counts = counts.lock().unwrap();
+            for &id in ids {
+                if counts.len() <= id {
+                    counts.resize(id + 1, 0);
+                }
+                counts[id] += 1;
+            }
+        }))
+    }
+
+    fn take(&self) -> Vec<usize> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+#[test]
+fn each_epoch_covers_every_example_once_in_every_mode() {
+    let counts = Counts::default();
+    for consistency in [
+        Consistency::Bsp,
+        Consistency::Asp,
+        Consistency::Ssp { bound: 1 },
+        Consistency::KofN { k: 2 },
+    ] {
+        // The shares have 16 or 17 examples, so their last batches are smaller.
+        let learner = learner(SgdConfig::new().init(), 100);
+        let loads = loader(0..50, 4, Some(3), &counts.on_step());
+        let strategy = alone(&learner, &loads, 3, consistency);
+        let result = train(learner, loads, NUM_EPOCHS, Some(strategy));
+        weights_of(&result);
+        assert_eq!(counts.take(), vec![NUM_EPOCHS; 50], "{consistency}");
+    }
+}
+
+/// A constant rate that counts how often it is asked for.
+#[derive(Clone, Default)]
+struct Counting(Arc<AtomicUsize>);
+
+impl LrScheduler for Counting {
+    fn step(&mut self) -> f64 {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        0.01
+    }
+
+    fn to_record(&self) -> LrSchedulerRecord {
+        LrSchedulerRecord::new()
+    }
+
+    fn load_record(&mut self, _: LrSchedulerRecord) {}
+}
+
+#[test]
+fn the_schedule_counts_updates() {
+    // 5 steps per worker and epoch.
+    for (consistency, per_epoch) in [(Consistency::Bsp, 5), (Consistency::Asp, 10)] {
+        let counting = Counting::default();
+        let num_updates = Arc::clone(&counting.0);
+        let learner = Learner::new(Net::new(&device()), SgdConfig::new().init(), counting);
+        let loads = loader(0..40, 4, None, &OnStep::nothing());
+        let strategy = alone(&learner, &loads, 2, consistency);
+        weights_of(&train(learner, loads, NUM_EPOCHS, Some(strategy)));
+        let num_updates = num_updates.load(Ordering::Relaxed);
+        assert_eq!(num_updates, NUM_EPOCHS * per_epoch, "{consistency}");
+    }
+}
+
+/// What the optimizer remembers, and the place in the schedule, are in burn's checkpoints.
+#[test]
+fn a_training_goes_on_from_burns_checkpoint() {
+    let new = || learner(AdamConfig::new().init(), 40);
+    let loads = || loader(0..40, 4, None, &OnStep::nothing());
+    let run = |directory: &Directory, num_epochs, from: Option<usize>| {
+        let (learner, loads) = (new(), loads());
+        let strategy = alone(&learner, &loads, 2, Consistency::Bsp);
+        let training = directory.training(loads, num_epochs);
+        let training = match from {
+            Some(epoch) => training.checkpoint(epoch),
+            None => training,
+        };
+        let training = training.with_default_checkpointers();
+        weights_of(&training.with_training_strategy(strategy).launch(learner))
+    };
+    let expected = run(&Directory::new(), 4, None);
+    let directory = Directory::new();
+    let halfway = run(&directory, 2, None);
+    assert_ne!(halfway, expected);
+    assert_eq!(run(&directory, 4, Some(2)), expected);
+}
+
+#[derive(Clone)]
+struct StopAfter(usize);
+
+impl EarlyStoppingStrategy for StopAfter {
+    fn should_stop(&mut self, epoch: usize, _: &EventStoreClient) -> bool {
+        epoch == self.0
+    }
+}
+
+#[test]
+fn early_stopping_ends_a_training() {
+    let counts = Counts::default();
+    let learner = learner(SgdConfig::new().init(), 100);
+    let loads = loader(0..20, 4, None, &counts.on_step());
+    let strategy = alone(&learner, &loads, 2, Consistency::Asp);
+    let directory = Directory::new();
+    let training = directory.training(loads, 100).early_stopping(StopAfter(2));
+    weights_of(&training.with_training_strategy(strategy).launch(learner));
+    assert_eq!(counts.take(), [2; 20]);
+}
+
+#[test]
+fn the_interrupter_ends_a_training_within_an_epoch() {
+    for consistency in [Consistency::Bsp, Consistency::Asp] {
+        let directory = Directory::new();
+        let interrupter = burn::train::Interrupter::new();
+        let num_steps = Arc::new(AtomicUsize::new(0));
+        let (interrupts, counts) = (interrupter.clone(), Arc::clone(&num_steps));
+        let on_step = OnStep(Arc::new(move |_| {
+            if counts.fetch_add(1, Ordering::Relaxed) == 9 {
+                interrupts.stop(Some("enough"));
+            }
+        }));
+        let learner = learner(SgdConfig::new().init(), 1_000);
+        // Far more steps than can be taken until the driver looks.
+        let loads = loader(0..400_000, 4, None, &on_step);
+        let strategy = alone(&learner, &loads, 2, consistency);
+        let training = directory.training(loads, 1).with_interrupter(interrupter);
+        let result = training.with_training_strategy(strategy).launch(learner);
+        let interrupted = result.interrupted.expect("it was interrupted");
+        assert_eq!(interrupted.reason.as_deref(), Some("enough"));
+        let num_steps = num_steps.load(Ordering::Relaxed);
+        assert!(num_steps < 50_000, "{consistency}: {num_steps} steps");
+    }
+}
+
+#[test]
+fn a_panic_in_a_step_ends_a_training_with_an_error_that_names_the_worker() {
+    let on_step = OnStep(Arc::new(|ids| assert!(!ids.contains(&33), "as planned")));
+    let learner = learner(SgdConfig::new().init(), 100);
+    let loads = loader(0..40, 4, None, &on_step);
+    let strategy = alone(&learner, &loads, 2, Consistency::Bsp);
+    let result = train(learner, loads, 1, Some(strategy));
+    let error = result.error.expect("a step panicked").to_string();
+    // The second worker has the examples from 20 on.
+    assert!(
+        error.contains("device 1") && error.contains("as planned"),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_cannot_work_is_an_error_that_says_so() {
+    let nothing = OnStep::nothing();
+    let error = |num_workers, consistency, other: bool| {
+        let learner = learner(SgdConfig::new().init(), 100);
+        let loads = loader(0..4, 1, None, &nothing);
+        let strategy = alone(&learner, &loads, num_workers, consistency);
+        let loads = match other {
+            true => loader(0..4, 1, None, &nothing),
+            false => loads,
+        };
+        let result = train(learner, loads, 1, Some(strategy));
+        result.error.expect("it cannot work").to_string()
+    };
+    let too_many = error(5, Consistency::Asp, false);
+    assert!(
+        too_many.contains("4 examples are fewer than 5 workers"),
+        "{too_many}"
+    );
+    let other_loader = error(2, Consistency::Asp, true);
+    assert!(
+        other_loader.contains("different data loaders"),
+        "{other_loader}"
+    );
+    let mode = error(2, Consistency::KofN { k: 3 }, false);
+    assert!(mode.contains('3'), "{mode}");
+}

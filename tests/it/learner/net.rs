@@ -1,0 +1,203 @@
+//! A small network as a user of burn's `Learner` writes it, and its data.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use burn::data::dataloader::batcher::Batcher;
+use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
+use burn::data::dataset::InMemDataset;
+use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
+use burn::module::Module;
+use burn::nn::{Linear, LinearConfig};
+use burn::optim::ModuleOptimizer;
+use burn::tensor::activation::tanh;
+use burn::tensor::{Device, Tensor, TensorData};
+use burn::train::metric::LossMetric;
+use burn::train::{
+    InferenceStep, Learner, LearningResult, RegressionOutput, SupervisedTraining, TrainOutput,
+    TrainStep, TrainingStrategy,
+};
+use ps::model::FlatView;
+use ps::prelude::*;
+
+type Hook = dyn Fn(&[usize]) + Send + Sync;
+
+/// Called with the ids of the examples of each training step.
+#[derive(Clone)]
+pub(super) struct OnStep(pub(super) Arc<Hook>);
+
+impl fmt::Debug for OnStep {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnStep")
+    }
+}
+
+impl OnStep {
+    pub(super) fn nothing() -> Self {
+        Self(Arc::new(|_| {}))
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Batch {
+    ids: Vec<usize>,
+    inputs: Tensor<2>,
+    targets: Tensor<2>,
+    on_step: OnStep,
+}
+
+/// Makes the examples from their numbers.
+#[derive(Clone)]
+struct Points(OnStep);
+
+impl Batcher<usize, Batch> for Points {
+    fn batch(&self, ids: Vec<usize>, device: &Device) -> Batch {
+        let inputs = ids.iter().flat_map(|&id| {
+            [0.754_877_7, 0.569_840_3, 0.316_624_8].map(|step| (id as f32 * step).fract() - 0.5)
+        });
+        let targets = ids.iter().map(|&id| (id as f32).sin());
+        let (inputs, targets): (Vec<f32>, Vec<f32>) = (inputs.collect(), targets.collect());
+        Batch {
+            inputs: Tensor::from_data(TensorData::new(inputs, [ids.len(), 3]), device),
+            targets: Tensor::from_data(TensorData::new(targets, [ids.len(), 1]), device),
+            ids,
+            on_step: self.0.clone(),
+        }
+    }
+}
+
+#[derive(Module, Debug)]
+pub(super) struct Net {
+    first: Linear,
+    second: Linear,
+}
+
+impl Net {
+    /// The weights of a network are always the same.
+    pub(super) fn new(device: &Device) -> Self {
+        let net = Self {
+            first: LinearConfig::new(3, 8).init(device),
+            second: LinearConfig::new(8, 1).init(device),
+        };
+        let view = FlatView::new(&net).unwrap();
+        let weight = |at: usize| (at as f32 * 0.618_034).fract() - 0.5;
+        view.write_weights(net, |range, out| out.extend(range.map(weight)))
+            .unwrap()
+    }
+
+    pub(super) fn weights(&self) -> Vec<f32> {
+        FlatView::new(self).unwrap().read_weights(self)
+    }
+
+    fn output(&self, batch: Batch) -> RegressionOutput {
+        let output = self.second.forward(tanh(self.first.forward(batch.inputs)));
+        let loss = (output.clone() - batch.targets.clone()).square().mean();
+        RegressionOutput::new(loss, output, batch.targets)
+    }
+}
+
+impl TrainStep for Net {
+    type Input = Batch;
+    type Output = RegressionOutput;
+
+    fn step(&self, batch: Batch) -> TrainOutput<RegressionOutput> {
+        (batch.on_step.0)(&batch.ids);
+        let output = self.output(batch);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl InferenceStep for Net {
+    type Input = Batch;
+    type Output = RegressionOutput;
+
+    fn step(&self, batch: Batch) -> RegressionOutput {
+        self.output(batch)
+    }
+}
+
+pub(super) type Loader = Arc<dyn DataLoader<Batch>>;
+
+/// A loader of these examples, in this order or shuffled.
+pub(super) fn loader(
+    ids: impl IntoIterator<Item = usize>,
+    batch_size: usize,
+    seed: Option<u64>,
+    on_step: &OnStep,
+) -> Loader {
+    let builder = DataLoaderBuilder::new(Points(on_step.clone())).batch_size(batch_size);
+    let builder = match seed {
+        Some(seed) => builder.shuffle(seed),
+        None => builder,
+    };
+    builder.build(InMemDataset::new(ids.into_iter().collect()))
+}
+
+pub(super) fn device() -> Device {
+    select_device(default_device_name()).unwrap().autodiff()
+}
+
+/// A learner whose rate falls with each update.
+pub(super) fn learner(optimizer: ModuleOptimizer, num_updates: usize) -> Learner<Net> {
+    let schedule = CosineAnnealingLrSchedulerConfig::new(0.05, num_updates);
+    Learner::new(Net::new(&device()), optimizer, schedule.init().unwrap())
+}
+
+/// A directory for the files of a training.
+pub(super) struct Directory(pub(super) tempfile::TempDir);
+
+impl Directory {
+    pub(super) fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub(super) fn path(&self) -> PathBuf {
+        self.0.path().to_owned()
+    }
+
+    /// A training with these examples, and a few others to validate on.
+    pub(super) fn training(&self, train: Loader, num_epochs: usize) -> SupervisedTraining<Net> {
+        let valid = loader(1_000..1_010, 4, None, &OnStep::nothing());
+        SupervisedTraining::new(self.path(), train, valid)
+            .metric_train_numeric(LossMetric::new())
+            .metric_valid_numeric(LossMetric::new())
+            .with_application_logger(None)
+            .num_epochs(num_epochs)
+    }
+}
+
+/// Trains as burn does by itself, or with this strategy.
+pub(super) fn train(
+    learner: Learner<Net>,
+    loader: Loader,
+    num_epochs: usize,
+    strategy: Option<TrainingStrategy<Net>>,
+) -> LearningResult<Net> {
+    let directory = Directory::new();
+    let training = directory.training(loader, num_epochs);
+    let training = match strategy {
+        Some(strategy) => training.with_training_strategy(strategy),
+        None => training,
+    };
+    training.launch(learner)
+}
+
+/// Trains without an error. Returns the weights.
+pub(super) fn weights_of(result: &LearningResult<Net>) -> Vec<f32> {
+    if let Some(error) = &result.error {
+        panic!("{error}");
+    }
+    result.model.weights()
+}
+
+pub(super) fn assert_close(got: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(got.len(), expected.len(), "{what}");
+    for (at, (got, expected)) in got.iter().zip(expected).enumerate() {
+        let difference = (got - expected).abs();
+        assert!(
+            difference <= 1e-5,
+            "{what}: weight {at}: {got} and {expected}"
+        );
+    }
+}
