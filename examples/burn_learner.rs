@@ -121,6 +121,7 @@ fn train(args: Args) -> Result<ExitCode> {
     }
 
     let (mut num_right, mut num_all) = (0, 0);
+    let test = test.to_device(&device.inner());
     for batch in test.iter() {
         let batch = batch?;
         let classes = result.model.forward(batch.images).argmax(1).flatten(0, 1);
