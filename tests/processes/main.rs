@@ -3,6 +3,7 @@
 mod chaos;
 mod elastic;
 mod kills;
+mod models;
 mod observe;
 mod resume;
 mod run;
