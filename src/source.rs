@@ -62,16 +62,16 @@ pub enum SetupError {
 /// ```
 pub fn initial_weights<M: Module>(model: &M, device: &Device) -> Result<Weights, SetupError> {
     let model = LocalModel::new(model.clone(), device)?;
-    Ok(Weights::initial(layout(model.layout())?, model.weights()?))
+    Ok(Weights::initial(layout(&model)?, model.weights()?))
 }
 
-pub(crate) fn layout(specs: &[ParameterSpec]) -> Result<Layout, LayoutError> {
-    let parameters = specs.iter().cloned().map(
+pub(crate) fn layout<M: Module>(model: &LocalModel<M>) -> Result<Layout, LayoutError> {
+    let parameters = model.layout().iter().cloned().map(
         |ParameterSpec {
              name, shape, range, ..
          }| { Parameter { name, shape, range } },
     );
-    Layout::new(parameters.collect())
+    Layout::with_buffers(parameters.collect(), model.buffers().len())
 }
 
 /// A model that loads its weights from a server's snapshots.
@@ -84,7 +84,7 @@ pub(crate) struct Loadable<M: Module> {
 impl<M: Module> Loadable<M> {
     pub(crate) fn new(model: &M, device: &Device) -> Result<Self, ModelError> {
         let model = LocalModel::new(model.clone(), device)?;
-        let layout = layout(model.layout()).expect("the places in a flat view follow one another");
+        let layout = layout(&model).expect("the places in a flat view follow one another");
         let layout = Arc::new(layout);
         Ok(Self { model, layout })
     }
@@ -256,7 +256,7 @@ impl<M: Model> GradientSource for ModelSource<M> {
             let loss = model.gradient(batch, step(0), &mut gradient)?;
             let num_examples = M::num_examples(batch);
             return Ok(LocalGradient {
-                gradient: Gradient::new(gradient),
+                gradient: Gradient::with_buffers(gradient, model.num_trainable()),
                 loss,
                 num_examples,
             });
@@ -274,7 +274,7 @@ impl<M: Model> GradientSource for ModelSource<M> {
             num_examples += M::num_examples(batch);
         }
         Ok(LocalGradient {
-            gradient: Gradient::new(gradient),
+            gradient: Gradient::with_buffers(gradient, model.num_trainable()),
             loss,
             num_examples,
         })

@@ -57,7 +57,7 @@ def parameters_by_name(model):
         is_frozen = not any(p.requires_grad for p in module.parameters(recurse=False)) and not module.training
         if has_statistics and not is_frozen:
             raise UnknownLayer(
-                f"`{path or kind}` is a {kind}, whose running statistics do not travel: "
+                f"`{path or kind}` is a {kind}, whose running statistics this worker cannot send: "
                 "use a GroupNorm or LayerNorm, or freeze it (`eval()` and `requires_grad_(False)`)")
         names = known_names(module)
         for name, parameter in module._parameters.items():

@@ -4,16 +4,24 @@
 //! be *elementwise*: what happens to one weight may depend only on that weight, its gradient and its state.
 //! Then any number of servers gives the same bits as one server (PS-3).
 //!
+//! [`Groups`] has other rules and rates for some of the parameters.
+//!
 //! [`Sgd`] is a plain loop in this crate, because it needs no tensor library and runs at the speed of the
 //! memory. The crate `ps` makes a rule of any elementwise optimizer of burn.
 
 use std::fmt;
+use std::ops::Range;
 
 use ps_runtime::codec::Bulk;
 use ps_runtime::parallel::{PART_LEN, for_each, vectorized};
 use serde::{Deserialize, Serialize};
 
 use crate::ids::Version;
+use crate::weights::Layout;
+
+pub use self::groups::Groups;
+
+mod groups;
 
 /// Changes weights by a gradient. Implementations must be deterministic and elementwise (see the
 /// [module](self)).
@@ -67,6 +75,12 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
         self.update(next, gradient, learning_rate);
     }
 
+    /// Is told which weights of the model the rule updates, once before everything else. Most rules treat all weights
+    /// alike, and need not know. [`Groups`] is one that does.
+    fn place(&mut self, layout: &Layout, range: Range<usize>) {
+        let _ = (layout, range);
+    }
+
     /// Returns the learning rate of the update that makes `version`, if the server's settings have `set`.
     /// The default is `set`. A rule with a schedule ([`Scheduled`](crate::learning_rate::Scheduled)) returns
     /// the rate of its schedule.
@@ -98,6 +112,10 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
 }
 
 impl UpdateRule for Box<dyn UpdateRule> {
+    fn place(&mut self, layout: &Layout, range: Range<usize>) {
+        (**self).place(layout, range);
+    }
+
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
         (**self).update(weights, gradient, learning_rate);
     }

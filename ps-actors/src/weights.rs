@@ -230,6 +230,9 @@ pub(crate) struct BadPart {
 /// the cache of that core. The server checks the norm against NaN, infinity and exploding gradients. This
 /// needs no second pass over the numbers, and no gradient can avoid the check.
 ///
+/// If the model has buffers, the last numbers are not slopes but say how far each buffer moves (S-20). The norm
+/// leaves them out.
+///
 /// ```
 /// use ps_actors::weights::Gradient;
 ///
@@ -246,6 +249,8 @@ pub struct Gradient {
     /// The index of the weight that belongs to `values[0]`.
     start: usize,
     values: Bulk,
+    /// The index of the first weight of the model that is not trained but belongs to a buffer.
+    num_trainable: usize,
     norm_squared: f64,
 }
 
@@ -254,11 +259,35 @@ impl Gradient {
     #[must_use]
     pub fn new(values: impl Into<Buffer>) -> Self {
         let values: Buffer = values.into();
-        let norm_squared = norm_squared(&values);
-        let values = Bulk::from(values);
+        let num_trainable = values.len();
+        Self::with_buffers(values, num_trainable)
+    }
+
+    /// Makes the gradient of the weights `0..values.len()`, of which only the first `num_trainable` are trained. The
+    /// others belong to buffers: their numbers are the loaded statistic minus the new one (S-20).
+    ///
+    /// # Panics
+    /// If there are fewer than `num_trainable` numbers.
+    ///
+    /// ```
+    /// use ps_actors::weights::Gradient;
+    ///
+    /// let gradient = Gradient::with_buffers(vec![3.0, 4.0, 100.0], 2);
+    /// assert_eq!(gradient.norm(), 5.0);
+    /// ```
+    #[must_use]
+    pub fn with_buffers(values: impl Into<Buffer>, num_trainable: usize) -> Self {
+        let values = Bulk::from(values.into());
+        assert!(
+            num_trainable <= values.len(),
+            "{num_trainable} of {} numbers cannot be of trained weights",
+            values.len()
+        );
+        let norm_squared = trained_norm_squared(&values, num_trainable);
         Self {
             start: 0,
             values,
+            num_trainable,
             norm_squared,
         }
     }
@@ -279,8 +308,16 @@ impl Gradient {
         Self {
             start: range.start,
             values: self.values.slice(first..first + range.len()),
+            num_trainable: self.num_trainable,
             norm_squared: self.norm_squared,
         }
+    }
+
+    /// Returns the range of its numbers that belong to trained weights. Those of buffers stand behind it.
+    #[must_use]
+    pub fn trained(&self) -> Range<usize> {
+        let Range { start, end } = self.range();
+        start..self.num_trainable.clamp(start, end)
     }
 
     /// Returns the range of the weights that this is the gradient of.
@@ -295,11 +332,25 @@ impl Gradient {
         &self.values
     }
 
-    /// Returns the Euclidean norm of the whole gradient. It is not finite if any number of the gradient is
-    /// not finite.
+    /// Returns the Euclidean norm of the whole gradient, without the numbers of buffers. It is not finite if any
+    /// number is not finite, whether of a buffer or not.
     #[must_use]
     pub fn norm(&self) -> f64 {
         self.norm_squared.sqrt()
+    }
+}
+
+/// Returns the sum of the squares of the first `num_trainable` numbers, or infinity if another number is not
+/// finite.
+fn trained_norm_squared(values: &Bulk, num_trainable: usize) -> f64 {
+    // It may be known since the numbers arrived.
+    if num_trainable == values.len() {
+        return values.norm_squared();
+    }
+    let (trained, buffers) = values.split_at(num_trainable);
+    match norm_squared(buffers).is_finite() {
+        true => norm_squared(trained),
+        false => f64::INFINITY,
     }
 }
 
@@ -325,7 +376,9 @@ pub struct GradientUpdate {
 /// How snapshots and gradients travel. They are checked when they arrive, because any process may have sent
 /// them (PS-6).
 mod wire {
-    use super::{Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version, layout};
+    use super::{
+        Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version, layout, trained_norm_squared,
+    };
 
     #[derive(Serialize, Deserialize)]
     pub(super) struct Weights {
@@ -376,6 +429,7 @@ mod wire {
     pub(super) struct Gradient {
         start: usize,
         values: Bulk,
+        num_trainable: usize,
         norm_squared: f64,
     }
 
@@ -384,11 +438,13 @@ mod wire {
             let super::Gradient {
                 start,
                 values,
+                num_trainable,
                 norm_squared,
             } = gradient;
             Self {
                 start,
                 values,
+                num_trainable,
                 norm_squared,
             }
         }
@@ -401,6 +457,7 @@ mod wire {
             let Gradient {
                 start,
                 values,
+                num_trainable,
                 norm_squared: claimed,
             } = wire;
             start
@@ -408,7 +465,8 @@ mod wire {
                 .ok_or("the gradient is of no possible weights")?;
             // The norm may be that of a gradient that this is a part of, but not be less than the
             // part's own, up to the order of summation.
-            let own = values.norm_squared();
+            let trained = num_trainable.saturating_sub(start).min(values.len());
+            let own = trained_norm_squared(&values, trained);
             let fits = own <= claimed * (1.0 + 1e-9) || !(own.is_finite() || claimed.is_finite());
             if !fits {
                 return Err("the gradient's norm is not that of its numbers");
@@ -416,6 +474,7 @@ mod wire {
             Ok(Self {
                 start,
                 values,
+                num_trainable,
                 norm_squared: claimed,
             })
         }
@@ -424,6 +483,8 @@ mod wire {
 
 #[cfg(test)]
 mod tests {
+    use ps_runtime::test_util::transport;
+
     use super::*;
 
     fn weights_in(segments: &[&[f32]]) -> Weights {
@@ -506,6 +567,29 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// S-20.
+    #[test]
+    fn the_norm_leaves_buffers_out_but_not_what_is_wrong_with_them() {
+        let gradient = Gradient::with_buffers(vec![3.0, 4.0, 1e30, -7.0], 2);
+        assert_eq!((gradient.norm(), gradient.trained()), (5.0, 0..2));
+        let parts = [0..1, 1..3, 3..4].map(|range| gradient.slice(range));
+        assert_eq!(parts.each_ref().map(Gradient::trained), [0..1, 1..2, 3..3]);
+        for sent in parts.iter().chain([&gradient]) {
+            let got = transport(sent).unwrap();
+            assert_eq!((got.norm(), got.trained()), (5.0, sent.trained()));
+        }
+        for bad in [f32::NAN, f32::INFINITY] {
+            let gradient = Gradient::with_buffers(vec![3.0, 4.0, bad, 1.0], 2);
+            assert!(!gradient.norm().is_finite(), "{bad}");
+            assert!(!transport(&gradient).unwrap().norm().is_finite(), "{bad}");
+            // It cannot be hidden by a norm that is claimed.
+            let mut claims = gradient.clone();
+            claims.norm_squared = 25.0;
+            assert!(transport(&claims).is_err(), "{bad}");
+        }
+        assert_eq!(Gradient::new(vec![3.0, 4.0]).trained(), 0..2);
     }
 
     #[test]

@@ -7,14 +7,14 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Tensor, TensorData};
 
-use crate::flat::{FlatView, next, with_values};
+use crate::flat::{FlatView, Kind, next, with_values};
 use crate::local::{LocalModel, ModelError};
 use crate::step::StepSeed;
 use crate::{panic, stream};
 
 impl FlatView {
     /// Returns a flat gradient as burn's optimizers take it: one tensor for each trainable parameter, on the
-    /// parameter's device.
+    /// parameter's device. The numbers of buffers are left out.
     ///
     /// ```
     /// use ps_model::burn::optim::{GradientsParams, SgdConfig};
@@ -43,7 +43,7 @@ impl FlatView {
     ) -> GradientsParams {
         assert_eq!(gradient.len(), self.num_weights(), "a number per weight");
         let mut visitor = Split {
-            trainable: self.trainable.iter(),
+            kinds: self.kinds.iter(),
             rest: gradient,
             gradients: GradientsParams::new(),
         };
@@ -51,7 +51,7 @@ impl FlatView {
         visitor.gradients
     }
 
-    /// Adds gradients that burn has collected by parameter to `sum`. A parameter without a gradient adds
+    /// Adds gradients that burn has collected by parameter to the trainable part of `sum`. A parameter without a gradient adds
     /// nothing. Returns whether any parameter has one.
     fn add_gradients<M: Module>(
         &self,
@@ -60,7 +60,7 @@ impl FlatView {
         sum: &mut [f32],
     ) -> bool {
         let mut visitor = Add {
-            trainable: self.trainable.iter(),
+            kinds: self.kinds.iter(),
             gradients,
             sum,
             range: 0..0,
@@ -73,7 +73,8 @@ impl FlatView {
 
 impl<M: Module> LocalModel<M> {
     /// Lets `step` compute gradients of the model by itself, as burn's `TrainStep` does, and adds them to `sum`.
-    /// Returns what else `step` returns.
+    /// Returns what else `step` returns. In the places of buffers it adds how far the step would move them, as
+    /// [`gradient`](Self::gradient) does.
     ///
     /// The model that `step` gets has the weights loaded last, and records its operations. `seed` is for
     /// burn's layers that draw from the device's stream of random numbers.
@@ -112,6 +113,7 @@ impl<M: Module> LocalModel<M> {
                 got: sum.len(),
             });
         }
+        let buffers = self.view.has_buffers().then(|| self.lock_buffers());
         let result = panic::catch(|| {
             let model = self.view.with_leaves(self.model.clone());
             let (gradients, other) =
@@ -121,12 +123,25 @@ impl<M: Module> LocalModel<M> {
                 false => Err(ModelError::LossWithoutGradient),
             }
         });
-        result.map_err(ModelError::Panicked)?
+        // Also after a failure, because the layers may have changed their statistics before it.
+        let restored = match &buffers {
+            Some(loaded) => panic::catch(|| {
+                let moved = &mut sum[self.num_trainable()..];
+                moved
+                    .iter_mut()
+                    .zip(self.restore(loaded))
+                    .for_each(|(sum, moved)| *sum += moved);
+            }),
+            None => Ok(()),
+        };
+        let other = result.map_err(ModelError::Panicked)?;
+        restored.map_err(ModelError::Panicked)?;
+        other
     }
 }
 
 struct Split<'a> {
-    trainable: slice::Iter<'a, bool>,
+    kinds: slice::Iter<'a, Kind>,
     /// The part that has no tensor yet.
     rest: &'a [f32],
     gradients: GradientsParams,
@@ -134,7 +149,7 @@ struct Split<'a> {
 
 impl ModuleVisitor for Split<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !next(&mut self.trainable) {
+        if next(&mut self.kinds) != Kind::Trainable {
             return;
         }
         let tensor = param.base();
@@ -148,7 +163,7 @@ impl ModuleVisitor for Split<'_> {
 }
 
 struct Add<'a> {
-    trainable: slice::Iter<'a, bool>,
+    kinds: slice::Iter<'a, Kind>,
     gradients: GradientsParams,
     sum: &'a mut [f32],
     /// The place of the parameter visited last.
@@ -158,7 +173,7 @@ struct Add<'a> {
 
 impl ModuleVisitor for Add<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !next(&mut self.trainable) {
+        if next(&mut self.kinds) != Kind::Trainable {
             return;
         }
         let start = self.range.end;

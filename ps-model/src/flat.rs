@@ -1,7 +1,8 @@
-//! Flat views: the trainable parameters of any burn module as one sequence of `f32`.
+//! Flat views: the trainable parameters and the buffers of any burn module as one sequence of `f32`.
 //!
-//! The order is that of the module's fields, depth first, and each parameter is in row-major order of its
-//! shape. It depends only on the module's type and configuration, so every process that builds the same
+//! *Buffers* are the running statistics that a layer such as `BatchNorm` changes while it trains. They stand
+//! behind all parameters. The order of each is that of the module's fields, depth first, and each tensor is in
+//! row-major order of its shape. It depends only on the module's type and configuration, so every process that builds the same
 //! model has the same order. A server can cut the sequence anywhere.
 //!
 //! What is not trainable is not in the sequence: frozen parameters, integers, booleans, and quantized
@@ -20,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::survey;
 
-/// The place of one trainable parameter in the flat sequence.
+/// The place of one trainable parameter, or of one buffer, in the flat sequence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParameterSpec {
     /// The path of field names, such as `conv1.weight`.
@@ -35,10 +36,8 @@ pub struct ParameterSpec {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FlatError {
-    /// A trainable parameter is not a 32-bit float.
-    #[error(
-        "parameter `{name}` is of type {dtype}, only f32 can be trained: cast it to f32, or freeze it"
-    )]
+    /// A trainable parameter, or a running statistic, is not a 32-bit float.
+    #[error("`{name}` is of type {dtype}, only f32 can be trained: cast it to f32, or freeze it")]
     NotF32 {
         /// The path of the parameter.
         name: String,
@@ -52,17 +51,6 @@ pub enum FlatError {
         first: String,
         /// The path of the second field.
         second: String,
-    },
-    /// A layer changes running statistics outside of any gradient. A server would never learn of them, and
-    /// each worker would have different ones.
-    #[error(
-        "`{name}` is a running statistic, which no gradient trains, so what one worker learns of it \
-         would be lost: use a normalization without it, such as GroupNorm or LayerNorm, or freeze the \
-         layer (`training` off), which then computes with its statistics as they are"
-    )]
-    RunningStatistics {
-        /// The path of the field.
-        name: String,
     },
     /// The module has no parameters.
     #[error("the module has no parameters")]
@@ -88,7 +76,7 @@ pub enum FlatError {
     },
 }
 
-/// The places of the trainable parameters of a module in their flat sequence.
+/// The places of the trainable parameters and the buffers of a module in their flat sequence.
 ///
 /// ```
 /// use ps_model::burn::module::Module;
@@ -104,10 +92,24 @@ pub enum FlatError {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FlatView {
+    /// The trainable parameters, then the buffers.
     pub(crate) specs: Vec<ParameterSpec>,
-    /// For each float tensor that a visit of the module shows, in order: whether it is in the view. The
-    /// tensors themselves do not tell, because without autodiff none requires a gradient.
-    pub(crate) trainable: Vec<bool>,
+    /// How many of them are trainable.
+    pub(crate) num_parameters: usize,
+    /// The kind of each float tensor that a visit of the module shows, in order. The tensors themselves do
+    /// not tell, because without autodiff none requires a gradient.
+    pub(crate) kinds: Vec<Kind>,
+}
+
+/// What training does to a float tensor of a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Nothing. It is not in the view.
+    Fixed,
+    /// The rule changes it by its gradient.
+    Trainable,
+    /// Its layer changes it, without a gradient.
+    Buffer,
 }
 
 impl FlatView {
@@ -116,22 +118,39 @@ impl FlatView {
     ///
     /// # Errors
     ///
-    /// If there is nothing to train, if a trainable parameter is not an `f32` tensor or occurs twice, or if
-    /// a layer keeps running statistics.
+    /// If there is nothing to train, or if a trainable parameter or a buffer is not an `f32` tensor or occurs
+    /// twice.
     pub fn new<M: Module>(module: &M) -> Result<Self, FlatError> {
         Ok(survey::survey(&module.clone().train())?.view)
     }
 
-    /// Returns the names, shapes and places of the trainable parameters.
+    /// Returns the names, shapes and places of the trainable parameters, and behind them those of the buffers.
     #[must_use]
     pub fn parameters(&self) -> &[ParameterSpec] {
         &self.specs
     }
 
-    /// Returns the number of weights in the sequence.
+    /// Returns the number of weights in the sequence, those of the buffers included.
     #[must_use]
     pub fn num_weights(&self) -> usize {
         self.specs.last().map_or(0, |spec| spec.range.end)
+    }
+
+    /// Returns how many weights are trainable. The buffers stand behind them.
+    #[must_use]
+    pub fn num_trainable(&self) -> usize {
+        let last = self.specs[..self.num_parameters].last();
+        last.map_or(0, |spec| spec.range.end)
+    }
+
+    /// Returns the names, shapes and places of the buffers.
+    #[must_use]
+    pub fn buffers(&self) -> &[ParameterSpec] {
+        &self.specs[self.num_parameters..]
+    }
+
+    pub(crate) fn has_buffers(&self) -> bool {
+        !self.buffers().is_empty()
     }
 
     /// Copies the weights of a module.
@@ -142,13 +161,25 @@ impl FlatView {
     #[must_use]
     pub fn read_weights<M: Module>(&self, module: &M) -> Vec<f32> {
         let mut out = Vec::with_capacity(self.num_weights());
-        let trainable = self.trainable.iter();
-        module.visit(&mut ReadWeights {
-            trainable,
-            out: &mut out,
-        });
+        self.read(module, Kind::Trainable, &mut out);
+        if self.has_buffers() {
+            out.extend(self.read_buffers(module));
+        }
         assert_eq!(out.len(), self.num_weights(), "a module of this view");
         out
+    }
+
+    /// Copies the buffers of a module.
+    pub(crate) fn read_buffers<M: Module>(&self, module: &M) -> Vec<f32> {
+        let mut out = Vec::with_capacity(self.num_weights() - self.num_trainable());
+        // burn keeps what a forward pass made of a statistic beside it. `valid` brings it in.
+        self.read(&module.valid(), Kind::Buffer, &mut out);
+        out
+    }
+
+    fn read<M: Module>(&self, module: &M, kind: Kind, out: &mut Vec<f32>) {
+        let kinds = self.kinds.iter();
+        module.visit(&mut ReadWeights { kinds, kind, out });
     }
 
     /// Replaces the weights of a module.
@@ -156,7 +187,9 @@ impl FlatView {
     /// Calls `read` for each parameter in order. `read` appends the numbers of the range to the (empty)
     /// vector. On the CPU this vector becomes the memory of the tensor, so the numbers are copied once. The
     /// source may be in pieces, for example one per server. Ids, devices and gradient settings of the
-    /// parameters do not change, and nothing changes that is not trainable.
+    /// parameters do not change, and nothing changes that is not in the view.
+    ///
+    /// Clones of a burn module share its running statistics, so these change in the clones, too.
     ///
     /// # Errors
     ///
@@ -164,23 +197,51 @@ impl FlatView {
     pub fn write_weights<M: Module>(
         &self,
         module: M,
-        read: impl FnMut(Range<usize>, &mut Vec<f32>),
+        mut read: impl FnMut(Range<usize>, &mut Vec<f32>),
     ) -> Result<M, FlatError> {
         let mut mapper = WriteWeights {
-            trainable: self.trainable.iter(),
-            read,
+            kinds: self.kinds.iter(),
+            kind: Kind::Trainable,
+            read: &mut read,
             offset: 0,
             error: None,
         };
         let module = module.map(&mut mapper);
-        match mapper.error {
-            Some(error) => Err(error),
-            None => Ok(module),
+        if let Some(error) = mapper.error {
+            return Err(error);
         }
+        // Those are written in place, so all of them are read first.
+        let mut buffers = Vec::with_capacity(self.num_weights() - self.num_trainable());
+        for ParameterSpec { range, .. } in self.buffers() {
+            let mut values = Vec::with_capacity(range.len());
+            read(range.clone(), &mut values);
+            let (range, got) = (range.clone(), values.len());
+            if got != range.len() {
+                return Err(FlatError::WrongCount { range, got });
+            }
+            buffers.extend(values);
+        }
+        Ok(match self.has_buffers() {
+            true => self.write_buffers(module, &buffers),
+            false => module,
+        })
+    }
+
+    /// Replaces the buffers of a module and of its clones.
+    pub(crate) fn write_buffers<M: Module>(&self, module: M, values: &[f32]) -> M {
+        // What burn keeps beside a statistic would replace it later. This takes it away.
+        drop(module.valid());
+        module.map(&mut WriteWeights {
+            kinds: self.kinds.iter(),
+            kind: Kind::Buffer,
+            read: |range: Range<usize>, out: &mut Vec<f32>| out.extend_from_slice(&values[range]),
+            offset: 0,
+            error: None,
+        })
     }
 
     /// Writes the gradients of a module's parameters to `out`. The gradient of a parameter that the loss
-    /// does not depend on is zero. Returns whether the loss depends on any parameter.
+    /// does not depend on is zero, and so are the numbers of buffers. Returns whether the loss depends on any parameter.
     ///
     /// # Panics
     ///
@@ -194,26 +255,27 @@ impl FlatView {
     ) -> bool {
         assert_eq!(out.len(), self.num_weights(), "a number for each weight");
         let mut visitor = ReadGradients {
-            trainable: self.trainable.iter(),
+            kinds: self.kinds.iter(),
             gradients,
             rest: out,
             found_any: false,
         };
         module.visit(&mut visitor);
+        visitor.rest.fill(0.0);
         visitor.found_any
     }
 
     /// Makes the trainable parameters leaves of a new graph, with the same numbers.
     pub(crate) fn with_leaves<M: Module>(&self, module: M) -> M {
         module.map(&mut Leaves {
-            trainable: self.trainable.iter(),
+            kinds: self.kinds.iter(),
         })
     }
 }
 
-/// Whether the next float tensor of a visit is in the view.
-pub(crate) fn next(trainable: &mut slice::Iter<'_, bool>) -> bool {
-    *trainable
+/// Returns the kind of the next float tensor of a visit.
+pub(crate) fn next(kinds: &mut slice::Iter<'_, Kind>) -> Kind {
+    *kinds
         .next()
         .expect("the module has the fields that the view was made of")
 }
@@ -238,26 +300,28 @@ pub(crate) fn new_leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
 }
 
 struct Leaves<'a> {
-    trainable: slice::Iter<'a, bool>,
+    kinds: slice::Iter<'a, Kind>,
 }
 
 impl ModuleMapper for Leaves<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        match next(&mut self.trainable) {
-            true => param.map(new_leaf),
-            false => param,
+        match next(&mut self.kinds) {
+            Kind::Trainable => param.map(new_leaf),
+            Kind::Fixed | Kind::Buffer => param,
         }
     }
 }
 
 struct ReadWeights<'a> {
-    trainable: slice::Iter<'a, bool>,
+    kinds: slice::Iter<'a, Kind>,
+    /// The tensors to read.
+    kind: Kind,
     out: &'a mut Vec<f32>,
 }
 
 impl ModuleVisitor for ReadWeights<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if next(&mut self.trainable) {
+        if next(&mut self.kinds) == self.kind {
             with_values(param.base().inner(), |values| {
                 self.out.extend_from_slice(values);
             });
@@ -266,7 +330,9 @@ impl ModuleVisitor for ReadWeights<'_> {
 }
 
 struct WriteWeights<'a, F> {
-    trainable: slice::Iter<'a, bool>,
+    kinds: slice::Iter<'a, Kind>,
+    /// The tensors to write.
+    kind: Kind,
     read: F,
     offset: usize,
     error: Option<FlatError>,
@@ -274,7 +340,7 @@ struct WriteWeights<'a, F> {
 
 impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if !next(&mut self.trainable) || self.error.is_some() {
+        if next(&mut self.kinds) != self.kind || self.error.is_some() {
             return param;
         }
         let (id, old, mapper) = param.consume();
@@ -300,7 +366,7 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F>
 }
 
 struct ReadGradients<'a> {
-    trainable: slice::Iter<'a, bool>,
+    kinds: slice::Iter<'a, Kind>,
     gradients: Gradients,
     /// The part that has not been written yet.
     rest: &'a mut [f32],
@@ -309,7 +375,7 @@ struct ReadGradients<'a> {
 
 impl ModuleVisitor for ReadGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if !next(&mut self.trainable) {
+        if next(&mut self.kinds) != Kind::Trainable {
             return;
         }
         let tensor = param.base();

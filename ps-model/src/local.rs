@@ -1,6 +1,7 @@
 //! One worker's copy of a model, with flat weights and gradients.
 
 use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -61,8 +62,13 @@ pub enum ModelError {
 
 /// A model on a device, with flat weights and gradients.
 ///
-/// The weights are those of the trainable parameters ([`FlatView`]). All other parameters keep the values
-/// of the given model.
+/// The weights are those of the trainable parameters and of the buffers ([`FlatView`]). All other parameters keep
+/// the values of the given model.
+///
+/// Buffers are running statistics, such as those of `BatchNorm`. A server keeps them, like weights. So
+/// [`gradient`](Self::gradient) leaves them as they were loaded, and tells in place of their gradient how far the
+/// batch would move them: the loaded statistic minus the new one. A server that subtracts the mean of what its
+/// workers tell has the mean of their statistics.
 ///
 /// ```
 /// use ps_model::{ConvNet, ImageBatch, LocalModel, StepSeed, default_device_name, select_device};
@@ -92,6 +98,9 @@ pub struct LocalModel<M: Module> {
     pub(crate) device: Device,
     pub(crate) view: FlatView,
     pub(crate) random_layers: Vec<String>,
+    /// The buffers that were loaded last. Clones of a module share its statistics, so the lock is held while they
+    /// may differ from these.
+    buffers: Mutex<Vec<f32>>,
 }
 
 impl<M: Module> LocalModel<M> {
@@ -105,26 +114,58 @@ impl<M: Module> LocalModel<M> {
     /// If the model has no flat view ([`FlatView::new`]) or cannot be moved to the device.
     pub fn new(model: M, device: &Device) -> Result<Self, ModelError> {
         let device = device.clone().autodiff();
-        let at_rest = panic::catch(|| rest::to_rest(&model, &device));
-        let (model, survey) = at_rest.map_err(ModelError::Panicked)??;
+        let at_rest = panic::catch(|| {
+            let (model, survey) = rest::to_rest(&model, &device)?;
+            let buffers = match survey.view.has_buffers() {
+                true => survey.view.read_buffers(&model),
+                false => Vec::new(),
+            };
+            Ok::<_, FlatError>((model, survey, buffers))
+        });
+        let (model, survey, buffers) = at_rest.map_err(ModelError::Panicked)??;
         Ok(Self {
             model,
             device,
             view: survey.view,
             random_layers: survey.random_layers,
+            buffers: Mutex::new(buffers),
         })
     }
 
-    /// Returns the names, shapes and places of the trainable parameters.
+    /// Returns the names, shapes and places of the trainable parameters, and behind them those of the buffers.
     #[must_use]
     pub fn layout(&self) -> &[ParameterSpec] {
         self.view.parameters()
     }
 
-    /// Returns the number of weights, at least 1.
+    /// Returns the number of weights, those of the buffers included. It is at least 1.
     #[must_use]
     pub fn num_weights(&self) -> usize {
         self.view.num_weights()
+    }
+
+    /// Returns how many weights are trainable, at least 1. The buffers stand behind them.
+    #[must_use]
+    pub fn num_trainable(&self) -> usize {
+        self.view.num_trainable()
+    }
+
+    /// Returns the names, shapes and places of the buffers.
+    #[must_use]
+    pub fn buffers(&self) -> &[ParameterSpec] {
+        self.view.buffers()
+    }
+
+    pub(crate) fn lock_buffers(&self) -> MutexGuard<'_, Vec<f32>> {
+        // The vector is replaced as a whole, so it is valid after a panic.
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the statistics that were loaded back. Returns how far they have moved: the loaded ones minus those of now.
+    pub(crate) fn restore(&self, loaded: &[f32]) -> impl Iterator<Item = f32> {
+        let new = self.view.read_buffers(&self.model);
+        self.view.write_buffers(self.model.clone(), loaded);
+        loaded.iter().zip(new).map(|(loaded, new)| loaded - new)
     }
 
     /// Returns the model with the weights loaded last, in training mode. Its parameters record nothing for
@@ -143,8 +184,8 @@ impl<M: Module> LocalModel<M> {
         panic::catch(|| self.view.read_weights(&self.model)).map_err(ModelError::Panicked)
     }
 
-    /// Passes on what training does not change: the values of all parameters that are not trainable, of
-    /// running statistics, and of flags such as the `training` of a dropout layer. Each comes with its
+    /// Passes on what training does not change: the values of all parameters that are not trainable, of the
+    /// running statistics of frozen layers, and of flags such as the `training` of a dropout layer. Each comes with its
     /// path, its dimensions, and its bytes in row-major order. The order of the tensors is always the same.
     ///
     /// They do not travel, so processes that train one model together must agree on them. Fields of type
@@ -190,15 +231,22 @@ impl<M: Module> LocalModel<M> {
         read: impl FnMut(Range<usize>, &mut Vec<f32>),
     ) -> Result<(), ModelError> {
         // The clone shares the tensors; it keeps the old weights in case this fails.
-        let model = self.model.clone();
-        let written = panic::catch(|| self.view.write_weights(model, read));
-        self.model = written.map_err(ModelError::Panicked)??;
+        let (model, view) = (self.model.clone(), &self.view);
+        let written = panic::catch(|| {
+            let model = view.write_weights(model, read)?;
+            let buffers = view.has_buffers().then(|| view.read_buffers(&model));
+            Ok::<_, FlatError>((model, buffers.unwrap_or_default()))
+        });
+        let (model, buffers) = written.map_err(ModelError::Panicked)??;
+        self.model = model;
+        self.buffers = Mutex::new(buffers);
         Ok(())
     }
 }
 
 impl<M: Model> LocalModel<M> {
-    /// Computes the mean loss of a batch. Writes the gradient to `out`.
+    /// Computes the mean loss of a batch. Writes the gradient to `out`. In the places of buffers it writes the loaded
+    /// statistic minus the one that the layer made of it with this batch.
     ///
     /// The loss and the gradient may be infinite or NaN. The server refuses such gradients.
     ///
@@ -219,6 +267,7 @@ impl<M: Model> LocalModel<M> {
                 got: out.len(),
             });
         }
+        let buffers = self.view.has_buffers().then(|| self.lock_buffers());
         let result = panic::catch(|| {
             let model = self.view.with_leaves(self.model.clone());
             let mut step = Step::training(&self.device, seed);
@@ -238,7 +287,20 @@ impl<M: Model> LocalModel<M> {
             }
             Ok(loss.into_scalar::<f32>())
         });
-        result.map_err(ModelError::Panicked)?
+        // Also after a failure, because the layers may have changed their statistics before it.
+        let restored = match &buffers {
+            Some(loaded) => panic::catch(|| {
+                let moved = &mut out[self.num_trainable()..];
+                moved
+                    .iter_mut()
+                    .zip(self.restore(loaded))
+                    .for_each(|(out, moved)| *out = moved);
+            }),
+            None => Ok(()),
+        };
+        let loss = result.map_err(ModelError::Panicked)?;
+        restored.map_err(ModelError::Panicked)?;
+        loss
     }
 
     /// Evaluates the model on a batch, without dropout and without recording anything for gradients.
@@ -249,7 +311,11 @@ impl<M: Model> LocalModel<M> {
     pub fn evaluate(&self, batch: &M::Batch) -> Result<Evaluation, ModelError> {
         panic::catch(|| {
             let device = self.device.clone().inner();
-            self.model.valid().evaluate(batch, &device)
+            let buffers = self.view.has_buffers().then(|| self.lock_buffers());
+            // The copy has statistics of its own.
+            let model = self.model.valid();
+            drop(buffers);
+            model.evaluate(batch, &device)
         })
         .map_err(ModelError::Panicked)
     }

@@ -1,12 +1,12 @@
-//! Looks at the fields of a module: which are trainable, which are fixed, which cannot be trained by
-//! gradients from other processes, and which layers draw random numbers from the device.
+//! Looks at the fields of a module: which are trainable, which are buffers, which are fixed, and which layers
+//! draw random numbers from the device.
 
 use std::collections::{HashMap, HashSet};
 
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 
-use crate::flat::{FlatError, FlatView, ParameterSpec};
+use crate::flat::{FlatError, FlatView, Kind, ParameterSpec};
 
 /// The result of a survey of a module's fields.
 #[derive(Debug)]
@@ -68,19 +68,30 @@ struct Surveyor {
     is_parameter: std::vec::IntoIter<bool>,
     /// The names of the fields on the path, each with the type that contains the field.
     path: Vec<(String, String)>,
+    /// Of the trainable parameters.
     specs: Vec<ParameterSpec>,
-    trainable: Vec<bool>,
+    kinds: Vec<Kind>,
     /// The names of all parameters, including the fixed ones.
     names: Vec<String>,
     /// Where a parameter was first seen, and whether it is trainable there.
     seen: HashMap<ParamId, (String, bool)>,
-    /// The layers and fields of running statistics.
-    statistics: Vec<(String, String)>,
+    statistics: Vec<Statistic>,
     /// The layers whose flag says that they must not train.
     frozen_layers: HashSet<String>,
     enabled_flags: HashSet<ParamId>,
     random_layers: Vec<String>,
     error: Option<FlatError>,
+}
+
+/// A running statistic. Whether its layer is frozen may show later.
+struct Statistic {
+    layer: String,
+    name: String,
+    id: ParamId,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Its place among the float tensors.
+    index: usize,
 }
 
 impl Surveyor {
@@ -99,19 +110,12 @@ impl Surveyor {
     }
 
     fn finish(mut self) -> Result<Survey, FlatError> {
-        let mut learned = self.statistics.into_iter();
-        if let Some((_, name)) = learned.find(|(layer, _)| !self.frozen_layers.contains(layer)) {
-            self.error
-                .get_or_insert(FlatError::RunningStatistics { name });
-        }
+        let num_parameters = self.specs.len();
+        self.add_buffers();
         if let Some(error) = self.error {
             return Err(error);
         }
-        let view = FlatView {
-            specs: self.specs,
-            trainable: self.trainable,
-        };
-        if view.num_weights() == 0 {
+        if num_parameters == 0 {
             let count = self.names.len();
             return Err(match self.names.into_iter().next() {
                 Some(first) => FlatError::NothingTrainable { first, count },
@@ -119,10 +123,40 @@ impl Surveyor {
             });
         }
         Ok(Survey {
-            view,
+            view: FlatView {
+                specs: self.specs,
+                num_parameters,
+                kinds: self.kinds,
+            },
             enabled_flags: self.enabled_flags,
             random_layers: self.random_layers,
         })
+    }
+
+    /// Adds the statistics of all layers that are not frozen.
+    fn add_buffers(&mut self) {
+        for statistic in std::mem::take(&mut self.statistics) {
+            if self.frozen_layers.contains(&statistic.layer) {
+                continue;
+            }
+            let name = statistic.name;
+            self.kinds[statistic.index] = Kind::Buffer;
+            if let Some((first, _)) = self.seen.insert(statistic.id, (name.clone(), true)) {
+                let second = name;
+                self.fail(FlatError::Tied { first, second });
+            } else if statistic.dtype != DType::F32 {
+                let dtype = statistic.dtype.name().to_owned();
+                self.fail(FlatError::NotF32 { name, dtype });
+            } else {
+                self.add_spec(name, statistic.shape);
+            }
+        }
+    }
+
+    fn add_spec(&mut self, name: String, shape: Vec<usize>) {
+        let start = self.specs.last().map_or(0, |spec| spec.range.end);
+        let range = start..start + shape.iter().product::<usize>();
+        self.specs.push(ParameterSpec { name, shape, range });
     }
 }
 
@@ -151,13 +185,23 @@ impl ModuleVisitor for Surveyor {
         let name = self.name();
         let tensor = param.base();
         if !self.is_parameter.next().unwrap_or(true) {
-            self.trainable.push(false);
-            self.statistics.push((self.layer(), name));
+            self.statistics.push(Statistic {
+                layer: self.layer(),
+                name,
+                id: param.id,
+                dtype: tensor.dtype(),
+                shape: tensor.dims().to_vec(),
+                index: self.kinds.len(),
+            });
+            self.kinds.push(Kind::Fixed);
             return;
         }
         self.names.push(name.clone());
         let is_trainable = is_active(param);
-        self.trainable.push(is_trainable);
+        self.kinds.push(match is_trainable {
+            true => Kind::Trainable,
+            false => Kind::Fixed,
+        });
         if let Some((first, was_trainable)) =
             self.seen.insert(param.id, (name.clone(), is_trainable))
             && (is_trainable || was_trainable)
@@ -174,13 +218,7 @@ impl ModuleVisitor for Surveyor {
             let dtype = tensor.dtype().name().to_owned();
             return self.fail(FlatError::NotF32 { name, dtype });
         }
-        let start = self.specs.last().map_or(0, |spec| spec.range.end);
-        let shape = tensor.dims();
-        self.specs.push(ParameterSpec {
-            name,
-            shape: shape.to_vec(),
-            range: start..start + shape.iter().product::<usize>(),
-        });
+        self.add_spec(name, tensor.dims().to_vec());
     }
 
     fn visit_int<const D: usize>(&mut self, _param: &Param<Tensor<D, Int>>) {
@@ -208,8 +246,8 @@ impl ModuleVisitor for Surveyor {
     }
 }
 
-/// Passes on what training does not change: the values of all parameters that are not trainable, of running
-/// statistics, and of flags such as the `training` of a dropout layer. Each comes with its path, its
+/// Passes on what training does not change: the values of all parameters that are not trainable, of the running
+/// statistics of frozen layers, and of flags such as the `training` of a dropout layer. Each comes with its path, its
 /// dimensions, and its bytes in row-major order. They come in the order of the module's fields.
 ///
 /// Processes that train one model must agree on them. Fields of type `Tensor` (not `Param`) are not
@@ -220,14 +258,14 @@ pub(crate) fn fixed_tensors<M: Module>(
     visit: impl FnMut(&str, &[usize], &[u8]),
 ) {
     module.visit(&mut FixedTensors {
-        trainable: view.trainable.iter(),
+        kinds: view.kinds.iter(),
         path: Vec::new(),
         visit,
     });
 }
 
 struct FixedTensors<'a, F> {
-    trainable: std::slice::Iter<'a, bool>,
+    kinds: std::slice::Iter<'a, Kind>,
     path: Vec<String>,
     visit: F,
 }
@@ -248,7 +286,7 @@ impl<F: FnMut(&str, &[usize], &[u8])> ModuleVisitor for FixedTensors<'_, F> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if self.trainable.next() == Some(&false) {
+        if self.kinds.next() == Some(&Kind::Fixed) {
             self.data(&param.base().inner().into_data());
         }
     }

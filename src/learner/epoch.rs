@@ -13,7 +13,7 @@ use ps_actors::actor::{self, ActorRef};
 use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
-use ps_actors::server::ServerConfig;
+use ps_actors::server::{PullVersion, ServerConfig};
 use ps_actors::worker::DataWorker;
 use ps_model::{FlatView, ModelError};
 use tokio::sync::oneshot;
@@ -93,11 +93,28 @@ where
         };
         let servers = ServerGroup::spawn(&initial, 1, self.config, rule)?;
         let workers = self.spawn_workers(epoch)?;
-        let result = actor::try_run(drive(&servers, &workers, stopped));
+        let result = actor::try_run(async {
+            drive(&servers, &workers, stopped).await?;
+            self.take_buffers(&servers, &view).await
+        });
         // Nobody goes on in the background.
         workers.iter().for_each(Worker::kill);
         servers.servers().for_each(ActorRef::kill);
         result.map_err(TrainError::EventLoop)?
+    }
+
+    /// Copies the running statistics from the servers to the learner, if there are any. No optimizer knows of them.
+    async fn take_buffers(&self, servers: &ServerGroup, view: &FlatView) -> Result<(), TrainError> {
+        if view.buffers().is_empty() {
+            return Ok(());
+        }
+        let weights = servers.pull(PullVersion::Latest).await?;
+        // Clones of a burn module share their statistics, so this changes those of the learner's model. Its
+        // parameters are the server's already.
+        let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights.read(range));
+        let written = view.write_weights(lock(self.learner).model(), read);
+        written.map_err(ModelError::from)?;
+        Ok(())
     }
 
     /// Starts the first worker in this process, so that burn's metrics have something to show, and the others

@@ -93,9 +93,9 @@
 //! combined gradient. A worker computes `TrainStep::step` on the batches of its share.
 //!
 //! - **Examples.** Each worker has a slice of the examples, and takes the batches of the loader for this slice. So
-//!   each epoch covers every example once. In each update, every worker's batch counts the same, also a last batch
-//!   that is smaller. In [`Consistency::Bsp`], `n` workers with batches of `b` examples compute what one process
-//!   computes with batches of `n·b` examples: those of all workers, joined.
+//!   each epoch covers every example once. In the mean of an update, each batch counts by its number of examples. In
+//!   [`Consistency::Bsp`], `n` workers with batches of `b` examples compute what one process computes with batches of
+//!   `n·b` examples: those of all workers, joined.
 //! - **Metrics.** Those of the training set are computed from the outputs of the steps of the workers *in the
 //!   driver's process*. Without other processes, that is all of them. With `p` processes it is about one `p`-th, and
 //!   the progress assumes that the others are as far. Those of the validation set are computed in the driver, from
@@ -118,7 +118,8 @@
 //!
 //! - A parameter that the loss does not depend on has a gradient of zero, and not none: with weight decay it decays.
 //! - A gradient with NaN or infinity is refused. If no others come, the training ends with an error.
-//! - A model with running statistics, with parameters that are not `f32`, or with tied parameters is refused.
+//! - A model with parameters that are not `f32`, or with tied parameters is refused. Running statistics are the mean of the
+//!   workers', as with [`Trainer`](crate::Trainer).
 //! - For gradient checkpointing, give [`ClusterStrategy::new`] a device with it. burn does not tell a strategy of
 //!   `SupervisedTraining::gradient_checkpointing`.
 //! - burn's layers that draw random numbers, such as `Dropout`, draw others in each worker. The same

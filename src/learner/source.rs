@@ -151,7 +151,7 @@ where
             }
         }
         Ok(LocalGradient {
-            gradient: Gradient::new(gradient),
+            gradient: Gradient::with_buffers(gradient, self.loadable.model.num_trainable()),
             // The output of a step has a type of the user's. burn's metrics know what to do with it.
             loss: f32::NAN,
             num_examples,

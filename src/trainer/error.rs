@@ -63,6 +63,19 @@ pub enum TrainError {
     /// The optimizer cannot be used.
     #[error("the optimizer cannot be used")]
     Rule(#[from] RuleError),
+    /// A group of parameters has none of the parameters that are trained.
+    #[error(
+        "no parameter that is trained belongs to the group of {what}: paths of parameters look like `{example}`"
+    )]
+    EmptyGroup {
+        /// The optimizer or the rate of the group.
+        what: String,
+        /// The path of one of the model's parameters.
+        example: String,
+    },
+    /// The learning rate of a group cannot be multiplied by this.
+    #[error("{0} is no factor of a learning rate: it must be finite and at least 0")]
+    RateFactor(f64),
     /// The schedule of the learning rate cannot be used.
     #[error(transparent)]
     Schedule(#[from] ScheduleError),

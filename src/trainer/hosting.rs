@@ -75,14 +75,14 @@ where
             .without("the model's layout")
             .without(MICRO_BATCHES);
         facts
-            .state("the optimizer", (self.describe_rule)())
+            .state("the optimizer", self.describe_optimizer())
             .state("the batch size", self.batch_size)
             .state("the seed", self.seed)
     }
 
     /// What distinguishes the servers of this training, besides their [`ServerArgs`].
     pub(super) fn server_facts(&self) -> Facts {
-        let facts = Facts::default().state("the optimizer", (self.describe_rule)());
+        let facts = Facts::default().state("the optimizer", self.describe_optimizer());
         // Servers on nodes make their schedule themselves. A constant rate comes from the driver.
         let facts = match &self.schedule {
             Some(_) => facts.state("the learning rate", self.describe_rate()),

@@ -25,6 +25,7 @@ use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
 
 mod error;
+mod groups;
 mod hosting;
 mod replay;
 mod rules;
@@ -35,6 +36,7 @@ pub use error::TrainError;
 pub use replay::{Replay, ReplayError};
 pub use stopping::EarlyStopping;
 
+use groups::Group;
 use stopping::StopWhen;
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
@@ -70,6 +72,7 @@ pub struct Trainer<M: Model, E> {
     make_rule: MakeRule,
     /// Returns a text that describes the optimizer and its settings.
     describe_rule: Arc<dyn Fn() -> String + Send + Sync>,
+    groups: Vec<Group>,
     schedule: Option<MakeSchedule>,
     name: Option<String>,
     servers_on_nodes: bool,
@@ -115,6 +118,7 @@ where
             server: ServerConfig::default(),
             make_rule: Arc::new(|_| Ok(Box::new(Sgd::new()))),
             describe_rule: Arc::new(|| format!("{:?}", Sgd::new())),
+            groups: Vec::new(),
             schedule: None,
             name: None,
             servers_on_nodes: false,

@@ -119,7 +119,7 @@ where
         let device = self.chosen_device()?;
         let facts = self.worker_facts(&device).without("the model's type");
         let facts = facts
-            .state("the optimizer", (self.describe_rule)())
+            .state("the optimizer", self.describe_optimizer())
             .state("the batch size", self.batch_size)
             .state("the seed", self.seed)
             .state("the number of workers", self.num_workers);
@@ -202,7 +202,8 @@ where
         }
         let device = self.chosen_device()?;
         let initial = initial_weights(&self.model, &device)?;
-        let rule = (self.make_rule)(&device)?;
+        self.check_groups(initial.layout())?;
+        let rule = self.server_rule().make_without_schedule(&device)?;
         // The schedule has the learning rate of each update, and a clipping factor follows from its gradients.
         let config = ServerConfig {
             clipping: self.server.clipping,

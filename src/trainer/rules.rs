@@ -2,10 +2,11 @@
 
 use ps_actors::ids::Version;
 use ps_actors::learning_rate::{LearningRateSchedule, Scheduled, check_rates};
-use ps_actors::rule::UpdateRule;
+use ps_actors::rule::{Groups, UpdateRule};
 use ps_model::Model;
 use ps_model::burn::tensor::Device;
 
+use super::groups::{Group, checked};
 use super::{MakeRule, MakeSchedule, TrainError, Trainer};
 use crate::data::Examples;
 use crate::learning_rate::ScheduleError;
@@ -17,6 +18,7 @@ const MAX_CHECKED: u64 = 10_000_000;
 #[derive(Clone)]
 pub(super) struct ServerRule {
     make_rule: MakeRule,
+    groups: Vec<Group>,
     schedule: Option<MakeSchedule>,
 }
 
@@ -24,11 +26,29 @@ impl ServerRule {
     /// # Errors
     /// If the optimizer or the schedule cannot be used.
     pub(super) fn make(&self, device: &Device) -> Result<Box<dyn UpdateRule>, TrainError> {
-        let rule = (self.make_rule)(device)?;
+        let rule = self.make_without_schedule(device)?;
         Ok(match &self.schedule {
             Some(schedule) => Box::new(Scheduled::new(rule, schedule()?)),
             None => rule,
         })
+    }
+
+    /// Makes a rule for updates whose learning rates are known.
+    ///
+    /// # Errors
+    /// If the optimizer cannot be used.
+    pub(super) fn make_without_schedule(
+        &self,
+        device: &Device,
+    ) -> Result<Box<dyn UpdateRule>, TrainError> {
+        if self.groups.is_empty() {
+            return Ok((self.make_rule)(device)?);
+        }
+        let mut rule = Groups::new(checked(&self.make_rule, device)?);
+        for group in &self.groups {
+            rule = group.add_to(rule, device)?;
+        }
+        Ok(Box::new(rule))
     }
 }
 
@@ -40,8 +60,16 @@ where
     pub(super) fn server_rule(&self) -> ServerRule {
         ServerRule {
             make_rule: self.make_rule.clone(),
+            groups: self.groups.clone(),
             schedule: self.schedule.clone(),
         }
+    }
+
+    /// Describes the optimizer and those of groups, for people and for the other processes.
+    pub(super) fn describe_optimizer(&self) -> String {
+        let groups = self.groups.iter().map(Group::describe);
+        let all: Vec<String> = [(self.describe_rule)()].into_iter().chain(groups).collect();
+        all.join("; ")
     }
 
     /// # Errors

@@ -93,6 +93,8 @@ where
         drop(one);
         self.check_schedule(num_steps)?;
         let initial = initial_weights(&self.model, &device)?;
+        self.check_groups(initial.layout())?;
+        let rule = self.server_rule();
         if let Some(evaluator) = &mut evaluator {
             // The test data is checked now, and not after hours of training.
             evaluator.try_out(&initial).map_err(TrainError::TestData)?;
@@ -115,7 +117,8 @@ where
             facts: &facts,
             dealing: Some(dealing),
         };
-        let (checkpoints, mut resumed) = resume::open(config, (self.make_rule)(&device)?, &terms)?;
+        let (checkpoints, mut resumed) =
+            resume::open(config, rule.make_without_schedule(&device)?, &terms)?;
         let checkpoints = observed(checkpoints, observers);
         let variants = match cluster.is_alone() {
             // There are no other processes, so there is nothing to compare.
@@ -161,7 +164,11 @@ where
             // Those that are left free their memory, and record nothing more.
             group.servers().for_each(ActorRef::kill);
             // Without a checkpoint yet, it starts from the beginning.
-            resumed = resume::again(&mut run.checkpoints, (self.make_rule)(&device)?, &terms)?;
+            resumed = resume::again(
+                &mut run.checkpoints,
+                rule.make_without_schedule(&device)?,
+                &terms,
+            )?;
             let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
             if !run.recoveries.begin(from) {
                 return Err(error);
@@ -189,7 +196,7 @@ where
             },
             consistency: self.server.consistency.to_string(),
             reduction: self.server.reduction.to_string(),
-            optimizer: (self.describe_rule)(),
+            optimizer: self.describe_optimizer(),
             device: format!("{device:?}"),
         }
     }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod batches;
+mod buffers;
 mod checkpoints;
 mod cluster;
 mod dashboard;
@@ -9,6 +10,7 @@ mod elastic;
 mod ending;
 mod equivalence;
 mod frozen;
+mod groups;
 #[cfg(feature = "burn-train")]
 mod learner;
 mod nodes;

@@ -5,6 +5,7 @@ mod elastic;
 mod kills;
 #[cfg(feature = "burn-train")]
 mod learner;
+mod models;
 mod observe;
 mod resume;
 mod run;

@@ -61,6 +61,9 @@ struct Manifest {
     slots: Vec<String>,
     /// In the order of the flat vector.
     parameters: Vec<ManifestParameter>,
+    /// How many of the last parameters are buffers.
+    #[serde(default)]
+    num_buffers: usize,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -183,6 +186,7 @@ fn write_files(checkpoint: &Checkpoint, directory: &Path) -> Result<(), Checkpoi
                 shape: parameter.shape.clone(),
             })
             .collect(),
+        num_buffers: layout.num_buffers(),
     };
     let path = directory.join(MANIFEST);
     let mut text = serde_json::to_vec_pretty(&manifest)
@@ -331,7 +335,8 @@ pub(super) fn read(directory: &Path) -> Result<Checkpoint, CheckpointError> {
     }
     let state = BulkValue::<State>::from(BulkBytes::from(state)).read();
     let state = state.map_err(|error| damaged(STATE, error_chain(&error)))?;
-    let layout = layout(&manifest.parameters).map_err(|reason| damaged(MANIFEST, reason))?;
+    let layout = layout(&manifest.parameters, manifest.num_buffers)
+        .map_err(|reason| damaged(MANIFEST, reason))?;
     let plain = |name: &str| name.to_owned();
     let numbers = read_tensors(&model, &layout, plain).map_err(|reason| damaged(MODEL, reason))?;
     let tensors = SafeTensors::deserialize(&optimizer)
@@ -428,7 +433,7 @@ fn read_file(
     }
 }
 
-fn layout(parameters: &[ManifestParameter]) -> Result<Layout, String> {
+fn layout(parameters: &[ManifestParameter], num_buffers: usize) -> Result<Layout, String> {
     let mut start = 0_usize;
     let mut all = Vec::new();
     for ManifestParameter { name, shape } in parameters {
@@ -444,7 +449,7 @@ fn layout(parameters: &[ManifestParameter]) -> Result<Layout, String> {
             range,
         });
     }
-    Layout::new(all).map_err(|error| error.to_string())
+    Layout::with_buffers(all, num_buffers).map_err(|error| error.to_string())
 }
 
 fn read_tensors(

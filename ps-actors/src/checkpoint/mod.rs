@@ -206,6 +206,7 @@ impl Checkpoint {
     /// # Errors
     /// If they are not. The error names the first difference.
     pub fn check_layout(&self, layout: &Layout) -> Result<(), String> {
+        let (buffers, wanted_buffers) = (self.weights.layout().num_buffers(), layout.num_buffers());
         let (saved, wanted) = (self.weights.layout().parameters(), layout.parameters());
         for (saved, wanted) in saved.iter().zip(wanted) {
             if saved != wanted {
@@ -217,8 +218,11 @@ impl Checkpoint {
             }
         }
         match (saved.len(), wanted.len()) {
-            (a, b) if a == b => Ok(()),
-            (a, b) => Err(format!("it has {a} parameters, and the model has {b}")),
+            (a, b) if a != b => Err(format!("it has {a} parameters, and the model has {b}")),
+            _ if buffers != wanted_buffers => Err(format!(
+                "{buffers} of its parameters are buffers, and {wanted_buffers} of the model's"
+            )),
+            _ => Ok(()),
         }
     }
 

@@ -110,7 +110,8 @@ async fn receive(api: &Api, model: &Model, request: Request) -> Result<GradientU
         loss,
         num_examples,
     } = Stamp::read(request.headers())?;
-    let len = model.layout().await?.num_weights();
+    let layout = model.layout().await?;
+    let (len, num_trainable) = (layout.num_weights(), layout.num_trainable());
     let upload = Upload::new(request, len)?;
     // Only a member's gradient takes a place and memory.
     model.group.heartbeat(id.worker, id.incarnation).await?;
@@ -120,7 +121,7 @@ async fn receive(api: &Api, model: &Model, request: Request) -> Result<GradientU
         computed_on,
         loss,
         num_examples,
-        gradient: Gradient::new(values),
+        gradient: Gradient::with_buffers(values, num_trainable),
     })
 }
 

@@ -86,7 +86,9 @@ impl Problem {
         match error {
             ServerError::Refused(refusal) => Self::from_refusal(refusal, text),
             ServerError::Shard(shard) => match shard {
-                ShardError::WrongRange { .. } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, text),
+                ShardError::WrongRange { .. } | ShardError::WrongBuffers { .. } => {
+                    Self::new(StatusCode::UNPROCESSABLE_ENTITY, text)
+                }
                 ShardError::Fenced { .. } => Self::new(StatusCode::CONFLICT, text).join_again(),
                 ShardError::TooManyStaged { .. } | ShardError::TooManyStrangers { .. } => {
                     Self::new(StatusCode::TOO_MANY_REQUESTS, text).retry_soon()

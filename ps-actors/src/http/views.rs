@@ -8,6 +8,8 @@ use crate::weights;
 #[derive(Serialize)]
 struct Layout<'a> {
     num_weights: usize,
+    /// Behind these are the numbers of buffers.
+    num_trainable: usize,
     parameters: Vec<Parameter<'a>>,
 }
 
@@ -60,6 +62,7 @@ pub(super) fn layout(layout: &weights::Layout) -> String {
     });
     json(&Layout {
         num_weights: layout.num_weights(),
+        num_trainable: layout.num_trainable(),
         parameters: parameters.collect(),
     })
 }

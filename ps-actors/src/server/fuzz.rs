@@ -251,7 +251,9 @@ fn layout(dice: &mut Dice) -> Layout {
             range,
         }
     });
-    Layout::new(parameters.collect()).expect("they follow one another")
+    let parameters: Vec<_> = parameters.collect();
+    let num_buffers = dice.below(parameters.len() as u64 + 1) as usize;
+    Layout::with_buffers(parameters, num_buffers).expect("they follow one another")
 }
 
 fn to_worker<S: GradientSource>(

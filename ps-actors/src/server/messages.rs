@@ -591,6 +591,11 @@ mod tests {
                 got: 0..usize::MAX,
                 expected: 4..7,
             },
+            ShardError::WrongBuffers {
+                id,
+                got: 0..usize::MAX,
+                expected: 4..7,
+            },
             ShardError::Fenced { id, least },
             ShardError::TooManyStaged { worker },
             ShardError::TooManyStrangers { id },

@@ -42,7 +42,7 @@ impl ParameterServer {
         let expected = 0..self.shard.weights().layout().num_weights();
         let (id, got) = (gradients.id, gradients.gradient.range());
         match got == expected {
-            true => Ok(()),
+            true => self.shard.check_buffers(id, &gradients.gradient),
             false => Err(ShardError::WrongRange { id, got, expected }),
         }
     }

@@ -101,6 +101,7 @@ impl Replay {
             restarted_at: _,
         } = checkpoint;
         let range = weights.range();
+        rule.place(weights.layout(), range.clone());
         restore(rule.as_mut(), saved, range.len())?;
         Ok(Self {
             shard: Shard::new(&weights, range, rule, learning_rate, 0),
@@ -166,7 +167,10 @@ impl Replay {
             });
         }
         let parts = (0..num_gradients).map(|i| &numbers[i * len..][..len]);
-        let gradients: Vec<_> = parts.map(|part| Gradient::new(part.to_vec())).collect();
+        // One server's log has all weights.
+        let num_trainable = self.shard.weights().layout().num_trainable().min(len);
+        let gradient = |part: &[f32]| Gradient::with_buffers(part.to_vec(), num_trainable);
+        let gradients: Vec<_> = parts.map(gradient).collect();
         for (one, gradient) in update.gradients.iter().zip(&gradients) {
             if gradient.norm().to_bits() != one.norm.to_bits() || !one.norm.is_finite() {
                 return Err(ReplayError::Norm { id: one.id });

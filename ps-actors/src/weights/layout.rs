@@ -31,6 +31,8 @@ pub struct Parameter {
 
 /// The names and shapes of all parameters of a model, in the order in which they are stored.
 ///
+/// The last ones may be *buffers*: statistics of the model's layers, which no gradient trains (S-20).
+///
 /// ```
 /// use ps_actors::weights::{Layout, Parameter};
 ///
@@ -46,25 +48,43 @@ pub struct Parameter {
 #[derive(Clone)]
 pub struct Layout {
     parameters: Vec<Parameter>,
+    num_buffers: usize,
     /// The parameters as they travel, or why they cannot travel. They are encoded once.
     encoded: OnceLock<Result<Encoded, String>>,
 }
 
-/// The parameters of a layout as they travel.
-type Encoded = BulkValue<Vec<Parameter>>;
+/// The parameters of a layout as they travel, and how many of them are buffers.
+type Encoded = BulkValue<(Vec<Parameter>, usize)>;
 
-/// A layout whose parameters do not follow one another, or have shapes that do not match their ranges.
+/// Why parameters are no layout.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "parameter `{name}` must take the {expected} numbers from {start} on (shape {shape:?}), \
-     but claims {range:?}"
-)]
-pub struct LayoutError {
-    name: String,
-    shape: Vec<usize>,
-    start: usize,
-    expected: usize,
-    range: Range<usize>,
+#[non_exhaustive]
+pub enum LayoutError {
+    /// A parameter does not follow the one before it, or its shape does not match its range.
+    #[error(
+        "parameter `{name}` must take the {expected} numbers from {start} on (shape {shape:?}), \
+         but claims {range:?}"
+    )]
+    WrongRange {
+        /// The path of the parameter.
+        name: String,
+        /// The length of each axis.
+        shape: Vec<usize>,
+        /// Where the parameter before it ends.
+        start: usize,
+        /// The product of the axes.
+        expected: usize,
+        /// The range that it claims.
+        range: Range<usize>,
+    },
+    /// More buffers are said to be among the parameters than there are parameters.
+    #[error("{num_buffers} of {num_parameters} parameters cannot be buffers")]
+    TooManyBuffers {
+        /// How many buffers there are said to be.
+        num_buffers: usize,
+        /// How many parameters there are.
+        num_parameters: usize,
+    },
 }
 
 impl Layout {
@@ -74,6 +94,24 @@ impl Layout {
     /// If a range does not start where the one before it ends, or if its length is not the product of the
     /// axes of its shape.
     pub fn new(parameters: Vec<Parameter>) -> Result<Self, LayoutError> {
+        Self::with_buffers(parameters, 0)
+    }
+
+    /// Makes a layout whose last `num_buffers` parameters are buffers.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or if there are fewer parameters.
+    pub fn with_buffers(
+        parameters: Vec<Parameter>,
+        num_buffers: usize,
+    ) -> Result<Self, LayoutError> {
+        let num_parameters = parameters.len();
+        if num_buffers > num_parameters {
+            return Err(LayoutError::TooManyBuffers {
+                num_buffers,
+                num_parameters,
+            });
+        }
         let mut start = 0;
         for Parameter { name, shape, range } in &parameters {
             // Shapes may come from a file or a peer. A product that overflows matches no range.
@@ -83,7 +121,7 @@ impl Layout {
             let expected = expected.unwrap_or(usize::MAX);
             if range.start != start || range.end.checked_sub(start) != Some(expected) {
                 let (name, shape, range) = (name.clone(), shape.clone(), range.clone());
-                return Err(LayoutError {
+                return Err(LayoutError::WrongRange {
                     name,
                     shape,
                     start,
@@ -95,6 +133,7 @@ impl Layout {
         }
         Ok(Self {
             parameters,
+            num_buffers,
             encoded: OnceLock::new(),
         })
     }
@@ -109,11 +148,12 @@ impl Layout {
         };
         Self {
             parameters: vec![parameter],
+            num_buffers: 0,
             encoded: OnceLock::new(),
         }
     }
 
-    /// Returns the parameters in order.
+    /// Returns the parameters in order, the buffers last.
     #[must_use]
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
@@ -125,10 +165,23 @@ impl Layout {
         self.parameters.last().map_or(0, |last| last.range.end)
     }
 
+    /// Returns how many of the parameters are buffers. They are the last ones.
+    #[must_use]
+    pub fn num_buffers(&self) -> usize {
+        self.num_buffers
+    }
+
+    /// Returns how many numbers are trained by gradients. The numbers of the buffers stand behind them.
+    #[must_use]
+    pub fn num_trainable(&self) -> usize {
+        let trainable = &self.parameters[..self.parameters.len() - self.num_buffers];
+        trainable.last().map_or(0, |last| last.range.end)
+    }
+
     /// Returns the parameters as they travel. Only the first call encodes them.
     fn encoded(&self) -> Result<&Encoded, &String> {
         let encode = || {
-            let encoded = BulkValue::new(&self.parameters);
+            let encoded = BulkValue::new(&(self.parameters.clone(), self.num_buffers));
             let encoded = encoded.map_err(|error| error.to_string())?;
             check_len(encoded.bytes().len())?;
             Ok(encoded)
@@ -162,10 +215,12 @@ fn check_len(len: usize) -> Result<(), String> {
     }
 }
 
-/// Layouts with the same parameters are equal.
+/// Layouts with the same parameters and buffers are equal.
 impl PartialEq for Layout {
     fn eq(&self, other: &Self) -> bool {
-        std::ptr::eq(self, other) || self.parameters == other.parameters
+        let is_equal =
+            || self.num_buffers == other.num_buffers && self.parameters == other.parameters;
+        std::ptr::eq(self, other) || is_equal()
     }
 }
 
@@ -175,15 +230,8 @@ impl fmt::Debug for Layout {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Layout")
             .field("parameters", &self.parameters)
+            .field("num_buffers", &self.num_buffers)
             .finish()
-    }
-}
-
-impl TryFrom<Vec<Parameter>> for Layout {
-    type Error = LayoutError;
-
-    fn try_from(parameters: Vec<Parameter>) -> Result<Self, LayoutError> {
-        Self::new(parameters)
     }
 }
 
@@ -259,8 +307,9 @@ impl Known {
         if let Some(known) = self.find(encoded.bytes()) {
             return Ok(known);
         }
-        let parameters = encoded.read().map_err(|error| error_chain(&error))?;
-        let layout = Layout::new(parameters).map_err(|error| error.to_string())?;
+        let (parameters, num_buffers) = encoded.read().map_err(|error| error_chain(&error))?;
+        let layout = Layout::with_buffers(parameters, num_buffers);
+        let layout = layout.map_err(|error| error.to_string())?;
         Ok(self.remember(&Arc::new(layout)))
     }
 
@@ -344,7 +393,7 @@ mod tests {
     }
 
     fn bytes_of(parameters: Vec<Parameter>) -> Vec<u8> {
-        BulkValue::new(&parameters).unwrap().bytes().to_vec()
+        BulkValue::new(&(parameters, 0)).unwrap().bytes().to_vec()
     }
 
     fn text(error: &CodecError) -> String {
@@ -403,6 +452,10 @@ mod tests {
             ("overlapping", bytes_of(overlapping.clone())),
             ("a gap", bytes_of(vec![named("a", 0..1), named("b", 2..4)])),
             ("fewer weights", bytes_of(vec![named("a", 0..2)])),
+            (
+                "more buffers than parameters",
+                [&good[..good.len() - 1], &[2]].concat(),
+            ),
         ] {
             let got = receive(&bytes);
             assert!(got.is_err(), "{what}: {got:?}");
@@ -493,6 +546,27 @@ mod tests {
             buffer.len(),
             bytes_of(vec![named("longer", 0..3)]).len().div_ceil(4)
         );
+    }
+
+    /// S-20.
+    #[test]
+    fn which_parameters_are_buffers_travels_with_the_layout() {
+        let parameters = vec![
+            named("weight", 0..4),
+            named("mean", 4..6),
+            named("var", 6..8),
+        ];
+        let layout = Layout::with_buffers(parameters.clone(), 2).unwrap();
+        assert_eq!((layout.num_weights(), layout.num_trainable()), (8, 4));
+        let got = transport(&snapshot(layout.clone())).unwrap();
+        assert_eq!(**got.layout(), layout);
+        let plain = Layout::new(parameters.clone()).unwrap();
+        assert_ne!(plain, layout);
+        assert_eq!(plain.num_trainable(), 8);
+        let all = Layout::with_buffers(parameters.clone(), 3).unwrap();
+        assert_eq!(all.num_trainable(), 0);
+        let error = Layout::with_buffers(parameters, 4).unwrap_err();
+        assert_eq!(error.to_string(), "4 of 3 parameters cannot be buffers");
     }
 
     #[test]

@@ -127,6 +127,15 @@ pub enum PartError {
         /// The number of the call.
         call: u32,
     },
+    /// The part has a layer with running statistics, which only a whole model can train.
+    #[error(
+        "`{name}` is a running statistic, and a model that lives with a server cannot train it: freeze the \
+         layer (`training` off), or use a normalization without it, such as GroupNorm or LayerNorm"
+    )]
+    RunningStatistics {
+        /// The path of the field.
+        name: String,
+    },
     /// The pass already holds as many calls as it may.
     #[error("one pass holds at most {MAX_CALLS} calls")]
     TooManyCalls,

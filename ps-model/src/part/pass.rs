@@ -16,8 +16,13 @@ impl<P: Part> LocalModel<P> {
     ///
     /// # Errors
     ///
-    /// If the device fails.
+    /// If the part has a layer with running statistics that is not frozen, or if the device fails.
     pub fn begin(&self, seed: StepSeed) -> Result<Pass<P>, PartError> {
+        // Several calls of a pass, and several passes, would change them in turn.
+        if let Some(first) = self.view.buffers().first() {
+            let name = first.name.clone();
+            return Err(PartError::RunningStatistics { name });
+        }
         // The graphs of different passes share nothing.
         let part = panic::catch(|| self.view.with_leaves(self.model.clone()));
         Ok(Pass {

@@ -1,7 +1,7 @@
 //! What is not trainable stays in each process's copy, as it was.
 
 use ps_model::burn;
-use ps_model::burn::module::{Flag, Lora, Module, Param, ParamId, QLora, Quantizer, RunningState};
+use ps_model::burn::module::{Flag, Lora, Module, Param, ParamId, QLora, Quantizer};
 use ps_model::burn::nn::{BatchNorm, BatchNormConfig, Linear};
 use ps_model::burn::tensor::quantization::{Calibration, QuantValue};
 use ps_model::burn::tensor::{Bool, Device, FloatDType, Int, Tensor};
@@ -211,18 +211,6 @@ fn integers_booleans_doubles_constants_and_empty_parameters_do_their_work() {
     }
 }
 
-/// A layer of a user's own that keeps a mean of what it has seen.
-#[derive(Module, Debug)]
-struct Centered {
-    mean: RunningState<Tensor<1>>,
-    linear: Linear,
-}
-
-#[derive(Module, Debug)]
-struct Holder<L: Module> {
-    layers: Vec<L>,
-}
-
 #[derive(Module, Debug)]
 struct Normalized {
     norm: BatchNorm,
@@ -243,37 +231,17 @@ impl Model for Normalized {
 }
 
 #[test]
-fn running_statistics_are_refused_by_their_path_unless_they_stay_as_they_are() {
+fn statistics_of_a_frozen_layer_stay_as_they_are() {
     let device = default_device();
-    let centered = || Centered {
-        mean: RunningState::new(Tensor::zeros([2], &device)),
-        linear: linear([2, 1], &device),
-    };
-    let refused = |error: Result<FlatView, FlatError>, expected: &str| {
-        let name = expected.to_owned();
-        assert_eq!(error, Err(FlatError::RunningStatistics { name }));
-    };
-    // The layer has no flag that would tell it to stop, frozen or not.
-    let layers = vec![centered(), centered().freeze()];
-    refused(FlatView::new(&Holder { layers }), "layers.0.mean");
-
     let norm = BatchNormConfig::new(2).init(&device);
     let model = |norm: BatchNorm| Normalized {
         norm,
         linear: linear([2, 1], &device),
     };
-    let learning = model(norm.clone());
-    refused(FlatView::new(&learning), "norm.running_mean");
-    refused(FlatView::new(&learning.valid()), "norm.running_mean");
-    // Without gradients it still learns its statistics.
-    refused(
-        FlatView::new(&model(norm.clone().no_grad())),
-        "norm.running_mean",
-    );
-
     let mut local = LocalModel::new(model(norm.clone().freeze()), &device).expect("frozen");
     let gradient = step(&mut local);
-    assert_eq!(local.num_weights(), 3);
+    assert_eq!((local.num_weights(), local.num_trainable()), (3, 3));
+    assert_eq!(local.buffers(), []);
     // Mean 0 and variance 1, as at the beginning, leave the input as it is.
     for (slope, expected) in gradient.iter().zip([0.5, 0.5, 1.0]) {
         assert!((slope - expected).abs() < 1e-4, "{gradient:?}");
@@ -287,6 +255,13 @@ fn running_statistics_are_refused_by_their_path_unless_they_stay_as_they_are() {
     assert_eq!(bits(statistics.running_mean.value_sync()), [0; 2]);
     let ones = [1.0_f32.to_bits(); 2];
     assert_eq!(bits(statistics.running_var.value_sync()), ones);
+    let mut fixed = Vec::new();
+    let add = |name: &str, _: &[usize], _: &[u8]| fixed.push(name.to_owned());
+    local.fixed_tensors(add).expect("a working device");
+    assert_eq!(
+        fixed,
+        ["norm.training", "norm.running_mean", "norm.running_var"]
+    );
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The tests of ps-model through its public interface, on every backend that is compiled in.
 
+mod buffers;
 mod convolution;
 mod custom_model;
 mod devices;

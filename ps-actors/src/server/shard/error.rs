@@ -23,6 +23,18 @@ pub enum ShardError {
         /// The range that the gradient must cover.
         expected: Range<usize>,
     },
+    /// The gradient takes other weights for those of buffers than the model has.
+    #[error(
+        "{id} trains weights {got:?} of its range, but must train {expected:?}: its model is another one"
+    )]
+    WrongBuffers {
+        /// The id of the gradient.
+        id: GradientId,
+        /// The range of trained weights in the gradient.
+        got: Range<usize>,
+        /// The range of trained weights in the model.
+        expected: Range<usize>,
+    },
     /// The worker's incarnation is over.
     #[error("{id} is fenced off: valid is {least} or later")]
     Fenced {

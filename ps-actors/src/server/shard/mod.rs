@@ -26,7 +26,7 @@ mod sum;
 
 pub use error::ShardError;
 pub(super) use saved::ShardState;
-use sum::{clip, norm_above, reduce, shares};
+use sum::{clip, mean_of_buffers, norm_above, reduce, shares};
 
 /// How many undecided gradients of one worker may be staged.
 pub(super) const MAX_STAGED: usize = 32;
@@ -220,7 +220,7 @@ impl Shard {
     /// Keeps a gradient that the coordinator itself sent and will decide on at once.
     ///
     /// # Errors
-    /// If the gradient covers other weights.
+    /// If the gradient covers other weights, or has other buffers than the model.
     pub(crate) fn stage_decided(
         &mut self,
         id: GradientId,
@@ -230,11 +230,27 @@ impl Shard {
         if got != expected && got != (0..self.current.layout().num_weights()) {
             return Err(ShardError::WrongRange { id, got, expected });
         }
+        self.check_buffers(id, gradient)?;
         if gradient.norm().is_finite() {
             // It is kept as it arrived, because the first server may have to send it on.
             self.staged.entry(id).or_insert_with(|| gradient.clone());
         }
         Ok(self.do_updates())
+    }
+
+    /// Checks that the gradient takes the same weights for those of buffers as the layout does.
+    pub(crate) fn check_buffers(
+        &self,
+        id: GradientId,
+        gradient: &Gradient,
+    ) -> Result<(), ShardError> {
+        let Range { start, end } = gradient.range();
+        let num_trainable = self.current.layout().num_trainable();
+        let (got, expected) = (gradient.trained(), start..num_trainable.clamp(start, end));
+        match got == expected {
+            true => Ok(()),
+            false => Err(ShardError::WrongBuffers { id, got, expected }),
+        }
     }
 
     /// Takes a gradient that an update waits for. It replaces whatever is staged under its id. A gradient
@@ -396,24 +412,28 @@ impl Shard {
             {
                 // Their buffers come back before anybody is answered.
                 let gradients = self.take_gradients(&update);
+                let shares = shares(&update);
+                let moved = mean_of_buffers(&gradients, shares.as_deref());
                 let mut sum;
                 let gradient = match &gradients[..] {
-                    [single] if update.clip == Clip::None => single.values(),
-                    [single] => {
-                        sum = self.pool.take(single.values().len());
-                        sum.copy_from_slice(single.values());
-                        clip(&mut sum, update.clip);
-                        &sum
-                    }
+                    [single] if update.clip == Clip::None && moved.is_empty() => single.values(),
                     several => {
-                        let shares = shares(&update);
-                        sum = reduce(several, shares.as_deref(), update.reduction, &self.pool);
-                        clip(&mut sum, update.clip);
+                        sum = match several {
+                            [single] => {
+                                let mut copy = self.pool.take(single.values().len());
+                                copy.copy_from_slice(single.values());
+                                copy
+                            }
+                            _ => reduce(several, shares.as_deref(), update.reduction, &self.pool),
+                        };
+                        let num_trained = sum.len() - moved.len();
+                        sum[num_trained..].fill(0.0);
+                        clip(&mut sum[..num_trained], update.clip);
                         &sum
                     }
                 };
                 self.learning_rate = learning_rate;
-                self.write(gradient, learning_rate, update.version);
+                self.write(gradient, &moved, learning_rate, update.version);
             }
             // Calls are answered after every single version, because one may wait for exactly this version.
             self.answer_pulls(&mut answers);
@@ -444,8 +464,9 @@ impl Shard {
         taken.collect()
     }
 
-    /// Lets the rule change the weights by one gradient.
-    fn write(&mut self, gradient: &[f32], learning_rate: f64, version: Version) {
+    /// Lets the rule change the weights by one gradient. The last weights are those of buffers, which move by
+    /// `moved`, whatever the rule does.
+    fn write(&mut self, gradient: &[f32], moved: &[f32], learning_rate: f64, version: Version) {
         let segment = self.current.segments[0].clone();
         let (start, layout) = (segment.start, Arc::clone(self.current.layout()));
         let old = std::mem::replace(
@@ -461,15 +482,20 @@ impl Shard {
         } else {
             drop(old);
         }
+        let first = old_data.len() - moved.len();
+        let buffers = old_data[first..].iter().zip(moved);
+        let buffers: Vec<f32> = buffers.map(|(old, moved)| old - moved).collect();
         let data = match Arc::get_mut(&mut old_data) {
             Some(unshared) => {
                 self.rule.update(unshared, gradient, learning_rate);
+                unshared[first..].copy_from_slice(&buffers);
                 old_data
             }
             None => {
                 let mut next = self.pool.take(old_data.len());
                 self.rule
                     .update_into(&old_data, gradient, learning_rate, &mut next);
+                next[first..].copy_from_slice(&buffers);
                 Arc::new(next)
             }
         };

@@ -41,6 +41,23 @@ pub(super) fn reduce(
     sum
 }
 
+/// Returns the mean of the numbers of buffers, which stand at the end of each gradient. `weights` are those of
+/// [`reduce`]; a sum of gradients has none, so each batch has the same weight.
+pub(super) fn mean_of_buffers(gradients: &[Gradient], weights: Option<&[f32]>) -> Vec<f32> {
+    let of = |gradient: &Gradient| gradient.trained().len()..gradient.values().len();
+    let Some(first) = gradients
+        .first()
+        .map(of)
+        .filter(|buffers| !buffers.is_empty())
+    else {
+        return Vec::new();
+    };
+    let gradients: Vec<&[f32]> = gradients.iter().map(Gradient::values).collect();
+    let mut mean = vec![0.0; first.len()];
+    reduce_part(&gradients, first, weights, Reduction::Mean, &mut mean);
+    mean
+}
+
 /// Does the same for the numbers of one part of the gradients.
 fn reduce_part(
     gradients: &[&[f32]],
@@ -83,7 +100,7 @@ fn reduce_part(
 }
 
 /// Returns the Euclidean norm of the combined gradient of `update`, if it is above `limit`. The gradients are
-/// those of the update, over all weights of the model.
+/// those of the update, over all weights of the model. Buffers are left out.
 pub(super) fn norm_above(gradients: &[&Gradient], update: &Update, limit: f64) -> Option<f64> {
     if let [single] = gradients {
         return Some(single.norm()).filter(|&norm| norm > limit);
@@ -93,8 +110,9 @@ pub(super) fn norm_above(gradients: &[&Gradient], update: &Update, limit: f64) -
         // Most updates of a run that goes well need no further look at the numbers.
         return None;
     }
+    let trained = |gradient: &&Gradient| gradient.trained().len();
+    let len = gradients.first().map_or(0, trained);
     let values: Vec<&[f32]> = gradients.iter().map(|gradient| gradient.values()).collect();
-    let len = values.first().map_or(0, |first| first.len());
     let starts = (0..len).step_by(PART_LEN);
     let mut squares = vec![0.0; starts.len()];
     let parts = starts.zip(&mut squares);
@@ -208,10 +226,34 @@ mod tests {
             assert_eq!(norm_above(&all, &update, norm), None);
             assert_eq!(norm_above(&all, &update, norm * 0.999), Some(norm));
         }
+        // S-20: the norm of the trained weights is the same, whatever stands behind them.
+        let with_buffers = gradients.each_ref().map(|gradient| {
+            let numbers = [gradient.values(), &[1e9; 5]].concat();
+            Gradient::with_buffers(numbers, gradient.values().len())
+        });
+        let plain = update(&gradients, &[5, 1, 2], Reduction::Mean);
+        let both = [&gradients, &with_buffers].map(|gradients| {
+            let gradients: Vec<&Gradient> = gradients.iter().collect();
+            norm_above(&gradients, &plain, 0.0).map(f64::to_bits)
+        });
+        assert_eq!(both[0], both[1]);
         let single = update(&gradients[..1], &[1], Reduction::Mean);
         let norm = gradients[0].norm();
         assert_eq!(norm_above(&all[..1], &single, norm), None);
         assert_eq!(norm_above(&all[..1], &single, norm / 2.0), Some(norm));
+    }
+
+    /// S-20.
+    #[test]
+    fn buffers_move_by_the_mean_even_if_gradients_are_added_up() {
+        let gradients = [[1.0, 2.0, 4.0], [3.0, 6.0, 8.0]];
+        let gradients = gradients.map(|numbers| Gradient::with_buffers(numbers.to_vec(), 1));
+        assert_eq!(mean_of_buffers(&gradients, None), [4.0, 6.0]);
+        assert_eq!(mean_of_buffers(&gradients, Some(&[0.75, 0.25])), [3.0, 5.0]);
+        let parts = gradients.each_ref().map(|gradient| gradient.slice(2..3));
+        assert_eq!(mean_of_buffers(&parts, None), [6.0]);
+        let plain = gradients.each_ref().map(|gradient| gradient.slice(0..1));
+        assert!(mean_of_buffers(&plain, None).is_empty());
     }
 
     #[test]

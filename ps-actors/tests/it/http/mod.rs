@@ -51,7 +51,7 @@ fn a_worker_joins_pulls_pushes_and_leaves() {
 
         let layout = client.get("/v1/layout").expect(200);
         assert_eq!(layout.header("content-type"), "application/json");
-        let expected = r#"{"num_weights":10,"parameters":[{"name":"fc.weight","shape":[2,4],"start":0,"len":8},{"name":"fc.\"bias\"","shape":[2],"start":8,"len":2}]}"#;
+        let expected = r#"{"num_weights":10,"num_trainable":10,"parameters":[{"name":"fc.weight","shape":[2,4],"start":0,"len":8},{"name":"fc.\"bias\"","shape":[2],"start":8,"len":2}]}"#;
         assert_eq!(layout.text().trim(), expected);
 
         let pulled = client.get("/v1/weights").expect(200);
