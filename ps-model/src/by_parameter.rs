@@ -25,7 +25,7 @@ impl FlatView {
     /// let before = view.read_weights(&model);
     ///
     /// let gradients = view.gradients_by_parameter(&model, &vec![2.0; view.num_weights()]);
-    /// let model = SgdConfig::new().init().step(0.5.into(), model, gradients);
+    /// let model = SgdConfig::new().init().step(0.5, model, gradients);
     /// let after = view.read_weights(&model);
     /// assert!(before.iter().zip(after).all(|(before, after)| after == before - 1.0));
     /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -21,7 +21,7 @@ use tokio::sync::oneshot;
 use super::rule::LearnerRule;
 use super::source::{EpochConfig, Input, LearnerSource, Output, Shared, lock};
 use crate::observe::{Collector, Observers};
-use crate::source::initial_weights;
+use crate::source::{SetupError, initial_weights};
 use crate::trainer::TrainError;
 use crate::workers::{Worker, able, balance, last_steps};
 
@@ -85,7 +85,7 @@ where
     fn take_steps(&self, epoch: u64, stopped: oneshot::Receiver<()>) -> Result<(), TrainError> {
         let model = lock(self.learner).model();
         let view = FlatView::new(&model).map_err(ModelError::from);
-        let view = view.map_err(crate::source::SetupError::from)?;
+        let view = view.map_err(SetupError::from)?;
         let initial = initial_weights(&model, &self.shared.device)?;
         drop(model);
         let rule = |_| -> Box<dyn ps_actors::rule::UpdateRule> {
@@ -113,7 +113,7 @@ where
         // parameters are the server's already.
         let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights.read(range));
         let written = view.write_weights(lock(self.learner).model(), read);
-        written.map_err(ModelError::from)?;
+        written.map_err(|error| SetupError::from(ModelError::from(error)))?;
         Ok(())
     }
 

@@ -11,8 +11,6 @@ mod ending;
 mod equivalence;
 mod frozen;
 mod groups;
-#[cfg(feature = "burn-train")]
-mod learner;
 mod nodes;
 mod observe;
 mod replay;

@@ -2,9 +2,11 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use burn::optim::AdamConfig;
 use ps::actors::cluster::{Node, Transport};
+use ps::actors::net::NetConfig;
 use ps::actors::net::memory::MemoryNetwork;
 use ps::learner::ClusterStrategy;
 use ps::prelude::*;
@@ -12,7 +14,8 @@ use tokio::sync::Notify;
 
 use super::net::{Net, OnStep, assert_close, device, learner, loader, train, weights_of};
 use super::{NUM_EPOCHS, joined};
-use crate::nodes::{SOON, config};
+
+const SOON: Duration = Duration::from_secs(60);
 
 const NUM_EXAMPLES: usize = 90;
 const BATCH_SIZE: usize = 5;
@@ -35,7 +38,16 @@ fn process(
 
 /// Trains on a driver and two nodes. The last node leaves when `leave` is notified.
 fn train_on_nodes(consistency: Consistency, leave: Arc<Notify>, on_step: &OnStep) -> Vec<f32> {
-    let config = config(Transport::Memory(MemoryNetwork::new()));
+    let config = ClusterConfig {
+        transport: Transport::Memory(MemoryNetwork::new()),
+        net: NetConfig {
+            // The machine that tests run on may be busy.
+            process_lease: Duration::from_secs(30),
+            handshake: Duration::from_secs(30),
+            ..NetConfig::default()
+        },
+        ..ClusterConfig::default()
+    };
     let (learner, loads, strategy) = process(on_step);
     let strategy = strategy.consistency(consistency);
     let hosts = strategy.hosts(Hosts::new());

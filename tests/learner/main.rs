@@ -83,6 +83,22 @@ fn one_worker_trains_as_burns_own_strategy() {
     assert_close(&got, &expected, "one worker");
 }
 
+/// S-20. They are in the weights that are compared, and in the learner that validates.
+#[test]
+fn running_statistics_are_those_of_burns_own_strategy() {
+    let nothing = OnStep::nothing();
+    let loads = || loader(0..32, 4, None, &nothing);
+    let new = || {
+        let net = Net::normalized(&device());
+        Learner::new(net, SgdConfig::new().init(), 0.01)
+    };
+    let expected = weights_of(&train(new(), loads(), NUM_EPOCHS, None));
+    let (learner, loads) = (new(), loads());
+    let strategy = alone(&learner, &loads, 1, Consistency::Bsp);
+    let got = weights_of(&train(learner, loads, NUM_EPOCHS, Some(strategy)));
+    assert_close(&got, &expected, "statistics");
+}
+
 #[test]
 fn accumulated_gradients_are_summed_as_burns_own_strategy_does() {
     let nothing = OnStep::nothing();

@@ -9,7 +9,7 @@ use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
 use burn::data::dataset::InMemDataset;
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::module::Module;
-use burn::nn::{Linear, LinearConfig};
+use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
 use burn::optim::ModuleOptimizer;
 use burn::tensor::activation::tanh;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -70,14 +70,24 @@ impl Batcher<usize, Batch> for Points {
 #[derive(Module, Debug)]
 pub(super) struct Net {
     first: Linear,
+    norm: Option<BatchNorm>,
     second: Linear,
 }
 
 impl Net {
+    /// With a layer that keeps running statistics.
+    pub(super) fn normalized(device: &Device) -> Self {
+        Self {
+            norm: Some(BatchNormConfig::new(8).init(device)),
+            ..Self::new(device)
+        }
+    }
+
     /// The weights of a network are always the same.
     pub(super) fn new(device: &Device) -> Self {
         let net = Self {
             first: LinearConfig::new(3, 8).init(device),
+            norm: None,
             second: LinearConfig::new(8, 1).init(device),
         };
         let view = FlatView::new(&net).unwrap();
@@ -91,7 +101,12 @@ impl Net {
     }
 
     fn output(&self, batch: Batch) -> RegressionOutput {
-        let output = self.second.forward(tanh(self.first.forward(batch.inputs)));
+        let hidden = self.first.forward(batch.inputs);
+        let hidden = match &self.norm {
+            Some(norm) => norm.forward(hidden),
+            None => hidden,
+        };
+        let output = self.second.forward(tanh(hidden));
         let loss = (output.clone() - batch.targets.clone()).square().mean();
         RegressionOutput::new(loss, output, batch.targets)
     }
