@@ -75,6 +75,14 @@ where
         result
     }
 
+    fn dealing(&self) -> Dealing {
+        Dealing {
+            num_workers: self.num_workers,
+            batch_size: self.batch_size,
+            num_examples: self.train.num_examples(),
+        }
+    }
+
     fn train_on(mut self, cluster: &Cluster, observers: &Observers) -> Result<Report, TrainError> {
         self.check()?;
         let stop = match self.heeds_signals {
@@ -102,11 +110,7 @@ where
             // The test data is checked now, and not after hours of training.
             evaluator.try_out(&initial).map_err(TrainError::TestData)?;
         }
-        let dealing = Dealing {
-            num_workers: self.num_workers,
-            batch_size: self.batch_size,
-            num_examples: self.train.num_examples(),
-        };
+        let dealing = self.dealing();
         let config = self.checkpoints.take();
         self.logs_updates = config.as_ref().is_some_and(|config| config.log.is_some());
         // An earlier process of this training may have begun to record it.
@@ -304,7 +308,7 @@ where
             Some(_) => {
                 let status = coordinator(&servers).await?;
                 let workers = status.workers.values();
-                Some(Resumed::of(status.version, workers, self.batch_size))
+                Some(Resumed::of(status.version, workers, self.dealing()))
             }
             None => None,
         };
