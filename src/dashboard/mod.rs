@@ -178,7 +178,7 @@ impl Dashboard {
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("dashboard".to_owned());
         thread.spawn(move || {
-            if let Err(error) = server::serve(listener, &for_thread) {
+            if let Err(error) = server::serve(listener, &for_thread, server::PATIENCE) {
                 tracing::warn!(%error, "there is no dashboard any more; the training goes on");
             }
             drop::<std::sync::mpsc::SyncSender<()>>(ends);
