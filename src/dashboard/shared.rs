@@ -71,6 +71,8 @@ impl Shared {
             is_running: self.controls.is_running(),
             is_paused: self.controls.is_paused(),
             saves_checkpoints: self.controls.saves_checkpoints(),
+            changes_consistency: self.controls.changes_consistency(),
+            removes_workers: self.controls.removes_workers(),
         }
     }
 

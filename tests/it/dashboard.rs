@@ -400,6 +400,14 @@ fn a_worker_that_is_removed_leaves_and_the_others_go_on() {
         let steps: Vec<usize> = report.losses.iter().map(Vec::len).collect();
         assert_eq!((steps[0], steps[2]), (1000, 1000), "{mode}");
         assert!(steps[1] < 1000, "{mode}: {steps:?}");
+        assert_eq!(report.removed_workers, [WorkerId(1)], "{mode}");
+        let text = report.to_string();
+        assert!(text.contains("Removed while it ran: worker 1\n"), "{text}");
+        let ended = events.iter().find_map(|event| match event {
+            Event::RunEnded(ended) => ended.report.as_ref(),
+            _ => None,
+        });
+        assert_eq!(ended.unwrap().removed_workers, [WorkerId(1)], "{mode}");
         assert_eq!(
             report.num_applied,
             steps.iter().sum::<usize>() as u64,
