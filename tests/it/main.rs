@@ -4,6 +4,7 @@ mod bad_input;
 mod batches;
 mod checkpoints;
 mod cluster;
+mod controls;
 mod dashboard;
 mod elastic;
 mod ending;
