@@ -654,6 +654,17 @@ pub(crate) mod testing {
         })
     }
 
+    #[cfg(feature = "otel")]
+    pub(crate) fn started(unix_time: f64, settings: Settings) -> RunStarted {
+        RunStarted {
+            time: 0.0,
+            unix_time,
+            settings,
+            versions: Versions::here(),
+            first_version: Version(0),
+        }
+    }
+
     pub(crate) fn evaluating(time: f64, num_done: usize, num_batches: usize) -> Event {
         Event::Evaluating(Evaluating {
             time,

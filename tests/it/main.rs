@@ -12,6 +12,7 @@ mod equivalence;
 mod frozen;
 mod nodes;
 mod observe;
+mod otel;
 mod replay;
 mod schedules;
 mod served;

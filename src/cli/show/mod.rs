@@ -44,6 +44,11 @@ pub struct ShowArgs {
     #[cfg(feature = "trace")]
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
+    /// Send each step as a trace to a collector of OpenTelemetry, over OTLP with HTTP and JSON
+    /// [default URL: http://127.0.0.1:4318].
+    #[cfg(feature = "otel")]
+    #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "http://127.0.0.1:4318")]
+    pub otlp: Option<crate::otel::Endpoint>,
     /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. From other machines,
     /// reading them needs the token in $PS_TOKEN, if there is one.
     #[cfg(feature = "metrics")]
@@ -80,6 +85,10 @@ impl ShowArgs {
         #[cfg(feature = "trace")]
         if let Some(file) = &self.trace {
             observers.push(Box::new(crate::trace::Trace::new(file)));
+        }
+        #[cfg(feature = "otel")]
+        if let Some(endpoint) = &self.otlp {
+            observers.push(Box::new(crate::otel::OpenTelemetry::new(endpoint.clone())));
         }
         #[cfg(feature = "metrics")]
         observers.extend(self.metrics.and_then(metrics::observer));
