@@ -349,6 +349,14 @@ impl Tally {
             .count()
     }
 
+    /// Returns how many workers are there now: neither lost nor gone for good.
+    #[must_use]
+    pub fn num_workers_live(&self) -> usize {
+        let is_live =
+            |worker: &&WorkerTally| !worker.is_lost && !worker.is_removed && !worker.has_left;
+        self.workers.values().filter(is_live).count()
+    }
+
     /// Returns the mean loss of about the latest 20 batches. `None` before the first step.
     #[must_use]
     pub fn loss(&self) -> Option<f64> {
@@ -363,10 +371,14 @@ impl Tally {
     }
 
     /// Returns how many steps of all workers are done, and how many there will be in all. Both include those
-    /// before the checkpoint from which the training went on. Both are 0 if nobody knows how many there will be.
+    /// before the checkpoint from which the training went on. If nobody knows how many there will be, that number is 0,
+    /// and the steps are those since the run started.
     #[must_use]
     pub fn steps_done(&self) -> (u64, u64) {
         let each = self.settings.steps_per_worker;
+        if each == 0 {
+            return (self.num_steps(), 0);
+        }
         let steps_of = |worker: &WorkerTally| worker.next_clock.0.min(each);
         let done = self.workers.values().map(steps_of).sum();
         // A worker that was removed takes no more steps.
@@ -637,6 +649,7 @@ mod tests {
             change: Change::WorkerRemoved { worker },
         }));
         assert_eq!(tally.steps_done(), (3, 13));
+        assert_eq!((tally.num_workers_live(), tally.num_workers_lost()), (1, 0));
     }
 
     #[test]

@@ -175,8 +175,9 @@ fn status(tally: &Tally, is_recovering: bool) -> String {
         parts.push(format!("staleness {:.1}", tally.staleness.mean()));
     }
     if num_lost == 0 {
-        let plural = if num_workers == 1 { "" } else { "s" };
-        parts.push(format!("{num_workers} worker{plural}"));
+        let num_live = tally.num_workers_live();
+        let plural = if num_live == 1 { "" } else { "s" };
+        parts.push(format!("{num_live} worker{plural}"));
     }
     parts.join(", ")
 }
@@ -222,7 +223,7 @@ mod tests {
         for clock in 0..20 {
             tally.count(&crate::observe::testing::step(0, clock, clock as f64));
         }
-        assert_eq!((tally.steps_done(), tally.seconds_left()), ((0, 0), None));
+        assert_eq!((tally.steps_done(), tally.seconds_left()), ((20, 0), None));
         assert!(!status(&tally, false).contains("left"));
     }
 
