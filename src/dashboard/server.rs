@@ -188,7 +188,7 @@ mod tests {
             token: None,
             reads_need_token: false,
         };
-        let shared = Arc::new(Shared::new(guard, Controls::new()));
+        let shared = Arc::new(Shared::new(guard, Controls::new(), None));
         // Large states fill the buffers of the system soon.
         for worker in 0..64 {
             let steps = (0..40).map(|clock| testing::step(worker, clock, clock as f64));

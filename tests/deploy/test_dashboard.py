@@ -398,6 +398,17 @@ class Dashboard(unittest.TestCase):
         code, text = process.wait(150)
         self.assertEqual(code, 0, text)
 
+    def test_it_has_the_metrics_too(self):
+        process, url = self.start("--num-workers", "2", "--metrics", "127.0.0.1:0")
+
+        def applied():
+            with urllib.request.urlopen(f"{url}metrics", timeout=20) as answer:
+                found = re.search(r'^ps_gradients_total\{worker="1",outcome="applied"\} (\d+)$', answer.read().decode(), re.MULTILINE)
+            return int(found[1]) if found else 0
+
+        eventually(lambda: applied() > 10, "metrics")
+        self.end(process)
+
     def test_other_hosts_need_a_token(self):
         line = [example("sharded_ps"), "--dashboard", "0.0.0.0:0"]
         code, text = Process(self, line, env=environment()).wait(60)

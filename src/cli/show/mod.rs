@@ -49,7 +49,8 @@ pub struct ShowArgs {
     #[cfg(feature = "otel")]
     #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "http://127.0.0.1:4318")]
     pub otlp: Option<crate::otel::Endpoint>,
-    /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. From other machines,
+    /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. The driver's port and the dashboard
+    /// have them, too. From other machines,
     /// reading them needs the token in $PS_TOKEN, if there is one.
     #[cfg(feature = "metrics")]
     #[arg(long, value_name = "ADDR", value_parser = metrics::address)]
@@ -93,8 +94,14 @@ impl ShowArgs {
         #[cfg(feature = "metrics")]
         observers.extend(self.metrics.and_then(metrics::observer));
         #[cfg(feature = "dashboard")]
-        if let Some(dashboard) = self.dashboard.observer(&self.controls) {
-            observers.push(Box::new(dashboard));
+        {
+            #[cfg(feature = "metrics")]
+            let text = metrics::text();
+            #[cfg(not(feature = "metrics"))]
+            let text = None;
+            if let Some(dashboard) = self.dashboard.observer(&self.controls, text) {
+                observers.push(Box::new(dashboard));
+            }
         }
         observers
     }
