@@ -79,6 +79,7 @@ fn serve(mut args: Args) -> Result<ExitCode> {
     let model = ConvNet::init(0, &device);
     let mnist = Mnist::load(&MnistOptions {
         directory: args.data_dir.clone(),
+        shows_progress: !args.show.quiet,
         ..MnistOptions::default()
     })?;
     let evaluator = Evaluator::new(&model, &device, &mnist.test)?;

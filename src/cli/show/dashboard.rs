@@ -36,8 +36,8 @@ pub struct DashboardArgs {
 }
 
 impl DashboardArgs {
-    /// Returns the observer that serves the page, if the user asks for one. `metrics` writes those of the exporter. Ends the process if the flags do not
-    /// fit together.
+    /// Returns the observer that serves the page, if the user asks for one. `metrics` writes those of the exporter. Ends
+    /// the process if the flags do not fit together.
     pub(super) fn observer(
         &self,
         controls: &Controls,
