@@ -357,15 +357,15 @@ class Dashboard(unittest.TestCase):
         self.assertEqual(browser.text("#control-missing"), "This program decides itself which workers there are, so none can be removed here.")
         self.assertTrue(browser.run("return document.getElementById('remove').disabled"))
         self.assertFalse(browser.run("return document.getElementById('set-mode').disabled"))
-        browser.screenshot(self.folder / "http.png", 1130)
+        browser.screenshot(self.pictures / "http.png", 1130)
         workers[0].leave()
         self.happened(url, "worker 0 has left")
         browser.eventually("return document.querySelectorAll('#workers .state[data-state=left]').length === 1")
-        # The other one falls silent: it is lost after its lease.
-        eventually(lambda: any("worker 1 is lost: it was silent" in one["text"] for one in self.state(url)["incidents"]) or process.child.poll() is not None,
-                   "the loss of a silent worker", 60)
+        # The other one falls silent: it is lost after its lease, and the training ends, which the page still gets.
         code, text = process.wait(60)
         self.assertEqual(code, 0, text)
+        browser.eventually("return document.querySelector('#status').textContent === 'finished'")
+        self.assertIn("worker 1 is lost: it was silent for longer than its lease", browser.text("#incidents"))
 
     def test_several_processes_colours_sizes_and_pictures(self):
         browser = self.browser
