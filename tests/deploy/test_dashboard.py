@@ -350,6 +350,7 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelectorAll('#workers .state[data-state=live]').length === 2")
         browser.eventually("return document.querySelector('#n-version').textContent === '40'")
         self.assertEqual(browser.text("#workers td.shares"), "not known")
+        self.assertIn("nobody says where the workers are", browser.text("#nodes"))
         self.assertEqual(browser.text("#progress-text").split(" in ")[0], "40 steps")
         browser.eventually("return document.querySelector('#chart-accuracy .line, #chart-accuracy .dot') || document.querySelector('#n-accuracy').textContent !== '–'")
         browser.type("#token", TOKEN)

@@ -197,7 +197,10 @@ function showServers() {
     element("td", { class: "num" }, bytes(server.bytes)),
     element("td", { class: "num" }, count(server.num_staged)),
     element("td", { class: "num" }, count(server.num_waiting)))), state.servers);
-  const nodes = state.nodes.length ? state.nodes : [{ node: "one process", host: "servers and workers are in the driver", num_workers: null }];
+  // Workers over HTTP, and those of a driver's own loop, do not say where they are.
+  const isKnown = state.workers.every((worker) => worker.place !== "");
+  const alone = isKnown ? "servers and workers are in the driver" : "the servers are in the driver; nobody says where the workers are";
+  const nodes = state.nodes.length ? state.nodes : [{ node: "one process", host: alone, num_workers: null }];
   fill($("nodes"), () => nodes.map(({ node, host, num_workers: workers }) => element("li", {}, element("span", {}, node), element("span", {}, workers === null ? host : `${host}: ${many(workers, "worker")}`))), nodes);
 }
 
