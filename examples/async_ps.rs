@@ -104,8 +104,12 @@ fn train(
     }
     // SIGTERM and Ctrl-C end the loop, not the process.
     let stop = StopSignal::heed()?;
+    let mut checkpoints = observers.see_checkpoints(checkpoints);
+    let mut controls = (show.controls).in_loop(server.clone(), &observers, &checkpoints);
     let mut i = weights.version().0;
     while i < args.iterations * args.num_workers as u64 {
+        // Does what the dashboard asks for; waits here while somebody has paused the training.
+        controls.heed(&stop, &mut checkpoints);
         if let Some(signal) = stop.received() {
             say!("Interrupted by {signal} after {i} updates.");
             break;
@@ -140,9 +144,9 @@ fn train(
         "Final accuracy is {:.1}.",
         observers.accuracy_percent(&mut evaluator, &weights)?
     );
-    observers.run_ended();
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(weights.version());
+    observers.run_ended();
     saving.export(&model, &device, &weights)?;
     let num_gradients = args.iterations * args.num_workers as u64;
     let num_expected = stop.received().is_none().then_some(num_gradients);

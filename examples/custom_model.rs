@@ -97,8 +97,10 @@ fn train(args: Args) -> Result<ExitCode> {
     say!("Final mean squared error is {error:.4}.");
     saving.export(&model, &device, &report.weights)?;
     let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
-    // Examples that do not fill one batch of every worker are left out of an epoch.
-    let num_steps = args.epochs * (NUM_POINTS / (args.num_workers * BATCH_SIZE)) as u64;
+    // In the last step of an epoch, the workers share what is left, if it is enough for one point of each.
+    let per_step = args.num_workers * BATCH_SIZE;
+    let has_last = NUM_POINTS % per_step >= args.num_workers;
+    let num_steps = args.epochs * (NUM_POINTS / per_step + usize::from(has_last)) as u64;
     Ok(chaos.conclude(Some(&report.done(num_steps)), code)?)
 }
 

@@ -272,11 +272,12 @@ impl<I, D, F> fmt::Debug for Collated<I, D, F> {
 ///     WorkerBatches::new(&data, config)
 /// };
 /// let mut first = share(0)?;
-/// assert_eq!(first.steps_per_epoch(), 2); // 8 of 10 examples fill 2 batches of each worker.
+/// assert_eq!(first.steps_per_epoch(), 3); // 8 of 10 examples fill 2 batches of each worker.
 /// let batch = first.batch(Clock(1))?;
 /// assert_eq!(batch.len(), 2);
 /// assert_eq!(share(0)?.batch(Clock(1))?, batch);
 /// assert_ne!(share(1)?.batch(Clock(1))?, batch);
+/// assert_eq!(first.batch(Clock(2))?.len(), 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct WorkerBatches<B> {
@@ -284,8 +285,11 @@ pub struct WorkerBatches<B> {
 }
 
 impl<B: Send + 'static> WorkerBatches<B> {
-    /// Makes the worker's share of `data`. All batches are full. Examples that do not fill one batch of
-    /// every worker are left out. The order changes from epoch to epoch.
+    /// Makes the worker's share of `data`. The order changes from epoch to epoch.
+    ///
+    /// All batches are full but those of the last step of an epoch: the workers share what is left. A mean of gradients
+    /// weights each by the number of its examples, so each example counts the same. Examples that are not enough for one
+    /// of each worker are left out.
     ///
     /// # Errors
     /// If there are not enough examples for one batch of each worker.
@@ -309,9 +313,8 @@ impl<B: Send + 'static> WorkerBatches<B> {
             shard: config.worker.0 as usize,
             num_shards: config.num_workers,
             seed: config.seed,
-            // All batches are full, and all workers have as many of them. So a mean of their means is the
-            // mean.
-            drop_last: true,
+            // All workers have the same number of batches.
+            drop_last: leaves_out_end(num_examples, config.num_workers, config.batch_size),
             ..SamplerConfig::new(num_examples, config.batch_size)
         };
         Ok(Self {
@@ -340,6 +343,13 @@ impl<B: Send + 'static> WorkerBatches<B> {
         }
         self.batches.next_batch()
     }
+}
+
+/// Whether the examples at the end of an epoch that fill no batch of every worker are left out, because they are not
+/// enough for one of each. Data without a single full batch of every worker is a mistake.
+pub(crate) fn leaves_out_end(num_examples: usize, num_workers: usize, batch_size: usize) -> bool {
+    let block = num_workers.saturating_mul(batch_size).max(1);
+    num_examples < block || num_examples % block < num_workers.max(1)
 }
 
 /// A part of a batch, with the number of its examples.

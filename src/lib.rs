@@ -69,6 +69,7 @@
 //! | `metrics` (feature) | metrics for Prometheus and others |
 //! | `tensorboard` (feature) | event files for TensorBoard |
 //! | `trace` (feature) | a trace for Perfetto and Chrome |
+//! | `otel` (feature) | traces for OpenTelemetry |
 //! | [`controls`] | a handle that changes a training while it runs |
 //! | `dashboard` (feature) | a page in the browser that shows a training, and controls it |
 //! | `cli` (feature) | the command line of a training program: flags, logging, exit codes |
@@ -94,6 +95,8 @@ pub mod learning_rate;
 #[cfg(feature = "metrics")]
 pub mod metrics;
 pub mod observe;
+#[cfg(feature = "otel")]
+pub mod otel;
 pub mod report;
 mod resume;
 pub mod rule;

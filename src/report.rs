@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ps_actors::checkpoint::SaveReport;
-use ps_actors::ids::Version;
+use ps_actors::ids::{Version, WorkerId};
 use ps_actors::launch::{Signal, exit_code};
 use ps_actors::server::{Consistency, Histogram, Reduction};
 use ps_actors::weights::Weights;
@@ -100,6 +100,8 @@ pub struct Report {
     pub num_worker_restarts: u32,
     /// How often a worker went on at another node, because its node left or another one joined.
     pub num_worker_moves: u32,
+    /// The workers that somebody removed while the training ran. The others went on without them.
+    pub removed_workers: Vec<WorkerId>,
     /// Time from the start of the workers to their end. It includes the evaluations during the run.
     pub elapsed: Duration,
     /// Total time that the workers spent computing gradients. `None` if a worker was lost before it could
@@ -288,6 +290,11 @@ impl fmt::Display for Report {
             counted(self.num_worker_restarts as usize, "worker restart"),
             counted(self.num_worker_moves as usize, "worker move"),
         )?;
+        if !self.removed_workers.is_empty() {
+            let removed = self.removed_workers.iter().map(WorkerId::to_string);
+            let removed = removed.collect::<Vec<_>>().join(", ");
+            writeln!(f, "Removed while it ran: {removed}")?;
+        }
         match self.compute_fraction() {
             Some(fraction) => write!(
                 f,

@@ -7,6 +7,7 @@ use ps_actors::server::WorkerStatus;
 use ps_actors::weights::Layout;
 
 use crate::agreement::Facts;
+use crate::data::leaves_out_end;
 
 const NUM_WORKERS: &str = "the number of workers";
 
@@ -19,9 +20,34 @@ pub(crate) struct Dealing {
 }
 
 impl Dealing {
+    /// Returns how many examples all workers take in a step with full batches.
+    fn block(self) -> usize {
+        self.num_workers.saturating_mul(self.batch_size).max(1)
+    }
+
+    /// Whether the last step of an epoch has smaller batches, with the examples that fill no full ones.
+    fn ends_in_part(self) -> bool {
+        !leaves_out_end(self.num_examples, self.num_workers, self.batch_size)
+    }
+
     fn steps_per_epoch(self) -> u64 {
-        let per_step = self.num_workers.saturating_mul(self.batch_size).max(1);
-        (self.num_examples / per_step).max(1) as u64
+        let full = (self.num_examples / self.block()) as u64;
+        (full + u64::from(self.ends_in_part())).max(1)
+    }
+
+    /// Returns how many examples a worker has taken in this many steps, up to one per epoch.
+    fn examples_of_worker(self, num_steps: u64) -> u64 {
+        let per_epoch = match self.ends_in_part() {
+            true => self.num_examples,
+            false => self.num_examples - self.num_examples % self.block(),
+        };
+        let (epochs, steps) = (
+            num_steps / self.steps_per_epoch(),
+            num_steps % self.steps_per_epoch(),
+        );
+        let in_epochs = u128::from(epochs) * per_epoch as u128 / self.num_workers.max(1) as u128;
+        let in_epochs = u64::try_from(in_epochs).unwrap_or(u64::MAX);
+        in_epochs.saturating_add(steps.saturating_mul(self.batch_size as u64))
     }
 
     /// Returns the clock at which workers go on that share the data in this way, if workers that shared it
@@ -45,7 +71,7 @@ pub struct Resumed {
     pub num_applied: u64,
     /// How many gradients had been settled: applied, dropped as late, or refused.
     pub num_settled: u64,
-    /// How many examples the batches of all these gradients had together.
+    /// How many examples the batches of all these gradients had together, up to one for each worker and epoch.
     pub num_examples: u64,
 }
 
@@ -154,15 +180,14 @@ impl Resumed {
     pub(crate) fn of<'a>(
         version: Version,
         workers: impl Iterator<Item = &'a WorkerStatus> + Clone,
-        batch_size: usize,
+        dealing: Dealing,
     ) -> Self {
-        let num_settled: u64 = workers.clone().map(WorkerStatus::num_settled).sum();
+        let settled = workers.clone().map(WorkerStatus::num_settled);
         Self {
             version,
             num_applied: workers.map(|worker| worker.num_applied).sum(),
-            num_settled,
-            // Every batch is full.
-            num_examples: num_settled.saturating_mul(batch_size as u64),
+            num_settled: settled.clone().sum(),
+            num_examples: settled.map(|steps| dealing.examples_of_worker(steps)).sum(),
         }
     }
 }
@@ -211,6 +236,28 @@ mod tests {
     fn an_epoch_that_is_shorter_now_ends() {
         let (one, eight) = (dealing(1, 10, 100), dealing(8, 10, 100));
         assert_eq!(eight.clock_after(one, Clock(9)), Clock(1));
-        assert_eq!(one.clock_after(eight, Clock(1)), Clock(10));
+        // The second step of eight has the last 20 examples.
+        assert_eq!(one.clock_after(eight, Clock(1)), Clock(8));
+        assert_eq!(one.clock_after(eight, Clock(2)), Clock(10));
+    }
+
+    #[test]
+    fn the_last_step_of_an_epoch_has_the_rest_if_it_is_enough_for_all() {
+        for (num_examples, steps, in_three_epochs) in [
+            (80, 2, 240 / 4),
+            (83, 2, 240 / 4),
+            (84, 3, 3 * 84 / 4),
+            (119, 3, 3 * 119 / 4),
+            (120, 3, 3 * 120 / 4),
+        ] {
+            let four = dealing(4, 10, num_examples);
+            assert_eq!(four.steps_per_epoch(), steps, "{num_examples}");
+            assert_eq!(
+                four.examples_of_worker(3 * steps),
+                in_three_epochs,
+                "{num_examples}"
+            );
+            assert_eq!(four.examples_of_worker(3 * steps + 1), in_three_epochs + 10);
+        }
     }
 }

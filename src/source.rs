@@ -485,9 +485,24 @@ impl<M: Model> Evaluator<M> {
     /// # Errors
     /// If the weights are of another model, or if the model panics.
     pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
+        self.evaluate_in_steps(weights, |_, _| {})
+    }
+
+    /// As [`evaluate`](Self::evaluate). After each batch it says how many are done, and how many there are.
+    pub(crate) fn evaluate_in_steps(
+        &mut self,
+        weights: &Weights,
+        mut on_batch: impl FnMut(usize, usize),
+    ) -> Result<Evaluation, ModelError> {
         self.loadable.load(weights)?;
-        let model = &self.loadable.model;
-        self.batches.iter().map(|batch| model.evaluate(batch)).sum()
+        let (model, num_batches) = (&self.loadable.model, self.batches.len());
+        let batches = self.batches.iter().enumerate();
+        let evaluated = batches.map(|(index, batch)| -> Result<_, ModelError> {
+            let evaluation = model.evaluate(batch)?;
+            on_batch(index + 1, num_batches);
+            Ok(evaluation)
+        });
+        evaluated.sum()
     }
 
     /// Evaluates only the first batch, to check that the model accepts this data.

@@ -1,21 +1,26 @@
 //! What observing a training costs: gradients per second with everything on, against everything off. `ConvNet`, batch 128,
 //! two workers, `asp`, in one process. The runs come in turn, ten pairs, and every second pair begins with the other one.
-//! On: the run directory, event files for TensorBoard, and metrics, which are fetched once per second. A third run of
-//! each pair is off as well: its ratio to the other shows the noise.
+//! On: the run directory, event files for TensorBoard, a trace, metrics, which are fetched once per second, and the
+//! dashboard, whose stream of events is read all the time, as a browser with the page does. A third run of each pair is
+//! off as well: its ratio to the other shows the noise.
 //!
 //! `cargo bench -p ps-bench --bench observing`. The files are in `$PS_BENCH_DIR`, or in a temporary directory.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use ps::controls::Controls;
+use ps::dashboard::{Dashboard, DashboardConfig};
 use ps::metrics::Exporter;
 use ps::prelude::*;
 use ps::runs::RunDir;
 use ps::tensorboard::TensorBoard;
+use ps::trace::Trace;
 
 const NUM_PAIRS: usize = 10;
 
@@ -64,25 +69,54 @@ fn train(mnist: &Mnist, observed: Option<&Path>) -> Result<f64> {
     let exporter = Exporter::new();
     let listener = exporter.listen(([127, 0, 0, 1], 0).into(), None)?;
     let (address, (end, ended)) = (listener.address(), channel::<()>());
-    let reader = std::thread::spawn(move || -> Result<usize> {
+    let scraper = std::thread::spawn(move || -> Result<usize> {
         let mut num_read = 0;
         while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(Duration::from_secs(1)) {
             num_read += fetch(address)?;
         }
         Ok(num_read)
     });
+    let (controls, (ready, page)) = (Controls::new(), channel());
+    let dashboard = DashboardConfig {
+        address: ([127, 0, 0, 1], 0).into(),
+        on_ready: Arc::new(move |address| _ = ready.send(address)),
+        ..DashboardConfig::default()
+    };
+    let dashboard = Dashboard::new(dashboard, &controls)?;
+    let browser = std::thread::spawn(move || -> Result<usize> {
+        let address = page.recv().context("the page is not served")?;
+        count_events(address)
+    });
     let report = trainer
         .observe(RunDir::new(directory))
         .observe(TensorBoard::new(directory))
+        .observe(Trace::new(&directory.join("trace.json")))
         .observe(exporter.observer())
+        .observe(dashboard)
+        .controls(&controls)
         .run()?;
     drop(end);
-    let num_read = reader.join().ok().context("the reader panicked")??;
+    let num_read = scraper.join().ok().context("the scraper panicked")??;
+    let num_events = browser.join().ok().context("the browser panicked")??;
     anyhow::ensure!(
-        num_read > 0,
-        "nobody has read the metrics: the run is too short"
+        num_read > 0 && num_events > 2,
+        "nobody has read the metrics or the page: the run is too short"
     );
     Ok(report.gradients_per_second())
+}
+
+/// Reads the stream of the page to its end, which is that of the training. Returns how many events came.
+fn count_events(address: SocketAddr) -> Result<usize> {
+    let mut stream = TcpStream::connect(address)?;
+    write!(
+        stream,
+        "GET /api/events HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n"
+    )?;
+    let mut num_events = 0;
+    for line in BufReader::new(stream).lines() {
+        num_events += usize::from(line?.starts_with("data: "));
+    }
+    Ok(num_events)
 }
 
 /// Fetches the metrics. Returns how many bytes they have.

@@ -128,6 +128,7 @@ struct Mirrors {
     bases: Vec<String>,
     started: Instant,
     timeout: Duration,
+    shows_progress: bool,
 }
 
 impl Mirrors {
@@ -152,6 +153,7 @@ impl Mirrors {
                 .collect(),
             started,
             timeout: options.download_timeout,
+            shows_progress: options.shows_progress && io::stderr().is_terminal(),
         }
     }
 
@@ -199,7 +201,7 @@ impl Mirrors {
             .call()
             .map_err(|error| Failure::Mirror(chain(&error)))?;
         let body = response.into_body();
-        let bar = progress_bar(file.name, body.content_length());
+        let bar = self.progress_bar(file.name, body.content_length());
         // In the same directory as the final file, because only then is renaming atomic.
         let mut part = new_part(cache)
             .map_err(|source| Failure::Local(cache_error("write into", cache)(source)))?;
@@ -212,6 +214,19 @@ impl Mirrors {
         part.persist(&path)
             .map_err(|error| Failure::Local(cache_error("create", &path)(error.error)))?;
         Ok(())
+    }
+
+    /// Returns a progress bar. If none is to be shown, the log gets one line.
+    fn progress_bar(&self, name: &str, length: Option<u64>) -> ProgressBar {
+        if !self.shows_progress {
+            tracing::info!("downloading {name}.gz");
+            return ProgressBar::hidden();
+        }
+        let bar = length.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
+        let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}";
+        let style = ProgressStyle::with_template(template).expect("the template is well formed");
+        bar.with_style(style.progress_chars("=> "))
+            .with_message(name.to_owned())
     }
 }
 
@@ -259,19 +274,6 @@ fn refusal(error: DataError) -> Failure {
         )),
         local => Failure::Local(local),
     }
-}
-
-/// Returns a progress bar, which is shown on a terminal only. Otherwise the log gets one line.
-fn progress_bar(name: &str, length: Option<u64>) -> ProgressBar {
-    if !io::stderr().is_terminal() {
-        tracing::info!("downloading {name}.gz");
-        return ProgressBar::hidden();
-    }
-    let bar = length.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
-    let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}";
-    let style = ProgressStyle::with_template(template).expect("the template is well formed");
-    bar.with_style(style.progress_chars("=> "))
-        .with_message(name.to_owned())
 }
 
 #[cfg(test)]

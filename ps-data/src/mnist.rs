@@ -56,6 +56,9 @@ pub struct MnistOptions {
     /// How long all downloads together may take, including the wait for another process. Default:
     /// 10 minutes.
     pub download_timeout: Duration,
+    /// Whether a download shows its progress on standard error, if that is a terminal. Otherwise the log gets a line for
+    /// each file. Default: `true`.
+    pub shows_progress: bool,
 }
 
 impl Default for MnistOptions {
@@ -67,6 +70,7 @@ impl Default for MnistOptions {
             mirrors: Vec::new(),
             connect_timeout: Duration::from_secs(3),
             download_timeout: Duration::from_secs(600),
+            shows_progress: true,
         }
     }
 }

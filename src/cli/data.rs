@@ -10,7 +10,7 @@ use ps_model::burn::tensor::Device;
 use ps_model::{DeviceError, default_device_name, select_device};
 
 #[cfg(feature = "mnist")]
-use super::{RANK, say};
+use super::{IS_QUIET, RANK, say};
 use crate::observe::Settings;
 use crate::source::WorkerConfig;
 
@@ -35,7 +35,8 @@ pub struct DataArgs {
 }
 
 impl DataArgs {
-    /// Loads MNIST. The driver prints where it comes from.
+    /// Loads MNIST. The driver prints where it comes from. A download shows its progress on a terminal, unless the user
+    /// wants to see none (`--quiet`).
     ///
     /// # Errors
     /// When the files are not there or are damaged.
@@ -44,6 +45,7 @@ impl DataArgs {
         let mnist = Mnist::load(&MnistOptions {
             directory: self.data_dir.clone(),
             offline: self.offline,
+            shows_progress: !IS_QUIET.get().is_some_and(|&is_quiet| is_quiet),
             ..MnistOptions::default()
         })?;
         if RANK.get().is_none_or(|&rank| rank == 0) {

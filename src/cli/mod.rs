@@ -97,6 +97,9 @@ pub use show::{Progress, ShowArgs, closing_table};
 /// This process's number among all, once [`main`] knows it.
 static RANK: OnceLock<u32> = OnceLock::new();
 
+/// Whether the user wants to see no progress, once [`main`] knows it.
+static IS_QUIET: OnceLock<bool> = OnceLock::new();
+
 /// Parses the command line, turns logging on, and does the program's work.
 ///
 /// Log lines go to standard error and begin with the role of the process, such as `driver 0` or `node 2`.
@@ -117,6 +120,9 @@ where
     let rank = ClusterArgs::rank_in(&matches);
     log::start(rank.map(log_prefix));
     let _ = RANK.set(rank.unwrap_or(0));
+    // An error: the program has no such flag.
+    let quiet = matches.try_get_one::<bool>("quiet").ok().flatten();
+    let _ = IS_QUIET.set(quiet.copied().unwrap_or(false));
     if let Some(code) = ClusterArgs::doctor_in(&matches) {
         return code;
     }

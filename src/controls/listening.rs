@@ -9,17 +9,16 @@ use ps_actors::ids::WorkerId;
 use ps_actors::launch::StopSignal;
 use ps_actors::server::{Consistency, GroupError, ServerConfig};
 use ps_model::Model;
-use tokio::sync::mpsc;
 
-use super::{Ask, Asked, ControlError, Controls, MAX_WAITING};
+use super::inbox::Inbox;
+use super::{Ask, Asked, Can, ControlError, Controls};
 use crate::observe::{Change, Controlled, Event, Observers};
 use crate::source::ModelSource;
 use crate::workers::Worker;
 
 /// What a training was asked to do. It lives as long as the training, also when servers are lost.
 pub(crate) struct Listening {
-    controls: Controls,
-    asked: mpsc::Receiver<Asked>,
+    inbox: Inbox,
     learning_rate: Option<f64>,
     consistency: Option<Consistency>,
     removed: BTreeSet<WorkerId>,
@@ -37,18 +36,22 @@ pub(crate) struct Running<'a, M: Model> {
 impl Listening {
     /// From now on the controls are those of this training.
     pub(crate) fn begin(controls: &Controls, saves_checkpoints: bool) -> Self {
-        let (sender, asked) = mpsc::channel(MAX_WAITING);
-        let mut shared = controls.lock();
-        shared.sender = Some(sender);
-        (shared.is_paused, shared.saves_checkpoints) = (false, saves_checkpoints);
-        drop(shared);
+        let can = Can {
+            save_checkpoints: saves_checkpoints,
+            change_consistency: true,
+            remove_workers: true,
+        };
         Self {
-            controls: controls.clone(),
-            asked,
+            inbox: Inbox::open(controls, can),
             learning_rate: None,
             consistency: None,
             removed: BTreeSet::new(),
         }
+    }
+
+    /// Returns the workers that were removed.
+    pub(crate) fn removed(&self) -> Vec<WorkerId> {
+        self.removed.iter().copied().collect()
     }
 
     /// Adds what was changed to the settings of servers that are started now.
@@ -71,7 +74,7 @@ impl Listening {
             // Not by their settings: a schedule ends only if the rate is set while they run (S-17).
             servers.set_learning_rate(learning_rate).await?;
         }
-        match self.controls.is_paused() {
+        match self.inbox.controls.is_paused() {
             true => servers.set_paused(true).await,
             false => Ok(()),
         }
@@ -79,7 +82,7 @@ impl Listening {
 
     /// Carries out what is asked, as long as it is polled.
     pub(crate) async fn obey<M: Model>(&mut self, running: Running<'_, M>) -> Infallible {
-        while let Some(Asked { ask, answer }) = self.asked.recv().await {
+        while let Some(Asked { ask, answer }) = self.inbox.next().await {
             let result = self.carry_out(ask, &running).await;
             if let Err(error) = &result {
                 tracing::debug!(?ask, %error, "not done");
@@ -108,7 +111,7 @@ impl Listening {
                     return Err(ControlError::Ending);
                 }
                 servers.set_paused(is_paused).await?;
-                self.controls.lock().is_paused = is_paused;
+                self.inbox.set_paused(is_paused);
                 match is_paused {
                     true => Change::Paused,
                     false => Change::Resumed,
@@ -161,17 +164,5 @@ pub(crate) async fn end_pause(controls: &Controls, servers: &ServerGroup) {
         // If they cannot be reached, the training ends without it.
         let _ = servers.set_paused(false).await;
         controls.lock().is_paused = false;
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        let mut shared = self.controls.lock();
-        // Another training may have begun to listen: then the other end is not closed.
-        self.asked.close();
-        let is_ours = shared.sender.as_ref().is_some_and(mpsc::Sender::is_closed);
-        if is_ours {
-            (shared.sender, shared.is_paused, shared.has_ended) = (None, false, true);
-        }
     }
 }

@@ -2,7 +2,8 @@
 //! consistency mode, remove a worker.
 //!
 //! A program keeps a clone of its [`Controls`] and gives the other one to
-//! [`Trainer::controls`](crate::Trainer::controls). The dashboard (feature `dashboard`) uses the same handle.
+//! [`Trainer::controls`](crate::Trainer::controls), or lets a loop of its own [heed](LoopControls) them. The dashboard
+//! (feature `dashboard`) uses the same handle.
 //!
 //! ```
 //! use std::sync::mpsc;
@@ -49,14 +50,21 @@
 //!   others go on without it. The rest of its share of the data is not used.
 //! - All of it stays in force if the servers are lost and the training goes on from a checkpoint. A program that is
 //!   started again with `--resume` begins with its own settings, and with all workers.
+//! - A driver's own loop carries out what is asked when it comes to it. When it is paused, it starts no further
+//!   update. It refuses to remove a worker, and to change the mode: these are its own decisions. If workers push to the
+//!   servers [by themselves](LoopControls::servers_decide), the mode can be changed.
 //! - Observers learn of each change by an [`Event::Controlled`](crate::observe::Event::Controlled).
 //!
 //! | file | what it holds |
 //! |---|---|
 //! | `mod` | the handle of the program, and its errors |
-//! | `listening` | the side of the training: carries out what is asked |
+//! | `inbox` | the calls to a training, as long as it listens |
+//! | `listening` | the side of a [`Trainer`](crate::Trainer): carries out what is asked |
+//! | `own_loop` | the side of a driver's own loop |
 
+mod inbox;
 mod listening;
+mod own_loop;
 
 use std::fmt;
 use std::pin::Pin;
@@ -68,6 +76,7 @@ use ps_actors::server::{Consistency, ConsistencyError, GroupError};
 use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use listening::{Listening, Running, end_pause};
+pub use own_loop::LoopControls;
 
 /// How many calls may wait. A training carries out one after the other.
 const MAX_WAITING: usize = 16;
@@ -88,7 +97,15 @@ struct Shared {
     /// Whether a training listened before.
     has_ended: bool,
     is_paused: bool,
-    saves_checkpoints: bool,
+    can: Can,
+}
+
+/// What the training that listens, or listened last, is able to do.
+#[derive(Clone, Copy, Debug, Default)]
+struct Can {
+    save_checkpoints: bool,
+    change_consistency: bool,
+    remove_workers: bool,
 }
 
 /// What can be asked.
@@ -113,7 +130,7 @@ struct Asked {
 pub enum ControlError {
     /// No training listens yet.
     #[error(
-        "no training listens: give the controls to `Trainer::controls` and wait until it has begun; a driver's own loop takes no controls"
+        "no training listens: give the controls to `Trainer::controls`, or heed them in the loop (`Controls::in_loop`), and wait until it has begun"
     )]
     NotRunning,
     /// The training has ended, or its servers were lost before it was done.
@@ -130,6 +147,12 @@ pub enum ControlError {
         "this training saves no checkpoints: it needs a directory for them (`--checkpoint-dir`, `Trainer::checkpoints`)"
     )]
     NoCheckpoints,
+    /// A driver's own loop decides this itself.
+    #[error("this program has a loop of its own, which decides itself {0}")]
+    OwnLoop(&'static str),
+    /// There is no event loop to ask the servers in.
+    #[error("no event loop to ask the servers in: raise the limit on open files (ulimit -n)")]
+    NoEventLoop(#[from] std::io::Error),
     /// There is no such worker, or it was removed before.
     #[error("there is no {0} in this training, or it was removed or has taken all its steps")]
     NoSuchWorker(WorkerId),
@@ -207,7 +230,19 @@ impl Controls {
     /// Whether the training has a directory for checkpoints.
     #[must_use]
     pub fn saves_checkpoints(&self) -> bool {
-        self.lock().saves_checkpoints
+        self.lock().can.save_checkpoints
+    }
+
+    /// Whether the consistency mode of the training can be changed. A driver's own loop has none that can.
+    #[must_use]
+    pub fn changes_consistency(&self) -> bool {
+        self.lock().can.change_consistency
+    }
+
+    /// Whether workers can be removed from the training.
+    #[must_use]
+    pub fn removes_workers(&self) -> bool {
+        self.lock().can.remove_workers
     }
 
     /// Pauses the training. When this is done, no update is made until [`resume`](Self::resume).

@@ -38,6 +38,8 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; c
 const EVENT_STREAM: &str = "text/event-stream";
 const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
+/// The text format of Prometheus.
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Answers a request. `deadline` is that of its connection.
 pub(super) async fn answer(
@@ -94,6 +96,14 @@ async fn route(
         Route::Events => {
             guard.check_read(request.headers())?;
             events(shared, deadline, request.headers())
+        }
+        Route::Metrics => {
+            guard.check_read(request.headers())?;
+            let metrics = shared.metrics.as_ref().ok_or_else(|| Refused {
+                status: StatusCode::NOT_FOUND,
+                text: "this training counts no metrics: start it with --metrics, too".to_owned(),
+            })?;
+            Ok(body(StatusCode::OK, METRICS, metrics()))
         }
         Route::Change(changing) => {
             guard.check_change(request.headers())?;

@@ -176,6 +176,7 @@ pub(super) enum Route {
     Page(&'static str),
     State,
     Events,
+    Metrics,
     Change(Changing),
 }
 
@@ -201,6 +202,7 @@ impl Route {
             "/icon.svg" => Self::Page("icon.svg"),
             "/api/state" => Self::State,
             "/api/events" => Self::Events,
+            "/metrics" => Self::Metrics,
             "/api/pause" => Self::Change(Changing::Pause),
             "/api/resume" => Self::Change(Changing::Resume),
             "/api/checkpoint" => Self::Change(Changing::Checkpoint),

@@ -26,6 +26,7 @@
 //! | `GET /` | the page |
 //! | `GET /api/state` | the state, as JSON |
 //! | `GET /api/events` | the state each time that there is a new one, as server-sent events. `Last-Event-ID` leaves out the points of curves that the client has |
+//! | `GET /metrics` | the metrics for Prometheus, if [`DashboardConfig::metrics`] has them |
 //! | `POST /api/pause`, `/api/resume`, `/api/checkpoint` | see [`Controls`]; the body is `{}` |
 //! | `POST /api/learning-rate` | the body is `{"learning_rate": 0.01}` |
 //! | `POST /api/consistency` | the body is `{"consistency": "ssp:3"}` |
@@ -84,6 +85,8 @@ const END: Duration = Duration::from_secs(3);
 
 type OnReady = Arc<dyn Fn(SocketAddr) + Send + Sync>;
 
+type MetricsText = Arc<dyn Fn() -> String + Send + Sync>;
+
 /// Where the page is served, and who may use it.
 #[derive(Clone)]
 pub struct DashboardConfig {
@@ -94,6 +97,9 @@ pub struct DashboardConfig {
     pub token: Option<Token>,
     /// Names under which browsers may ask for the page, besides `localhost` and addresses. Default: none.
     pub names: Vec<String>,
+    /// Returns the metrics for `GET /metrics`, in the text format of Prometheus, as `metrics::Exporter::render` does.
+    /// Default: `None`, there are none.
+    pub metrics: Option<MetricsText>,
     /// Is called with the address at which the page is served. Default: logs it.
     pub on_ready: OnReady,
 }
@@ -104,6 +110,7 @@ impl Default for DashboardConfig {
             address: SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)),
             token: None,
             names: Vec::new(),
+            metrics: None,
             on_ready: Arc::new(|address| tracing::info!("the dashboard is at http://{address}/")),
         }
     }
@@ -115,6 +122,7 @@ impl fmt::Debug for DashboardConfig {
             .field("address", &self.address)
             .field("has_token", &self.token.is_some())
             .field("names", &self.names)
+            .field("has_metrics", &self.metrics.is_some())
             .finish_non_exhaustive()
     }
 }
@@ -139,7 +147,6 @@ pub struct Dashboard {
     serving: Serving,
 }
 
-#[derive(Debug)]
 enum Serving {
     NotYet,
     Here {
@@ -148,6 +155,16 @@ enum Serving {
         ended: Receiver<()>,
     },
     Failed,
+}
+
+impl fmt::Debug for Serving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotYet => "NotYet",
+            Self::Here { .. } => "Here",
+            Self::Failed => "Failed",
+        })
+    }
 }
 
 impl Dashboard {
@@ -173,12 +190,16 @@ impl Dashboard {
             token: self.config.token.clone(),
             reads_need_token: !address.ip().is_loopback(),
         };
-        let shared = Arc::new(Shared::new(guard, self.controls.clone()));
+        let shared = Arc::new(Shared::new(
+            guard,
+            self.controls.clone(),
+            self.config.metrics.clone(),
+        ));
         let (ends, ended) = sync_channel(0);
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("dashboard".to_owned());
         thread.spawn(move || {
-            if let Err(error) = server::serve(listener, &for_thread) {
+            if let Err(error) = server::serve(listener, &for_thread, server::PATIENCE) {
                 tracing::warn!(%error, "there is no dashboard any more; the training goes on");
             }
             drop::<std::sync::mpsc::SyncSender<()>>(ends);

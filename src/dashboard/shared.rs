@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{Semaphore, watch};
 
+use super::MetricsText;
 use super::guard::Guard;
 use super::state::State;
 use super::view::{Control, View};
@@ -21,10 +22,10 @@ const HEARTBEAT: Duration = Duration::from_secs(5);
 pub(super) const MAX_STREAMS: usize = 32;
 
 /// The state of the dashboard of one run.
-#[derive(Debug)]
 pub(super) struct Shared {
     pub(super) guard: Guard,
     pub(super) controls: Controls,
+    pub(super) metrics: Option<MetricsText>,
     /// Names this run, so that a client knows whether it connects to the same one again.
     pub(super) run: String,
     state: Mutex<State>,
@@ -46,13 +47,14 @@ pub(super) struct Published {
 }
 
 impl Shared {
-    pub(super) fn new(guard: Guard, controls: Controls) -> Self {
+    pub(super) fn new(guard: Guard, controls: Controls, metrics: Option<MetricsText>) -> Self {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         Self {
             guard,
             controls,
+            metrics,
             run: format!("{:x}{:x}", now.as_micros(), std::process::id()),
             state: Mutex::default(),
             latest: watch::Sender::new(Published::default()),
@@ -71,6 +73,8 @@ impl Shared {
             is_running: self.controls.is_running(),
             is_paused: self.controls.is_paused(),
             saves_checkpoints: self.controls.saves_checkpoints(),
+            changes_consistency: self.controls.changes_consistency(),
+            removes_workers: self.controls.removes_workers(),
         }
     }
 

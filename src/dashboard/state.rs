@@ -39,6 +39,8 @@ pub(super) struct State {
     pub(super) rate: Curve,
     pub(super) recent: BTreeMap<WorkerId, Recent>,
     pub(super) servers: Option<ServersSeen>,
+    /// What somebody has set, for a driver's own loop, which does not look at its server.
+    pub(super) learning_rate: Option<f64>,
     pub(super) checkpoints: VecDeque<Saved>,
     pub(super) incidents: VecDeque<Incident>,
     pub(super) is_recovering: bool,
@@ -164,11 +166,10 @@ impl State {
             Event::WorkerJoined(joined) => {
                 let was_lost = (self.tally.workers.get(&joined.worker))
                     .is_some_and(|worker| worker.num_losses > 0);
-                let text = format!(
-                    "{} is at work on {}",
-                    joined.worker,
-                    self.place(joined.node)
-                );
+                let text = match joined.node {
+                    Some(node) => format!("{} is at work on {}", joined.worker, self.place(node)),
+                    None => format!("{} has joined over HTTP", joined.worker),
+                };
                 self.tell(
                     time,
                     if was_lost { Kind::Repair } else { Kind::Notice },
@@ -176,9 +177,15 @@ impl State {
                 );
             }
             Event::WorkerLost(lost) => {
-                let place = self.place(lost.node);
-                let text = format!("{} on {place} is lost: {}", lost.worker, lost.reason);
+                let place = match lost.node {
+                    Some(node) => format!(" on {}", self.place(node)),
+                    None => String::new(),
+                };
+                let text = format!("{}{place} is lost: {}", lost.worker, lost.reason);
                 self.tell(time, Kind::Fault, text);
+            }
+            Event::WorkerLeft(left) => {
+                self.tell(time, Kind::Notice, format!("{} has left", left.worker));
             }
             Event::WorkerMoved(moved) => {
                 let (from, to) = (self.place(moved.from), self.place(moved.to));
@@ -235,6 +242,9 @@ impl State {
                 self.tell(time, Kind::Repair, text);
             }
             Event::Controlled(controlled) => {
+                if let Change::LearningRate { learning_rate } = controlled.change {
+                    self.learning_rate = Some(learning_rate);
+                }
                 self.tell(time, Kind::Control, described(&controlled.change));
             }
             Event::EventsSkipped(skipped) => {

@@ -22,6 +22,8 @@ pub(super) struct Control {
     pub(super) is_running: bool,
     pub(super) is_paused: bool,
     pub(super) saves_checkpoints: bool,
+    pub(super) changes_consistency: bool,
+    pub(super) removes_workers: bool,
 }
 
 #[derive(Serialize)]
@@ -37,6 +39,8 @@ pub(super) struct View<'a> {
     seconds_left: Option<f64>,
     loss: Option<f64>,
     evaluation: Option<Evaluation>,
+    /// The part of the evaluation that is under way, from 0 to 1.
+    evaluating: Option<f64>,
     gradients_per_second: f64,
     num_applied: u64,
     learning_rate: Option<f64>,
@@ -103,8 +107,8 @@ struct Worker {
     gradients_per_second: f64,
     mean_staleness: f64,
     max_staleness: u64,
-    /// The parts of its time: data, compute, wire, waiting. Each is from 0 to 1.
-    shares: Option<[f32; 4]>,
+    /// The parts of its time: data, compute, wire, waiting, apply. Each is from 0 to 1.
+    shares: Option<[f32; 5]>,
     num_losses: u64,
     num_moves: u64,
     num_late: u64,
@@ -194,9 +198,14 @@ impl<'a> View<'a> {
                     accuracy,
                     best_accuracy: tally.best_accuracy,
                 }),
+            evaluating: tally.evaluating,
             gradients_per_second: tally.gradients_per_second(tally.seconds),
             num_applied: tally.num_applied(),
-            learning_rate: finite(seen.map_or(settings.learning_rate, |seen| seen.learning_rate)),
+            learning_rate: finite(match (seen, state.learning_rate) {
+                (Some(seen), _) => seen.learning_rate,
+                (None, Some(set)) => set,
+                (None, None) => settings.learning_rate,
+            }),
             consistency: match consistency {
                 "" => settings.consistency.as_str(),
                 known => known,
@@ -293,6 +302,7 @@ fn workers(state: &State, straggler: Option<WorkerId>) -> Vec<Worker> {
             _ if tally.is_removed => "removed",
             _ if steps_per_worker > 0 && tally.next_clock.0 >= steps_per_worker => "done",
             _ if tally.is_lost => "lost",
+            _ if tally.has_left => "left",
             _ if tally.node.is_none() && tally.num_steps() == 0 => "starting",
             _ => "live",
         },
@@ -304,9 +314,9 @@ fn workers(state: &State, straggler: Option<WorkerId>) -> Vec<Worker> {
             _ => tally.staleness.mean(),
         },
         max_staleness: tally.staleness.max(),
-        shares: tally.shares().map(|shares| {
-            [shares.data, shares.compute, shares.wire, shares.waiting].map(|share| share as f32)
-        }),
+        shares: tally
+            .shares()
+            .map(|shares| shares.parts().map(|share| share as f32)),
         num_losses: tally.num_losses,
         num_moves: tally.num_moves,
         num_late: tally.num_late,

@@ -129,8 +129,7 @@ impl Metrics {
         handles.loss.set(tally.loss().unwrap_or(f64::NAN));
         let num_lost = tally.num_workers_lost();
         handles.workers_lost.set(num_lost as f64);
-        let num_live = tally.workers.len() - num_lost;
-        handles.workers_live.set(num_live as f64);
+        handles.workers_live.set(tally.num_workers_live() as f64);
         handles.nodes.set(tally.nodes.len() as f64);
     }
 }

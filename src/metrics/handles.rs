@@ -8,17 +8,13 @@ use super::names::{self, Kind, Metric};
 use crate::observe::{RunStarted, ServersSeen, SettledStep, StepOutcome, StepTimes};
 
 /// The parts of a step, as labels.
-const PARTS: [&str; 4] = ["data", "compute", "wire", "waiting"];
+const PARTS: [&str; 5] = StepTimes::NAMES;
 
 /// The mean of the latest steps: how much the newest one weighs.
 const NEWEST: f64 = 1.0 / 20.0;
 
 /// The label of the workers and servers that have none of their own.
 const OTHER: &str = "other";
-
-fn in_parts(times: StepTimes) -> [f64; 4] {
-    [times.data, times.compute, times.wire, times.waiting]
-}
 
 /// Who keeps the metrics, while handles are made.
 #[derive(Clone, Copy)]
@@ -71,7 +67,7 @@ pub(super) struct Handles {
     pub(super) steps_done: Gauge,
     staleness: Histogram,
     norm: Histogram,
-    steps: [Histogram; 4],
+    steps: [Histogram; 5],
     pub(super) loss: Gauge,
     pub(super) evaluation_loss: Gauge,
     pub(super) accuracy: Gauge,
@@ -104,9 +100,9 @@ struct WorkerHandles {
     refused: Counter,
     missed: Counter,
     examples: Counter,
-    parts: [Gauge; 4],
+    parts: [Gauge; 5],
     /// The mean times of the latest steps.
-    means: Option<[f64; 4]>,
+    means: Option<[f64; 5]>,
 }
 
 /// The series of one server.
@@ -178,9 +174,9 @@ impl Handles {
             StepOutcome::Refused => worker.refused.increment(1),
         }
         worker.examples.increment(step.num_examples);
-        if let Some(times) = step.times.map(in_parts) {
+        if let Some(times) = step.times.map(|times| times.parts()) {
             let before = worker.means.unwrap_or(times);
-            let means: [f64; 4] =
+            let means: [f64; 5] =
                 std::array::from_fn(|part| before[part] + NEWEST * (times[part] - before[part]));
             worker.means = Some(means);
             for (gauge, mean) in worker.parts.iter().zip(means) {

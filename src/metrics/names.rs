@@ -88,7 +88,7 @@ metrics! {
     NORM = "ps_gradient_norm" Kind::Histogram(NORMS), [],
         "The Euclidean norms of the gradients, without those that are not finite.";
     STEP = "ps_step_seconds" Kind::Histogram(SECONDS), ["part"],
-        "How long the parts of a step took: data, compute, wire, waiting.";
+        "How long the parts of a step took: data, compute, wire, waiting, apply.";
     WORKER_STEP = "ps_worker_step_seconds" Kind::Gauge, ["worker", "part"],
         "How long the parts of a worker's step take: the mean of about the latest 20 steps.";
     LOSS = "ps_loss" Kind::Gauge, [],

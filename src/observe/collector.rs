@@ -166,8 +166,10 @@ impl Collector {
 
     /// Says that the worker has been started.
     pub(crate) fn joined(&self, worker: WorkerId, node: NodeId) {
-        self.observers()
-            .tell_with(|time| Event::WorkerJoined(WorkerJoined { time, worker, node }));
+        self.observers().tell_with(|time| {
+            let node = Some(node);
+            Event::WorkerJoined(WorkerJoined { time, worker, node })
+        });
     }
 
     /// Says that the worker is lost.
@@ -177,7 +179,7 @@ impl Collector {
             Event::WorkerLost(WorkerLost {
                 time,
                 worker,
-                node,
+                node: Some(node),
                 reason: reason.to_string(),
             })
         });
@@ -346,16 +348,16 @@ async fn look_at_servers(shared: &Shared, servers: &ServerGroup) {
     loop {
         // The trainer finds out if they cannot be reached.
         if let Ok(status) = servers.status().await {
-            let nodes = servers.servers().map(|server| server.node());
-            let nodes = nodes.map(|node| node.unwrap_or(NodeId::DRIVER)).collect();
             let observers = &shared.observers;
-            observers.tell_with(|time| Event::ServersSeen(seen(time, status, nodes)));
+            observers.tell_with(|time| Event::ServersSeen(seen(time, &status, servers)));
         }
         actix::clock::sleep(LOOK_AT_SERVERS).await;
     }
 }
 
-fn seen(time: f64, status: Vec<ServerStatus>, nodes: Vec<NodeId>) -> ServersSeen {
+pub(super) fn seen(time: f64, status: &[ServerStatus], servers: &ServerGroup) -> ServersSeen {
+    let nodes = servers.servers().map(|server| server.node());
+    let nodes = nodes.map(|node| node.unwrap_or(NodeId::DRIVER));
     let rate = status.first().map(|first| first.learning_rate);
     let coordinator = status.iter().find_map(|status| status.coordinator.as_ref());
     let members = |status: &CoordinatorStatus| {

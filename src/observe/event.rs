@@ -25,12 +25,16 @@ pub enum Event {
     Step(SettledStep),
     /// Steps of a worker were settled of which nothing else is known.
     StepsMissed(StepsMissed),
+    /// Weights are being evaluated, and it takes long.
+    Evaluating(Evaluating),
     /// Weights were evaluated on the test data.
     Evaluated(Evaluated),
     /// A worker was started.
     WorkerJoined(WorkerJoined),
     /// A worker panicked, or was lost with its process. If it can be started again, it joins again.
     WorkerLost(WorkerLost),
+    /// A worker that came by itself has left in order.
+    WorkerLeft(WorkerLeft),
     /// A worker goes on at another node.
     WorkerMoved(WorkerMoved),
     /// A process joined.
@@ -83,9 +87,11 @@ impl Event {
             Self::RunStarted(event) => event.time,
             Self::Step(event) => event.time,
             Self::StepsMissed(event) => event.time,
+            Self::Evaluating(event) => event.time,
             Self::Evaluated(event) => event.time,
             Self::WorkerJoined(event) => event.time,
             Self::WorkerLost(event) => event.time,
+            Self::WorkerLeft(event) => event.time,
             Self::WorkerMoved(event) => event.time,
             Self::NodeJoined(event) => event.time,
             Self::NodeLost(event) => event.time,
@@ -108,9 +114,11 @@ impl Event {
             Self::RunStarted(event) => &mut event.time,
             Self::Step(event) => &mut event.time,
             Self::StepsMissed(event) => &mut event.time,
+            Self::Evaluating(event) => &mut event.time,
             Self::Evaluated(event) => &mut event.time,
             Self::WorkerJoined(event) => &mut event.time,
             Self::WorkerLost(event) => &mut event.time,
+            Self::WorkerLeft(event) => &mut event.time,
             Self::WorkerMoved(event) => &mut event.time,
             Self::NodeJoined(event) => &mut event.time,
             Self::NodeLost(event) => &mut event.time,
@@ -290,6 +298,7 @@ impl SettledStep {
                 compute: record.compute.as_secs_f64(),
                 wire: record.wire.as_secs_f64(),
                 waiting: record.waiting.as_secs_f64(),
+                apply: record.apply.as_secs_f64(),
             }),
         }
     }
@@ -317,26 +326,40 @@ pub struct StepTimes {
     pub compute: f64,
     /// Sending the gradient and receiving weights, including the queues in between.
     pub wire: f64,
-    /// Waiting at the server: for the round to close, for slower workers, and for the update itself.
+    /// Waiting at the server: for the round to close, for slower workers, and for the update log.
     pub waiting: f64,
+    /// Waiting for the update itself, as long as the first server took to make it. What the other servers take
+    /// longer is part of `wire`. Zero if the gradient was not applied.
+    #[serde(default)]
+    pub apply: f64,
 }
 
 impl StepTimes {
-    /// Makes the times of a step, in seconds.
+    /// The names of the [parts](Self::parts).
+    pub const NAMES: [&str; 5] = ["data", "compute", "wire", "waiting", "apply"];
+
+    /// Makes the times of a step of its [parts](Self::parts), in seconds.
     #[must_use]
-    pub fn new(data: f64, compute: f64, wire: f64, waiting: f64) -> Self {
+    pub fn new([data, compute, wire, waiting, apply]: [f64; 5]) -> Self {
         Self {
             data,
             compute,
             wire,
             waiting,
+            apply,
         }
+    }
+
+    /// Returns the parts: data, compute, wire, waiting, apply.
+    #[must_use]
+    pub fn parts(&self) -> [f64; 5] {
+        [self.data, self.compute, self.wire, self.waiting, self.apply]
     }
 
     /// Returns how long the whole step took, in seconds.
     #[must_use]
     pub fn total(&self) -> f64 {
-        self.data + self.compute + self.wire + self.waiting
+        self.parts().iter().sum()
     }
 }
 
@@ -353,6 +376,22 @@ pub struct StepsMissed {
     pub first: Clock,
     /// How many steps there are.
     pub num_steps: u64,
+}
+
+/// Weights are being evaluated. It comes four times per second, and not at all if the evaluation is quick.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Evaluating {
+    /// Seconds since the run started.
+    pub time: f64,
+    /// The version of the weights.
+    pub version: Version,
+    /// How many batches of the test set are evaluated.
+    pub num_done: usize,
+    /// How many batches there are.
+    pub num_batches: usize,
+    /// Whether these are the final weights.
+    pub is_final: bool,
 }
 
 /// Weights were evaluated on the whole test set.
@@ -374,7 +413,7 @@ pub struct Evaluated {
     pub is_final: bool,
 }
 
-/// A worker was started on a node.
+/// A worker was started on a node, or has come by itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct WorkerJoined {
@@ -382,8 +421,8 @@ pub struct WorkerJoined {
     pub time: f64,
     /// The worker that was started.
     pub worker: WorkerId,
-    /// The node on which it computes.
-    pub node: NodeId,
+    /// The node on which it computes. `None` if it speaks HTTP: then it is no node of ours.
+    pub node: Option<NodeId>,
 }
 
 /// A worker panicked, or was lost with its process.
@@ -394,10 +433,20 @@ pub struct WorkerLost {
     pub time: f64,
     /// The worker that was lost.
     pub worker: WorkerId,
-    /// The node on which it computed.
-    pub node: NodeId,
+    /// The node on which it computed. `None` if it spoke HTTP.
+    pub node: Option<NodeId>,
     /// Why the driver took it for lost.
     pub reason: String,
+}
+
+/// A worker that came by itself, over HTTP, has left in order. It may come again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct WorkerLeft {
+    /// Seconds since the run started.
+    pub time: f64,
+    /// The worker that left.
+    pub worker: WorkerId,
 }
 
 /// A worker goes on at another node, because its node leaves or another one has joined.
@@ -601,7 +650,28 @@ pub(crate) mod testing {
             loss: 2.0,
             norm: 1.0,
             num_examples: 10,
-            times: Some(StepTimes::new(0.01, 0.02, 0.03, 0.04)),
+            times: Some(StepTimes::new([0.01, 0.02, 0.03, 0.04, 0.01])),
+        })
+    }
+
+    #[cfg(feature = "otel")]
+    pub(crate) fn started(unix_time: f64, settings: Settings) -> RunStarted {
+        RunStarted {
+            time: 0.0,
+            unix_time,
+            settings,
+            versions: Versions::here(),
+            first_version: Version(0),
+        }
+    }
+
+    pub(crate) fn evaluating(time: f64, num_done: usize, num_batches: usize) -> Event {
+        Event::Evaluating(Evaluating {
+            time,
+            version: Version(0),
+            num_done,
+            num_batches,
+            is_final: false,
         })
     }
 
@@ -609,7 +679,7 @@ pub(crate) mod testing {
         Event::WorkerLost(WorkerLost {
             time,
             worker: WorkerId(0),
-            node: NodeId::DRIVER,
+            node: Some(NodeId::DRIVER),
             reason: "test".to_owned(),
         })
     }
@@ -632,7 +702,7 @@ mod tests {
             loss: 0.1,
             norm: 3.25,
             num_examples: 32,
-            times: Some(StepTimes::new(0.001, 0.25, 0.002, 0.125)),
+            times: Some(StepTimes::new([0.001, 0.25, 0.002, 0.125, 0.5])),
         }
     }
 
@@ -650,7 +720,7 @@ mod tests {
         let text = check(&Event::Step(step()));
         assert_eq!(
             text,
-            r#"{"event":"step","time":1.5,"worker":2,"incarnation":1,"clock":7,"computed_on":10,"outcome":"applied","version":13,"staleness":2,"loss":0.1,"norm":3.25,"num_examples":32,"times":{"data":0.001,"compute":0.25,"wire":0.002,"waiting":0.125}}"#
+            r#"{"event":"step","time":1.5,"worker":2,"incarnation":1,"clock":7,"computed_on":10,"outcome":"applied","version":13,"staleness":2,"loss":0.1,"norm":3.25,"num_examples":32,"times":{"data":0.001,"compute":0.25,"wire":0.002,"waiting":0.125,"apply":0.5}}"#
         );
         check(&Event::RunStarted(Box::new(RunStarted {
             time: 0.0,

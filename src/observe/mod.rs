@@ -49,6 +49,8 @@
 //! | `tally` | counts events: per worker and in all; who is slow, and why; pure |
 //! | `queue`, `observers` | a thread and a queue for each observer |
 //! | `collector` | fetches the records of the workers |
+//! | `telling` | what is told of evaluations and checkpoints |
+//! | `visitors` | workers that come by themselves, over HTTP |
 
 mod collector;
 mod event;
@@ -57,19 +59,22 @@ mod observers;
 mod queue;
 mod summary;
 mod tally;
+mod telling;
+mod visitors;
 
 pub(crate) use collector::Collector;
 #[cfg(test)]
 pub(crate) use event::testing;
 pub use event::{
-    Change, CheckpointFailed, CheckpointSaved, Controlled, Evaluated, Event, EventsSkipped,
-    NodeJoined, NodeLost, RunStarted, ServerSeen, ServersLost, ServersRecovered, ServersSeen,
-    Settings, SettledStep, StepOutcome, StepTimes, StepsMissed, StepsThinned, Versions,
-    WorkerJoined, WorkerLost, WorkerMoved,
+    Change, CheckpointFailed, CheckpointSaved, Controlled, Evaluated, Evaluating, Event,
+    EventsSkipped, NodeJoined, NodeLost, RunStarted, ServerSeen, ServersLost, ServersRecovered,
+    ServersSeen, Settings, SettledStep, StepOutcome, StepTimes, StepsMissed, StepsThinned,
+    Versions, WorkerJoined, WorkerLeft, WorkerLost, WorkerMoved,
 };
 pub use observers::Observers;
 pub use summary::{EvaluationSummary, RunEnded, RunSummary};
 pub use tally::{Cause, Straggler, Tally, WorkerTally};
+pub use visitors::Visitors;
 
 /// Gets the events of a training. Every closure that takes an [`Event`] is an observer.
 ///

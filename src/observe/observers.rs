@@ -6,15 +6,14 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use ps_actors::actor::error_chain;
 use ps_actors::ids::Version;
-use ps_actors::weights::{GradientUpdate, Weights};
-use ps_model::{Model, ModelError};
+use ps_actors::weights::GradientUpdate;
 
 use super::Observer;
 use super::event::{Event, RunStarted, Settings, SettledStep, Versions};
 use super::queue::Queue;
 use super::summary::RunEnded;
-use crate::source::Evaluator;
 
 /// How long the end of a run waits for observers that still handle events.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -146,26 +145,19 @@ impl Observers {
         }
     }
 
-    /// Evaluates weights in a driver's own loop, and tells all observers of the result. Returns the percentage
-    /// of right answers, from 0 to 100. NaN for a model that does not classify.
-    ///
-    /// # Errors
-    /// As [`Evaluator::evaluate`].
-    pub fn accuracy_percent<M: Model>(
-        &self,
-        evaluator: &mut Evaluator<M>,
-        weights: &Weights,
-    ) -> Result<f64, ModelError> {
-        let began = self.seconds();
-        let evaluation = evaluator.evaluate(weights)?;
-        let version = weights.version();
-        self.tell_with(|now| Event::evaluated(began, now, version, &evaluation, false));
-        Ok(evaluation.accuracy().map_or(f64::NAN, |part| 100.0 * part))
-    }
-
     /// Tells all observers that a driver's own loop has ended without an error, and [finishes](Self::finish).
     pub fn run_ended(self) {
-        self.tell_with(|time| Event::RunEnded(Box::new(RunEnded::new(time, None))));
+        self.end(None);
+    }
+
+    /// Tells all observers that a driver's own loop has ended with this error, and [finishes](Self::finish). The
+    /// observers get the error with all causes.
+    pub fn run_failed(self, error: &(dyn std::error::Error + 'static)) {
+        self.end(Some(error_chain(error)));
+    }
+
+    fn end(self, error: Option<String>) {
+        self.tell_with(|time| Event::RunEnded(Box::new(RunEnded::new(time, error))));
         self.finish();
     }
 

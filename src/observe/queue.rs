@@ -35,7 +35,7 @@ impl Queue {
     pub(super) fn push(&self, event: &Arc<Event>) {
         let mut state = self.lock();
         let limit = match **event {
-            Event::Step(_) | Event::ServersSeen(_) => MAX_WAITING,
+            Event::Step(_) | Event::ServersSeen(_) | Event::Evaluating(_) => MAX_WAITING,
             _ => 2 * MAX_WAITING,
         };
         if state.is_closed {

@@ -1,6 +1,6 @@
 //! The end of a training, as an event: the report without the weights and the losses.
 
-use ps_actors::ids::Version;
+use ps_actors::ids::{Version, WorkerId};
 use serde::{Deserialize, Serialize};
 
 use super::number;
@@ -66,6 +66,9 @@ pub struct RunSummary {
     pub num_worker_restarts: u32,
     /// How often a worker went on at another node.
     pub num_worker_moves: u32,
+    /// The workers that somebody removed while the training ran.
+    #[serde(default)]
+    pub removed_workers: Vec<WorkerId>,
     /// How often the servers were lost.
     pub num_recoveries: u32,
     /// How many checkpoints were saved.
@@ -152,6 +155,7 @@ impl From<&Report> for RunSummary {
             num_examples: report.num_examples,
             num_worker_restarts: report.num_worker_restarts,
             num_worker_moves: report.num_worker_moves,
+            removed_workers: report.removed_workers.clone(),
             num_recoveries: report.num_recoveries,
             num_checkpoints: saved.map_or(0, |saved| saved.num_saved),
             latest_checkpoint: latest.map(|(_, path)| path.display().to_string()),

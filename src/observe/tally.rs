@@ -46,6 +46,8 @@ pub struct Tally {
     pub evaluation: Option<(Version, f64, Option<f64>)>,
     /// The largest fraction of right answers until now.
     pub best_accuracy: Option<f64>,
+    /// The part of the evaluation that is under way, from 0 to 1, if it takes long.
+    pub evaluating: Option<f64>,
     /// The nodes that are there.
     pub nodes: BTreeMap<NodeId, String>,
     /// How many nodes left or were lost.
@@ -76,6 +78,8 @@ pub struct WorkerTally {
     pub is_lost: bool,
     /// Whether it was removed for good.
     pub is_removed: bool,
+    /// Whether it has left in order, as a worker that came by itself.
+    pub has_left: bool,
     /// How often it was lost.
     pub num_losses: u64,
     /// How often it went on at another node.
@@ -135,12 +139,8 @@ impl WorkerTally {
         if self.num_timed < MIN_STEPS {
             return None;
         }
-        let rest = StepTimes::new(
-            self.times.data - self.first.data,
-            self.times.compute - self.first.compute,
-            self.times.wire - self.first.wire,
-            self.times.waiting - self.first.waiting,
-        );
+        let (all, first) = (self.times.parts(), self.first.parts());
+        let rest = StepTimes::new(std::array::from_fn(|part| all[part] - first[part]));
         Some(scaled(rest, 1.0 / num as f64))
     }
 
@@ -164,10 +164,8 @@ impl WorkerTally {
                 self.first = times;
             }
             self.num_timed += 1;
-            self.times.data += times.data;
-            self.times.compute += times.compute;
-            self.times.wire += times.wire;
-            self.times.waiting += times.waiting;
+            let (all, new) = (self.times.parts(), times.parts());
+            self.times = StepTimes::new(std::array::from_fn(|part| all[part] + new[part]));
             began -= times.total();
         }
         let (from, to) = self.active.unwrap_or((began.max(0.0), step.time));
@@ -176,12 +174,7 @@ impl WorkerTally {
 }
 
 fn scaled(times: StepTimes, by: f64) -> StepTimes {
-    StepTimes::new(
-        times.data * by,
-        times.compute * by,
-        times.wire * by,
-        times.waiting * by,
-    )
+    StepTimes::new(times.parts().map(|part| part * by))
 }
 
 /// Why a worker is slower than the others.
@@ -258,7 +251,12 @@ impl Tally {
                 worker.num_missed = worker.num_missed.saturating_add(missed.num_steps);
                 worker.next_clock = Clock(missed.first.0.saturating_add(missed.num_steps));
             }
+            Event::Evaluating(evaluating) => {
+                let all = evaluating.num_batches.max(1) as f64;
+                self.evaluating = Some((evaluating.num_done as f64 / all).min(1.0));
+            }
             Event::Evaluated(evaluated) => {
+                self.evaluating = None;
                 let accuracy = evaluated.accuracy;
                 self.evaluation = Some((evaluated.version, evaluated.loss, accuracy));
                 self.best_accuracy = match (self.best_accuracy, accuracy) {
@@ -269,12 +267,16 @@ impl Tally {
             }
             Event::WorkerJoined(joined) => {
                 let worker = self.workers.entry(joined.worker).or_default();
-                (worker.node, worker.is_lost) = (Some(joined.node), false);
+                (worker.node, worker.is_lost, worker.has_left) = (joined.node, false, false);
             }
             Event::WorkerLost(lost) => {
                 let worker = self.workers.entry(lost.worker).or_default();
                 worker.is_lost = true;
                 worker.num_losses += 1;
+            }
+            Event::WorkerLeft(left) => {
+                let worker = self.workers.entry(left.worker).or_default();
+                (worker.has_left, worker.is_lost) = (true, false);
             }
             Event::WorkerMoved(moved) => {
                 let worker = self.workers.entry(moved.worker).or_default();
@@ -347,6 +349,14 @@ impl Tally {
             .count()
     }
 
+    /// Returns how many workers are there now: neither lost nor gone for good.
+    #[must_use]
+    pub fn num_workers_live(&self) -> usize {
+        let is_live =
+            |worker: &&WorkerTally| !worker.is_lost && !worker.is_removed && !worker.has_left;
+        self.workers.values().filter(is_live).count()
+    }
+
     /// Returns the mean loss of about the latest 20 batches. `None` before the first step.
     #[must_use]
     pub fn loss(&self) -> Option<f64> {
@@ -361,10 +371,14 @@ impl Tally {
     }
 
     /// Returns how many steps of all workers are done, and how many there will be in all. Both include those
-    /// before the checkpoint from which the training went on.
+    /// before the checkpoint from which the training went on. If nobody knows how many there will be, that number is 0,
+    /// and the steps are those since the run started.
     #[must_use]
     pub fn steps_done(&self) -> (u64, u64) {
         let each = self.settings.steps_per_worker;
+        if each == 0 {
+            return (self.num_steps(), 0);
+        }
         let steps_of = |worker: &WorkerTally| worker.next_clock.0.min(each);
         let done = self.workers.values().map(steps_of).sum();
         // A worker that was removed takes no more steps.
@@ -379,6 +393,9 @@ impl Tally {
     #[must_use]
     pub fn seconds_left(&self) -> Option<f64> {
         let (done, all) = self.steps_done();
+        if all == 0 {
+            return None;
+        }
         let rate = self.settled.per_second(self.seconds);
         (rate > 0.0 && done <= all).then(|| (all - done) as f64 / rate)
     }
@@ -495,7 +512,7 @@ mod tests {
             for (worker, [data, compute, wire]) in workers.iter().enumerate() {
                 let slow_start = if clock == 0 { 50.0 } else { 1.0 };
                 let compute = compute * slow_start;
-                let times = StepTimes::new(data / 1e3, compute / 1e3, wire / 1e3, 0.5);
+                let times = StepTimes::new([data / 1e3, compute / 1e3, wire / 1e3, 0.5, 0.25]);
                 let time = (clock + 1) as f64;
                 tally.count(&step(worker as u32, clock, time, times));
             }
@@ -550,10 +567,15 @@ mod tests {
     fn a_worker_of_few_steps_is_not_judged() {
         let mut tally = tally(&[[1.0, 20.0, 2.0]]);
         for clock in 0..4 {
-            tally.count(&step(1, clock, 1.0, StepTimes::new(0.0, 9.0, 0.0, 0.0)));
+            tally.count(&step(
+                1,
+                clock,
+                1.0,
+                StepTimes::new([0.0, 9.0, 0.0, 0.0, 0.0]),
+            ));
         }
         assert_eq!(tally.straggler(), None);
-        tally.count(&step(1, 4, 1.0, StepTimes::new(0.0, 9.0, 0.0, 0.0)));
+        tally.count(&step(1, 4, 1.0, StepTimes::new([0.0, 9.0, 0.0, 0.0, 0.0])));
         assert_eq!(tally.straggler().unwrap().worker, WorkerId(1));
     }
 
@@ -562,10 +584,12 @@ mod tests {
         let tally = tally(&[[10.0, 20.0, 5.0]]);
         let shares = tally.workers[&WorkerId(0)].shares().unwrap();
         assert!((shares.total() - 1.0).abs() < 1e-12, "{shares:?}");
-        // 10 ms of data in each of ten steps; 20 ms of computing in nine, and 1 s in the first; 0.5 s of waiting.
-        let total = 0.1 + 0.18 + 1.0 + 0.05 + 5.0;
+        // 10 ms of data in each of ten steps; 20 ms of computing in nine, and 1 s in the first; 0.5 s of waiting and 0.25 s of
+        // the update.
+        let total = 0.1 + 0.18 + 1.0 + 0.05 + 5.0 + 2.5;
         assert!((shares.data - 0.1 / total).abs() < 1e-12);
         assert!((shares.compute - 1.18 / total).abs() < 1e-12);
+        assert!((shares.apply - 2.5 / total).abs() < 1e-12);
         assert_eq!(
             WorkerTally::default().shares().map(|shares| shares.total()),
             None
@@ -625,6 +649,7 @@ mod tests {
             change: Change::WorkerRemoved { worker },
         }));
         assert_eq!(tally.steps_done(), (3, 13));
+        assert_eq!((tally.num_workers_live(), tally.num_workers_lost()), (1, 0));
     }
 
     #[test]
@@ -642,14 +667,14 @@ mod tests {
         tally.count(&Event::WorkerLost(super::super::WorkerLost {
             time: 12.0,
             worker: WorkerId(1),
-            node: NodeId::DRIVER,
+            node: Some(NodeId::DRIVER),
             reason: "test".to_owned(),
         }));
         assert_eq!((tally.num_steps(), tally.num_workers_lost()), (23, 1));
         tally.count(&Event::WorkerJoined(super::super::WorkerJoined {
             time: 13.0,
             worker: WorkerId(1),
-            node: NodeId::DRIVER,
+            node: Some(NodeId::DRIVER),
         }));
         assert_eq!((tally.num_workers_lost(), tally.seconds), (0, 13.0));
         let worker = &tally.workers[&WorkerId(1)];

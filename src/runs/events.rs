@@ -334,7 +334,7 @@ mod tests {
         file.flush().unwrap();
         let lost = lines(&path).into_iter();
         let lost = lost.filter(
-            |event| matches!(event, Event::WorkerLost(lost) if lost.node == NodeId::DRIVER),
+            |event| matches!(event, Event::WorkerLost(lost) if lost.node == Some(NodeId::DRIVER)),
         );
         assert_eq!(lost.count(), 2_000);
     }

@@ -373,6 +373,7 @@ impl Timeline {
                     compute: times.compute,
                     wire: times.wire,
                     waiting: times.waiting,
+                    apply: times.apply,
                 })
             });
             let times = |when: fn(&Event) -> Option<(u32, f64)>| {
@@ -402,12 +403,13 @@ impl Timeline {
         }
     }
 
-    fn legend() -> [(&'static str, RGBColor); 4] {
+    fn legend() -> [(&'static str, RGBColor); 5] {
         [
             ("data", COLOURS[4]),
             ("compute", COLOURS[0]),
             ("wire", COLOURS[2]),
             ("waiting at the server", GREY),
+            ("apply", COLOURS[3]),
         ]
     }
 }
@@ -471,8 +473,14 @@ impl Picture for Timeline {
             for bin in 0..Self::NUM_BINS {
                 let (left, right) = (bin as f64 * width, (bin as f64 + 1.0) * width);
                 let mut low = bottom;
-                let parts = [&spent.compute, &spent.data, &spent.wire, &spent.waiting];
-                let colours = [COLOURS[0], COLOURS[4], COLOURS[2], GREY];
+                let parts = [
+                    &spent.compute,
+                    &spent.data,
+                    &spent.wire,
+                    &spent.apply,
+                    &spent.waiting,
+                ];
+                let colours = [COLOURS[0], COLOURS[4], COLOURS[2], COLOURS[3], GREY];
                 for (part, colour) in parts.into_iter().zip(colours) {
                     let high = low - part[bin] * (bottom - top);
                     if high < low {

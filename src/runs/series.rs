@@ -93,6 +93,7 @@ pub(super) struct Spent {
     pub(super) compute: Vec<f64>,
     pub(super) wire: Vec<f64>,
     pub(super) waiting: Vec<f64>,
+    pub(super) apply: Vec<f64>,
 }
 
 /// One step: when it ended, and the lengths of its parts, in seconds.
@@ -103,6 +104,7 @@ pub(super) struct Timed {
     pub(super) compute: f64,
     pub(super) wire: f64,
     pub(super) waiting: f64,
+    pub(super) apply: f64,
 }
 
 impl Spent {
@@ -119,7 +121,8 @@ impl Spent {
             data: none.clone(),
             compute: none.clone(),
             wire: none.clone(),
-            waiting: none,
+            waiting: none.clone(),
+            apply: none,
         };
         if seconds <= 0.0 {
             return spent;
@@ -128,9 +131,11 @@ impl Spent {
         let weight = every as f64 / width;
         for step in steps {
             let mut end = step.end;
-            // What comes last first. The wire is before and after the waiting; it is drawn after it.
+            // What comes last first. The wire is before and after the waiting; it is drawn after it. The update
+            // is at the end of the waiting, unless the worker then waits for slower ones.
             for (part, bins) in [
                 (step.wire, &mut spent.wire),
+                (step.apply, &mut spent.apply),
                 (step.waiting, &mut spent.waiting),
                 (step.compute, &mut spent.compute),
                 (step.data, &mut spent.data),
@@ -142,16 +147,16 @@ impl Spent {
         }
         // Steps that are left out make the others wider than their range.
         for bin in 0..num_bins {
-            let total = spent.data[bin] + spent.compute[bin] + spent.wire[bin] + spent.waiting[bin];
+            let mut parts = [
+                &mut spent.data[bin],
+                &mut spent.compute[bin],
+                &mut spent.wire[bin],
+                &mut spent.waiting[bin],
+                &mut spent.apply[bin],
+            ];
+            let total: f64 = parts.iter().map(|part| **part).sum();
             if total > 1.0 {
-                for bins in [
-                    &mut spent.data,
-                    &mut spent.compute,
-                    &mut spent.wire,
-                    &mut spent.waiting,
-                ] {
-                    bins[bin] /= total;
-                }
+                parts.iter_mut().for_each(|part| **part /= total);
             }
         }
         spent
@@ -219,7 +224,8 @@ mod tests {
             data: 0.1,
             compute: 0.5,
             wire: 0.1,
-            waiting: 0.3,
+            waiting: 0.2,
+            apply: 0.1,
         };
         // Ten steps of 1 s without a pause: each range of 1 s has the same parts.
         let spent = Spent::of((1..=10).map(|n| step(f64::from(n))), 10.0, 10, 1);
@@ -227,13 +233,15 @@ mod tests {
             assert!((spent.data[bin] - 0.1).abs() < 1e-9);
             assert!((spent.compute[bin] - 0.5).abs() < 1e-9);
             assert!((spent.wire[bin] - 0.1).abs() < 1e-9);
-            assert!((spent.waiting[bin] - 0.3).abs() < 1e-9);
+            assert!((spent.waiting[bin] - 0.2).abs() < 1e-9);
+            assert!((spent.apply[bin] - 0.1).abs() < 1e-9);
         }
-        // One step alone, in ranges of 0.1 s: data, five times compute, three times waiting, wire.
+        // One step alone, in ranges of 0.1 s: data, five times compute, twice waiting, apply, wire.
         let spent = Spent::of([step(1.0)].into_iter(), 2.0, 20, 1);
         assert!((spent.data[0] - 1.0).abs() < 1e-9);
         assert!((1..6).all(|bin| (spent.compute[bin] - 1.0).abs() < 1e-9));
-        assert!((6..9).all(|bin| (spent.waiting[bin] - 1.0).abs() < 1e-9));
+        assert!((6..8).all(|bin| (spent.waiting[bin] - 1.0).abs() < 1e-9));
+        assert!((spent.apply[8] - 1.0).abs() < 1e-9);
         assert!((spent.wire[9] - 1.0).abs() < 1e-9);
         assert!(spent.compute[10..].iter().all(|&part| part == 0.0));
         // Every second step is there: each counts twice.

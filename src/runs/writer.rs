@@ -103,6 +103,10 @@ impl RunDir {
 impl Observer for RunDir {
     fn observe(&mut self, event: &Event) {
         self.tally.count(event);
+        // The result is what matters later.
+        if matches!(event, Event::Evaluating(_)) {
+            return;
+        }
         if let Event::RunStarted(started) = event {
             self.begin(started);
         }

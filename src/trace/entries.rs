@@ -82,7 +82,7 @@ impl Entries {
                 ),
             ],
             Event::WorkerJoined(joined) => self.worker_at(joined.worker, joined.node),
-            Event::WorkerMoved(moved) => self.worker_at(moved.worker, moved.to),
+            Event::WorkerMoved(moved) => self.worker_at(moved.worker, Some(moved.to)),
             Event::Step(step) => self.step(step),
             Event::Evaluated(evaluated) => vec![slice(
                 "evaluation",
@@ -116,7 +116,7 @@ impl Entries {
                 ),
             ],
             // What tells of no moment that one looks for, or comes too often.
-            Event::ServersSeen(_) => Vec::new(),
+            Event::ServersSeen(_) | Event::Evaluating(_) => Vec::new(),
             Event::RunEnded(ended) => vec![instant("the training ends", ended.time, Value::Null)],
             // The rest are rare, and their fields say all.
             other => {
@@ -127,7 +127,11 @@ impl Entries {
         }
     }
 
-    fn worker_at(&mut self, worker: WorkerId, node: NodeId) -> Vec<Value> {
+    fn worker_at(&mut self, worker: WorkerId, node: Option<NodeId>) -> Vec<Value> {
+        // A worker that speaks HTTP has no process of ours, and its steps have no times.
+        let Some(node) = node else {
+            return Vec::new();
+        };
         self.ranks.insert(worker, node.rank);
         let (pid, tid) = (u64::from(node.rank), thread(worker));
         vec![
@@ -147,12 +151,12 @@ impl Entries {
             compute,
             wire,
             waiting,
-            ..
+            apply,
         } = times;
-        let way = wire / 2.0;
+        let (way, held) = (wire / 2.0, waiting + apply);
         let began = step.time - times.total();
         let sent = began + data + compute;
-        let (arrived, answered) = (sent + way, sent + way + waiting);
+        let (arrived, answered) = (sent + way, sent + way + held);
         let rank = self.ranks.get(&step.worker).copied().unwrap_or(0);
         let (worker, pushes) = (
             (u64::from(rank), thread(step.worker)),
@@ -176,14 +180,14 @@ impl Entries {
             slice("batch", worker, began, data, Value::Null),
             slice("compute", worker, began + data, compute, Value::Null),
             slice("send", worker, sent, way, Value::Null),
-            slice("the servers hold it", worker, arrived, waiting, Value::Null),
+            slice("the servers hold it", worker, arrived, held, Value::Null),
             slice("receive", worker, answered, way, Value::Null),
             slice(
                 &format!("gradient {gradient}"),
                 pushes,
                 arrived,
-                waiting,
-                Value::Null,
+                held,
+                json!({"the update took": format!("{:.3} ms", 1e3 * apply)}),
             ),
         ];
         // Arrows bind to the slices that are under way at these times.
@@ -248,11 +252,11 @@ mod tests {
                 rank: worker + 1,
                 incarnation: 1,
             };
-            all.extend(entries.worker_at(WorkerId(worker), node));
+            all.extend(entries.worker_at(WorkerId(worker), Some(node)));
         }
         for worker in 0..2 {
             let mut step = step(worker, 0, 10.0 + f64::from(worker));
-            step.times = Some(StepTimes::new(1.0, 2.0, 0.5, 0.25));
+            step.times = Some(StepTimes::new([1.0, 2.0, 0.5, 0.125, 0.125]));
             all.extend(entries.step(&step));
         }
         assert_eq!(entries.num_steps, 2);

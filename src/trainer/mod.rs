@@ -348,8 +348,9 @@ where
         self
     }
 
-    /// Sets how many times the workers together go through the data. Examples that do not fill one batch of
-    /// every worker are left out. The order changes from epoch to epoch.
+    /// Sets how many times the workers together go through the data. The order changes from epoch to epoch. In the last
+    /// step of an epoch, the workers share the examples that do not fill a batch of each. If these are not enough for one
+    /// example of each worker, they are left out.
     #[must_use]
     pub fn epochs(mut self, num_epochs: u64) -> Self {
         self.length = Length::Epochs(num_epochs);

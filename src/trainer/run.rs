@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::{Either, join4, select, try_join_all};
 use ps_actors::actor::{self, ActorRef};
-use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveEvent, SaveReport, Start};
+use ps_actors::checkpoint::{Checkpoint, Checkpoints, SaveReport, Start};
 use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn, SpawnOnError};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Version, WorkerId};
@@ -25,8 +25,7 @@ use crate::agreement::Facts;
 use crate::controls::{Controls, Listening, Running, end_pause};
 use crate::data::Examples;
 use crate::observe::{
-    CheckpointFailed, CheckpointSaved, Collector, Event, Observers, RunEnded, RunSummary,
-    ServersLost, ServersRecovered, Settings,
+    Collector, Event, Observers, RunEnded, RunSummary, ServersLost, ServersRecovered, Settings,
 };
 use crate::report::{CurvePoint, Report};
 use crate::resume::{self, Dealing, Resumed, Terms};
@@ -72,6 +71,14 @@ where
         result
     }
 
+    fn dealing(&self) -> Dealing {
+        Dealing {
+            num_workers: self.num_workers,
+            batch_size: self.batch_size,
+            num_examples: self.train.num_examples(),
+        }
+    }
+
     fn train_on(mut self, cluster: &Cluster, observers: &Observers) -> Result<Report, TrainError> {
         self.check()?;
         let stop = match self.heeds_signals {
@@ -99,11 +106,7 @@ where
             // The test data is checked now, and not after hours of training.
             evaluator.try_out(&initial).map_err(TrainError::TestData)?;
         }
-        let dealing = Dealing {
-            num_workers: self.num_workers,
-            batch_size: self.batch_size,
-            num_examples: self.train.num_examples(),
-        };
+        let dealing = self.dealing();
         let config = self.checkpoints.take();
         self.logs_updates = config.as_ref().is_some_and(|config| config.log.is_some());
         // An earlier process of this training may have begun to record it.
@@ -119,7 +122,7 @@ where
         };
         let (checkpoints, mut resumed) =
             resume::open(config, rule.make_without_schedule(&device)?, &terms)?;
-        let checkpoints = observed(checkpoints, observers);
+        let checkpoints = observers.see_checkpoints(checkpoints);
         let variants = match cluster.is_alone() {
             // There are no other processes, so there is nothing to compare.
             true => Variants::here(),
@@ -301,7 +304,7 @@ where
             Some(_) => {
                 let status = coordinator(&servers).await?;
                 let workers = status.workers.values();
-                Some(Resumed::of(status.version, workers, self.batch_size))
+                Some(Resumed::of(status.version, workers, self.dealing()))
             }
             None => None,
         };
@@ -361,6 +364,7 @@ where
             resumed,
             num_recoveries: recoveries.num_all,
             num_applied_before,
+            removed_workers: listening.removed(),
         };
         let runs = match outcome {
             Ok(runs) => runs,
@@ -378,14 +382,8 @@ where
         report.stopped_early = met.version().filter(|_| is_cut_short);
         report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
         if let Some(evaluator) = evaluator {
-            let began = observers.seconds();
-            match evaluator.evaluate(&report.weights) {
-                Ok(evaluation) => {
-                    let version = report.weights.version();
-                    observers
-                        .tell_with(|now| Event::evaluated(began, now, version, &evaluation, true));
-                    report.final_evaluation = Some(evaluation);
-                }
+            match observers.evaluate(evaluator, &report.weights, true) {
+                Ok(evaluation) => report.final_evaluation = Some(evaluation),
                 Err(error) => return Err(report.incomplete(error.into())),
             }
         }
@@ -434,6 +432,7 @@ where
             resumed,
             num_recoveries,
             num_applied_before,
+            removed_workers,
         } = seen;
         let weights = servers.pull(PullVersion::Latest).await?;
         let status = coordinator(servers).await?;
@@ -481,6 +480,7 @@ where
             staleness,
             num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
             num_worker_moves: runs.iter().map(|run| run.num_moves).sum(),
+            removed_workers,
             elapsed,
             compute_time: time(|run| run.report.compute_time),
             wait_time: time(|run| run.report.wait_time),
@@ -571,6 +571,7 @@ struct Seen {
     resumed: Option<Resumed>,
     num_recoveries: u32,
     num_applied_before: u64,
+    removed_workers: Vec<WorkerId>,
 }
 
 /// Saves the final weights, and waits until they are on the disk. Weights that are not finite are not
@@ -613,35 +614,6 @@ async fn stop_workers<M: Model>(
     last_steps(servers, workers).await;
 }
 
-/// Tells the observers what becomes of the checkpoints.
-fn observed(checkpoints: Checkpoints, observers: &Observers) -> Checkpoints {
-    if observers.is_nobody() {
-        return checkpoints;
-    }
-    let observers = observers.clone();
-    checkpoints.on_save(move |saved| {
-        observers.tell_with(|time| match saved {
-            SaveEvent::Saved {
-                version,
-                path,
-                took,
-            } => Event::CheckpointSaved(CheckpointSaved {
-                time,
-                version,
-                path: path.display().to_string(),
-                seconds: took.as_secs_f64(),
-            }),
-            SaveEvent::Skipped { version } => Event::CheckpointFailed(CheckpointFailed {
-                time,
-                reason: format!("skipped at {version}: the one before was still being written"),
-            }),
-            SaveEvent::Failed { reason } => {
-                Event::CheckpointFailed(CheckpointFailed { time, reason })
-            }
-        });
-    })
-}
-
 /// Evaluates the weights every so many updates, as long as it is polled. Returns only if an evaluation
 /// fails.
 async fn watch<M: Model>(
@@ -658,11 +630,8 @@ async fn watch<M: Model>(
             Err(error) => return error.into(),
         };
         let (version, elapsed) = (weights.version(), started.elapsed());
-        let began = observers.seconds();
-        match evaluator.evaluate(&weights) {
+        match observers.evaluate(evaluator, &weights, false) {
             Ok(evaluation) => {
-                observers
-                    .tell_with(|now| Event::evaluated(began, now, version, &evaluation, false));
                 on_evaluation(CurvePoint {
                     version,
                     elapsed,

@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
 import tempfile
 import threading
 import unittest
@@ -22,6 +23,31 @@ from readme import command, desk
 TOKEN = "correct-horse-battery-staple"
 CONTROLS = {"theme", "token", "pause", "checkpoint", "rate", "set-rate", "mode", "set-mode", "who", "remove"}
 CHARTS = ["chart-loss", "chart-accuracy", "chart-rate", "chart-staleness"]
+
+
+class Client:
+    """A worker that speaks HTTP, whose gradients are all the same."""
+
+    def __init__(self, url, worker, test):
+        self.url, self.worker, self.test = url, worker, test
+
+    def ask(self, path, body=b"", **headers):
+        headers = {f"ps-{name.replace('_', '-')}": str(value) for name, value in headers.items()}
+        request = urllib.request.Request(f"{self.url}/v1/{path}", body, {"ps-worker": str(self.worker), **headers})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.headers
+
+    def join(self):
+        headers = self.ask("join", request=1)
+        self.incarnation, self.size = headers["ps-incarnation"], int(headers["ps-num-weights"])
+
+    def push(self, clock):
+        gradient = struct.pack("<f", 1e-3) * self.size
+        headers = self.ask("push", gradient, incarnation=self.incarnation, clock=clock, version=clock, loss=1, num_examples=8)
+        self.test.assertEqual(headers["ps-outcome"], "applied")
+
+    def leave(self):
+        self.ask("leave", incarnation=self.incarnation)
 
 
 class Dashboard(unittest.TestCase):
@@ -45,6 +71,16 @@ class Dashboard(unittest.TestCase):
                 "--consistency", consistency, "--dashboard", f"127.0.0.1:{port}", *flags]
         process = Process(self, line, cwd=self.folder, env=environment(**variables))
         return process, process.wait_for(r"The dashboard is at (http://\S+)")[1]
+
+    def start_loop(self, *flags):
+        """Starts a program with a loop of its own."""
+        line = [example("sync_ps"), "--iterations", "200000", "--batch-size", "32", "--dashboard", "127.0.0.1:0", *flags]
+        process = Process(self, line, cwd=self.folder, env=environment(PS_DASHBOARD_TOKEN=TOKEN))
+        return process, process.wait_for(r"The dashboard is at (http://\S+)")[1]
+
+    def happened(self, url, text):
+        """Waits until the page tells of something. All earlier steps are counted then."""
+        eventually(lambda: any(text in one["text"] for one in self.state(url)["incidents"]), text)
 
     def end(self, process):
         with contextlib.suppress(ProcessLookupError):
@@ -264,6 +300,74 @@ class Dashboard(unittest.TestCase):
         eventually(lambda: self.version(url) > version, "it goes on")
         self.end(process)
 
+    def test_a_loop_of_its_own_is_controlled_and_says_what_it_decides_itself(self):
+        browser = self.browser
+        process, url = self.start_loop("--checkpoint-dir", "saved")
+        browser.open(url)
+        self.is_live()
+        browser.type("#token", TOKEN)
+        browser.eventually("return !document.querySelector('#controls').disabled")
+        self.assertIn("decides itself when gradients are applied", browser.text("#control-missing"))
+        disabled = browser.run("return ['mode', 'set-mode', 'who', 'remove', 'pause', 'checkpoint', 'set-rate'].map((id) => document.getElementById(id).disabled)")
+        self.assertEqual(disabled, [True] * 4 + [False] * 3)
+        eventually(lambda: self.version(url) > 10, "it trains")
+        browser.click("#pause")
+        self.happened(url, "paused")
+        version = self.version(url)
+        self.post(url, "learning-rate", learning_rate=0.005)
+        self.post(url, "checkpoint")
+        eventually(lambda: self.state(url)["num_checkpoints"] == 1, "a checkpoint")
+        self.happened(url, "the learning rate is 0.005 now")
+        state = self.state(url)
+        self.assertEqual((state["version"], state["status"], state["learning_rate"]), (version, "paused", 0.005))
+        self.assertEqual(state["checkpoints"][0]["version"], version)
+        browser.eventually("return !document.querySelector('#resume').disabled")
+        browser.click("#resume")
+        eventually(lambda: self.version(url) > version, "it goes on")
+        # A signal ends a pause.
+        self.post(url, "pause")
+        os.killpg(process.child.pid, signal.SIGTERM)
+        code, text = process.wait(60)
+        self.assertEqual(code, 0, text)
+        self.assertIn("To go on: ", text)
+
+    def test_workers_of_any_language_are_shown(self):
+        browser = self.browser
+        # Its own port is the one that the page has elsewhere.
+        line = [example("http_server"), "--consistency", "asp", "--num-workers", "2", "--dashboard"]
+        process = Process(self, line, cwd=self.folder, env=environment(PS_DASHBOARD_TOKEN=TOKEN))
+        process.wait_for(r"Waiting for workers: http://127.0.0.1:8265/")
+        url = process.wait_for(r"The dashboard is at (http://\S+)")[1]
+        self.assertEqual(url, "http://127.0.0.1:8266/")
+        workers = [Client("http://127.0.0.1:8265", worker, self) for worker in range(2)]
+        for worker in workers:
+            worker.join()
+        for clock in range(20):
+            for worker in workers:
+                worker.push(clock)
+        browser.open(url)
+        self.is_live()
+        browser.eventually("return document.querySelectorAll('#workers .state[data-state=live]').length === 2")
+        browser.eventually("return document.querySelector('#n-version').textContent === '40'")
+        self.assertEqual(browser.text("#workers td.shares"), "not known")
+        self.assertIn("nobody says where the workers are", browser.text("#nodes"))
+        self.assertEqual(browser.text("#progress-text").split(" in ")[0], "40 steps")
+        browser.eventually("return document.querySelector('#chart-accuracy .line, #chart-accuracy .dot') || document.querySelector('#n-accuracy').textContent !== '–'")
+        browser.type("#token", TOKEN)
+        browser.eventually("return !document.querySelector('#controls').disabled")
+        self.assertEqual(browser.text("#control-missing"), "This program decides itself which workers there are, so none can be removed here.")
+        self.assertTrue(browser.run("return document.getElementById('remove').disabled"))
+        self.assertFalse(browser.run("return document.getElementById('set-mode').disabled"))
+        browser.screenshot(self.pictures / "http.png", 1130)
+        workers[0].leave()
+        self.happened(url, "worker 0 has left")
+        browser.eventually("return document.querySelectorAll('#workers .state[data-state=left]').length === 1")
+        # The other one falls silent: it is lost after its lease, and the training ends, which the page still gets.
+        code, text = process.wait(60)
+        self.assertEqual(code, 0, text)
+        browser.eventually("return document.querySelector('#status').textContent === 'finished'")
+        self.assertIn("worker 1 is lost: it was silent for longer than its lease", browser.text("#incidents"))
+
     def test_several_processes_colours_sizes_and_pictures(self):
         browser = self.browser
         process, url = self.start("--num-workers", "3", "--processes", "3", "--servers-on-nodes",
@@ -294,6 +398,17 @@ class Dashboard(unittest.TestCase):
         process.wait_for(r"The dashboard is at http://127.0.0.1:8265/")
         code, text = process.wait(150)
         self.assertEqual(code, 0, text)
+
+    def test_it_has_the_metrics_too(self):
+        process, url = self.start("--num-workers", "2", "--metrics", "127.0.0.1:0")
+
+        def applied():
+            with urllib.request.urlopen(f"{url}metrics", timeout=20) as answer:
+                found = re.search(r'^ps_gradients_total\{worker="1",outcome="applied"\} (\d+)$', answer.read().decode(), re.MULTILINE)
+            return int(found[1]) if found else 0
+
+        eventually(lambda: applied() > 10, "metrics")
+        self.end(process)
 
     def test_other_hosts_need_a_token(self):
         line = [example("sharded_ps"), "--dashboard", "0.0.0.0:0"]

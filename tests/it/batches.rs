@@ -11,6 +11,8 @@ use ps::model::burn::tensor::{Device, Tensor};
 use ps::model::{Rng, seeded};
 use ps::prelude::*;
 
+use crate::groups::Perceptron;
+
 const WIDTH: usize = 64;
 
 /// burn's dropout on the input itself, which comes from the batch.
@@ -85,4 +87,76 @@ fn a_batcher_makes_inputs_that_layers_take_for_training() {
     let checkpointing = device.gradient_checkpointing();
     train(&checkpointing, batched(items(), Ones, &checkpointing));
     assert_eq!(TRAINING_STEPS.load(Ordering::Relaxed), before + 20);
+}
+
+/// Numbers in -1..1, with their places as an order.
+fn numbers(len: usize) -> impl Examples<Batch = Vec<f32>> {
+    let numbers = (0..len).map(|i| 2.0 * i as f32 / len as f32 - 1.0);
+    collated(InMemDataset::new(numbers.collect()), |numbers: Vec<f32>| {
+        numbers
+    })
+}
+
+#[test]
+fn an_epoch_has_every_example_once_if_its_end_is_enough_for_all_workers() {
+    for (num_examples, num_workers, batch_size, num_left_out) in [
+        (28, 3, 4, 0),
+        (27, 3, 4, 0),
+        (26, 3, 4, 2),
+        (24, 3, 4, 0),
+        (50, 1, 7, 0),
+        (13, 4, 3, 1),
+    ] {
+        let data = numbers(num_examples);
+        let mut seen = Vec::new();
+        let mut all_steps = Vec::new();
+        for rank in 0..num_workers {
+            let config = WorkerConfig {
+                worker: WorkerId(rank as u32),
+                num_workers,
+                batch_size,
+                seed: 3,
+            };
+            let mut batches = WorkerBatches::new(&data, config).unwrap();
+            let steps = batches.steps_per_epoch();
+            all_steps.push(steps);
+            for clock in steps..2 * steps {
+                let batch = batches.batch(Clock(clock)).unwrap();
+                assert!(!batch.is_empty() && batch.len() <= batch_size);
+                seen.extend(batch.iter().map(|number| number.to_bits()));
+            }
+        }
+        let what = format!("{num_examples} examples, {num_workers} workers, {batch_size}");
+        assert!(
+            all_steps.iter().all(|steps| *steps == all_steps[0]),
+            "{what}"
+        );
+        assert_eq!(seen.len(), num_examples - num_left_out, "{what}");
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), num_examples - num_left_out, "{what}: twice");
+    }
+}
+
+/// PS-3: the smaller batches at the end of an epoch count by their examples.
+#[test]
+fn workers_in_step_equal_one_worker_also_at_the_end_of_an_epoch() {
+    let train = |num_workers, batch_size| {
+        let device = select_device(default_device_name()).unwrap();
+        // In the last step of an epoch, three workers have 2, 1 and 1 of them.
+        let report = Trainer::new(Perceptron::init(&device), numbers(28))
+            .device(&device)
+            .workers(num_workers)
+            .batch_size(batch_size)
+            .learning_rate(0.1)
+            .epochs(3)
+            .run()
+            .unwrap();
+        assert_eq!((report.num_updates, report.num_examples), (9, 3 * 28));
+        report.weights.to_vec()
+    };
+    let (one, three) = (train(1, 12), train(3, 4));
+    for (one, three) in one.iter().zip(&three) {
+        assert!((one - three).abs() < 1e-6, "{one} and {three}");
+    }
 }

@@ -40,13 +40,21 @@ fn begin(
     token: Option<&str>,
     make: impl FnOnce() -> Trainer<ConvNet, ImageDataset> + Send + 'static,
 ) -> Training {
+    begin_with(token, DashboardConfig::default(), make)
+}
+
+fn begin_with(
+    token: Option<&str>,
+    config: DashboardConfig,
+    make: impl FnOnce() -> Trainer<ConvNet, ImageDataset> + Send + 'static,
+) -> Training {
     let controls = Controls::new();
     let ((ready, address), (tell, events)) = (channel(), channel());
     let config = DashboardConfig {
         address: "127.0.0.1:0".parse().unwrap(),
         token: token.map(|token| Token::new(token).unwrap()),
         on_ready: Arc::new(move |address| ready.send(address).unwrap()),
-        ..DashboardConfig::default()
+        ..config
     };
     let dashboard = Dashboard::new(config, &controls).unwrap();
     let listened = controls.clone();
@@ -400,6 +408,14 @@ fn a_worker_that_is_removed_leaves_and_the_others_go_on() {
         let steps: Vec<usize> = report.losses.iter().map(Vec::len).collect();
         assert_eq!((steps[0], steps[2]), (1000, 1000), "{mode}");
         assert!(steps[1] < 1000, "{mode}: {steps:?}");
+        assert_eq!(report.removed_workers, [WorkerId(1)], "{mode}");
+        let text = report.to_string();
+        assert!(text.contains("Removed while it ran: worker 1\n"), "{text}");
+        let ended = events.iter().find_map(|event| match event {
+            Event::RunEnded(ended) => ended.report.as_ref(),
+            _ => None,
+        });
+        assert_eq!(ended.unwrap().removed_workers, [WorkerId(1)], "{mode}");
         assert_eq!(
             report.num_applied,
             steps.iter().sum::<usize>() as u64,
@@ -506,6 +522,42 @@ fn without_a_token_the_page_only_shows() {
     assert_eq!(answer.status, 403);
     assert!(answer.body.contains("read-only"), "{answer:?}");
     assert_eq!(training.state()["control"]["is_allowed"], false);
+    training.end();
+}
+
+#[test]
+fn metrics_are_there_beside_the_page_if_somebody_counts_them() {
+    let training = begin(None, || trainer(300));
+    let answer = training.get("/metrics");
+    assert_eq!(answer.status, 404);
+    assert!(answer.body.contains("--metrics"), "{answer:?}");
+    training.end();
+
+    let exporter = ps::metrics::Exporter::new();
+    let (counting, text) = (exporter.observer(), exporter.clone());
+    let config = DashboardConfig {
+        metrics: Some(Arc::new(move || text.render())),
+        ..DashboardConfig::default()
+    };
+    let training = begin_with(Some(TOKEN), config, move || trainer(300).observe(counting));
+    training.done("/api/pause", &json!({}));
+    training.eventually("paused", |state| state["status"] == "paused");
+    // The exporter's thread may be behind that of the page.
+    let deadline = Instant::now() + PATIENCE;
+    let answer = loop {
+        let answer = training.get("/metrics");
+        assert_eq!(answer.status, 200);
+        if answer.body.contains("\nps_running 1\n") {
+            break answer;
+        }
+        assert!(Instant::now() < deadline, "{}", answer.body);
+        std::thread::yield_now();
+    };
+    let kind = "content-type: text/plain; version=0.0.4; charset=utf-8";
+    assert!(answer.head.contains(kind), "{}", answer.head);
+    let strange = [("host", "evil.example")];
+    assert_eq!(training.send("GET", "/metrics", &strange, "").status, 421);
+    training.done("/api/resume", &json!({}));
     training.end();
 }
 

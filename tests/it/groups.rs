@@ -14,13 +14,13 @@ use ps::prelude::*;
 const NUM_ROWS: usize = 16;
 
 #[derive(Module, Debug)]
-struct Perceptron {
+pub(crate) struct Perceptron {
     hidden: Linear,
     output: Linear,
 }
 
 impl Perceptron {
-    fn init(device: &Device) -> Self {
+    pub(crate) fn init(device: &Device) -> Self {
         let rng = &mut Rng::new(5);
         Self {
             hidden: seeded::linear(rng, [1, 8], device),

@@ -67,10 +67,12 @@ fn check(events: &[Event], report: &Report, what: &str) {
         assert!(step.norm > 0.0 && step.norm.is_finite(), "{what}: {step:?}");
         assert_eq!(step.num_examples, 16, "{what}: {step:?}");
         let times = step.times.expect("the workers measure them");
-        let parts = [times.data, times.compute, times.wire, times.waiting];
+        let parts = times.parts();
         assert!(parts.iter().all(|&part| part >= 0.0), "{what}: {step:?}");
         assert!(times.compute > 0.0 && times.wire > 0.0, "{what}: {step:?}");
         assert!(times.total() < end.time, "{what}: {step:?}");
+        let is_applied = step.outcome == StepOutcome::Applied;
+        assert_eq!(times.apply > 0.0, is_applied, "{what}: {step:?}");
         let before = latest.insert(step.worker, step.time).unwrap_or_default();
         assert!(
             step.time >= before && step.time <= end.time,
@@ -166,7 +168,7 @@ fn workers_and_servers_of_other_processes_are_observed() {
         let mut workers: Vec<_> = events
             .iter()
             .filter_map(|event| match event {
-                Event::WorkerJoined(joined) => Some((joined.worker.0, joined.node.rank)),
+                Event::WorkerJoined(joined) => Some((joined.worker.0, joined.node?.rank)),
                 _ => None,
             })
             .collect();

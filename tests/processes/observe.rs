@@ -67,7 +67,10 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
     // The closing table.
-    assert!(output.contains("data  compute  wire  waiting"), "{output}");
+    assert!(
+        output.contains("data  compute  wire  waiting  apply"),
+        "{output}"
+    );
 
     let record = RunRecord::read(&directory).unwrap();
     assert_eq!(record.kept_every(), 1);

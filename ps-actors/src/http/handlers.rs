@@ -13,6 +13,7 @@ use super::headers::{
 };
 use super::model::Model;
 use super::problem::Problem;
+use super::watch::{Seen, UnsettledPush};
 use super::{Api, views};
 use crate::server::Outcome;
 use crate::weights::{Gradient, GradientUpdate, Weights};
@@ -27,6 +28,8 @@ pub(super) async fn join(State(api): State<Api>, headers: HeaderMap) -> Answer {
         Ok((num_weights, model.group.join(worker, request).await?))
     };
     let (num_weights, membership) = model.while_open(join).await?;
+    let epoch = membership.epoch;
+    api.shared.watcher.tell(|| Seen::Joined { worker, epoch });
     let headers = [
         (INCARNATION, membership.incarnation.0),
         (CLOCK, membership.next_clock.0),
@@ -45,6 +48,7 @@ pub(super) async fn leave(State(api): State<Api>, headers: HeaderMap) -> Answer 
     } = Caller::read(&headers)?;
     let leave = async { Ok(model.group.leave(worker, incarnation).await?) };
     model.while_open(leave).await?;
+    api.shared.watcher.tell(|| Seen::Left(worker));
     Ok(Response::default())
 }
 
@@ -82,9 +86,11 @@ pub(super) async fn push(State(api): State<Api>, request: Request) -> Answer {
     let model = api.model()?;
     let push = async {
         let gradients = receive(&api, &model, request).await?;
-        Ok(model.group.push(gradients).await?)
+        let unsettled = UnsettledPush::of(&gradients);
+        Ok((unsettled, model.group.push(gradients).await?))
     };
-    let outcome = model.while_open(push).await?;
+    let (push, outcome) = model.while_open(push).await?;
+    api.shared.watcher.tell(|| push.settled(outcome));
     let mut response = with(Body::empty(), [(VERSION, outcome.version().0)]);
     add_outcome(&mut response, &outcome);
     Ok(response)
@@ -94,9 +100,11 @@ pub(super) async fn push_pull(State(api): State<Api>, request: Request) -> Answe
     let model = api.model()?;
     let push = async {
         let gradients = receive(&api, &model, request).await?;
-        Ok(model.group.push_pull(gradients).await?)
+        let unsettled = UnsettledPush::of(&gradients);
+        Ok((unsettled, model.group.push_pull(gradients).await?))
     };
-    let (outcome, weights) = model.while_open(push).await?;
+    let (push, (outcome, weights)) = model.while_open(push).await?;
+    api.shared.watcher.tell(|| push.settled(outcome));
     let mut response = with_weights(&weights);
     add_outcome(&mut response, &outcome);
     Ok(response)

@@ -34,6 +34,7 @@ mod headers;
 mod model;
 mod problem;
 mod views;
+mod watch;
 
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -44,6 +45,8 @@ use axum::routing::{get, post};
 use self::body::Uploads;
 use self::model::{Model, Opening};
 use self::problem::Problem;
+use self::watch::Watcher;
+pub use self::watch::{Seen, SettledPush};
 use crate::group::ServerGroup;
 
 /// How many gradients are received at a time, and how long the server waits for their bytes.
@@ -79,6 +82,7 @@ pub struct Api {
 #[derive(Debug)]
 struct Shared {
     uploads: Uploads,
+    watcher: Watcher,
     open: RwLock<Option<Opening>>,
 }
 
@@ -95,9 +99,21 @@ impl Api {
     /// Makes routes without a model.
     #[must_use]
     pub fn new(config: HttpConfig) -> Self {
+        Self::with_watcher(config, Watcher::default())
+    }
+
+    /// As [`new`](Self::new). `watch` is told what the workers do, on the thread that answers them: so it must not
+    /// block.
+    #[must_use]
+    pub fn watched(config: HttpConfig, watch: impl Fn(&Seen) + Send + Sync + 'static) -> Self {
+        Self::with_watcher(config, Watcher::new(watch))
+    }
+
+    fn with_watcher(config: HttpConfig, watcher: Watcher) -> Self {
         Self {
             shared: Arc::new(Shared {
                 uploads: Uploads::new(config),
+                watcher,
                 open: RwLock::new(None),
             }),
         }

@@ -23,6 +23,7 @@ use super::protocol::{Answer, Effect, Event, Refusal, Ticket};
 use super::replay::{LogEntry, entries, restore};
 use super::shard::{Shard, ShardAnswer};
 use super::stall::{STALL, Stall};
+use super::update_times::UpdateTimes;
 use super::waiting::{Caller, MAX_CALLS, Waiting};
 use crate::chaos::reached;
 use crate::checkpoint::{Rest, Start};
@@ -56,6 +57,7 @@ pub struct ParameterServer {
     /// How many messages are fetching their gradients from other processes.
     pub(super) num_fetching: usize,
     pub(super) stall: Stall,
+    update_times: UpdateTimes,
 }
 
 #[derive(Debug)]
@@ -164,6 +166,7 @@ impl ParameterServer {
             waiting: Waiting::new(),
             num_fetching: 0,
             stall: Stall::default(),
+            update_times: UpdateTimes::default(),
         })
     }
 
@@ -316,7 +319,15 @@ impl ParameterServer {
         for follower in &mut first.followers {
             follower.queue(decision.clone(), &self.shard);
         }
+        let made = match &decision {
+            Decision::Update { update, .. } => Some(update.version),
+            _ => None,
+        };
+        let began = Instant::now();
         let answers = decision.apply_to(&mut self.shard)?;
+        if let Some(version) = made {
+            self.update_times.note(version, began.elapsed());
+        }
         self.answer_pulls(answers);
         Ok(())
     }
@@ -330,11 +341,18 @@ impl ParameterServer {
         match self.waiting.remove(ticket) {
             Some(Caller::Worker(_, caller)) => _ = caller.send(answer),
             Some(Caller::PushPull(_, since, caller)) => {
-                let weights = || self.shard.weights().clone();
-                let pushed = answer.map_err(ServerError::from).map(|answer| Pushed {
-                    outcome: outcome(answer),
-                    weights: weights(),
-                    held: since.elapsed(),
+                let pushed = answer.map_err(ServerError::from).map(|answer| {
+                    let outcome = outcome(answer);
+                    let applied = match outcome {
+                        Outcome::Applied { version, .. } => self.update_times.of(version),
+                        Outcome::DroppedLate { .. } | Outcome::RefusedNorm { .. } => Duration::ZERO,
+                    };
+                    Pushed {
+                        outcome,
+                        weights: self.shard.weights().clone(),
+                        held: since.elapsed(),
+                        applied,
+                    }
                 });
                 _ = caller.send(pushed);
             }

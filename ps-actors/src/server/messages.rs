@@ -282,6 +282,9 @@ pub struct Pushed {
     /// How long the server held the push before it answered: for the round to close, for slower workers, and
     /// for the update.
     pub held: std::time::Duration,
+    /// How long the server took to make the update that the gradient became part of. Other servers of the group
+    /// make their parts of it at the same time or later. Zero if the gradient was not applied.
+    pub applied: std::time::Duration,
 }
 
 /// Changes the consistency mode from now on. Sent to the first server.

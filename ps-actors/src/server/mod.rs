@@ -45,6 +45,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
+mod update_times;
 mod waiting;
 
 pub use actor::ParameterServer;

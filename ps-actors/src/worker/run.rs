@@ -111,10 +111,11 @@ pub(super) async fn run<S: GradientSource>(
                 outcome,
                 weights: next,
                 held,
+                applied,
             }) => {
                 reached!(WorkerTold(id, outcome));
                 num_rejoins = 0;
-                let record = step.settled(outcome, started.elapsed(), held);
+                let record = step.settled(outcome, started.elapsed(), held, applied);
                 state.borrow_mut().recorder.record(record);
                 report.losses.push(loss);
                 report.num_examples += num_examples;
@@ -149,7 +150,8 @@ pub(super) async fn run<S: GradientSource>(
                 session.rejoin(error).await.map_err(failed)?;
                 // It may have been settled, and only the answer was lost.
                 if let Some(outcome) = step.outcome_in(&session) {
-                    let record = step.settled(outcome, started.elapsed(), Duration::ZERO);
+                    let record =
+                        step.settled(outcome, started.elapsed(), Duration::ZERO, Duration::ZERO);
                     state.borrow_mut().recorder.record(record);
                 }
                 _beating = Heartbeats::of(&session);

@@ -42,8 +42,10 @@ pub struct StepRecord {
     pub compute: Duration,
     /// How long the gradient and the next weights were on their way, with the queues in between.
     pub wire: Duration,
-    /// How long the servers held the push, until the next step could start.
+    /// How long the servers held the push, until the next step could start, without `apply`.
     pub waiting: Duration,
+    /// How long the first server took to make the update that the gradient became part of.
+    pub apply: Duration,
     /// How long ago the step ended, when the records were sent. Clocks of machines need not agree.
     pub ago: Duration,
 }
@@ -156,10 +158,18 @@ impl UnsettledStep {
         }
     }
 
-    /// The servers answered after `took`. The first one says that it held the push for `held`.
-    pub(super) fn settled(self, outcome: Outcome, took: Duration, held: Duration) -> StepRecord {
-        // It comes from a peer.
-        let waiting = held.min(took);
+    /// The servers answered after `took`. The first one says that it held the push for `held`, of which it took
+    /// `applied` for the update.
+    pub(super) fn settled(
+        self,
+        outcome: Outcome,
+        took: Duration,
+        held: Duration,
+        applied: Duration,
+    ) -> StepRecord {
+        // They come from a peer. A push that came again after its update did not wait for all of it.
+        let held = held.min(took);
+        let apply = applied.min(held);
         StepRecord {
             incarnation: self.id.incarnation,
             clock: self.id.clock,
@@ -170,8 +180,9 @@ impl UnsettledStep {
             num_examples: self.num_examples,
             data: self.data,
             compute: self.compute,
-            wire: took - waiting,
-            waiting,
+            wire: took - held,
+            waiting: held - apply,
+            apply,
             ago: Duration::ZERO,
         }
     }
@@ -245,6 +256,7 @@ mod tests {
             compute: Duration::from_millis(20),
             wire: Duration::from_millis(3),
             waiting: Duration::from_millis(4),
+            apply: Duration::from_millis(2),
             ago: Duration::ZERO,
         }
     }
@@ -269,13 +281,18 @@ mod tests {
         };
         let ms = Duration::from_millis;
         let outcome = step(0).outcome;
-        for (data, held, expected) in [
-            (ms(2), ms(5), [ms(2), ms(8), ms(15), ms(5)]),
-            (ms(99), Duration::MAX, [ms(10), ms(0), ms(0), ms(20)]),
+        let max = Duration::MAX;
+        for (data, held, applied, expected) in [
+            (ms(2), ms(5), ms(0), [ms(2), ms(8), ms(15), ms(5), ms(0)]),
+            (ms(2), ms(5), ms(3), [ms(2), ms(8), ms(15), ms(2), ms(3)]),
+            (ms(2), ms(5), ms(7), [ms(2), ms(8), ms(15), ms(0), ms(5)]),
+            (ms(99), max, ms(4), [ms(10), ms(0), ms(0), ms(16), ms(4)]),
+            (ms(99), max, max, [ms(10), ms(0), ms(0), ms(0), ms(20)]),
         ] {
             let unsettled = UnsettledStep::new(&gradients, ms(10), data);
-            let record = unsettled.settled(outcome, ms(20), held);
-            let times = [record.data, record.compute, record.wire, record.waiting];
+            let record = unsettled.settled(outcome, ms(20), held, applied);
+            let parts = [record.data, record.compute, record.wire];
+            let times = [&parts[..], &[record.waiting, record.apply]].concat();
             assert_eq!(times, expected);
             assert_eq!(
                 (record.norm, record.clock, record.num_examples),

@@ -36,9 +36,13 @@ pub struct DashboardArgs {
 }
 
 impl DashboardArgs {
-    /// Returns the observer that serves the page, if the user asks for one. Ends the process if the flags do not
-    /// fit together.
-    pub(super) fn observer(&self, controls: &Controls) -> Option<Dashboard> {
+    /// Returns the observer that serves the page, if the user asks for one. `metrics` writes those of the exporter. Ends
+    /// the process if the flags do not fit together.
+    pub(super) fn observer(
+        &self,
+        controls: &Controls,
+        metrics: Option<Arc<dyn Fn() -> String + Send + Sync>>,
+    ) -> Option<Dashboard> {
         let address = self.dashboard?;
         let complained = |error: &dyn std::error::Error| -> ! {
             complain(&error_chain(error));
@@ -52,6 +56,7 @@ impl DashboardArgs {
             address,
             token,
             names: self.dashboard_host.clone(),
+            metrics,
             on_ready: Arc::new(|address| say!("The dashboard is at http://{address}/")),
         };
         match Dashboard::new(config, controls) {

@@ -39,6 +39,13 @@ pub(in super::super) fn routes() -> Router {
     exporter.unwrap_or_default()
 }
 
+/// Returns what writes the metrics as text, for the dashboard. `None` if there is no exporter.
+#[cfg(feature = "dashboard")]
+pub(super) fn text() -> Option<std::sync::Arc<dyn Fn() -> String + Send + Sync>> {
+    let exporter = EXPORTER.get().map(|(exporter, _)| exporter.clone())?;
+    Some(std::sync::Arc::new(move || exporter.render()))
+}
+
 fn start(address: SocketAddr) -> (Exporter, MetricsListener) {
     let token = match address.ip().is_loopback() {
         // Only processes of this machine can connect.

@@ -28,7 +28,7 @@ pub use table::closing_table;
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "What is shown")]
 pub struct ShowArgs {
-    /// Show no progress and no closing table on standard error.
+    /// Show no progress, of a download neither, and no closing table on standard error.
     #[arg(long)]
     pub quiet: bool,
     /// Describe the run in this directory: settings, events, report, curves. If it has a run already, the name
@@ -44,7 +44,13 @@ pub struct ShowArgs {
     #[cfg(feature = "trace")]
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
-    /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. From other machines,
+    /// Send each step as a trace to a collector of OpenTelemetry, over OTLP with HTTP and JSON
+    /// [default URL: http://127.0.0.1:4318].
+    #[cfg(feature = "otel")]
+    #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "http://127.0.0.1:4318")]
+    pub otlp: Option<crate::otel::Endpoint>,
+    /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. The driver's port and the dashboard
+    /// have them, too. From other machines,
     /// reading them needs the token in $PS_TOKEN, if there is one.
     #[cfg(feature = "metrics")]
     #[arg(long, value_name = "ADDR", value_parser = metrics::address)]
@@ -81,11 +87,21 @@ impl ShowArgs {
         if let Some(file) = &self.trace {
             observers.push(Box::new(crate::trace::Trace::new(file)));
         }
+        #[cfg(feature = "otel")]
+        if let Some(endpoint) = &self.otlp {
+            observers.push(Box::new(crate::otel::OpenTelemetry::new(endpoint.clone())));
+        }
         #[cfg(feature = "metrics")]
         observers.extend(self.metrics.and_then(metrics::observer));
         #[cfg(feature = "dashboard")]
-        if let Some(dashboard) = self.dashboard.observer(&self.controls) {
-            observers.push(Box::new(dashboard));
+        {
+            #[cfg(feature = "metrics")]
+            let text = metrics::text();
+            #[cfg(not(feature = "metrics"))]
+            let text = None;
+            if let Some(dashboard) = self.dashboard.observer(&self.controls, text) {
+                observers.push(Box::new(dashboard));
+            }
         }
         observers
     }

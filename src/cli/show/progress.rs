@@ -56,7 +56,11 @@ impl Progress {
         }
         let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
         // One line: log lines of other processes on the same terminal can then overwrite it.
-        let style = ProgressStyle::with_template("[{bar:16}] {percent:>3} % {wide_msg}");
+        let style = ProgressStyle::with_template(match self.tally.steps_done() {
+            // Nobody knows how many steps there will be.
+            (_, 0) => "{spinner} {wide_msg}",
+            _ => "[{bar:16}] {percent:>3} % {wide_msg}",
+        });
         let style = style.expect("the template is well-formed");
         bar.set_style(style.progress_chars("=> "));
         output::show_bar(Some(bar.clone()));
@@ -67,9 +71,13 @@ impl Progress {
     fn draw(&mut self) {
         self.drawn = Instant::now();
         if let Some(bar) = &self.bar {
-            let (done, all) = self.tally.steps_done();
-            bar.set_length(all.max(1));
-            bar.set_position(done);
+            match self.tally.steps_done() {
+                (_, 0) => bar.tick(),
+                (done, all) => {
+                    bar.set_length(all);
+                    bar.set_position(done);
+                }
+            }
             bar.set_message(status(&self.tally, self.is_recovering));
         }
     }
@@ -80,10 +88,14 @@ impl Progress {
             return;
         }
         self.next_line = now + now.min(LONGEST);
-        let (done, all) = self.tally.steps_done();
-        let percent = 100 * done / all.max(1);
         let status = status(&self.tally, self.is_recovering);
-        tracing::info!(target: "ps::progress", "{percent} %: {status}");
+        match self.tally.steps_done() {
+            (_, 0) => tracing::info!(target: "ps::progress", "{status}"),
+            (done, all) => {
+                let percent = 100 * done / all;
+                tracing::info!(target: "ps::progress", "{percent} %: {status}");
+            }
+        }
     }
 
     fn end(&mut self) {
@@ -141,6 +153,9 @@ fn status(tally: &Tally, is_recovering: bool) -> String {
     if is_recovering {
         parts.push("the servers are lost, recovering".to_owned());
     }
+    if let Some(part) = tally.evaluating {
+        parts.push(format!("evaluating, {:.0} %", 100.0 * part));
+    }
     if let Some(left) = tally.seconds_left() {
         parts.push(format!("{} left", duration(left)));
     }
@@ -160,8 +175,9 @@ fn status(tally: &Tally, is_recovering: bool) -> String {
         parts.push(format!("staleness {:.1}", tally.staleness.mean()));
     }
     if num_lost == 0 {
-        let plural = if num_workers == 1 { "" } else { "s" };
-        parts.push(format!("{num_workers} worker{plural}"));
+        let num_live = tally.num_workers_live();
+        let plural = if num_live == 1 { "" } else { "s" };
+        parts.push(format!("{num_live} worker{plural}"));
     }
     parts.join(", ")
 }
@@ -179,6 +195,37 @@ fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_evaluation_that_takes_long_is_shown_until_it_is_over() {
+        use ps_actors::ids::Version;
+        use ps_model::Evaluation;
+
+        use crate::observe::testing;
+
+        let mut tally = Tally::default();
+        tally.count(&testing::step(0, 0, 1.0));
+        assert!(!status(&tally, false).contains("evaluating"));
+        tally.count(&testing::evaluating(1.5, 30, 40));
+        assert!(
+            status(&tally, false).starts_with("evaluating, 75 %, "),
+            "{}",
+            status(&tally, false)
+        );
+        let result = Evaluation::default();
+        tally.count(&Event::evaluated(1.0, 2.0, Version(1), &result, false));
+        assert!(!status(&tally, false).contains("evaluating"));
+    }
+
+    #[test]
+    fn without_a_number_of_steps_there_is_no_time_left_and_no_percentage() {
+        let mut tally = Tally::default();
+        for clock in 0..20 {
+            tally.count(&crate::observe::testing::step(0, clock, clock as f64));
+        }
+        assert_eq!((tally.steps_done(), tally.seconds_left()), ((20, 0), None));
+        assert!(!status(&tally, false).contains("left"));
+    }
 
     #[test]
     fn times_are_short() {

@@ -44,14 +44,16 @@ pub fn closing_table(tally: &Tally, is_coloured: bool) -> Option<String> {
             "compute",
             "wire",
             "waiting",
+            "apply",
         ]
         .map(str::to_owned),
     ];
     for (worker, tally) in workers {
-        let [data, compute, wire, waiting] = match tally.shares() {
-            Some(shares) => [shares.data, shares.compute, shares.wire, shares.waiting]
+        let [data, compute, wire, waiting, apply] = match tally.shares() {
+            Some(shares) => shares
+                .parts()
                 .map(|share| format!("{:.0} %", 100.0 * share)),
-            None => ["-"; 4].map(str::to_owned),
+            None => ["-"; 5].map(str::to_owned),
         };
         let staleness = &tally.staleness;
         rows.push([
@@ -63,6 +65,7 @@ pub fn closing_table(tally: &Tally, is_coloured: bool) -> Option<String> {
             compute,
             wire,
             waiting,
+            apply,
         ]);
     }
     let mut table = aligned(&rows);

@@ -118,11 +118,12 @@ function show() {
   const part = state.steps_all > 0 ? Math.min(state.steps_done / state.steps_all, 1) : 0;
   $("progress").setAttribute("aria-valuenow", Math.floor(100 * part));
   $("progress-bar").style.width = `${100 * part}%`;
-  const left = state.seconds_left === null ? "" : `, about ${duration(state.seconds_left)} left`;
+  const left = state.evaluating !== null ? `, evaluating: ${Math.floor(100 * state.evaluating)} %` : state.seconds_left === null ? "" : `, about ${duration(state.seconds_left)} left`;
   const progress = state.steps_all > 0 ? `${Math.floor(100 * part)} %: ${count(state.steps_done)} of ${many(state.steps_all, "step")}` : many(state.steps_done, "step");
   text("progress-text", `${progress} in ${clock(state.seconds)}${left}`);
   $("progress").setAttribute("aria-valuetext", `${progress}${left}`);
-  document.title = `${Math.floor(100 * part)} % ${WORDS[state.status]}: ${model}`;
+  document.title = `${state.steps_all > 0 ? `${Math.floor(100 * part)} % ` : ""}${WORDS[state.status]}: ${model}`;
+  $("progress").hidden = state.steps_all === 0;
 
   const problem = $("problem");
   problem.hidden = !state.error;
@@ -161,7 +162,7 @@ function show() {
 function showWorkers() {
   const slow = state.straggler?.worker;
   fill($("workers").tBodies[0], () => state.workers.map((worker) => {
-    const names = ["data", "compute", "wire", "waiting"];
+    const names = ["data", "compute", "wire", "waiting", "apply"];
     const cell = (label, attributes, ...children) => element("td", { "data-label": label, ...attributes }, ...children);
     const parts = worker.shares?.map((share, index) => [names[index], share]);
     const shares = parts
@@ -196,7 +197,10 @@ function showServers() {
     element("td", { class: "num" }, bytes(server.bytes)),
     element("td", { class: "num" }, count(server.num_staged)),
     element("td", { class: "num" }, count(server.num_waiting)))), state.servers);
-  const nodes = state.nodes.length ? state.nodes : [{ node: "one process", host: "servers and workers are in the driver", num_workers: null }];
+  // Workers over HTTP, and those of a driver's own loop, do not say where they are.
+  const isKnown = state.workers.every((worker) => worker.place !== "");
+  const alone = isKnown ? "servers and workers are in the driver" : "the servers are in the driver; nobody says where the workers are";
+  const nodes = state.nodes.length ? state.nodes : [{ node: "one process", host: alone, num_workers: null }];
   fill($("nodes"), () => nodes.map(({ node, host, num_workers: workers }) => element("li", {}, element("span", {}, node), element("span", {}, workers === null ? host : `${host}: ${many(workers, "worker")}`))), nodes);
 }
 
@@ -237,7 +241,7 @@ function showControls() {
   let note = "";
   if (!control.is_allowed) note = "This page is read-only, so the controls are disabled. Start the training with --dashboard-token-file FILE, or with PS_DASHBOARD_TOKEN in its environment, to control it from here.";
   else if (isOver) note = "The training is over, so the controls are disabled.";
-  else if (!control.is_running) note = "This program drives the workers in a loop of its own, which takes no controls.";
+  else if (!control.is_running) note = state.status === "starting" ? "The training has not begun yet." : "This program has a loop of its own, which takes no controls.";
   else if (!token.value) note = "Type the token to use the controls.";
   text("control-note", note);
   $("token-row").hidden = !control.is_allowed && connection !== "needs-token";
@@ -246,6 +250,14 @@ function showControls() {
   $("resume").disabled = !control.is_paused;
   $("checkpoint").disabled = !control.saves_checkpoints;
   $("checkpoint").title = control.saves_checkpoints ? "" : "This training has no directory for checkpoints.";
+  for (const id of ["mode", "set-mode"]) $(id).disabled = !control.changes_consistency;
+  for (const id of ["who", "remove"]) $(id).disabled = !control.removes_workers;
+  const missing = [];
+  if (!control.changes_consistency) missing.push("when gradients are applied, so the consistency mode cannot be changed here");
+  if (!control.removes_workers) missing.push("which workers there are, so none can be removed here");
+  const isMissing = control.is_running && missing.length > 0;
+  $("control-missing").hidden = !isMissing;
+  text("control-missing", isMissing ? `This program decides itself ${missing.join(", and ")}.` : "");
   for (const [field, value] of [["rate", state.learning_rate], ["mode", state.consistency]]) {
     // What the user types stays.
     if (document.activeElement !== $(field) && !$(field).dataset.typed) $(field).value = value ?? "";

@@ -1,0 +1,99 @@
+//! Tells somebody what the workers over HTTP do.
+
+use std::fmt;
+
+use crate::ids::{Epoch, GradientId, Version, WorkerId};
+use crate::server::Outcome;
+use crate::weights::GradientUpdate;
+
+/// What a worker over HTTP did. It is told before the worker gets its answer.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Seen {
+    /// A worker has joined. It is told again if the request is repeated.
+    Joined {
+        /// The worker.
+        worker: WorkerId,
+        /// The epoch of the membership that it began.
+        epoch: Epoch,
+    },
+    /// A worker has left in order.
+    Left(WorkerId),
+    /// A gradient was settled. It is told again if the push is repeated, and not at all if the worker's connection ended
+    /// before the answer.
+    Settled(SettledPush),
+}
+
+/// A push of a worker over HTTP whose gradient was settled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SettledPush {
+    /// Which gradient it is.
+    pub id: GradientId,
+    /// The version of the weights that the gradient was computed on, as the worker says.
+    pub computed_on: Version,
+    /// The mean loss of the batch, as the worker says.
+    pub loss: f32,
+    /// The Euclidean norm of the gradient.
+    pub norm: f64,
+    /// How many examples the batch had, as the worker says.
+    pub num_examples: usize,
+    /// What became of the gradient.
+    pub outcome: Outcome,
+}
+
+/// A gradient whose outcome is not known yet.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct UnsettledPush {
+    id: GradientId,
+    computed_on: Version,
+    loss: f32,
+    norm: f64,
+    num_examples: usize,
+}
+
+impl UnsettledPush {
+    pub(super) fn of(gradients: &GradientUpdate) -> Self {
+        Self {
+            id: gradients.id,
+            computed_on: gradients.computed_on,
+            loss: gradients.loss,
+            norm: gradients.gradient.norm(),
+            num_examples: gradients.num_examples,
+        }
+    }
+
+    pub(super) fn settled(self, outcome: Outcome) -> Seen {
+        Seen::Settled(SettledPush {
+            id: self.id,
+            computed_on: self.computed_on,
+            loss: self.loss,
+            norm: self.norm,
+            num_examples: self.num_examples,
+            outcome,
+        })
+    }
+}
+
+type Watch = dyn Fn(&Seen) + Send + Sync;
+
+/// Who is told.
+#[derive(Default)]
+pub(super) struct Watcher(Option<Box<Watch>>);
+
+impl Watcher {
+    pub(super) fn new(watch: impl Fn(&Seen) + Send + Sync + 'static) -> Self {
+        Self(Some(Box::new(watch)))
+    }
+
+    pub(super) fn tell(&self, seen: impl FnOnce() -> Seen) {
+        if let Self(Some(watch)) = self {
+            watch(&seen());
+        }
+    }
+}
+
+impl fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Watcher").field(&self.0.is_some()).finish()
+    }
+}

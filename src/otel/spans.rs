@@ -1,0 +1,392 @@
+//! Events as spans, in the JSON encoding of OTLP.
+//!
+//! The format: <https://opentelemetry.io/docs/specs/otlp/#json-protobuf-encoding>. Ids are hexadecimal, 64-bit numbers are texts,
+//! and times are nanoseconds since 1970.
+
+use serde_json::{Value, json};
+
+use crate::observe::{Event, RunEnded, RunStarted, SettledStep, StepOutcome, StepTimes};
+
+/// How many steps per second get spans. A step has six.
+const MAX_STEPS_PER_SECOND: u32 = 100;
+
+/// How many faults and changes the span of the training has: as many as the SDKs of OpenTelemetry allow.
+const MAX_EVENTS: usize = 128;
+
+/// What is known of a training so far.
+#[derive(Debug, Default)]
+pub(super) struct Spans {
+    /// The first half of all trace ids of this run.
+    run: u64,
+    /// When the run started, in nanoseconds since 1970.
+    started: u64,
+    /// The number of the latest span.
+    latest: u64,
+    /// The settings, as attributes.
+    settings: Vec<Value>,
+    /// Faults and changes.
+    events: Vec<Value>,
+    num_events_left_out: usize,
+    /// How many steps of this second have spans.
+    second: (u64, u32),
+    num_steps_left_out: u64,
+}
+
+/// A part of a training: what it is, and when it began and how long it took, in seconds.
+struct Part<'a> {
+    name: &'a str,
+    from: f64,
+    seconds: f64,
+    attributes: Vec<Value>,
+}
+
+/// The finalizer of SplitMix64: runs that began soon after each other get ids that look nothing alike.
+const fn mixed(mut number: u64) -> u64 {
+    number = (number ^ (number >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    number = (number ^ (number >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    number ^ (number >> 31)
+}
+
+fn text(key: &str, value: impl Into<String>) -> Value {
+    json!({"key": key, "value": {"stringValue": value.into()}})
+}
+
+fn whole(key: &str, value: u64) -> Value {
+    json!({"key": key, "value": {"intValue": value.to_string()}})
+}
+
+fn number(key: &str, value: f64) -> Value {
+    let value = match value.is_finite() {
+        true => json!(value),
+        // As the JSON of Protobuf writes them.
+        false if value.is_nan() => json!("NaN"),
+        false if value > 0.0 => json!("Infinity"),
+        false => json!("-Infinity"),
+    };
+    json!({"key": key, "value": {"doubleValue": value}})
+}
+
+impl Spans {
+    /// Returns the spans of an event.
+    pub(super) fn of(&mut self, event: &Event) -> Vec<Value> {
+        match event {
+            Event::RunStarted(started) => {
+                self.begin(started);
+                Vec::new()
+            }
+            Event::Step(step) => self.step(step),
+            Event::Evaluated(evaluated) => {
+                let mut attributes = vec![
+                    whole("ps.version", evaluated.version.0),
+                    number("ps.loss", evaluated.loss),
+                ];
+                attributes.extend(evaluated.accuracy.map(|part| number("ps.accuracy", part)));
+                self.alone(Part {
+                    name: "evaluation",
+                    from: evaluated.time,
+                    seconds: evaluated.seconds,
+                    attributes,
+                })
+            }
+            Event::CheckpointSaved(saved) => self.alone(Part {
+                name: "checkpoint",
+                from: saved.time - saved.seconds,
+                seconds: saved.seconds,
+                attributes: vec![
+                    whole("ps.version", saved.version.0),
+                    text("ps.path", &*saved.path),
+                ],
+            }),
+            Event::WorkerLost(_)
+            | Event::NodeLost(_)
+            | Event::ServersLost(_)
+            | Event::ServersRecovered(_)
+            | Event::CheckpointFailed(_)
+            | Event::Controlled(_) => {
+                self.remember(event);
+                Vec::new()
+            }
+            Event::RunEnded(ended) => self.end(ended),
+            _ => Vec::new(),
+        }
+    }
+
+    fn begin(&mut self, started: &RunStarted) {
+        let settings = &started.settings;
+        let nanos = (started.unix_time.max(0.0) * 1e9) as u64;
+        *self = Self {
+            // An id of zeros would be none.
+            run: mixed(nanos ^ u64::from(std::process::id()).rotate_left(48)) | 1,
+            started: nanos,
+            settings: vec![
+                text("ps.model", &*settings.model),
+                text("ps.consistency", &*settings.consistency),
+                text("ps.optimizer", &*settings.optimizer),
+                whole("ps.workers", settings.num_workers as u64),
+                whole("ps.servers", settings.num_servers as u64),
+                whole("ps.batch_size", settings.batch_size as u64),
+                number("ps.learning_rate", settings.learning_rate),
+            ],
+            ..Self::default()
+        };
+    }
+
+    /// Returns a time, which is in seconds since the run started, in nanoseconds since 1970.
+    fn at(&self, seconds: f64) -> String {
+        let nanos = (seconds.max(0.0) * 1e9).round() as u64;
+        self.started.saturating_add(nanos).to_string()
+    }
+
+    /// Makes a span. `of` are the ids of its trace and of the span that it is a part of.
+    fn span(&mut self, part: Part<'_>, of: Option<(u64, u64)>) -> (u64, Value) {
+        self.latest += 1;
+        let id = self.latest;
+        let (trace, parent) = of.unwrap_or((id, 0));
+        let mut span = json!({
+            "traceId": format!("{:016x}{trace:016x}", self.run),
+            "spanId": format!("{id:016x}"),
+            "name": part.name,
+            "kind": 1,
+            "startTimeUnixNano": self.at(part.from),
+            "endTimeUnixNano": self.at(part.from + part.seconds.max(0.0)),
+            "attributes": part.attributes,
+        });
+        if parent != 0 {
+            span["parentSpanId"] = json!(format!("{parent:016x}"));
+        }
+        (id, span)
+    }
+
+    fn alone(&mut self, part: Part<'_>) -> Vec<Value> {
+        vec![self.span(part, None).1]
+    }
+
+    fn step(&mut self, step: &SettledStep) -> Vec<Value> {
+        let Some(times) = step.times else {
+            // A driver's own loop does not know when the step began.
+            return Vec::new();
+        };
+        let second = step.time.max(0.0) as u64;
+        if second > self.second.0 {
+            self.second = (second, 0);
+        }
+        if self.second.1 == MAX_STEPS_PER_SECOND {
+            self.num_steps_left_out += 1;
+            return Vec::new();
+        }
+        self.second.1 += 1;
+        let StepTimes {
+            data,
+            compute,
+            wire,
+            waiting,
+            apply,
+        } = times;
+        let outcome = match step.outcome {
+            StepOutcome::Applied => "applied",
+            StepOutcome::Late => "late",
+            StepOutcome::Refused => "refused",
+        };
+        let began = step.time - times.total();
+        let (id, whole_step) = self.span(
+            Part {
+                name: "step",
+                from: began,
+                seconds: times.total(),
+                attributes: vec![
+                    whole("ps.worker", step.worker.0.into()),
+                    whole("ps.incarnation", step.incarnation.0),
+                    whole("ps.clock", step.clock.0),
+                    whole("ps.computed_on", step.computed_on.0),
+                    whole("ps.version", step.version.0),
+                    whole("ps.staleness", step.staleness),
+                    whole("ps.examples", step.num_examples),
+                    text("ps.outcome", outcome),
+                    number("ps.loss", step.loss.into()),
+                    number("ps.norm", step.norm),
+                ],
+            },
+            None,
+        );
+        let mut spans = vec![whole_step];
+        let mut from = began;
+        for (name, seconds, attributes) in [
+            ("batch", data, Vec::new()),
+            ("compute", compute, Vec::new()),
+            // Nobody measures the two ways one by one.
+            ("send", wire / 2.0, Vec::new()),
+            (
+                "servers",
+                waiting + apply,
+                vec![number("ps.apply_seconds", apply)],
+            ),
+            ("receive", wire / 2.0, Vec::new()),
+        ] {
+            let part = Part {
+                name,
+                from,
+                seconds,
+                attributes,
+            };
+            spans.push(self.span(part, Some((id, id))).1);
+            from += seconds;
+        }
+        spans
+    }
+
+    /// Keeps a fault or a change for the span of the training.
+    fn remember(&mut self, event: &Event) {
+        if self.events.len() == MAX_EVENTS {
+            self.num_events_left_out += 1;
+            return;
+        }
+        let fields = serde_json::to_value(event).unwrap_or_default();
+        let name = fields["event"].as_str().unwrap_or("event").to_owned();
+        let time = self.at(event.time());
+        let about = text("ps.event", fields.to_string());
+        self.events
+            .push(json!({"timeUnixNano": time, "name": name, "attributes": [about]}));
+    }
+
+    fn end(&mut self, ended: &RunEnded) -> Vec<Value> {
+        let mut attributes = std::mem::take(&mut self.settings);
+        attributes.push(whole("ps.steps_left_out", self.num_steps_left_out));
+        let part = Part {
+            name: "training",
+            from: 0.0,
+            seconds: ended.time,
+            attributes,
+        };
+        let (_, mut span) = self.span(part, None);
+        span["events"] = json!(std::mem::take(&mut self.events));
+        span["droppedEventsCount"] = json!(self.num_events_left_out);
+        if let Some(error) = &ended.error {
+            span["status"] = json!({"code": 2, "message": error});
+        }
+        vec![span]
+    }
+}
+
+/// Returns a request with these spans.
+pub(super) fn request(spans: &[Value]) -> Value {
+    let version = env!("CARGO_PKG_VERSION");
+    json!({"resourceSpans": [{
+        "resource": {"attributes": [
+            text("service.name", "ps"),
+            text("service.version", version),
+            whole("process.pid", std::process::id().into()),
+        ]},
+        "scopeSpans": [{"scope": {"name": "ps", "version": version}, "spans": spans}],
+    }]})
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observe::{Settings, testing};
+
+    fn begun() -> Spans {
+        let mut spans = Spans::default();
+        spans.of(&Event::RunStarted(Box::new(testing::started(
+            1_700_000_000.25,
+            Settings::default(),
+        ))));
+        spans
+    }
+
+    fn nanos(span: &Value, key: &str) -> u64 {
+        span[key].as_str().unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn the_parts_of_a_step_follow_one_another_within_it() {
+        let mut spans = begun();
+        // 0.11 s: data 0.01, compute 0.02, wire 0.03, waiting 0.04, apply 0.01.
+        let step = spans.of(&testing::step(3, 7, 2.0));
+        let names: Vec<&str> = step
+            .iter()
+            .map(|span| span["name"].as_str().unwrap())
+            .collect();
+        assert_eq!(
+            names,
+            ["step", "batch", "compute", "send", "servers", "receive"]
+        );
+        let (root, parts) = step.split_first().unwrap();
+        let end = nanos(root, "endTimeUnixNano");
+        // The start of the run is an `f64`, which has steps of 256 ns there. It is the same for all spans.
+        assert!(end.abs_diff(1_700_000_002_250_000_000) <= 256, "{root}");
+        assert!(nanos(root, "startTimeUnixNano").abs_diff(end - 110_000_000) <= 2);
+        assert!(root["parentSpanId"].is_null());
+        let mut at = nanos(root, "startTimeUnixNano");
+        for (part, millis) in parts.iter().zip([10, 20, 15, 50, 15]) {
+            assert_eq!(part["traceId"], root["traceId"]);
+            assert_eq!(part["parentSpanId"], root["spanId"]);
+            assert!(nanos(part, "startTimeUnixNano").abs_diff(at) <= 2, "{part}");
+            at += millis * 1_000_000;
+            assert!(nanos(part, "endTimeUnixNano").abs_diff(at) <= 2, "{part}");
+        }
+        let worker = &root["attributes"][0];
+        assert_eq!(worker["key"], "ps.worker");
+        assert_eq!(worker["value"]["intValue"], "3");
+    }
+
+    #[test]
+    fn ids_are_as_long_as_they_must_be_and_no_two_are_the_same() {
+        let mut spans = begun();
+        let all: Vec<Value> = (0..50)
+            .flat_map(|clock| spans.of(&testing::step(0, clock, 1.0)))
+            .collect();
+        let ids = |key: &str, len: usize| {
+            let ids = all
+                .iter()
+                .map(|span| span[key].as_str().unwrap().to_owned());
+            let ids: std::collections::BTreeSet<String> = ids.collect();
+            let is_id = |id: &String| {
+                id.len() == len
+                    && id.bytes().all(|b| b.is_ascii_hexdigit())
+                    && id.bytes().any(|b| b != b'0')
+            };
+            assert!(ids.iter().all(is_id), "{ids:?}");
+            ids.len()
+        };
+        assert_eq!((ids("spanId", 16), ids("traceId", 32)), (300, 50));
+    }
+
+    #[test]
+    fn so_many_steps_of_each_second_have_spans() {
+        let mut spans = begun();
+        let mut num_spans = 0;
+        for clock in 0..1000 {
+            num_spans += spans
+                .of(&testing::step(0, clock, 1.0 + clock as f64 / 500.0))
+                .len();
+        }
+        assert_eq!(num_spans, 6 * 2 * MAX_STEPS_PER_SECOND as usize);
+        for _ in 0..MAX_EVENTS + 3 {
+            assert!(spans.of(&testing::worker_lost(3.0)).is_empty());
+        }
+        let error = Some("it failed".to_owned());
+        let end = spans.of(&Event::RunEnded(Box::new(RunEnded::new(3.5, error))));
+        let [end] = &end[..] else { panic!("{end:?}") };
+        let left_out = end["attributes"].as_array().unwrap().last().unwrap();
+        assert_eq!(left_out["value"]["intValue"], "800");
+        assert_eq!(end["events"].as_array().unwrap().len(), MAX_EVENTS);
+        assert_eq!(end["events"][0]["name"], "worker_lost");
+        assert_eq!(
+            (&end["droppedEventsCount"], &end["status"]["code"]),
+            (&json!(3), &json!(2))
+        );
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_texts() {
+        for (value, expected) in [
+            (0.5, json!(0.5)),
+            (f64::NAN, json!("NaN")),
+            (f64::INFINITY, json!("Infinity")),
+            (f64::NEG_INFINITY, json!("-Infinity")),
+        ] {
+            assert_eq!(number("x", value)["value"]["doubleValue"], expected);
+        }
+    }
+}
