@@ -8,8 +8,7 @@
 //! cargo run --release --features burn-train --example burn_learner -- --processes 3
 //! ```
 //!
-//! Prints burn's metrics for each epoch, and the accuracy of the final model on the test images: above 80 % on the
-//! bundled sample.
+//! Ends with burn's summary, and with the accuracy of the final model on the test images.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
