@@ -282,7 +282,7 @@ fn write(
         let known: Vec<i64> = known.iter().map(|&number| number.into()).collect();
         let length = known.len();
         let known = Tensor::<2, Int>::from_data(TensorData::new(known, [1, length]), device);
-        let scores = model.forward(known).slice([length - 1..length]);
+        let scores = model.forward(known).narrow(0, length - 1, 1);
         let probabilities = softmax(scores, 1).into_data();
         let probabilities: Vec<f32> = probabilities.try_into_vec().unwrap_or_default();
         // The first character up to which the probabilities exceed a random number.
