@@ -34,6 +34,9 @@
 
 #![warn(clippy::print_stdout)]
 
+#[cfg(not(unix))]
+compile_error!("ps-runtime uses Unix sockets, signals and processes: on Windows, build it in WSL");
+
 pub mod actor;
 pub mod buffer;
 mod busy_poll;
