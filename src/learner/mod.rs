@@ -5,8 +5,6 @@
 //! device. Only the steps of an epoch are taken by workers, in any number of processes, in any
 //! [consistency mode](ClusterStrategy::consistency).
 //!
-//! This module is new, and its tests have not been run yet.
-//!
 //! ```
 //! # mod model {
 //! #     use burn::train::{InferenceStep, RegressionOutput, TrainOutput, TrainStep};
