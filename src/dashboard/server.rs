@@ -228,6 +228,7 @@ mod tests {
         while !is_read.load(Ordering::SeqCst) {
             assert!(Instant::now() < deadline, "the other client gets nothing");
             shared.publish();
+            // As above.
             std::thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(shared.streams.available_permits(), MAX_STREAMS - 1);
