@@ -288,16 +288,13 @@ fn an_asynchronous_training_is_computed_again_to_the_bit() {
 
 #[test]
 fn the_trained_model_has_the_statistics_of_the_servers_and_is_evaluated_with_them() {
-    let (device, losses) = (device(), Arc::new(Mutex::new(Vec::new())));
+    let device = device();
     let model = Normalized::init(&device);
-    let shown = Arc::clone(&losses);
     let report = Trainer::new(model.clone(), data())
         .device(&device)
         .batch_size(8)
         .iterations(12)
         .test_data(data())
-        .evaluate_every(12)
-        .on_evaluation(move |point| shown.lock().unwrap().push(point.evaluation.mean_loss()))
         .run()
         .unwrap();
     let trained = model_with_weights(&model, &device, &report.weights).unwrap();
@@ -322,7 +319,7 @@ fn the_trained_model_has_the_statistics_of_the_servers_and_is_evaluated_with_the
     let loss = trained
         .error(&rows, &device.clone().inner())
         .into_scalar::<f32>();
-    let evaluated = *losses.lock().unwrap().last().unwrap();
+    let evaluated = report.final_evaluation.as_ref().unwrap().mean_loss();
     assert!(
         (f64::from(loss) - evaluated).abs() < 1e-5,
         "{loss} and {evaluated}"
