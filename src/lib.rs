@@ -150,7 +150,7 @@ pub mod prelude {
     pub use ps_data::{FashionMnist, Mnist, MnistOptions};
     pub use ps_model::{
         ConvNet, Evaluation, ImageBatch, Model, Net, Part, Step, compiled_devices,
-        default_device_name, nll_loss, select_device,
+        default_device_name, nll_loss, select_device, select_device_for,
     };
 
     pub use crate::agreement::{agree_on_data, agree_on_model};

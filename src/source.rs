@@ -383,7 +383,15 @@ where
 {
     let facts = Facts::default().model(model, device).data(data);
     let hosts = facts.must_agree(hosts);
-    host_variant(hosts, facts.variant(WORKERS), model, device, data, 1)
+    let device = device.clone();
+    host_variant(
+        hosts,
+        facts.variant(WORKERS),
+        model,
+        move |_| device.clone(),
+        data,
+        1,
+    )
 }
 
 /// Returns the variant of the workers that [`host_workers`] hosts for this model and data.
@@ -416,12 +424,12 @@ where
 /// The name under which processes compare the variants of workers.
 pub(crate) const WORKERS: &str = "model and data";
 
-/// Hosts workers, without comparing anything with other processes.
+/// Hosts workers, without comparing anything with other processes. Each computes on `device_of` it.
 pub(crate) fn host_variant<M, E>(
     hosts: Hosts,
     variant: String,
     model: &M,
-    device: &Device,
+    device_of: impl Fn(WorkerId) -> Device + Send + Sync + 'static,
     data: &E,
     num_micro_batches: usize,
 ) -> Hosts
@@ -430,13 +438,13 @@ where
     E: Examples<Batch = M::Batch>,
 {
     // All threads that make workers share it, whether or not a model can be shared.
-    let originals = Mutex::new((model.clone(), device.clone(), data.clone()));
+    let originals = Mutex::new((model.clone(), data.clone()));
     hosts.host_variant(variant, Spawn::new(), move |config: WorkerConfig| {
-        let (model, device, data) = match originals.lock() {
+        let (model, data) = match originals.lock() {
             Ok(originals) => originals.clone(),
             Err(poisoned) => poisoned.into_inner().clone(),
         };
-        let parts = num_micro_batches;
+        let (device, parts) = (device_of(config.worker), num_micro_batches);
         let source = ModelSource::in_micro_batches(&model, &device, &data, config, parts)?;
         Ok(DataWorker::new(config.worker, source))
     })

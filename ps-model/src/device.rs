@@ -9,10 +9,17 @@
 //! | `flex`       | `flex`    | CPU, pure Rust; the default                                   |
 //! | `ndarray`    | `ndarray` | CPU, pure Rust; slow at large convolutions                    |
 //! | `tch`        | `tch`     | CPU through LibTorch                                          |
+//! | `tch:cuda`   | `tch`     | this process's NVIDIA GPU through LibTorch                    |
 //! | `tch:cuda:N` | `tch`     | NVIDIA GPU number N through LibTorch                          |
-//! | `cuda`       | `cuda`    | NVIDIA GPU number 0 through CubeCL; `cuda:N` is number N      |
-//! | `wgpu`       | `wgpu`    | the best adapter that wgpu finds (Vulkan, Metal, DirectX, GL) |
+//! | `cuda`       | `cuda`    | this process's NVIDIA GPU through CubeCL                      |
+//! | `cuda:N`     | `cuda`    | NVIDIA GPU number N through CubeCL                            |
+//! | `wgpu`       | `wgpu`    | this process's GPU, or the best adapter (Vulkan, Metal, ...)  |
 //! | `wgpu:N`     | `wgpu`    | discrete GPU number N; `wgpu:cpu` is a software adapter       |
+//!
+//! A process's GPU is the one whose number is the process's local rank (its number among the processes on its
+//! host) modulo the number of GPUs; see [`select_device_for`]. `CUDA_VISIBLE_DEVICES` hides other NVIDIA GPUs.
+//! Those that are left are numbered from 0. For `wgpu`, discrete GPUs count. If there are fewer than two, wgpu
+//! chooses the adapter.
 //!
 //! Parallelism comes from workers, so the CPU backends use one thread each. LibTorch would start one thread
 //! per core in every worker. So selecting a `tch` device sets its number of threads to 1, unless
@@ -44,7 +51,8 @@ const BACKENDS: [(&str, bool); 5] = [
 ];
 
 /// The names that [`select_device`] knows, as shown in its error.
-const KNOWN: &str = "flex, ndarray, tch, tch:cuda:N, cuda, cuda:N, wgpu, wgpu:N, wgpu:cpu";
+const KNOWN: &str =
+    "flex, ndarray, tch, tch:cuda, tch:cuda:N, cuda, cuda:N, wgpu, wgpu:N, wgpu:cpu";
 
 /// Why a device cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -99,12 +107,32 @@ pub enum DeviceError {
 /// If the name is unknown, if its backend is not compiled in (the error names the feature to add), or if
 /// the device cannot be used on this machine.
 pub fn select_device(name: &str) -> Result<Device, DeviceError> {
+    select_device_for(name, 0)
+}
+
+/// Opens the device called `name` for one of several processes on this host, and checks that it can compute.
+///
+/// `local_rank` is the process's number among them, from 0. If the name says only which kind of GPU (`cuda`,
+/// `tch:cuda`, `wgpu`), the processes take the GPUs of the host in turn. Otherwise it is as [`select_device`].
+///
+/// ```
+/// use ps_model::{default_device_name, select_device_for};
+///
+/// // The fourth process of a host with two GPUs has the second one, if the name is `cuda`.
+/// let device = select_device_for(default_device_name(), 3)?;
+/// # let _ = device;
+/// # Ok::<(), ps_model::DeviceError>(())
+/// ```
+///
+/// # Errors
+/// As [`select_device`].
+pub fn select_device_for(name: &str, local_rank: usize) -> Result<Device, DeviceError> {
     let choice = Choice::parse(name).ok_or_else(|| DeviceError::Unknown {
         name: name.to_owned(),
     })?;
     // Backends report a missing GPU or driver by panicking, at the first operation.
     let probe = panic::catch_quietly(|| {
-        let device = choice.open()?;
+        let device = choice.of_process(local_rank, Choice::num_gpus).open()?;
         let sum = Tensor::<1>::from_floats([1.0, 2.0], &device).sum();
         Some((device, sum.try_into_scalar::<f32>()))
     });
@@ -172,8 +200,10 @@ enum Choice {
     Flex,
     NdArray,
     LibTorch,
-    LibTorchCuda(usize),
-    Cuda(usize),
+    /// `None`: the GPU of this process.
+    LibTorchCuda(Option<usize>),
+    /// `None`: the GPU of this process.
+    Cuda(Option<usize>),
     Wgpu,
     WgpuDiscrete(usize),
     WgpuCpu,
@@ -186,9 +216,10 @@ impl Choice {
             ["flex"] => Some(Self::Flex),
             ["ndarray"] => Some(Self::NdArray),
             ["tch"] => Some(Self::LibTorch),
-            ["tch", "cuda", index] => index.parse().ok().map(Self::LibTorchCuda),
-            ["cuda"] => Some(Self::Cuda(0)),
-            ["cuda", index] => index.parse().ok().map(Self::Cuda),
+            ["tch", "cuda"] => Some(Self::LibTorchCuda(None)),
+            ["tch", "cuda", index] => Some(Self::LibTorchCuda(Some(index.parse().ok()?))),
+            ["cuda"] => Some(Self::Cuda(None)),
+            ["cuda", index] => Some(Self::Cuda(Some(index.parse().ok()?))),
             ["wgpu"] => Some(Self::Wgpu),
             ["wgpu", "cpu"] => Some(Self::WgpuCpu),
             ["wgpu", index] => index.parse().ok().map(Self::WgpuDiscrete),
@@ -203,6 +234,41 @@ impl Choice {
             Self::LibTorch | Self::LibTorchCuda(_) => "tch",
             Self::Cuda(_) => "cuda",
             Self::Wgpu | Self::WgpuDiscrete(_) | Self::WgpuCpu => "wgpu",
+        }
+    }
+
+    /// Names the GPU of the process with this local rank, if the name that was parsed names none.
+    fn of_process(self, local_rank: usize, num_gpus: impl Fn(Self) -> usize) -> Self {
+        match self {
+            Self::LibTorchCuda(None) => {
+                Self::LibTorchCuda(Some(local_rank % num_gpus(self).max(1)))
+            }
+            Self::Cuda(None) => Self::Cuda(Some(local_rank % num_gpus(self).max(1))),
+            Self::Wgpu => match num_gpus(self) {
+                // wgpu knows best which of its adapters to take.
+                0 | 1 => self,
+                several => Self::WgpuDiscrete(local_rank % several),
+            },
+            other => other,
+        }
+    }
+
+    /// Returns how many GPUs of this kind the host has. 0 also if the backend is not compiled in.
+    fn num_gpus(self) -> usize {
+        match self {
+            #[cfg(feature = "tch")]
+            Self::LibTorchCuda(_) => usize::try_from(tch::Cuda::device_count()).unwrap_or(0),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => Device::enumerate(burn::tensor::DeviceType::Cuda).len(),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => {
+                let adapters = Device::enumerate(burn::tensor::DeviceType::Wgpu);
+                let discrete = |index| Device::wgpu(burn::tensor::DeviceKind::DiscreteGpu(index));
+                (0..adapters.len())
+                    .take_while(|&index| adapters.contains(&discrete(index)))
+                    .count()
+            }
+            _ => 0,
         }
     }
 
@@ -228,10 +294,10 @@ impl Choice {
             #[cfg(feature = "tch")]
             Self::LibTorchCuda(index) => {
                 limit_libtorch_threads();
-                Some(Device::libtorch_cuda(index))
+                Some(Device::libtorch_cuda(index.unwrap_or(0)))
             }
             #[cfg(feature = "cuda")]
-            Self::Cuda(index) => Some(Device::cuda(index)),
+            Self::Cuda(index) => Some(Device::cuda(index.unwrap_or(0))),
             #[cfg(feature = "wgpu")]
             Self::Wgpu => Some(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)),
             #[cfg(feature = "wgpu")]
@@ -280,22 +346,45 @@ mod tests {
         for (name, expected) in [
             ("flex", Some(Choice::Flex)),
             ("tch", Some(Choice::LibTorch)),
-            ("tch:cuda:1", Some(Choice::LibTorchCuda(1))),
-            ("cuda", Some(Choice::Cuda(0))),
-            ("cuda:2", Some(Choice::Cuda(2))),
+            ("tch:cuda", Some(Choice::LibTorchCuda(None))),
+            ("tch:cuda:1", Some(Choice::LibTorchCuda(Some(1)))),
+            ("cuda", Some(Choice::Cuda(None))),
+            ("cuda:2", Some(Choice::Cuda(Some(2)))),
             ("wgpu", Some(Choice::Wgpu)),
             ("wgpu:0", Some(Choice::WgpuDiscrete(0))),
             ("wgpu:cpu", Some(Choice::WgpuCpu)),
             ("", None),
             ("Flex", None),
             ("flex:0", None),
-            ("tch:cuda", None),
+            ("tch:cuda:", None),
             ("cuda:-1", None),
             ("cuda:0:0", None),
             ("cuda:99999999999999999999999", None),
         ] {
             assert_eq!(Choice::parse(name), expected, "{name:?}");
         }
+    }
+
+    #[test]
+    fn the_processes_of_a_host_take_its_gpus_in_turn_unless_a_number_is_given() {
+        let choices = |name: &str, num_gpus: usize| {
+            let choice = Choice::parse(name).unwrap();
+            [0, 1, 2].map(|local_rank| choice.of_process(local_rank, |_| num_gpus))
+        };
+        let cuda = |numbers: [usize; 3]| numbers.map(|number| Choice::Cuda(Some(number)));
+        assert_eq!(choices("cuda", 2), cuda([0, 1, 0]));
+        assert_eq!(choices("cuda", 1), cuda([0, 0, 0]));
+        // Then it is burn that says that there is none.
+        assert_eq!(choices("cuda", 0), cuda([0, 0, 0]));
+        assert_eq!(choices("cuda:1", 2), cuda([1, 1, 1]));
+        let torch = |numbers: [usize; 3]| numbers.map(|number| Choice::LibTorchCuda(Some(number)));
+        assert_eq!(choices("tch:cuda", 2), torch([0, 1, 0]));
+        assert_eq!(choices("tch:cuda:1", 2), torch([1, 1, 1]));
+        assert_eq!(choices("wgpu", 2), [0, 1, 0].map(Choice::WgpuDiscrete));
+        assert_eq!(choices("wgpu", 1), [Choice::Wgpu; 3]);
+        assert_eq!(choices("wgpu:1", 2), [Choice::WgpuDiscrete(1); 3]);
+        assert_eq!(choices("wgpu:cpu", 2), [Choice::WgpuCpu; 3]);
+        assert_eq!(choices("tch", 2), [Choice::LibTorch; 3]);
     }
 
     #[test]

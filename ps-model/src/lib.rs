@@ -92,7 +92,9 @@ pub use burn;
 pub use batch::{BatchError, ImageBatch};
 pub use conv::conv2d;
 pub use convnet::ConvNet;
-pub use device::{DeviceError, compiled_devices, default_device_name, select_device};
+pub use device::{
+    DeviceError, compiled_devices, default_device_name, select_device, select_device_for,
+};
 pub use flat::{FlatError, FlatView, ParameterSpec};
 pub use local::{LocalModel, ModelError};
 pub use loss::{nll_loss, num_correct};

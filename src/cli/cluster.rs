@@ -65,14 +65,21 @@ pub struct ClusterArgs {
 }
 
 impl ClusterArgs {
-    /// This process's number; `None` in a program without these flags. Ends the process if they contradict each
-    /// other or the environment.
-    pub(super) fn rank_in(matches: &ArgMatches) -> Option<u32> {
+    /// This process's number, and its number among those of its host; `None` in a program without these flags. Ends
+    /// the process if they contradict each other or the environment.
+    pub(super) fn rank_in(matches: &ArgMatches) -> Option<(u32, u32)> {
         // A name of which no program has another flag by accident.
         matches.try_contains_id("process_lease").ok()?;
         let args = Self::from_arg_matches(matches).ok()?;
-        match launch::resolve(&args.options(), env::read) {
-            Ok(launch) => Some(launch.rank()),
+        let launch = launch::resolve(&args.options(), env::read);
+        // With `--rank`, the variables of launchers are not read.
+        let variable = |name: &str| match args.rank {
+            Some(_) if name != env::LOCAL_RANK => None,
+            _ => env::read(name),
+        };
+        let ranks = launch.and_then(|launch| Ok((launch.rank(), launch::local_rank(variable)?)));
+        match ranks {
+            Ok(ranks) => Some(ranks),
             Err(error) => end(EXIT_CONFIG, &error_chain(&error)),
         }
     }

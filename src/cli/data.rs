@@ -7,8 +7,9 @@ use ps_actors::ids::WorkerId;
 #[cfg(feature = "mnist")]
 use ps_data::{DataError, Mnist, MnistOptions};
 use ps_model::burn::tensor::Device;
-use ps_model::{DeviceError, default_device_name, select_device};
+use ps_model::{DeviceError, default_device_name, select_device_for};
 
+use super::LOCAL_RANK;
 #[cfg(feature = "mnist")]
 use super::{IS_QUIET, RANK, say};
 use crate::observe::Settings;
@@ -29,7 +30,8 @@ pub struct DataArgs {
     #[cfg(feature = "mnist")]
     #[arg(long)]
     pub offline: bool,
-    /// Where to compute, such as flex, ndarray, tch, tch:cuda:0, cuda:0 or wgpu, if compiled in.
+    /// Where to compute, such as flex, ndarray, tch, tch:cuda, cuda, cuda:0 or wgpu, if compiled in. Without a
+    /// number, the processes of a host take its GPUs in turn.
     #[arg(long, default_value = default_device_name())]
     pub device: String,
 }
@@ -58,12 +60,14 @@ impl DataArgs {
         Ok(mnist)
     }
 
-    /// Returns the device to compute on.
+    /// Returns the device to compute on. In a program with [`ClusterArgs`](super::ClusterArgs), the processes of a
+    /// host take its GPUs in turn, if the name has no number.
     ///
     /// # Errors
     /// When it is not compiled in, or does not exist.
     pub fn device(&self) -> Result<Device, DeviceError> {
-        select_device(&self.device)
+        let local_rank = LOCAL_RANK.get().copied().unwrap_or(0);
+        select_device_for(&self.device, local_rank as usize)
     }
 }
 

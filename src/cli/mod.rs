@@ -97,6 +97,9 @@ pub use show::{Progress, ShowArgs, closing_table};
 /// This process's number among all, once [`main`] knows it.
 static RANK: OnceLock<u32> = OnceLock::new();
 
+/// This process's number among those of its host, once [`main`] knows it.
+static LOCAL_RANK: OnceLock<u32> = OnceLock::new();
+
 /// Whether the user wants to see no progress, once [`main`] knows it.
 static IS_QUIET: OnceLock<bool> = OnceLock::new();
 
@@ -118,8 +121,10 @@ where
     let args = A::from_arg_matches(&matches);
     let args = args.unwrap_or_else(|error| error.format(&mut A::command()).exit());
     let rank = ClusterArgs::rank_in(&matches);
+    let (rank, local_rank) = rank.unzip();
     log::start(rank.map(log_prefix));
     let _ = RANK.set(rank.unwrap_or(0));
+    let _ = LOCAL_RANK.set(local_rank.unwrap_or(0));
     // An error: the program has no such flag.
     let quiet = matches.try_get_one::<bool>("quiet").ok().flatten();
     let _ = IS_QUIET.set(quiet.copied().unwrap_or(false));

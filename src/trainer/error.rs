@@ -54,6 +54,9 @@ pub enum TrainError {
     /// The consistency mode does not fit the number of workers.
     #[error(transparent)]
     Consistency(#[from] ConsistencyError),
+    /// The list of devices is empty.
+    #[error("there is no device to train on: `devices` was given an empty list")]
+    NoDevice,
     /// The default device cannot be used.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -3,9 +3,10 @@
 use ps_actors::actor::{RestartPolicy, Spawn};
 use ps_actors::cluster::Hosts;
 use ps_actors::group::ServerArgs;
+use ps_model::Model;
 use ps_model::burn::tensor::Device;
-use ps_model::{DeviceError, Model, default_device_name, select_device};
 
+use super::devices::Devices;
 use super::{TrainError, Trainer};
 use crate::agreement::Facts;
 use crate::data::Examples;
@@ -40,10 +41,10 @@ where
     /// ```
     ///
     /// # Errors
-    /// If the default device cannot be used.
+    /// If there is no device, or if the default device cannot be used.
     pub fn hosts(&self, hosts: Hosts) -> Result<Hosts, TrainError> {
-        let device = self.chosen_device()?;
-        let (workers, servers) = (self.worker_facts(&device), self.server_facts());
+        let devices = self.devices_of_node()?;
+        let (workers, servers) = (self.worker_facts(devices.first()), self.server_facts());
         let hosts = servers.must_agree(workers.must_agree(hosts));
         let hosts = Facts::default()
             .state("the batch size", self.batch_size)
@@ -53,7 +54,7 @@ where
             .state("the number of workers", self.num_workers)
             .must_agree(hosts);
         let variants = Variants::of(&workers, &servers);
-        Ok(self.host(hosts, &device, &variants))
+        Ok(self.host(hosts, &devices, &variants))
     }
 
     /// What distinguishes the workers of this training, besides their [`WorkerConfig`].
@@ -98,8 +99,8 @@ where
         }
     }
 
-    pub(super) fn host(&self, hosts: Hosts, device: &Device, variants: &Variants) -> Hosts {
-        let (rule, on) = (self.server_rule(), device.clone());
+    pub(super) fn host(&self, hosts: Hosts, devices: &Devices, variants: &Variants) -> Hosts {
+        let (rule, on) = (self.server_rule(), devices.first().clone());
         let hosts = hosts.host_variant(
             &variants.servers,
             // A restart would silently go back to the initial weights.
@@ -107,15 +108,9 @@ where
             move |args: ServerArgs| Ok(args.into_server(rule.make(&on)?)?),
         );
         let variant = variants.workers.clone();
-        let parts = self.num_micro_batches;
-        host_variant(hosts, variant, &self.model, device, &self.train, parts)
-    }
-
-    pub(super) fn chosen_device(&self) -> Result<Device, DeviceError> {
-        match &self.device {
-            Some(device) => Ok(device.clone()),
-            None => select_device(default_device_name()),
-        }
+        let (parts, devices) = (self.num_micro_batches, devices.clone());
+        let device_of = move |worker| devices.of(worker);
+        host_variant(hosts, variant, &self.model, device_of, &self.train, parts)
     }
 }
 

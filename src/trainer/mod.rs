@@ -14,7 +14,6 @@ use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{Clipping, Consistency, Reduction, ServerConfig};
 use ps_model::burn::lr_scheduler::LrSchedulerConfig;
 use ps_model::burn::optim::Optimizer;
-use ps_model::burn::tensor::Device;
 use ps_model::{ElementwiseConfig, Model, RuleError};
 
 use crate::controls::Controls;
@@ -24,6 +23,7 @@ use crate::observe::Observer;
 use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
 
+mod devices;
 mod error;
 mod groups;
 mod hosting;
@@ -65,7 +65,7 @@ pub struct Trainer<M: Model, E> {
     model: M,
     train: E,
     test: Option<E>,
-    device: Option<Device>,
+    devices: Option<Vec<Device>>,
     num_workers: usize,
     num_servers: usize,
     server: ServerConfig,
@@ -112,7 +112,7 @@ where
             model,
             train,
             test: None,
-            device: None,
+            devices: None,
             num_workers: 1,
             num_servers: 1,
             server: ServerConfig::default(),
@@ -143,13 +143,6 @@ where
     #[must_use]
     pub fn test_data(mut self, test: E) -> Self {
         self.test = Some(test);
-        self
-    }
-
-    /// Sets the device to compute on.
-    #[must_use]
-    pub fn device(mut self, device: &Device) -> Self {
-        self.device = Some(device.clone());
         self
     }
 

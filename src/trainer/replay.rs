@@ -116,8 +116,10 @@ where
 {
     /// What a recorded training and its replay must have in common.
     fn schedule_facts(&self) -> Result<BTreeMap<String, String>, TrainError> {
-        let device = self.chosen_device()?;
-        let facts = self.worker_facts(&device).without("the model's type");
+        let devices = self.devices_here()?;
+        let facts = self
+            .worker_facts(devices.first())
+            .without("the model's type");
         let facts = facts
             .state("the optimizer", self.describe_optimizer())
             .state("the batch size", self.batch_size)
@@ -200,7 +202,7 @@ where
             let first = update.version;
             return Err(ReplayError::NoBeginning { first }.into());
         }
-        let device = self.chosen_device()?;
+        let device = self.devices_here()?.first().clone();
         let initial = initial_weights(&self.model, &device)?;
         self.check_groups(initial.layout())?;
         let rule = self.server_rule().make_without_schedule(&device)?;
@@ -298,7 +300,8 @@ where
         let source = match sources.entry(id.worker) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => {
-                let source = self.worker_source(rank, &self.chosen_device()?)?;
+                let device = self.devices_here()?.of(id.worker);
+                let source = self.worker_source(rank, &device)?;
                 new.insert(source)
             }
         };

@@ -18,6 +18,7 @@ use ps_actors::worker::WorkerError;
 use ps_model::Model;
 use ps_model::burn::tensor::Device;
 
+use super::devices::Devices;
 use super::hosting::Variants;
 use super::stopping::{Met, must_stop};
 use super::{Length, TrainError, Trainer};
@@ -86,7 +87,8 @@ where
             false => None,
         };
         self.server.wait_for_workers = self.num_workers;
-        let device = self.chosen_device()?;
+        let devices = self.devices_here()?;
+        let device = devices.first().clone();
         let mut evaluator = match &self.test {
             Some(test) => Some(Evaluator::new(&self.model, &device, test)?),
             None => None,
@@ -128,10 +130,10 @@ where
             true => Variants::here(),
             false => Variants::of(&self.worker_facts(&device), &self.server_facts()),
         };
-        let here = self.host(Hosts::new(), &device, &variants);
+        let here = self.host(Hosts::new(), &devices, &variants);
         let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
         let listening = Listening::begin(&self.controls, !checkpoints.is_off());
-        observers.run_started(self.settings(&initial, num_steps, &device), from);
+        observers.run_started(self.settings(&initial, num_steps, &devices), from);
         let mut run = Run {
             collector: Collector::new(observers),
             servers_lost: None,
@@ -181,7 +183,7 @@ where
         }
     }
 
-    fn settings(&self, initial: &Weights, num_steps: u64, device: &Device) -> Settings {
+    fn settings(&self, initial: &Weights, num_steps: u64, devices: &Devices) -> Settings {
         Settings {
             name: self.name.clone().unwrap_or_default(),
             model: std::any::type_name::<M>().to_owned(),
@@ -200,7 +202,7 @@ where
             consistency: self.server.consistency.to_string(),
             reduction: self.server.reduction.to_string(),
             optimizer: self.describe_optimizer(),
-            device: format!("{device:?}"),
+            device: devices.describe(),
         }
     }
 

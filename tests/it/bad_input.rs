@@ -35,6 +35,7 @@ fn check(
 fn settings_that_cannot_work_are_refused_with_the_reason() {
     check(|t| t.workers(0), "at least one worker");
     check(|t| t.workers(1 << 20), "too many");
+    check(|t| t.devices([]), "no device");
     check(|t| t.servers(0), "at least one server");
     check(|t| t.batch_size(0), "batch");
     check(|t| t.batch_size(5_000), "use a batch size of 4000 or less");

@@ -142,3 +142,16 @@ fn the_trained_weights_come_back_as_an_ordinary_burn_module() {
     let other = Net::init(1, &device);
     assert!(model_with_weights(&other, &device, &report.weights).is_err());
 }
+
+#[test]
+fn workers_on_several_devices_of_one_kind_have_the_bits_of_one_device() {
+    let devices = vec![select_device(default_device_name()).unwrap(); 3];
+    let one = trainer().workers(4).iterations(10).run().unwrap();
+    let several = trainer().devices(devices).workers(4).iterations(10);
+    let several = several.run().unwrap();
+    let bits = |report: &Report| -> Vec<u32> {
+        let weights = report.weights.to_vec();
+        weights.iter().map(|weight| weight.to_bits()).collect()
+    };
+    assert_eq!(bits(&one), bits(&several));
+}

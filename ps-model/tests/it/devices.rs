@@ -13,7 +13,7 @@ fn the_default_device_is_compiled_in_and_works() {
 
 #[test]
 fn an_unknown_name_is_answered_with_the_known_ones() {
-    for name in ["gpu", "", "flex:1", "tch:cuda", "cuda:x", "wgpu:"] {
+    for name in ["gpu", "", "flex:1", "tch:cuda:", "cuda:x", "wgpu:"] {
         let error = select_device(name).expect_err("not a device");
         assert_eq!(error, DeviceError::Unknown { name: name.into() });
         assert!(error.to_string().contains("tch:cuda:N"), "{error}");
@@ -26,6 +26,7 @@ fn a_backend_that_is_not_compiled_in_is_answered_with_its_feature() {
         ("flex", "flex"),
         ("ndarray", "ndarray"),
         ("tch", "tch"),
+        ("tch:cuda", "tch"),
         ("tch:cuda:0", "tch"),
         ("cuda", "cuda"),
         ("cuda:1", "cuda"),

@@ -4,6 +4,8 @@
 pub const RANK: &str = "PS_RANK";
 /// How many copies there are, including the driver.
 pub const WORLD_SIZE: &str = "PS_WORLD_SIZE";
+/// This process's number among the copies on its host, from 0. It decides which GPU is this process's.
+pub const LOCAL_RANK: &str = "PS_LOCAL_RANK";
 /// How often this rank has been started again. 0 if it is not set.
 pub const ATTEMPT: &str = "PS_ATTEMPT";
 /// The address that rank 0 listens on, as `host:port`. It has priority over the variables of other launchers.

@@ -24,6 +24,7 @@ struct Row {
     launcher: &'static str,
     rank: &'static str,
     world_size: &'static str,
+    local_rank: Option<&'static str>,
     attempt: Option<&'static str>,
     address: AddressSource,
 }
@@ -48,6 +49,7 @@ static ROWS: [Row; 6] = [
         launcher: "ps",
         rank: env::RANK,
         world_size: env::WORLD_SIZE,
+        local_rank: None,
         attempt: Some(env::ATTEMPT),
         address: AddressSource::Nowhere,
     },
@@ -56,6 +58,7 @@ static ROWS: [Row; 6] = [
         launcher: "torchrun",
         rank: "RANK",
         world_size: "WORLD_SIZE",
+        local_rank: Some("LOCAL_RANK"),
         attempt: Some("TORCHELASTIC_RESTART_COUNT"),
         address: AddressSource::Torchrun,
     },
@@ -63,6 +66,7 @@ static ROWS: [Row; 6] = [
         launcher: "Open MPI",
         rank: "OMPI_COMM_WORLD_RANK",
         world_size: "OMPI_COMM_WORLD_SIZE",
+        local_rank: Some("OMPI_COMM_WORLD_LOCAL_RANK"),
         attempt: None,
         address: AddressSource::Mpi {
             local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -73,6 +77,7 @@ static ROWS: [Row; 6] = [
         launcher: "PMI",
         rank: "PMI_RANK",
         world_size: "PMI_SIZE",
+        local_rank: Some("MPI_LOCALRANKID"),
         attempt: None,
         address: AddressSource::Mpi {
             local_size: "MPI_LOCALNRANKS",
@@ -83,6 +88,7 @@ static ROWS: [Row; 6] = [
         launcher: "Slurm",
         rank: "SLURM_PROCID",
         world_size: "SLURM_STEP_NUM_TASKS",
+        local_rank: Some("SLURM_LOCALID"),
         attempt: Some("SLURM_RESTART_COUNT"),
         address: AddressSource::Slurm,
     },
@@ -90,6 +96,7 @@ static ROWS: [Row; 6] = [
         launcher: "Kubernetes",
         rank: "JOB_COMPLETION_INDEX",
         world_size: env::WORLD_SIZE,
+        local_rank: None,
         attempt: None,
         address: AddressSource::Nowhere,
     },
@@ -107,12 +114,14 @@ pub(super) fn variables() -> impl Iterator<Item = &'static str> {
             [
                 Some(row.rank),
                 Some(row.world_size),
+                row.local_rank,
                 row.attempt,
                 local_size,
             ]
         })
         .flatten();
     of_rows.chain([
+        env::LOCAL_RANK,
         env::RENDEZVOUS,
         MASTER_ADDR,
         MASTER_PORT,
@@ -195,6 +204,17 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
             return Ok(0);
         };
         Ok(self.number(variable, u64::MAX)?.unwrap_or(0))
+    }
+
+    /// Returns this process's number among the copies on its host. 0 if no variable says so.
+    pub(super) fn local_rank(&self) -> Result<u32, LaunchError> {
+        let largest = u32::MAX.into();
+        if let Some(local_rank) = self.number(env::LOCAL_RANK, largest)? {
+            return Ok(local_rank);
+        }
+        let variable = self.seat()?.and_then(|seat| seat.row.local_rank);
+        let number = variable.map(|variable| self.number(variable, largest));
+        Ok(number.transpose()?.flatten().unwrap_or(0))
     }
 
     fn seat_of(&self, row: &'static Row) -> Result<Option<Seat>, LaunchError> {

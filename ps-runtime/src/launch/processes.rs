@@ -257,6 +257,7 @@ fn set_variables(command: &mut Command, config: &ProcessConfig, rank: u32, attem
     command
         .env(names::RANK, rank.to_string())
         .env(names::WORLD_SIZE, config.world_size.to_string())
+        .env(names::LOCAL_RANK, rank.to_string())
         .env(names::ATTEMPT, attempt.to_string())
         .env(names::RENDEZVOUS, config.rendezvous.to_string())
         .env(names::PARENT_PID, process::id().to_string());

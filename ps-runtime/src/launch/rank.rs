@@ -68,6 +68,29 @@ pub fn from_env(get: impl Fn(&str) -> Option<String>) -> Result<Option<Place>, L
     }
 }
 
+/// Reads this process's number among the copies on its host, from 0: `PS_LOCAL_RANK`, or the variable of the
+/// launcher that gave the rank. 0 if none of them says so, as under Kubernetes and Ray, where a process sees
+/// only its own GPUs. Child processes of a [`ProcessGroup`](super::ProcessGroup) have their rank.
+///
+/// ```
+/// use ps_runtime::launch::local_rank;
+///
+/// let second_host_of_two = |name: &str| match name {
+///     "RANK" => Some("3".to_owned()),
+///     "WORLD_SIZE" => Some("4".to_owned()),
+///     "LOCAL_RANK" => Some("1".to_owned()),
+///     _ => None,
+/// };
+/// assert_eq!(local_rank(second_host_of_two)?, 1);
+/// # Ok::<(), ps_runtime::launch::LaunchError>(())
+/// ```
+///
+/// # Errors
+/// When the value is not a number, or when the launcher's variables contradict each other.
+pub fn local_rank(get: impl Fn(&str) -> Option<String>) -> Result<u32, LaunchError> {
+    Variables(get).local_rank()
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -112,6 +135,37 @@ pub(super) mod tests {
             }
             _ => panic!("{variables} gives {found:?}, expected {expected:?}"),
         }
+    }
+
+    #[test]
+    fn the_launcher_that_gives_the_rank_gives_the_local_rank() {
+        for (variables, expected) in [
+            ("", 0),
+            ("PS_LOCAL_RANK=2", 2),
+            ("PS_RANK=3 PS_WORLD_SIZE=4", 0),
+            ("PS_RANK=3 PS_WORLD_SIZE=4 PS_LOCAL_RANK=1", 1),
+            // Ray inside Slurm: the number is that of the outer launcher.
+            (
+                "PS_RANK=3 PS_WORLD_SIZE=4 SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 SLURM_LOCALID=1",
+                0,
+            ),
+            ("RANK=3 WORLD_SIZE=4 LOCAL_RANK=1", 1),
+            (
+                "OMPI_COMM_WORLD_RANK=3 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_RANK=1",
+                1,
+            ),
+            ("PMI_RANK=3 PMI_SIZE=4 MPI_LOCALRANKID=1", 1),
+            ("PMI_RANK=3 PMI_SIZE=4", 0),
+            ("SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=4 SLURM_LOCALID=1", 1),
+            // srun has started no step, so this process is alone.
+            ("SLURM_LOCALID=1", 0),
+            ("JOB_COMPLETION_INDEX=1 PS_WORLD_SIZE=2", 0),
+        ] {
+            let found = local_rank(|name| value(variables, name));
+            assert_eq!(found.unwrap(), expected, "for {variables}");
+        }
+        let error = local_rank(|name| value("PS_LOCAL_RANK=first", name)).unwrap_err();
+        assert!(error.to_string().contains("PS_LOCAL_RANK"), "{error}");
     }
 
     const SRUN: &str = "SLURM_PROCID=3 SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NODELIST=gpu[003-007,9],x1 SLURM_JOB_ID=123456";
@@ -317,8 +371,8 @@ pub(super) mod tests {
     proptest! {
         #[test]
         fn a_place_from_any_values_is_one_of_its_world(
-            values in prop::collection::vec(prop_oneof!["[0-9]{0,3}", "[a-z0-9.:\\[\\]-]{0,8}"], 26),
-            is_set in prop::collection::vec(any::<bool>(), 26),
+            values in prop::collection::vec(prop_oneof!["[0-9]{0,3}", "[a-z0-9.:\\[\\]-]{0,8}"], 32),
+            is_set in prop::collection::vec(any::<bool>(), 32),
         ) {
             let names: Vec<&str> = variables().chain([JOB_ID]).collect();
             let get = |name: &str| {
