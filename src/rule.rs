@@ -1,13 +1,16 @@
-//! Any elementwise burn optimizer as a server's update rule.
+//! Any burn optimizer that servers can have, as their update rule.
 
 use std::fmt;
+use std::ops::Range;
 
-use ps_actors::rule::{RuleState, RuleStateError, Scalar, UpdateRule};
-use ps_model::burn::optim::Optimizer;
+use ps_actors::rule::{PlaceError, RuleState, RuleStateError, Scalar, UpdateRule};
+use ps_actors::weights::Layout;
 use ps_model::burn::tensor::Device;
-use ps_model::{BurnRule, ElementwiseConfig, RuleError, StateScalar, StateTensor, StateValue};
+use ps_model::{
+    OptimizerConfig, RuleError, ShardParameter, ShardRule, StateScalar, StateTensor, StateValue,
+};
 
-/// A [`BurnRule`] that a server can use.
+/// A burn optimizer that a server can use as its update rule.
 ///
 /// ```
 /// use ps::model::burn::optim::AdamConfig;
@@ -20,31 +23,49 @@ use ps_model::{BurnRule, ElementwiseConfig, RuleError, StateScalar, StateTensor,
 /// assert_eq!(server.ask(GetWeights).wait()?.version(), Version(0));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub struct OptimizerRule<O: Optimizer> {
-    rule: BurnRule<O>,
+///
+/// LAMB and Muon need whole parameters. A group of several servers with one of them needs
+/// [`Cut::BetweenParameters`](ps_actors::server::Cut) in its [`ServerConfig`](ps_actors::server::ServerConfig).
+pub struct OptimizerRule {
+    rule: Box<dyn ShardRule>,
+    /// The type of the configuration, for messages.
+    name: &'static str,
 }
 
-impl<O: Optimizer> OptimizerRule<O> {
+impl OptimizerRule {
     /// Makes a rule of the optimizer that `config` describes. It computes on `device`.
     ///
     /// # Errors
-    /// If the optimizer clips gradients by their norm. This is refused because a server has only a part of
+    /// If an elementwise optimizer clips gradients by their norm. This is refused because a server has only a part of
     /// each gradient.
-    pub fn new<C>(config: &C, device: &Device) -> Result<Self, RuleError>
-    where
-        C: ElementwiseConfig<Optimizer = O>,
-    {
+    pub fn new<C: OptimizerConfig>(config: &C, device: &Device) -> Result<Self, RuleError> {
         Ok(Self {
-            rule: BurnRule::new(config, device)?,
+            rule: config.shard_rule(device)?,
+            name: std::any::type_name::<C>(),
         })
     }
 }
 
-impl<O> UpdateRule for OptimizerRule<O>
-where
-    O: Optimizer + Send + 'static,
-    O::State<1>: Send,
-{
+impl UpdateRule for OptimizerRule {
+    fn place(&mut self, layout: &Layout, range: Range<usize>) -> Result<(), PlaceError> {
+        let num_trainable = layout.num_trainable();
+        let parts = layout.parameters().iter().filter_map(|parameter| {
+            let start = parameter.range.start.max(range.start);
+            let end = parameter.range.end.min(range.end);
+            (start < end).then(|| ShardParameter {
+                name: parameter.name.clone(),
+                shape: parameter.shape.clone(),
+                range: start - range.start..end - range.start,
+                is_buffer: parameter.range.start >= num_trainable,
+            })
+        });
+        self.rule
+            .place(parts.collect())
+            .map_err(|error| PlaceError {
+                problem: error.to_string(),
+            })
+    }
+
     /// # Panics
     /// If burn panics. The server then stops, and all calls to it fail.
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
@@ -105,8 +126,8 @@ where
     }
 }
 
-impl<O: Optimizer> fmt::Debug for OptimizerRule<O> {
+impl fmt::Debug for OptimizerRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "OptimizerRule<{}>", std::any::type_name::<O>())
+        write!(f, "OptimizerRule<{}>", self.name)
     }
 }

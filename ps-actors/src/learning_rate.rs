@@ -9,7 +9,7 @@ use std::fmt;
 use std::ops::Range;
 
 use crate::ids::Version;
-use crate::rule::{RuleState, RuleStateError, UpdateRule};
+use crate::rule::{PlaceError, RuleState, RuleStateError, UpdateRule};
 use crate::weights::Layout;
 
 /// Says the learning rate of each update.
@@ -78,8 +78,8 @@ impl<R: UpdateRule, S: LearningRateSchedule> Scheduled<R, S> {
 }
 
 impl<R: UpdateRule, S: LearningRateSchedule> UpdateRule for Scheduled<R, S> {
-    fn place(&mut self, layout: &Layout, range: Range<usize>) {
-        self.rule.place(layout, range);
+    fn place(&mut self, layout: &Layout, range: Range<usize>) -> Result<(), PlaceError> {
+        self.rule.place(layout, range)
     }
 
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {

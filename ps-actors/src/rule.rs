@@ -2,7 +2,8 @@
 //!
 //! An [`UpdateRule`] works on one server's contiguous range and keeps the state of that range. A rule must
 //! be *elementwise*: what happens to one weight may depend only on that weight, its gradient and its state.
-//! Then any number of servers gives the same bits as one server (PS-3).
+//! Then any number of servers gives the same bits as one server (PS-3). A rule that uses a whole parameter at once needs
+//! servers that have whole ones: [`Cut::BetweenParameters`](crate::server::Cut).
 //!
 //! [`Groups`] has other rules and rates for some of the parameters.
 //!
@@ -77,8 +78,12 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
 
     /// Is told which weights of the model the rule updates, once before everything else. Most rules treat all weights
     /// alike, and need not know. [`Groups`] is one that does.
-    fn place(&mut self, layout: &Layout, range: Range<usize>) {
+    ///
+    /// # Errors
+    /// If the rule cannot update them. Then there is no server.
+    fn place(&mut self, layout: &Layout, range: Range<usize>) -> Result<(), PlaceError> {
         let _ = (layout, range);
+        Ok(())
     }
 
     /// Returns the learning rate of the update that makes `version`, if the server's settings have `set`.
@@ -112,8 +117,8 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
 }
 
 impl UpdateRule for Box<dyn UpdateRule> {
-    fn place(&mut self, layout: &Layout, range: Range<usize>) {
-        (**self).place(layout, range);
+    fn place(&mut self, layout: &Layout, range: Range<usize>) -> Result<(), PlaceError> {
+        (**self).place(layout, range)
     }
 
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
@@ -201,6 +206,14 @@ impl From<SavedRule> for RuleState {
             scalars,
         }
     }
+}
+
+/// Parameters that an update rule cannot update.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[error("{problem}")]
+pub struct PlaceError {
+    /// Which parameter it is, and what to do.
+    pub problem: String,
 }
 
 /// A saved state that does not belong to the rule that should restore it.

@@ -16,7 +16,8 @@
 //! - [`part`]: a part of a model that other processes compute through, and their side of it.
 //! - [`conv2d`], [`max_pool2d`]: the operations of burn, faster on the backend `flex`.
 //! - [`FlatView`]: the flat view of any burn module.
-//! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard.
+//! - [`BurnRule`]: any elementwise burn optimizer (SGD, Adam, ...) as the update rule of a shard. [`WholeRule`]: LAMB and
+//!   Muon, for shards of whole parameters.
 //! - [`select_device`]: chooses the device to compute on by its name, among the backends compiled in
 //!   ([`device`] lists the names).
 //! - [`Step`], [`Rng`], [`seeded`]: dropout and initial weights from seeds, with the same bits in every
@@ -74,6 +75,7 @@ mod local;
 mod loss;
 mod model;
 mod net;
+mod optimizer;
 mod panic;
 pub mod part;
 mod pool;
@@ -85,6 +87,7 @@ pub mod seeded;
 mod step;
 mod stream;
 mod survey;
+mod whole_rule;
 
 /// The version of burn that the types of this crate come from.
 pub use burn;
@@ -100,6 +103,7 @@ pub use local::{LocalModel, ModelError};
 pub use loss::{nll_loss, num_correct};
 pub use model::{Evaluation, Model};
 pub use net::Net;
+pub use optimizer::{OptimizerConfig, ShardRule};
 pub use part::{
     Activation, Array, AtSeam, Backward, LocalGradients, MAX_CALLS, Part, PartError, Pass,
     SeamError, Seams,
@@ -109,3 +113,4 @@ pub use rng::Rng;
 pub use rule::{BurnRule, ElementwiseConfig, RuleError};
 pub use rule_state::{RuleState, StateScalar, StateTensor, StateValue};
 pub use step::{Step, StepSeed};
+pub use whole_rule::{ShardParameter, WholeConfig, WholeRule};

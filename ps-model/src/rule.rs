@@ -4,8 +4,8 @@
 //! one tensor for each parameter, wherever the shards are cut. (There is one difference: a module's
 //! optimizer skips a parameter without a gradient. Here the parameter gets a gradient of zeros.)
 //!
-//! Optimizers that use a whole parameter at once (LAMB, Muon, AdaFactor, L-BFGS) and clipping by norm would
-//! compute something else on a shard. They are refused.
+//! Optimizers that use a whole parameter at once and clipping by norm would compute something else on such a
+//! shard. They are refused. For LAMB and Muon there is [`WholeRule`](crate::WholeRule).
 
 use std::fmt;
 
@@ -45,6 +45,26 @@ pub enum RuleError {
         expected: usize,
         /// The number of the given weights.
         got: usize,
+    },
+    /// The optimizer needs whole parameters, but the shard has only a part of one.
+    #[error(
+        "the optimizer needs whole parameters, but a server has only a part of `{name}`: set `ServerConfig::cut` to \
+         `Cut::BetweenParameters` (`Trainer` does so by itself)"
+    )]
+    CutParameter {
+        /// The path of the parameter.
+        name: String,
+    },
+    /// The optimizer cannot update a parameter of this shape.
+    #[error(
+        "the optimizer cannot update `{name}`, which has the shape {shape:?}: Muon updates matrices only, so use it \
+         for a group of matrices (`Trainer::optimizer_for`)"
+    )]
+    Shape {
+        /// The path of the parameter.
+        name: String,
+        /// The length of each axis.
+        shape: Vec<usize>,
     },
     /// The learning rate is infinite or NaN.
     #[error("the learning rate must be finite, not {0}")]
@@ -285,7 +305,7 @@ impl<O: Optimizer> BurnRule<O> {
                 tensor.values.len()
             )));
         }
-        let mut source = saved.into_source();
+        let mut source = saved.into_source(&[len]);
         let state = panic::catch(|| O::State::<1>::state_unflatten("", &mut source, &self.device))
             .map_err(RuleError::Panicked)?
             .ok_or_else(|| RuleError::ForeignState(format!("it has only {names:?}")))?;

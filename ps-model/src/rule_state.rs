@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::rule::RuleError;
 
-/// The state of a [`BurnRule`](crate::BurnRule). It has some tensors, each with one number per weight of
+/// The state of a [`BurnRule`](crate::BurnRule) or [`WholeRule`](crate::WholeRule). It has some tensors, each with one number per weight of
 /// the shard, such as the moments of Adam. And it has some single numbers, such as the count of steps.
 ///
 /// The default is the state of a rule that has taken no step.
@@ -85,7 +85,8 @@ impl RuleState {
         })
     }
 
-    pub(crate) fn into_source(self) -> StateSource {
+    /// `shape` is that of each tensor.
+    pub(crate) fn into_source(self, shape: &[usize]) -> StateSource {
         let scalars = self.scalars.into_iter().map(|scalar| {
             let value = match scalar.value {
                 StateValue::Unsigned(value) => value.into(),
@@ -97,8 +98,7 @@ impl RuleState {
         });
         let mut source = StateSource::new(scalars.collect());
         for StateTensor { name, values } in self.tensors {
-            let len = values.len();
-            source.insert_tensor(name, TensorData::new(values, [len]));
+            source.insert_tensor(name, TensorData::new(values, shape.to_vec()));
         }
         source
     }

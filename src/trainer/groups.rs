@@ -5,11 +5,11 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use ps_actors::rule::{Groups, UpdateRule};
+use ps_actors::server::Cut;
 use ps_actors::weights::Layout;
 use ps_model::burn::module::{Module, ModuleVisitor, Param, ParamGroup};
-use ps_model::burn::optim::Optimizer;
 use ps_model::burn::tensor::{Device, Tensor};
-use ps_model::{ElementwiseConfig, Model};
+use ps_model::{Model, OptimizerConfig};
 use sha2::{Digest, Sha256};
 
 use super::{MakeRule, TrainError, Trainer};
@@ -72,6 +72,14 @@ impl Group {
             Role::Rate(factor) => Ok(rule.with_rate(is_member, *factor)),
             Role::Optimizer(make) => Ok(rule.with_rule(is_member, checked(make, device)?)),
         }
+    }
+}
+
+/// Returns where weights may be cut if one more optimizer updates some of them.
+pub(super) fn cut_for<C: OptimizerConfig>(others: Cut) -> Cut {
+    match C::NEEDS_WHOLE_PARAMETERS {
+        true => Cut::BetweenParameters,
+        false => others,
     }
 }
 
@@ -140,16 +148,15 @@ where
     ///
     /// A group without a trainable parameter is an error of the run.
     #[must_use]
-    pub fn optimizer_for<C, O>(mut self, group: &ParamGroup, config: C) -> Self
+    pub fn optimizer_for<C>(mut self, group: &ParamGroup, config: C) -> Self
     where
-        C: ElementwiseConfig<Optimizer = O> + Debug + Send + Sync + 'static,
-        O: Optimizer + Send + 'static,
-        O::State<1>: Send,
+        C: OptimizerConfig + Debug + Send + Sync + 'static,
     {
         let what = format!("{config:?}");
         let make: MakeRule =
             Arc::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
         let group = Group::of(&self.model, group, Role::Optimizer(make), what);
+        self.server.cut = cut_for::<C>(self.server.cut);
         self.groups.push(group);
         self
     }

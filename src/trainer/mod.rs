@@ -13,8 +13,7 @@ use ps_actors::learning_rate::LearningRateSchedule;
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{Clipping, Consistency, Reduction, ServerConfig};
 use ps_model::burn::lr_scheduler::LrSchedulerConfig;
-use ps_model::burn::optim::Optimizer;
-use ps_model::{ElementwiseConfig, Model, RuleError};
+use ps_model::{Model, OptimizerConfig, RuleError};
 
 use crate::controls::Controls;
 use crate::data::Examples;
@@ -36,7 +35,7 @@ pub use error::TrainError;
 pub use replay::{Replay, ReplayError};
 pub use stopping::EarlyStopping;
 
-use groups::Group;
+use groups::{Group, cut_for};
 use stopping::StopWhen;
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
@@ -276,14 +275,14 @@ where
         self
     }
 
-    /// Uses a burn optimizer, such as `AdamConfig::new()`, instead of plain SGD.
+    /// Uses a burn optimizer, such as `AdamConfig::new()`, instead of plain SGD. LAMB and Muon need whole parameters: then
+    /// the weights are split over the servers between parameters ([`Cut::BetweenParameters`](ps_actors::server::Cut)).
     #[must_use]
-    pub fn optimizer<C, O>(mut self, config: C) -> Self
+    pub fn optimizer<C>(mut self, config: C) -> Self
     where
-        C: ElementwiseConfig<Optimizer = O> + Debug + Send + Sync + 'static,
-        O: Optimizer + Send + 'static,
-        O::State<1>: Send,
+        C: OptimizerConfig + Debug + Send + Sync + 'static,
     {
+        self.server.cut = cut_for::<C>(self.server.cut);
         let config = Arc::new(config);
         let described = Arc::clone(&config);
         self.make_rule =

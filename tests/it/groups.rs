@@ -28,7 +28,7 @@ impl Perceptron {
         }
     }
 
-    fn error(&self, x: &[f32], device: &Device) -> Tensor<1> {
+    pub(crate) fn error(&self, x: &[f32], device: &Device) -> Tensor<1> {
         let x = Tensor::<1>::from_floats(x, device).unsqueeze_dim::<2>(1);
         let y = self.output.forward(self.hidden.forward(x.clone()).tanh());
         (y - x.square()).square().mean()
@@ -51,7 +51,7 @@ fn device() -> Device {
     select_device(default_device_name()).unwrap()
 }
 
-fn rows() -> Vec<f32> {
+pub(crate) fn rows() -> Vec<f32> {
     (0..NUM_ROWS).map(|i| i as f32 / 8.0 - 1.0).collect()
 }
 

@@ -23,3 +23,4 @@ mod torch;
 mod trace;
 mod training;
 mod trainings;
+mod whole;

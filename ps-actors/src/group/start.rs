@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::ServerGroup;
 use crate::checkpoint::{Rest, Start};
 use crate::rule::UpdateRule;
-use crate::server::{ConfigError, GroupSecret, ParameterServer, ServerConfig, partition};
+use crate::server::{ConfigError, GroupSecret, ParameterServer, ServerConfig, split};
 use crate::weights::Weights;
 
 /// How many versions each server keeps at least, if the group has several servers.
@@ -121,7 +121,7 @@ impl ServerGroup {
         let secret = GroupSecret::random();
         let from = start.into();
         let initial = from.weights();
-        let ranges = partition(initial.len(), num_servers);
+        let ranges = split(initial.layout(), num_servers, config.cut);
         let start = |index: usize, server: ParameterServer| {
             let options = Spawn::new().thread_name(format!("server-{index}"));
             server
@@ -189,7 +189,7 @@ impl ServerGroup {
         let secret = GroupSecret::random();
         let from = start.into();
         let initial = from.weights();
-        let ranges = partition(initial.len(), places.len());
+        let ranges = split(initial.layout(), places.len(), config.cut);
         let start = |index: usize, followers| {
             let range = ranges[index].clone();
             let args = ServerArgs {

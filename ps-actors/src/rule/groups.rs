@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use super::{RuleState, RuleStateError, Scalar, UpdateRule};
+use super::{PlaceError, RuleState, RuleStateError, Scalar, UpdateRule};
 use crate::ids::Version;
 use crate::weights::Layout;
 
@@ -130,8 +130,14 @@ impl Groups {
     /// Makes one part of all weights, for a rule that was not told which parameters they belong to.
     fn place_if_needed(&mut self, num_weights: usize) {
         if self.samples.is_empty() {
-            let layout = Layout::flat(num_weights);
-            self.place(&layout, 0..num_weights);
+            self.samples = self.rules.iter().map(|make| make()).collect();
+            let (index, factor) = self.role("");
+            self.parts = vec![Part {
+                range: 0..num_weights,
+                index,
+                factor,
+                rule: (self.rules[index])(),
+            }];
         }
     }
 
@@ -148,7 +154,7 @@ fn boxed<R: UpdateRule>(make: impl Fn() -> R + Send + 'static) -> Make {
 }
 
 impl UpdateRule for Groups {
-    fn place(&mut self, layout: &Layout, range: Range<usize>) {
+    fn place(&mut self, layout: &Layout, range: Range<usize>) -> Result<(), PlaceError> {
         self.samples = self.rules.iter().map(|make| make()).collect();
         self.parts.clear();
         for parameter in layout.parameters() {
@@ -172,8 +178,9 @@ impl UpdateRule for Groups {
         }
         for part in &mut self.parts {
             let own = range.start + part.range.start..range.start + part.range.end;
-            part.rule.place(layout, own);
+            part.rule.place(layout, own)?;
         }
+        Ok(())
     }
 
     fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
@@ -362,7 +369,7 @@ mod tests {
             let mut weights = vec![1.0; LEN];
             for range in starts.zip(ends).map(|(start, end)| start..end) {
                 let mut rule = groups();
-                rule.place(&layout(), range.clone());
+                rule.place(&layout(), range.clone()).unwrap();
                 for step in 0..4 {
                     let (old, gradient) = (weights[range.clone()].to_vec(), gradient(step));
                     let (gradient, next) = (&gradient[range.clone()], &mut weights[range.clone()]);
@@ -382,7 +389,7 @@ mod tests {
         let mut weights = vec![1.0; LEN];
         let states = [0..5, 5..LEN].map(|range| {
             let mut rule = groups();
-            rule.place(&layout(), range.clone());
+            rule.place(&layout(), range.clone()).unwrap();
             for step in 0..2 {
                 rule.update(
                     &mut weights[range.clone()],
@@ -407,7 +414,7 @@ mod tests {
         };
         for range in [0..6, 6..8, 8..LEN] {
             let mut rule = groups();
-            rule.place(&layout(), range.clone());
+            rule.place(&layout(), range.clone()).unwrap();
             let vectors = names(&states[0]).into_iter().enumerate();
             let vectors = vectors.map(|(at, name)| (name, joined(at)[range.clone()].to_vec()));
             let scalars = states[0].scalars.clone();
@@ -458,12 +465,12 @@ mod tests {
             ),
         ] {
             let mut rule = groups();
-            rule.place(&layout(), 0..LEN);
+            rule.place(&layout(), 0..LEN).unwrap();
             let error = rule.restore(state).unwrap_err();
             assert!(error.to_string().contains(expected), "{expected}: {error}");
         }
         let mut rule = groups();
-        rule.place(&layout(), 0..LEN);
+        rule.place(&layout(), 0..LEN).unwrap();
         rule.restore(RuleState::default()).unwrap();
     }
 }

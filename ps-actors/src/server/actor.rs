@@ -152,7 +152,7 @@ impl ParameterServer {
         config: ServerConfig,
         role: Role,
     ) -> Result<Self, ConfigError> {
-        rule.place(initial.layout(), range.clone());
+        rule.place(initial.layout(), range.clone())?;
         restore(rule.as_mut(), saved_rule, range.len())?;
         reached!(ServerMade {
             range: range.clone(),

@@ -5,7 +5,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::consistency::{Consistency, Reduction};
+use super::partition::Cut;
 use crate::ids::Version;
+use crate::rule::PlaceError;
 
 /// The shortest worker lease. Leases are checked four times per lease, by timers that count in
 /// milliseconds.
@@ -58,6 +60,8 @@ pub struct ServerConfig {
     /// same version from several servers. Each version takes as much memory as the weights. Default: 0. A
     /// group of several servers keeps at least 4.
     pub num_kept_versions: usize,
+    /// Where a group may cut the weights to split them over its servers. Default: [`Cut::Anywhere`].
+    pub cut: Cut,
 }
 
 impl Default for ServerConfig {
@@ -71,6 +75,7 @@ impl Default for ServerConfig {
             worker_lease: None,
             wait_for_workers: 0,
             num_kept_versions: 0,
+            cut: Cut::default(),
         }
     }
 }
@@ -157,6 +162,9 @@ pub enum ConfigError {
     /// `k` is 0 in [`Consistency::KofN`].
     #[error("k-of-n needs k of at least 1")]
     NoQuorum,
+    /// The update rule cannot update the parameters of a server.
+    #[error(transparent)]
+    Rule(#[from] PlaceError),
     /// The checkpoint has the state of another update rule.
     #[error("the checkpoint is of another update rule: {0}")]
     RuleState(String),

@@ -60,7 +60,8 @@ pub use messages::{
     Leave, Pull, Push, PushPull, Pushed, ReportLost, ServerError, ServerStatus, SetConsistency,
     SetLearningRate, SetPaused, Stage,
 };
-pub use partition::partition;
+pub(crate) use partition::split;
+pub use partition::{Cut, partition};
 pub(crate) use protocol::Update;
 pub use protocol::{Membership, Refusal};
 pub(crate) use replay::{LogEntry, Replay};

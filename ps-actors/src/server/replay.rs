@@ -101,7 +101,7 @@ impl Replay {
             restarted_at: _,
         } = checkpoint;
         let range = weights.range();
-        rule.place(weights.layout(), range.clone());
+        rule.place(weights.layout(), range.clone())?;
         restore(rule.as_mut(), saved, range.len())?;
         Ok(Self {
             shard: Shard::new(&weights, range, rule, learning_rate, 0),

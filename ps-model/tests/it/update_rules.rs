@@ -6,11 +6,14 @@ use ps_model::burn::module::{Module, Param};
 use ps_model::burn::optim::decay::WeightDecayConfig;
 use ps_model::burn::optim::momentum::MomentumConfig;
 use ps_model::burn::optim::{
-    AdaGradConfig, AdamConfig, AdamWConfig, AdanConfig, GradientsParams, LionConfig,
-    ModuleOptimizer, RmsPropConfig, SgdConfig,
+    AdaGradConfig, AdamConfig, AdamWConfig, AdanConfig, GradientsParams, LambConfig, LionConfig,
+    ModuleOptimizer, MuonConfig, RmsPropConfig, SgdConfig,
 };
 use ps_model::burn::tensor::{Device, Tensor, TensorData};
-use ps_model::{BurnRule, ElementwiseConfig, FlatView, Rng, RuleError, RuleState, StateValue};
+use ps_model::{
+    BurnRule, ElementwiseConfig, FlatView, Rng, RuleError, RuleState, ShardParameter, StateValue,
+    WholeConfig, WholeRule,
+};
 
 use crate::support::{default_device, on_each_device};
 
@@ -285,4 +288,133 @@ fn an_optimizer_that_panics_gives_an_error_until_a_state_is_loaded() {
     rule.load_state(saved).expect("its own state");
     rule.step(&mut weights, &[1.0], 0.1).expect("usable again");
     assert_eq!(weights, [1.0]);
+}
+
+/// As `check`, for optimizers that need whole parameters. `num_updated` of the weights have a gradient.
+fn check_whole<C: WholeConfig>(config: &C, mut optimizer: ModuleOptimizer, num_updated: usize) {
+    let (initial, gradients) = weights_and_gradients();
+    let parameters = |cut: std::ops::Range<usize>| -> Vec<ShardParameter> {
+        let all = [("matrix", vec![5, 7], 0..35), ("vector", vec![3], 35..38)];
+        let own = all
+            .into_iter()
+            .filter(|(_, _, range)| cut.contains(&range.start));
+        own.map(|(name, shape, range)| ShardParameter {
+            name: name.to_owned(),
+            shape,
+            range: range.start - cut.start..range.end - cut.start,
+            is_buffer: range.start >= num_updated,
+        })
+        .collect()
+    };
+    on_each_device(|name, device| {
+        let mut module = TwoParameters::new(&initial, &device.clone().autodiff());
+        for (step, gradient) in gradients.iter().enumerate() {
+            let mut gradient = module.gradients(gradient, device);
+            if num_updated <= 35 {
+                let _ = gradient.remove::<1>(module.vector.id);
+            }
+            module = optimizer.step(0.05 / (1 + step) as f64, module, gradient);
+        }
+        let view = FlatView::new(&module).expect("a flat view");
+        let expected = view.read_weights(&module);
+        let mut changed = expected[..num_updated].iter().zip(&initial);
+        assert!(changed.all(|(a, b)| a != b));
+
+        for cuts in [vec![0, 38], vec![0, 35, 38]] {
+            let mut weights = initial.clone();
+            for shard in cuts.windows(2).map(|cut| cut[0]..cut[1]) {
+                let new = || {
+                    let mut rule = WholeRule::new(config, device);
+                    rule.place(parameters(shard.clone()))
+                        .expect("whole parameters");
+                    rule
+                };
+                let mut rule = new();
+                for (step, gradient) in gradients.iter().enumerate() {
+                    let rate = 0.05 / (1 + step) as f64;
+                    let weights = &mut weights[shard.clone()];
+                    rule.step(weights, &gradient[shard.clone()], rate)
+                        .expect("a good step");
+                    if step == 2 {
+                        let state = rule.save_state().expect("a state of f32");
+                        rule = new();
+                        rule.load_state(state).expect("its own state");
+                    }
+                }
+            }
+            assert_eq!(weights, expected, "on {name}, shards cut at {cuts:?}");
+        }
+        optimizer = optimizer.clone().load_record(Default::default());
+    });
+}
+
+#[test]
+fn lamb_on_shards_equals_lamb_on_the_module() {
+    let config = LambConfig::new().with_weight_decay(0.1);
+    check_whole(&config, config.init(), NUM_WEIGHTS);
+    let clipping = Some(GradientClippingConfig::Norm(0.1));
+    let config = config.with_grad_clipping(clipping);
+    check_whole(&config, config.init(), NUM_WEIGHTS);
+}
+
+/// The vector stands for a statistic, which no optimizer updates.
+#[test]
+fn muon_on_shards_equals_muon_on_the_module() {
+    let config = MuonConfig::new();
+    check_whole(&config, config.init(), 35);
+}
+
+#[test]
+fn cut_parameters_impossible_shapes_and_foreign_states_are_refused() {
+    let parameter = |shape: Vec<usize>, len| ShardParameter {
+        name: "matrix".to_owned(),
+        shape,
+        range: 0..len,
+        is_buffer: false,
+    };
+    let device = default_device();
+    let mut lamb = WholeRule::new(&LambConfig::new(), &device);
+    let error = lamb
+        .place(vec![parameter(vec![5, 7], 34)])
+        .expect_err("cut");
+    assert_eq!(
+        error,
+        RuleError::CutParameter {
+            name: "matrix".into()
+        }
+    );
+    lamb.place(vec![parameter(vec![1; 7], 1)])
+        .expect_err("too many axes");
+    let mut muon = WholeRule::new(&MuonConfig::new(), &device);
+    for shape in [vec![4], vec![2, 2, 1]] {
+        let error = muon.place(vec![parameter(shape.clone(), 4)]);
+        let (name, error) = ("matrix".to_owned(), error.expect_err("no matrix"));
+        assert_eq!(error, RuleError::Shape { name, shape });
+    }
+
+    lamb.place(vec![parameter(vec![2, 2], 4)]).expect("whole");
+    muon.place(vec![parameter(vec![2, 2], 4)]).expect("whole");
+    let gradient = [0.1, 0.2, 0.3, 0.4];
+    lamb.step(&mut [1.0; 3], &gradient[..3], 0.1)
+        .expect_err("another shard");
+    lamb.step(&mut [1.0; 4], &gradient, 0.1).expect("a step");
+    muon.step(&mut [1.0; 4], &gradient, 0.1).expect("a step");
+    let good = lamb.save_state().expect("a state");
+    let mut no_time = good.clone();
+    no_time.scalars.clear();
+    let mut real_time = good.clone();
+    real_time.scalars[0].value = StateValue::Float(0.5);
+    let mut short = good.clone();
+    short.tensors[1].values.pop();
+    let foreign = muon.save_state().expect("a state");
+    for foreign in [foreign, no_time, real_time, short] {
+        let message = format!("{foreign:?}");
+        match lamb.load_state(foreign) {
+            Err(RuleError::ForeignState(_)) => {}
+            other => panic!("{other:?} for {message}"),
+        }
+        assert_eq!(lamb.save_state(), Ok(good.clone()));
+    }
+    lamb.load_state(RuleState::default()).expect("empty");
+    lamb.step(&mut [], &[], 0.1).expect("nothing to do");
 }
