@@ -136,7 +136,7 @@ pub mod prelude {
     pub use ps_actors::remote::{Kept, Messages, Remote};
     pub use ps_actors::rule::{Sgd, UpdateRule};
     pub use ps_actors::server::{
-        ApplyGradients, ApplyKept, Consistency, GetStatus, GetWeights, ParameterServer, Pull,
+        ApplyGradients, ApplyKept, Consistency, Cut, GetStatus, GetWeights, ParameterServer, Pull,
         PullVersion, Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
         TakeCheckpoint,
     };
