@@ -1,4 +1,4 @@
-//! Workers on several devices in one training: on every backend of the CPU that is compiled in.
+//! Workers on several devices in one training (M-6): on every backend of the CPU that is compiled in.
 
 use ps::model::burn::tensor::Device;
 use ps::prelude::*;
