@@ -157,7 +157,8 @@ impl ModuleVisitor for Split<'_> {
         let (own, rest) = self.rest.split_at(shape.num_elements());
         self.rest = rest;
         let data = TensorData::new(own.to_vec(), shape);
-        let gradient = Tensor::<D>::from_data(data, &tensor.device().inner());
+        let options = (&tensor.device().inner(), tensor.dtype());
+        let gradient = Tensor::<D>::from_data(data, options);
         self.gradients.register(param.id, gradient);
     }
 }

@@ -9,6 +9,9 @@
 //! weights under a LoRA adapter. No update rule sees them, so none changes them, not even by weight decay.
 //! Each process keeps its own copy of them.
 //!
+//! Tensors of 16-bit floats are converted from and to `f32`. So a server's weights are exact, and a model computes with
+//! rounded ones.
+//!
 //! The weights are copied from and to the tensors as they are, without the transformations that burn
 //! applies to saved records. (So a `Linear` of layout `Col` is seen as `[inputs, outputs]` too.)
 
@@ -36,9 +39,11 @@ pub struct ParameterSpec {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum FlatError {
-    /// A trainable parameter, or a running statistic, is not a 32-bit float.
-    #[error("`{name}` is of type {dtype}, only f32 can be trained: cast it to f32, or freeze it")]
-    NotF32 {
+    /// A trainable parameter, or a running statistic, is of a type that cannot be trained.
+    #[error(
+        "`{name}` is of type {dtype}, only f32, f16 and bf16 can be trained: cast it to one of them, or freeze it"
+    )]
+    ElementType {
         /// The path of the parameter.
         name: String,
         /// Its element type.
@@ -118,8 +123,8 @@ impl FlatView {
     ///
     /// # Errors
     ///
-    /// If there is nothing to train, or if a trainable parameter or a buffer is not an `f32` tensor or occurs
-    /// twice.
+    /// If there is nothing to train, or if a trainable parameter or a buffer is not a tensor of `f32`, `f16` or `bf16`, or
+    /// occurs twice.
     pub fn new<M: Module>(module: &M) -> Result<Self, FlatError> {
         Ok(survey::survey(&module.clone().train())?.view)
     }
@@ -280,11 +285,16 @@ pub(crate) fn next(kinds: &mut slice::Iter<'_, Kind>) -> Kind {
         .expect("the module has the fields that the view was made of")
 }
 
-/// Passes the numbers of a tensor to `take`, in row-major order.
+/// Passes the numbers of a tensor to `take`, in row-major order, converted to `f32` if need be.
 pub(crate) fn with_values<const D: usize>(tensor: Tensor<D>, take: impl FnOnce(&[f32])) {
     let data = tensor.into_data();
-    let values = data.as_slice::<f32>();
-    take(values.expect("a view has f32 parameters only"));
+    match data.as_slice::<f32>() {
+        Ok(values) => take(values),
+        Err(_) => {
+            let data = data.convert::<f32>();
+            take(data.as_slice::<f32>().expect("it was just converted"));
+        }
+    }
 }
 
 /// Makes a tensor a leaf of a new graph. The graph shares nothing with those of other tensors with the same
@@ -355,7 +365,8 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F>
         }
         self.offset = range.end;
         // `device()` carries autodiff and its settings along.
-        let new = Tensor::<D>::from_data(TensorData::new(values, shape), &old.device());
+        let options = (&old.device(), old.dtype());
+        let new = Tensor::<D>::from_data(TensorData::new(values, shape), options);
         let new = if old.is_require_grad() {
             new.require_grad()
         } else {

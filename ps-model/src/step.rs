@@ -133,7 +133,8 @@ impl Step {
         }
         let mask = dropout_mask(&mut self.rng, threshold, mask_shape.iter().product());
         // On the device of `x`, which need not be that of the step.
-        let mask = Tensor::from_data(TensorData::new(mask, mask_shape), &x.device());
+        let options = (&x.device(), x.dtype());
+        let mask = Tensor::from_data(TensorData::new(mask, mask_shape), options);
         x * mask
     }
 }

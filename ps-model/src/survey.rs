@@ -144,9 +144,9 @@ impl Surveyor {
             if let Some((first, _)) = self.seen.insert(statistic.id, (name.clone(), true)) {
                 let second = name;
                 self.fail(FlatError::Tied { first, second });
-            } else if statistic.dtype != DType::F32 {
+            } else if !can_be_trained(statistic.dtype) {
                 let dtype = statistic.dtype.name().to_owned();
-                self.fail(FlatError::NotF32 { name, dtype });
+                self.fail(FlatError::ElementType { name, dtype });
             } else {
                 self.add_spec(name, statistic.shape);
             }
@@ -158,6 +158,11 @@ impl Surveyor {
         let range = start..start + shape.iter().product::<usize>();
         self.specs.push(ParameterSpec { name, shape, range });
     }
+}
+
+/// Whether a view converts numbers of this type from and to `f32`.
+fn can_be_trained(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
 fn join(path: &[(String, String)]) -> String {
@@ -214,9 +219,9 @@ impl ModuleVisitor for Surveyor {
         if !is_trainable {
             return;
         }
-        if tensor.dtype() != DType::F32 {
+        if !can_be_trained(tensor.dtype()) {
             let dtype = tensor.dtype().name().to_owned();
-            return self.fail(FlatError::NotF32 { name, dtype });
+            return self.fail(FlatError::ElementType { name, dtype });
         }
         self.add_spec(name, tensor.dims().to_vec());
     }

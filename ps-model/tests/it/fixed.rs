@@ -131,7 +131,7 @@ fn a_quantized_base_works_and_a_quantized_weight_to_be_trained_is_refused() {
         let model = Perceptron::init(device);
         let quantized = model.clone().quantize_weights(&mut quantizer());
         match FlatView::new(&quantized).expect_err("weights that cannot be trained") {
-            FlatError::NotF32 { name, .. } => assert_eq!(name, "hidden.weight"),
+            FlatError::ElementType { name, .. } => assert_eq!(name, "hidden.weight"),
             error => panic!("{error}"),
         }
         let model = model.apply_qlora(QLora::new(Lora::new(1, 1.0), quantizer()));

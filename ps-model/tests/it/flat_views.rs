@@ -220,7 +220,7 @@ fn modules_that_have_no_flat_view_are_refused_by_name() {
     let (name, dtype) = ("second".to_owned(), "f64".to_owned());
     assert_eq!(
         FlatView::new(&double),
-        Err(FlatError::NotF32 { name, dtype })
+        Err(FlatError::ElementType { name, dtype })
     );
 
     let first = Param::from_tensor(numbers());

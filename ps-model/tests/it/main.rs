@@ -8,6 +8,7 @@ mod dropout;
 mod fixed;
 mod flat_views;
 mod gradients;
+mod half;
 mod local_model;
 mod parts;
 mod pooling;
