@@ -2,10 +2,12 @@
 //! two workers, `asp`, in one process. The runs come in turn, ten pairs, and every second pair begins with the other one.
 //! On: the run directory, event files for TensorBoard, a trace, metrics, which are fetched once per second, and the
 //! dashboard, whose stream of events is read all the time, as a browser with the page does. A third run of each pair is
-//! off as well: its ratio to the other shows the noise.
+//! off as well: its ratio to the other shows the noise. The processor time per gradient is compared, too, because it
+//! varies less on a busy machine. It includes that of the thread that plays the browser.
 //!
 //! `cargo bench -p ps-bench --bench observing`. The files are in `$PS_BENCH_DIR`, or in a temporary directory.
 
+use std::fmt;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -25,7 +27,7 @@ use ps::trace::Trace;
 const NUM_PAIRS: usize = 10;
 
 /// Of each worker.
-const NUM_STEPS: u64 = 1500;
+const NUM_STEPS: u64 = 3000;
 
 fn main() -> Result<()> {
     let temporary = tempfile::tempdir()?;
@@ -34,7 +36,8 @@ fn main() -> Result<()> {
     let mnist = Mnist::load(&MnistOptions::default())?;
     // The first run warms caches up.
     train(&mnist, None)?;
-    let (mut costs, mut noises) = (Vec::new(), Vec::new());
+    let (mut speeds, mut noises) = (Vec::new(), Vec::new());
+    let (mut costs, mut noises_of_costs) = (Vec::new(), Vec::new());
     for pair in 0..NUM_PAIRS {
         let on = || train(&mnist, Some(&directory.join(format!("pair-{pair}"))));
         let (off, observed) = match pair % 2 {
@@ -45,17 +48,58 @@ fn main() -> Result<()> {
             }
         };
         let again = train(&mnist, None)?;
-        println!("pair {pair}: off {off:.1}/s, on {observed:.1}/s, off again {again:.1}/s");
-        costs.push(observed / off);
-        noises.push(again / off);
+        println!("pair {pair}: off {off}, on {observed}, off again {again}");
+        speeds.push(observed.speed / off.speed);
+        noises.push(again.speed / off.speed);
+        costs.push(observed.cost / off.cost);
+        noises_of_costs.push(again.cost / off.cost);
     }
-    println!("on / off: {}", spread(&mut costs));
-    println!("off / off: {}", spread(&mut noises));
+    println!("speed, on / off: {}", spread(&mut speeds));
+    println!("speed, off / off: {}", spread(&mut noises));
+    println!("processor time, on / off: {}", spread(&mut costs));
+    println!(
+        "processor time, off / off: {}",
+        spread(&mut noises_of_costs)
+    );
     Ok(())
 }
 
-/// Returns the gradients per second of one training.
-fn train(mnist: &Mnist, observed: Option<&Path>) -> Result<f64> {
+/// What a training took.
+struct Took {
+    /// In gradients per second.
+    speed: f64,
+    /// Processor time per gradient, in seconds.
+    cost: f64,
+}
+
+impl fmt::Display for Took {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1}/s and {:.3} ms", self.speed, 1e3 * self.cost)
+    }
+}
+
+fn train(mnist: &Mnist, observed: Option<&Path>) -> Result<Took> {
+    let begun = processor_seconds()?;
+    let report = run(mnist, observed)?;
+    let used = processor_seconds()? - begun;
+    Ok(Took {
+        speed: report.gradients_per_second(),
+        cost: used / report.num_applied as f64,
+    })
+}
+
+/// The processor time of this process, in seconds.
+fn processor_seconds() -> Result<f64> {
+    // See proc_pid_stat(5): user and system time, in ticks of 10 ms, are the 12th and 13th words behind the name.
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let (_, behind) = stat.rsplit_once(')').context("no name")?;
+    let ticks = behind.split_whitespace().skip(11).take(2);
+    let ticks = ticks.map(str::parse::<f64>).sum::<Result<f64, _>>()?;
+    Ok(ticks / 100.0)
+}
+
+/// Trains once.
+fn run(mnist: &Mnist, observed: Option<&Path>) -> Result<Report> {
     let device = select_device(default_device_name())?;
     let trainer = Trainer::new(ConvNet::init(0, &device), mnist.train.clone())
         .device(&device)
@@ -64,7 +108,7 @@ fn train(mnist: &Mnist, observed: Option<&Path>) -> Result<f64> {
         .consistency(Consistency::Asp)
         .iterations(NUM_STEPS);
     let Some(directory) = observed else {
-        return Ok(trainer.run()?.gradients_per_second());
+        return Ok(trainer.run()?);
     };
     let exporter = Exporter::new();
     let listener = exporter.listen(([127, 0, 0, 1], 0).into(), None)?;
@@ -102,7 +146,7 @@ fn train(mnist: &Mnist, observed: Option<&Path>) -> Result<f64> {
         num_read > 0 && num_events > 2,
         "nobody has read the metrics or the page: the run is too short"
     );
-    Ok(report.gradients_per_second())
+    Ok(report)
 }
 
 /// Reads the stream of the page to its end, which is that of the training. Returns how many events came.
