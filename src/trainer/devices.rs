@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ps_actors::ids::WorkerId;
 use ps_model::burn::tensor::Device;
-use ps_model::{DeviceError, Model, default_device_name, select_device};
+use ps_model::{Model, default_device_name, select_device};
 
 use super::{TrainError, Trainer};
 

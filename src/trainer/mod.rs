@@ -13,6 +13,7 @@ use ps_actors::learning_rate::LearningRateSchedule;
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{Clipping, Consistency, Reduction, ServerConfig};
 use ps_model::burn::lr_scheduler::LrSchedulerConfig;
+use ps_model::burn::tensor::Device;
 use ps_model::{Model, OptimizerConfig, RuleError};
 
 use crate::controls::Controls;
