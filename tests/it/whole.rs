@@ -125,14 +125,14 @@ fn parameters_that_the_optimizer_cannot_update_are_refused_before_a_server_is_st
     assert!(text.contains("optimizer_for"), "{text}");
 
     // Servers of one's own, cut anywhere.
-    let initial = initial_weights(&Perceptron::init(&device()), &device()).unwrap();
+    let initial = initial_weights(&ConvNet::init(1, &device()), &device()).unwrap();
     let spawn = |config| {
         ServerGroup::spawn(&initial, 2, config, |_| {
             Box::new(OptimizerRule::new(&lamb(), &device()).unwrap())
         })
     };
     let error = spawn(ServerConfig::default()).unwrap_err().to_string();
-    assert!(error.contains("a part of `hidden."), "{error}");
+    assert!(error.contains("a part of `fc"), "{error}");
     assert!(error.contains("BetweenParameters"), "{error}");
     let config = ServerConfig {
         cut: Cut::BetweenParameters,
