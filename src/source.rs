@@ -47,7 +47,7 @@ pub enum SetupError {
     Spawn(#[from] SpawnError),
 }
 
-/// Returns the trainable weights of a model, as the first version for a server.
+/// Returns the trainable weights of a model and its buffers, as the first version for a server.
 ///
 /// # Errors
 /// If the model has no flat weights, or if the device fails.
@@ -109,22 +109,28 @@ impl<M: Module> Loadable<M> {
     }
 }
 
-/// Compares the names and shapes of all parameters.
+/// Compares the names and shapes of all parameters, and which of them are buffers.
 fn check_layout(expected: &Layout, got: &Layout) -> Result<(), ModelError> {
-    if expected == got {
-        return Ok(());
+    fn at(layout: &Layout, index: usize) -> Option<(&str, &[usize], bool)> {
+        let Parameter { name, shape, .. } = layout.parameters().get(index)?;
+        let is_buffer = index >= layout.parameters().len() - layout.num_buffers();
+        Some((name, shape, is_buffer))
     }
-    let (expected, got) = (expected.parameters(), got.parameters());
-    let index = (0..).find(|&index| expected.get(index) != got.get(index));
-    let index = index.expect("the layouts differ, and so do their parameters");
-    let show = |parameter: Option<&Parameter>| match parameter {
-        Some(Parameter { name, shape, .. }) => format!("`{name}` {shape:?}"),
+
+    // A peer has chosen one of them, so the search has an end whatever differs.
+    let len = expected.parameters().len().max(got.parameters().len());
+    let Some(index) = (0..len).find(|&index| at(expected, index) != at(got, index)) else {
+        return Ok(());
+    };
+    let show = |layout| match at(layout, index) {
+        Some((name, shape, false)) => format!("`{name}` {shape:?}"),
+        Some((name, shape, true)) => format!("the running statistic `{name}` {shape:?}"),
         None => "missing".to_owned(),
     };
     Err(ModelError::OtherModel {
         index,
-        expected: show(expected.get(index)),
-        got: show(got.get(index)),
+        expected: show(expected),
+        got: show(got),
     })
 }
 
