@@ -250,7 +250,12 @@ impl<M: Model> GradientSource for ModelSource<M> {
         self.data_time = started.elapsed();
         self.loadable.load(weights)?;
         let model = &self.loadable.model;
-        let WorkerConfig { worker, seed, .. } = self.config;
+        let WorkerConfig {
+            worker,
+            batch_size,
+            seed,
+            ..
+        } = self.config;
         let step = |part: usize| StepSeed {
             // The first part has the random numbers of a batch in one piece.
             seed: seed.wrapping_add((part as u64).wrapping_mul(PART_SEED)),
@@ -258,26 +263,31 @@ impl<M: Model> GradientSource for ModelSource<M> {
             clock: clock.0,
         };
         let mut gradient = self.gradients.take(model.num_weights());
-        if let [(_, batch)] = &parts[..] {
-            let loss = model.gradient(batch, step(0), &mut gradient)?;
-            let num_examples = M::num_examples(batch);
-            return Ok(LocalGradient {
-                gradient: Gradient::with_buffers(gradient, model.num_trainable()),
-                loss,
-                num_examples,
-            });
-        }
         let all: usize = parts.iter().map(|(len, _)| len).sum();
         let (mut loss, mut num_examples) = (0.0, 0);
-        let mut part_gradient = self.gradients.take(model.num_weights());
-        gradient.fill(0.0);
-        for (part, (len, batch)) in parts.iter().enumerate() {
-            let share = *len as f32 / all as f32;
-            loss += share * model.gradient(batch, step(part), &mut part_gradient)?;
-            for (sum, slope) in gradient.iter_mut().zip(&part_gradient[..]) {
-                *sum += share * slope;
+        if let [(_, batch)] = &parts[..] {
+            loss = model.gradient(batch, step(0), &mut gradient)?;
+            num_examples = M::num_examples(batch);
+        } else {
+            let mut part_gradient = self.gradients.take(model.num_weights());
+            gradient.fill(0.0);
+            for (part, (len, batch)) in parts.iter().enumerate() {
+                let share = *len as f32 / all as f32;
+                loss += share * model.gradient(batch, step(part), &mut part_gradient)?;
+                for (sum, slope) in gradient.iter_mut().zip(&part_gradient[..]) {
+                    *sum += share * slope;
+                }
+                num_examples += M::num_examples(batch);
             }
-            num_examples += M::num_examples(batch);
+        }
+        if all < batch_size {
+            // Statistics of few examples say little, and the variance of one is 0.
+            let share = all as f32 / batch_size as f32;
+            let buffers = model.num_trainable()..model.num_weights();
+            let loaded = weights.read(buffers.clone());
+            for (new, loaded) in gradient[buffers].iter_mut().zip(&loaded[..]) {
+                *new = loaded + share * (*new - loaded);
+            }
         }
         Ok(LocalGradient {
             gradient: Gradient::with_buffers(gradient, model.num_trainable()),
