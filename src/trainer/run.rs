@@ -448,12 +448,14 @@ where
         let sum = |number: fn(&WorkerRun) -> u64| runs.iter().map(number).sum::<u64>();
         let (num_told, told_examples) =
             (sum(|run| run.num_told), sum(|run| run.report.num_examples));
-        // Every batch is full, so the batches that were not reported had the same number of examples.
-        let per_gradient = told_examples.checked_div(num_told);
-        let per_gradient = per_gradient.unwrap_or(self.batch_size as u64);
         let before = resumed.map_or(0, |resumed| resumed.num_settled);
         let examples_before = resumed.map_or(0, |resumed| resumed.num_examples);
         let num_untold = num_settled.saturating_sub(before).saturating_sub(num_told);
+        // The batches that were not reported had about as many examples as the others.
+        let untold_examples = (u128::from(num_untold) * u128::from(told_examples))
+            .checked_div(u128::from(num_told))
+            .unwrap_or_else(|| u128::from(num_untold) * self.batch_size as u128);
+        let untold_examples = u64::try_from(untold_examples).unwrap_or(u64::MAX);
         let time = |time: fn(&WorkerRun) -> Duration| {
             (num_untold == 0).then(|| runs.iter().map(time).sum::<Duration>())
         };
@@ -475,7 +477,7 @@ where
             num_applied: total(|worker| worker.num_applied),
             num_dropped_late: total(|worker| worker.num_dropped_late),
             num_refused: total(|worker| worker.num_refused),
-            num_examples: examples_before + told_examples + num_untold * per_gradient,
+            num_examples: examples_before + told_examples.saturating_add(untold_examples),
             num_untold,
             staleness,
             num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
