@@ -40,8 +40,8 @@ struct Normalized {
 /// How many workers a model that meets has.
 const NUM_MEETING: usize = 4;
 
-/// Where these workers have loaded the initial weights, and wait for each other. So all of their first steps but one are
-/// stale in `Asp`.
+/// Where these workers have loaded the initial weights, and wait for each other. So all of their first steps but one
+/// are stale in `Asp`.
 static START: Barrier = Barrier::new(NUM_MEETING);
 
 /// The batches that a recorded model has computed.

@@ -22,8 +22,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 type Training = Trainer<ConvNet, Gated<ImageDataset>>;
 
-/// A training with a dashboard. It waits after a few steps, until the test opens the gate: the page is served only while
-/// the training runs.
+/// A training with a dashboard. It waits after a few steps, until the test opens the gate: the page is served only
+/// while the training runs.
 struct Shown {
     address: SocketAddr,
     controls: Controls,

@@ -59,8 +59,8 @@ impl Consistency {
         }
     }
 
-    /// Returns how many updates there are at most if each worker takes `num_steps` steps. A schedule of the learning rate
-    /// that is this long does not end before the run.
+    /// Returns how many updates there are at most if each worker takes `num_steps` steps. A schedule of the learning
+    /// rate that is this long does not end before the run.
     ///
     /// ```
     /// use ps_actors::server::Consistency;
