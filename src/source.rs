@@ -114,7 +114,7 @@ fn check_layout(expected: &Layout, got: &Layout) -> Result<(), ModelError> {
     fn at(layout: &Layout, index: usize) -> Option<(&str, &[usize], bool)> {
         let Parameter { name, shape, .. } = layout.parameters().get(index)?;
         let is_buffer = index >= layout.parameters().len() - layout.num_buffers();
-        Some((name, shape, is_buffer))
+        Some((&name[..], &shape[..], is_buffer))
     }
 
     // A peer has chosen one of them, so the search has an end whatever differs.
