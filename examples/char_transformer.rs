@@ -100,7 +100,9 @@ fn train(args: Args) -> Result<ExitCode> {
     };
     let decay = |decay| AdamWConfig::new().with_weight_decay(decay);
     let without_decay = ParamGroup::from_any_predicates(vec!["bias", "norm", "embedding"]);
-    let num_updates = num_updates(&args);
+    // The schedule must not end before the run.
+    let num_updates = (args.consistency).most_updates(args.iterations, args.num_workers);
+    let num_updates = num_updates.max(2);
     let warm_up = WARM_UP.min(num_updates / 2).max(1);
     let rate = args.learning_rate;
     let schedule = SequentialLrSchedulerConfig::new(
@@ -149,17 +151,6 @@ fn train(args: Args) -> Result<ExitCode> {
         report.interrupted,
         report.saved_all().is_some(),
     ))
-}
-
-/// How many updates the run makes. In rounds, one update has a gradient of several workers.
-fn num_updates(args: &Args) -> u64 {
-    match args.consistency {
-        Consistency::Asp | Consistency::Ssp { .. } => {
-            args.iterations.saturating_mul(args.num_workers as u64)
-        }
-        Consistency::Bsp | Consistency::KofN { .. } => args.iterations,
-    }
-    .max(2)
 }
 
 /// The numbers of `CONTEXT + 1` characters.

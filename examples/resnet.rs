@@ -1,7 +1,7 @@
 //! A residual network with batch normalization, trained on several processes.
 //!
-//! The servers keep the running statistics of the normalizations beside the weights, as the mean of those of the workers
-//! (S-20 in docs/semantics/parameter-server.md). So the model that comes back is ready for inference.
+//! The servers keep the running statistics of the normalizations beside the weights, in `Bsp` as the mean of those of
+//! the workers (S-20 in docs/semantics/parameter-server.md). So the model that comes back is ready for inference.
 //!
 //! ```text
 //! cargo run --release --example resnet -- --processes 3

@@ -111,7 +111,10 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
             say!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
         });
     let rate = args.train.learning_rate;
-    let trainer = args.schedule.apply(trainer, rate, num_updates(args))?;
+    // The schedule must not end before the run.
+    let (iterations, num_workers) = (args.train.iterations, args.train.num_workers);
+    let num_updates = (args.servers.consistency).most_updates(iterations, num_workers);
+    let trainer = args.schedule.apply(trainer, rate, num_updates)?;
     if let Some(file) = &args.record.replay {
         let replay = trainer.replay(file)?;
         let accuracy = replay.final_evaluation.and_then(|result| result.accuracy());
@@ -139,17 +142,6 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
     let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
     let done = report.done(args.train.iterations);
     Ok(chaos.conclude(Some(&done), code)?)
-}
-
-/// How many updates the run makes. In rounds, one update has a gradient of several workers.
-fn num_updates(args: &Args) -> u64 {
-    let num_workers = args.train.num_workers as u64;
-    match args.servers.consistency {
-        Consistency::Asp | Consistency::Ssp { .. } => {
-            args.train.iterations.saturating_mul(num_workers)
-        }
-        Consistency::Bsp | Consistency::KofN { .. } => args.train.iterations,
-    }
 }
 
 /// The first server is in this process if it writes files, or if there is nothing about nodes.

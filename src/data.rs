@@ -288,8 +288,9 @@ impl<B: Send + 'static> WorkerBatches<B> {
     /// Makes the worker's share of `data`. The order changes from epoch to epoch.
     ///
     /// All batches are full but those of the last step of an epoch: the workers share what is left. A mean of gradients
-    /// weights each by the number of its examples, so each example counts the same. Examples that are not enough for one
-    /// of each worker are left out.
+    /// weights each by the number of its examples, so within that update each example counts the same. The update
+    /// moves the weights as far as any other, and in `Asp`, `Ssp` and sums a smaller batch counts as a full one.
+    /// Examples that are not enough for one of each worker are left out.
     ///
     /// # Errors
     /// If there are not enough examples for one batch of each worker.

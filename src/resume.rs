@@ -71,7 +71,8 @@ pub struct Resumed {
     pub num_applied: u64,
     /// How many gradients had been settled: applied, dropped as late, or refused.
     pub num_settled: u64,
-    /// How many examples the batches of all these gradients had together, up to one for each worker and epoch.
+    /// How many examples the batches of all these gradients had together, up to one for each worker and epoch. An
+    /// estimate if the number of workers has changed.
     pub num_examples: u64,
 }
 

@@ -47,7 +47,7 @@ pub enum SetupError {
     Spawn(#[from] SpawnError),
 }
 
-/// Returns the trainable weights of a model, as the first version for a server.
+/// Returns the trainable weights of a model and its buffers, as the first version for a server.
 ///
 /// # Errors
 /// If the model has no flat weights, or if the device fails.
@@ -109,22 +109,28 @@ impl<M: Module> Loadable<M> {
     }
 }
 
-/// Compares the names and shapes of all parameters.
+/// Compares the names and shapes of all parameters, and which of them are buffers.
 fn check_layout(expected: &Layout, got: &Layout) -> Result<(), ModelError> {
-    if expected == got {
-        return Ok(());
+    fn at(layout: &Layout, index: usize) -> Option<(&str, &[usize], bool)> {
+        let Parameter { name, shape, .. } = layout.parameters().get(index)?;
+        let is_buffer = index >= layout.parameters().len() - layout.num_buffers();
+        Some((&name[..], &shape[..], is_buffer))
     }
-    let (expected, got) = (expected.parameters(), got.parameters());
-    let index = (0..).find(|&index| expected.get(index) != got.get(index));
-    let index = index.expect("the layouts differ, and so do their parameters");
-    let show = |parameter: Option<&Parameter>| match parameter {
-        Some(Parameter { name, shape, .. }) => format!("`{name}` {shape:?}"),
+
+    // A peer has chosen one of them, so the search has an end whatever differs.
+    let len = expected.parameters().len().max(got.parameters().len());
+    let Some(index) = (0..len).find(|&index| at(expected, index) != at(got, index)) else {
+        return Ok(());
+    };
+    let show = |layout| match at(layout, index) {
+        Some((name, shape, false)) => format!("`{name}` {shape:?}"),
+        Some((name, shape, true)) => format!("the running statistic `{name}` {shape:?}"),
         None => "missing".to_owned(),
     };
     Err(ModelError::OtherModel {
         index,
-        expected: show(expected.get(index)),
-        got: show(got.get(index)),
+        expected: show(expected),
+        got: show(got),
     })
 }
 
@@ -244,7 +250,12 @@ impl<M: Model> GradientSource for ModelSource<M> {
         self.data_time = started.elapsed();
         self.loadable.load(weights)?;
         let model = &self.loadable.model;
-        let WorkerConfig { worker, seed, .. } = self.config;
+        let WorkerConfig {
+            worker,
+            batch_size,
+            seed,
+            ..
+        } = self.config;
         let step = |part: usize| StepSeed {
             // The first part has the random numbers of a batch in one piece.
             seed: seed.wrapping_add((part as u64).wrapping_mul(PART_SEED)),
@@ -252,26 +263,31 @@ impl<M: Model> GradientSource for ModelSource<M> {
             clock: clock.0,
         };
         let mut gradient = self.gradients.take(model.num_weights());
-        if let [(_, batch)] = &parts[..] {
-            let loss = model.gradient(batch, step(0), &mut gradient)?;
-            let num_examples = M::num_examples(batch);
-            return Ok(LocalGradient {
-                gradient: Gradient::with_buffers(gradient, model.num_trainable()),
-                loss,
-                num_examples,
-            });
-        }
         let all: usize = parts.iter().map(|(len, _)| len).sum();
         let (mut loss, mut num_examples) = (0.0, 0);
-        let mut part_gradient = self.gradients.take(model.num_weights());
-        gradient.fill(0.0);
-        for (part, (len, batch)) in parts.iter().enumerate() {
-            let share = *len as f32 / all as f32;
-            loss += share * model.gradient(batch, step(part), &mut part_gradient)?;
-            for (sum, slope) in gradient.iter_mut().zip(&part_gradient[..]) {
-                *sum += share * slope;
+        if let [(_, batch)] = &parts[..] {
+            loss = model.gradient(batch, step(0), &mut gradient)?;
+            num_examples = M::num_examples(batch);
+        } else {
+            let mut part_gradient = self.gradients.take(model.num_weights());
+            gradient.fill(0.0);
+            for (part, (len, batch)) in parts.iter().enumerate() {
+                let share = *len as f32 / all as f32;
+                loss += share * model.gradient(batch, step(part), &mut part_gradient)?;
+                for (sum, slope) in gradient.iter_mut().zip(&part_gradient[..]) {
+                    *sum += share * slope;
+                }
+                num_examples += M::num_examples(batch);
             }
-            num_examples += M::num_examples(batch);
+        }
+        if all < batch_size {
+            // Statistics of few examples say little, and the variance of one is 0.
+            let share = all as f32 / batch_size as f32;
+            let buffers = model.num_trainable()..model.num_weights();
+            let loaded = weights.read(buffers.clone());
+            for (new, loaded) in gradient[buffers].iter_mut().zip(&loaded[..]) {
+                *new = loaded + share * (*new - loaded);
+            }
         }
         Ok(LocalGradient {
             gradient: Gradient::with_buffers(gradient, model.num_trainable()),

@@ -230,8 +230,8 @@ pub(crate) struct BadPart {
 /// the cache of that core. The server checks the norm against NaN, infinity and exploding gradients. This
 /// needs no second pass over the numbers, and no gradient can avoid the check.
 ///
-/// If the model has buffers, the last numbers are not slopes but say how far each buffer moves (S-20). The norm
-/// leaves them out.
+/// If the model has buffers, the last numbers are not slopes but what the step has made of each buffer (S-20). The
+/// norm leaves them out.
 ///
 /// ```
 /// use ps_actors::weights::Gradient;
@@ -264,7 +264,7 @@ impl Gradient {
     }
 
     /// Makes the gradient of the weights `0..values.len()`, of which only the first `num_trainable` are trained. The
-    /// others belong to buffers: their numbers are the loaded statistic minus the new one (S-20).
+    /// others are what the step has made of the buffers that were loaded (S-20).
     ///
     /// # Panics
     /// If there are fewer than `num_trainable` numbers.

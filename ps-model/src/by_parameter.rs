@@ -72,9 +72,24 @@ impl FlatView {
 }
 
 impl<M: Module> LocalModel<M> {
+    /// Begins a sum of gradients for [`add_gradient_of`](Self::add_gradient_of): zeros, and in the places of buffers
+    /// the statistics loaded last.
+    ///
+    /// # Panics
+    ///
+    /// If the length of `sum` is not [`num_weights`](Self::num_weights).
+    pub fn begin_sum(&self, sum: &mut [f32]) {
+        let (trainable, buffers) = sum.split_at_mut(self.num_trainable());
+        trainable.fill(0.0);
+        buffers.copy_from_slice(&self.lock_buffers());
+    }
+
     /// Lets `step` compute gradients of the model by itself, as burn's `TrainStep` does, and adds them to `sum`.
-    /// Returns what else `step` returns. In the places of buffers it adds how far the step would move them, as
-    /// [`gradient`](Self::gradient) does.
+    /// Returns what else `step` returns.
+    ///
+    /// The places of buffers have the statistics that the steps before made, or at first those of
+    /// [`begin_sum`](Self::begin_sum). The layers go on from them, and what they make of them takes their place. So
+    /// several batches change them one after the other, as they do in burn.
     ///
     /// The model that `step` gets has the weights loaded last, and records its operations. `seed` is for
     /// burn's layers that draw from the device's stream of random numbers.
@@ -87,6 +102,7 @@ impl<M: Module> LocalModel<M> {
     /// let device = select_device(default_device_name())?;
     /// let model = LocalModel::new(ConvNet::init(1, &device), &device)?;
     /// let mut sum = vec![0.0; model.num_weights()];
+    /// model.begin_sum(&mut sum);
     /// let dims = model.add_gradient_of(StepSeed::default(), &mut sum, |model| {
     ///     let output = model.forward(Tensor::ones([2, 1, 28, 28], &device.clone().autodiff()));
     ///     let dims = output.dims();
@@ -115,6 +131,10 @@ impl<M: Module> LocalModel<M> {
         }
         let buffers = self.view.has_buffers().then(|| self.lock_buffers());
         let result = panic::catch(|| {
+            if buffers.is_some() {
+                let before = &sum[self.num_trainable()..];
+                self.view.write_buffers(self.model.clone(), before);
+            }
             let model = self.view.with_leaves(self.model.clone());
             let (gradients, other) =
                 stream::seeded(&self.random_layers, &self.device, seed, || step(&model));
@@ -125,13 +145,7 @@ impl<M: Module> LocalModel<M> {
         });
         // Also after a failure, because the layers may have changed their statistics before it.
         let restored = match &buffers {
-            Some(loaded) => panic::catch(|| {
-                let moved = &mut sum[self.num_trainable()..];
-                moved
-                    .iter_mut()
-                    .zip(self.restore(loaded))
-                    .for_each(|(sum, moved)| *sum += moved);
-            }),
+            Some(loaded) => panic::catch(|| self.restore(loaded, sum)),
             None => Ok(()),
         };
         let other = result.map_err(ModelError::Panicked)?;

@@ -66,9 +66,8 @@ pub enum ModelError {
 /// the values of the given model.
 ///
 /// Buffers are running statistics, such as those of `BatchNorm`. A server keeps them, like weights. So
-/// [`gradient`](Self::gradient) leaves them as they were loaded, and tells in place of their gradient how far the
-/// batch would move them: the loaded statistic minus the new one. A server that subtracts the mean of what its
-/// workers tell has the mean of their statistics.
+/// [`gradient`](Self::gradient) leaves them as they were loaded, and tells in place of their gradient what the batch
+/// would make of them.
 ///
 /// ```
 /// use ps_model::{ConvNet, ImageBatch, LocalModel, StepSeed, default_device_name, select_device};
@@ -161,11 +160,11 @@ impl<M: Module> LocalModel<M> {
         self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts the statistics that were loaded back. Returns how far they have moved: the loaded ones minus those of now.
-    pub(crate) fn restore(&self, loaded: &[f32]) -> impl Iterator<Item = f32> {
+    /// Puts the statistics that were loaded back, and writes those of now behind the trainable part of `out`.
+    pub(crate) fn restore(&self, loaded: &[f32], out: &mut [f32]) {
         let new = self.view.read_buffers(&self.model);
         self.view.write_buffers(self.model.clone(), loaded);
-        loaded.iter().zip(new).map(|(loaded, new)| loaded - new)
+        out[self.num_trainable()..].copy_from_slice(&new);
     }
 
     /// Returns the model with the weights loaded last, in training mode. Its parameters record nothing for
@@ -245,8 +244,8 @@ impl<M: Module> LocalModel<M> {
 }
 
 impl<M: Model> LocalModel<M> {
-    /// Computes the mean loss of a batch. Writes the gradient to `out`. In the places of buffers it writes the loaded
-    /// statistic minus the one that the layer made of it with this batch.
+    /// Computes the mean loss of a batch. Writes the gradient to `out`. In the places of buffers it writes the
+    /// statistics that the layers made of the loaded ones with this batch.
     ///
     /// The loss and the gradient may be infinite or NaN. The server refuses such gradients.
     ///
@@ -289,13 +288,7 @@ impl<M: Model> LocalModel<M> {
         });
         // Also after a failure, because the layers may have changed their statistics before it.
         let restored = match &buffers {
-            Some(loaded) => panic::catch(|| {
-                let moved = &mut out[self.num_trainable()..];
-                moved
-                    .iter_mut()
-                    .zip(self.restore(loaded))
-                    .for_each(|(out, moved)| *out = moved);
-            }),
+            Some(loaded) => panic::catch(|| self.restore(loaded, out)),
             None => Ok(()),
         };
         let loss = result.map_err(ModelError::Panicked)?;

@@ -128,7 +128,7 @@ where
         self.loadable.load(weights)?;
         let (first, keep) = first_and_keep(clock, self.num_accumulated());
         let mut gradient = self.gradients.take(weights.len());
-        gradient.fill(0.0);
+        self.loadable.model.begin_sum(&mut gradient);
         let wants_outputs = lock(&self.shared.outputs).is_some();
         let mut num_examples = 0;
         for index in first..first + self.num_accumulated() {

@@ -39,6 +39,8 @@ const LAST_RECORDS: Duration = Duration::from_secs(1);
 pub(crate) struct Collector {
     shared: Arc<Shared>,
     collecting: Option<(AbortHandle, JoinHandle<()>)>,
+    /// Where the nodes are looked for.
+    cluster: Option<Cluster>,
 }
 
 struct Shared {
@@ -72,6 +74,7 @@ impl Collector {
         Self {
             shared: Arc::new(shared),
             collecting: None,
+            cluster: None,
         }
     }
 
@@ -86,6 +89,7 @@ impl Collector {
             return;
         }
         self.shared.look_at_nodes(cluster);
+        self.cluster = Some(cluster.clone());
         let (shared, cluster, servers) =
             (Arc::clone(&self.shared), cluster.clone(), servers.clone());
         let (abort, registration) = AbortHandle::new_pair();
@@ -108,8 +112,11 @@ impl Collector {
         }
     }
 
-    /// Ends looking. References to actors are dropped.
+    /// Ends looking, after a last look at the nodes. References to actors are dropped.
     pub(crate) fn end(&mut self) {
+        if let Some(cluster) = self.cluster.take() {
+            self.shared.look_at_nodes(&cluster);
+        }
         if let Some((abort, thread)) = self.collecting.take() {
             abort.abort();
             // If it panicked, that was logged.

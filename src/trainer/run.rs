@@ -450,12 +450,13 @@ where
         let sum = |number: fn(&WorkerRun) -> u64| runs.iter().map(number).sum::<u64>();
         let (num_told, told_examples) =
             (sum(|run| run.num_told), sum(|run| run.report.num_examples));
-        // Every batch is full, so the batches that were not reported had the same number of examples.
-        let per_gradient = told_examples.checked_div(num_told);
-        let per_gradient = per_gradient.unwrap_or(self.batch_size as u64);
         let before = resumed.map_or(0, |resumed| resumed.num_settled);
         let examples_before = resumed.map_or(0, |resumed| resumed.num_examples);
         let num_untold = num_settled.saturating_sub(before).saturating_sub(num_told);
+        let untold_examples = match num_told {
+            0 => as_many(num_untold, self.batch_size as u64, 1),
+            _ => as_many(num_untold, told_examples, num_told),
+        };
         let time = |time: fn(&WorkerRun) -> Duration| {
             (num_untold == 0).then(|| runs.iter().map(time).sum::<Duration>())
         };
@@ -477,7 +478,7 @@ where
             num_applied: total(|worker| worker.num_applied),
             num_dropped_late: total(|worker| worker.num_dropped_late),
             num_refused: total(|worker| worker.num_refused),
-            num_examples: examples_before + told_examples + num_untold * per_gradient,
+            num_examples: examples_before + told_examples.saturating_add(untold_examples),
             num_untold,
             staleness,
             num_worker_restarts: runs.iter().map(|run| run.num_restarts).sum(),
@@ -576,6 +577,14 @@ struct Seen {
     removed_workers: Vec<WorkerId>,
 }
 
+/// Returns how many examples the batches of so many gradients had, if they were as large as those of others on average.
+/// (The last ones of an epoch are smaller.) Exact up to rounding of the result.
+fn as_many(num_gradients: u64, examples_of_others: u64, num_others: u64) -> u64 {
+    let product = u128::from(num_gradients) * u128::from(examples_of_others);
+    let examples = product.checked_div(u128::from(num_others));
+    u64::try_from(examples.unwrap_or(0)).unwrap_or(u64::MAX)
+}
+
 /// Saves the final weights, and waits until they are on the disk. Weights that are not finite are not
 /// saved, because the next training would go on from them.
 async fn save_last(
@@ -643,5 +652,19 @@ async fn watch<M: Model>(
             Err(error) => return error.into(),
         }
         next = (version.0 / every + 1) * every;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::as_many;
+
+    #[test]
+    fn examples_that_were_not_reported_are_estimated_without_rounding_each_batch() {
+        // Three batches of 16 and one of 8: 14 on average.
+        assert_eq!(as_many(100, 3 * 16 + 8, 4), 1_400);
+        // Two of 16 and one of 8: 13 and a third.
+        assert_eq!(as_many(300, 2 * 16 + 8, 3), 4_000);
+        assert_eq!(as_many(u64::MAX, u64::MAX, 1), u64::MAX);
     }
 }

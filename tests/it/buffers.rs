@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Barrier, Mutex, PoisonError};
 
 use ps::model::burn;
 use ps::model::burn::data::dataset::InMemDataset;
@@ -11,8 +11,11 @@ use ps::model::burn::nn::{BatchNorm, BatchNormConfig, Linear};
 use ps::model::burn::optim::momentum::MomentumConfig;
 use ps::model::burn::optim::{AdamConfig, AdamWConfig, SgdConfig};
 use ps::model::burn::tensor::{Device, Tensor};
-use ps::model::{FlatView, LocalModel, Rng, seeded};
+use ps::model::{FlatView, LocalModel, ModelError, Rng, StepSeed, seeded};
 use ps::prelude::*;
+use ps::source::ModelSource;
+
+use crate::nodes::SOON;
 
 /// The numbers of an example.
 const WIDTH: usize = 3;
@@ -30,7 +33,16 @@ struct Normalized {
     output: Linear,
     /// Whether [`SEEN`] gets the batches.
     is_recorded: bool,
+    /// Whether the first steps of all workers [meet](START).
+    meets: bool,
 }
+
+/// How many workers a model that meets has.
+const NUM_MEETING: usize = 4;
+
+/// Where these workers have loaded the initial weights, and wait for each other. So all of their first steps but one
+/// are stale in `Asp`.
+static START: Barrier = Barrier::new(NUM_MEETING);
 
 /// The batches that a recorded model has computed.
 static SEEN: Mutex<Vec<Rows>> = Mutex::new(Vec::new());
@@ -44,6 +56,7 @@ impl Normalized {
             second: BatchNormConfig::new(8).init(device),
             output: seeded::linear(rng, [8, 1], device),
             is_recorded: false,
+            meets: false,
         }
     }
 
@@ -61,6 +74,10 @@ impl Model for Normalized {
     type Batch = Rows;
 
     fn loss(&self, rows: &Rows, step: &mut Step) -> Tensor<1> {
+        static NUM_STEPS: AtomicU64 = AtomicU64::new(0);
+        if self.meets && NUM_STEPS.fetch_add(1, Ordering::Relaxed) < NUM_MEETING as u64 {
+            START.wait();
+        }
         if self.is_recorded {
             let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
             seen.push(rows.clone());
@@ -277,13 +294,106 @@ fn checkpoints_and_the_update_log_have_the_statistics() {
 fn an_asynchronous_training_is_computed_again_to_the_bit() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("schedule");
-    let trainer = || {
-        let trainer = trainer(Normalized::init(&device())).consistency(Consistency::Asp);
-        trainer.clip_norm(0.5).servers(2)
+    let trainer = |meets| {
+        let model = Normalized {
+            meets,
+            ..Normalized::init(&device())
+        };
+        let trainer = trainer(model).consistency(Consistency::Asp);
+        trainer.workers(NUM_MEETING).clip_norm(0.5).servers(3)
     };
-    let report = trainer().record(file.clone()).run().unwrap();
-    let replay = trainer().replay(&file).unwrap();
+    let report = trainer(true).record(file.clone()).run().unwrap();
+    assert!(report.staleness.max() >= NUM_MEETING as u64 - 1, "{report}");
+    let replay = trainer(false).replay(&file).unwrap();
     assert!(bits(&replay.weights.to_vec()) == bits(&report.weights.to_vec()));
+}
+
+/// The last step of an epoch has what is left. The variance of a single example would be 0.
+#[test]
+fn a_batch_that_is_not_full_moves_statistics_less() {
+    let device = device();
+    let model = Normalized::init(&device);
+    let weights = initial_weights(&model, &device).unwrap();
+    let config = WorkerConfig {
+        worker: WorkerId(0),
+        num_workers: 1,
+        batch_size: 48,
+        seed: 3,
+    };
+    let mut batches = WorkerBatches::new(&data(), config).unwrap();
+    let rows = batches.batch(Clock(1)).unwrap();
+    assert_eq!(rows.len(), 16, "a third of a batch");
+    let local = LocalModel::new(model.clone(), &device).unwrap();
+    let buffers = local.num_trainable()..local.num_weights();
+    let made = |rows: &[[f32; WIDTH]]| {
+        let mut gradient = vec![0.0; local.num_weights()];
+        let seed = StepSeed::default();
+        let loss = local.gradient(&rows.to_vec(), seed, &mut gradient);
+        loss.unwrap();
+        gradient.split_off(local.num_trainable())
+    };
+    for num_parts in [1, 2] {
+        let parts: Vec<Vec<f32>> = rows.chunks(16 / num_parts).map(made).collect();
+        let source = ModelSource::in_micro_batches(&model, &device, &data(), config, num_parts);
+        let computed = source.unwrap().gradient(Clock(1), &weights).unwrap();
+        let got = &computed.gradient.values()[buffers.clone()];
+        let loaded = weights.read(buffers.clone());
+        for (index, (got, loaded)) in got.iter().zip(&loaded[..]).enumerate() {
+            let mean = parts.iter().map(|part| part[index]).sum::<f32>() / num_parts as f32;
+            let expected = loaded + (mean - loaded) / 3.0;
+            let difference = (got - expected).abs();
+            assert!(
+                difference < 1e-6 && (mean - loaded).abs() > 1e-4,
+                "{num_parts} parts, {index}: {got}, and {expected} of {loaded} and {mean}"
+            );
+        }
+    }
+}
+
+/// M-3: a peer may say of the same parameters that others of them are buffers. A worker that looked for the first
+/// parameter that differs would look for ever.
+#[test]
+fn weights_with_other_buffers_are_refused() {
+    let device = device();
+    let model = Normalized::init(&device);
+    let weights = initial_weights(&model, &device).unwrap();
+    let config = WorkerConfig {
+        worker: WorkerId(0),
+        num_workers: 1,
+        batch_size: 8,
+        seed: 0,
+    };
+    let worker = spawn_worker(&model, &device, &data(), config).unwrap();
+    let parameters = weights.layout().parameters();
+    let num_buffers = weights.layout().num_buffers();
+    for other in [0, num_buffers - 1, num_buffers + 1] {
+        let layout = Layout::with_buffers(parameters.to_vec(), other).unwrap();
+        let strange = Weights::initial(layout, weights.to_vec());
+        let answer = worker.ask(ComputeGradients(strange.clone()));
+        let answer = answer.wait_timeout(SOON).unwrap();
+        answer.unwrap_err();
+        let error = model_with_weights(&model, &device, &strange).unwrap_err();
+        let ModelError::OtherModel {
+            index,
+            expected,
+            got,
+        } = error
+        else {
+            panic!("{error}");
+        };
+        assert_eq!(index, parameters.len() - other.max(num_buffers));
+        let of_layout = |is_buffer| match is_buffer {
+            true => "the running statistic `",
+            false => "`",
+        };
+        assert!(
+            expected.starts_with(of_layout(other < num_buffers)),
+            "{expected}"
+        );
+        assert!(got.starts_with(of_layout(other > num_buffers)), "{got}");
+    }
+    let answer = worker.ask(ComputeGradients(weights)).wait_timeout(SOON);
+    answer.unwrap().unwrap();
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The page of a training over plain HTTP: events arrive, controls do what they say, strangers are refused.
 
+use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -14,21 +15,29 @@ use ps::observe::{Change, Event};
 use ps::prelude::*;
 use serde_json::{Value, json};
 
+use crate::gate::{Gate, Gated};
+
 const TOKEN: &str = "correct-horse-battery";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A training with a dashboard.
-struct Training {
+type Training = Trainer<ConvNet, Gated<ImageDataset>>;
+
+/// A training with a dashboard. It waits after a few steps, until the test opens the gate: the page is served only
+/// while the training runs.
+struct Shown {
     address: SocketAddr,
     controls: Controls,
+    gate: Gate,
     events: Receiver<Event>,
+    /// The events that were looked at.
+    seen: RefCell<Vec<Event>>,
     running: Option<JoinHandle<Result<Report, TrainError>>>,
 }
 
-fn trainer(iterations: u64) -> Trainer<ConvNet, ImageDataset> {
+fn trainer(iterations: u64, gate: &Gate) -> Training {
     let device = select_device(default_device_name()).unwrap();
     let Mnist { train, .. } = Mnist::bundled_sample();
-    Trainer::new(ConvNet::init(3, &device), train)
+    Trainer::new(ConvNet::init(3, &device), Gated::new(train, gate))
         .device(&device)
         .workers(2)
         .batch_size(8)
@@ -36,18 +45,15 @@ fn trainer(iterations: u64) -> Trainer<ConvNet, ImageDataset> {
         .heed_signals(false)
 }
 
-fn begin(
-    token: Option<&str>,
-    make: impl FnOnce() -> Trainer<ConvNet, ImageDataset> + Send + 'static,
-) -> Training {
+fn begin(token: Option<&str>, make: impl FnOnce(&Gate) -> Training + Send + 'static) -> Shown {
     begin_with(token, DashboardConfig::default(), make)
 }
 
 fn begin_with(
     token: Option<&str>,
     config: DashboardConfig,
-    make: impl FnOnce() -> Trainer<ConvNet, ImageDataset> + Send + 'static,
-) -> Training {
+    make: impl FnOnce(&Gate) -> Training + Send + 'static,
+) -> Shown {
     let controls = Controls::new();
     let ((ready, address), (tell, events)) = (channel(), channel());
     let config = DashboardConfig {
@@ -59,18 +65,22 @@ fn begin_with(
     let dashboard = Dashboard::new(config, &controls).unwrap();
     let listened = controls.clone();
     let tell: Sender<Event> = tell;
+    let gate = Gate::new();
+    let closed = gate.clone();
     let running = std::thread::spawn(move || {
         let told = move |event: &Event| _ = tell.send(event.clone());
-        make()
+        make(&closed)
             .observe(dashboard)
             .observe(told)
             .controls(&listened)
             .run()
     });
-    Training {
+    Shown {
         address: address.recv_timeout(PATIENCE).expect("the page is served"),
         controls,
+        gate,
         events,
+        seen: RefCell::default(),
         running: Some(running),
     }
 }
@@ -89,7 +99,7 @@ impl Answer {
     }
 }
 
-impl Training {
+impl Shown {
     fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -161,9 +171,50 @@ impl Training {
         }
     }
 
+    /// Lets the training take all its steps.
+    fn go_on(&self) {
+        self.gate.let_pass(usize::MAX);
+    }
+
+    /// Waits for the next event that is so.
+    fn wait_for<T>(&self, what: &str, is_so: impl Fn(&Event) -> Option<T>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let event = self.events.recv_timeout(left).expect(what);
+            let found = is_so(&event);
+            self.seen.borrow_mut().push(event);
+            if let Some(found) = found {
+                return found;
+            }
+        }
+    }
+
+    /// Waits for a look at the servers that has begun after a pause. Returns their version.
+    fn look_at_paused(&self) -> u64 {
+        self.wait_for("it is paused", |event| match event {
+            Event::Controlled(controlled) => (controlled.change == Change::Paused).then_some(()),
+            _ => None,
+        });
+        // This one may have begun before.
+        self.look();
+        self.look()
+    }
+
+    /// Waits for the next look at the servers. Returns their version.
+    fn look(&self) -> u64 {
+        self.wait_for("the servers are looked at", |event| match event {
+            Event::ServersSeen(seen) => Some(seen.servers[0].version.0),
+            _ => None,
+        })
+    }
+
     fn end(mut self) -> (Report, Vec<Event>) {
+        self.go_on();
         let report = self.running.take().unwrap().join().unwrap().unwrap();
-        (report, self.events.iter().collect())
+        let mut events = self.seen.take();
+        events.extend(self.events.iter());
+        (report, events)
     }
 }
 
@@ -171,7 +222,7 @@ impl Training {
 struct Stream(BufReader<TcpStream>);
 
 impl Stream {
-    fn open(training: &Training, last_id: Option<&str>) -> Self {
+    fn open(training: &Shown, last_id: Option<&str>) -> Self {
         let mut stream = training.connect();
         let id = last_id.map_or(String::new(), |id| format!("last-event-id: {id}\r\n"));
         let host = training.address;
@@ -216,9 +267,7 @@ fn num_points(data: &Value) -> usize {
 
 #[test]
 fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
-    // Large batches, so that the curve is not thinned before the training is paused; and so many steps that it is paused
-    // long before it ends.
-    let training = begin(Some(TOKEN), || trainer(1500).batch_size(128));
+    let training = begin(Some(TOKEN), |gate| trainer(1500, gate));
     let mut stream = Stream::open(&training, None);
     let (mut id, mut seen) = (String::new(), 0);
     while seen < 20 {
@@ -230,10 +279,18 @@ fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
         id = next;
     }
     drop(stream);
+    // There is more that it does not know. (The curve is thinned after 600 points.)
+    training.gate.let_pass(200);
     training.done("/api/pause", &json!({}));
-    let paused = training.state()["seconds"].as_f64().unwrap();
+    let version = training.look_at_paused();
+    // Each update has a step of each worker.
+    let all = training.eventually("all steps are known", |state| {
+        state["steps_done"] == 2 * version
+    });
+    // The curve gets a step 0.6 s later. While it is paused, the looks at the servers tell the time.
+    let known = all["seconds"].as_f64().unwrap();
     training.eventually("all steps are in their places", |state| {
-        state["seconds"].as_f64().unwrap() > paused + 2.5
+        state["seconds"].as_f64().unwrap() > known + 1.0
     });
     // Now the curve stands still: the client gets what is new, and not what it has.
     let whole = num_points(&training.get("/api/state").json());
@@ -257,6 +314,7 @@ fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
         (whole, &json!(true))
     );
     training.done("/api/resume", &json!({}));
+    training.go_on();
     let mut last = Value::Null;
     while let Some((_, data)) = again.next() {
         last = data;
@@ -269,26 +327,23 @@ fn events_arrive_until_the_end_and_go_on_where_a_client_was_cut_off() {
 
 #[test]
 fn a_pause_really_pauses_in_every_mode_and_changes_no_bit_of_a_synchronous_run() {
-    let plain = trainer(300).run().unwrap();
+    let plain = trainer(300, &Gate::open()).run().unwrap();
     for mode in ["bsp", "asp", "ssp:2", "k-of-n:1"] {
-        let training = begin(Some(TOKEN), move || {
-            trainer(300).servers(2).consistency(mode.parse().unwrap())
+        let training = begin(Some(TOKEN), move |gate| {
+            trainer(300, gate)
+                .servers(2)
+                .consistency(mode.parse().unwrap())
         });
         training.done("/api/pause", &json!({}));
         assert!(training.controls.is_paused());
-        let paused = training.eventually("paused", |state| state["status"] == "paused");
-        let version = |state: &Value| {
-            let servers = state["servers"].as_array().unwrap();
-            servers
-                .first()
-                .map(|server| server["version"].as_u64().unwrap())
-        };
-        // The servers are looked at once per second. Two looks after the pause must show the same version.
-        let looks = |state: &Value| state["seconds"].as_f64().unwrap();
-        let first = training.eventually("a look", |state| looks(state) > looks(&paused) + 1.5);
-        let second = training.eventually("a look", |state| looks(state) > looks(&first) + 1.5);
-        assert!(version(&first).is_some(), "{mode}: {first:#}");
-        assert_eq!(version(&first), version(&second), "{mode}");
+        training.eventually("paused", |state| state["status"] == "paused");
+        // Nothing but the pause holds it now.
+        training.go_on();
+        let version = training.look_at_paused();
+        assert_eq!(training.look(), version, "{mode}");
+        training.eventually("the page shows it", |state| {
+            state["servers"][0]["version"] == version
+        });
         training.done("/api/resume", &json!({}));
         let (report, events) = training.end();
         if mode != "k-of-n:1" {
@@ -314,8 +369,8 @@ fn learning_rate_and_mode_change_for_all_servers_and_a_recorded_run_replays_to_t
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("schedule");
     let schedule = file.clone();
-    let training = begin(Some(TOKEN), move || {
-        trainer(300).servers(3).record(schedule)
+    let training = begin(Some(TOKEN), move |gate| {
+        trainer(300, gate).servers(3).record(schedule)
     });
     training.done("/api/pause", &json!({}));
     training.done("/api/learning-rate", &json!({"learning_rate": 0.05}));
@@ -342,7 +397,7 @@ fn learning_rate_and_mode_change_for_all_servers_and_a_recorded_run_replays_to_t
     let (report, _) = training.end();
     assert_eq!(report.consistency, Consistency::Asp);
     assert_eq!(report.num_applied, 600);
-    let replay = trainer(300).replay(&file).unwrap();
+    let replay = trainer(300, &Gate::open()).replay(&file).unwrap();
     assert_eq!(replay.weights.to_vec(), report.weights.to_vec());
 }
 
@@ -350,12 +405,12 @@ fn learning_rate_and_mode_change_for_all_servers_and_a_recorded_run_replays_to_t
 fn a_checkpoint_is_saved_when_it_is_asked_for() {
     let folder = tempfile::tempdir().unwrap();
     let directory = folder.path().to_owned();
-    let training = begin(Some(TOKEN), move || {
+    let training = begin(Some(TOKEN), move |gate| {
         let config = CheckpointConfig {
             every: 0,
             ..CheckpointConfig::new(directory)
         };
-        trainer(200).servers(2).checkpoints(config)
+        trainer(200, gate).servers(2).checkpoints(config)
     });
     training.done("/api/pause", &json!({}));
     training.done("/api/checkpoint", &json!({}));
@@ -375,7 +430,7 @@ fn a_checkpoint_is_saved_when_it_is_asked_for() {
 
 #[test]
 fn without_a_directory_no_checkpoint_is_promised() {
-    let training = begin(Some(TOKEN), || trainer(300));
+    let training = begin(Some(TOKEN), |gate| trainer(300, gate));
     training.done("/api/pause", &json!({}));
     let answer = training.post("/api/checkpoint", &json!({}));
     assert_eq!(answer.status, 409);
@@ -387,10 +442,14 @@ fn without_a_directory_no_checkpoint_is_promised() {
 #[test]
 fn a_worker_that_is_removed_leaves_and_the_others_go_on() {
     for mode in ["bsp", "asp"] {
-        let training = begin(Some(TOKEN), move || {
-            trainer(1000).workers(3).consistency(mode.parse().unwrap())
+        let training = begin(Some(TOKEN), move |gate| {
+            trainer(1000, gate)
+                .workers(3)
+                .consistency(mode.parse().unwrap())
         });
         training.done("/api/remove-worker", &json!({"worker": 1}));
+        // It takes its last step, with the others. None of them takes all steps before the page has shown it.
+        training.gate.let_pass(20);
         training.eventually("removed", |state| state["workers"][1]["state"] == "removed");
         assert_eq!(
             training
@@ -431,7 +490,7 @@ fn a_worker_that_is_removed_leaves_and_the_others_go_on() {
 
 #[test]
 fn the_last_worker_cannot_be_removed() {
-    let training = begin(Some(TOKEN), || trainer(200));
+    let training = begin(Some(TOKEN), |gate| trainer(200, gate));
     training.done("/api/pause", &json!({}));
     training.done("/api/remove-worker", &json!({"worker": 0}));
     let answer = training.post("/api/remove-worker", &json!({"worker": 1}));
@@ -444,7 +503,7 @@ fn the_last_worker_cannot_be_removed() {
 
 #[test]
 fn strangers_and_pages_of_other_sites_are_refused() {
-    let training = begin(Some(TOKEN), || trainer(400));
+    let training = begin(Some(TOKEN), |gate| trainer(400, gate));
     training.done("/api/pause", &json!({}));
     let host = training.address.to_string();
     let origin = format!("http://{host}");
@@ -517,7 +576,7 @@ fn strangers_and_pages_of_other_sites_are_refused() {
 
 #[test]
 fn without_a_token_the_page_only_shows() {
-    let training = begin(None, || trainer(300));
+    let training = begin(None, |gate| trainer(300, gate));
     let answer = training.post("/api/pause", &json!({}));
     assert_eq!(answer.status, 403);
     assert!(answer.body.contains("read-only"), "{answer:?}");
@@ -527,7 +586,7 @@ fn without_a_token_the_page_only_shows() {
 
 #[test]
 fn metrics_are_there_beside_the_page_if_somebody_counts_them() {
-    let training = begin(None, || trainer(300));
+    let training = begin(None, |gate| trainer(300, gate));
     let answer = training.get("/metrics");
     assert_eq!(answer.status, 404);
     assert!(answer.body.contains("--metrics"), "{answer:?}");
@@ -539,7 +598,9 @@ fn metrics_are_there_beside_the_page_if_somebody_counts_them() {
         metrics: Some(Arc::new(move || text.render())),
         ..DashboardConfig::default()
     };
-    let training = begin_with(Some(TOKEN), config, move || trainer(300).observe(counting));
+    let training = begin_with(Some(TOKEN), config, move |gate| {
+        trainer(300, gate).observe(counting)
+    });
     training.done("/api/pause", &json!({}));
     training.eventually("paused", |state| state["status"] == "paused");
     // The exporter's thread may be behind that of the page.
@@ -563,7 +624,7 @@ fn metrics_are_there_beside_the_page_if_somebody_counts_them() {
 
 #[test]
 fn clients_that_read_nothing_do_not_hold_up_a_training() {
-    let training = begin(None, || trainer(200));
+    let training = begin(None, |gate| trainer(200, gate));
     // More than may be served, and each of them is silent.
     let silent: Vec<_> = (0..60).map(|_| training.connect()).collect();
     let streams: Vec<_> = (0..40)

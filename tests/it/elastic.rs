@@ -4,13 +4,15 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use ps::actors::cluster::{ClusterError, Node, NodeExit, Task, Transport};
 use ps::actors::net::memory::MemoryNetwork;
 use ps::model::burn;
 use ps::model::burn::module::{Module, Param};
 use ps::model::burn::tensor::{Device, Int, Tensor};
+use ps::observe::Event as Observed;
 use ps::prelude::*;
 use tokio::sync::Notify;
 
@@ -18,6 +20,9 @@ use crate::nodes::{SOON, config};
 
 const NUM_EXAMPLES: usize = 240;
 const NUM_EPOCHS: u64 = 20;
+
+/// How long a step waits at most for the first move of a worker.
+const A_WHILE: Duration = Duration::from_millis(50);
 
 /// Counts how often it sees each example: the gradient of a batch is 1 for each of its examples.
 #[derive(Module, Debug)]
@@ -161,18 +166,31 @@ fn count(consistency: Consistency) -> Report {
         answer.recv_timeout(SOON).unwrap();
     };
     let told = Arc::new(tell);
+    let moved = Arc::new((Mutex::new(false), Condvar::new()));
     let on_step = {
-        let tell = Arc::clone(&told);
+        let (tell, moved) = (Arc::clone(&told), Arc::clone(&moved));
         OnStep(Arc::new(move |step| match step {
             10 => tell(Event::Join(2)),
             60 => panic!("as planned"),
             90 => tell(Event::Leave(1)),
             130 => tell(Event::Join(3)),
+            // The run must not end before a worker has moved. But no step waits for that for long: a worker that
+            // moves may wait for this step.
+            200.. => {
+                let (has_moved, changed) = &*moved;
+                let has_moved = has_moved.lock().unwrap();
+                let _ = changed.wait_timeout_while(has_moved, A_WHILE, |has_moved| !*has_moved);
+            }
             _ => {}
         }))
     };
     let config = config(Transport::Memory(MemoryNetwork::new()));
-    let trainer = trainer(consistency, on_step);
+    let trainer = trainer(consistency, on_step).observe(move |event: &Observed| {
+        if matches!(event, Observed::WorkerMoved(_)) {
+            *moved.0.lock().unwrap() = true;
+            moved.1.notify_all();
+        }
+    });
     let hosts = trainer.hosts(Hosts::new()).unwrap();
     let cluster = Cluster::listen(config.clone(), ([127, 0, 0, 1], 0).into(), hosts.clone());
     let cluster = cluster.unwrap();

@@ -11,6 +11,7 @@ mod elastic;
 mod ending;
 mod equivalence;
 mod frozen;
+mod gate;
 mod groups;
 mod nodes;
 mod observe;

@@ -158,7 +158,8 @@ fn check_end(name: &str, mode: &str, output: &str, log: &str) {
 /// each worker.
 #[test]
 fn a_run_that_is_interrupted_again_and_again_ends_with_the_right_bits() {
-    let epochs = 4 * EPOCHS;
+    // More than are made until the last signal.
+    let epochs = 16 * EPOCHS;
     let epochs = epochs.to_string();
     let training = ["--num-workers", "6", "--epochs", &epochs];
     let (status, output) = Run::start_plain("count_steps", &training).finish();

@@ -54,7 +54,7 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
     let name = directory.to_str().unwrap();
     let arguments = [
         "--iterations",
-        "1500",
+        "3000",
         "--processes",
         "3",
         "--run-dir",
@@ -64,6 +64,7 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
     signal("KILL", node);
+    run.wait_for_node("node=node 2 (incarnation 2)");
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
     // The closing table.
@@ -74,7 +75,7 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
 
     let record = RunRecord::read(&directory).unwrap();
     assert_eq!(record.kept_every(), 1);
-    check_steps(&record, 2, 1500);
+    check_steps(&record, 2, 3000);
     let has = |what: fn(&Event) -> bool| record.events().any(what);
     assert!(has(
         |event| matches!(event, Event::NodeLost(lost) if lost.node.rank == 2)
@@ -88,18 +89,18 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
     let end = record.report.as_ref().unwrap();
     assert_eq!(end.error, None);
     let report = end.report.as_ref().unwrap();
-    assert_eq!(report.num_applied, 3000);
+    assert_eq!(report.num_applied, 6000);
     let steps: u64 = end
         .workers
         .iter()
         .map(|worker| worker.num_applied + worker.num_missed)
         .sum();
-    assert_eq!(steps, 3000);
+    assert_eq!(steps, 6000);
     check_pictures(&directory, &["curves", "timeline"]);
 
     let (code, table) = compare(&[name, name, "--out", temporary.path().to_str().unwrap()]);
     assert_eq!(code, Some(0), "{table}");
-    assert!(table.contains("one") && table.contains("1500"), "{table}");
+    assert!(table.contains("one") && table.contains("3000"), "{table}");
     check_pictures(temporary.path(), &["compare"]);
 
     let (code, error) = compare(&[temporary.path().to_str().unwrap()]);
@@ -237,14 +238,15 @@ fn the_bar_of_a_terminal_garbles_no_line() {
         let is_whole = line.starts_with("Iter ") || line.starts_with("Final accuracy is");
         assert!(is_whole && !line.contains("gradients/s"), "{line:?}");
     }
-    assert!(lines("accuracy is").count() > 10, "{shown:#?}");
+    // Evaluations and checkpoints are made beside the training, as many as there is time for.
+    assert!(lines("accuracy is").count() > 1, "{shown:#?}");
     for line in lines("saved a checkpoint") {
         assert!(
             line.starts_with("driver 0: ") && !line.contains("gradients/s,"),
             "{line:?}"
         );
     }
-    assert!(lines("saved a checkpoint").count() >= 2, "{shown:#?}");
+    assert!(lines("saved a checkpoint").count() >= 1, "{shown:#?}");
     // Nothing of the bar stays.
     assert!(lines(" left, ").count() == 0, "{shown:#?}");
 }

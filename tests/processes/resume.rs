@@ -40,13 +40,13 @@ fn a_run_whose_driver_is_killed_goes_on_from_its_checkpoint_with_the_same_bits()
     let three = ["--iterations", "1500", "--processes", "3"];
     let on_nodes = [&three[..], &["--num-servers", "2", "--servers-on-nodes"]].concat();
     // Of 40 steps each, with Adam.
-    let epochs = ["--epochs", "25", "--processes", "3"];
+    let epochs = ["--epochs", "75", "--processes", "3"];
     for (name, arguments, num_updates) in [
         ("sync_ps", &arguments[..], 1500),
         ("sync_ps", &three, 1500),
         ("sharded_ps", &three, 1500),
         ("sharded_ps", &on_nodes, 1500),
-        ("custom_model", &epochs, 1000),
+        ("custom_model", &epochs, 3000),
     ] {
         let start = match name {
             "custom_model" => Run::start_plain,
@@ -117,8 +117,8 @@ fn a_run_that_is_killed_after_n_updates_and_goes_on_has_the_same_bits_with_every
                 "{output}"
             );
             let (saved, _) = newest(killed.path()).expect("it was named");
-            // One is taken as soon as so many updates were made; the next one may be made first.
-            assert!((n..60).contains(&saved), "{saved}: {output}");
+            // One is taken as soon as so many updates were made; others may be made first.
+            assert!((n..=60).contains(&saved), "{saved}: {output}");
 
             let again = [&arguments[..], &["--resume"]].concat();
             let (status, output) = Run::start_plain("count_steps", &again).finish();
@@ -351,8 +351,9 @@ fn a_driver_that_is_killed_again_and_again_ends_with_the_right_bits() {
     };
     let (mut dice, num_kills) = (number("PS_KILL_SEED", 1), number("PS_KILLS", 6));
     println!("PS_KILL_SEED={dice}");
-    // More than are made until the last kill.
-    let num_steps = 800 * (num_kills + 1);
+    // More than are made until the last kill: at most half of them before it is said, and then there is time for it.
+    let each = 1200;
+    let num_steps = each * (num_kills + 1);
     let iterations = num_steps.to_string();
     let training = ["--iterations", &iterations, "--num-servers", "2"];
     let whole = tempfile::tempdir().unwrap();
@@ -378,7 +379,13 @@ fn a_driver_that_is_killed_again_and_again_ends_with_the_right_bits() {
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
         for _ in 0..=(dice >> 33) % 6 {
-            run.wait_for(&["saved a checkpoint"]);
+            let line = run.wait_for(&["saved a checkpoint"]);
+            let version = line.split("version=").nth(1).unwrap();
+            let version = version.trim_start_matches("version ");
+            let version = version.split_whitespace().next().unwrap();
+            if version.parse::<u64>().unwrap() >= reached + each / 2 {
+                break;
+            }
         }
         signal("KILL", run.driver.id());
         let (_, output) = run.finish();

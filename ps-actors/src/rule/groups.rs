@@ -72,7 +72,8 @@ struct Part {
 }
 
 impl Groups {
-    /// Uses the rules that `make` makes for all parameters.
+    /// Uses the rules that `make` makes for all parameters. A schedule goes around the groups:
+    /// `Scheduled::new(Groups::new(…), schedule)`. One inside of a group has no effect.
     #[must_use]
     pub fn new<R: UpdateRule>(make: impl Fn() -> R + Send + 'static) -> Self {
         Self {

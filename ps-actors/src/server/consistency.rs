@@ -58,6 +58,33 @@ impl Consistency {
             _ => Ok(()),
         }
     }
+
+    /// Returns how many updates there are at most if each worker takes `num_steps` steps. A schedule of the learning
+    /// rate that is this long does not end before the run.
+    ///
+    /// ```
+    /// use ps_actors::server::Consistency;
+    ///
+    /// assert_eq!(Consistency::Bsp.most_updates(100, 4), 100);
+    /// assert_eq!(Consistency::Asp.most_updates(100, 4), 400);
+    /// // Most rounds have 2 gradients. Those of the last worker that is left have one.
+    /// assert_eq!(Consistency::KofN { k: 2 }.most_updates(100, 4), 250);
+    /// ```
+    #[must_use]
+    pub fn most_updates(self, num_steps: u64, num_workers: usize) -> u64 {
+        let num_workers = num_workers as u64;
+        match self {
+            Self::Bsp => num_steps,
+            Self::Asp | Self::Ssp { .. } => num_steps.saturating_mul(num_workers),
+            // Each round has all workers.
+            Self::KofN { k } if k as u64 >= num_workers => num_steps,
+            // When fewer than k workers are left, one of them is in all rounds. All others need k gradients each.
+            Self::KofN { k } => {
+                let others = num_steps.saturating_mul(num_workers - 1) / (k as u64).max(1);
+                num_steps.saturating_add(others)
+            }
+        }
+    }
 }
 
 impl fmt::Display for Consistency {

@@ -10,10 +10,26 @@ use crate::server::{
     ApplyGradients, Clipping, Consistency, Join, ParameterServer, Push, ServerConfig, ServerError,
     TakeCheckpoint,
 };
-use crate::weights::{Gradient, GradientUpdate, Layout, Weights};
+use crate::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use ps_runtime::ActorRef;
 
 const LEN: usize = 5;
+
+/// The numbers behind these are buffers. Most gradients are computed on old ones (S-20).
+const NUM_TRAINABLE: usize = 3;
+
+fn initial() -> Weights {
+    let parameter = |name: &str, range: std::ops::Range<usize>| Parameter {
+        name: name.to_owned(),
+        shape: vec![range.len()],
+        range,
+    };
+    let parameters = vec![
+        parameter("weights", 0..NUM_TRAINABLE),
+        parameter("statistics", NUM_TRAINABLE..LEN),
+    ];
+    Weights::initial(Layout::with_buffers(parameters, 1).unwrap(), vec![1.0; LEN])
+}
 
 fn rule() -> Box<dyn UpdateRule> {
     Box::new(Sgd::with_momentum(0.9))
@@ -43,7 +59,7 @@ fn start(config: LogConfig) -> Run {
 
 fn start_with(config: LogConfig, clipping: Clipping, rule: impl UpdateRule) -> Run {
     let directory = tempfile::tempdir().unwrap();
-    let initial = Weights::initial(Layout::flat(LEN), vec![1.0; LEN]);
+    let initial = initial();
     let settings = ServerConfig {
         consistency: Consistency::KofN { k: 1 },
         max_norm: 1e3,
@@ -82,10 +98,11 @@ fn update(worker: u32, incarnation: u64, clock: u64, size: f32) -> GradientUpdat
         computed_on: Version(0),
         loss: 0.0,
         num_examples: 1,
-        gradient: Gradient::new(
+        gradient: Gradient::with_buffers(
             (0..LEN)
                 .map(|i| size * (i as f32 + 0.5))
                 .collect::<Vec<_>>(),
+            NUM_TRAINABLE,
         ),
     }
 }

@@ -26,7 +26,7 @@ mod sum;
 
 pub use error::ShardError;
 pub(super) use saved::ShardState;
-use sum::{clip, mean_of_buffers, norm_above, reduce, shares};
+use sum::{clip, moves_of_buffers, norm_above, reduce, shares};
 
 /// How many undecided gradients of one worker may be staged.
 pub(super) const MAX_STAGED: usize = 32;
@@ -413,7 +413,8 @@ impl Shard {
                 // Their buffers come back before anybody is answered.
                 let gradients = self.take_gradients(&update);
                 let shares = shares(&update);
-                let moved = mean_of_buffers(&gradients, shares.as_deref());
+                let weights = &self.current.segments[0].data[..];
+                let moved = moves_of_buffers(&gradients, &update, shares.as_deref(), weights);
                 let mut sum;
                 let gradient = match &gradients[..] {
                     [single] if update.clip == Clip::None && moved.is_empty() => single.values(),
@@ -464,8 +465,8 @@ impl Shard {
         taken.collect()
     }
 
-    /// Lets the rule change the weights by one gradient. The last weights are those of buffers, which move by
-    /// `moved`, whatever the rule does.
+    /// Lets the rule change the weights by one gradient. The last weights are those of buffers, from which `moved` is
+    /// subtracted, whatever the rule does.
     fn write(&mut self, gradient: &[f32], moved: &[f32], learning_rate: f64, version: Version) {
         let segment = self.current.segments[0].clone();
         let (start, layout) = (segment.start, Arc::clone(self.current.layout()));

@@ -5,6 +5,7 @@ use std::ops::Range;
 use ps_runtime::buffer::{Buffer, BufferPool};
 use ps_runtime::parallel::{PART_LEN, for_each, norm_squared, vectorized};
 
+use crate::ids::Version;
 use crate::server::consistency::Reduction;
 use crate::server::protocol::{Clip, Update};
 use crate::weights::Gradient;
@@ -41,20 +42,42 @@ pub(super) fn reduce(
     sum
 }
 
-/// Returns the mean of the numbers of buffers, which stand at the end of each gradient. `weights` are those of
-/// [`reduce`]; a sum of gradients has none, so each batch has the same weight.
-pub(super) fn mean_of_buffers(gradients: &[Gradient], weights: Option<&[f32]>) -> Vec<f32> {
-    let of = |gradient: &Gradient| gradient.trained().len()..gradient.values().len();
-    let Some(first) = gradients
-        .first()
-        .map(of)
-        .filter(|buffers| !buffers.is_empty())
-    else {
+/// Returns what `update` subtracts from the buffers, which are the last of the server's `current` numbers. `weights`
+/// are those of [`reduce`]; a sum of gradients has none, so each batch has the same weight.
+///
+/// Each gradient has at its end what its worker made of the buffers that it loaded. If those were s updates old, it
+/// counts one part in 1 + s, and the servers' buffers of now count the others. So whatever the workers' speeds are,
+/// the new buffers lie between the present ones and those that the workers made (S-20). A step by a difference that
+/// is old could leap over its aim, again and again.
+pub(super) fn moves_of_buffers(
+    gradients: &[Gradient],
+    update: &Update,
+    weights: Option<&[f32]>,
+    current: &[f32],
+) -> Vec<f32> {
+    let num_trained = gradients.first().map(|first| first.trained().len());
+    let Some(num_trained) = num_trained.filter(|&trained| trained < current.len()) else {
         return Vec::new();
     };
-    let gradients: Vec<&[f32]> = gradients.iter().map(Gradient::values).collect();
-    let mut mean = vec![0.0; first.len()];
-    reduce_part(&gradients, first, weights, Reduction::Mean, &mut mean);
+    let present = &current[num_trained..];
+    let before = Version(update.version.0.saturating_sub(1));
+    let moves = gradients.iter().zip(&update.gradients);
+    let moves = moves.map(|(gradient, one)| {
+        let share = 1.0 / one.staleness(before).saturating_add(1) as f32;
+        let made = &gradient.values()[num_trained..];
+        let moves = present.iter().zip(made).map(|(now, made)| now - made);
+        moves.map(|moved| moved * share).collect()
+    });
+    let moves: Vec<Vec<f32>> = moves.collect();
+    let moves: Vec<&[f32]> = moves.iter().map(Vec::as_slice).collect();
+    let mut mean = vec![0.0; present.len()];
+    reduce_part(
+        &moves,
+        0..present.len(),
+        weights,
+        Reduction::Mean,
+        &mut mean,
+    );
     mean
 }
 
@@ -171,7 +194,7 @@ pub(super) fn clip(gradient: &mut [f32], clip: Clip) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
+    use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
     use crate::server::protocol::Summand;
 
     fn update(gradients: &[Gradient], sizes: &[u64], reduction: Reduction) -> Update {
@@ -245,15 +268,35 @@ mod tests {
 
     /// S-20.
     #[test]
-    fn buffers_move_by_the_mean_even_if_gradients_are_added_up() {
+    fn buffers_become_the_mean_even_if_gradients_are_added_up() {
         let gradients = [[1.0, 2.0, 4.0], [3.0, 6.0, 8.0]];
         let gradients = gradients.map(|numbers| Gradient::with_buffers(numbers.to_vec(), 1));
-        assert_eq!(mean_of_buffers(&gradients, None), [4.0, 6.0]);
-        assert_eq!(mean_of_buffers(&gradients, Some(&[0.75, 0.25])), [3.0, 5.0]);
+        let update = |sizes: [u64; 2], reduction| update(&gradients, &sizes, reduction);
+        let after = |gradients: &[Gradient], update: &Update, current: &[f32]| {
+            let moves = moves_of_buffers(gradients, update, shares(update).as_deref(), current);
+            let buffers = &current[current.len() - moves.len()..];
+            let buffers = buffers.iter().zip(&moves).map(|(now, moved)| now - moved);
+            buffers.collect::<Vec<_>>()
+        };
+        let current = [100.0, 1.0, -3.0];
+        let sum = update([3, 1], Reduction::Sum);
+        assert_eq!(after(&gradients, &sum, &current), [4.0, 6.0]);
+        let mean = update([3, 1], Reduction::Mean);
+        assert_eq!(after(&gradients, &mean, &current), [3.0, 5.0]);
         let parts = gradients.each_ref().map(|gradient| gradient.slice(2..3));
-        assert_eq!(mean_of_buffers(&parts, None), [6.0]);
+        assert_eq!(after(&parts, &sum, &[-3.0]), [6.0]);
         let plain = gradients.each_ref().map(|gradient| gradient.slice(0..1));
-        assert!(mean_of_buffers(&plain, None).is_empty());
+        assert!(after(&plain, &sum, &[100.0]).is_empty());
+
+        // The second one is three updates old: it counts a quarter of what it counted.
+        let mut uneven = update([1, 1], Reduction::Mean);
+        uneven.version = Version(4);
+        uneven.gradients[0].computed_on = Version(3);
+        let expected = [
+            1.0 + (1.0 + 5.0 / 4.0) / 2.0,
+            -3.0 + (7.0 + 11.0 / 4.0) / 2.0,
+        ];
+        assert_eq!(after(&gradients, &uneven, &current), expected);
     }
 
     #[test]

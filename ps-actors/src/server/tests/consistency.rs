@@ -79,6 +79,43 @@ proptest! {
     }
 }
 
+/// Whoever meets in the rounds, there are no more than a schedule is told. Here as many.
+#[test]
+fn a_k_of_n_run_of_any_order_makes_no_more_updates_than_are_foreseen() {
+    let (mode, num_steps) = (Consistency::KofN { k: 2 }, 4);
+    let mut world = World::new(1, mode, Reduction::Mean);
+    (0..4).for_each(|worker| {
+        world.join(worker, 1).unwrap();
+    });
+    let mut clocks = [0; 4];
+    for round in [[0, 2], [0, 2], [0, 1], [0, 1], [1, 2], [1, 2]]
+        .iter()
+        .map(|round| &round[..])
+        .chain([&[3][..]; 4])
+    {
+        let version = world.coordinator.version();
+        for &worker in round {
+            let id = id(worker, 1, clocks[worker as usize]);
+            world.push(id, version.0, vec![1.0; LEN]);
+            clocks[worker as usize] += 1;
+        }
+        assert_eq!(world.coordinator.version(), version.next());
+        for &worker in round {
+            if clocks[worker as usize] == num_steps {
+                let (worker, ticket) = (WorkerId(worker), world.ticket());
+                world.event(Event::Leave {
+                    ticket,
+                    worker,
+                    incarnation: Incarnation(1),
+                });
+            }
+        }
+    }
+    assert_eq!(clocks, [num_steps; 4]);
+    let num_updates = world.coordinator.version().0;
+    assert_eq!(num_updates, mode.most_updates(num_steps, 4));
+}
+
 /// S-1, S-2
 #[test]
 fn one_workers_duplicates_do_not_close_a_k_of_n_round() {

@@ -1,5 +1,7 @@
 //! Servers and workers on hosts of their own, and links between two of them that fail.
 
+use std::sync::{Arc, Condvar, Mutex};
+
 use ps_actors::cluster::{Cluster, ClusterConfig, Hosts, Node, Placement, SpawnOn, Transport};
 use ps_actors::group::ServerArgs;
 use ps_actors::net::NetConfig;
@@ -18,11 +20,28 @@ const FIRST: u32 = 1;
 const SECOND: u32 = 2;
 const WORKER: u32 = 3;
 
-struct TowardsTarget(u32);
+/// A worker that waits before it goes on from version 6, until the test lets it.
+struct TowardsTarget {
+    id: u32,
+    gate: Gate,
+}
+
+/// Whether the test lets the worker go on.
+type Gate = Arc<(Mutex<bool>, Condvar)>;
+
+fn open(gate: &Gate) {
+    *gate.0.lock().unwrap() = true;
+    gate.1.notify_all();
+}
 
 impl GradientSource for TowardsTarget {
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
-        Ok(towards_target(self.0, clock, weights))
+        if clock == Clock(6) {
+            let is_open = self.gate.0.lock().unwrap();
+            let waited = (self.gate.1).wait_timeout_while(is_open, SOON, |is_open| !*is_open);
+            assert!(!waited.unwrap().1.timed_out(), "the test opens no gate");
+        }
+        Ok(towards_target(self.id, clock, weights))
     }
 }
 
@@ -32,15 +51,20 @@ impl HostedSource for TowardsTarget {
 
 type Worker = DataWorker<TowardsTarget>;
 
-fn hosts() -> Hosts {
+fn hosts(gate: &Gate) -> Hosts {
     let rule = || Box::new(Sgd::with_momentum(0.5));
+    let gate = Arc::clone(gate);
     Hosts::new()
         .host(move |args: ServerArgs| Ok(args.into_server(rule())?))
-        .host(|id| Ok(DataWorker::new(WorkerId(id), TowardsTarget(id))))
+        .host(move |id| {
+            let gate = Arc::clone(&gate);
+            Ok(DataWorker::new(WorkerId(id), TowardsTarget { id, gate }))
+        })
 }
 
 struct World {
     network: MemoryNetwork,
+    gate: Gate,
     servers: ServerGroup,
     worker: ActorRef<Worker>,
     _nodes: Vec<Box<dyn std::any::Any>>,
@@ -51,6 +75,7 @@ impl World {
     /// Three nodes, of which the links between these two hosts may fail.
     fn new(pair: (u32, u32)) -> Self {
         let network = MemoryNetwork::new();
+        let gate = Gate::default();
         network.set_outage_between(pair.0, pair.1, None);
         let config = |host| ClusterConfig {
             transport: Transport::Memory(network.of_host(host)),
@@ -62,10 +87,16 @@ impl World {
             },
             ..ClusterConfig::default()
         };
-        let cluster = Cluster::listen(config(0), LOCAL, hosts()).unwrap();
+        let cluster = Cluster::listen(config(0), LOCAL, hosts(&gate)).unwrap();
         let mut nodes: Vec<Box<dyn std::any::Any>> = Vec::new();
         for rank in [FIRST, SECOND, WORKER] {
-            let node = Node::new(config(rank), rank, 0, driver_address(&cluster), hosts());
+            let node = Node::new(
+                config(rank),
+                rank,
+                0,
+                driver_address(&cluster),
+                hosts(&gate),
+            );
             nodes.push(Box::new(node.serve()));
         }
         cluster.wait_for_nodes(3, SOON).wait().unwrap();
@@ -78,6 +109,7 @@ impl World {
         let worker = cluster.spawn_with::<Worker>(options, 0).wait().unwrap();
         Self {
             network,
+            gate,
             servers,
             worker,
             _nodes: nodes,
@@ -112,6 +144,7 @@ fn a_link_that_is_silent_for_more_than_two_leases_ends_nothing() {
         world.wait_until_second_at(Version(5));
         let silence = |outage| world.network.set_outage_between(pair.0, pair.1, outage);
         silence(Some(Outage::Silent));
+        open(&world.gate);
         // Nothing more gets there for as long as this takes.
         let far = Pull(PullVersion::AtLeast(Version(NUM_STEPS)));
         let waited = world.second().ask(far).wait_timeout(LEASE * 5 / 2);
@@ -134,6 +167,7 @@ fn a_link_that_is_reset_again_and_again_ends_nothing() {
             num_steps: NUM_STEPS,
         };
         let run = world.worker.ask(run);
+        open(&world.gate);
         for version in (1..=10).map(|reset| 3 * reset) {
             world.wait_until_second_at(Version(version));
             let set = |outage| world.network.set_outage_between(pair.0, pair.1, outage);

@@ -19,6 +19,7 @@ use ps_actors::worker::{
     SourceError, StopSteps, WorkerError,
 };
 
+mod buffers;
 mod callers;
 mod checkpoints;
 mod faults;
