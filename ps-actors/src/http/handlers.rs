@@ -28,8 +28,12 @@ pub(super) async fn join(State(api): State<Api>, headers: HeaderMap) -> Answer {
         Ok((num_weights, model.group.join(worker, request).await?))
     };
     let (num_weights, membership) = model.while_open(join).await?;
-    let epoch = membership.epoch;
-    api.shared.watcher.tell(|| Seen::Joined { worker, epoch });
+    api.shared.watcher.tell(|| Seen::Joined {
+        worker,
+        incarnation: membership.incarnation,
+        clock: membership.next_clock,
+        epoch: membership.epoch,
+    });
     let headers = [
         (INCARNATION, membership.incarnation.0),
         (CLOCK, membership.next_clock.0),
@@ -48,7 +52,10 @@ pub(super) async fn leave(State(api): State<Api>, headers: HeaderMap) -> Answer 
     } = Caller::read(&headers)?;
     let leave = async { Ok(model.group.leave(worker, incarnation).await?) };
     model.while_open(leave).await?;
-    api.shared.watcher.tell(|| Seen::Left(worker));
+    api.shared.watcher.tell(|| Seen::Left {
+        worker,
+        incarnation,
+    });
     Ok(Response::default())
 }
 
