@@ -2,8 +2,9 @@
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use axum::http::header::{CONTENT_TYPE, ORIGIN};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::body::{self, Upload};
@@ -19,6 +20,20 @@ use crate::server::Outcome;
 use crate::weights::{Gradient, GradientUpdate, Weights};
 
 type Answer = Result<Response, Problem>;
+
+/// Refuses a request that a browser sends for a page. Workers are no pages, and send neither header.
+pub(super) async fn refuse_pages(request: Request, next: Next) -> Answer {
+    let headers = request.headers();
+    let mut sites = headers.get_all("sec-fetch-site").iter();
+    // `none`: somebody has typed the address.
+    let is_of_page = sites.any(|site| site != "none");
+    if headers.contains_key(ORIGIN) || is_of_page {
+        let why = "this request comes from a page in a browser (it has the header origin or sec-fetch-site): only \
+                   workers may send requests here";
+        return Err(Problem::new(StatusCode::FORBIDDEN, why));
+    }
+    Ok(next.run(request).await)
+}
 
 pub(super) async fn join(State(api): State<Api>, headers: HeaderMap) -> Answer {
     let model = api.model()?;
