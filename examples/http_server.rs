@@ -126,6 +126,11 @@ fn serve(mut args: Args) -> Result<ExitCode> {
         observers: observers.clone(),
     };
     let ended = running.until_the_end();
+    api.close();
+    // What was settled for requests that were not answered any more. If the servers cannot say it, nobody can.
+    if let Ok(status) = run(running.servers.status()) {
+        running.visitors.last_look(&status);
+    }
     match &ended {
         Ok(_) => observers.run_ended(),
         Err(error) => observers.run_failed(error.as_ref()),

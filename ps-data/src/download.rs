@@ -223,11 +223,16 @@ impl Mirrors {
             return ProgressBar::hidden();
         }
         let bar = length.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
-        let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}";
-        let style = ProgressStyle::with_template(template).expect("the template is well formed");
-        bar.with_style(style.progress_chars("=> "))
-            .with_message(name.to_owned())
+        with_template(bar).with_message(name.to_owned())
     }
+}
+
+/// Makes the bar one line on a terminal of 60 columns or more: log lines, also of other processes, can then
+/// overwrite it.
+fn with_template(bar: ProgressBar) -> ProgressBar {
+    let template = "[{bar:16}] {bytes}/{total_bytes} {bytes_per_sec} {wide_msg}";
+    let style = ProgressStyle::with_template(template).expect("the template is well formed");
+    bar.with_style(style.progress_chars("=> "))
 }
 
 fn new_part(cache: &Path) -> io::Result<tempfile::NamedTempFile> {

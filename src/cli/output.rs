@@ -6,8 +6,6 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 
 use indicatif::ProgressBar;
 
-use super::RANK;
-
 /// The bar that is on the terminal now.
 static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
@@ -46,10 +44,13 @@ pub fn print_line(line: fmt::Arguments<'_>) {
 /// Prints an error.
 pub(super) fn complain(error: &str) {
     // Nobody may be left to read it; the exit code says the same.
-    let _ = beside_bar(|| writeln!(io::stderr(), "Error: {error}"));
+    let _ = LogWriter.write_all(format!("Error: {error}\n").as_bytes());
 }
 
 /// Writes log lines to standard error. Each write is a whole line.
+///
+/// On a terminal, it erases in the same write what is in the cursor's line: that may be the bar of a download, or
+/// the bar of another process. A bar is one line, and is drawn again below.
 #[derive(Debug)]
 pub(super) struct LogWriter;
 
@@ -58,13 +59,12 @@ const ERASE_LINE: &str = "\r\x1b[K";
 
 impl Write for LogWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        // The driver's bar may be on the terminal of this node.
-        static IS_ON_TERMINAL: LazyLock<bool> = LazyLock::new(|| io::stderr().is_terminal());
-        let is_node = RANK.get().is_some_and(|&rank| rank != 0);
-        match is_node && *IS_ON_TERMINAL {
-            true => io::stderr().write_all(&[ERASE_LINE.as_bytes(), line].concat())?,
-            false => beside_bar(|| io::stderr().write_all(line))?,
-        }
+        static CAN_ERASE: LazyLock<bool> = LazyLock::new(|| {
+            io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+        });
+        let before = if *CAN_ERASE { ERASE_LINE } else { "" };
+        let whole = [before.as_bytes(), line].concat();
+        beside_bar(|| io::stderr().write_all(&whole))?;
         Ok(line.len())
     }
 

@@ -6,11 +6,10 @@ use std::convert::Infallible;
 use ps_actors::checkpoint::SaveNow;
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
-use ps_actors::launch::StopSignal;
 use ps_actors::server::{Consistency, GroupError, ServerConfig};
 use ps_model::Model;
 
-use super::inbox::Inbox;
+use super::inbox::{Inbox, Pause};
 use super::{Ask, Asked, Can, ControlError, Controls};
 use crate::observe::{Change, Controlled, Event, Observers};
 use crate::source::ModelSource;
@@ -29,7 +28,8 @@ pub(crate) struct Running<'a, M: Model> {
     pub(crate) servers: &'a ServerGroup,
     pub(crate) workers: &'a [Worker<ModelSource<M>>],
     pub(crate) save_now: &'a SaveNow,
-    pub(crate) stop: Option<&'a StopSignal>,
+    /// Whether the training ends before all steps are taken: its workers finish their last step.
+    pub(crate) is_ending: &'a dyn Fn() -> bool,
     pub(crate) observers: &'a Observers,
 }
 
@@ -47,6 +47,11 @@ impl Listening {
             consistency: None,
             removed: BTreeSet::new(),
         }
+    }
+
+    /// Returns a handle that says whether the training is paused.
+    pub(crate) fn pause(&self) -> Pause {
+        self.inbox.pause.clone()
     }
 
     /// Returns the workers that were removed.
@@ -74,7 +79,7 @@ impl Listening {
             // Not by their settings: a schedule ends only if the rate is set while they run (S-17).
             servers.set_learning_rate(learning_rate).await?;
         }
-        match self.inbox.controls.is_paused() {
+        match self.inbox.pause.is_on() {
             true => servers.set_paused(true).await,
             false => Ok(()),
         }
@@ -90,6 +95,8 @@ impl Listening {
             // Whoever asked may have gone.
             let _ = answer.send(result);
         }
+        // Another training listens now, so nobody could end a pause of this one.
+        end_pause(&self.inbox.pause, running.servers, running.observers).await;
         std::future::pending().await
     }
 
@@ -102,20 +109,27 @@ impl Listening {
             servers,
             workers,
             save_now,
-            stop,
+            is_ending,
             observers,
         } = running;
         let change = match ask {
-            Ask::Pause(is_paused) => {
-                if is_paused && stop.is_some_and(|stop| stop.received().is_some()) {
+            Ask::Pause(true) => {
+                if is_ending() {
                     return Err(ControlError::Ending);
                 }
-                servers.set_paused(is_paused).await?;
-                self.inbox.set_paused(is_paused);
-                match is_paused {
-                    true => Change::Paused,
-                    false => Change::Resumed,
+                servers.set_paused(true).await?;
+                if is_ending() {
+                    // The end has begun meanwhile, and saw no pause that it had to end.
+                    servers.set_paused(false).await?;
+                    return Err(ControlError::Ending);
                 }
+                self.inbox.pause.set(true);
+                Change::Paused
+            }
+            Ask::Pause(false) => {
+                servers.set_paused(false).await?;
+                self.inbox.pause.set(false);
+                Change::Resumed
             }
             Ask::Checkpoint => {
                 if !save_now.ask() {
@@ -158,11 +172,90 @@ impl Listening {
     }
 }
 
-/// Ends a pause, because the training ends and its workers wait for their last step.
-pub(crate) async fn end_pause(controls: &Controls, servers: &ServerGroup) {
-    if controls.is_paused() {
+/// Ends a pause that nobody has ended: the training ends and its workers wait for their last step, or nobody can
+/// control it any more.
+pub(crate) async fn end_pause(pause: &Pause, servers: &ServerGroup, observers: &Observers) {
+    if pause.set(false) {
         // If they cannot be reached, the training ends without it.
         let _ = servers.set_paused(false).await;
-        controls.lock().is_paused = false;
+        observers.tell_with(|time| {
+            let change = Change::Resumed;
+            Event::Controlled(Controlled { time, change })
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::sync::mpsc::channel;
+
+    use ps_actors::actor::run;
+    use ps_actors::checkpoint::Checkpoints;
+    use ps_actors::rule::Sgd;
+    use ps_actors::weights::{Layout, Weights};
+    use ps_model::ConvNet;
+
+    use super::*;
+
+    fn servers() -> ServerGroup {
+        let initial = Weights::initial(Layout::flat(2), vec![0.0; 2]);
+        let config = ServerConfig::default();
+        ServerGroup::spawn(&initial, 1, config, |_| Box::new(Sgd::new())).unwrap()
+    }
+
+    fn are_paused(servers: &ServerGroup) -> bool {
+        let status = run(servers.status()).unwrap();
+        status[0].coordinator.as_ref().unwrap().is_paused
+    }
+
+    #[test]
+    fn a_pause_that_the_end_of_the_training_overtakes_is_refused_and_holds_nothing() {
+        let (servers, controls, observers) = (servers(), Controls::new(), Observers::none());
+        let save_now = Checkpoints::off().save_now();
+        let mut listening = Listening::begin(&controls, false);
+        for num_before in 0..3 {
+            // The end begins after it was asked for so often.
+            let num_asked = Cell::new(0);
+            let is_ending = || num_asked.replace(num_asked.get() + 1) >= num_before;
+            let running = Running::<ConvNet> {
+                servers: &servers,
+                workers: &[],
+                save_now: &save_now,
+                is_ending: &is_ending,
+                observers: &observers,
+            };
+            let done = run(listening.carry_out(Ask::Pause(true), &running));
+            let is_paused = num_before == 2;
+            match is_paused {
+                true => done.unwrap(),
+                false => assert!(matches!(done, Err(ControlError::Ending)), "{done:?}"),
+            }
+            assert_eq!(controls.is_paused(), is_paused);
+            assert_eq!(are_paused(&servers), is_paused);
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_pause_by_a_signal_is_told_once() {
+        let (servers, controls) = (servers(), Controls::new());
+        let (sender, events) = channel();
+        let told = move |event: &Event| sender.send(event.clone()).unwrap();
+        let observers = Observers::start(vec![Box::new(told)]);
+        let listening = Listening::begin(&controls, false);
+        let pause = listening.pause();
+        run(servers.set_paused(true)).unwrap();
+        pause.set(true);
+        assert!(controls.is_paused());
+        for _ in 0..2 {
+            run(end_pause(&pause, &servers, &observers));
+            assert!(!controls.is_paused() && !are_paused(&servers));
+        }
+        observers.finish();
+        let changes = events.iter().map(|event| match event {
+            Event::Controlled(controlled) => controlled.change,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(changes.collect::<Vec<_>>(), [Change::Resumed]);
     }
 }

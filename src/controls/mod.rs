@@ -42,7 +42,8 @@
 //! # What is promised
 //! - [`pause`](Controls::pause): when it is done, no update is made until [`resume`](Controls::resume). Workers finish
 //!   the gradient that they compute, and wait. A `Bsp` training has the same bits with and without pauses. A
-//!   signal that ends the training ends a pause first, so that workers can finish their step.
+//!   signal or an evaluation that ends the training ends a pause first, so that workers can finish their step. A
+//!   training that ends refuses to be paused.
 //! - [`set_learning_rate`](Controls::set_learning_rate) and [`set_consistency`](Controls::set_consistency) hold for
 //!   all servers from the same update on. The learning rate is part of each update, also in the update log and in
 //!   the schedule of a recorded training, so a recovery and a replay have the same bits.
@@ -53,7 +54,9 @@
 //! - A driver's own loop carries out what is asked when it comes to it. When it is paused, it starts no further
 //!   update. It refuses to remove a worker, and to change the mode: these are its own decisions. If workers push to the
 //!   servers [by themselves](LoopControls::servers_decide), the mode can be changed.
-//! - Observers learn of each change by an [`Event::Controlled`](crate::observe::Event::Controlled).
+//! - While the driver evaluates, what is asked waits for the end of the evaluation.
+//! - Observers learn of each change by an [`Event::Controlled`](crate::observe::Event::Controlled), also of the end
+//!   of a pause by a signal.
 //!
 //! | file | what it holds |
 //! |---|---|
@@ -75,6 +78,7 @@ use ps_actors::ids::WorkerId;
 use ps_actors::server::{Consistency, ConsistencyError, GroupError};
 use tokio::sync::{mpsc, oneshot};
 
+pub(crate) use inbox::Pause;
 pub(crate) use listening::{Listening, Running, end_pause};
 pub use own_loop::LoopControls;
 
@@ -98,6 +102,8 @@ struct Shared {
     has_ended: bool,
     is_paused: bool,
     can: Can,
+    /// How many trainings have listened. That of the training that listens, or listened last, is its number.
+    number: u64,
 }
 
 /// What the training that listens, or listened last, is able to do.
@@ -136,8 +142,8 @@ pub enum ControlError {
     /// The training has ended, or its servers were lost before it was done.
     #[error("the training has ended, or its servers were lost before it was done")]
     Ended,
-    /// A signal has ended the training: its workers finish their last step.
-    #[error("the training is ending, because of a signal")]
+    /// A signal or an evaluation has ended the training: its workers finish their last step.
+    #[error("the training is ending, because of a signal or an evaluation")]
     Ending,
     /// Too many calls wait.
     #[error("{MAX_WAITING} calls wait already; try again later")]
@@ -233,7 +239,8 @@ impl Controls {
         self.lock().can.save_checkpoints
     }
 
-    /// Whether the consistency mode of the training can be changed. A driver's own loop has none that can.
+    /// Whether the consistency mode of the training can be changed. That of a driver's own loop can be only if its
+    /// [servers decide](LoopControls::servers_decide).
     #[must_use]
     pub fn changes_consistency(&self) -> bool {
         self.lock().can.change_consistency

@@ -78,7 +78,7 @@ impl LoopControls {
     /// Says that workers push to the servers by themselves, so that the servers decide when gradients are applied. Then a
     /// pause holds the servers and not the loop, and the consistency mode can be changed.
     pub fn servers_decide(mut self) -> Self {
-        self.inbox.controls.lock().can.change_consistency = true;
+        self.inbox.can_change_consistency();
         self.servers_decide = true;
         self
     }
@@ -106,7 +106,7 @@ impl LoopControls {
         if let Some(asked) = self.inbox.next_that_waits() {
             return Some(asked);
         }
-        if self.servers_decide || !self.inbox.controls.is_paused() {
+        if self.servers_decide || !self.inbox.pause.is_on() {
             return None;
         }
         let waited = try_run(async {
@@ -119,8 +119,8 @@ impl LoopControls {
             tracing::warn!(%error, "no event loop to wait in: the training goes on");
             None
         });
-        if asked.is_none() {
-            self.inbox.set_paused(false);
+        if asked.is_none() && self.inbox.pause.set(false) {
+            self.tell(Change::Resumed);
         }
         asked
     }
@@ -140,7 +140,7 @@ impl LoopControls {
                 if self.servers_decide {
                     try_run(servers.set_paused(is_paused))??;
                 }
-                self.inbox.set_paused(is_paused);
+                self.inbox.pause.set(is_paused);
                 match is_paused {
                     true => Change::Paused,
                     false => Change::Resumed,
@@ -150,7 +150,7 @@ impl LoopControls {
                 if checkpoints.is_off() {
                     return Err(ControlError::NoCheckpoints);
                 }
-                try_run(checkpoints.save_group(servers))?;
+                try_run(checkpoints.save_unless_taken(servers))?;
                 Change::CheckpointAsked
             }
             Ask::LearningRate(learning_rate) => {
@@ -172,9 +172,13 @@ impl LoopControls {
             }
         };
         tracing::info!(?change, "as asked");
+        self.tell(change);
+        Ok(())
+    }
+
+    fn tell(&self, change: Change) {
         let observers = &self.observers;
         observers.tell_with(|time| Event::Controlled(Controlled { time, change }));
-        Ok(())
     }
 }
 

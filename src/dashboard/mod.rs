@@ -35,6 +35,7 @@
 //! # What is promised
 //! - The training never waits for the page. A client that reads too slowly gets fewer states. One that reads nothing
 //!   is dropped, 20 s after the buffers of the system are full. There are at most 32 streams of events and 128 connections.
+//!   The end of the training waits up to 1 s for clients that read nothing, and at most 3 s in all.
 //! - The memory is bounded, whatever the length of the run. A curve has at most 600 points: when it is full, each two
 //!   become one. Of more than 64 workers, those are listed that are lost or slow.
 //! - Without a token, nobody can change anything. With one, changes need `authorization: Bearer TOKEN`, which is

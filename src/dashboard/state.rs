@@ -12,9 +12,13 @@ use crate::observe::{Change, Event, ServersSeen, Tally, Versions};
 const MAX_CHECKPOINTS: usize = 20;
 const MAX_INCIDENTS: usize = 50;
 
-/// How long ago a step must be until it is part of the curve, in seconds: steps of different workers come in
+/// How old a step must be before it becomes part of the curve, in seconds: steps of different workers come in
 /// turns, each with some of the latest ones.
 const SORTED_AFTER: f64 = 0.6;
+
+/// How often the rate of a driver's own loop becomes part of its curve, in seconds. That of a `Trainer` does when its
+/// servers are looked at.
+const RATE_EVERY: f64 = 1.0;
 
 /// How many steps may wait for that.
 const MAX_WAITING: usize = 4096;
@@ -37,6 +41,8 @@ pub(super) struct State {
     pub(super) accuracy: Curve,
     /// Gradients per second, over time.
     pub(super) rate: Curve,
+    /// When a rate was last added, in seconds since the run started.
+    rated: f64,
     pub(super) recent: BTreeMap<WorkerId, Recent>,
     pub(super) servers: Option<ServersSeen>,
     /// What somebody has set, for a driver's own loop, which does not look at its server.
@@ -153,14 +159,16 @@ impl State {
                 self.recent.entry(step.worker).or_default().count(time);
                 self.waiting
                     .push((step.version.0, time, f64::from(step.loss)));
+                if self.servers.is_none() && self.tally.seconds >= self.rated + RATE_EVERY {
+                    self.add_rate(self.tally.seconds);
+                }
             }
             Event::Evaluated(evaluated) => {
                 let shown = evaluated.accuracy.unwrap_or(evaluated.loss);
                 self.accuracy.add(evaluated.version.0, time, shown);
             }
             Event::ServersSeen(seen) => {
-                let rate = self.tally.gradients_per_second(self.tally.seconds);
-                self.rate.add(self.tally.version.0, time, rate);
+                self.add_rate(time);
                 self.servers = Some(seen.clone());
             }
             Event::WorkerJoined(joined) => {
@@ -263,6 +271,12 @@ impl State {
             _ => {}
         }
         self.sort(matches!(event, Event::RunEnded(_)));
+    }
+
+    fn add_rate(&mut self, time: f64) {
+        self.rated = self.tally.seconds;
+        let rate = self.tally.gradients_per_second(self.tally.seconds);
+        self.rate.add(self.tally.version.0, time, rate);
     }
 
     /// Adds steps to the curve in the order of their versions, when none of an earlier version can be expected.
@@ -377,6 +391,25 @@ mod tests {
         );
         state.sort(true);
         assert!(state.waiting.is_empty());
+    }
+
+    /// Nobody looks at the servers of such a loop.
+    #[test]
+    fn the_rate_of_a_drivers_own_loop_becomes_a_curve_with_a_point_per_second() {
+        let mut state = State::default();
+        for clock in 0..200 {
+            let time = clock as f64 / 20.0;
+            state.count(&testing::step(0, clock, time));
+        }
+        let (points, ..) = state.rate.since(super::super::curve::Mark::default());
+        let text = serde_json::to_string(points).unwrap();
+        let points: Vec<(u64, f64, f64, f64, f64)> = serde_json::from_str(&text).unwrap();
+        let times: Vec<f64> = points.iter().map(|point| point.1).collect();
+        assert_eq!(times, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]);
+        assert!(
+            points.iter().all(|point| (point.2 - 20.0).abs() < 3.0),
+            "{text}"
+        );
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub(super) struct View<'a> {
     interrupted: Option<&'a str>,
     run: Run<'a>,
     seconds: f64,
+    /// When the servers were last looked at, in seconds since the run started.
+    looked: Option<f64>,
     version: u64,
     steps_done: u64,
     steps_all: u64,
@@ -182,6 +184,7 @@ impl<'a> View<'a> {
                 burn: versions.map_or("", |versions| versions.burn.as_str()),
             },
             seconds: tally.seconds,
+            looked: seen.map(|seen| seen.time),
             version: tally.version.0,
             steps_done,
             steps_all,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use metrics::{Recorder, with_recorder};
 
 use super::handles::{Handles, Registry};
-use crate::observe::{Event, Observer, Tally};
+use crate::observe::{Change, Controlled, Event, Observer, Tally};
 
 /// Feeds the metrics of a training to a recorder of the crate `metrics`; see the [module](super).
 pub struct Metrics {
@@ -110,6 +110,11 @@ impl Metrics {
                 handles.pending.set(seen.num_pending as f64);
                 handles.servers(registry, seen);
             }
+            // Nobody looks at the servers of a driver's own loop.
+            Event::Controlled(Controlled {
+                change: Change::LearningRate { learning_rate },
+                ..
+            }) => handles.learning_rate.set(*learning_rate),
             Event::EventsSkipped(skipped) => handles.skipped.increment(skipped.num_events),
             Event::RunEnded(_) => handles.running.set(0.0),
             _ => {}
@@ -343,6 +348,18 @@ mod tests {
         );
         events.push(Event::RunEnded(Box::new(RunEnded::new(2.0, None))));
         has(&rendered(&events), &["ps_running 0"]);
+    }
+
+    #[test]
+    fn the_learning_rate_is_the_one_that_somebody_has_set() {
+        let change = Change::LearningRate {
+            learning_rate: 0.125,
+        };
+        let changed = Event::Controlled(Controlled { time: 1.0, change });
+        has(
+            &rendered(&[started(1), changed]),
+            &["ps_learning_rate 0.125"],
+        );
     }
 
     #[test]

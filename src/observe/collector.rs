@@ -151,7 +151,7 @@ impl Collector {
             self.shared.miss(worker, watched, first, now);
             (watched.next, watched.is_current) = (first, true);
         }
-        // If it does not arrive, its run does not either.
+        // If this message is lost, so is the one that starts the worker's run.
         let _ = actor.tell(GetSteps { from: watched.next });
         let actor = actor.clone();
         watched.ask = Some(Arc::new(move |from| actor.ask(GetSteps { from })));

@@ -9,7 +9,8 @@ use super::event::{Event, EventsSkipped};
 pub(super) const MAX_WAITING: usize = 1 << 16;
 
 /// The events that wait for one observer. If it is so slow that [`MAX_WAITING`] events wait, further
-/// steps are skipped and counted. Other events are rare. They are skipped only if twice as many wait.
+/// steps are skipped and counted. Other events are rare. They are skipped only if twice as many wait. The
+/// [end](Event::RunEnded) always fits, and nothing comes after it.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
@@ -36,6 +37,7 @@ impl Queue {
         let mut state = self.lock();
         let limit = match **event {
             Event::Step(_) | Event::ServersSeen(_) | Event::Evaluating(_) => MAX_WAITING,
+            Event::RunEnded(_) => usize::MAX,
             _ => 2 * MAX_WAITING,
         };
         if state.is_closed {
@@ -53,6 +55,8 @@ impl Queue {
             state.waiting.push_back(Arc::new(skipped));
         }
         state.waiting.push_back(Arc::clone(event));
+        // What somebody tells later, on another thread, came too late.
+        state.is_closed = matches!(**event, Event::RunEnded(_));
         drop(state);
         self.changed.notify_one();
     }
@@ -137,6 +141,29 @@ mod tests {
         queue.close();
         assert_eq!(queue.pop().unwrap().time(), 7.0);
         assert_eq!(queue.pop(), None);
+    }
+
+    #[test]
+    fn the_end_fits_into_a_full_queue_and_nothing_comes_after_it() {
+        let queue = Queue::default();
+        for number in 0..3 * MAX_WAITING {
+            queue.push(&missed(number as f64));
+        }
+        let end = super::super::summary::RunEnded::new(-1.0, None);
+        queue.push(&Arc::new(Event::RunEnded(Box::new(end))));
+        queue.push(&missed(-2.0));
+        queue.close();
+        let events: Vec<Arc<Event>> = std::iter::from_fn(|| queue.pop()).collect();
+        assert_eq!(events.len(), 2 * MAX_WAITING + 2);
+        let [.., skipped, end] = &events[..] else {
+            unreachable!("there are so many");
+        };
+        let num_skipped = MAX_WAITING as u64;
+        assert!(
+            matches!(&**skipped, Event::EventsSkipped(skipped) if skipped.num_events == num_skipped),
+            "{skipped:?}"
+        );
+        assert!(matches!(**end, Event::RunEnded(_)), "{end:?}");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::Observers;
 use super::event::{CheckpointFailed, CheckpointSaved, Evaluating, Event};
 use crate::source::Evaluator;
 
-/// After how many seconds, and then how often, observers learn how far an evaluation is.
+/// Observers learn how far an evaluation is after so many seconds, and again whenever as many have passed.
 const TELL_EVERY: f64 = 0.25;
 
 impl Observers {

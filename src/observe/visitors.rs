@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ps_actors::group::ServerGroup;
 use ps_actors::http::{Seen, SettledPush};
-use ps_actors::ids::{Clock, Epoch, WorkerId};
-use ps_actors::server::{Outcome, ServerStatus};
+use ps_actors::ids::{Clock, Epoch, GradientId, Incarnation, WorkerId};
+use ps_actors::server::{Outcome, ServerStatus, WorkerStatus};
 
 use super::Observers;
 use super::collector::seen;
@@ -18,7 +18,8 @@ use super::event::{
 const LOOK_AT_SERVERS: f64 = 1.0;
 
 /// Tells the observers of a program that serves [HTTP](ps_actors::http) what its workers do. A clone is another handle
-/// to the same workers. Nothing is known of how these workers spend their time.
+/// to the same workers. Nothing is known of how these workers spend their time. A clock that a worker leaves out counts
+/// as a step that was missed.
 ///
 /// ```
 /// use ps::actors::http::{Api, HttpConfig};
@@ -40,6 +41,9 @@ const LOOK_AT_SERVERS: f64 = 1.0;
 ///
 /// // Now and then:
 /// visitors.look(&run(servers.status())?);
+/// // At the end:
+/// api.close();
+/// visitors.last_look(&run(servers.status())?);
 /// observers.run_ended();
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -61,11 +65,34 @@ struct Known {
 struct Visitor {
     /// The clock after its latest step.
     next: Clock,
-    /// How many of its gradients were settled that the observers need not know of, or know.
+    /// How many of its settled gradients the observers know of, or need not, because they are from before.
     num_known: u64,
     is_here: bool,
+    /// The latest one that has joined.
+    incarnation: Incarnation,
     /// The epoch that its joining began. A status of an earlier one does not know of it.
     epoch: Epoch,
+}
+
+impl Visitor {
+    /// Takes in that steps were settled of which nothing else is known, and returns the event of it.
+    fn miss(&mut self, worker: WorkerId, num_steps: u64, time: f64) -> Option<Event> {
+        let first = self.next;
+        self.num_known = self.num_known.saturating_add(num_steps);
+        self.next = Clock(first.0.saturating_add(num_steps));
+        (num_steps > 0).then_some(Event::StepsMissed(StepsMissed {
+            time,
+            worker,
+            first,
+            num_steps,
+        }))
+    }
+
+    /// Returns how many of its steps, from the next one on, are settled and not known.
+    fn num_unknown(&self, status: &WorkerStatus) -> u64 {
+        let num_unknown = status.num_settled().saturating_sub(self.num_known);
+        num_unknown.min(status.next_clock.0.saturating_sub(self.next.0))
+    }
 }
 
 impl Visitors {
@@ -76,6 +103,7 @@ impl Visitors {
         let before = coordinator.into_iter().flat_map(|first| &first.workers);
         let workers = before.map(|(&worker, status)| {
             let visitor = Visitor {
+                next: status.next_clock,
                 num_known: status.num_settled(),
                 ..Visitor::default()
             };
@@ -92,7 +120,8 @@ impl Visitors {
         }
     }
 
-    /// Tells the observers what a worker did. A push that came twice is one step.
+    /// Tells the observers what a worker did. A push that came twice is one step. Ignores a leave of an incarnation
+    /// that is not the latest one, or of somebody who never joined.
     pub fn tell(&self, seen: &Seen) {
         if self.observers.is_nobody() {
             return;
@@ -100,10 +129,21 @@ impl Visitors {
         let mut known = self.lock();
         let time = self.observers.seconds();
         match *seen {
-            Seen::Joined { worker, epoch } => {
-                let visitor = known.workers.entry(worker).or_default();
-                visitor.epoch = epoch;
-                // A request to join may be repeated.
+            Seen::Joined {
+                worker,
+                incarnation,
+                clock,
+                epoch,
+            } => {
+                let visitor = known.workers.entry(worker).or_insert_with(|| Visitor {
+                    next: clock,
+                    ..Visitor::default()
+                });
+                // A request to join may be repeated, or told late.
+                if incarnation <= visitor.incarnation {
+                    return;
+                }
+                (visitor.incarnation, visitor.epoch) = (incarnation, epoch);
                 if !std::mem::replace(&mut visitor.is_here, true) {
                     self.observers.tell(Event::WorkerJoined(WorkerJoined {
                         time,
@@ -112,19 +152,30 @@ impl Visitors {
                     }));
                 }
             }
-            Seen::Left(worker) => {
-                let visitor = known.workers.entry(worker).or_default();
-                if std::mem::take(&mut visitor.is_here) {
+            Seen::Left {
+                worker,
+                incarnation,
+            } => {
+                let visitor = known.workers.get_mut(&worker);
+                let visitor = visitor.filter(|visitor| visitor.incarnation == incarnation);
+                if visitor.is_some_and(|visitor| std::mem::take(&mut visitor.is_here)) {
                     self.observers
                         .tell(Event::WorkerLeft(WorkerLeft { time, worker }));
                 }
             }
             Seen::Settled(ref push) => {
-                let visitor = known.workers.entry(push.id.worker).or_default();
-                if push.id.clock >= visitor.next {
-                    visitor.next = push.id.clock.next();
-                    visitor.num_known += 1;
-                    self.observers.tell(Event::Step(step(push, time)));
+                let GradientId { worker, clock, .. } = push.id;
+                let visitor = known.workers.entry(worker).or_insert_with(|| Visitor {
+                    next: clock,
+                    ..Visitor::default()
+                });
+                if clock >= visitor.next {
+                    // The answers of the steps in between were cut off.
+                    let missed = visitor.miss(worker, clock.0 - visitor.next.0, time);
+                    visitor.next = clock.next();
+                    visitor.num_known = visitor.num_known.saturating_add(1);
+                    let events = missed.into_iter().chain([Event::Step(step(push, time))]);
+                    events.for_each(|event| self.observers.tell(event));
                 }
             }
             // What a later version of `ps-actors` may see.
@@ -135,19 +186,33 @@ impl Visitors {
     /// Tells the observers what the status of the servers shows: workers that were lost, steps whose answers nobody
     /// waited for, and, once per second, the servers themselves. Call it now and then.
     pub fn look(&self, status: &[ServerStatus]) {
+        self.look_at(status, false);
+    }
+
+    /// As [`look`](Self::look), at the end, when no answers are on their way any more: also tells of the steps of
+    /// workers that have not left. Call it when the [`Api`](ps_actors::http::Api) is closed.
+    pub fn last_look(&self, status: &[ServerStatus]) {
+        self.look_at(status, true);
+    }
+
+    fn look_at(&self, status: &[ServerStatus], is_last: bool) {
         let coordinator = status.iter().find_map(|status| status.coordinator.as_ref());
         let Some(coordinator) = coordinator.filter(|_| !self.observers.is_nobody()) else {
             return;
         };
         let mut known = self.lock();
         let time = self.observers.seconds();
-        let gone = coordinator.workers.iter();
-        for (&worker, status) in gone.filter(|(_, status)| !status.is_member) {
-            let visitor = known.workers.entry(worker).or_default();
+        let workers = coordinator.workers.iter();
+        // While a worker is here, its answers may be on their way.
+        for (&worker, status) in workers.filter(|(_, status)| is_last || !status.is_member) {
+            let visitor = known.workers.entry(worker).or_insert_with(|| Visitor {
+                next: Clock(status.next_clock.0.saturating_sub(status.num_settled())),
+                ..Visitor::default()
+            });
             if visitor.epoch > coordinator.epoch {
                 continue;
             }
-            if std::mem::take(&mut visitor.is_here) {
+            if !status.is_member && std::mem::take(&mut visitor.is_here) {
                 self.observers.tell(Event::WorkerLost(WorkerLost {
                     time,
                     worker,
@@ -155,18 +220,13 @@ impl Visitors {
                     reason: "it was silent for longer than its lease".to_owned(),
                 }));
             }
-            // While it is here, its answers may be on their way.
-            let num_steps = status.num_settled().saturating_sub(visitor.num_known);
-            if num_steps > 0 {
-                visitor.num_known += num_steps;
-                let first = visitor.next;
-                visitor.next = Clock(first.0.saturating_add(num_steps));
-                self.observers.tell(Event::StepsMissed(StepsMissed {
-                    time,
-                    worker,
-                    first,
-                    num_steps,
-                }));
+            let missed = visitor.miss(worker, visitor.num_unknown(status), time);
+            missed
+                .into_iter()
+                .for_each(|event| self.observers.tell(event));
+            if !status.is_member {
+                // What it left out is over, too.
+                visitor.next = visitor.next.max(status.next_clock);
             }
         }
         if time >= known.looked + LOOK_AT_SERVERS {
@@ -209,11 +269,11 @@ fn step(push: &SettledPush, time: f64) -> SettledStep {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
+    use std::sync::mpsc::{Receiver, channel};
 
     use ps_actors::actor::run;
-    use ps_actors::ids::{GradientId, JoinRequest, Version};
-    use ps_actors::rule::Sgd;
+    use ps_actors::ids::{JoinRequest, Version};
+    use ps_actors::rule::{Sgd, UpdateRule};
     use ps_actors::server::{Consistency, ServerConfig};
     use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
 
@@ -223,9 +283,50 @@ mod tests {
     struct World {
         servers: ServerGroup,
         visitors: Visitors,
+        events: Receiver<Event>,
     }
 
     impl World {
+        fn new() -> Self {
+            let initial = Weights::initial(Layout::flat(2), vec![0.0; 2]);
+            let config = ServerConfig {
+                consistency: Consistency::Asp,
+                ..ServerConfig::default()
+            };
+            let sgd = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
+            let servers = ServerGroup::spawn(&initial, 2, config, sgd).unwrap();
+            let (sender, events) = channel();
+            let told = move |event: &Event| sender.send(event.clone()).unwrap();
+            let observers = Observers::start(vec![Box::new(told)]);
+            let visitors = Visitors::new(&observers, &servers, &run(servers.status()).unwrap());
+            Self {
+                servers,
+                visitors,
+                events,
+            }
+        }
+
+        /// Returns all events, and the names of those that do not depend on the time.
+        fn end(self) -> (Vec<Event>, Vec<String>) {
+            self.visitors.observers.run_ended();
+            let events: Vec<Event> = self.events.iter().collect();
+            // Looks at the servers do.
+            let rare = events
+                .iter()
+                .map(name)
+                .filter(|name| name != "servers_seen");
+            let names = rare.collect();
+            (events, names)
+        }
+
+        fn leave(&self, id: GradientId) {
+            run(self.servers.leave(id.worker, id.incarnation)).unwrap();
+            self.visitors.tell(&Seen::Left {
+                worker: id.worker,
+                incarnation: id.incarnation,
+            });
+        }
+
         fn status(&self) -> Vec<ServerStatus> {
             run(self.servers.status()).unwrap()
         }
@@ -233,8 +334,12 @@ mod tests {
         fn join(&self, request: u64) -> GradientId {
             let (worker, request) = (WorkerId(0), JoinRequest(request));
             let membership = run(self.servers.join(worker, request)).unwrap();
-            let epoch = membership.epoch;
-            self.visitors.tell(&Seen::Joined { worker, epoch });
+            self.visitors.tell(&Seen::Joined {
+                worker,
+                incarnation: membership.incarnation,
+                clock: membership.next_clock,
+                epoch: membership.epoch,
+            });
             GradientId {
                 worker,
                 incarnation: membership.incarnation,
@@ -270,22 +375,10 @@ mod tests {
 
     #[test]
     fn each_step_of_a_visitor_is_told_once_and_a_loss_only_if_it_is_one() {
-        let initial = Weights::initial(Layout::flat(2), vec![0.0; 2]);
-        let config = ServerConfig {
-            consistency: Consistency::Asp,
-            ..ServerConfig::default()
-        };
-        let servers = ServerGroup::spawn(&initial, 2, config, |_| Box::new(Sgd::new())).unwrap();
-        let (sender, events) = channel();
-        let told = move |event: &Event| sender.send(event.clone()).unwrap();
-        let observers = Observers::start(vec![Box::new(told)]);
-        let status = run(servers.status()).unwrap();
-        let visitors = Visitors::new(&observers, &servers, &status);
-        let world = World { servers, visitors };
-
+        let world = World::new();
         let mut id = world.join(1);
-        let (worker, epoch) = (id.worker, Epoch(0));
-        world.visitors.tell(&Seen::Joined { worker, epoch });
+        // The request is repeated.
+        world.join(1);
         let settled = world.push(id);
         world.visitors.tell(&settled);
         world.visitors.tell(&settled);
@@ -293,8 +386,7 @@ mod tests {
         id.clock = id.clock.next();
         world.push(id);
         world.visitors.look(&world.status());
-        run(world.servers.leave(id.worker, id.incarnation)).unwrap();
-        world.visitors.tell(&Seen::Left(id.worker));
+        world.leave(id);
         let while_away = world.status();
         world.visitors.look(&while_away);
         // It comes again after the servers were asked, and before they are looked at.
@@ -306,18 +398,9 @@ mod tests {
         for _ in 0..3 {
             world.visitors.look(&world.status());
         }
-        drop(world);
-        observers.run_ended();
-        let events: Vec<Event> = events.iter().collect();
-        let names: Vec<String> = events.iter().map(name).collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        // Looks at the servers depend on the time.
-        let rare: Vec<&str> = names
-            .into_iter()
-            .filter(|name| *name != "servers_seen")
-            .collect();
+        let (events, names) = world.end();
         assert_eq!(
-            rare,
+            names,
             [
                 "worker_joined",
                 "step",
@@ -349,8 +432,96 @@ mod tests {
     }
 
     #[test]
+    fn a_leave_of_a_stranger_or_of_an_earlier_incarnation_is_not_believed() {
+        let world = World::new();
+        let early = world.join(1);
+        world.join(2);
+        world.leave(early);
+        for rank in 1..1000 {
+            let worker = WorkerId(rank);
+            world.leave(GradientId { worker, ..early });
+        }
+        assert_eq!(world.visitors.lock().workers.len(), 1);
+        world.visitors.look(&world.status());
+        // What the earlier incarnation did is told late.
+        let (worker, incarnation) = (early.worker, early.incarnation);
+        let (clock, epoch) = (early.clock, Epoch(1));
+        world.visitors.tell(&Seen::Joined {
+            worker,
+            incarnation,
+            clock,
+            epoch,
+        });
+        world.leave(early);
+        assert!(world.visitors.lock().workers[&worker].is_here);
+        assert_eq!(world.end().1, ["worker_joined", "run_ended"]);
+    }
+
+    #[test]
+    fn a_join_that_is_told_again_after_the_leave_brings_nobody_back() {
+        let world = World::new();
+        let id = world.join(1);
+        world.leave(id);
+        world.visitors.tell(&Seen::Joined {
+            worker: id.worker,
+            incarnation: id.incarnation,
+            clock: id.clock,
+            epoch: Epoch(1),
+        });
+        world.visitors.look(&world.status());
+        let (_, names) = world.end();
+        assert_eq!(names, ["worker_joined", "worker_left", "run_ended"]);
+    }
+
+    #[test]
+    fn steps_whose_answers_were_cut_off_are_missed_once_and_in_their_places() {
+        let world = World::new();
+        let tell = |id| world.visitors.tell(&world.push(id));
+        let first = world.join(1);
+        tell(first);
+        // Nobody waits for the answer, and the worker comes back before the servers are looked at.
+        let clock = first.clock.next();
+        world.push(GradientId { clock, ..first });
+        let second = world.join(2);
+        assert_eq!(second.clock, Clock(2));
+        tell(second);
+        world.leave(second);
+        world.visitors.look(&world.status());
+        let third = world.join(3);
+        assert_eq!(third.clock, Clock(3));
+        tell(third);
+        // It is still here at the end, and waits for no answer.
+        let clock = third.clock.next();
+        world.push(GradientId { clock, ..third });
+        world.visitors.look(&world.status());
+        world.visitors.last_look(&world.status());
+        let (events, names) = world.end();
+        assert_eq!(
+            names,
+            [
+                "worker_joined",
+                "step",
+                "steps_missed",
+                "step",
+                "worker_left",
+                "worker_joined",
+                "step",
+                "steps_missed",
+                "run_ended"
+            ]
+        );
+        let clocks = events.iter().filter_map(|event| match event {
+            Event::Step(step) => Some((step.clock, 1)),
+            Event::StepsMissed(missed) => Some((missed.first, missed.num_steps)),
+            _ => None,
+        });
+        let clocks: Vec<(Clock, u64)> = clocks.collect();
+        assert_eq!(clocks, [0, 1, 2, 3, 4].map(|clock| (Clock(clock), 1)));
+    }
+
+    #[test]
     fn steps_from_before_the_program_began_are_not_missed() {
-        let status = ps_actors::server::WorkerStatus {
+        let status = WorkerStatus {
             num_applied: 7,
             ..Default::default()
         };

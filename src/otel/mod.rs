@@ -27,7 +27,9 @@
 //! digits.
 //!
 //! # Bounds
-//! Of each second, the first 100 steps have spans; `training` says how many have none. Spans are sent when there are 500, or
+//! Of each second, 100 steps have spans: the first ones of each worker, as many of one as of the other, and at least
+//! one. `training` says how many steps have none. Those of a driver's own loop are among them, because nobody knows
+//! when they began. Spans are sent when there are 500, or
 //! after a second. If the collector cannot be reached or refuses them, they are dropped, the log says so once, and it is tried again
 //! every 10 s; the training goes on. TLS is not supported: run a collector on the same host.
 //!

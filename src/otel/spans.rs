@@ -3,11 +3,15 @@
 //! The format: <https://opentelemetry.io/docs/specs/otlp/#json-protobuf-encoding>. Ids are hexadecimal, 64-bit numbers are texts,
 //! and times are nanoseconds since 1970.
 
+use std::collections::BTreeMap;
+
+use ps_actors::ids::WorkerId;
 use serde_json::{Value, json};
 
 use crate::observe::{Event, RunEnded, RunStarted, SettledStep, StepOutcome, StepTimes};
 
-/// How many steps per second get spans. A step has six.
+/// How many steps of all workers get spans per second. A step has six. Each worker has the same share, and at least
+/// one.
 const MAX_STEPS_PER_SECOND: u32 = 100;
 
 /// How many faults and changes the span of the training has: as many as the SDKs of OpenTelemetry allow.
@@ -27,8 +31,10 @@ pub(super) struct Spans {
     /// Faults and changes.
     events: Vec<Value>,
     num_events_left_out: usize,
-    /// How many steps of this second have spans.
-    second: (u64, u32),
+    num_workers: usize,
+    /// The latest second of each worker, and how many steps of it have spans.
+    seconds: BTreeMap<WorkerId, (u64, u32)>,
+    /// How many steps have no spans.
     num_steps_left_out: u64,
 }
 
@@ -75,6 +81,9 @@ impl Spans {
                 Vec::new()
             }
             Event::Step(step) => self.step(step),
+            Event::StepsMissed(missed) => self.leave_out(missed.num_steps),
+            // Nearly all of them are steps.
+            Event::EventsSkipped(skipped) => self.leave_out(skipped.num_events),
             Event::Evaluated(evaluated) => {
                 let mut attributes = vec![
                     whole("ps.version", evaluated.version.0),
@@ -127,6 +136,7 @@ impl Spans {
                 whole("ps.batch_size", settings.batch_size as u64),
                 number("ps.learning_rate", settings.learning_rate),
             ],
+            num_workers: settings.num_workers,
             ..Self::default()
         };
     }
@@ -161,20 +171,34 @@ impl Spans {
         vec![self.span(part, None).1]
     }
 
+    fn leave_out(&mut self, num_steps: u64) -> Vec<Value> {
+        self.num_steps_left_out = self.num_steps_left_out.saturating_add(num_steps);
+        Vec::new()
+    }
+
+    /// Whether the step gets spans. Of each second, the first ones of each worker do.
+    fn takes(&mut self, step: &SettledStep) -> bool {
+        let second = step.time.max(0.0) as u64;
+        // More workers may have come by themselves than there were to be.
+        let num_workers = self.num_workers.max(self.seconds.len()).max(1);
+        let share = MAX_STEPS_PER_SECOND / u32::try_from(num_workers).unwrap_or(u32::MAX);
+        let latest = self.seconds.entry(step.worker).or_default();
+        if second > latest.0 {
+            *latest = (second, 0);
+        }
+        let takes = latest.1 < share.max(1);
+        latest.1 += u32::from(takes);
+        takes
+    }
+
     fn step(&mut self, step: &SettledStep) -> Vec<Value> {
         let Some(times) = step.times else {
             // A driver's own loop does not know when the step began.
-            return Vec::new();
+            return self.leave_out(1);
         };
-        let second = step.time.max(0.0) as u64;
-        if second > self.second.0 {
-            self.second = (second, 0);
+        if !self.takes(step) {
+            return self.leave_out(1);
         }
-        if self.second.1 == MAX_STEPS_PER_SECOND {
-            self.num_steps_left_out += 1;
-            return Vec::new();
-        }
-        self.second.1 += 1;
         let StepTimes {
             data,
             compute,
@@ -282,8 +306,10 @@ pub(super) fn request(spans: &[Value]) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use ps_actors::ids::Clock;
+
     use super::*;
-    use crate::observe::{Settings, testing};
+    use crate::observe::{EventsSkipped, Settings, StepsMissed, testing};
 
     fn begun() -> Spans {
         let mut spans = Spans::default();
@@ -376,6 +402,57 @@ mod tests {
             (&end["droppedEventsCount"], &end["status"]["code"]),
             (&json!(3), &json!(2))
         );
+    }
+
+    #[test]
+    fn each_worker_has_its_share_of_the_spans_and_all_steps_without_any_are_counted() {
+        let settings = Settings {
+            num_workers: 4,
+            ..Settings::default()
+        };
+        let mut spans = Spans::default();
+        spans.of(&Event::RunStarted(Box::new(testing::started(
+            1_700_000_000.0,
+            settings,
+        ))));
+        let mut num_steps = |worker, num: u64, time| {
+            let steps = (0..num).map(|clock| spans.of(&testing::step(worker, clock, time)));
+            steps.filter(|spans| !spans.is_empty()).count()
+        };
+        // The driver learns of many steps of one worker at once.
+        assert_eq!(num_steps(0, 300, 1.5), 25);
+        assert_eq!(num_steps(1, 20, 1.2), 20);
+        assert_eq!(num_steps(0, 1, 2.0), 1);
+        // There are more workers than there were to be: each has at least one.
+        for worker in 2..500 {
+            assert!((1..=25).contains(&num_steps(worker, 30, 3.0)));
+        }
+        assert_eq!(num_steps(500, 30, 3.0), 1);
+
+        let mut spans = begun();
+        let Event::Step(step) = testing::step(0, 0, 1.0) else {
+            unreachable!("it is a step");
+        };
+        let untimed = Event::Step(SettledStep {
+            times: None,
+            ..step
+        });
+        let missed = Event::StepsMissed(StepsMissed {
+            time: 1.0,
+            worker: WorkerId(0),
+            first: Clock(1),
+            num_steps: 10,
+        });
+        let skipped = Event::EventsSkipped(EventsSkipped {
+            time: 1.0,
+            num_events: 100,
+        });
+        for event in [untimed, missed, skipped] {
+            assert!(spans.of(&event).is_empty());
+        }
+        let end = spans.of(&Event::RunEnded(Box::new(RunEnded::new(2.0, None))));
+        let left_out = end[0]["attributes"].as_array().unwrap().last().unwrap();
+        assert_eq!(left_out["value"]["intValue"], "111");
     }
 
     #[test]

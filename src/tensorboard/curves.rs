@@ -9,7 +9,7 @@ use ps_actors::ids::Version;
 use ps_actors::server::Histogram;
 
 use super::record::When;
-use crate::observe::{Event, RunStarted, SettledStep, StepOutcome, Tally};
+use crate::observe::{Change, Controlled, Event, RunStarted, SettledStep, StepOutcome, Tally};
 
 /// How long losses wait for those of other workers, in seconds. Times of events may go back by up to a second.
 const WAIT: f64 = 1.5;
@@ -170,6 +170,11 @@ impl Curves {
                 }
             }
             Event::ServersSeen(seen) => self.latest_rate = seen.learning_rate,
+            // Nobody looks at the servers of a driver's own loop.
+            Event::Controlled(Controlled {
+                change: Change::LearningRate { learning_rate },
+                ..
+            }) => self.latest_rate = *learning_rate,
             Event::ServersRecovered(recovered) => {
                 self.settle(f64::INFINITY, out);
                 self.losses = Losses::default();
@@ -371,6 +376,22 @@ mod tests {
         let last = losses.last().unwrap();
         assert!(last.0 >= 80, "{last:?}");
         assert!(points(&records, "gradients_per_second").len() >= 8);
+    }
+
+    #[test]
+    fn the_learning_rate_is_the_one_that_somebody_has_set() {
+        let change = Change::LearningRate {
+            learning_rate: 0.125,
+        };
+        let records = records([
+            started(0),
+            step(0, 1, 0.1, 1.0),
+            Event::Controlled(Controlled { time: 0.2, change }),
+            step(0, 2, 0.3, 1.0),
+            ended(0.5),
+        ]);
+        let rates = points(&records, "learning_rate");
+        assert_eq!(rates, [(0, 1000.0, 0.5), (2, 1000.5, 0.125)]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use super::hosting::Variants;
 use super::stopping::{Met, must_stop};
 use super::{Length, TrainError, Trainer};
 use crate::agreement::Facts;
-use crate::controls::{Controls, Listening, Running, end_pause};
+use crate::controls::{Listening, Pause, Running, end_pause};
 use crate::data::Examples;
 use crate::observe::{
     Collector, Event, Observers, RunEnded, RunSummary, ServersLost, ServersRecovered, Settings,
@@ -315,8 +315,14 @@ where
         listening.restore(&servers, &workers).await?;
         let started = Instant::now();
         let mut curve = Vec::new();
+        let pause = listening.pause();
+        let is_ending = || {
+            let is_interrupted = stop.is_some_and(|stop| stop.received().is_some());
+            is_interrupted || met.version().is_some()
+        };
         let outcome = {
-            let given_up = stop_workers(stop, met, &servers, &workers, &self.controls).shared();
+            let ends = (stop, met);
+            let given_up = stop_workers(ends, &servers, &workers, &pause, observers).shared();
             let runs = workers.iter().map(|worker| {
                 let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
                 worker.run(&servers, collector, first_step, num_steps, given_up.clone())
@@ -343,7 +349,7 @@ where
                 servers: &servers,
                 workers: &workers,
                 save_now: &save_now,
-                stop,
+                is_ending: &is_ending,
                 observers,
             });
             let stopping = given_up.clone();
@@ -612,16 +618,16 @@ async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupEr
 /// Stops the workers after a signal, or when an evaluation met a condition. Becomes ready when their time for
 /// the current step is over.
 async fn stop_workers<M: Model>(
-    stop: Option<&StopSignal>,
-    met: &Met,
+    (stop, met): (Option<&StopSignal>, &Met),
     servers: &ServerGroup,
     workers: &[Worker<ModelSource<M>>],
-    controls: &Controls,
+    pause: &Pause,
+    observers: &Observers,
 ) {
     must_stop(stop, met).await;
     workers.iter().for_each(Worker::stop);
     // Their last step may wait for it.
-    end_pause(controls, servers).await;
+    end_pause(pause, servers, observers).await;
     last_steps(servers, workers).await;
 }
 

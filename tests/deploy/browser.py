@@ -65,6 +65,11 @@ class Browser:
         found = self.call("POST", f"{self.session}/element", {"using": "css selector", "value": selector})
         return found[ELEMENT]
 
+    def frame(self, selector):
+        """From now on looks into this frame of the page, or at the whole page if it is None."""
+        frame = selector and {ELEMENT: self.find(selector)}
+        self.call("POST", f"{self.session}/frame", {"id": frame})
+
     def click(self, selector):
         self.call("POST", f"{self.session}/element/{self.find(selector)}/click", {})
 

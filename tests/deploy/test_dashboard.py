@@ -7,9 +7,11 @@ import http.server
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import tempfile
 import threading
@@ -25,11 +27,23 @@ CONTROLS = {"theme", "token", "pause", "checkpoint", "rate", "set-rate", "mode",
 CHARTS = ["chart-loss", "chart-accuracy", "chart-rate", "chart-staleness"]
 
 
+def free_port():
+    """A port that the system gives to nobody by itself, so that it stays free while nobody listens there."""
+    for _ in range(100):
+        port = random.randrange(20000, 32768)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 class Client:
-    """A worker that speaks HTTP, whose gradients are all the same."""
+    """A worker that speaks HTTP, whose gradients are all the same. It sends heartbeats until it falls silent."""
 
     def __init__(self, url, worker, test):
         self.url, self.worker, self.test = url, worker, test
+        self.is_silent = threading.Event()
+        self.beating = threading.Thread(target=self.beat, daemon=True)
 
     def ask(self, path, body=b"", **headers):
         headers = {f"ps-{name.replace('_', '-')}": str(value) for name, value in headers.items()}
@@ -40,6 +54,18 @@ class Client:
     def join(self):
         headers = self.ask("join", request=1)
         self.incarnation, self.size = headers["ps-incarnation"], int(headers["ps-num-weights"])
+        self.test.addCleanup(self.is_silent.set)
+        self.beating.start()
+
+    def beat(self):
+        while not self.is_silent.wait(2):
+            # If none arrives, the worker is lost, and the test sees that.
+            with contextlib.suppress(OSError):
+                self.ask("heartbeat", incarnation=self.incarnation)
+
+    def fall_silent(self):
+        self.is_silent.set()
+        self.beating.join(30)
 
     def push(self, clock):
         gradient = struct.pack("<f", 1e-3) * self.size
@@ -47,6 +73,7 @@ class Client:
         self.test.assertEqual(headers["ps-outcome"], "applied")
 
     def leave(self):
+        self.fall_silent()
         self.ask("leave", incarnation=self.incarnation)
 
 
@@ -101,17 +128,31 @@ class Dashboard(unittest.TestCase):
         with urllib.request.urlopen(request, timeout=20) as answer:
             return json.load(answer)["done"]
 
+    def look(self, url):
+        """Waits until the servers have been looked at once more, which happens once per second."""
+        before = self.state(url)["looked"]
+        eventually(lambda: self.state(url)["looked"] != before, "a look at the servers")
+
     def stands_still(self, url):
-        """Waits for two looks at the servers, and checks that no update was made in between. Returns the version."""
-        for _ in range(2):
-            version, looked = self.version(url), self.state(url)["seconds"]
-            # They are looked at once per second.
-            eventually(lambda: self.state(url)["seconds"] > looked + 1.5, "a look at the servers")
+        """Checks that no update is made between two looks at the servers. Returns the version."""
+        # The first look may have begun before the pause.
+        self.look(url)
+        self.look(url)
+        version = self.version(url)
+        self.look(url)
         self.assertEqual(self.version(url), version)
         return version
 
     def is_live(self):
         self.browser.eventually("return document.querySelector('#connection').dataset.state === 'live'")
+
+    def can_use(self, selector):
+        """Waits until a control can be used. They are disabled while the page waits for an answer."""
+        self.browser.eventually("return document.querySelector(arguments[0]).matches(':not(:disabled)')", selector)
+
+    def click(self, selector):
+        self.can_use(selector)
+        self.browser.click(selector)
 
     def number(self, selector):
         return float(re.sub(r"[^\d.]", "", self.browser.text(selector)) or "nan")
@@ -136,7 +177,7 @@ class Dashboard(unittest.TestCase):
         self.assertIn("Type the token", browser.text("#control-note"))
         self.assertTrue(browser.run("return document.querySelector('#controls').disabled"))
         browser.type("#token", "a-token-that-is-wrong")
-        browser.click("#pause")
+        self.click("#pause")
         browser.eventually("return document.querySelector('#result').dataset.ok === 'no'")
         self.assertIn("not the dashboard's token", browser.text("#result"))
         self.assertEqual(self.state(url)["status"], "training")
@@ -144,24 +185,26 @@ class Dashboard(unittest.TestCase):
         # With the token, pausing pauses.
         browser.run("document.querySelector('#token').value = ''")
         browser.type("#token", TOKEN)
-        browser.click("#pause")
+        self.click("#pause")
         browser.eventually("return document.querySelector('#status').textContent === 'paused'")
         paused_at = self.stands_still(url)
 
         # Settings change, and a checkpoint is saved, while it is paused.
-        browser.run("document.querySelector('#rate').value = ''")
+        self.can_use("#rate")
+        # In one step: without the focus, the page fills it in again.
+        browser.run("const rate = document.querySelector('#rate'); rate.focus(); rate.value = ''")
         browser.type("#rate", f"0.005{ENTER}")
         browser.eventually("return document.querySelector('#n-version-more').textContent.includes('learning rate 0.005')")
-        browser.click("#checkpoint")
+        self.click("#checkpoint")
         browser.eventually("return [...document.querySelectorAll('#checkpoints li')].some((one) => one.textContent.includes('Update'))")
-        browser.click("#resume")
+        self.click("#resume")
         eventually(lambda: self.version(url) > paused_at, "it goes on")
 
         # A worker is removed, after it was asked again.
         browser.run("document.querySelector('#who').value = '1'")
-        browser.click("#remove")
+        self.click("#remove")
         self.assertIn("Really remove worker 1?", browser.text("#remove"))
-        browser.click("#remove")
+        self.click("#remove")
         browser.eventually("return document.querySelectorAll('#workers .state[data-state=removed]').length === 1")
 
         # What the page says of itself is right, and nothing went wrong in it.
@@ -208,6 +251,13 @@ class Dashboard(unittest.TestCase):
             ]).then(done);""", url, TOKEN)
         self.assertEqual([fetched[0], fetched[2]], ["refused", "refused"])
         self.assertIn(fetched[1], ["opaque0", "refused"])
+        # Nor is the page shown in a frame of another one, where clicks could be stolen. The frame shows an error.
+        self.browser.frame("#page")
+        self.browser.eventually("return location.href !== 'about:blank' && document.readyState === 'complete'")
+        self.assertEqual(self.browser.run("return location.protocol"), "chrome-error:")
+        files = "return performance.getEntriesByType('resource').filter(({ name }) => name.startsWith(arguments[0])).length"
+        self.assertEqual(self.browser.run(files, url), 0)
+        self.browser.frame(None)
         self.browser.run("document.querySelector('#f').submit()")
         # The answer to the form has come when its frame shows another document.
         self.browser.eventually("try { return frames.t.document === null } catch { return true }")
@@ -231,12 +281,21 @@ class Dashboard(unittest.TestCase):
                 break
         self.assertLessEqual(CONTROLS | set(CHARTS) | {"skip", "axis"}, set(reached), reached)
         # What has the focus can be seen: it has an outline.
+        self.can_use("#pause")
         browser.run("document.querySelector('#pause').focus()")
         browser.press(ENTER)
         browser.eventually("return document.querySelector('#status').textContent === 'paused'")
         browser.eventually("return document.activeElement.id === 'resume'")
+        self.can_use("#resume")
         browser.press(ENTER)
         browser.eventually("return document.querySelector('#status').textContent === 'training'")
+        browser.eventually("return document.activeElement.id === 'pause'")
+        # The focus stays with the one that can be used, also if somebody else pauses the training.
+        self.can_use("#pause")
+        for path, other in [("pause", "resume"), ("resume", "pause")]:
+            self.post(url, path)
+            browser.eventually("return document.querySelector(arguments[0]).disabled", f"#{path}")
+            self.assertEqual(browser.run("return document.activeElement.id"), other)
         # A chart says what is under the cursor.
         browser.eventually("return document.querySelector('#chart-loss .line')")
         browser.run("document.querySelector('#chart-loss svg').focus()")
@@ -256,8 +315,9 @@ class Dashboard(unittest.TestCase):
 
     def test_it_comes_back_when_the_driver_is_started_again(self):
         browser = self.browser
-        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved", "--checkpoint-every", "50")
-        port = url.rstrip("/").rsplit(":", 1)[1]
+        port = free_port()
+        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved", "--checkpoint-every", "50",
+                                  port=port)
         browser.open(url)
         self.is_live()
         eventually(lambda: self.state(url)["num_checkpoints"] > 0, "a checkpoint")
@@ -272,15 +332,18 @@ class Dashboard(unittest.TestCase):
         self.end(process)
 
     def test_a_signal_ends_a_pause_and_nothing_is_lost(self):
-        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved", consistency="bsp")
+        # It saves no checkpoint by itself before the end.
+        process, url = self.start("--num-workers", "2", "--checkpoint-dir", "saved", "--checkpoint-every", "0",
+                                  "--run-dir", "run", consistency="bsp")
         self.post(url, "pause")
         version = self.stands_still(url)
         os.killpg(process.child.pid, signal.SIGTERM)
         code, text = process.wait(30)
         self.assertEqual(code, 0, text)
         self.assertNotIn("before all steps are finished", text)
-        saved = int(re.search(r"saved a checkpoint.*version=\D*(\d+)", text)[1])
+        saved = int(re.findall(r"saved a checkpoint.*version=\D*(\d+)", text)[-1])
         self.assertIn(saved - version, (0, 1), text)
+        self.assertEqual(self.changes(), ["paused", "resumed"])
 
     def test_a_pause_and_settings_outlive_the_servers(self):
         process, url = self.start("--num-workers", "2", "--processes", "3", "--servers-on-nodes",
@@ -300,9 +363,15 @@ class Dashboard(unittest.TestCase):
         eventually(lambda: self.version(url) > version, "it goes on")
         self.end(process)
 
+    def changes(self):
+        """What the directory of the run says that was changed."""
+        events = map(json.loads, (self.folder / "run" / "events.jsonl").read_text().splitlines())
+        return [event["change"] for event in events if event["event"] == "controlled"]
+
     def test_a_loop_of_its_own_is_controlled_and_says_what_it_decides_itself(self):
         browser = self.browser
-        process, url = self.start_loop("--checkpoint-dir", "saved")
+        # It saves no checkpoint by itself.
+        process, url = self.start_loop("--checkpoint-dir", "saved", "--checkpoint-every", "0", "--run-dir", "run")
         browser.open(url)
         self.is_live()
         browser.type("#token", TOKEN)
@@ -311,7 +380,10 @@ class Dashboard(unittest.TestCase):
         disabled = browser.run("return ['mode', 'set-mode', 'who', 'remove', 'pause', 'checkpoint', 'set-rate'].map((id) => document.getElementById(id).disabled)")
         self.assertEqual(disabled, [True] * 4 + [False] * 3)
         eventually(lambda: self.version(url) > 10, "it trains")
-        browser.click("#pause")
+        # It says how fast it is, and not how many weights it has.
+        browser.eventually("return document.querySelector('#chart-rate .line, #chart-rate .dot')")
+        self.assertEqual(browser.text("#servers-text"), "1 server. The first one decides.")
+        self.click("#pause")
         self.happened(url, "paused")
         version = self.version(url)
         self.post(url, "learning-rate", learning_rate=0.005)
@@ -321,8 +393,9 @@ class Dashboard(unittest.TestCase):
         state = self.state(url)
         self.assertEqual((state["version"], state["status"], state["learning_rate"]), (version, "paused", 0.005))
         self.assertEqual(state["checkpoints"][0]["version"], version)
-        browser.eventually("return !document.querySelector('#resume').disabled")
-        browser.click("#resume")
+        # The same version is not saved again.
+        self.post(url, "checkpoint")
+        self.click("#resume")
         eventually(lambda: self.version(url) > version, "it goes on")
         # A signal ends a pause.
         self.post(url, "pause")
@@ -330,6 +403,10 @@ class Dashboard(unittest.TestCase):
         code, text = process.wait(60)
         self.assertEqual(code, 0, text)
         self.assertIn("To go on: ", text)
+        saved = re.findall(r"saved a checkpoint.*version=\D*(\d+)", text)
+        self.assertEqual(saved.count(str(version)), 1, text)
+        asked = ["learning_rate", "checkpoint_asked", "checkpoint_asked"]
+        self.assertEqual(self.changes(), ["paused", *asked, "resumed", "paused", "resumed"])
 
     def test_workers_of_any_language_are_shown(self):
         browser = self.browser
@@ -363,6 +440,7 @@ class Dashboard(unittest.TestCase):
         self.happened(url, "worker 0 has left")
         browser.eventually("return document.querySelectorAll('#workers .state[data-state=left]').length === 1")
         # The other one falls silent: it is lost after its lease, and the training ends, which the page still gets.
+        workers[1].fall_silent()
         code, text = process.wait(60)
         self.assertEqual(code, 0, text)
         browser.eventually("return document.querySelector('#status').textContent === 'finished'")

@@ -1,12 +1,15 @@
-"""The progress of a training on a terminal whose size changes, after Ctrl-C, and where nobody reads any more."""
+"""The progress of a training on a terminal whose size changes, or that has the bar of another process; after Ctrl-C;
+and where nobody reads any more."""
 
 import fcntl
 import os
+import pathlib
 import pty
 import re
 import signal
 import struct
 import subprocess
+import tempfile
 import termios
 import threading
 import unittest
@@ -20,13 +23,13 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class Terminal:
     """A program on a terminal of its own."""
 
-    def __init__(self, test, line, columns):
+    def __init__(self, test, line, columns, **variables):
         self.bytes, self.changed = b"", threading.Condition()
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
             # The size is there before the program looks.
             resize(0, columns)
-            os.execve(line[0], [str(word) for word in line], environment(TERM="xterm"))
+            os.execve(line[0], [str(word) for word in line], environment(**{"TERM": "xterm", **variables}))
         self.status = None
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
@@ -109,6 +112,26 @@ class Progress(unittest.TestCase):
         shown = [re.split(r"\r|\x1b\[2K", line.rstrip("\r"))[-1] for line in text.split("\n")]
         self.assertTrue(any(re.match(r"worker 1 +\d+ ", line) for line in shown), shown)
         self.assertEqual([line for line in shown if "left, " in line], [])
+
+    def waits_for_the_cache(self, **variables):
+        """Starts a program that waits for another one, which fills the cache and may show a bar on the same terminal.
+        Returns all that it wrote until it says so."""
+        folder = tempfile.TemporaryDirectory(prefix="ps-terminal-")
+        self.addCleanup(folder.cleanup)
+        cache = pathlib.Path(folder.name) / "ps" / "mnist"
+        cache.mkdir(parents=True)
+        lock = (cache / ".lock").open("w")
+        self.addCleanup(lock.close)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        variables = {"XDG_CACHE_HOME": folder.name, "PS_OFFLINE": "0", **variables}
+        terminal = Terminal(self, [example("sharded_ps")], 100, **variables)
+        terminal.wait_for("waiting for another process[^\n]*\n")
+        return terminal.text()
+
+    def test_a_log_line_erases_the_bar_that_is_where_it_begins(self):
+        self.assertRegex(self.waits_for_the_cache(), r"\r\x1b\[K[^\r\n\x1b]*waiting for another process")
+        # This one cannot erase anything.
+        self.assertNotIn("\x1b", self.waits_for_the_cache(TERM="dumb"))
 
     def test_a_reader_that_goes_away_ends_no_training(self):
         line = f"{example('sharded_ps')} --offline --batch-size 16 --iterations 300 | head -1; echo code ${{PIPESTATUS[0]}}"

@@ -1,13 +1,15 @@
-//! Controls of a driver's own loop.
+//! Controls of a driver's own loop, and of a training that ends.
 
+use std::cell::RefCell;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ps::controls::{ControlError, Controls};
+use ps::controls::{ControlError, Controls, LoopControls};
 use ps::observe::{Change, Event, Observers, Settings};
 use ps::prelude::*;
 
@@ -140,6 +142,105 @@ fn a_loop_makes_no_update_while_it_is_paused_and_does_what_else_is_asked() {
         _ => None,
     });
     assert_eq!(saved, Some(version));
+}
+
+#[test]
+fn a_loop_saves_a_version_once_however_often_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let running = begin(Some(folder.path()));
+    running.controls.pause().wait().unwrap();
+    let version = running.version();
+    for _ in 0..3 {
+        running.controls.save_checkpoint().wait().unwrap();
+    }
+    running.controls.resume().wait().unwrap();
+    let (_, events) = running.end();
+    let saved = events.iter().filter_map(|event| match event {
+        Event::CheckpointSaved(saved) => Some(saved.version),
+        _ => None,
+    });
+    assert_eq!(saved.collect::<Vec<_>>(), [version]);
+}
+
+/// Controls of a loop that trains nothing.
+fn in_loop(controls: &Controls, observers: &Observers) -> LoopControls {
+    let initial = Weights::initial(Layout::flat(2), vec![0.0; 2]);
+    let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default()).unwrap();
+    controls.in_loop(server.spawn().unwrap(), observers, &Checkpoints::off())
+}
+
+fn heed(mut heeding: LoopControls) -> JoinHandle<LoopControls> {
+    std::thread::spawn(move || {
+        heeding.heed(&StopSignal::heed().unwrap(), &mut Checkpoints::off());
+        heeding
+    })
+}
+
+#[test]
+fn a_loop_that_another_one_has_replaced_leaves_the_pause_of_that_one_alone() {
+    let (controls, observers) = (Controls::new(), Observers::none());
+    let mut replaced = in_loop(&controls, &observers);
+    let newer = in_loop(&controls, &observers);
+    let paused = controls.pause();
+    let newer = heed(newer);
+    paused.wait().unwrap();
+    // It does not wait either.
+    replaced.heed(&StopSignal::heed().unwrap(), &mut Checkpoints::off());
+    assert!(controls.is_paused());
+    drop(replaced);
+    assert!(controls.is_paused() && controls.is_running());
+    controls.resume().wait().unwrap();
+    drop(newer.join().unwrap());
+}
+
+#[test]
+fn a_pause_that_nobody_can_end_any_more_ends_and_observers_learn_of_it() {
+    let (sender, events) = channel();
+    let told = move |event: &Event| _ = sender.send(event.clone());
+    let (controls, observers) = (Controls::new(), Observers::start(vec![Box::new(told)]));
+    let waiting = in_loop(&controls, &observers);
+    let paused = controls.pause();
+    let waiting = heed(waiting);
+    paused.wait().unwrap();
+    let newer = in_loop(&controls, &Observers::none());
+    drop(waiting.join().unwrap());
+    drop(newer);
+    observers.run_ended();
+    let changes = events.iter().filter_map(|event| match event {
+        Event::Controlled(controlled) => Some(controlled.change),
+        _ => None,
+    });
+    let changes: Vec<Change> = changes.collect();
+    assert_eq!(changes, [Change::Paused, Change::Resumed]);
+}
+
+/// The pause is asked for while the evaluation runs that ends the training.
+#[test]
+fn a_training_that_an_evaluation_ends_refuses_to_be_paused() {
+    let device = select_device(default_device_name()).unwrap();
+    let Mnist { train, test, .. } = Mnist::bundled_sample();
+    let controls = Controls::new();
+    let asked = Rc::new(RefCell::new(None));
+    let (asks, keeps) = (controls.clone(), Rc::clone(&asked));
+    let report = Trainer::new(ConvNet::init(3, &device), train)
+        .test_data(test)
+        .device(&device)
+        .workers(2)
+        .batch_size(8)
+        .iterations(100_000)
+        .evaluate_every(10)
+        .heed_signals(false)
+        .controls(&controls)
+        .stop_when(move |_| {
+            keeps.borrow_mut().get_or_insert_with(|| asks.pause());
+            true
+        })
+        .run()
+        .unwrap();
+    assert!(report.stopped_early.is_some());
+    let asked = asked.take().expect("there was an evaluation");
+    let refused = asked.wait();
+    assert!(matches!(refused, Err(ControlError::Ending)), "{refused:?}");
 }
 
 #[test]

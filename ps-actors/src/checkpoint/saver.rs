@@ -548,6 +548,20 @@ impl Checkpoints {
         }
     }
 
+    /// As [`save_group`](Self::save_group), but takes none if the latest one that was taken is of the current
+    /// version. If one is being written, waits for it first, because it may fail.
+    pub async fn save_unless_taken(&mut self, servers: &ServerGroup) {
+        if self.is_off() {
+            return;
+        }
+        self.wait();
+        match servers.status().await {
+            Ok(status) if self.taken == Some(status[0].version) => {}
+            Ok(_) => self.save_group(servers).await,
+            Err(error) => self.failed(&error),
+        }
+    }
+
     /// [Saves](Self::save_group) a checkpoint each time that one is due or [asked for](Self::save_now), as long as it is polled. So run it
     /// beside the training, and drop it at the end.
     pub async fn save_when_due(&mut self, servers: &ServerGroup) -> Infallible {

@@ -2,8 +2,9 @@
 
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::header::CONTENT_TYPE;
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use axum::http::header::{CONTENT_TYPE, ORIGIN};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::body::{self, Upload};
@@ -20,6 +21,20 @@ use crate::weights::{Gradient, GradientUpdate, Weights};
 
 type Answer = Result<Response, Problem>;
 
+/// Refuses a request that a browser sends for a page. Workers are no pages, and send neither header.
+pub(super) async fn refuse_pages(request: Request, next: Next) -> Answer {
+    let headers = request.headers();
+    let mut sites = headers.get_all("sec-fetch-site").iter();
+    // `none`: somebody has typed the address.
+    let is_of_page = sites.any(|site| site != "none");
+    if headers.contains_key(ORIGIN) || is_of_page {
+        let why = "this request comes from a page in a browser (it has the header origin or sec-fetch-site): only \
+                   workers may send requests here";
+        return Err(Problem::new(StatusCode::FORBIDDEN, why));
+    }
+    Ok(next.run(request).await)
+}
+
 pub(super) async fn join(State(api): State<Api>, headers: HeaderMap) -> Answer {
     let model = api.model()?;
     let (worker, request) = newcomer(&headers)?;
@@ -28,8 +43,12 @@ pub(super) async fn join(State(api): State<Api>, headers: HeaderMap) -> Answer {
         Ok((num_weights, model.group.join(worker, request).await?))
     };
     let (num_weights, membership) = model.while_open(join).await?;
-    let epoch = membership.epoch;
-    api.shared.watcher.tell(|| Seen::Joined { worker, epoch });
+    api.shared.watcher.tell(|| Seen::Joined {
+        worker,
+        incarnation: membership.incarnation,
+        clock: membership.next_clock,
+        epoch: membership.epoch,
+    });
     let headers = [
         (INCARNATION, membership.incarnation.0),
         (CLOCK, membership.next_clock.0),
@@ -48,7 +67,10 @@ pub(super) async fn leave(State(api): State<Api>, headers: HeaderMap) -> Answer 
     } = Caller::read(&headers)?;
     let leave = async { Ok(model.group.leave(worker, incarnation).await?) };
     model.while_open(leave).await?;
-    api.shared.watcher.tell(|| Seen::Left(worker));
+    api.shared.watcher.tell(|| Seen::Left {
+        worker,
+        incarnation,
+    });
     Ok(Response::default())
 }
 

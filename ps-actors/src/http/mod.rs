@@ -9,7 +9,8 @@
 //! that of the weights (PS-6). The number of bodies that are read at a time is limited (PS-7).
 //!
 //! This module has no access control. Serve the routes behind the token of
-//! [`Cluster::listen_with`](ps_runtime::cluster::Cluster::listen_with).
+//! [`Cluster::listen_with`](ps_runtime::cluster::Cluster::listen_with). It only refuses what a browser sends for a
+//! page: without that, a page of another site could train a model on this machine.
 //!
 //! ```
 //! use ps_actors::cluster::{Cluster, ClusterConfig, Hosts};
@@ -40,6 +41,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use axum::Router;
+use axum::middleware::from_fn;
 use axum::routing::{get, post};
 
 use self::body::Uploads;
@@ -155,6 +157,7 @@ impl Api {
             .route("/v1/push", post(handlers::push))
             .route("/v1/push-pull", post(handlers::push_pull))
             .route("/v1/status", get(handlers::status))
+            .route_layer(from_fn(handlers::refuse_pages))
             .with_state(self.clone())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::ids::{Epoch, GradientId, Version, WorkerId};
+use crate::ids::{Clock, Epoch, GradientId, Incarnation, Version, WorkerId};
 use crate::server::Outcome;
 use crate::weights::GradientUpdate;
 
@@ -14,11 +14,21 @@ pub enum Seen {
     Joined {
         /// The worker.
         worker: WorkerId,
+        /// The incarnation that it began.
+        incarnation: Incarnation,
+        /// The clock of its first step.
+        clock: Clock,
         /// The epoch of the membership that it began.
         epoch: Epoch,
     },
-    /// A worker has left in order.
-    Left(WorkerId),
+    /// Somebody said that this incarnation of a worker leaves. Anybody can say so: it has an effect only if the
+    /// incarnation is a member.
+    Left {
+        /// The worker.
+        worker: WorkerId,
+        /// The incarnation that is said to leave.
+        incarnation: Incarnation,
+    },
     /// A gradient was settled. It is told again if the push is repeated, and not at all if the worker's connection ended
     /// before the answer.
     Settled(SettledPush),

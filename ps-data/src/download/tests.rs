@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier, Mutex};
 
+use indicatif::{ProgressDrawTarget, TermLike};
 use sha2::{Digest, Sha256};
 
 use super::server::{Answer, TestServer};
@@ -380,4 +381,74 @@ fn a_cache_that_cannot_be_written_is_named() {
             .contains(file.path().to_str().expect("UTF-8")),
         "{error}"
     );
+}
+
+/// A terminal of 80 columns: all that was written to it, with a line break instead of each move of the cursor.
+#[derive(Clone, Debug, Default)]
+struct Terminal(Arc<Mutex<String>>);
+
+impl Terminal {
+    fn write(&self, text: &str) -> io::Result<()> {
+        self.0.lock().expect("no panic").push_str(text);
+        Ok(())
+    }
+}
+
+impl TermLike for Terminal {
+    fn width(&self) -> u16 {
+        80
+    }
+
+    fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+        self.write("\n")
+    }
+
+    fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+        self.write("\n")
+    }
+
+    fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+        self.write("\n")
+    }
+
+    fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+        self.write("\n")
+    }
+
+    fn write_line(&self, line: &str) -> io::Result<()> {
+        self.write(line)?;
+        self.write("\n")
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        self.write(text)
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        self.write("\n")
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A log line erases the line of the bar, but no second one.
+#[test]
+fn the_bar_is_one_line() {
+    let terminal = Terminal::default();
+    let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));
+    let bar = with_template(ProgressBar::with_draw_target(Some(26_421_880), target));
+    let bar = bar.with_message("train-images-idx3-ubyte");
+    for _ in 0..20 {
+        bar.inc(1_234_567);
+        bar.tick();
+    }
+    let written = terminal.0.lock().expect("no panic").clone();
+    let lines: Vec<&str> = written.lines().filter(|line| !line.is_empty()).collect();
+    assert!(lines.len() > 1, "{written:?}");
+    for line in lines {
+        assert!(line.starts_with('[') && line.len() <= 80, "{line:?}");
+        assert!(line.contains("train-images"), "{line:?}");
+    }
 }

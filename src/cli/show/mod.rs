@@ -28,7 +28,7 @@ pub use table::closing_table;
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "What is shown")]
 pub struct ShowArgs {
-    /// Show no progress, of a download neither, and no closing table on standard error.
+    /// Show no progress (not even that of a download) and no closing table on standard error.
     #[arg(long)]
     pub quiet: bool,
     /// Describe the run in this directory: settings, events, report, curves. If it has a run already, the name

@@ -100,8 +100,9 @@ impl Progress {
 
     fn end(&mut self) {
         if let Some(bar) = self.bar.take() {
-            output::show_bar(None);
+            // In this order: a line that somebody prints meanwhile must not go beside the bar.
             bar.finish_and_clear();
+            output::show_bar(None);
         }
         let is_coloured =
             self.is_terminal && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
@@ -140,8 +141,8 @@ impl Observer for Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         if let Some(bar) = self.bar.take() {
-            output::show_bar(None);
             bar.finish_and_clear();
+            output::show_bar(None);
         }
     }
 }

@@ -188,7 +188,9 @@ function showWorkers() {
 
 function showServers() {
   const weights = state.run.num_weights;
-  text("servers-text", `${many(weights, "weight")} (${bytes(4 * weights)}) on ${many(state.num_servers, "server")}. The first one decides.`);
+  // A driver's own loop may not say how many there are.
+  const where = weights > 0 ? `${many(weights, "weight")} (${bytes(4 * weights)}) on ` : "";
+  text("servers-text", `${where}${many(state.num_servers, "server")}. The first one decides.`);
   fill($("servers").tBodies[0], () => state.servers.map((server, index) => element("tr", {},
     element("th", { scope: "row" }, index === 0 ? "0, first" : `${index}`),
     element("td", {}, server.place),
@@ -225,7 +227,8 @@ function showLists() {
 function showRun() {
   const { run } = state;
   const started = new Date(1000 * run.started);
-  const rows = [["Model", run.model], ["Weights", count(run.num_weights)], ["Examples", count(run.num_examples)], ["Batch size", count(run.batch_size)], ["Optimizer", run.optimizer], ["Reduction", run.reduction], ["Device", run.device], ["Seed", `${run.seed}`], ["Started", run.started ? started.toLocaleString() : "–"], ["Went on from update", run.first_version ? count(run.first_version) : "–"], ["Versions", `ps ${run.ps}, burn ${run.burn}`]];
+  const known = (value) => (value > 0 ? count(value) : "");
+  const rows = [["Model", run.model], ["Weights", known(run.num_weights)], ["Examples", known(run.num_examples)], ["Batch size", known(run.batch_size)], ["Optimizer", run.optimizer], ["Reduction", run.reduction], ["Device", run.device], ["Seed", `${run.seed}`], ["Started", run.started ? started.toLocaleString() : "–"], ["Went on from update", run.first_version ? count(run.first_version) : "–"], ["Versions", `ps ${run.ps}, burn ${run.burn}`]];
   fill($("run"), () => rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value || "–")]), rows);
 }
 
@@ -246,8 +249,12 @@ function showControls() {
   text("control-note", note);
   $("token-row").hidden = !control.is_allowed && connection !== "needs-token";
   $("controls").disabled = note !== "" || isBusy || connection !== "live";
+  const focused = document.activeElement;
   $("pause").disabled = control.is_paused;
   $("resume").disabled = !control.is_paused;
+  // One of the two can be used. It gets the focus if the other one had it.
+  if (focused === $("pause") && control.is_paused) $("resume").focus();
+  if (focused === $("resume") && !control.is_paused) $("pause").focus();
   $("checkpoint").disabled = !control.saves_checkpoints;
   $("checkpoint").title = control.saves_checkpoints ? "" : "This training has no directory for checkpoints.";
   for (const id of ["mode", "set-mode"]) $(id).disabled = !control.changes_consistency;
@@ -303,7 +310,7 @@ function onClick(id, handler) {
     await handler();
     const next = { pause: "resume", resume: "pause" }[id] ?? id;
     const wanted = $(id).disabled ? $(next) : $(id);
-    if (document.activeElement === document.body) wanted.focus();
+    if ([document.body, $(id)].includes(document.activeElement)) wanted.focus();
   });
 }
 onClick("pause", async () => { if (await change("pause", {})) { state.control.is_paused = true; showControls(); } });

@@ -134,6 +134,55 @@ fn without_the_token_nothing_is_served() {
         .expect(401);
 }
 
+/// A page of another site cannot train, also if it lets its name point to this address (DNS rebinding).
+#[test]
+fn what_a_browser_sends_for_a_page_is_refused() {
+    let world = World::new(Settings {
+        server: asp(),
+        ..Settings::default()
+    });
+    world.client().join(0, 5).expect(200);
+    let (me, stamped) = (caller(0, 1), stamp(0, 1, 0, 0));
+    for page in [
+        "origin: http://evil.example\r\n",
+        "Origin: null\r\n",
+        "origin: http://x\r\n",
+        "sec-fetch-site: cross-site\r\n",
+        "sec-fetch-site: same-origin\r\n",
+    ] {
+        for (method, path, headers, body) in [
+            (
+                "POST",
+                "/v1/join",
+                "ps-worker: 0\r\nps-request: 6\r\n",
+                vec![],
+            ),
+            ("POST", "/v1/leave", me.as_str(), vec![]),
+            ("POST", "/v1/heartbeat", me.as_str(), vec![]),
+            ("POST", "/v1/push", stamped.as_str(), good()),
+            ("POST", "/v1/push-pull", stamped.as_str(), good()),
+            ("GET", "/v1/weights", "", vec![]),
+            ("GET", "/v1/layout", "", vec![]),
+            ("GET", "/v1/status", "", vec![]),
+            ("OPTIONS", "/v1/push", "", vec![]),
+        ] {
+            let mut client = world.client();
+            client.send(method, path, &format!("{headers}{page}"), &body);
+            let got = client.receive().expect(403);
+            assert!(got.text().contains("page in a browser"), "{}", got.text());
+            assert_eq!(got.find("access-control-allow-origin"), None);
+        }
+    }
+    // Nothing has happened, and the worker is still a member.
+    let status = world.status();
+    assert!(status.contains(r#""version":0,"#), "{status}");
+    world.client().post("/v1/heartbeat", &me, &[]).expect(200);
+    // Somebody who types the address into a browser may look.
+    let mut client = world.client();
+    client.send("GET", "/v1/status", "sec-fetch-site: none\r\n", &[]);
+    client.receive().expect(200);
+}
+
 /// The start of a push whose body is to follow.
 fn head() -> String {
     let stamp = stamp(0, 1, 0, 0);
