@@ -92,7 +92,7 @@ impl ExportFile {
         &self.path
     }
 
-    /// Writes `model` with these weights. A file that is there is replaced when the new one is complete.
+    /// Writes `model` with these weights. An existing file is replaced when the new one is complete.
     ///
     /// # Errors
     /// If the weights are of another model, or if the file cannot be written.

@@ -209,9 +209,9 @@ impl<M: Model> ModelSource<M> {
     }
 
     /// Does the same, but computes the gradient of each batch in `num_parts` parts, one after the other, and
-    /// accumulates them. So the device needs the memory for one part only. The gradient is that of the
-    /// whole batch, up to rounding, if the model's loss is a mean over the examples. Random numbers, such as
-    /// those of dropout, are others in each part.
+    /// accumulates them. So the device needs the memory for one part only. The gradient is that of the whole
+    /// batch, up to rounding, if the model's loss is a mean over the examples. Each part draws other random
+    /// numbers, for example for dropout.
     ///
     /// # Errors
     /// As [`new`](Self::new).

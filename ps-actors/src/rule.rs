@@ -76,8 +76,8 @@ pub trait UpdateRule: Send + fmt::Debug + 'static {
         self.update(next, gradient, learning_rate);
     }
 
-    /// Is told which weights of the model the rule updates, once before everything else. Most rules treat all weights
-    /// alike, and need not know. [`Groups`] is one that does.
+    /// Is called once, before all other methods, with the weights of the model that the rule updates. Most rules
+    /// treat all weights alike and do not need this. [`Groups`] does.
     ///
     /// # Errors
     /// If the rule cannot update them. Then there is no server.

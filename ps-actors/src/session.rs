@@ -181,8 +181,8 @@ impl Session {
         self.servers.leave(self.worker, self.incarnation).await
     }
 
-    /// Ends the session and not the membership, because another worker goes on in this one's place. So no round
-    /// closes without the worker. The caller must let the other worker [join](Self::join), or
+    /// Ends the session but keeps the membership, for another worker that goes on in this one's place. So no
+    /// round closes without the worker. The caller must let the other worker [join](Self::join), or
     /// [report](ServerGroup::report_lost) this one lost.
     pub fn stay(mut self) {
         self.keep();

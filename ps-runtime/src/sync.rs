@@ -1,5 +1,5 @@
-//! The locks and wakers of a call, in one place. `tests/schedules` compiles the files of a call with others in their
-//! place, which switch threads at every operation.
+//! The locks and wakers of a call, in one place. `tests/schedules` compiles the files of a call with replacements
+//! for them, which switch threads at every operation.
 
 pub(crate) use std::sync::{Mutex, MutexGuard};
 

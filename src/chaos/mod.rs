@@ -283,8 +283,8 @@ impl Chaos {
         }))
     }
 
-    /// Ends the run in the driver. Returns what the faults did to it, and if the user wants it, compares with a run
-    /// without faults, which is done now. `None` without a plan.
+    /// Ends the run in the driver. Returns what the faults did to the run. If the user asks for it, this call also
+    /// makes a run without faults, and compares the two. Returns `None` without a plan.
     ///
     /// # Errors
     /// If the run without faults fails.

@@ -42,9 +42,9 @@ pub struct CheckpointArgs {
     /// beginning.
     #[arg(long, requires = "checkpoint_dir")]
     pub resume: bool,
-    /// Also log each update between checkpoints, so that nothing is lost that a worker was told was applied.
-    /// SYNC says when the log must be on the disk, in case the machine fails: `always` (before each answer),
-    /// `never` (when the system likes), or every so many seconds.
+    /// Also log each update between checkpoints, so that no gradient is lost after a worker was told that it
+    /// was applied. SYNC says when the log must be on the disk, in case the machine fails: `always` (before
+    /// each answer), `never` (when the system likes), or every so many seconds.
     #[arg(long, value_name = "SYNC", num_args = 0..=1, require_equals = true,
           default_missing_value = "1", requires = "checkpoint_dir")]
     pub update_log: Option<LogSync>,

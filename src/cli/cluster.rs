@@ -52,7 +52,7 @@ pub struct ClusterArgs {
     /// The name that the certificates are issued for.
     #[arg(long, default_value = tls::DEFAULT_NAME)]
     pub tls_name: String,
-    /// Seconds after which a process of which nothing is heard counts as lost.
+    /// Seconds of silence after which a process counts as lost.
     #[arg(long, default_value_t = 5.0)]
     pub process_lease: f64,
     /// Listen to other hosts without a token. Anybody on the network can then take part.

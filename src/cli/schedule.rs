@@ -24,7 +24,7 @@ pub struct ScheduleArgs {
     /// exponential:FACTOR, or step:UPDATES:FACTOR. Linear and cosine go down to END (0) at the end of the run.
     #[arg(long, default_value_t = LrSchedule::Constant)]
     pub lr_schedule: LrSchedule,
-    /// Let the learning rate rise from 0 over so many updates first.
+    /// Let the learning rate rise from 0 over this many updates at the start.
     #[arg(long, default_value_t = 0, value_name = "UPDATES")]
     pub warmup: u64,
     /// Scale the gradient of an update down to this norm if it is larger.

@@ -268,10 +268,10 @@ impl Controls {
         self.ask(Ask::Pause(false))
     }
 
-    /// Lets the training save a checkpoint of its current version. This is done when the training knows of it,
-    /// not when the checkpoint is on the disk: that is a
-    /// [`CheckpointSaved`](crate::observe::Event::CheckpointSaved). If the version has a checkpoint already, no
-    /// other one is saved.
+    /// Lets the training save a checkpoint of its current version. The result is ready when the training has
+    /// accepted the request, not when the checkpoint is on the disk. The event
+    /// [`CheckpointSaved`](crate::observe::Event::CheckpointSaved) says that. If the version has a checkpoint
+    /// already, no other one is saved.
     ///
     /// # Errors
     /// If no training runs, or if it saves no checkpoints.
@@ -295,8 +295,8 @@ impl Controls {
         self.ask(Ask::Consistency(consistency))
     }
 
-    /// Lets a worker leave for good after its step. This is done when the worker is asked to. If it has not
-    /// finished its step after 10 s, it is ended at once.
+    /// Lets a worker leave for good after its step. The result is ready when the worker has been asked to
+    /// leave. If it has not finished its step after 10 s, it is ended at once.
     ///
     /// # Errors
     /// If no training runs, if there is no such worker, or if it is the last one.

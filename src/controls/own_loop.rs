@@ -86,7 +86,8 @@ impl LoopControls {
     /// Carries out what was asked since the last call. While somebody has paused a loop, waits until it is resumed or
     /// a signal comes, and carries out what is asked meanwhile.
     ///
-    /// Call it before each update. What is refused does not end the loop: whoever asked gets the error.
+    /// Call it before each update. A request that is refused does not end the loop. The caller of the
+    /// control gets the error.
     ///
     /// # Panics
     /// When it is called from asynchronous code.

@@ -93,13 +93,13 @@ type MetricsText = Arc<dyn Fn() -> String + Send + Sync>;
 pub struct DashboardConfig {
     /// Where to listen. Default: 127.0.0.1:8265. With port 0, the system chooses one.
     pub address: SocketAddr,
-    /// Who knows it may control the training. Default: `None`, the page only shows it. An address that other
-    /// hosts can reach needs one.
+    /// The token that a user must know to control the training. With `None`, the default, the page only
+    /// shows the training. An address that other hosts can reach needs a token.
     pub token: Option<Token>,
     /// Names under which browsers may ask for the page, besides `localhost` and addresses. Default: none.
     pub names: Vec<String>,
     /// Returns the metrics for `GET /metrics`, in the text format of Prometheus, as `metrics::Exporter::render` does.
-    /// Default: `None`, there are none.
+    /// With `None`, the default, there is no such path.
     pub metrics: Option<MetricsText>,
     /// Is called with the address at which the page is served. Default: logs it.
     pub on_ready: OnReady,
@@ -132,7 +132,7 @@ impl fmt::Debug for DashboardConfig {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DashboardError {
-    /// Other hosts could read everything.
+    /// Other hosts can reach the address, and there is no token, so they could read everything.
     #[error(
         "other hosts can reach {0}, so a dashboard there needs a token: set --dashboard-token-file or \
          PS_DASHBOARD_TOKEN, or listen at 127.0.0.1"

@@ -116,7 +116,8 @@
 //!
 //! # What is different from burn's own strategies
 //!
-//! - A parameter that the loss does not depend on has a gradient of zero, and not none: with weight decay it decays.
+//! - A parameter that the loss does not depend on has a gradient of zero instead of no gradient, so weight decay
+//!   changes it.
 //! - A gradient with NaN or infinity is refused. If no others come, the training ends with an error.
 //! - A model with parameters that are not `f32`, or with tied parameters is refused. Running statistics are the mean of the
 //!   workers', as with [`Trainer`](crate::Trainer).

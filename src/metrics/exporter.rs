@@ -76,8 +76,9 @@ impl Exporter {
         Router::new().route(PATH, get(answer))
     }
 
-    /// Serves the metrics at `/metrics` of this address, over HTTP without encryption, until the answer is
-    /// dropped. Port 0 takes any free port. With a token, each request needs `Authorization: Bearer TOKEN`.
+    /// Serves the metrics at `/metrics` of this address, over HTTP without encryption, until the returned
+    /// listener is dropped. Port 0 takes any free port. With a token, each request needs
+    /// `Authorization: Bearer TOKEN`.
     ///
     /// # Errors
     /// If this process cannot listen at the address, for example because another one does.

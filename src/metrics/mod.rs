@@ -48,7 +48,7 @@
 //! [`names::ALL`] has all names; `docs/metrics.md` is the same table for people.
 //!
 //! # What is promised
-//! - Only the driver has metrics. They tell of all processes.
+//! - Only the driver has metrics. They cover all processes.
 //! - The number of series has a bound: the first [`MAX_LABELED`] workers and servers have labels of their own, and
 //!   the rest share the label `other`.
 //! - Counters count what was done in this process. If the servers are lost, the steps since the last checkpoint

@@ -4,11 +4,11 @@
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Kind {
-    /// It only rises while the process lives.
+    /// A number that only rises while the process runs.
     Counter,
-    /// It is what it is now.
+    /// The current value of a number that may rise and fall.
     Gauge,
-    /// It counts values in buckets, which have these upper bounds.
+    /// Counts of values by buckets, which have these upper bounds.
     Histogram(&'static [f64]),
 }
 

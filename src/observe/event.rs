@@ -55,7 +55,8 @@ pub enum Event {
     Controlled(Controlled),
     /// The observer was too slow, and did not get some of the [steps](Self::Step).
     EventsSkipped(EventsSkipped),
-    /// In the file of a run only: from here on and before, not all steps are kept.
+    /// The file of a run does not hold all steps, before this event and after it. Only this file
+    /// has such an event; no observer gets one.
     StepsThinned(StepsThinned),
     /// The training has ended. This is the last event.
     RunEnded(Box<RunEnded>),
@@ -172,7 +173,7 @@ pub struct Settings {
     pub num_servers: usize,
     /// The number of examples in each batch of a worker.
     pub batch_size: usize,
-    /// At which clock each worker ends: how many steps it takes from the beginning.
+    /// How many steps each worker takes, counted from the beginning of the training.
     pub steps_per_worker: u64,
     /// The seed of the order of examples and of dropout.
     pub seed: u64,
@@ -192,7 +193,7 @@ pub struct Settings {
     pub device: String,
 }
 
-/// What runs a training.
+/// The versions of the software that runs a training.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Versions {
@@ -328,8 +329,8 @@ pub struct StepTimes {
     pub wire: f64,
     /// Waiting at the server: for the round to close, for slower workers, and for the update log.
     pub waiting: f64,
-    /// Waiting for the update itself, as long as the first server took to make it. What the other servers take
-    /// longer is part of `wire`. Zero if the gradient was not applied.
+    /// Waiting for the update itself, as long as the first server took to make it. If another server takes
+    /// longer, the difference is part of `wire`. Zero if the gradient was not applied.
     #[serde(default)]
     pub apply: f64,
 }
@@ -421,7 +422,8 @@ pub struct WorkerJoined {
     pub time: f64,
     /// The worker that was started.
     pub worker: WorkerId,
-    /// The node on which it computes. `None` if it speaks HTTP: then it is no node of ours.
+    /// The node on which it computes. `None` for a worker over HTTP, which is not on a node of the
+    /// cluster.
     pub node: Option<NodeId>,
 }
 
@@ -626,7 +628,7 @@ pub struct EventsSkipped {
 pub struct StepsThinned {
     /// Seconds since the run started.
     pub time: f64,
-    /// Of the steps of each worker, those are kept whose clock is a multiple of this number.
+    /// The file keeps only the steps whose clock is a multiple of this number.
     pub kept_every: u64,
     /// How many events were left out until now by this process.
     pub num_left_out: u64,

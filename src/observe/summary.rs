@@ -107,7 +107,7 @@ pub struct RunSummary {
 pub struct EvaluationSummary {
     /// The version of the weights.
     pub version: Version,
-    /// When, in seconds since the workers started.
+    /// The time of the evaluation, in seconds since the workers started.
     pub seconds: f64,
     /// The mean loss of the examples.
     #[serde(with = "number")]

@@ -48,7 +48,7 @@ pub struct Tally {
     pub best_accuracy: Option<f64>,
     /// The part of the evaluation that is under way, from 0 to 1, if it takes long.
     pub evaluating: Option<f64>,
-    /// The nodes that are there.
+    /// The nodes that are in the cluster now, with the names of their hosts.
     pub nodes: BTreeMap<NodeId, String>,
     /// How many nodes left or were lost.
     pub num_nodes_lost: u64,
@@ -197,8 +197,8 @@ pub struct Straggler {
     pub worker: WorkerId,
     /// Why it is slow.
     pub cause: Cause,
-    /// How many times as long its own part of a step is as the others' (their median): all but the waiting
-    /// at the server.
+    /// The worker's own part of a step, divided by the median of the others' own parts. The own part is
+    /// the whole step without the waiting at the server.
     pub times_slower: f64,
     /// How long the part that is slow takes, in seconds per step.
     pub seconds: f64,
@@ -349,7 +349,7 @@ impl Tally {
             .count()
     }
 
-    /// Returns how many workers are there now: neither lost nor gone for good.
+    /// Returns how many workers take part now: those that are neither lost nor gone for good.
     #[must_use]
     pub fn num_workers_live(&self) -> usize {
         let is_live =

@@ -20,7 +20,7 @@
 //! |---|---|
 //! | `training` | the whole run, with its settings, and its faults and changes as events; sent at the end |
 //! | `step` | one step of a worker, with its worker, clock, versions, staleness, loss and outcome; it has the parts below |
-//! | `batch`, `compute`, `send`, `servers`, `receive` | the parts of a step. Nobody measures the two ways over the wire one by one, so each has half of their time |
+//! | `batch`, `compute`, `send`, `servers`, `receive` | the parts of a step. The times for sending and for receiving are not measured separately, so each part has half of their sum |
 //! | `evaluation`, `checkpoint` | what the driver does meanwhile |
 //!
 //! Each step is a trace of its own, so it can be found by its duration. The trace ids of a run begin with the same 16

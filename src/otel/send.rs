@@ -32,7 +32,7 @@ pub enum EndpointError {
     /// It is no URL.
     #[error("write a URL such as http://127.0.0.1:4318")]
     NoUrl,
-    /// It needs what is not there: TLS, or gRPC.
+    /// It asks for TLS or gRPC, which are not supported.
     #[error(
         "spans can be sent over plain HTTP only, as in http://127.0.0.1:4318: run a collector on this host, which sends \
          them on"

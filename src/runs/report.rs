@@ -10,7 +10,7 @@ use crate::observe::{RunEnded, RunSummary, StepTimes, Tally, WorkerTally};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct FinalReport {
-    /// How long the run took, in seconds. If it went on later: since then.
+    /// How long the run took, in seconds. If the run was resumed, this is the time since then.
     pub seconds: f64,
     /// Why it failed, with all causes. `None` if it did not.
     pub error: Option<String>,
@@ -20,7 +20,8 @@ pub struct FinalReport {
     pub workers: Vec<WorkerSummary>,
     /// Which worker was slower than the others, and why, as a sentence. `None` if none was.
     pub straggler: Option<String>,
-    /// Every so many steps of each worker are in `events.jsonl`: 1 if all are.
+    /// The file `events.jsonl` has one in this many steps of each worker. The number is 1 if it has
+    /// all of them.
     pub kept_every: u64,
     /// How many events are missing, because files could not be written fast enough, or not at all.
     pub num_events_lost: u64,
@@ -32,7 +33,7 @@ pub struct FinalReport {
 pub struct WorkerSummary {
     /// The worker that did this.
     pub worker: WorkerId,
-    /// Where it was in the end.
+    /// The node on which the worker was at the end.
     pub node: Option<NodeId>,
     /// How many of its gradients were applied.
     pub num_applied: u64,

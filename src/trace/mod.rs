@@ -21,10 +21,11 @@
 //! ```
 //!
 //! # What the times mean
-//! A worker measures the parts of its step by its own clock, and the driver knows when the step ended, to within the
-//! clocks of the run's events (see [`observe`](crate::observe)). Nobody measures the two ways over the wire one by one,
-//! so each is drawn with half of their time. The times of servers follow from that. So lengths within a worker are
-//! exact, and places of different workers beside each other are as exact as half a way over the wire.
+//! A worker measures the parts of its step by its own clock, and the driver knows when the step ended, as exactly as it
+//! knows the times of the run's events (see [`observe`](crate::observe)). The times for sending and for receiving are
+//! not measured separately, so each is drawn with half of their sum. The times of the servers follow from that. So the
+//! lengths of the parts of a worker's step are exact. The positions of different workers relative to each other are
+//! exact to within half of a transfer.
 //!
 //! # Bounds
 //! The file is created when the training begins, and written as it goes on. If the process dies, what is there can be

@@ -45,7 +45,7 @@ pub enum TrainError {
         /// The number of examples in a batch.
         batch_size: usize,
     },
-    /// A condition on evaluations must end the training, but there are none.
+    /// A condition on evaluations should end the training, but the training has no evaluations.
     #[error(
         "a training that must stop early needs evaluations: set `test_data`, and `evaluate_every` to a number \
          of updates"
@@ -76,7 +76,7 @@ pub enum TrainError {
         /// The path of one of the model's parameters.
         example: String,
     },
-    /// The learning rate of a group cannot be multiplied by this.
+    /// This factor of a group's learning rate is negative or not finite.
     #[error("{0} is no factor of a learning rate: it must be finite and at least 0")]
     RateFactor(f64),
     /// The schedule of the learning rate cannot be used.

@@ -454,7 +454,7 @@ where
     ///
     /// A training that goes on has the same result as one that was never interrupted: the same bits for
     /// [`Consistency::Bsp`]. Model, optimizer, data, batch size and seed must be the same. The learning
-    /// rate, the consistency mode, the number of servers and the number of steps may be others. So may the
+    /// rate, the consistency mode, the number of servers and the number of steps may differ. So may the
     /// number of workers: then some examples of the epoch under way may come twice.
     ///
     /// A checkpoint that cannot be written is logged and counted, and the training goes on.

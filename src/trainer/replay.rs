@@ -53,7 +53,7 @@ pub enum ReplayError {
         #[source]
         source: SourceError,
     },
-    /// A gradient is another one than when the training was recorded.
+    /// A gradient differs from the one that was recorded.
     #[error(
         "the first difference is in the update that makes {version}: the gradient of {id}, computed on \
          {computed_on}, has the norm {got}, and had {recorded}; the program, the backend, the data or the \

@@ -32,7 +32,7 @@ pub struct EarlyStopping {
 
 impl EarlyStopping {
     /// Ends the training when `patience` evaluations in a row were not better than the best one before
-    /// them. 0 is taken for 1.
+    /// them. The number 0 counts as 1.
     #[must_use]
     pub fn new(patience: u32) -> Self {
         Self {

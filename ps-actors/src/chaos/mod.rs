@@ -18,10 +18,10 @@
 //! Steps are clocks, so they count from 0. Durations have the units `us`, `ms`, `s` and `min`.
 //!
 //! Two executors follow a plan and give a [`Report`]: the simulator (`ps_actors::simulation`, with the feature
-//! `simulation`), and real processes (the option `--chaos` of the examples; see `ps::chaos`). Real processes
-//! cannot do `lose power`, and their messages travel on reliable streams. So `drop` cuts a connection, and `dup` makes
-//! a call twice; see `network` (feature `chaos`). The seed is that of the dice alone, because the order of events
-//! depends on time.
+//! `simulation`), and real processes (the option `--chaos` of the examples; see `ps::chaos`). Real processes cannot do
+//! `lose power`, and their messages travel on reliable streams. So `drop` cuts a connection, and `dup` makes a call
+//! twice; see `network` (feature `chaos`). In real processes, the seed decides only the random choices, because the
+//! order of events depends on time.
 
 use std::fmt;
 use std::time::Duration;
@@ -69,9 +69,9 @@ pub struct Plan {
     pub drop_percent: f64,
     /// How many of the messages arrive twice, in percent: 0 to [`MAX_PERCENT`].
     pub dup_percent: f64,
-    /// The shortest and the longest time that a message takes. `None`: that of the executor.
+    /// The shortest and the longest time that a message takes. With `None`, the executor decides.
     pub delay: Option<(Duration, Duration)>,
-    /// The seed of everything that is random. `None`: that of the executor.
+    /// The seed of everything that is random. With `None`, the executor decides.
     pub seed: Option<u64>,
 }
 

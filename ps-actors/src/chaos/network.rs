@@ -50,8 +50,8 @@ struct Network {
 
 static NETWORK: OnceLock<Network> = OnceLock::new();
 
-/// Lets the network of this process have the faults of the plan from now on. A process can do this once; later
-/// calls change nothing. `seed` throws the dice, so it should differ between the processes of a run.
+/// Gives the network of this process the faults of the plan, from now on. Only the first call in a process has
+/// an effect. `seed` decides the random choices, so it should differ between the processes of a run.
 pub fn disturb(plan: &Plan, seed: u64) {
     let _ = NETWORK.set(Network {
         drop_share: plan.drop_percent / 100.0,

@@ -44,8 +44,9 @@ pub struct Report {
     pub num_doubled: Option<u64>,
     /// How many gradients were made again, because servers went on from a checkpoint that did not have them.
     pub num_repeated: u64,
-    /// From a fault to the next gradient that is applied: by the servers that replaced the lost ones, or of the
-    /// worker that it hit. The simulator has those of lost servers only.
+    /// The times of the recoveries. Each is the time from a fault to the next gradient that is applied. After a
+    /// loss of servers, the new servers must apply it; after a fault of a worker, it must be a gradient of this
+    /// worker. The simulator reports only recoveries from lost servers.
     pub recoveries: Vec<Duration>,
     /// The same run without faults, if there was one.
     pub control: Option<Work>,

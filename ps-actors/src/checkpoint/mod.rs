@@ -5,8 +5,8 @@
 //! [`CheckpointDir`] keeps the newest few of them on disk. A new group of servers starts from one where it
 //! could start from initial weights, with any number of servers.
 //!
-//! Not in a checkpoint: members and their pending pushes. No pending push was answered, so its worker joins
-//! again and repeats the step (PS-2).
+//! A checkpoint does not contain the members and their pending pushes. No pending push was answered, so its
+//! worker joins again and repeats the step (PS-2).
 //!
 //! `files` is the format. `directory` names the checkpoints of a run and removes old ones. `saver` writes
 //! them beside the training.

@@ -125,9 +125,9 @@ pub struct SaveNow {
 
 impl SaveNow {
     /// Lets [`Checkpoints::save_when_due`] save a checkpoint of the current version, even if none is due. If
-    /// one is being written, it is saved after that. If it is asked several times before it begins, one is
-    /// saved. Nothing is saved if the current version has a checkpoint already. Returns `false` if nothing is
-    /// ever saved.
+    /// another checkpoint is being written, the new one is saved after it. If this is called several times
+    /// before that, one checkpoint is saved. Nothing is saved if the current version has a checkpoint
+    /// already. Returns `false` if nothing is ever saved.
     #[must_use]
     pub fn ask(&self) -> bool {
         let Some(asked) = &self.asked else {

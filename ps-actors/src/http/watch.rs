@@ -6,11 +6,11 @@ use crate::ids::{Clock, Epoch, GradientId, Incarnation, Version, WorkerId};
 use crate::server::Outcome;
 use crate::weights::GradientUpdate;
 
-/// What a worker over HTTP did. It is told before the worker gets its answer.
+/// Something that a worker over HTTP did. It is reported before the worker gets its answer.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Seen {
-    /// A worker has joined. It is told again if the request is repeated.
+    /// A worker has joined. This is reported again if the worker repeats its request.
     Joined {
         /// The worker.
         worker: WorkerId,
@@ -29,8 +29,8 @@ pub enum Seen {
         /// The incarnation that is said to leave.
         incarnation: Incarnation,
     },
-    /// A gradient was settled. It is told again if the push is repeated, and not at all if the worker's connection ended
-    /// before the answer.
+    /// A gradient was settled. This is reported again if the worker repeats its push. It is not reported if the
+    /// worker's connection ended before the answer.
     Settled(SettledPush),
 }
 
@@ -86,7 +86,7 @@ impl UnsettledPush {
 
 type Watch = dyn Fn(&Seen) + Send + Sync;
 
-/// Who is told.
+/// The function that is told what the workers do, if there is one.
 #[derive(Default)]
 pub(super) struct Watcher(Option<Box<Watch>>);
 

@@ -43,8 +43,8 @@ type IsMember = Box<dyn Fn(&str) -> bool + Send>;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// The numbers of a group that do not follow one another have a rule each, and all of these make the same updates. So the
-/// result does not depend on where servers cut the weights.
+/// If the numbers of a group are not contiguous, each contiguous run has a rule of its own, and all of these rules make
+/// the same updates. So the result does not depend on where servers cut the weights.
 pub struct Groups {
     /// The rule of all parameters, then those of the groups.
     rules: Vec<Make>,

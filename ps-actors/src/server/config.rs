@@ -82,7 +82,7 @@ impl Default for ServerConfig {
 
 /// What is done to the combined gradient of an update: the mean or sum of the workers' gradients.
 ///
-/// This is another thing than [`ServerConfig::max_norm`], which refuses single gradients.
+/// [`ServerConfig::max_norm`] is something else: it refuses single gradients.
 ///
 /// ```
 /// use ps_actors::rule::Sgd;
@@ -108,7 +108,7 @@ impl Default for ServerConfig {
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub enum Clipping {
-    /// Nothing.
+    /// The combined gradient is not clipped.
     #[default]
     Off,
     /// If the Euclidean norm of the combined gradient over all weights of the model is above this positive

@@ -78,13 +78,14 @@ impl Default for LogConfig {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogSync {
-    /// When the system likes. If the machine fails, what it had not written by then is lost: up to half a
-    /// minute on Linux.
+    /// The operating system decides when to write the log to the disk. If the machine fails, what was not
+    /// written by then is lost: up to half a minute on Linux.
     Never,
-    /// At these intervals. If the machine fails, at most the updates of the last interval are lost, and of
-    /// the time that the disk takes.
+    /// The log is synced at these intervals. If the machine fails, at most the updates of the last
+    /// interval are lost, and the updates that were made while the disk was writing.
     Every(Duration),
-    /// Before each answer. If the machine fails, nothing is lost. Each update waits for the disk.
+    /// The log is synced before each answer. If the machine fails, nothing is lost. Each update
+    /// waits for the disk.
     Always,
 }
 

@@ -56,7 +56,7 @@ pub struct Layout {
 /// The parameters of a layout as they travel, and how many of them are buffers.
 type Encoded = BulkValue<(Vec<Parameter>, usize)>;
 
-/// Why parameters are no layout.
+/// Why parameters do not form a layout.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LayoutError {
@@ -77,10 +77,10 @@ pub enum LayoutError {
         /// The range that it claims.
         range: Range<usize>,
     },
-    /// More buffers are said to be among the parameters than there are parameters.
+    /// The stated number of buffers is larger than the number of parameters.
     #[error("{num_buffers} of {num_parameters} parameters cannot be buffers")]
     TooManyBuffers {
-        /// How many buffers there are said to be.
+        /// The stated number of buffers.
         num_buffers: usize,
         /// How many parameters there are.
         num_parameters: usize,

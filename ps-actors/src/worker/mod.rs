@@ -85,8 +85,8 @@ pub trait GradientSource: 'static {
         true
     }
 
-    /// Returns how long the latest [`gradient`](Self::gradient) waited for its batch. Those who observe a
-    /// training see this part of a step on its own. The default is zero.
+    /// Returns how long the latest [`gradient`](Self::gradient) waited for its batch. Observers of a
+    /// training see this part of a step separately. The default is zero.
     fn data_time(&self) -> Duration {
         Duration::ZERO
     }

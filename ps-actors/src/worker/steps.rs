@@ -106,7 +106,7 @@ impl Steps {
     /// Returns the records.
     ///
     /// # Errors
-    /// If they come from a peer, and are none.
+    /// If they come from a peer that did not send records of steps.
     pub fn read(self) -> Result<Vec<StepRecord>, CodecError> {
         self.records.map_or(Ok(Vec::new()), BulkValue::read)
     }

@@ -150,7 +150,7 @@ impl Seams {
         Ok((number, output))
     }
 
-    /// Cuts a graph at a tensor that is used several times, once of them outside of this process. Use the
+    /// Cuts a graph at a tensor that is used several times, one of them outside of this process. Use the
     /// returned tensor instead of `input`. Then the backward pass goes through each piece of the graph
     /// once.
     #[must_use]

@@ -33,7 +33,7 @@ pub(crate) trait ReplySlot<R>: Send + Sync {
 
     fn poll(&self, cx: &mut TaskContext<'_>) -> Poll<Result<R, CallError>>;
 
-    /// Ends the caller's interest; returns the result if it is there after all.
+    /// Ends the caller's interest; returns the result if it has arrived after all.
     fn give_up(&self, why: GiveUp) -> Result<R, CallError>;
 
     /// Ends the caller's interest without an answer.

@@ -114,8 +114,8 @@ impl Door {
     }
 }
 
-/// Says it if the driver does not reach a node that has reached the driver. Otherwise the log would only say, after a
-/// process lease, that the node is lost.
+/// Logs that the driver does not reach a node, although the node has reached the driver. Otherwise the log would only
+/// say, after a process lease, that the node is lost.
 async fn say_if_unreachable(agent: &ActorRef<NodeAgent>, node: NodeId, addresses: &str) {
     let called = tokio::time::timeout(CALLED_BACK_WITHIN, agent.ask(AreYouThere)).await;
     if called.is_err() {

@@ -324,8 +324,8 @@ pub(crate) struct ChildProcesses {
 }
 
 impl ChildProcesses {
-    /// Starts child processes again that crash, and ends all of them when `stop` is dropped.
-    /// Starts children again that fail. Calls `has_ended` with the rank of each that has ended.
+    /// Starts child processes that fail again, and ends all of them when `stop` is dropped. Calls
+    /// `has_ended` with the rank of each one that has ended.
     fn watch(mut group: ProcessGroup, has_ended: impl Fn(u32) + Send + 'static) -> Self {
         let (stop, mut stopped) = oneshot::channel();
         let (gone, num_gone) = watch::channel(0);

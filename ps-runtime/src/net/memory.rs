@@ -1,4 +1,4 @@
-//! A network inside one process: pipes in place of sockets. For tests, faults on demand.
+//! A network inside one process: pipes in place of sockets. Tests can add faults.
 
 use std::collections::HashMap;
 use std::fmt;

@@ -26,8 +26,8 @@ pub struct DashboardArgs {
     /// Show the training in the browser while it runs [default address: 127.0.0.1:8265].
     #[arg(long, value_name = "ADDR", num_args = 0..=1, default_missing_value = "127.0.0.1:8265")]
     pub dashboard: Option<SocketAddr>,
-    /// Let everybody control the training who knows the token in this file: pause it, change the learning rate.
-    /// Needed if other hosts can reach the address [default: $PS_DASHBOARD_TOKEN].
+    /// Let everybody who knows the token in this file control the training: pause it, or change the learning
+    /// rate. Needed if other hosts can reach the address [default: $PS_DASHBOARD_TOKEN].
     #[arg(long, value_name = "FILE", requires = "dashboard")]
     pub dashboard_token_file: Option<PathBuf>,
     /// A name of this host under which browsers ask for the dashboard. May be given several times.

@@ -58,7 +58,8 @@ pub struct ShowArgs {
     #[cfg(feature = "dashboard")]
     #[command(flatten)]
     pub dashboard: DashboardArgs,
-    /// What controls the training: give it to [`Trainer::controls`](crate::Trainer::controls).
+    /// The handle that controls the training. Give it to
+    /// [`Trainer::controls`](crate::Trainer::controls).
     #[arg(skip)]
     pub controls: Controls,
 }

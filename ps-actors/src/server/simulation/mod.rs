@@ -1,11 +1,12 @@
 //! A simulator: a group of servers and its workers in virtual time, with faults, from one seed.
 //!
 //! The decisions are made by the code that real servers run: the coordinator, the shards, what the first
-//! server remembers of each follower (`followers`), the worker leases, the entries of the update log and how
-//! a checkpoint follows them (`replay`), and the checkpoint that all parts are joined to. What is written anew
+//! server remembers of each follower (`followers`), the worker leases, the entries of the update log and how a
+//! checkpoint follows them (`replay`), and the checkpoint that all parts are joined to. What is written anew
 //! here is what is asynchronous elsewhere: which message is sent in answer to which (`first`, `follower`,
-//! `worker`, `driver`, after `server/actor.rs`, `group.rs`, `worker.rs` and the trainer), the network, and the
-//! disk. So a mistake in an actor is not found here. The tests with real processes look for those.
+//! `worker`, `driver`, modelled on `server/actor.rs`, `group/`, `worker/` and the trainer), the network, and
+//! the disk. So the simulator does not find a mistake in an actor. The tests with real processes look for such
+//! mistakes.
 //!
 //! An observer who sees everything (`truth`) checks at every step that
 //!

@@ -46,7 +46,7 @@ pub enum Problem {
         num_weights: usize,
         /// The learning rate of a gradient. The gradients of one update are added.
         learning_rate: f64,
-        /// The run notes from when on the loss per weight is below this.
+        /// The run notes the time from which on the loss per weight is below this number.
         target: f64,
     },
 }
@@ -156,8 +156,9 @@ impl Settings {
     }
 
     /// Returns the settings of a training in which workers wait for each other: one worker in twenty takes twice as
-    /// long, and single steps, of 0.1 s on average, differ much. Nothing is saved. The run notes when the loss, of 0.31
-    /// at first, is below `target`. `learning_rate` is that of one gradient, times the number of workers.
+    /// long, and single steps, of 0.1 s on average, differ much. Nothing is saved. The run notes when the loss, which
+    /// is 0.31 at first, falls below `target`. Each gradient is applied with `learning_rate` divided by the number of
+    /// workers.
     #[must_use]
     pub fn stragglers(
         num_workers: u32,
@@ -184,7 +185,7 @@ impl Settings {
         settings
     }
 
-    /// Returns settings that follow from a seed: of everything a bit, and some faults.
+    /// Returns settings that are drawn at random from the seed, with some faults.
     #[must_use]
     pub fn random(seed: u64) -> Self {
         let mut dice = Dice::new(seed ^ 0x5e77_1465);

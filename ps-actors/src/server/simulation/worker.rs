@@ -1,4 +1,5 @@
-//! A simulated worker: the loop of `worker.rs` over a group's client (`group.rs`), without actors and tasks.
+//! A simulated worker: the loop of `worker/run.rs` over a group's client (`group/mod.rs`), without actors
+//! and tasks.
 //!
 //! It stages the parts of a gradient on the followers, pushes the whole gradient to the first server, and
 //! pulls the others' parts of exactly the version that it got. A call whose connection is lost is made again.

@@ -68,7 +68,7 @@ struct Counters {
     cuts: AtomicU64,
 }
 
-/// Which of several hosts a [`MemoryNetwork`] is that of, if it is one of several.
+/// The host that a [`MemoryNetwork`] stands for, if there are several.
 pub(super) type Host = Option<u32>;
 
 /// What is wrong in a network.
@@ -80,7 +80,7 @@ pub(super) struct Troubles {
 }
 
 impl MemoryNetwork {
-    /// Makes a network in which this goes wrong. The same seed throws the same dice.
+    /// Makes a network with these faults. The same seed gives the same random choices.
     #[must_use]
     pub fn with_faults(seed: u64, faults: Faults) -> Self {
         let troubles = Troubles {
@@ -97,7 +97,8 @@ impl MemoryNetwork {
         }
     }
 
-    /// The network as a host of this number sees it, for outages between two hosts.
+    /// Returns the network as the host with this number sees it. Use it to test outages between two
+    /// hosts.
     #[must_use]
     pub fn of_host(&self, host: u32) -> Self {
         Self {
@@ -106,8 +107,8 @@ impl MemoryNetwork {
         }
     }
 
-    /// Begins or ends an outage between two hosts, while both reach all others. Its connections are those
-    /// that are made after the first call for these two.
+    /// Begins or ends an outage between two hosts, while both reach all others. It affects only the
+    /// connections that were made after the first call for these two hosts.
     pub fn set_outage_between(&self, one: u32, other: u32, outage: Option<Outage>) {
         let sound = || Arc::new(Trouble::new(0, Faults::default()));
         let mut between = self.inner.troubles.between();
