@@ -324,7 +324,7 @@ pub(crate) struct ChildProcesses {
 }
 
 impl ChildProcesses {
-    /// Starts child processes that fail again, and ends all of them when `stop` is dropped. Calls
+    /// Restarts child processes that fail, and ends all of them when `stop` is dropped. Calls
     /// `has_ended` with the rank of each one that has ended.
     fn watch(mut group: ProcessGroup, has_ended: impl Fn(u32) + Send + 'static) -> Self {
         let (stop, mut stopped) = oneshot::channel();
