@@ -77,21 +77,21 @@ where
         gradient: &[f32],
         learning_rate: f64,
     ) -> Result<(), RuleError> {
-        BurnRule::step(self, weights, gradient, learning_rate)
+        Self::step(self, weights, gradient, learning_rate)
     }
 
     fn save_state(&self) -> Result<RuleState, RuleError> {
-        BurnRule::save_state(self)
+        Self::save_state(self)
     }
 
     fn load_state(&mut self, saved: RuleState) -> Result<(), RuleError> {
-        BurnRule::load_state(self, saved)
+        Self::load_state(self, saved)
     }
 }
 
 impl<O: Optimizer + Send> ShardRule for WholeRule<O> {
     fn place(&mut self, parameters: Vec<ShardParameter>) -> Result<(), RuleError> {
-        WholeRule::place(self, parameters)
+        Self::place(self, parameters)
     }
 
     fn step(
@@ -100,15 +100,15 @@ impl<O: Optimizer + Send> ShardRule for WholeRule<O> {
         gradient: &[f32],
         learning_rate: f64,
     ) -> Result<(), RuleError> {
-        WholeRule::step(self, weights, gradient, learning_rate)
+        Self::step(self, weights, gradient, learning_rate)
     }
 
     fn save_state(&self) -> Result<RuleState, RuleError> {
-        WholeRule::save_state(self)
+        Self::save_state(self)
     }
 
     fn load_state(&mut self, saved: RuleState) -> Result<(), RuleError> {
-        WholeRule::load_state(self, saved)
+        Self::load_state(self, saved)
     }
 }
 
