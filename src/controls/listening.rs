@@ -176,12 +176,13 @@ impl Listening {
 /// control it any more.
 pub(crate) async fn end_pause(pause: &Pause, servers: &ServerGroup, observers: &Observers) {
     if pause.set(false) {
-        // If they cannot be reached, the training ends without it.
-        let _ = servers.set_paused(false).await;
+        // Before the servers are asked: the workers may end before their answer comes, and then nobody waits for it.
         observers.tell_with(|time| {
             let change = Change::Resumed;
             Event::Controlled(Controlled { time, change })
         });
+        // If they cannot be reached, the training ends without it.
+        let _ = servers.set_paused(false).await;
     }
 }
 
