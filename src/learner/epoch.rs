@@ -47,9 +47,9 @@ impl<M: LearnerModel> Epochs<'_, M>
 where
     Input<M>: Clone,
 {
-    /// Takes all steps of one epoch. Afterwards the learner has the servers' weights. Calls `on_output` for the
-    /// output of each step of a worker in this process, after its gradient was settled, and `must_stop` again
-    /// and again. When that returns `true`, the epoch ends after the current steps.
+    /// Takes all steps of one epoch. Afterwards the learner has the servers' weights. Calls `on_output` with what
+    /// each step of a worker in this process returned, once the step's gradient is settled. Asks `must_stop` at
+    /// least every 50 ms while it waits. When that returns `true`, the epoch ends after the current steps.
     pub(super) fn train(
         &self,
         epoch: u64,
@@ -65,6 +65,9 @@ where
                 drop(taking);
                 result
             });
+            // A panic in `on_output` or `must_stop` drops both. Then the workers do not wait for this thread, and
+            // end after the current steps.
+            let outputs = outputs;
             let mut stop = Some(stop);
             while let Some(output) = next(&outputs) {
                 output.into_iter().for_each(&mut on_output);
@@ -198,10 +201,8 @@ where
 {
     let collector = Collector::new(&Observers::start(Vec::new()));
     let given_up = async {
-        if stopped.await.is_err() {
-            // Nobody is left who could stop them.
-            return std::future::pending().await;
-        }
+        // It fails if the thread that hands on the outputs has panicked.
+        let _ = stopped.await;
         workers.iter().for_each(Worker::stop);
         last_steps(servers, workers).await;
     };
