@@ -119,7 +119,9 @@
 //! - A parameter that the loss does not depend on has a gradient of zero, and not none: with weight decay it decays.
 //! - A gradient with NaN or infinity is refused. If no others come, the training ends with an error.
 //! - A model with parameters that are not `f32`, or with tied parameters is refused. Running statistics are the mean of the
-//!   workers', as with [`Trainer`](crate::Trainer).
+//!   workers', as with [`Trainer`](crate::Trainer), and of the batches whose gradients are accumulated.
+//! - An epoch ends with an error if the data loader ends before its progress is complete. In burn's loader this is a
+//!   thread that panicked.
 //! - For gradient checkpointing, give [`ClusterStrategy::new`] a device with it. burn does not tell a strategy of
 //!   `SupervisedTraining::gradient_checkpointing`.
 //! - burn's layers that draw random numbers, such as `Dropout`, draw others in each worker. The same

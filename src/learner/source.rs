@@ -130,7 +130,7 @@ where
         let mut gradient = self.gradients.take(weights.len());
         gradient.fill(0.0);
         let wants_outputs = lock(&self.shared.outputs).is_some();
-        let mut num_examples = 0;
+        let (mut num_examples, mut num_batches) = (0, 0.0);
         for index in first..first + self.num_accumulated() {
             let started = Instant::now();
             let fed = lock(&self.feed).batch(self.config.epoch, index, keep)?;
@@ -142,6 +142,7 @@ where
                 (output.grads, output.item)
             })?;
             num_examples += fed.num_examples;
+            num_batches += 1.0;
             if wants_outputs {
                 self.unsettled.push(Output {
                     worker: self.config.worker,
@@ -150,8 +151,14 @@ where
                 });
             }
         }
+        let num_trainable = self.loadable.model.num_trainable();
+        if num_batches > 1.0 {
+            // Gradients are summed. A running statistic is the mean of those of the batches.
+            let moved = &mut gradient[num_trainable..];
+            moved.iter_mut().for_each(|moved| *moved /= num_batches);
+        }
         Ok(LocalGradient {
-            gradient: Gradient::with_buffers(gradient, self.loadable.model.num_trainable()),
+            gradient: Gradient::with_buffers(gradient, num_trainable),
             // The output of a step has a type of the user's. burn's metrics know what to do with it.
             loss: f32::NAN,
             num_examples,
