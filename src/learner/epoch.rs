@@ -37,6 +37,8 @@ pub(super) struct Epochs<'a, M: LearnerModel> {
     pub(super) cluster: &'a Cluster,
     pub(super) hosts: &'a Hosts,
     pub(super) variant: &'a str,
+    /// A random number, by which processes tell trainings apart.
+    pub(super) training: u64,
     pub(super) config: ServerConfig,
     pub(super) num_workers: u32,
     pub(super) num_accumulated: u32,
@@ -157,6 +159,7 @@ where
 
     fn epoch_config(&self, rank: u32, epoch: u64) -> EpochConfig {
         EpochConfig {
+            training: self.training,
             worker: WorkerId(rank),
             num_workers: self.num_workers,
             epoch,

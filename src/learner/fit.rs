@@ -2,6 +2,7 @@
 //!
 //! It is that of burn's strategy for one device. Only the steps of an epoch are taken by workers.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -83,6 +84,8 @@ where
             cluster: &self.cluster,
             hosts: &self.hosts,
             variant: &self.variant,
+            // Each `RandomState` has other keys.
+            training: RandomState::new().hash_one("training"),
             config: ServerConfig {
                 wait_for_workers: num_workers as usize,
                 ..self.config
