@@ -112,7 +112,13 @@
 //!
 //! A node with another model, or with another number of examples, cannot join. What a data loader does cannot be
 //! compared: it must be made in the same way, with the same seed, and must not be used before. So a strategy is good
-//! for one training.
+//! for one training. Several trainings of one program can share a cluster, each with its own strategy and
+//! [name](ClusterStrategy::name).
+//!
+//! A node may outlive its driver, and take part in the training of the next one. If its loader shuffles without threads
+//! of its own (`num_workers` of 0), the order of its examples is then another one than in a new process. So if a worker
+//! moves to this node or from it in the middle of an epoch, some batches may be taken twice in this epoch, and others
+//! not at all. If that matters, start the node again, too.
 //!
 //! # What is different from burn's own strategies
 //!
@@ -210,6 +216,16 @@ where
     #[must_use]
     pub fn workers(mut self, num_workers: impl Into<Option<u16>>) -> Self {
         self.num_workers = num_workers.into().map(u32::from);
+        self
+    }
+
+    /// Gives the training a name, which must be the same in all processes.
+    ///
+    /// Trainings of one cluster with the same model and number of examples need names. Without, the nodes cannot
+    /// tell them apart, and use the data loader of the one that was [hosted](Self::hosts) last.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.facts = self.facts.state("the name of the training", name.into());
         self
     }
 
