@@ -14,7 +14,8 @@ use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
 use ps_actors::server::{PullVersion, ServerConfig};
-use ps_actors::worker::DataWorker;
+use ps_actors::weights::Segment;
+use ps_actors::worker::{DataWorker, RunReport};
 use ps_model::{FlatView, ModelError};
 use tokio::sync::oneshot;
 
@@ -23,7 +24,7 @@ use super::source::{EpochConfig, Input, LearnerSource, Output, Shared, lock};
 use crate::observe::{Collector, Observers};
 use crate::source::{SetupError, initial_weights};
 use crate::trainer::TrainError;
-use crate::workers::{Worker, able, balance, last_steps};
+use crate::workers::{Worker, WorkerRun, able, balance, last_steps};
 
 /// How many outputs of steps wait for burn's metrics. Then the workers of the driver's process wait.
 const MAX_WAITING: usize = 16;
@@ -99,8 +100,9 @@ where
         let servers = ServerGroup::spawn(&initial, 1, self.config, rule)?;
         let workers = self.spawn_workers(epoch)?;
         let result = actor::try_run(async {
-            drive(&servers, &workers, stopped).await?;
-            self.take_buffers(&servers, &view).await
+            let runs = drive(&servers, &workers, stopped).await?;
+            check_refused(&runs)?;
+            self.take_results(&servers, &view).await
         });
         // Nobody goes on in the background.
         workers.iter().for_each(Worker::kill);
@@ -108,12 +110,18 @@ where
         result.map_err(TrainError::EventLoop)?
     }
 
-    /// Copies the running statistics from the servers to the learner, if there are any. No optimizer knows of them.
-    async fn take_buffers(&self, servers: &ServerGroup, view: &FlatView) -> Result<(), TrainError> {
+    /// Checks the weights. Copies the running statistics from the servers to the learner, if there are any. No
+    /// optimizer knows of them.
+    async fn take_results(&self, servers: &ServerGroup, view: &FlatView) -> Result<(), TrainError> {
+        let weights = servers.pull(PullVersion::Latest).await?;
+        let mut numbers = weights.segments().iter().flat_map(Segment::data);
+        if !numbers.all(|weight| weight.is_finite()) {
+            let what = "the weights are not finite".to_owned();
+            return Err(TrainError::Diverged { what });
+        }
         if view.buffers().is_empty() {
             return Ok(());
         }
-        let weights = servers.pull(PullVersion::Latest).await?;
         // Clones of a burn module share their statistics, so this changes those of the learner's model. Its
         // parameters are the server's already.
         let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights.read(range));
@@ -193,12 +201,33 @@ impl<M: LearnerModel> Drop for Taking<M> {
     }
 }
 
-/// Lets all workers take their steps, until they have taken them or are stopped.
+/// Refused gradients change nothing. An epoch may be too short for any worker to notice that most are refused.
+fn check_refused(runs: &[WorkerRun]) -> Result<(), TrainError> {
+    // The numbers may come from a peer, so adding them must not overflow.
+    let sum = |number: fn(&RunReport) -> u64| {
+        let numbers = runs.iter().map(|run| number(&run.report));
+        numbers.fold(0, u64::saturating_add)
+    };
+    let num_refused = sum(|report| report.num_refused);
+    let num_others = sum(|report| report.num_applied.saturating_add(report.num_dropped_late));
+    let num_all = num_refused.saturating_add(num_others);
+    let is_cut_short = runs.iter().any(|run| run.is_cut_short);
+    if is_cut_short || num_refused <= num_all / 2 {
+        return Ok(());
+    }
+    let what = format!(
+        "{num_refused} of the {num_all} gradients of an epoch were refused, because they are not finite"
+    );
+    Err(TrainError::Diverged { what })
+}
+
+/// Lets all workers take their steps, until they have taken them or are stopped, or until nobody is left who could
+/// stop them. Returns what each of them has done.
 async fn drive<M: LearnerModel>(
     servers: &ServerGroup,
     workers: &[Worker<LearnerSource<M>>],
     stopped: oneshot::Receiver<()>,
-) -> Result<(), TrainError>
+) -> Result<Vec<WorkerRun>, TrainError>
 where
     Input<M>: Clone,
 {
@@ -219,7 +248,7 @@ where
         match never {}
     });
     match select(runs, beside).await {
-        Either::Left((outcome, _)) => outcome.map(drop),
+        Either::Left((outcome, _)) => outcome,
         Either::Right((never, _)) => never,
     }
 }

@@ -123,7 +123,8 @@
 //! # What is different from burn's own strategies
 //!
 //! - A parameter that the loss does not depend on has a gradient of zero, and not none: with weight decay it decays.
-//! - A gradient with NaN or infinity is refused. If no others come, the training ends with an error.
+//! - A gradient with NaN or infinity is refused. If more than half of the gradients of an epoch are refused, or if the
+//!   weights are not finite at its end, the training ends with an error.
 //! - A model with parameters that are not `f32`, or with tied parameters is refused. Running statistics are the mean of the
 //!   workers', as with [`Trainer`](crate::Trainer), and of the batches whose gradients are accumulated.
 //! - An epoch ends with an error if the data loader ends before its progress is complete. In burn's loader this is a
