@@ -169,6 +169,8 @@ use source::{Input, LearnerSource, Shared};
 /// The [module](self) has an example, and says what happens where.
 pub struct ClusterStrategy<M: LearnerModel> {
     shared: Arc<Shared<M>>,
+    model_facts: Facts,
+    /// Those about the model, and all others that distinguish this training's workers.
     facts: Facts,
     config: ServerConfig,
     num_workers: Option<u32>,
@@ -192,7 +194,8 @@ where
     ) -> Result<Self, SetupError> {
         let (device, model) = (device.clone().autodiff(), learner.model());
         LocalModel::new(model.clone(), &device)?;
-        let facts = Facts::default().model(&model, &device).state(
+        let model_facts = Facts::default().model(&model, &device);
+        let facts = model_facts.clone().state(
             "the number of training examples",
             dataloader_train.num_items(),
         );
@@ -205,6 +208,7 @@ where
                 seed: AtomicU64::new(0),
                 outputs: Mutex::default(),
             }),
+            model_facts,
             facts,
             config: ServerConfig::default(),
             num_workers: None,
@@ -278,6 +282,7 @@ where
             cluster: cluster.clone(),
             hosts: self.host(Hosts::new()),
             variant: self.variant(),
+            model: self.model_facts,
             shared: self.shared,
             config: self.config,
             num_workers: self.num_workers,
