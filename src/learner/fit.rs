@@ -127,6 +127,7 @@ where
                 epoch,
                 &mut event_processor,
                 &interrupter,
+                must_stop,
             );
             interrupter.fail_on_error(event_processor.process_train(LearnerEvent::EndEpoch(epoch)));
             if checkpointer.is_some() || early_stopping.is_some() {
@@ -210,6 +211,7 @@ fn validate<M: LearnerModel>(
     epoch: usize,
     event_processor: &mut SupervisedTrainingEventProcessor<M>,
     interrupter: &Interrupter,
+    must_stop: impl Fn() -> bool,
 ) {
     interrupter.fail_on_error(event_processor.process_valid(LearnerEvent::StartSplit {
         epoch_number: epoch,
@@ -230,7 +232,7 @@ fn validate<M: LearnerModel>(
         let item = InferenceStep::step(model, batch);
         let item = TrainingItem::new(item, progress, Some(iteration), None);
         interrupter.fail_on_error(event_processor.process_valid(LearnerEvent::ProcessedItem(item)));
-        if interrupter.should_stop() {
+        if must_stop() {
             break;
         }
     }

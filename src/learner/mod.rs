@@ -101,8 +101,8 @@
 //!   the progress assumes that the others are as far. Those of the validation set are computed in the driver, from
 //!   the whole set and the servers' weights at the end of the epoch. Early stopping and checkpoints by metric use
 //!   these numbers.
-//! - **An interrupted run** (burn's interrupter, SIGTERM, or Ctrl-C) ends after the current steps, in at most 10 s.
-//!   The other processes end with the driver's.
+//! - **An interrupted run** (burn's interrupter, SIGTERM, or Ctrl-C) ends after the current steps, in at most 10 s, or
+//!   after the current batch of the validation set. The other processes end with the driver's.
 //! - **A lost worker** is started again on another node, and goes on with the first batch whose gradient was not
 //!   settled. If the loader uses several threads (`num_workers` above 1), the order of its batches depends on time, so
 //!   in this epoch some batches may be taken twice, and others not at all. If the driver is lost, the training is
