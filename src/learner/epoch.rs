@@ -27,7 +27,7 @@ use crate::trainer::TrainError;
 use crate::workers::{Worker, WorkerRun, able, balance, last_steps};
 
 /// How many outputs of steps wait for burn's metrics. Then the workers of the driver's process wait.
-const MAX_WAITING: usize = 16;
+const MAX_WAITING: usize = 2;
 
 /// How often the driver looks whether it must stop, while no step ends in its process.
 const LOOK: Duration = Duration::from_millis(50);
