@@ -131,8 +131,8 @@ where
     }
 
     /// Starts the first worker in this process, so that burn's metrics have something to show, and the others
-    /// on the nodes and here in turn. In each epoch a rank is at the same place, where its share of the
-    /// examples is being read.
+    /// on the nodes and here in turn. As long as the nodes stay the same, a rank is in the same process in every
+    /// epoch, because that process already reads the rank's share.
     fn spawn_workers(&self, epoch: u64) -> Result<Vec<Worker<LearnerSource<M>>>, TrainError> {
         let mut nodes = able(&self.cluster.nodes());
         nodes.sort_unstable();

@@ -89,13 +89,14 @@
 //!
 //! The driver has the only server, and **the server's update rule is the learner**: each update is a step of its
 //! scheduler and a step of its optimizer. So schedules count updates, any optimizer works, also one that is not
-//! elementwise, and so do groups of parameters and `TrainStep::optimize`. The optimizer's clipping applies to the
-//! combined gradient. A worker computes `TrainStep::step` on the batches of its share.
+//! elementwise, and so do groups of parameters and `TrainStep::optimize`. What `optimize` changes besides trained
+//! parameters, the workers do not see. The optimizer's clipping applies to the combined gradient. A worker computes
+//! `TrainStep::step` on the batches of its share.
 //!
 //! - **Examples.** Each worker has a slice of the examples, and takes the batches of the loader for this slice. So
 //!   each epoch covers every example once. In the mean of an update, each batch counts by its number of examples. In
-//!   [`Consistency::Bsp`], `n` workers with batches of `b` examples compute what one process computes with batches of
-//!   `n·b` examples: those of all workers, joined.
+//!   [`Consistency::Bsp`], without accumulated gradients, `n` workers with batches of `b` examples compute what one
+//!   process computes with batches of `n·b` examples: those of all workers, joined.
 //! - **Metrics.** Those of the training set are computed from the outputs of the steps of the workers *in the
 //!   driver's process*. Without other processes, that is all of them. With `p` processes it is about one `p`-th, and
 //!   the progress assumes that the others are as far. Those of the validation set are computed in the driver, from
@@ -131,8 +132,8 @@
 //!   thread that panicked.
 //! - For gradient checkpointing, give [`ClusterStrategy::new`] a device with it. burn does not tell a strategy of
 //!   `SupervisedTraining::gradient_checkpointing`.
-//! - burn's layers that draw random numbers, such as `Dropout`, draw others in each worker. The same
-//!   [seed](ClusterStrategy::seed) gives the same numbers if each process has one worker.
+//! - burn's layers that draw random numbers, such as `Dropout`, draw different numbers in each worker. The same
+//!   [seed](ClusterStrategy::seed) gives the same numbers again only if each process has one worker.
 //! - burn's crate for training switches on threads inside of the operations of the backend `flex`. Without the feature
 //!   `burn-train`, each worker computes on one thread. With several workers on one machine, set the environment variable
 //!   `RAYON_NUM_THREADS` to each one's part of the cores.
