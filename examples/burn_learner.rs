@@ -28,6 +28,7 @@ use burn::train::{
     ClassificationOutput, InferenceStep, Learner, SupervisedTraining, TrainOutput, TrainStep,
 };
 use clap::Parser;
+use ps::actors::launch::{StopSignal, exit_code};
 use ps::cli::{self, ClusterArgs, DataArgs, say};
 use ps::dataset::ImageItem;
 use ps::learner::ClusterStrategy;
@@ -56,7 +57,7 @@ struct Args {
     /// The probability that dropout sets a number to zero.
     #[arg(long, default_value_t = 0.5)]
     dropout: f64,
-    /// Where burn writes checkpoints, metrics and its log [default: a directory in that for temporary files].
+    /// Where burn writes checkpoints and metrics [default: a new directory in that for temporary files].
     #[arg(long)]
     artifact_dir: Option<PathBuf>,
     #[command(flatten)]
@@ -100,8 +101,14 @@ fn train(args: Args) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
 
+    let stop = StopSignal::heed()?;
     let directory = args.artifact_dir.clone();
-    let directory = directory.unwrap_or_else(|| std::env::temp_dir().join("ps-burn-learner"));
+    let directory = directory.unwrap_or_else(|| {
+        // Other runs, and other users, have other directories.
+        let name = format!("ps-burn-learner-{}", std::process::id());
+        std::env::temp_dir().join(name)
+    });
+    say!("Writing to {}.", directory.display());
     let result = SupervisedTraining::new(&directory, train, test.clone())
         .metrics((AccuracyMetric::new(), LossMetric::new()))
         .with_default_checkpointers()
@@ -116,7 +123,11 @@ fn train(args: Args) -> Result<ExitCode> {
     if let Some(interrupted) = result.interrupted {
         let reason = interrupted.reason.unwrap_or_default();
         say!("Interrupted: {reason}.");
-        return Ok(ExitCode::FAILURE);
+        // 143 or 130 after a signal.
+        return Ok(match stop.received() {
+            Some(signal) => exit_code(Some(signal)),
+            None => ExitCode::FAILURE,
+        });
     }
 
     let (mut num_right, mut num_all) = (0, 0);

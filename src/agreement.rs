@@ -19,7 +19,7 @@ use crate::data::{Examples, hex};
 const NUM_LISTED: usize = 8;
 
 /// Statements by name.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Facts(BTreeMap<&'static str, String>);
 
 impl Facts {

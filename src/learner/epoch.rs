@@ -14,7 +14,8 @@ use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::WorkerId;
 use ps_actors::server::{PullVersion, ServerConfig};
-use ps_actors::worker::DataWorker;
+use ps_actors::weights::Segment;
+use ps_actors::worker::{DataWorker, RunReport};
 use ps_model::{FlatView, ModelError};
 use tokio::sync::oneshot;
 
@@ -23,10 +24,10 @@ use super::source::{EpochConfig, Input, LearnerSource, Output, Shared, lock};
 use crate::observe::{Collector, Observers};
 use crate::source::{SetupError, initial_weights};
 use crate::trainer::TrainError;
-use crate::workers::{Worker, able, balance, last_steps};
+use crate::workers::{Worker, WorkerRun, able, balance, last_steps};
 
 /// How many outputs of steps wait for burn's metrics. Then the workers of the driver's process wait.
-const MAX_WAITING: usize = 16;
+const MAX_WAITING: usize = 2;
 
 /// How often the driver looks whether it must stop, while no step ends in its process.
 const LOOK: Duration = Duration::from_millis(50);
@@ -37,6 +38,8 @@ pub(super) struct Epochs<'a, M: LearnerModel> {
     pub(super) cluster: &'a Cluster,
     pub(super) hosts: &'a Hosts,
     pub(super) variant: &'a str,
+    /// A random number, by which processes tell trainings apart.
+    pub(super) training: u64,
     pub(super) config: ServerConfig,
     pub(super) num_workers: u32,
     pub(super) num_accumulated: u32,
@@ -47,9 +50,9 @@ impl<M: LearnerModel> Epochs<'_, M>
 where
     Input<M>: Clone,
 {
-    /// Takes all steps of one epoch. Afterwards the learner has the servers' weights. Calls `on_output` for the
-    /// output of each step of a worker in this process, after its gradient was settled, and `must_stop` again
-    /// and again. When that returns `true`, the epoch ends after the current steps.
+    /// Takes all steps of one epoch. Afterwards the learner has the servers' weights. Calls `on_output` with what
+    /// each step of a worker in this process returned, once the step's gradient is settled. Asks `must_stop` at
+    /// least every 50 ms while it waits. When that returns `true`, the epoch ends after the current steps.
     pub(super) fn train(
         &self,
         epoch: u64,
@@ -65,6 +68,9 @@ where
                 drop(taking);
                 result
             });
+            // A panic in `on_output` or `must_stop` drops both. Then the workers do not wait for this thread, and
+            // end after the current steps.
+            let outputs = outputs;
             let mut stop = Some(stop);
             while let Some(output) = next(&outputs) {
                 output.into_iter().for_each(&mut on_output);
@@ -94,8 +100,9 @@ where
         let servers = ServerGroup::spawn(&initial, 1, self.config, rule)?;
         let workers = self.spawn_workers(epoch)?;
         let result = actor::try_run(async {
-            drive(&servers, &workers, stopped).await?;
-            self.take_buffers(&servers, &view).await
+            let runs = drive(&servers, &workers, stopped).await?;
+            check_refused(&runs)?;
+            self.take_results(&servers, &view).await
         });
         // Nobody goes on in the background.
         workers.iter().for_each(Worker::kill);
@@ -103,12 +110,18 @@ where
         result.map_err(TrainError::EventLoop)?
     }
 
-    /// Copies the running statistics from the servers to the learner, if there are any. No optimizer knows of them.
-    async fn take_buffers(&self, servers: &ServerGroup, view: &FlatView) -> Result<(), TrainError> {
+    /// Checks the weights. Copies the running statistics from the servers to the learner, if there are any. No
+    /// optimizer knows of them.
+    async fn take_results(&self, servers: &ServerGroup, view: &FlatView) -> Result<(), TrainError> {
+        let weights = servers.pull(PullVersion::Latest).await?;
+        let mut numbers = weights.segments().iter().flat_map(Segment::data);
+        if !numbers.all(|weight| weight.is_finite()) {
+            let what = "the weights are not finite".to_owned();
+            return Err(TrainError::Diverged { what });
+        }
         if view.buffers().is_empty() {
             return Ok(());
         }
-        let weights = servers.pull(PullVersion::Latest).await?;
         // Clones of a burn module share their statistics, so this changes those of the learner's model. Its
         // parameters are the server's already.
         let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights.read(range));
@@ -118,8 +131,8 @@ where
     }
 
     /// Starts the first worker in this process, so that burn's metrics have something to show, and the others
-    /// on the nodes and here in turn. In each epoch a rank is at the same place, where its share of the
-    /// examples is being read.
+    /// on the nodes and here in turn. As long as the nodes stay the same, a rank is in the same process in every
+    /// epoch, because that process already reads the rank's share.
     fn spawn_workers(&self, epoch: u64) -> Result<Vec<Worker<LearnerSource<M>>>, TrainError> {
         let mut nodes = able(&self.cluster.nodes());
         nodes.sort_unstable();
@@ -154,6 +167,7 @@ where
 
     fn epoch_config(&self, rank: u32, epoch: u64) -> EpochConfig {
         EpochConfig {
+            training: self.training,
             worker: WorkerId(rank),
             num_workers: self.num_workers,
             epoch,
@@ -187,21 +201,40 @@ impl<M: LearnerModel> Drop for Taking<M> {
     }
 }
 
-/// Lets all workers take their steps, until they have taken them or are stopped.
+/// Refused gradients change nothing. An epoch may be too short for any worker to notice that most are refused.
+fn check_refused(runs: &[WorkerRun]) -> Result<(), TrainError> {
+    // The numbers may come from a peer, so adding them must not overflow.
+    let sum = |number: fn(&RunReport) -> u64| {
+        let numbers = runs.iter().map(|run| number(&run.report));
+        numbers.fold(0, u64::saturating_add)
+    };
+    let num_refused = sum(|report| report.num_refused);
+    let num_others = sum(|report| report.num_applied.saturating_add(report.num_dropped_late));
+    let num_all = num_refused.saturating_add(num_others);
+    let is_cut_short = runs.iter().any(|run| run.is_cut_short);
+    if is_cut_short || num_refused <= num_all / 2 {
+        return Ok(());
+    }
+    let what = format!(
+        "{num_refused} of the {num_all} gradients of an epoch were refused, because they are not finite"
+    );
+    Err(TrainError::Diverged { what })
+}
+
+/// Lets all workers take their steps, until they have taken them or are stopped, or until nobody is left who could
+/// stop them. Returns what each of them has done.
 async fn drive<M: LearnerModel>(
     servers: &ServerGroup,
     workers: &[Worker<LearnerSource<M>>],
     stopped: oneshot::Receiver<()>,
-) -> Result<(), TrainError>
+) -> Result<Vec<WorkerRun>, TrainError>
 where
     Input<M>: Clone,
 {
     let collector = Collector::new(&Observers::start(Vec::new()));
     let given_up = async {
-        if stopped.await.is_err() {
-            // Nobody is left who could stop them.
-            return std::future::pending().await;
-        }
+        // It fails if the thread that hands on the outputs has panicked.
+        let _ = stopped.await;
         workers.iter().for_each(Worker::stop);
         last_steps(servers, workers).await;
     };
@@ -215,7 +248,7 @@ where
         match never {}
     });
     match select(runs, beside).await {
-        Either::Left((outcome, _)) => outcome.map(drop),
+        Either::Left((outcome, _)) => outcome,
         Either::Right((never, _)) => never,
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! It is that of burn's strategy for one device. Only the steps of an epoch are taken by workers.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -21,6 +22,7 @@ use ps_model::burn::data::dataloader::Progress;
 use super::epoch::Epochs;
 use super::progress::JointProgress;
 use super::source::{Input, Shared, lock};
+use crate::agreement::Facts;
 use crate::trainer::TrainError;
 
 /// A strategy with a cluster to train on.
@@ -30,6 +32,8 @@ pub(super) struct OnCluster<M: LearnerModel> {
     /// Makes the workers of this process.
     pub(super) hosts: Hosts,
     pub(super) variant: String,
+    /// The facts about the model that the nodes have.
+    pub(super) model: Facts,
     pub(super) config: ServerConfig,
     pub(super) num_workers: Option<u32>,
     pub(super) heeds_signals: bool,
@@ -60,10 +64,15 @@ where
             ..
         } = training_components;
         learner.fork(&self.shared.device);
-        if let Err(reason) = self.check(&dataloader_train) {
-            interrupter.fail(failure(0, reason.to_owned()));
-            return (learner.model(), event_processor);
+        let num_processes = 1 + self.cluster.nodes().len();
+        let num_workers = (self.num_workers).unwrap_or(u32::try_from(num_processes).unwrap_or(1));
+        let model = learner.model();
+        if let Err(reason) = self.check(&model, &dataloader_train, num_workers) {
+            interrupter.fail(failure(0, reason));
+            return (model, event_processor);
         }
+        // A checkpoint may have brought other values of what is not trained.
+        *lock(&self.shared.model) = model;
         let stop = self.heed();
         let must_stop = || {
             if let Some(signal) = stop.as_ref().and_then(StopSignal::received)
@@ -76,13 +85,13 @@ where
         let num_train = dataloader_train.num_items();
         let dataloader_valid = dataloader_valid.to_device(&self.shared.device.clone().inner());
         let learner = Arc::new(Mutex::new(learner));
-        let num_processes = 1 + self.cluster.nodes().len();
-        let num_workers = (self.num_workers).unwrap_or(u32::try_from(num_processes).unwrap_or(1));
         let epochs = Epochs {
             shared: &self.shared,
             cluster: &self.cluster,
             hosts: &self.hosts,
             variant: &self.variant,
+            // Each `RandomState` has other keys.
+            training: RandomState::new().hash_one("training"),
             config: ServerConfig {
                 wait_for_workers: num_workers as usize,
                 ..self.config
@@ -104,11 +113,8 @@ where
                 let event = LearnerEvent::ProcessedItem(item);
                 interrupter.fail_on_error(event_processor.process_train(event));
             };
-            let result = match self.config.consistency.check(num_workers as usize) {
-                Ok(()) => epochs.train((epoch - starting_epoch) as u64, on_output, must_stop),
-                Err(error) => Err(error.into()),
-            };
-            if let Err(error) = result {
+            let number = (epoch - starting_epoch) as u64;
+            if let Err(error) = epochs.train(number, on_output, must_stop) {
                 interrupter.fail(failure(rank_of(&error), error_chain(&error)));
             }
             interrupter.fail_on_error(event_processor.process_train(LearnerEvent::EndSplit(epoch)));
@@ -121,6 +127,7 @@ where
                 epoch,
                 &mut event_processor,
                 &interrupter,
+                must_stop,
             );
             interrupter.fail_on_error(event_processor.process_train(LearnerEvent::EndEpoch(epoch)));
             if checkpointer.is_some() || early_stopping.is_some() {
@@ -147,16 +154,37 @@ impl<M: LearnerModel> OnCluster<M>
 where
     Input<M>: Clone,
 {
-    fn check(&self, dataloader_train: &TrainLoader<M>) -> Result<(), &'static str> {
+    fn check(
+        &self,
+        model: &M,
+        dataloader_train: &TrainLoader<M>,
+        num_workers: u32,
+    ) -> Result<(), String> {
+        if num_workers == 0 {
+            return Err(TrainError::NoWorkers.to_string());
+        }
+        let mode = self.config.consistency.check(num_workers as usize);
+        mode.map_err(|error| error.to_string())?;
         let own = self.shared.shares.loader();
         if !std::ptr::addr_eq(Arc::as_ptr(own), Arc::as_ptr(dataloader_train)) {
             return Err(
-                "the strategy and the training have different data loaders: give the same one to both",
+                "the strategy and the training have different data loaders: give the same one to both"
+                    .to_owned(),
+            );
+        }
+        let facts = Facts::default().model(model, &self.shared.device);
+        if facts != self.model && !self.cluster.nodes().is_empty() {
+            return Err(
+                "the learner has another model than when the strategy was made, or other values of what is not \
+                 trained, and the other processes do not have them: if they are those of a checkpoint, load them \
+                 in all processes before the strategy is made"
+                    .to_owned(),
             );
         }
         if self.is_used.swap(true, Ordering::Relaxed) {
             return Err(
-                "the strategy has trained already, and its data loader is used up: make a new one",
+                "the strategy has trained already, and its data loader is used up: make a new one"
+                    .to_owned(),
             );
         }
         Ok(())
@@ -183,6 +211,7 @@ fn validate<M: LearnerModel>(
     epoch: usize,
     event_processor: &mut SupervisedTrainingEventProcessor<M>,
     interrupter: &Interrupter,
+    must_stop: impl Fn() -> bool,
 ) {
     interrupter.fail_on_error(event_processor.process_valid(LearnerEvent::StartSplit {
         epoch_number: epoch,
@@ -203,7 +232,7 @@ fn validate<M: LearnerModel>(
         let item = InferenceStep::step(model, batch);
         let item = TrainingItem::new(item, progress, Some(iteration), None);
         interrupter.fail_on_error(event_processor.process_valid(LearnerEvent::ProcessedItem(item)));
-        if interrupter.should_stop() {
+        if must_stop() {
             break;
         }
     }

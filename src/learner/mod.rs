@@ -89,20 +89,21 @@
 //!
 //! The driver has the only server, and **the server's update rule is the learner**: each update is a step of its
 //! scheduler and a step of its optimizer. So schedules count updates, any optimizer works, also one that is not
-//! elementwise, and so do groups of parameters and `TrainStep::optimize`. The optimizer's clipping applies to the
-//! combined gradient. A worker computes `TrainStep::step` on the batches of its share.
+//! elementwise, and so do groups of parameters and `TrainStep::optimize`. What `optimize` changes besides trained
+//! parameters, the workers do not see. The optimizer's clipping applies to the combined gradient. A worker computes
+//! `TrainStep::step` on the batches of its share.
 //!
 //! - **Examples.** Each worker has a slice of the examples, and takes the batches of the loader for this slice. So
 //!   each epoch covers every example once. In the mean of an update, each batch counts by its number of examples. In
-//!   [`Consistency::Bsp`], `n` workers with batches of `b` examples compute what one process computes with batches of
-//!   `n·b` examples: those of all workers, joined.
+//!   [`Consistency::Bsp`], without accumulated gradients, `n` workers with batches of `b` examples compute what one
+//!   process computes with batches of `n·b` examples: those of all workers, joined.
 //! - **Metrics.** Those of the training set are computed from the outputs of the steps of the workers *in the
 //!   driver's process*. Without other processes, that is all of them. With `p` processes it is about one `p`-th, and
 //!   the progress assumes that the others are as far. Those of the validation set are computed in the driver, from
 //!   the whole set and the servers' weights at the end of the epoch. Early stopping and checkpoints by metric use
 //!   these numbers.
-//! - **An interrupted run** (burn's interrupter, SIGTERM, or Ctrl-C) ends after the current steps, in at most 10 s.
-//!   The other processes end with the driver's.
+//! - **An interrupted run** (burn's interrupter, SIGTERM, or Ctrl-C) ends after the current steps, in at most 10 s, or
+//!   after the current batch of the validation set. The other processes end with the driver's.
 //! - **A lost worker** is started again on another node, and goes on with the first batch whose gradient was not
 //!   settled. If the loader uses several threads (`num_workers` above 1), the order of its batches depends on time, so
 //!   in this epoch some batches may be taken twice, and others not at all. If the driver is lost, the training is
@@ -112,19 +113,28 @@
 //!
 //! A node with another model, or with another number of examples, cannot join. What a data loader does cannot be
 //! compared: it must be made in the same way, with the same seed, and must not be used before. So a strategy is good
-//! for one training.
+//! for one training. Several trainings of one program can share a cluster, each with its own strategy and
+//! [name](ClusterStrategy::name).
+//!
+//! A node may outlive its driver, and take part in the training of the next one. If its loader shuffles without threads
+//! of its own (`num_workers` of 0), the order of its examples is then another one than in a new process. So if a worker
+//! moves to this node or from it in the middle of an epoch, some batches may be taken twice in this epoch, and others
+//! not at all. If that matters, start the node again, too.
 //!
 //! # What is different from burn's own strategies
 //!
 //! - A parameter that the loss does not depend on has a gradient of zero instead of no gradient, so weight decay
 //!   changes it.
-//! - A gradient with NaN or infinity is refused. If no others come, the training ends with an error.
+//! - A gradient with NaN or infinity is refused. If more than half of the gradients of an epoch are refused, or if the
+//!   weights are not finite at its end, the training ends with an error.
 //! - A model with parameters that are not `f32`, or with tied parameters is refused. Running statistics are the mean of the
-//!   workers', as with [`Trainer`](crate::Trainer).
+//!   workers', as with [`Trainer`](crate::Trainer), and of the batches whose gradients are accumulated.
+//! - An epoch ends with an error if the data loader ends before its progress is complete. In burn's loader this is a
+//!   thread that panicked.
 //! - For gradient checkpointing, give [`ClusterStrategy::new`] a device with it. burn does not tell a strategy of
 //!   `SupervisedTraining::gradient_checkpointing`.
-//! - burn's layers that draw random numbers, such as `Dropout`, draw others in each worker. The same
-//!   [seed](ClusterStrategy::seed) gives the same numbers if each process has one worker.
+//! - burn's layers that draw random numbers, such as `Dropout`, draw different numbers in each worker. The same
+//!   [seed](ClusterStrategy::seed) gives the same numbers again only if each process has one worker.
 //! - burn's crate for training switches on threads inside of the operations of the backend `flex`. Without the feature
 //!   `burn-train`, each worker computes on one thread. With several workers on one machine, set the environment variable
 //!   `RAYON_NUM_THREADS` to each one's part of the cores.
@@ -161,6 +171,8 @@ use source::{Input, LearnerSource, Shared};
 /// The [module](self) has an example, and says what happens where.
 pub struct ClusterStrategy<M: LearnerModel> {
     shared: Arc<Shared<M>>,
+    model_facts: Facts,
+    /// Those about the model, and all others that distinguish this training's workers.
     facts: Facts,
     config: ServerConfig,
     num_workers: Option<u32>,
@@ -184,7 +196,8 @@ where
     ) -> Result<Self, SetupError> {
         let (device, model) = (device.clone().autodiff(), learner.model());
         LocalModel::new(model.clone(), &device)?;
-        let facts = Facts::default().model(&model, &device).state(
+        let model_facts = Facts::default().model(&model, &device);
+        let facts = model_facts.clone().state(
             "the number of training examples",
             dataloader_train.num_items(),
         );
@@ -197,6 +210,7 @@ where
                 seed: AtomicU64::new(0),
                 outputs: Mutex::default(),
             }),
+            model_facts,
             facts,
             config: ServerConfig::default(),
             num_workers: None,
@@ -209,6 +223,16 @@ where
     #[must_use]
     pub fn workers(mut self, num_workers: impl Into<Option<u16>>) -> Self {
         self.num_workers = num_workers.into().map(u32::from);
+        self
+    }
+
+    /// Gives the training a name, which must be the same in all processes.
+    ///
+    /// Trainings of one cluster with the same model and number of examples need names. Without, the nodes cannot
+    /// tell them apart, and use the data loader of the one that was [hosted](Self::hosts) last.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.facts = self.facts.state("the name of the training", name.into());
         self
     }
 
@@ -260,6 +284,7 @@ where
             cluster: cluster.clone(),
             hosts: self.host(Hosts::new()),
             variant: self.variant(),
+            model: self.model_facts,
             shared: self.shared,
             config: self.config,
             num_workers: self.num_workers,

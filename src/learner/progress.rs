@@ -13,6 +13,9 @@ pub(super) struct JointProgress {
     /// Of each worker that told: how many examples of its share are done, and how many the share has.
     shares: BTreeMap<WorkerId, (usize, usize)>,
     num_steps: usize,
+    /// What was told last: how many examples and steps all have done. When one more worker tells, less may be
+    /// assumed of the others. burn's renderers expect that progress does not go back.
+    furthest: (usize, usize),
 }
 
 impl JointProgress {
@@ -22,6 +25,7 @@ impl JointProgress {
             num_workers: num_workers as usize,
             shares: BTreeMap::new(),
             num_steps: 0,
+            furthest: (0, 0),
         }
     }
 
@@ -32,12 +36,19 @@ impl JointProgress {
         self.shares.insert(worker, (done, all));
         let done: usize = self.shares.values().map(|(done, _)| done).sum();
         let all: usize = self.shares.values().map(|(_, all)| all).sum();
+        let num_done = (done * self.num_items).checked_div(all).unwrap_or(0);
+        let num_steps = self.num_steps * self.num_workers / self.shares.len();
+        let (num_done_before, num_steps_before) = self.furthest;
+        self.furthest = (
+            num_done.max(num_done_before),
+            num_steps.max(num_steps_before),
+        );
+        let (items_processed, num_steps) = self.furthest;
         let progress = Progress {
-            items_processed: (done * self.num_items).checked_div(all).unwrap_or(0),
+            items_processed,
             items_total: self.num_items,
             unit: share.unit.clone(),
         };
-        let num_steps = self.num_steps * self.num_workers / self.shares.len();
         (progress, num_steps)
     }
 }
@@ -66,5 +77,16 @@ mod tests {
         let (joint, _) = progress.after(WorkerId(0), &share(25, 25));
         let (joint_at_end, _) = progress.after(WorkerId(2), &share(25, 25));
         assert!(!joint.is_completed() && joint_at_end.is_completed());
+    }
+    #[test]
+    fn progress_does_not_go_back_when_a_slow_worker_tells_for_the_first_time() {
+        let mut progress = JointProgress::new(100, 4);
+        let mut before = (0, 0);
+        for (worker, done) in [(0, 5), (0, 10), (0, 15), (2, 5), (1, 5), (2, 10), (1, 25)] {
+            let (joint, steps) = progress.after(WorkerId(worker), &share(done, 25));
+            let now = (joint.items_processed, steps);
+            assert!(now.0 >= before.0 && now.1 >= before.1, "{before:?} {now:?}");
+            before = now;
+        }
     }
 }

@@ -44,6 +44,8 @@ pub(super) struct Output<M: LearnerModel> {
 /// What a process makes a worker for one epoch from.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct EpochConfig {
+    /// A random number for each training. A process that outlives its driver may take part in several.
+    pub(super) training: u64,
     pub(super) worker: WorkerId,
     pub(super) num_workers: u32,
     /// The number of the epoch since the start of the training, from 0.
@@ -73,7 +75,7 @@ where
         let (rank, num_workers) = (config.worker.0 as usize, config.num_workers as usize);
         Ok(Self {
             loadable: Loadable::new(&model, &shared.device)?,
-            feed: shared.shares.of(rank, num_workers)?,
+            feed: shared.shares.of(config.training, rank, num_workers)?,
             shared: Arc::clone(shared),
             config,
             // One is being pushed, one is being computed, and one is spare.
@@ -150,8 +152,9 @@ where
                 });
             }
         }
+        let num_trainable = self.loadable.model.num_trainable();
         Ok(LocalGradient {
-            gradient: Gradient::with_buffers(gradient, self.loadable.model.num_trainable()),
+            gradient: Gradient::with_buffers(gradient, num_trainable),
             // The output of a step has a type of the user's. burn's metrics know what to do with it.
             loss: f32::NAN,
             num_examples,

@@ -1,18 +1,27 @@
 //! burn's `Learner` with the strategy of `ps`: the same weights as burn's own strategy, every example once in an epoch,
 //! and burn's interrupter, checkpoints and early stopping.
 
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
 
+use burn::data::dataset::{Dataset, DatasetError};
 use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord};
 use burn::optim::{AdamConfig, ModuleOptimizer, SgdConfig};
+use burn::tensor::TensorReadError;
 use burn::train::metric::store::EventStoreClient;
+use burn::train::metric::{Metric, MetricMetadata, MetricName, SerializedEntry};
 use burn::train::{EarlyStoppingStrategy, Learner, TrainingStrategy};
 use ps::learner::ClusterStrategy;
 use ps::prelude::*;
 
 use net::{
-    Directory, Loader, Net, OnStep, assert_close, device, learner, loader, train, weights_of,
+    Directory, Loader, NOT_A_NUMBER, Net, OnStep, assert_close, device, learner, loader, loader_of,
+    train, weights_of,
 };
 
 mod net;
@@ -36,6 +45,9 @@ const OPTIMIZERS: [fn() -> ModuleOptimizer; 2] =
     [|| SgdConfig::new().init(), || AdamConfig::new().init()];
 
 const NUM_EPOCHS: usize = 3;
+
+/// Bounds every wait.
+const SOON: Duration = Duration::from_secs(60);
 
 /// The order in which one process must take the examples, so that its batches are those of `num_workers` workers,
 /// joined.
@@ -99,11 +111,33 @@ fn running_statistics_are_those_of_burns_own_strategy() {
     assert_close(&got, &expected, "statistics");
 }
 
+/// S-20, in batches of different sizes.
 #[test]
-fn accumulated_gradients_are_summed_as_burns_own_strategy_does() {
+fn running_statistics_are_the_mean_of_those_of_several_workers() {
+    let nothing = OnStep::nothing();
+    // With a rate of 0, only the statistics move.
+    let new = || Learner::new(Net::normalized(&device()), SgdConfig::new().init(), 0.0);
+    let initial = new().model().weights();
+    let mut expected = vec![0.0; initial.len()];
+    for share in [0..4, 4..8, 8..13] {
+        let part = share.len() as f32 / 13.0;
+        let alone = weights_of(&train(new(), loader(share, 5, None, &nothing), 1, None));
+        for (sum, weight) in expected.iter_mut().zip(alone) {
+            *sum += part * weight;
+        }
+    }
+    let (learner, loads) = (new(), loader(0..13, 5, None, &nothing));
+    let strategy = alone(&learner, &loads, 3, Consistency::Bsp);
+    let got = weights_of(&train(learner, loads, 1, Some(strategy)));
+    assert_close(&got, &expected, "statistics");
+    assert_ne!(got, initial);
+}
+
+/// S-20.
+#[test]
+fn accumulated_gradients_and_statistics_are_those_of_burns_own_strategy() {
     let nothing = OnStep::nothing();
     let loads = || loader(0..30, 4, None, &nothing);
-    let new = || learner(SgdConfig::new().init(), 24);
     let accumulating = |strategy: Option<TrainingStrategy<Net>>, learner, loads| {
         let directory = Directory::new();
         let training = directory.training(loads, NUM_EPOCHS).grads_accumulation(3);
@@ -113,12 +147,19 @@ fn accumulated_gradients_are_summed_as_burns_own_strategy_does() {
         };
         weights_of(&training.launch(learner))
     };
-    // 8 batches: the last step of an epoch has 2.
-    let expected = accumulating(None, new(), loads());
-    let (learner, loads) = (new(), loads());
-    let strategy = alone(&learner, &loads, 1, Consistency::Bsp);
-    let got = accumulating(Some(strategy), learner, loads);
-    assert_close(&got, &expected, "accumulated");
+    let plain = || learner(SgdConfig::new().init(), 24);
+    let normalized = || {
+        let net = Net::normalized(&device());
+        Learner::new(net, SgdConfig::new().init(), 0.01)
+    };
+    for new in [plain as fn() -> Learner<Net>, normalized] {
+        // 8 batches: the last step of an epoch has 2.
+        let expected = accumulating(None, new(), loads());
+        let (learner, loads) = (new(), loads());
+        let strategy = alone(&learner, &loads, 1, Consistency::Bsp);
+        let got = accumulating(Some(strategy), learner, loads);
+        assert_close(&got, &expected, "accumulated");
+    }
 }
 
 /// How often each example was in a step.
@@ -218,6 +259,29 @@ fn a_training_goes_on_from_burns_checkpoint() {
     assert_eq!(run(&directory, 4, Some(2)), expected);
 }
 
+/// A program may make what is not trained at random. Then the checkpoint has what the trained layers fit to.
+#[test]
+fn what_is_not_trained_comes_from_burns_checkpoint() {
+    let run = |directory: &Directory, factor, num_epochs, from: Option<usize>| {
+        let net = Net::with_frozen_layer(factor, &device());
+        let learner = Learner::new(net, AdamConfig::new().init(), 0.01);
+        let loads = loader(0..40, 4, None, &OnStep::nothing());
+        let strategy = alone(&learner, &loads, 2, Consistency::Bsp);
+        let training = directory.training(loads, num_epochs);
+        let training = match from {
+            Some(epoch) => training.checkpoint(epoch),
+            None => training,
+        };
+        let training = training.with_default_checkpointers();
+        weights_of(&training.with_training_strategy(strategy).launch(learner))
+    };
+    let expected = run(&Directory::new(), 1.0, 4, None);
+    let directory = Directory::new();
+    run(&directory, 1.0, 2, None);
+    assert_eq!(run(&directory, 3.0, 4, Some(2)), expected);
+    assert_ne!(run(&Directory::new(), 3.0, 4, None), expected);
+}
+
 #[derive(Clone)]
 struct StopAfter(usize);
 
@@ -279,6 +343,124 @@ fn a_panic_in_a_step_ends_a_training_with_an_error_that_names_the_worker() {
     );
 }
 
+/// A metric of a user. burn's renderer panics, too, if its output is closed.
+#[derive(Clone)]
+struct Panics;
+
+impl Metric for Panics {
+    type Input = ();
+
+    fn name(&self) -> MetricName {
+        Arc::new("Panics".to_owned())
+    }
+
+    fn update(&mut self, (): &(), _: &MetricMetadata) -> Result<SerializedEntry, TensorReadError> {
+        panic!("as planned")
+    }
+
+    fn compute(&mut self) -> Result<SerializedEntry, TensorReadError> {
+        Ok(SerializedEntry::new(String::new(), String::new()))
+    }
+
+    fn clear(&mut self) {}
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    text.unwrap_or_default()
+}
+
+#[test]
+fn a_panic_in_a_metric_reaches_the_caller_before_the_epoch_is_over() {
+    for consistency in [Consistency::Bsp, Consistency::Asp] {
+        let counts = Arc::new(AtomicUsize::new(0));
+        let num_steps = Arc::clone(&counts);
+        let on_step = OnStep(Arc::new(move |_| {
+            counts.fetch_add(1, Ordering::Relaxed);
+        }));
+        let (sender, ended) = mpsc::channel();
+        thread::spawn(move || {
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                let learner = learner(SgdConfig::new().init(), 1_000);
+                let loads = loader(0..400_000, 4, None, &on_step);
+                let strategy = alone(&learner, &loads, 2, consistency);
+                let directory = Directory::new();
+                let training = directory.training(loads, 1).metric_train(Panics);
+                drop(training.with_training_strategy(strategy).launch(learner));
+            }));
+            // Nobody waits any more if this has taken too long.
+            let _ = sender.send(result.map_err(|panic| text_of(&*panic)));
+        });
+        let result = ended.recv_timeout(SOON).expect("the training hangs");
+        assert_eq!(result, Err("as planned".to_owned()), "{consistency}");
+        let num_steps = num_steps.load(Ordering::Relaxed);
+        assert!(num_steps < 50_000, "{consistency}: {num_steps} steps");
+    }
+}
+
+/// S-11, in epochs that are too short for a worker to notice it.
+#[test]
+fn a_training_that_diverges_in_short_epochs_ends_with_an_error() {
+    for consistency in [Consistency::Bsp, Consistency::Asp] {
+        let learner = Learner::new(Net::new(&device()), SgdConfig::new().init(), 1e30);
+        let loads = loader(0..20, 4, None, &OnStep::nothing());
+        let strategy = alone(&learner, &loads, 2, consistency);
+        let result = train(learner, loads, 5, Some(strategy));
+        let error = result.error.expect("it diverges").to_string();
+        assert!(error.contains("diverged"), "{consistency}: {error}");
+    }
+}
+
+/// S-11.
+#[test]
+fn gradients_that_are_not_finite_are_refused_and_more_than_half_of_them_are_an_error() {
+    let training_with = |num_bad: usize| {
+        let first = move |batch| if batch < num_bad { NOT_A_NUMBER } else { batch };
+        let ids = (0..10).flat_map(|batch| [first(batch), 100 + batch]);
+        let learner = learner(SgdConfig::new().init(), 100);
+        let loads = loader(ids, 2, None, &OnStep::nothing());
+        let strategy = alone(&learner, &loads, 1, Consistency::Bsp);
+        train(learner, loads, 1, Some(strategy))
+    };
+    let weights = weights_of(&training_with(5));
+    assert!(weights.iter().all(|weight| weight.is_finite()));
+    assert_ne!(weights, Net::new(&device()).weights());
+    let error = training_with(6).error.expect("more than half are refused");
+    let error = error.to_string();
+    assert!(error.contains("6 of the 10 gradients"), "{error}");
+}
+
+/// Fails for one example.
+struct Broken;
+
+impl Dataset<usize> for Broken {
+    fn get(&self, index: usize) -> Result<usize, DatasetError> {
+        match index {
+            33 => Err(DatasetError::new(io::Error::other("a bad sector"))),
+            _ => Ok(index),
+        }
+    }
+
+    fn len(&self) -> usize {
+        40
+    }
+}
+
+#[test]
+fn the_error_of_a_data_set_ends_a_training_and_names_the_worker() {
+    let learner = learner(SgdConfig::new().init(), 100);
+    let loads = loader_of(Broken, 4, None, &OnStep::nothing());
+    let strategy = alone(&learner, &loads, 2, Consistency::Bsp);
+    let result = train(learner, loads, 1, Some(strategy));
+    let error = result.error.expect("an example cannot be read").to_string();
+    // The second worker has the examples from 20 on.
+    assert!(
+        error.contains("device 1") && error.contains("a bad sector"),
+        "{error}"
+    );
+}
+
 #[test]
 fn what_cannot_work_is_an_error_that_says_so() {
     let nothing = OnStep::nothing();
@@ -298,6 +480,8 @@ fn what_cannot_work_is_an_error_that_says_so() {
         too_many.contains("4 examples are fewer than 5 workers"),
         "{too_many}"
     );
+    let none = error(0, Consistency::Asp, false);
+    assert!(none.contains("at least one worker"), "{none}");
     let other_loader = error(2, Consistency::Asp, true);
     assert!(
         other_loader.contains("different data loaders"),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use burn::data::dataloader::batcher::Batcher;
 use burn::data::dataloader::{DataLoader, DataLoaderBuilder};
-use burn::data::dataset::InMemDataset;
+use burn::data::dataset::{Dataset, InMemDataset};
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::module::Module;
 use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
@@ -39,6 +39,9 @@ impl OnStep {
     }
 }
 
+/// The number of an example whose target is NaN.
+pub(super) const NOT_A_NUMBER: usize = usize::MAX;
+
 #[derive(Clone, Debug)]
 pub(super) struct Batch {
     ids: Vec<usize>,
@@ -56,7 +59,10 @@ impl Batcher<usize, Batch> for Points {
         let inputs = ids.iter().flat_map(|&id| {
             [0.754_877_7, 0.569_840_3, 0.316_624_8].map(|step| (id as f32 * step).fract() - 0.5)
         });
-        let targets = ids.iter().map(|&id| (id as f32).sin());
+        let targets = ids.iter().map(|&id| match id {
+            NOT_A_NUMBER => f32::NAN,
+            _ => (id as f32).sin(),
+        });
         let (inputs, targets): (Vec<f32>, Vec<f32>) = (inputs.collect(), targets.collect());
         Batch {
             inputs: Tensor::from_data(TensorData::new(inputs, [ids.len(), 3]), device),
@@ -81,6 +87,14 @@ impl Net {
             norm: Some(BatchNormConfig::new(8).init(device)),
             ..Self::new(device)
         }
+    }
+
+    /// With a layer that is not trained. Its weights are multiplied by `factor`.
+    pub(super) fn with_frozen_layer(factor: f32, device: &Device) -> Self {
+        let mut net = Self::new(device);
+        net.first.weight = net.first.weight.map(|weight| weight * factor);
+        net.first = net.first.freeze();
+        net
     }
 
     /// The weights of a network are always the same.
@@ -141,12 +155,22 @@ pub(super) fn loader(
     seed: Option<u64>,
     on_step: &OnStep,
 ) -> Loader {
+    let ids = InMemDataset::new(ids.into_iter().collect());
+    loader_of(ids, batch_size, seed, on_step)
+}
+
+pub(super) fn loader_of(
+    ids: impl Dataset<usize> + 'static,
+    batch_size: usize,
+    seed: Option<u64>,
+    on_step: &OnStep,
+) -> Loader {
     let builder = DataLoaderBuilder::new(Points(on_step.clone())).batch_size(batch_size);
     let builder = match seed {
         Some(seed) => builder.shuffle(seed),
         None => builder,
     };
-    builder.build(InMemDataset::new(ids.into_iter().collect()))
+    builder.build(ids)
 }
 
 pub(super) fn device() -> Device {

@@ -1,67 +1,160 @@
 //! burn's own training loop as several real processes.
 
-use std::path::Path;
-use std::time::Instant;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
 
 use crate::results;
-use crate::run::{Run, SOON, signal};
+use crate::run::{Run, SOON, example, signal};
 
-fn start(directory: &Path, arguments: &[&str]) -> Run {
-    let directory = directory.to_str().unwrap();
-    let own = ["--artifact-dir", directory, "--dropout", "0"];
-    Run::start("burn_learner", &[&own, arguments].concat())
+/// A directory with images, and with what the runs write.
+struct Place(TempDir);
+
+impl Place {
+    /// Writes so many images for training and for testing, as MNIST does.
+    fn new(num_train: u32, num_test: u32) -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        fs::create_dir(place.data()).unwrap();
+        for (name, num) in [("train", num_train), ("t10k", num_test)] {
+            let header = |numbers: &[u32]| {
+                let bytes = numbers.iter().flat_map(|number| number.to_be_bytes());
+                bytes.collect::<Vec<u8>>()
+            };
+            let mut images = header(&[2051, num, 28, 28]);
+            let mut labels = header(&[2049, num]);
+            for label in (0..num).map(|index| index * 7 % 10) {
+                // A bright line, which is lower for each class.
+                let line = 28 * (2 * label + 4)..28 * (2 * label + 6);
+                images.extend((0..28 * 28).map(|pixel| {
+                    let noise = (label * 31 + num + pixel * 17) % 97;
+                    (noise + if line.contains(&pixel) { 150 } else { 0 }) as u8
+                }));
+                labels.push(label as u8);
+            }
+            let write = |kind: &str, bytes| {
+                let file = place.data().join(format!("{name}-{kind}-ubyte"));
+                fs::write(file, bytes).unwrap();
+            };
+            write("images-idx3", images);
+            write("labels-idx1", labels);
+        }
+        place
+    }
+
+    fn data(&self) -> PathBuf {
+        self.0.path().join("data")
+    }
+
+    /// Where the run with this name writes.
+    fn run(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn start(&self, name: &str, arguments: &[&str]) -> Run {
+        let driver = Command::new(example("burn_learner"))
+            .args(["--offline", "--batch-size", "2", "--dropout", "0"])
+            .arg("--data-dir")
+            .arg(self.data())
+            .arg("--artifact-dir")
+            .arg(self.run(name))
+            .args(arguments)
+            .env_remove("PS_MNIST_DIR")
+            .env("NO_COLOR", "1")
+            // The processes share the cores.
+            .env("RAYON_NUM_THREADS", "1")
+            .env("XDG_CACHE_HOME", self.0.path().join("cache"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        Run::follow(driver.unwrap())
+    }
+
+    /// What burn wrote about the loss on the test images, which depends on all weights.
+    fn losses(&self, name: &str, num_epochs: usize) -> Vec<String> {
+        let valid = self.run(name).join("valid");
+        let files = (1..=num_epochs).map(|epoch| valid.join(format!("epoch-{epoch}/Loss.log")));
+        files
+            .map(|file| fs::read_to_string(file).unwrap())
+            .collect()
+    }
 }
 
-/// Waits until burn has begun to write about this epoch.
-fn wait_for_epoch(directory: &Path, epoch: usize) {
+/// Waits until burn has begun to write about an epoch.
+fn wait_for(directory: &Path) {
     let deadline = Instant::now() + SOON;
-    let file = directory.join(format!("train/epoch-{epoch}"));
-    while !file.exists() {
-        assert!(Instant::now() < deadline, "{} is missing", file.display());
+    while !directory.exists() {
+        let missing = directory.display();
+        assert!(Instant::now() < deadline, "{missing} is missing");
         // Between two looks at the disk.
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        thread::sleep(Duration::from_millis(10));
     }
 }
 
 #[test]
 fn processes_train_burns_learner_as_one_does() {
+    let place = Place::new(30, 10);
     let arguments = ["--num-workers", "3", "--epochs", "2"];
-    let [one, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-    let (status, alone) = start(one.path(), &arguments).finish();
+    let (status, alone) = place.start("one", &arguments).finish();
     assert!(status.success(), "{alone}");
     let arguments = [&arguments[..], &["--processes", "3"]].concat();
-    let (status, output) = start(other.path(), &arguments).finish();
+    let (status, output) = place.start("three", &arguments).finish();
     assert!(status.success(), "{output}");
     assert!(results(&alone).len() == 1, "{alone}");
     assert_eq!(results(&output), results(&alone));
+    assert_eq!(place.losses("three", 2), place.losses("one", 2));
 }
 
 #[test]
 fn a_worker_of_burns_learner_that_is_killed_changes_nothing() {
-    let arguments = ["--epochs", "6", "--processes", "3"];
-    let [one, other] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-    let (status, expected) = start(one.path(), &arguments).finish();
+    let place = Place::new(42, 10);
+    let arguments = ["--num-workers", "3", "--epochs", "5"];
+    let (status, expected) = place.start("one", &arguments).finish();
     assert!(status.success(), "{expected}");
 
-    let mut run = start(other.path(), &arguments);
+    let arguments = [&arguments[..], &["--processes", "3"]].concat();
+    let mut run = place.start("three", &arguments);
     let node = run.wait_for_node("node=node 2");
-    wait_for_epoch(other.path(), 2);
+    wait_for(&place.run("three/train/epoch-2"));
     signal("KILL", node);
-    run.wait_for_node("node=node 2 (incarnation 2)");
+    // How many epochs are over when it is back depends on the machine.
+    run.wait_for(&["a node is lost"]);
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
     assert_eq!(results(&output), results(&expected));
+    assert_eq!(place.losses("three", 5), place.losses("one", 5));
 }
 
+///
 #[test]
 fn a_signal_interrupts_burns_learner_on_all_processes() {
-    let directory = tempfile::tempdir().unwrap();
-    let arguments = ["--epochs", "1000", "--processes", "3"];
-    let run = start(directory.path(), &arguments);
-    wait_for_epoch(directory.path(), 2);
+    let place = Place::new(60, 10);
+    for (how, code) in [("TERM", 143), ("INT", 130)] {
+        let run = place.start(how, &["--epochs", "100000", "--processes", "3"]);
+        wait_for(&place.run(how).join("train/epoch-2"));
+        signal(how, run.driver.id());
+        // It also waits for the other processes, which write to the same output.
+        let (status, output) = run.finish();
+        assert_eq!(status.code(), Some(code), "{output}");
+        let interrupted = format!("Interrupted: SIG{how}.");
+        assert!(output.contains(&interrupted), "{output}");
+    }
+}
+
+///
+#[test]
+fn a_signal_interrupts_the_validation_of_burns_learner() {
+    let place = Place::new(4, 4_000);
+    let run = place.start("run", &["--epochs", "2"]);
+    wait_for(&place.run("run/valid/epoch-1"));
     signal("TERM", run.driver.id());
-    // It also waits for the other processes, which write to the same output.
     let (status, output) = run.finish();
-    assert_eq!(status.code(), Some(1), "{output}");
+    assert_eq!(status.code(), Some(143), "{output}");
     assert!(output.contains("Interrupted: SIGTERM."), "{output}");
+    // burn prints how far it is.
+    assert!(output.contains("items_total: 4000"), "{output}");
+    assert!(!output.contains("items_processed: 4000"), "{output}");
 }
