@@ -54,7 +54,7 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
     let name = directory.to_str().unwrap();
     let arguments = [
         "--iterations",
-        "3000",
+        "2000",
         "--processes",
         "3",
         "--run-dir",
@@ -75,7 +75,7 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
 
     let record = RunRecord::read(&directory).unwrap();
     assert_eq!(record.kept_every(), 1);
-    check_steps(&record, 2, 3000);
+    check_steps(&record, 2, 2000);
     let has = |what: fn(&Event) -> bool| record.events().any(what);
     assert!(has(
         |event| matches!(event, Event::NodeLost(lost) if lost.node.rank == 2)
@@ -89,18 +89,18 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
     let end = record.report.as_ref().unwrap();
     assert_eq!(end.error, None);
     let report = end.report.as_ref().unwrap();
-    assert_eq!(report.num_applied, 6000);
+    assert_eq!(report.num_applied, 4000);
     let steps: u64 = end
         .workers
         .iter()
         .map(|worker| worker.num_applied + worker.num_missed)
         .sum();
-    assert_eq!(steps, 6000);
+    assert_eq!(steps, 4000);
     check_pictures(&directory, &["curves", "timeline"]);
 
     let (code, table) = compare(&[name, name, "--out", temporary.path().to_str().unwrap()]);
     assert_eq!(code, Some(0), "{table}");
-    assert!(table.contains("one") && table.contains("3000"), "{table}");
+    assert!(table.contains("one") && table.contains("2000"), "{table}");
     check_pictures(temporary.path(), &["compare"]);
 
     let (code, error) = compare(&[temporary.path().to_str().unwrap()]);
