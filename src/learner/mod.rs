@@ -127,8 +127,8 @@
 //!   changes it.
 //! - A gradient with NaN or infinity is refused. If more than half of the gradients of an epoch are refused, or if the
 //!   weights are not finite at its end, the training ends with an error.
-//! - A model with parameters that are not `f32`, or with tied parameters is refused. Running statistics are the mean of the
-//!   workers', as with [`Trainer`](crate::Trainer), and of the batches whose gradients are accumulated.
+//! - A model with tied parameters is refused. In `Bsp`, running statistics are the mean of the workers', as with
+//!   [`Trainer`](crate::Trainer) (S-20). Batches whose gradients are accumulated change them one after the other.
 //! - An epoch ends with an error if the data loader ends before its progress is complete. In burn's loader this is a
 //!   thread that panicked.
 //! - For gradient checkpointing, give [`ClusterStrategy::new`] a device with it. burn does not tell a strategy of
