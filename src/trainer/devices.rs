@@ -72,7 +72,7 @@ impl Devices {
 
 impl<M: Model, E> Trainer<M, E> {
     /// Sets the device to compute on. The default is that of
-    /// [`default_device_name`](ps_model::default_device_name).
+    /// [`default_device_name`].
     #[must_use]
     pub fn device(self, device: &Device) -> Self {
         self.devices([device.clone()])
