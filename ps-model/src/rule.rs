@@ -216,16 +216,8 @@ impl<O: Optimizer> BurnRule<O> {
         gradient: &[f32],
         learning_rate: f64,
     ) -> Result<(), RuleError> {
+        check_step(weights, gradient, learning_rate)?;
         let len = weights.len();
-        if gradient.len() != len {
-            return Err(RuleError::GradientLength {
-                weights: len,
-                gradient: gradient.len(),
-            });
-        }
-        if !learning_rate.is_finite() {
-            return Err(RuleError::LearningRate(learning_rate));
-        }
         if len == 0 {
             return Ok(());
         }
@@ -298,13 +290,7 @@ impl<O: Optimizer> BurnRule<O> {
         }
         let len = saved.num_weights;
         let names = saved.names();
-        if let Some(tensor) = saved.tensors.iter().find(|t| t.values.len() != len) {
-            return Err(RuleError::ForeignState(format!(
-                "tensor `{}` has {} numbers, the shard {len}",
-                tensor.name,
-                tensor.values.len()
-            )));
-        }
+        saved.check_lengths()?;
         let mut source = saved.into_source(&[len]);
         let state = panic::catch(|| O::State::<1>::state_unflatten("", &mut source, &self.device))
             .map_err(RuleError::Panicked)?
@@ -361,6 +347,24 @@ impl<O: Optimizer> fmt::Debug for BurnRule<O> {
     }
 }
 
-fn lost_state() -> RuleError {
+/// Checks what a step is given.
+pub(crate) fn check_step(
+    weights: &[f32],
+    gradient: &[f32],
+    learning_rate: f64,
+) -> Result<(), RuleError> {
+    if gradient.len() != weights.len() {
+        return Err(RuleError::GradientLength {
+            weights: weights.len(),
+            gradient: gradient.len(),
+        });
+    }
+    match learning_rate.is_finite() {
+        true => Ok(()),
+        false => Err(RuleError::LearningRate(learning_rate)),
+    }
+}
+
+pub(crate) fn lost_state() -> RuleError {
     RuleError::Panicked("the state was lost in an earlier step".to_owned())
 }

@@ -103,6 +103,19 @@ impl RuleState {
         source
     }
 
+    /// Checks that each tensor has a number for each weight.
+    pub(crate) fn check_lengths(&self) -> Result<(), RuleError> {
+        let len = self.num_weights;
+        let mut tensors = self.tensors.iter();
+        match tensors.find(|tensor| tensor.values.len() != len) {
+            Some(StateTensor { name, values }) => Err(RuleError::ForeignState(format!(
+                "tensor `{name}` has {} numbers, the shard {len}",
+                values.len()
+            ))),
+            None => Ok(()),
+        }
+    }
+
     /// Returns all names in order, to compare two states.
     pub(crate) fn names(&self) -> Vec<String> {
         let tensors = self.tensors.iter().map(|tensor| &tensor.name);

@@ -15,7 +15,7 @@ use burn::optim::{
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::panic;
-use crate::rule::RuleError;
+use crate::rule::{RuleError, check_step, lost_state};
 use crate::rule_state::{RuleState, StateTensor};
 
 /// The configuration of a burn optimizer that uses a whole parameter at once.
@@ -166,16 +166,8 @@ impl<O: Optimizer> WholeRule<O> {
         gradient: &[f32],
         learning_rate: f64,
     ) -> Result<(), RuleError> {
+        check_step(weights, gradient, learning_rate)?;
         let len = weights.len();
-        if gradient.len() != len {
-            return Err(RuleError::GradientLength {
-                weights: len,
-                gradient: gradient.len(),
-            });
-        }
-        if !learning_rate.is_finite() {
-            return Err(RuleError::LearningRate(learning_rate));
-        }
         if len == 0 {
             return Ok(());
         }
@@ -317,14 +309,7 @@ impl<O: Optimizer> WholeRule<O> {
     /// If the state is of another optimizer or is damaged. Then the old state stays.
     pub fn load_state(&mut self, saved: RuleState) -> Result<(), RuleError> {
         if !saved.is_empty() {
-            let len = saved.num_weights;
-            if let Some(tensor) = saved.tensors.iter().find(|t| t.values.len() != len) {
-                return Err(RuleError::ForeignState(format!(
-                    "tensor `{}` has {} numbers, the shard {len}",
-                    tensor.name,
-                    tensor.values.len()
-                )));
-            }
+            saved.check_lengths()?;
             let expected = self.row_after_a_step(None)?.names();
             let names = saved.names();
             if names != expected {
@@ -423,8 +408,4 @@ impl<O> fmt::Debug for WholeRule<O> {
             .field("num_parameters", &self.parameters.len())
             .finish_non_exhaustive()
     }
-}
-
-fn lost_state() -> RuleError {
-    RuleError::Panicked("the state was lost in an earlier step".to_owned())
 }
