@@ -89,7 +89,7 @@ fn wait_for(directory: &Path) {
     while !directory.exists() {
         let missing = directory.display();
         assert!(Instant::now() < deadline, "{missing} is missing");
-        // Between two looks at the disk.
+        // Without a pause, the looks at the disk would take a core from the run.
         thread::sleep(Duration::from_millis(10));
     }
 }
