@@ -1,10 +1,13 @@
 """What the tests of the engines share: hosts that are network namespaces, and waiting with a time limit."""
 
+import contextlib
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +56,16 @@ def install(venv, *packages):
         why = getattr(error, "stderr", None) or str(error)
         raise unittest.SkipTest(f"{' '.join(packages)} cannot be installed: {why.strip()[-300:]}") from None
     done.write_text(" ".join(packages))
+
+
+def free_port():
+    """A port that the system gives to nobody by itself, so that it stays free while nobody listens there."""
+    for _ in range(100):
+        port = random.randrange(20000, 32768)
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def need_root():

@@ -7,11 +7,9 @@ import http.server
 import json
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
-import socket
 import struct
 import tempfile
 import threading
@@ -19,22 +17,12 @@ import unittest
 import urllib.request
 
 from browser import ENTER, RIGHT, TAB, Browser
-from hosts import Process, environment, eventually, example
+from hosts import Process, environment, eventually, example, free_port
 from readme import command, desk
 
 TOKEN = "correct-horse-battery-staple"
 CONTROLS = {"theme", "token", "pause", "checkpoint", "rate", "set-rate", "mode", "set-mode", "who", "remove"}
 CHARTS = ["chart-loss", "chart-accuracy", "chart-rate", "chart-staleness"]
-
-
-def free_port():
-    """A port that the system gives to nobody by itself, so that it stays free while nobody listens there."""
-    for _ in range(100):
-        port = random.randrange(20000, 32768)
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 class Client:

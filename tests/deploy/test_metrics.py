@@ -13,16 +13,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from hosts import REPOSITORY, Process, environment, eventually, example
+from hosts import REPOSITORY, Process, environment, eventually, example, free_port
 from readme import command, desk
 
 TOKEN = "token-of-the-metrics"
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def get(url, token=None):

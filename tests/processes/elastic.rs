@@ -1,10 +1,9 @@
 //! Nodes that join late, and workers that go on elsewhere.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::run::{Run, example, signal};
+use crate::run::{Run, example, free_port, signal};
 
 fn exported(path: &Path) -> Vec<u8> {
     std::fs::read(path).unwrap()
@@ -48,12 +47,10 @@ fn a_worker_that_is_killed_changes_no_bit() {
 /// S-16
 #[test]
 fn a_node_that_starts_late_gets_workers() {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = port.local_addr().unwrap().port().to_string();
-    drop(port);
+    let port = free_port().to_string();
     let place = |rank: &'static str, world_size: &'static str| {
         let words = ["--rank", rank, "--world-size", world_size];
-        let master = ["--master-addr", "127.0.0.1", "--master-port", &address];
+        let master = ["--master-addr", "127.0.0.1", "--master-port", &port];
         [&words[..], &master]
             .concat()
             .into_iter()

@@ -13,7 +13,7 @@ mod soak;
 
 use std::process::{Command, Stdio};
 
-use run::{Run, example, signal, stop_all_threads};
+use run::{Run, example, free_port, signal, stop_all_threads};
 
 /// The lines that do not depend on the number of processes or on time.
 fn results(output: &str) -> Vec<&str> {
@@ -101,16 +101,15 @@ fn a_training_that_diverges_ends_with_a_failure() {
 /// A trainer's own flags do not win over the driver's.
 #[test]
 fn a_trainer_with_other_flags_is_refused_by_name() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = free.local_addr().unwrap().port().to_string();
-    drop(free);
+    let port = free_port().to_string();
     let place = ["--world-size", "2", "--master-port", &port];
     let driver = [&place[..], &["--rank", "0", "--iterations", "3"]].concat();
     let mut driver = Run::start("rpc_ps", &driver);
     driver.wait_for(&["MNIST"]);
     let node = [&place[..], &["--rank", "1", "--iterations", "4"]].concat();
     let (status, output) = Run::start("rpc_ps", &node).finish();
-    assert_eq!(status.code(), Some(64), "{output}");
+    let of_driver = driver.kill();
+    assert_eq!(status.code(), Some(64), "{output}\n{of_driver}");
     assert!(
         output.contains("--iterations is 4 here, but 3 in the driver"),
         "{output}"
@@ -362,9 +361,7 @@ fn a_trainer_that_is_killed_goes_on_and_no_update_is_lost_or_doubled() {
 #[test]
 fn launchers_start_the_driver_and_its_nodes() {
     // One port for all: they run one after the other.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = free.local_addr().unwrap().port().to_string();
-    drop(free);
+    let port = free_port().to_string();
     let open_mpi = [
         "mpirun",
         "--allow-run-as-root",

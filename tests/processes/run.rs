@@ -1,8 +1,10 @@
 //! A driver as a real process, with the processes that it starts.
 
 use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -32,6 +34,23 @@ pub(crate) fn example(name: &str) -> PathBuf {
         path.display()
     );
     path
+}
+
+/// Returns a port that stays free until somebody listens there.
+///
+/// It is below those that a system gives to a connection or to port 0. One of those could be given to another process
+/// between this call and the use of the port. The next one is not given away either: under torchrun it is the driver's.
+pub(crate) fn free_port() -> u16 {
+    static TAKEN: AtomicU16 = AtomicU16::new(0);
+    let begin = 20_000 + (std::process::id() % 10_000) as u16;
+    loop {
+        let taken = TAKEN.fetch_add(2, Ordering::Relaxed);
+        assert!(taken < 2000, "no port is free");
+        let port = begin + taken;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 impl Run {
@@ -104,6 +123,12 @@ impl Run {
             }
         }
         (self.driver.wait().unwrap(), self.seen.join("\n"))
+    }
+
+    /// Kills the driver, and returns what was printed and logged.
+    pub(crate) fn kill(mut self) -> String {
+        let _ = self.driver.kill();
+        self.finish().1
     }
 }
 

@@ -290,9 +290,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_port_that_nobody_listens_on_refuses() {
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = free.local_addr().unwrap();
-        drop(free);
+        // Held, so that no other process gets the port and listens.
+        let held = tokio::net::TcpSocket::new_v4().unwrap();
+        held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = held.local_addr().unwrap();
         let attempt = Attempt::new();
         let driver = address.to_string();
         let limit = Duration::from_secs(5);
