@@ -107,7 +107,8 @@ fn train(
     let mut checkpoints = observers.see_checkpoints(checkpoints);
     let mut controls = (show.controls).in_loop(server.clone(), &observers, &checkpoints);
     let mut i = weights.version().0;
-    while i < args.iterations * args.num_workers as u64 {
+    let num_gradients = args.iterations.saturating_mul(args.num_workers as u64);
+    while i < num_gradients {
         // Does what the dashboard asks for; waits here while somebody has paused the training.
         controls.heed(&stop, &mut checkpoints);
         if let Some(signal) = stop.received() {
@@ -148,7 +149,6 @@ fn train(
     let is_saved = checkpoints.finish().has(weights.version());
     observers.run_ended();
     saving.export(&model, &device, &weights)?;
-    let num_gradients = args.iterations * args.num_workers as u64;
     let num_expected = stop.received().is_none().then_some(num_gradients);
     let done = chaos.done_in_loop(&server, num_expected, false)?;
     let code = cli::end_of_training(stop.received(), is_saved);

@@ -27,7 +27,7 @@ use burn::optim::AdamWConfig;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, ShowArgs, say};
+use ps::cli::{self, ChaosArgs, CheckpointArgs, ClusterArgs, ServerPlaces, ShowArgs, say};
 use ps::model::{Rng, nll_loss};
 use ps::prelude::*;
 
@@ -59,6 +59,8 @@ struct Args {
     checkpoints: CheckpointArgs,
     #[command(flatten)]
     show: ShowArgs,
+    #[command(flatten)]
+    chaos: ChaosArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -132,9 +134,13 @@ fn train(args: Args) -> Result<ExitCode> {
             let loss = point.evaluation.mean_loss();
             say!("Iter {}: \tloss is {loss:.3}", point.version.0);
         });
-    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
+    let (saving, one) = (&args.checkpoints, ServerPlaces::ONE);
+    let mut chaos = (args.chaos).begin(args.num_workers, &args.cluster, saving, one)?;
+    let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
+    let Some(cluster) = args.cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
     };
+    chaos.start(&cluster)?;
     let report = trainer.run_on(&cluster)?;
     let loss = report
         .final_evaluation
@@ -146,11 +152,10 @@ fn train(args: Args) -> Result<ExitCode> {
         "{}",
         write(&trained, &alphabet, "\nKING ", 200, &device.clone().inner())
     );
-    args.checkpoints.export(&model, &device, &report.weights)?;
-    Ok(cli::end_of_training(
-        report.interrupted,
-        report.saved_all().is_some(),
-    ))
+    saving.export(&model, &device, &report.weights)?;
+    let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
+    let done = report.done(args.iterations);
+    Ok(chaos.conclude(Some(&done), code)?)
 }
 
 /// The numbers of `CONTEXT + 1` characters.

@@ -77,13 +77,8 @@ fn train(args: Args) -> Result<ExitCode> {
         .checkpoints(args.checkpoints.config())
         .observe_all(args.show.observers())
         .controls(&args.show.controls);
-    let servers = ServerPlaces {
-        num_servers: 1,
-        num_in_driver: 1,
-        workers_call: true,
-    };
-    let saving = &args.checkpoints;
-    let mut chaos = (args.chaos).begin(args.num_workers, &args.cluster, saving, servers)?;
+    let (saving, one) = (&args.checkpoints, ServerPlaces::ONE);
+    let mut chaos = (args.chaos).begin(args.num_workers, &args.cluster, saving, one)?;
     let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
     let Some(cluster) = args.cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);

@@ -22,7 +22,9 @@ use burn::optim::momentum::MomentumConfig;
 use burn::tensor::activation::{log_softmax, relu};
 use burn::tensor::{Device, Tensor};
 use clap::Parser;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, ShowArgs, TrainArgs, say};
+use ps::cli::{
+    self, ChaosArgs, CheckpointArgs, ClusterArgs, DataArgs, ServerPlaces, ShowArgs, TrainArgs, say,
+};
 use ps::model::nll_loss;
 use ps::prelude::*;
 
@@ -43,6 +45,8 @@ struct Args {
     checkpoints: CheckpointArgs,
     #[command(flatten)]
     show: ShowArgs,
+    #[command(flatten)]
+    chaos: ChaosArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -78,17 +82,20 @@ fn train(args: Args) -> Result<ExitCode> {
             let accuracy = 100.0 * point.evaluation.accuracy().unwrap_or(f64::NAN);
             say!("Iter {}: \taccuracy is {accuracy:.1}", point.version.0);
         });
-    let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
+    let (saving, one) = (&args.checkpoints, ServerPlaces::ONE);
+    let mut chaos = (args.chaos).begin(args.train.num_workers, &args.cluster, saving, one)?;
+    let hosts = chaos.hosts(trainer.hosts(Hosts::new())?);
+    let Some(cluster) = args.cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
     };
+    chaos.start(&cluster)?;
     let report = trainer.run_on(&cluster)?;
     let accuracy = 100.0 * report.final_accuracy().unwrap_or(f64::NAN);
     say!("Final accuracy is {accuracy:.1}.\n{report}");
-    args.checkpoints.export(&model, &device, &report.weights)?;
-    Ok(cli::end_of_training(
-        report.interrupted,
-        report.saved_all().is_some(),
-    ))
+    saving.export(&model, &device, &report.weights)?;
+    let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
+    let done = report.done(args.train.iterations);
+    Ok(chaos.conclude(Some(&done), code)?)
 }
 
 /// A convolution without a bias, and a batch normalization.

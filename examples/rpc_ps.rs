@@ -27,7 +27,7 @@ use clap::Parser;
 use futures_util::future::{Either, select, try_join_all};
 use ps::actors::server::Outcome;
 use ps::actors::worker::MAX_REFUSED;
-use ps::cli::{self, CheckpointArgs, ClusterArgs, DataArgs, say};
+use ps::cli::{self, ChaosArgs, CheckpointArgs, ClusterArgs, DataArgs, ServerPlaces, say};
 use ps::prelude::*;
 use ps::served::{DistributedOptimizer, PartConfig, PartServer, infer, serve_part};
 use serde::{Deserialize, Serialize};
@@ -44,6 +44,8 @@ struct Args {
     cluster: ClusterArgs,
     #[command(flatten)]
     checkpoints: CheckpointArgs,
+    #[command(flatten)]
+    chaos: ChaosArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -76,6 +78,10 @@ fn serve(args: Args) -> Result<ExitCode> {
     let mnist = args.data.mnist()?;
     let device = args.data.device()?;
     let net = Net::init(args.train.seed, &device);
+    let num_trainers = args.cluster.world_size().max(2) as usize - 1;
+    // Trainers call the model, and only the driver calls the server.
+    let (saving, driven) = (&args.checkpoints, ServerPlaces::DRIVEN);
+    let mut chaos = (args.chaos).begin(num_trainers, &args.cluster, saving, driven)?;
     let hosts = {
         // A process with other data, another model or other flags is not let in.
         let hosts = agree_on_model(Hosts::new(), &net, &device);
@@ -95,7 +101,7 @@ fn serve(args: Args) -> Result<ExitCode> {
         })
     };
     // `None`: this process was the home of a trainer, and the training is over.
-    let Some(cluster) = args.cluster.launch(hosts) else {
+    let Some(cluster) = args.cluster.launch(chaos.hosts(hosts)) else {
         return Ok(ExitCode::SUCCESS);
     };
 
@@ -110,9 +116,9 @@ fn serve(args: Args) -> Result<ExitCode> {
     let start = found.as_ref().map_or(Start::from(&initial), Start::from);
     let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
     checkpoints.start_log(&server, start)?;
+    chaos.start_loop(&cluster, &server)?;
     let servers = ServerGroup::from(server.clone());
     // One for each trainer, so that they need not wait for each other; the weights are the same.
-    let num_trainers = cluster.nodes().len().max(1);
     let trainers = (0..num_trainers).map(|index| {
         let part = serve_part(&net, &device, &servers, PartConfig::default())?;
         let place = Place {
@@ -143,7 +149,11 @@ fn serve(args: Args) -> Result<ExitCode> {
     say!("{} updates by {num_trainers} trainers.", version.0);
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(version);
-    Ok(cli::end_of_training(interrupted, is_saved))
+    let num_gradients = (args.train.iterations).saturating_mul(num_trainers as u64);
+    let num_expected = interrupted.is_none().then_some(num_gradients);
+    let done = chaos.done_in_loop(&server, num_expected, false)?;
+    let code = cli::end_of_training(interrupted, is_saved);
+    Ok(chaos.conclude(done.as_ref(), code)?)
 }
 
 /// Keeps a trainer going, on whatever node there is: it goes on after its last step.

@@ -141,7 +141,7 @@ fn train(
     let is_saved = checkpoints.finish().has(weights.version());
     observers.run_ended();
     saving.export(&model, &device, &weights)?;
-    let num_gradients = args.iterations * args.num_workers as u64;
+    let num_gradients = args.iterations.saturating_mul(args.num_workers as u64);
     let num_expected = stop.received().is_none().then_some(num_gradients);
     let done = chaos.done_in_loop(&server, num_expected, true)?;
     let code = cli::end_of_training(stop.received(), is_saved);

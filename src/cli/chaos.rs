@@ -35,6 +35,13 @@ pub struct ServerPlaces {
 }
 
 impl ServerPlaces {
+    /// One server, in the driver, which workers call.
+    pub const ONE: Self = Self {
+        num_servers: 1,
+        num_in_driver: 1,
+        workers_call: true,
+    };
+
     /// One server, in the driver, which alone calls it.
     pub const DRIVEN: Self = Self {
         num_servers: 1,

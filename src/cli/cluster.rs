@@ -94,6 +94,13 @@ impl ClusterArgs {
         }
     }
 
+    /// Returns how many processes there are, this one included.
+    #[must_use]
+    pub fn world_size(&self) -> u32 {
+        // `cli::main` has refused what cannot be resolved.
+        launch::resolve(&self.options(), env::read).map_or(1, |launch| launch.world_size())
+    }
+
     /// Takes this process's place. `None` in a node, when its work is over.
     ///
     /// Ends the process where that fails, with an exit code that tells a launcher whether to try again: see

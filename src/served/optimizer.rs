@@ -2,6 +2,7 @@
 
 use futures_util::future::try_join_all;
 use ps_actors::actor::{ActorId, ActorRef, CallError};
+use ps_actors::chaos::worker_computes;
 use ps_actors::heartbeat::Heartbeats;
 use ps_actors::ids::{Clock, Incarnation, WorkerId};
 use ps_actors::server::{GroupError, Outcome};
@@ -175,6 +176,7 @@ impl DistributedOptimizer {
 
     /// Begins the computation of the next step. A step may be computed several times.
     pub fn begin(&mut self) -> Context {
+        worker_computes(self.trainer, self.next_clock);
         let id = ContextId {
             trainer: self.trainer,
             incarnation: self.incarnation,

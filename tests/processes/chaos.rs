@@ -120,6 +120,50 @@ fn the_drivers_own_loops_follow_a_plan() {
     }
 }
 
+/// M-4, with running statistics and groups of parameters. burn's own dropout has other random numbers while two workers
+/// share a process.
+#[test]
+fn larger_models_follow_a_plan() {
+    for (name, more) in [
+        ("resnet", &[][..]),
+        ("char_transformer", &["--dropout", "0"]),
+    ] {
+        let plan = "kill worker 1 @ step 2; stop worker 0 for 200ms @ step 4; seed 1";
+        let small = ["--iterations", "6", "--batch-size", "8", "--processes", "3"];
+        let arguments = [&small[..], more, &["--chaos", plan, "--chaos-control"]].concat();
+        let (status, output) = Run::start_plain(name, &arguments).finish();
+        assert!(status.success(), "{name}: {output}");
+        for text in [
+            "12 applied, lost: 0, doubled: 0",
+            "the weights have the bits of the run without faults",
+        ] {
+            assert!(output.contains(text), "{name}: {text}: {output}");
+        }
+        assert_eq!(happened(&output, "kill worker"), ["1", "1"], "{output}");
+    }
+}
+
+/// PT-2, S-15: also if the process of the server and the model is killed.
+#[test]
+fn a_model_that_lives_with_the_server_follows_a_plan() {
+    let directory = tempfile::tempdir().unwrap();
+    let plan = "kill worker 1 @ step 5; stop worker 0 for 200ms @ step 8; kill server 0 @ version 30; seed 1";
+    let arguments = ["--iterations", "20", "--processes", "3", "--chaos", plan];
+    let arguments = [&arguments[..], &["--update-log"]].concat();
+    let arguments = words(&arguments, &directory);
+    let (status, output) = Run::start("rpc_ps", &arguments).finish();
+    assert!(!status.success(), "{output}");
+    let killed = "a fault of the plan fault=kill server";
+    assert!(output.contains(killed), "{output}");
+    let (status, output) = Run::start("rpc_ps", &[&arguments[..], &["--resume"]].concat()).finish();
+    assert!(status.success(), "{output}");
+    assert!(output.contains("lost: 0, doubled: 0"), "{output}");
+    assert!(output.contains("40 updates by 2 trainers."), "{output}");
+    for kind in ["kill worker", "stop worker", "kill server"] {
+        assert_eq!(happened(&output, kind), ["1", "1"], "{kind}: {output}");
+    }
+}
+
 #[test]
 fn a_plan_that_cannot_be_followed_is_refused_at_the_start() {
     let three = ["--processes", "3"];

@@ -26,6 +26,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::ids::{Clock, WorkerId};
+
 #[cfg(feature = "chaos")]
 pub mod network;
 mod parse;
@@ -226,6 +228,25 @@ macro_rules! reached {
     };
 }
 pub(crate) use reached;
+
+/// Says that a worker is about to compute the gradient of a step. So a plan can kill or stop its process then. Without
+/// the feature `chaos` it does nothing.
+///
+/// [`DataWorker`](crate::worker::DataWorker) says so by itself. Call it in a loop of your own, on the thread that computes.
+///
+/// ```
+/// use ps_actors::chaos::worker_computes;
+/// use ps_actors::ids::{Clock, WorkerId};
+///
+/// for step in 0..3 {
+///     worker_computes(WorkerId(0), Clock(step));
+///     // forward, backward, push
+/// }
+/// ```
+#[cfg_attr(not(feature = "chaos"), expect(unused_variables, reason = "see above"))]
+pub fn worker_computes(worker: WorkerId, clock: Clock) {
+    reached!(WorkerComputes { worker, clock });
+}
 
 /// Calls a server. With the feature `chaos`, the network may have faults.
 pub(crate) fn ask<A, M>(

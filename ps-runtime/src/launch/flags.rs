@@ -72,6 +72,16 @@ impl Launch {
             Self::Rank(place) => place.rank,
         }
     }
+
+    /// How many processes there are, this one included.
+    #[must_use]
+    pub fn world_size(&self) -> u32 {
+        match self {
+            Self::Alone => 1,
+            Self::StartProcesses { world_size } => *world_size,
+            Self::Rank(place) => place.world_size,
+        }
+    }
 }
 
 /// Decides the role of this process from flags and environment variables.

@@ -150,12 +150,7 @@ pub(super) fn compare(args: &ClusterArgs, hosts: Hosts) -> u8 {
         Ok(None) => findings.good(&format!("has the same as the driver: {agreed}")),
         Ok(Some(cluster)) => {
             let nodes = cluster.nodes();
-            let world_size = match launch {
-                Launch::Alone => 1,
-                Launch::StartProcesses { world_size } => world_size,
-                Launch::Rank(place) => place.world_size,
-            };
-            for rank in 1..world_size {
+            for rank in 1..launch.world_size() {
                 if !nodes.iter().any(|node| node.node.rank == rank) {
                     findings.bad(&format!(
                         "rank {rank} has other data or settings, or could not load its data: its own lines say what, and \
