@@ -1,5 +1,6 @@
-//! Workers on several devices in one training (M-6): on every backend of the CPU that is compiled in.
+//! Workers on several devices in one training (M-6): on every backend that is compiled in and finds a device here.
 
+use ps::model::DeviceError;
 use ps::model::burn::tensor::Device;
 use ps::prelude::*;
 
@@ -7,36 +8,90 @@ use ps::prelude::*;
 /// Their gradients differ by rounding, in the last digits of an `f32`.
 const TOLERANCE: f32 = 1e-5;
 
-fn devices() -> Vec<Device> {
+/// The backends whose devices are GPUs, with the names under which a device may be found. `wgpu:cpu` is a program that
+/// computes as a GPU does, such as Mesa's lavapipe.
+const GPUS: [(&str, &[&str]); 3] = [
+    ("cuda", &["cuda"]),
+    ("tch", &["tch:cuda"]),
+    ("wgpu", &["wgpu", "wgpu:cpu"]),
+];
+
+fn devices_of_cpu() -> Vec<Device> {
     let compiled = compiled_devices().into_iter();
     let of_cpu = compiled.filter(|name| ["flex", "ndarray", "tch"].contains(name));
     of_cpu.map(|name| select_device(name).unwrap()).collect()
 }
 
-fn train(devices: Vec<Device>) -> Report {
-    let Mnist { train, test, .. } = Mnist::bundled_sample();
+/// Says of each backend that finds no device why it finds none.
+fn gpus() -> Vec<Device> {
+    let compiled = compiled_devices();
+    let mut found = Vec::new();
+    for (backend, names) in GPUS.into_iter().filter(|(one, _)| compiled.contains(one)) {
+        let mut selected = names.iter().map(|name| select_device(name));
+        match selected.find_map(Result::ok) {
+            Some(device) => {
+                println!("{backend}: {device:?}");
+                found.push(device);
+            }
+            None => {
+                let error = select_device(names[0]).unwrap_err();
+                assert!(
+                    matches!(error, DeviceError::Unavailable { .. }),
+                    "{error:?}"
+                );
+                println!("skipped: {error}");
+            }
+        }
+    }
+    found
+}
+
+fn train(devices: Vec<Device>, num_workers: usize, iterations: u64) -> Report {
+    let Mnist { train, .. } = Mnist::bundled_sample();
     Trainer::new(ConvNet::init(1, &devices[0]), train)
         .devices(devices)
-        .workers(4)
+        .workers(num_workers)
         .batch_size(16)
         .learning_rate(0.1)
-        .iterations(40)
-        .test_data(test)
+        .iterations(iterations)
         .run()
         .unwrap()
 }
 
+fn largest_difference(one: &Report, other: &Report) -> f32 {
+    let (one, other) = (one.weights.to_vec(), other.weights.to_vec());
+    let differences = one.iter().zip(&other).map(|(a, b)| (a - b).abs());
+    differences.fold(0.0, f32::max)
+}
+
 #[test]
 fn workers_on_several_backends_train_as_on_one() {
-    let devices = devices();
+    let devices = devices_of_cpu();
     assert!(devices.len() >= 2, "{devices:?}");
-    let mixed = train(devices.clone());
+    let mixed = train(devices.clone(), 4, 40);
     assert_eq!(mixed.num_applied, 160);
     for device in devices {
-        let one = train(vec![device.clone()]);
-        let (mixed, one) = (mixed.weights.to_vec(), one.weights.to_vec());
-        let differences = mixed.iter().zip(&one).map(|(a, b)| (a - b).abs());
-        let largest = differences.fold(0.0, f32::max);
+        let one = train(vec![device.clone()], 4, 40);
+        let largest = largest_difference(&mixed, &one);
         assert!(largest < TOLERANCE, "{largest} with {device:?} alone");
     }
+}
+
+/// A few updates, because a GPU may be a program for a CPU.
+#[test]
+fn a_gpu_and_a_cpu_train_together_as_a_cpu_alone() {
+    let cpu = devices_of_cpu().swap_remove(0);
+    for gpu in gpus() {
+        let mixed = train(vec![cpu.clone(), gpu.clone()], 2, 3);
+        let one = train(vec![cpu.clone()], 2, 3);
+        let largest = largest_difference(&mixed, &one);
+        println!("{gpu:?}: a weight differs by up to {largest}");
+        assert!(largest < TOLERANCE, "{largest} with {gpu:?}");
+        assert_ne!(one.weights.to_vec(), initial(&cpu), "nothing was trained");
+    }
+}
+
+fn initial(device: &Device) -> Vec<f32> {
+    let model = ConvNet::init(1, device);
+    initial_weights(&model, device).unwrap().to_vec()
 }
