@@ -8,11 +8,11 @@ use ps_actors::actor::{ActorRef, Spawn, SpawnError};
 use ps_actors::buffer::BufferPool;
 use ps_actors::cluster::{Hosted, Hosts};
 use ps_actors::ids::{Clock, WorkerId};
-use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Weights};
+use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Precision, Weights};
 use ps_actors::worker::{DataWorker, GradientSource, HostedSource, LocalGradient, SourceError};
 use ps_data::SamplerError;
 use ps_model::burn::module::Module;
-use ps_model::burn::tensor::Device;
+use ps_model::burn::tensor::{DType, Device};
 use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +91,17 @@ impl<M: Module> Loadable<M> {
 
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The type to which the model rounds all weights that it loads.
+    pub(crate) fn precision(&self) -> Precision {
+        // A step on a short batch computes with the servers' own statistics.
+        let has_buffers = !self.model.buffers().is_empty();
+        match self.model.common_dtype().filter(|_| !has_buffers) {
+            Some(DType::BF16) => Precision::Bf16,
+            Some(DType::F16) => Precision::F16,
+            _ => Precision::F32,
+        }
     }
 
     /// Loads a snapshot without first joining its segments.
@@ -298,6 +309,10 @@ impl<M: Model> GradientSource for ModelSource<M> {
 
     fn data_time(&self) -> Duration {
         self.data_time
+    }
+
+    fn precision(&self) -> Precision {
+        self.loadable.precision()
     }
 }
 

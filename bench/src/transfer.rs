@@ -91,6 +91,8 @@ impl Transfer {
         // Where workers keep theirs, too.
         let mut gradient = BufferPool::new(1).take(len);
         gradient.fill(1.0);
+        // Without a number that needs 32 bits, it would travel with 16.
+        gradient[1] = 0.1;
         let gradient = Gradient::new(gradient);
         let mut clock = 0;
         measure_call(metrics, name, self.seconds, || {

@@ -187,7 +187,7 @@ impl Actors {
         let sent = [
             self.server(&Join { worker, request }),
             self.server(&Push(update())),
-            self.server(&PushPull(update())),
+            self.server(&PushPull::new(update())),
             self.server(&Leave {
                 worker,
                 incarnation,
@@ -219,7 +219,7 @@ impl Actors {
         let kept = self.process.keep(&kept);
         vec![
             self.server(&GetWeights),
-            self.server(&Pull(PullVersion::AtLeast(version))),
+            self.server(&Pull::new(PullVersion::AtLeast(version))),
             self.server(&ApplyGradients::mean([update()])),
             self.server(&ApplyKept::mean([kept])),
             self.server(&Join { worker, request }),
@@ -234,7 +234,7 @@ impl Actors {
             }),
             self.server(&Stage { id, gradient }),
             self.server(&Push(update())),
-            self.server(&PushPull(update())),
+            self.server(&PushPull::new(update())),
             self.server(&SetConsistency(Consistency::Ssp { bound: 1 })),
             self.server(&SetLearningRate(0.1)),
             self.server(&GetStatus),

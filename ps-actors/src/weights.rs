@@ -16,8 +16,11 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{GradientId, Version};
 
 pub use self::layout::{Layout, LayoutError, MAX_LAYOUT, Parameter};
+pub use self::packed::Precision;
 
 mod layout;
+mod packed;
+mod wire;
 
 /// A contiguous part of the weights, which one server holds.
 #[derive(Clone, Debug)]
@@ -59,6 +62,8 @@ pub struct Weights {
     version: Version,
     layout: Arc<Layout>,
     pub(crate) segments: Arc<[Segment]>,
+    /// How the numbers travel. Those in this process are exact.
+    precision: Precision,
 }
 
 impl Weights {
@@ -67,6 +72,7 @@ impl Weights {
             version,
             layout,
             segments,
+            precision: Precision::F32,
         }
     }
 
@@ -86,6 +92,11 @@ impl Weights {
             data: Arc::new(Buffer::from(values)),
         };
         Self::new(Version(0), Arc::new(layout), Arc::new([segment]))
+    }
+
+    /// Returns the same weights. If they are sent to another process, they arrive rounded to this type.
+    pub(crate) fn travelling_as(self, precision: Precision) -> Self {
+        Self { precision, ..self }
     }
 
     /// Returns these weights as those of another version.
@@ -371,114 +382,6 @@ pub struct GradientUpdate {
     pub num_examples: usize,
     /// The numbers of the gradient.
     pub gradient: Gradient,
-}
-
-/// How snapshots and gradients travel. They are checked when they arrive, because any process may have sent
-/// them (PS-6).
-mod wire {
-    use super::{
-        Arc, Bulk, Deserialize, Layout, Segment, Serialize, Version, layout, trained_norm_squared,
-    };
-
-    #[derive(Serialize, Deserialize)]
-    pub(super) struct Weights {
-        version: Version,
-        #[serde(with = "layout::shared")]
-        layout: Arc<Layout>,
-        segments: Vec<(usize, Bulk)>,
-    }
-
-    impl From<super::Weights> for Weights {
-        fn from(weights: super::Weights) -> Self {
-            Self {
-                version: weights.version,
-                layout: weights.layout,
-                segments: weights
-                    .segments
-                    .iter()
-                    .map(|segment| (segment.start, Arc::clone(&segment.data).into()))
-                    .collect(),
-            }
-        }
-    }
-
-    impl TryFrom<Weights> for super::Weights {
-        type Error = &'static str;
-
-        fn try_from(wire: Weights) -> Result<Self, &'static str> {
-            let mut next = wire.segments.first().map_or(0, |(start, _)| *start);
-            let mut segments = Vec::with_capacity(wire.segments.len());
-            for (start, bulk) in wire.segments {
-                if start != next {
-                    return Err("the parts of the weights do not follow one another");
-                }
-                let end = start.checked_add(bulk.len());
-                next = end
-                    .filter(|&end| end <= wire.layout.num_weights())
-                    .ok_or("there are more weights than the layout has")?;
-                segments.push(Segment {
-                    start,
-                    data: bulk.into_shared(),
-                });
-            }
-            Ok(Self::new(wire.version, wire.layout, segments.into()))
-        }
-    }
-
-    #[derive(Serialize, Deserialize)]
-    pub(super) struct Gradient {
-        start: usize,
-        values: Bulk,
-        num_trainable: usize,
-        norm_squared: f64,
-    }
-
-    impl From<super::Gradient> for Gradient {
-        fn from(gradient: super::Gradient) -> Self {
-            let super::Gradient {
-                start,
-                values,
-                num_trainable,
-                norm_squared,
-            } = gradient;
-            Self {
-                start,
-                values,
-                num_trainable,
-                norm_squared,
-            }
-        }
-    }
-
-    impl TryFrom<Gradient> for super::Gradient {
-        type Error = &'static str;
-
-        fn try_from(wire: Gradient) -> Result<Self, &'static str> {
-            let Gradient {
-                start,
-                values,
-                num_trainable,
-                norm_squared: claimed,
-            } = wire;
-            start
-                .checked_add(values.len())
-                .ok_or("the gradient is of no possible weights")?;
-            // The norm may be that of a gradient that this is a part of, but not be less than the
-            // part's own, up to the order of summation.
-            let trained = num_trainable.saturating_sub(start).min(values.len());
-            let own = trained_norm_squared(&values, trained);
-            let fits = own <= claimed * (1.0 + 1e-9) || !(own.is_finite() || claimed.is_finite());
-            if !fits {
-                return Err("the gradient's norm is not that of its numbers");
-            }
-            Ok(Self {
-                start,
-                values,
-                num_trainable,
-                norm_squared: claimed,
-            })
-        }
-    }
 }
 
 #[cfg(test)]

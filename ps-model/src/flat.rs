@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::slice;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{Gradients, Tensor, TensorData};
+use burn::tensor::{DType, Gradients, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::survey;
@@ -101,6 +101,7 @@ pub struct FlatView {
     pub(crate) specs: Vec<ParameterSpec>,
     /// How many of them are trainable.
     pub(crate) num_parameters: usize,
+    pub(crate) common_dtype: Option<DType>,
     /// The kind of each float tensor that a visit of the module shows, in order. The tensors themselves do
     /// not tell, because without autodiff none requires a gradient.
     pub(crate) kinds: Vec<Kind>,
@@ -152,6 +153,12 @@ impl FlatView {
     #[must_use]
     pub fn buffers(&self) -> &[ParameterSpec] {
         &self.specs[self.num_parameters..]
+    }
+
+    /// Returns the type that all these tensors have, or `None` if they have several.
+    #[must_use]
+    pub fn common_dtype(&self) -> Option<DType> {
+        self.common_dtype
     }
 
     pub(crate) fn has_buffers(&self) -> bool {

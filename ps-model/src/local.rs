@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 
 use crate::flat::{FlatError, FlatView, ParameterSpec};
 use crate::model::{Evaluation, Model};
@@ -147,6 +147,12 @@ impl<M: Module> LocalModel<M> {
     #[must_use]
     pub fn num_trainable(&self) -> usize {
         self.view.num_trainable()
+    }
+
+    /// Returns the type that all trainable parameters and buffers have, or `None` if they have several.
+    #[must_use]
+    pub fn common_dtype(&self) -> Option<DType> {
+        self.view.common_dtype()
     }
 
     /// Returns the names, shapes and places of the buffers.

@@ -70,6 +70,8 @@ struct Surveyor {
     path: Vec<(String, String)>,
     /// Of the trainable parameters.
     specs: Vec<ParameterSpec>,
+    /// The types of their numbers.
+    dtypes: Vec<DType>,
     kinds: Vec<Kind>,
     /// The names of all parameters, including the fixed ones.
     names: Vec<String>,
@@ -122,9 +124,11 @@ impl Surveyor {
                 None => FlatError::Empty,
             });
         }
+        let first = self.dtypes.first().copied();
         Ok(Survey {
             view: FlatView {
                 specs: self.specs,
+                common_dtype: first.filter(|one| self.dtypes.iter().all(|other| other == one)),
                 num_parameters,
                 kinds: self.kinds,
             },
@@ -148,12 +152,13 @@ impl Surveyor {
                 let dtype = statistic.dtype.name().to_owned();
                 self.fail(FlatError::ElementType { name, dtype });
             } else {
-                self.add_spec(name, statistic.shape);
+                self.add_spec(name, statistic.shape, statistic.dtype);
             }
         }
     }
 
-    fn add_spec(&mut self, name: String, shape: Vec<usize>) {
+    fn add_spec(&mut self, name: String, shape: Vec<usize>, dtype: DType) {
+        self.dtypes.push(dtype);
         let start = self.specs.last().map_or(0, |spec| spec.range.end);
         let range = start..start + shape.iter().product::<usize>();
         self.specs.push(ParameterSpec { name, shape, range });
@@ -223,7 +228,7 @@ impl ModuleVisitor for Surveyor {
             let dtype = tensor.dtype().name().to_owned();
             return self.fail(FlatError::ElementType { name, dtype });
         }
-        self.add_spec(name, tensor.dims().to_vec());
+        self.add_spec(name, tensor.dims().to_vec(), tensor.dtype());
     }
 
     fn visit_int<const D: usize>(&mut self, _param: &Param<Tensor<D, Int>>) {

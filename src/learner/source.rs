@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use burn::train::{LearnerModel, TrainStep};
 use ps_actors::buffer::BufferPool;
 use ps_actors::ids::{Clock, WorkerId};
-use ps_actors::weights::{Gradient, Weights};
+use ps_actors::weights::{Gradient, Precision, Weights};
 use ps_actors::worker::{GradientSource, HostedSource, LocalGradient, SourceError};
 use ps_model::StepSeed;
 use ps_model::burn::data::dataloader::Progress;
@@ -163,6 +163,10 @@ where
 
     fn data_time(&self) -> Duration {
         self.data_time
+    }
+
+    fn precision(&self) -> Precision {
+        self.loadable.precision()
     }
 }
 

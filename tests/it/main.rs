@@ -13,6 +13,7 @@ mod equivalence;
 mod frozen;
 mod gate;
 mod groups;
+mod half;
 mod nodes;
 mod observe;
 mod otel;

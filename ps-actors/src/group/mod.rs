@@ -24,7 +24,7 @@ use crate::server::{
     PushPull, Pushed, Reduction, ReportLost, ServerError, ServerStatus, SetConsistency,
     SetLearningRate, SetPaused, ShardError, Stage, TakeCheckpoint,
 };
-use crate::weights::{BadPart, GradientUpdate, Weights};
+use crate::weights::{BadPart, GradientUpdate, Precision, Weights};
 
 mod start;
 
@@ -80,6 +80,8 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_
 #[serde(try_from = "Vec<Part>", into = "Vec<Part>")]
 pub struct ServerGroup {
     servers: Arc<[Part]>,
+    /// With how many bits weights travel to this handle's process.
+    precision: Precision,
 }
 
 /// One server with its range.
@@ -105,6 +107,7 @@ impl TryFrom<Vec<Part>> for ServerGroup {
             true => Err(BadGroup),
             false => Ok(Self {
                 servers: parts.into(),
+                precision: Precision::F32,
             }),
         }
     }
@@ -122,6 +125,41 @@ impl ServerGroup {
     pub fn single(server: ActorRef<ParameterServer>) -> Self {
         Self {
             servers: Arc::new([(0..usize::MAX, server)]),
+            precision: Precision::F32,
+        }
+    }
+
+    /// Returns a handle whose [`pull`](Self::pull) and [`push_pull`](Self::push_pull) get weights from other processes with
+    /// so many bits, rounded. It is for a worker whose model rounds them anyway ([`GradientSource::precision`]).
+    ///
+    /// ```
+    /// # use ps_actors::actor::run;
+    /// # use ps_actors::group::ServerGroup;
+    /// # use ps_actors::rule::Sgd;
+    /// # use ps_actors::server::{PullVersion, ServerConfig};
+    /// # use ps_actors::weights::{Layout, Precision, Weights};
+    /// # let initial = Weights::initial(Layout::flat(1), vec![0.1]);
+    /// # let config = ServerConfig::default();
+    /// let servers = ServerGroup::spawn(&initial, 1, config, |_| Box::new(Sgd::new()))?;
+    /// let for_bf16 = servers.with_precision(Precision::Bf16);
+    /// // These servers are in this process, so nothing travels, and nothing is rounded.
+    /// assert_eq!(run(for_bf16.pull(PullVersion::Latest))?.to_vec(), [0.1]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// [`GradientSource::precision`]: crate::worker::GradientSource::precision
+    #[must_use]
+    pub fn with_precision(&self, precision: Precision) -> Self {
+        Self {
+            servers: Arc::clone(&self.servers),
+            precision,
+        }
+    }
+
+    fn pull_of(&self, wanted: PullVersion) -> Pull {
+        Pull {
+            wanted,
+            precision: self.precision,
         }
     }
 
@@ -250,12 +288,12 @@ impl ServerGroup {
             // All are asked at the same time, so that no server has passed the version when the last one is
             // asked.
             let parts = self.servers().enumerate();
-            let parts = parts.map(|(index, _)| self.ask(index, Pull(wanted)));
+            let parts = parts.map(|(index, _)| self.ask(index, self.pull_of(wanted)));
             return join_weights(&try_join_all(parts).await?);
         }
         let mut tries = 1;
         loop {
-            let first = self.ask(0, Pull(wanted)).await?;
+            let first = self.ask(0, self.pull_of(wanted)).await?;
             match self.pull_rest(first).await {
                 // The other servers moved on by more versions than they keep.
                 Err(error) if is_version_gone(&error) && tries < MAX_PULL_TRIES => tries += 1,
@@ -266,7 +304,7 @@ impl ServerGroup {
 
     /// Pulls the other servers' parts of the first one's version, and joins them.
     async fn pull_rest(&self, first: Weights) -> Result<Weights, GroupError> {
-        let same = Pull(PullVersion::Exactly(first.version()));
+        let same = self.pull_of(PullVersion::Exactly(first.version()));
         let rest = self.servers().enumerate().skip(1);
         let rest = rest.map(|(index, _)| self.ask(index, same));
         let mut parts = vec![first];
@@ -336,7 +374,11 @@ impl ServerGroup {
         self.stage(&gradients).await?;
         let id = gradients.id;
         reached!(WorkerStaged(id));
-        let pushed = sent(id, self.ask(0, PushPull(gradients))).await?;
+        let message = PushPull {
+            gradients,
+            precision: self.precision,
+        };
+        let pushed = sent(id, self.ask(0, message)).await?;
         let weights = match self.pull_rest(pushed.weights).await {
             Err(error) if is_version_gone(&error) => self.pull(PullVersion::Latest).await?,
             other => other?,

@@ -11,7 +11,7 @@ use super::ServerGroup;
 use crate::checkpoint::{Rest, Start};
 use crate::rule::UpdateRule;
 use crate::server::{ConfigError, GroupSecret, ParameterServer, ServerConfig, split};
-use crate::weights::Weights;
+use crate::weights::{Precision, Weights};
 
 /// How many versions each server keeps at least, if the group has several servers.
 const MIN_KEPT_VERSIONS: usize = 4;
@@ -142,6 +142,7 @@ impl ServerGroup {
         let servers = [start(0, first)?].into_iter().chain(followers);
         Ok(Self {
             servers: ranges.into_iter().zip(servers).collect(),
+            precision: Precision::F32,
         })
     }
 
@@ -210,6 +211,7 @@ impl ServerGroup {
         let servers = [first].into_iter().chain(followers);
         Ok(Self {
             servers: ranges.iter().cloned().zip(servers).collect(),
+            precision: Precision::F32,
         })
     }
 }

@@ -120,7 +120,7 @@ impl Model {
         let ask = async move {
             // This cannot happen: a group has at least one server.
             let Some(first) = first else { return Ok(()) };
-            let reply = first.ask(Pull(PullVersion::AtLeast(version))).await;
+            let reply = first.ask(Pull::new(PullVersion::AtLeast(version))).await;
             let (index, reply) = (
                 0,
                 reply.map_err(|source| GroupError::Call { index: 0, source })?,

@@ -115,7 +115,7 @@ fn messages(process: &Fed, dice: &mut Dice, secret: &GroupSecret) -> Vec<Sent> {
     }
     vec![
         server(process, &GetWeights),
-        server(process, &Pull(at_least)),
+        server(process, &Pull::new(at_least)),
         server(process, &ApplyGradients::mean([gradients.clone()])),
         server(process, &ApplyKept::mean([process.keep(&kept)])),
         server(process, &Join { worker, request }),
@@ -142,7 +142,7 @@ fn messages(process: &Fed, dice: &mut Dice, secret: &GroupSecret) -> Vec<Sent> {
             },
         ),
         server(process, &Push(gradients.clone())),
-        server(process, &PushPull(gradients)),
+        server(process, &PushPull::new(gradients)),
         server(process, &SetConsistency(Consistency::Ssp { bound: 1 })),
         server(process, &SetLearningRate(0.1)),
         server(process, &GetStatus),

@@ -77,10 +77,12 @@ impl Handler<GetWeights> for ParameterServer {
 impl Handler<Pull> for ParameterServer {
     type Result = Response<Result<Weights, ServerError>>;
 
-    fn handle(&mut self, Pull(wanted): Pull, _: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, message: Pull, _: &mut Self::Context) -> Self::Result {
+        let Pull { wanted, precision } = message;
+        let travelling = move |weights: Weights| weights.travelling_as(precision);
         let ticket = self.waiting.ticket();
         if let Some(answer) = self.shard.pull(ticket, wanted) {
-            return Response::reply(answer.map_err(ServerError::from));
+            return Response::reply(answer.map(travelling).map_err(ServerError::from));
         }
         if let Err(full) = self.waiting.check_room_for_pull() {
             self.shard.cancel(ticket);
@@ -88,7 +90,9 @@ impl Handler<Pull> for ParameterServer {
         }
         let (caller, weights) = oneshot::channel();
         self.waiting.insert(ticket, Caller::Pull(caller));
-        now_or_later(self, ticket, weights, |weights| weights)
+        now_or_later(self, ticket, weights, move |weights| {
+            weights.map(travelling)
+        })
     }
 }
 
@@ -233,12 +237,20 @@ impl Handler<Push> for ParameterServer {
 impl Handler<PushPull> for ParameterServer {
     type Result = Response<Result<Pushed, ServerError>>;
 
-    fn handle(&mut self, PushPull(gradients): PushPull, ctx: &mut Self::Context) -> Self::Result {
+    fn handle(&mut self, message: PushPull, ctx: &mut Self::Context) -> Self::Result {
+        let PushPull {
+            gradients,
+            precision,
+        } = message;
         let (caller, answer) = oneshot::channel();
         let caller = Caller::PushPull(gradients.id.worker, Instant::now(), caller);
         match self.push(gradients, caller, ctx) {
             Err(error) => Response::reply(Err(error)),
-            Ok(ticket) => now_or_later(self, ticket, answer, |pushed| pushed),
+            Ok(ticket) => now_or_later(self, ticket, answer, move |pushed| {
+                let mut pushed = pushed?;
+                pushed.weights = pushed.weights.travelling_as(precision);
+                Ok(pushed)
+            }),
         }
     }
 }

@@ -16,7 +16,7 @@ use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
 use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
-use crate::weights::{Gradient, GradientUpdate, Weights};
+use crate::weights::{Gradient, GradientUpdate, Precision, Weights};
 use crate::worker::WorkerError;
 
 /// Returns the current weights of the server's range.
@@ -49,7 +49,23 @@ pub struct GetWeights;
 /// For an example, see [`Push`].
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
-pub struct Pull(pub PullVersion);
+pub struct Pull {
+    /// Which version.
+    pub wanted: PullVersion,
+    /// With how many bits the weights travel to another process.
+    pub precision: Precision,
+}
+
+impl Pull {
+    /// Makes the message for weights as they are.
+    #[must_use]
+    pub fn new(wanted: PullVersion) -> Self {
+        Self {
+            wanted,
+            precision: Precision::F32,
+        }
+    }
+}
 
 /// Applies some gradients as one update, at once and in any consistency mode. Returns the new weights. A
 /// Ray-style driver sends it with the gradients that its workers computed.
@@ -253,10 +269,10 @@ pub struct Stage {
 /// assert_eq!(outcome.version(), Version(1));
 ///
 /// // The same with the new weights in the answer: 2.0 − 2 · 0.5 · 1.0.
-/// let pushed = server.ask(PushPull(update(1))).wait()??;
+/// let pushed = server.ask(PushPull::new(update(1))).wait()??;
 /// assert_eq!(pushed.weights.to_vec(), [1.0]);
 ///
-/// let pulled = server.ask(Pull(PullVersion::AtLeast(Version(2)))).wait()??;
+/// let pulled = server.ask(Pull::new(PullVersion::AtLeast(Version(2)))).wait()??;
 /// assert_eq!(pulled.to_vec(), [1.0]);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -270,7 +286,23 @@ pub struct Push(pub GradientUpdate);
 /// For an example, see [`Push`].
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Pushed, ServerError>")]
-pub struct PushPull(pub GradientUpdate);
+pub struct PushPull {
+    /// The gradient.
+    pub gradients: GradientUpdate,
+    /// With how many bits the weights travel to another process.
+    pub precision: Precision,
+}
+
+impl PushPull {
+    /// Makes the message for weights as they are.
+    #[must_use]
+    pub fn new(gradients: GradientUpdate) -> Self {
+        Self {
+            gradients,
+            precision: Precision::F32,
+        }
+    }
+}
 
 /// The answer to a [`PushPull`].
 #[derive(Clone, Debug, Serialize, Deserialize)]

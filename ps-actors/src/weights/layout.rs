@@ -357,6 +357,7 @@ impl Known {
 mod tests {
     use std::error::Error;
 
+    use crate::weights::packed::Packed;
     use ps_runtime::buffer::Buffer;
     use ps_runtime::codec::{Bulk, BulkBytes, CodecError, decode, encode};
     use ps_runtime::test_util::transport;
@@ -386,7 +387,7 @@ mod tests {
     /// Receives a snapshot of three weights with these bytes in place of the layout.
     fn receive(bytes: &[u8]) -> Result<Weights, CodecError> {
         let layout = (BulkBytes::from(bytes), Vec::<Bulk>::new());
-        let segments = vec![(0_usize, Bulk::from(vec![0.5; 3]))];
+        let segments = vec![(0_usize, Packed::F32(Bulk::from(vec![0.5; 3])))];
         let sent = encode(&(Version(1), layout, segments)).unwrap();
         let buffers = sent.bulk.into_iter().map(Bulk::into_buffer);
         decode(&sent.header, buffers.collect())

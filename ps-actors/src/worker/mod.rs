@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use crate::chaos::reached;
 use crate::ids::{Clock, GradientId, Incarnation, WorkerId};
 use crate::session::Session;
-use crate::weights::{Gradient, GradientUpdate, Weights};
+use crate::weights::{Gradient, GradientUpdate, Precision, Weights};
 
 mod error;
 mod messages;
@@ -89,6 +89,12 @@ pub trait GradientSource: 'static {
     /// training see this part of a step separately. The default is zero.
     fn data_time(&self) -> Duration {
         Duration::ZERO
+    }
+
+    /// Returns the type to which [`gradient`](Self::gradient) rounds all weights before it computes. A [`RunSteps`] gets
+    /// them from other processes in this type, so fewer bytes travel. The default is that it rounds none.
+    fn precision(&self) -> Precision {
+        Precision::F32
     }
 }
 

@@ -81,6 +81,7 @@ pub(super) async fn run<S: GradientSource>(
     let failed = |source| WorkerError::Servers { worker, source };
     let mut report = RunReport::default();
     let started = Instant::now();
+    let servers = &servers.with_precision(state.borrow().source.precision());
     let mut session = Session::join(servers, worker).await.map_err(failed)?;
     let mut _beating = Heartbeats::of(&session);
     let mut weights = begin(state, &mut session).await.map_err(failed)?;

@@ -62,7 +62,7 @@ fn work(server: &ActorRef<ParameterServer>, worker: u32, num_steps: u64) -> u64 
         let (outcome, tries) = if clock % 2 == 0 {
             insist(|| server.ask(Push(gradients())))
         } else {
-            let (pushed, tries) = insist(|| server.ask(PushPull(gradients())));
+            let (pushed, tries) = insist(|| server.ask(PushPull::new(gradients())));
             (pushed.map(|pushed| pushed.outcome), tries)
         };
         assert!(

@@ -6,3 +6,4 @@ mod faults;
 mod kept;
 mod layouts;
 mod leaving;
+mod precision;

@@ -60,7 +60,7 @@ fn accept(push: Reply<Result<Outcome, ServerError>>) {
 #[test]
 fn pulls_that_were_given_up_leave_nothing_behind() {
     let servers = group(1, config(Consistency::Bsp));
-    let never = Pull(PullVersion::AtLeast(Version(1000)));
+    let never = Pull::new(PullVersion::AtLeast(Version(1000)));
     for _ in 0..2 {
         let pulls: Vec<_> = (0..MANY).map(|_| first(&servers).ask(never)).collect();
         wait_until_waiting(&servers, MANY as usize);
@@ -76,7 +76,7 @@ fn a_push_that_was_given_up_is_in_its_round_and_its_worker_no_longer_waits() {
     let servers = group(1, config(Consistency::Bsp));
     join(&servers, 0);
     join(&servers, 1);
-    let given_up = first(&servers).ask(PushPull(gradients(0, 0, 0)));
+    let given_up = first(&servers).ask(PushPull::new(gradients(0, 0, 0)));
     wait_until_waiting(&servers, 1);
     drop(given_up);
     wait_until_waiting(&servers, 0);
@@ -93,7 +93,7 @@ fn more_synchronous_workers_than_an_actor_has_slots_close_a_round() {
     let servers = group(1, config(Consistency::Bsp));
     (0..MANY).for_each(|worker| join(&servers, worker));
     for round in 0..2 {
-        let push = |worker| first(&servers).ask(PushPull(gradients(worker, round, round)));
+        let push = |worker| first(&servers).ask(PushPull::new(gradients(worker, round, round)));
         let pushes: Vec<_> = (1..MANY).map(push).collect();
         // Meanwhile everything that need not wait is answered.
         let status = coordinator(&servers);
@@ -127,7 +127,7 @@ fn repeats_of_a_push_whose_answer_is_held_are_bounded_and_shut_nobody_out() {
     let servers = group(1, config(Consistency::Ssp { bound: 0 }));
     join(&servers, 0);
     join(&servers, 1);
-    let push = || first(&servers).ask(PushPull(gradients(0, 0, 0)));
+    let push = || first(&servers).ask(PushPull::new(gradients(0, 0, 0)));
     let held: Vec<_> = (0..16).map(|_| push()).collect();
     for _ in 0..5000 {
         let refused = push().wait().unwrap().unwrap_err();

@@ -238,7 +238,11 @@ fn a_gradient_of_another_model_is_refused() {
         let first = servers.servers().next().unwrap();
         let refused = [
             first.ask(Push(gradients.clone())).wait().unwrap().err(),
-            first.ask(PushPull(gradients.clone())).wait().unwrap().err(),
+            first
+                .ask(PushPull::new(gradients.clone()))
+                .wait()
+                .unwrap()
+                .err(),
             first
                 .ask(ApplyGradients::sum([gradients]))
                 .wait()
@@ -370,7 +374,7 @@ fn a_push_whose_parts_the_other_servers_lack_is_applied_as_any_other() {
             }
             let version = first.ask(GetWeights).wait().unwrap().version();
             for server in servers.servers() {
-                let pull = server.ask(Pull(PullVersion::AtLeast(version)));
+                let pull = server.ask(Pull::new(PullVersion::AtLeast(version)));
                 pull.wait_timeout(SOON).expect("nobody waits").unwrap();
             }
             let weights = final_weights(&servers);

@@ -123,7 +123,7 @@ impl World {
 
     /// Waits until the second server has made this version.
     fn wait_until_second_at(&self, version: Version) {
-        let pull = self.second().ask(Pull(PullVersion::AtLeast(version)));
+        let pull = self.second().ask(Pull::new(PullVersion::AtLeast(version)));
         pull.wait_timeout(SOON).unwrap().unwrap();
     }
 }
@@ -146,7 +146,7 @@ fn a_link_that_is_silent_for_more_than_two_leases_ends_nothing() {
         silence(Some(Outage::Silent));
         open(&world.gate);
         // Nothing more gets there for as long as this takes.
-        let far = Pull(PullVersion::AtLeast(Version(NUM_STEPS)));
+        let far = Pull::new(PullVersion::AtLeast(Version(NUM_STEPS)));
         let waited = world.second().ask(far).wait_timeout(LEASE * 5 / 2);
         assert!(waited.is_err(), "{pair:?}: {waited:?}");
         silence(None);
