@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::ids::{GradientId, Version};
 
 pub use self::layout::{Layout, LayoutError, MAX_LAYOUT, Parameter};
+use self::packed::PackedOnce;
 pub use self::packed::Precision;
 
 mod layout;
@@ -27,9 +28,18 @@ mod wire;
 pub struct Segment {
     pub(crate) start: usize,
     pub(crate) data: Arc<Buffer>,
+    packed: PackedOnce,
 }
 
 impl Segment {
+    pub(crate) fn new(start: usize, data: Arc<Buffer>) -> Self {
+        Self {
+            start,
+            data,
+            packed: PackedOnce::default(),
+        }
+    }
+
     /// Returns the range of this part in the whole vector.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
@@ -87,10 +97,7 @@ impl Weights {
             layout.num_weights(),
             "one number per weight of the layout"
         );
-        let segment = Segment {
-            start: 0,
-            data: Arc::new(Buffer::from(values)),
-        };
+        let segment = Segment::new(0, Arc::new(Buffer::from(values)));
         Self::new(Version(0), Arc::new(layout), Arc::new([segment]))
     }
 
@@ -147,7 +154,7 @@ impl Weights {
     pub(crate) fn part(&self, range: Range<usize>) -> Self {
         let (start, values) = (range.start, self.read(range).into_owned());
         let data = Arc::new(Buffer::from(values));
-        let segment = Segment { start, data };
+        let segment = Segment::new(start, data);
         Self::new(self.version, Arc::clone(&self.layout), Arc::new([segment]))
     }
 
@@ -396,10 +403,7 @@ mod tests {
         let len = segments.iter().map(|s| s.len()).sum();
         let layout = Arc::new(Layout::flat(len));
         for values in segments {
-            let segment = Segment {
-                start,
-                data: Arc::new(Buffer::from(values.to_vec())),
-            };
+            let segment = Segment::new(start, Arc::new(Buffer::from(values.to_vec())));
             parts.push(Weights::new(
                 Version(3),
                 Arc::clone(&layout),
@@ -417,7 +421,7 @@ mod tests {
         let other = Arc::new(Layout::flat(5));
         let part = |layout: &Arc<Layout>, version, start, len| {
             let data = Arc::new(Buffer::from(vec![0.0; len]));
-            let segments = Arc::new([Segment { start, data }]);
+            let segments = Arc::new([Segment::new(start, data)]);
             Weights::new(Version(version), Arc::clone(layout), segments)
         };
         let good = [part(&layout, 3, 0, 2), part(&layout, 3, 2, 2)];

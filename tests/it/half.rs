@@ -2,9 +2,12 @@
 
 use ps::actors::cluster::Transport;
 use ps::actors::net::memory::MemoryNetwork;
+use ps::actors::weights::Precision;
+use ps::actors::worker::GradientSource;
 use ps::model::burn;
 use ps::model::burn::data::dataset::InMemDataset;
-use ps::model::burn::module::{Module, Param};
+use ps::model::burn::module::{Module, Param, RunningState};
+use ps::model::burn::nn::{BatchNorm, BatchNormConfig};
 use ps::model::burn::optim::AdamConfig;
 use ps::model::burn::tensor::{Device, FloatDType, Tensor};
 use ps::prelude::*;
@@ -51,11 +54,78 @@ impl Model for Factors {
     }
 }
 
+/// With running statistics, all of one type.
+#[derive(Module, Debug)]
+struct Normalized {
+    norm: BatchNorm,
+}
+
+impl Normalized {
+    fn new(dtype: FloatDType, device: &Device) -> Self {
+        let mut norm = BatchNormConfig::new(3).init(device);
+        norm.gamma = Param::from_tensor(norm.gamma.val().cast(dtype));
+        norm.beta = Param::from_tensor(norm.beta.val().cast(dtype));
+        norm.running_mean = RunningState::new(norm.running_mean.value().cast(dtype));
+        norm.running_var = RunningState::new(norm.running_var.value().cast(dtype));
+        Self { norm }
+    }
+}
+
+impl Model for Normalized {
+    type Batch = Vec<f32>;
+
+    fn loss(&self, _: &Vec<f32>, _: &mut Step) -> Tensor<1> {
+        self.norm.gamma.val().sum()
+    }
+
+    fn num_examples(xs: &Vec<f32>) -> usize {
+        xs.len()
+    }
+}
+
+fn data() -> impl Examples<Batch = Vec<f32>> {
+    let numbers = (1..=64).map(|i| i as f32 / 64.0).collect();
+    collated(InMemDataset::new(numbers), |items: Vec<f32>| items)
+}
+
+fn precision<M: Model<Batch = Vec<f32>>>(model: &M, device: &Device) -> Precision {
+    let config = WorkerConfig {
+        worker: WorkerId(0),
+        num_workers: 1,
+        batch_size: 8,
+        seed: 1,
+    };
+    let source = ModelSource::new(model, device, &data(), config).unwrap();
+    source.precision()
+}
+
+/// S-23
+#[test]
+fn weights_travel_in_the_type_that_all_of_them_have() {
+    use FloatDType::{BF16, F16, F32};
+    let device = select_device(default_device_name()).unwrap();
+    for (dtypes, expected) in [
+        ([BF16, BF16], Precision::Bf16),
+        ([F16, F16], Precision::F16),
+        ([F32, F32], Precision::F32),
+        ([BF16, F16], Precision::F32),
+        ([BF16, F32], Precision::F32),
+    ] {
+        let model = Factors::new(dtypes, &device);
+        assert_eq!(precision(&model, &device), expected, "{dtypes:?}");
+    }
+    // What is frozen does not travel.
+    let mut frozen = Factors::new([F32, BF16], &device);
+    frozen.first = frozen.first.set_require_grad(false);
+    assert_eq!(precision(&frozen, &device), Precision::Bf16);
+    // Steps on short batches compute with the servers' own statistics.
+    let normalized = Normalized::new(BF16, &device);
+    assert_eq!(precision(&normalized, &device), Precision::F32);
+}
+
 fn trainer(dtypes: [FloatDType; 2]) -> Trainer<Factors, impl Examples<Batch = Vec<f32>>> {
     let device = select_device(default_device_name()).unwrap();
-    let numbers = (1..=64).map(|i| i as f32 / 64.0).collect();
-    let data = collated(InMemDataset::new(numbers), |items: Vec<f32>| items);
-    Trainer::new(Factors::new(dtypes, &device), data)
+    Trainer::new(Factors::new(dtypes, &device), data())
         .device(&device)
         .workers(2)
         .servers(2)

@@ -3,13 +3,13 @@
 //! In memory, all numbers are `f32`. Between processes, a gradient that has the numbers of 16-bit floats takes half as many
 //! bytes, and so do weights for a worker that would round them anyway. [`Packed`] has both forms.
 
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 
 use half::slice::{HalfBitsSliceExt as _, HalfFloatSliceExt as _};
 use half::{bf16, f16};
 use ps_runtime::buffer::BufferPool;
 use ps_runtime::codec::Bulk;
-use ps_runtime::parallel::{PART_LEN, for_each};
+use ps_runtime::parallel::{PART_LEN, for_each, norm_squared};
 use serde::{Deserialize, Serialize};
 
 /// The type of the numbers with which a model computes.
@@ -36,8 +36,11 @@ pub(super) enum Packed {
     F16(usize, Bulk),
 }
 
-/// For packed numbers, and for those that were unpacked.
-static POOL: LazyLock<BufferPool> = LazyLock::new(|| BufferPool::new(4));
+/// For packed numbers.
+static PACKED: LazyLock<BufferPool> = LazyLock::new(|| BufferPool::new(4));
+
+/// For numbers that were unpacked. A server has the gradients of a round, and a worker its weights.
+static UNPACKED: LazyLock<BufferPool> = LazyLock::new(|| BufferPool::new(8));
 
 /// How many numbers are looked at before it is decided whether to look at more.
 const FEW: usize = 4096;
@@ -46,53 +49,57 @@ impl Packed {
     /// Packs numbers if nothing is lost by it.
     pub(super) fn exactly(numbers: Bulk) -> Self {
         let fits = |fits: fn(&[f32]) -> bool| numbers.chunks(FEW).all(fits);
-        let precision = match (numbers.is_empty(), fits(fit_bf16)) {
-            (true, _) => Precision::F32,
-            (false, true) => Precision::Bf16,
-            (false, false) if fits(fit_f16) => Precision::F16,
+        let precision = match numbers.is_empty() {
+            false if fits(fit_bf16) => Precision::Bf16,
+            false if fits(fit_f16) => Precision::F16,
             _ => Precision::F32,
         };
-        Self::rounded(numbers, precision)
+        let words = pack(&numbers, precision);
+        Self::new(numbers, precision, words)
     }
 
-    /// Packs numbers, rounded to the nearest ones that this type has.
-    pub(super) fn rounded(numbers: Bulk, precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::F32(numbers),
-            Precision::Bf16 => Self::Bf16(
-                numbers.len(),
-                pack(&numbers, |numbers, halves| {
-                    halves
-                        .reinterpret_cast_mut::<bf16>()
-                        .convert_from_f32_slice(numbers);
-                }),
-            ),
-            Precision::F16 => Self::F16(
-                numbers.len(),
-                pack(&numbers, |numbers, halves| {
-                    halves
-                        .reinterpret_cast_mut::<f16>()
-                        .convert_from_f32_slice(numbers);
-                }),
-            ),
+    /// Without words, the numbers travel as they are.
+    fn new(numbers: Bulk, precision: Precision, words: Option<Bulk>) -> Self {
+        match (precision, words) {
+            (Precision::Bf16, Some(words)) => Self::Bf16(numbers.len(), words),
+            (Precision::F16, Some(words)) => Self::F16(numbers.len(), words),
+            _ => Self::F32(numbers),
         }
     }
 
     /// Returns the numbers. Any process may have sent them.
-    pub(super) fn unpack(self) -> Result<Bulk, &'static str> {
+    pub(super) fn unpack(self) -> Result<Bulk, String> {
         match self {
             Self::F32(numbers) => Ok(numbers),
             Self::Bf16(len, words) => unpack(len, &words, |halves, numbers| {
-                halves
-                    .reinterpret_cast::<bf16>()
-                    .convert_to_f32_slice(numbers);
+                let halves = halves.reinterpret_cast::<bf16>();
+                halves.convert_to_f32_slice(numbers);
             }),
             Self::F16(len, words) => unpack(len, &words, |halves, numbers| {
-                halves
-                    .reinterpret_cast::<f16>()
-                    .convert_to_f32_slice(numbers);
+                let halves = halves.reinterpret_cast::<f16>();
+                halves.convert_to_f32_slice(numbers);
             }),
         }
+    }
+}
+
+/// A snapshot's numbers, packed for the first worker that wants them so, and for all others.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PackedOnce {
+    bf16: OnceLock<Option<Bulk>>,
+    f16: OnceLock<Option<Bulk>>,
+}
+
+impl PackedOnce {
+    /// Rounds the numbers of the snapshot to the nearest ones that this type has.
+    pub(super) fn rounded(&self, numbers: Bulk, precision: Precision) -> Packed {
+        let once = match precision {
+            Precision::F32 => return Packed::F32(numbers),
+            Precision::Bf16 => &self.bf16,
+            Precision::F16 => &self.f16,
+        };
+        let words = once.get_or_init(|| pack(&numbers, precision)).clone();
+        Packed::new(numbers, precision, words)
     }
 }
 
@@ -108,17 +115,16 @@ fn fit_f16(numbers: &[f32]) -> bool {
     let (halves, again) = (&mut halves[..numbers.len()], &mut again[..numbers.len()]);
     halves.convert_from_f32_slice(numbers);
     halves.convert_to_f32_slice(again);
-    let bits = |numbers: &[f32]| {
-        numbers
-            .iter()
-            .map(|number| number.to_bits())
-            .collect::<Vec<_>>()
-    };
-    bits(numbers) == bits(again)
+    let mut pairs = numbers.iter().zip(again);
+    pairs.all(|(one, other)| one.to_bits() == other.to_bits())
 }
 
-fn pack(numbers: &[f32], convert: impl Fn(&[f32], &mut [u16]) + Sync) -> Bulk {
-    let mut words = POOL.take(numbers.len().div_ceil(2));
+/// Returns `None` if the numbers need 32 bits, or if there is no memory.
+fn pack(numbers: &[f32], precision: Precision) -> Option<Bulk> {
+    if precision == Precision::F32 {
+        return None;
+    }
+    let mut words = PACKED.try_take(numbers.len().div_ceil(2)).ok()?;
     let halves: &mut [u16] = bytemuck::cast_slice_mut(&mut words);
     // It may be behind the last number. No old number leaves this process.
     if let Some(last) = halves.last_mut() {
@@ -126,27 +132,46 @@ fn pack(numbers: &[f32], convert: impl Fn(&[f32], &mut [u16]) + Sync) -> Bulk {
     }
     let parts = numbers.chunks(PART_LEN).zip(halves.chunks_mut(PART_LEN));
     for_each(size_of_val(numbers), parts, |(numbers, halves)| {
-        convert(numbers, &mut halves[..numbers.len()]);
+        let halves = &mut halves[..numbers.len()];
+        match precision {
+            Precision::F16 => {
+                let halves = halves.reinterpret_cast_mut::<f16>();
+                halves.convert_from_f32_slice(numbers);
+            }
+            Precision::Bf16 | Precision::F32 => {
+                let halves = halves.reinterpret_cast_mut::<bf16>();
+                halves.convert_from_f32_slice(numbers);
+            }
+        }
     });
-    Bulk::from(words)
+    Some(Bulk::from(words))
 }
 
 fn unpack(
     len: usize,
     words: &[f32],
     convert: impl Fn(&[u16], &mut [f32]) + Sync,
-) -> Result<Bulk, &'static str> {
+) -> Result<Bulk, String> {
     if len.div_ceil(2) != words.len() {
-        return Err("there are more or fewer numbers of 16 bits than it says");
+        let got = words.len();
+        return Err(format!("{got} pairs are not {len} numbers of 16 bits"));
     }
-    let no_memory = "there is no memory for the numbers";
-    let mut numbers = POOL.try_take(len).map_err(|_| no_memory)?;
+    let taken = UNPACKED.try_take(len);
+    let mut numbers = taken.map_err(|error| error.to_string())?;
     let halves: &[u16] = &bytemuck::cast_slice(words)[..len];
     let num_bytes = size_of_val(&numbers[..]);
+    let mut sums = vec![0.0; len.div_ceil(PART_LEN)];
     let parts = halves.chunks(PART_LEN).zip(numbers.chunks_mut(PART_LEN));
-    for_each(num_bytes, parts, |(halves, numbers)| {
-        convert(halves, numbers)
-    });
+    for_each(
+        num_bytes,
+        parts.zip(&mut sums),
+        |((halves, numbers), sum)| {
+            convert(halves, numbers);
+            // While the numbers are in the cache.
+            *sum = norm_squared(numbers);
+        },
+    );
+    numbers.set_norm_squared(sums.iter().sum());
     Ok(Bulk::from(numbers))
 }
 
@@ -205,9 +230,26 @@ mod tests {
             (Precision::F16, 70_000.0, f32::INFINITY),
             (Precision::F16, 1e-9, 0.0),
         ] {
-            let packed = Packed::rounded(Bulk::from(vec![number; 3]), precision);
-            let numbers = packed.unpack().unwrap();
-            assert_eq!(&numbers[..], &[nearest; 3], "{precision:?} {number}");
+            let exact = Bulk::from(vec![number; 3]);
+            let once = PackedOnce::default();
+            for _ in 0..2 {
+                let packed = once.rounded(exact.clone(), precision);
+                let numbers = packed.unpack().unwrap();
+                assert_eq!(&numbers[..], &[nearest; 3], "{precision:?} {number}");
+                assert_eq!(numbers.norm_squared(), norm_squared(&[nearest; 3]));
+            }
+        }
+    }
+
+    #[test]
+    fn a_snapshot_is_packed_once_for_all_workers() {
+        let (once, exact) = (PackedOnce::default(), Bulk::from(vec![0.1; 100]));
+        for precision in [Precision::Bf16, Precision::F16] {
+            let words = [(); 2].map(|()| match once.rounded(exact.clone(), precision) {
+                Packed::Bf16(_, words) | Packed::F16(_, words) => words.as_ptr(),
+                Packed::F32(_) => panic!("{precision:?}"),
+            });
+            assert_eq!(words[0], words[1]);
         }
     }
 

@@ -22,7 +22,8 @@ impl From<super::Weights> for Weights {
                 .iter()
                 .map(|segment| {
                     let numbers = Arc::clone(&segment.data).into();
-                    (segment.start, Packed::rounded(numbers, weights.precision))
+                    let packed = segment.packed.rounded(numbers, weights.precision);
+                    (segment.start, packed)
                 })
                 .collect(),
         }
@@ -30,24 +31,21 @@ impl From<super::Weights> for Weights {
 }
 
 impl TryFrom<Weights> for super::Weights {
-    type Error = &'static str;
+    type Error = String;
 
-    fn try_from(wire: Weights) -> Result<Self, &'static str> {
+    fn try_from(wire: Weights) -> Result<Self, String> {
         let mut next = wire.segments.first().map_or(0, |(start, _)| *start);
         let mut segments = Vec::with_capacity(wire.segments.len());
         for (start, packed) in wire.segments {
             if start != next {
-                return Err("the parts of the weights do not follow one another");
+                return Err("the parts of the weights do not follow one another".to_owned());
             }
             let numbers = packed.unpack()?;
             let end = start.checked_add(numbers.len());
             next = end
                 .filter(|&end| end <= wire.layout.num_weights())
                 .ok_or("there are more weights than the layout has")?;
-            segments.push(Segment {
-                start,
-                data: numbers.into_shared(),
-            });
+            segments.push(Segment::new(start, numbers.into_shared()));
         }
         Ok(Self::new(wire.version, wire.layout, segments.into()))
     }
@@ -79,9 +77,9 @@ impl From<super::Gradient> for Gradient {
 }
 
 impl TryFrom<Gradient> for super::Gradient {
-    type Error = &'static str;
+    type Error = String;
 
-    fn try_from(wire: Gradient) -> Result<Self, &'static str> {
+    fn try_from(wire: Gradient) -> Result<Self, String> {
         let Gradient {
             start,
             values,
@@ -98,7 +96,7 @@ impl TryFrom<Gradient> for super::Gradient {
         let own = trained_norm_squared(&values, trained);
         let fits = own <= claimed * (1.0 + 1e-9) || !(own.is_finite() || claimed.is_finite());
         if !fits {
-            return Err("the gradient's norm is not that of its numbers");
+            return Err("the gradient's norm is not that of its numbers".to_owned());
         }
         Ok(Self {
             start,

@@ -28,7 +28,8 @@ pub struct NetConfig {
     pub process_lease: Duration,
     /// How long a handshake may take. Default: 5 s.
     pub handshake: Duration,
-    /// How many numbers (`f32`) a message to this process may have. Default: 2³⁰ numbers, which are 4 GiB.
+    /// How many numbers (`f32`) a message to this process may have. Default: 2³⁰ numbers, which are 4 GiB. Numbers of 16
+    /// bits count half, and take twice as much as that when they have been read.
     pub max_numbers: u64,
     /// How many connections to this process may be open at the same time. Default: 4,096.
     ///

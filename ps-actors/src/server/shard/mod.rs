@@ -100,10 +100,7 @@ impl Shard {
         let pool = BufferPool::new(num_kept + 4);
         let mut data = pool.take(range.len());
         data.copy_from_slice(&initial.read(range.clone()));
-        let segment = Segment {
-            start: range.start,
-            data: Arc::new(data),
-        };
+        let segment = Segment::new(range.start, Arc::new(data));
         let layout = Arc::clone(initial.layout());
         Self {
             current: Weights::new(initial.version(), layout, Arc::new([segment])),
@@ -500,7 +497,7 @@ impl Shard {
                 Arc::new(next)
             }
         };
-        self.current = Weights::new(version, layout, Arc::new([Segment { start, data }]));
+        self.current = Weights::new(version, layout, Arc::new([Segment::new(start, data)]));
     }
 }
 
