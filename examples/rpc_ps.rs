@@ -79,7 +79,7 @@ fn serve(args: Args) -> Result<ExitCode> {
     let device = args.data.device()?;
     let net = Net::init(args.train.seed, &device);
     let num_trainers = args.cluster.world_size().max(2) as usize - 1;
-    // Trainers call the model, and only the driver calls the server.
+    // Trainers send what they have to the model, so no gradient and no weights travel to or from the server.
     let (saving, driven) = (&args.checkpoints, ServerPlaces::DRIVEN);
     let mut chaos = (args.chaos).begin(num_trainers, &args.cluster, saving, driven)?;
     let hosts = {
@@ -150,7 +150,10 @@ fn serve(args: Args) -> Result<ExitCode> {
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(version);
     let num_gradients = (args.train.iterations).saturating_mul(num_trainers as u64);
-    let num_expected = interrupted.is_none().then_some(num_gradients);
+    let status = server.ask(GetStatus).wait()?.coordinator;
+    // If a run goes on with fewer trainers, nobody takes the steps of the others.
+    let is_same = status.is_some_and(|status| status.workers.len() <= num_trainers);
+    let num_expected = (is_same && interrupted.is_none()).then_some(num_gradients);
     let done = chaos.done_in_loop(&server, num_expected, false)?;
     let code = cli::end_of_training(interrupted, is_saved);
     Ok(chaos.conclude(done.as_ref(), code)?)
