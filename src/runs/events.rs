@@ -73,7 +73,8 @@ impl EventsFile {
         self.num_lost
     }
 
-    /// Adds an event. It is in the file after 250 ms at the latest, if further events come.
+    /// Adds an event. It is in the file after 250 ms at the latest, if further events come. The start of a run is there at
+    /// once, because without it the file says nothing.
     ///
     /// # Errors
     /// If the file could not be written, the first time and then every 10 s. Some events are then lost.
@@ -97,7 +98,8 @@ impl EventsFile {
             self.num_told = self.num_lost;
         }
         self.add_line(event)?;
-        if self.buffer.len() >= BUFFER || self.written.elapsed() >= FLUSH_EVERY {
+        let is_start = matches!(event, Event::RunStarted(_));
+        if is_start || self.buffer.len() >= BUFFER || self.written.elapsed() >= FLUSH_EVERY {
             self.flush()?;
         }
         if self.len > self.max_bytes
