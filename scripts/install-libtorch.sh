@@ -42,7 +42,7 @@ if ! installed; then
     say "directory to be rid of it)"
     python3 -m venv "$directory" >&2 ||
         fail "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
-    "$directory/bin/python" -m pip install --quiet "torch==$version" >&2 ||
+    "$directory/bin/python" -m pip install --quiet --retries 10 --timeout 60 "torch==$version" >&2 ||
         fail "pip could not install torch==$version, for which Python 3.10 to 3.14 is needed"
     installed || fail "pip did not install torch $version"
 fi

@@ -43,7 +43,7 @@ if ! config >/dev/null; then
     say "installing LLVM $version into $directory (several hundred MB)"
     python3 -m venv "$directory" >&2 ||
         fail "python3 cannot make a virtual environment; on Debian: apt-get install python3-venv"
-    "$directory/bin/python" -m pip install --quiet "mlc-llvm-static[all]==$version" >&2 ||
+    "$directory/bin/python" -m pip install --quiet --retries 10 --timeout 60 "mlc-llvm-static[all]==$version" >&2 ||
         fail "pip could not install mlc-llvm-static==$version"
 fi
 llvm_config=$(config) || fail "pip did not install mlc-llvm-static $version"
