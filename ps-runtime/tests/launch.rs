@@ -368,7 +368,7 @@ fn copies_that_leave_when_asked_to_are_not_killed() {
 #[test]
 fn a_copy_that_ignores_sigterm_is_killed_after_the_grace() {
     let mut driver = Driver::start("mixed");
-    driver.tell("shutdown 300");
+    driver.tell("shutdown 3000");
     driver.expect("1#0 left with 0");
     driver.expect("2#0 died of 9");
     driver.expect("no children");

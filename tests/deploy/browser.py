@@ -9,7 +9,7 @@ import unittest
 import urllib.error
 import urllib.request
 
-from hosts import Process, environment
+from hosts import SLOW, Process, environment
 
 # The name of an element in WebDriver's JSON.
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -110,7 +110,7 @@ class Browser:
 
     def eventually(self, script, *arguments, seconds=30):
         """Polls until a function body returns something true, and returns it."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * SLOW
         while time.monotonic() < deadline:
             if value := self.run(script, *arguments):
                 return value

@@ -24,7 +24,8 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".ca
 # A failed start has to name its cause within this time, from the start of the process (namespaces and all) to the line.
 # On a machine where other programs take the processor away, PS_SLOW=3 allows three times as much. It is not a time after
 # which the test looks: each test waits for the line, and then asks when it came.
-EXPLAINED_WITHIN = 5 * float(os.environ.get("PS_SLOW", "1"))
+SLOW = float(os.environ.get("PS_SLOW", "1"))
+EXPLAINED_WITHIN = 5 * SLOW
 
 # Processes of one host find each other's Unix sockets here; those of others do not, and must use the network.
 OWN_SOCKETS = {"TMPDIR": "/dev/shm"}
@@ -107,6 +108,8 @@ class Process:
 
     def wait_for(self, pattern, seconds=60, occurrence=1):
         """Waits until a line matches, and returns the match. Fails when the process ends before that."""
+        seconds *= SLOW
+
         def found():
             matches = [match for line in self.lines if (match := re.search(pattern, line))]
             return matches[occurrence - 1] if len(matches) >= occurrence else None
@@ -128,6 +131,7 @@ class Process:
 
     def wait(self, seconds=60):
         """Waits for the end. Returns the exit code and all output."""
+        seconds *= SLOW
         try:
             code = self.child.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -149,6 +153,7 @@ class Process:
 
 def eventually(condition, what, seconds=60):
     """Polls until the condition holds, and returns its value."""
+    seconds *= SLOW
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():

@@ -88,7 +88,7 @@ class UnderMpi(unittest.TestCase):
             with self.subTest(launcher):
                 training = self.mpirun(launcher, f"{line} --iterations=2000 --batch-size=64")
                 process = training.wait_for(r"a node has joined node=node 3 .*pid=(\d+)")[1]
-                training.wait_for("Iter 100:")
+                training.wait_for(r"Iter \d{3,}:")
                 os.kill(int(process), signal.SIGKILL)
                 training.wait_for("ended with 137; starting it again")
                 training.wait_for("a node has joined node=node 3", occurrence=2)

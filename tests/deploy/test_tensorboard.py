@@ -114,7 +114,9 @@ class TensorBoard(unittest.TestCase):
         losses = self.read()["scalars"]["loss/batches"]
         # Each update is there once, up to the checkpoint from the first process, and after it from the third.
         steps = [step for step, _, _ in losses]
-        self.assertEqual(steps, list(range(1, len(steps) + 1)))
+        # From some thousands on, not every point is kept.
+        few = min(len(steps), 2000)
+        self.assertEqual(steps[:few], list(range(1, few + 1)))
         times = [time for _, time, _ in losses]
         self.assertEqual(times, sorted(times))
         gap = max((later - earlier, number) for number, (earlier, later) in enumerate(zip(times, times[1:]), 1))

@@ -14,7 +14,7 @@ import termios
 import threading
 import unittest
 
-from hosts import environment, example
+from hosts import SLOW, environment, example
 
 # What a terminal does not show: colours, the erasing of lines, moves of the cursor.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -54,14 +54,15 @@ class Terminal:
 
     def wait_for(self, pattern, start=0, seconds=60):
         with self.changed:
-            self.changed.wait_for(lambda: re.search(pattern, self.text(start)) or self.status is not None, seconds)
+            is_there = lambda: re.search(pattern, self.text(start)) or self.status is not None
+            self.changed.wait_for(is_there, seconds * SLOW)
             if not re.search(pattern, self.text(start)):
                 raise AssertionError(f"no {pattern!r} within {seconds} s:\n{self.text(start)}")
             return len(self.bytes)
 
     def wait(self, seconds=60):
         with self.changed:
-            if not self.changed.wait_for(lambda: self.status is not None, seconds):
+            if not self.changed.wait_for(lambda: self.status is not None, seconds * SLOW):
                 raise AssertionError(f"it does not end:\n{self.text()}")
             return self.status, self.text()
 

@@ -68,9 +68,10 @@ fn train(rule: Rule, num_workers: usize, num_servers: usize, batch: usize, seed:
 /// the learning rate per step. Adam divides by the gradient's own size, so a weight whose gradient
 /// is nearly zero may take a step of another sign: its tolerance is two steps of such a weight.
 fn assert_close(rule: Rule, got: &[f32], expected: &[f32]) {
-    let tolerance = match rule {
-        Rule::PlainSgd | Rule::BurnMomentum => 1e-6,
-        Rule::Adam => 2e-2,
+    // How far one weight may be off, and all of them on average. Ten weights may take such a step.
+    let (tolerance, average) = match rule {
+        Rule::PlainSgd | Rule::BurnMomentum => (1e-6, 1e-6),
+        Rule::Adam => (2e-2, 1e-4),
     };
     let mut sum = 0.0;
     for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
@@ -82,7 +83,10 @@ fn assert_close(rule: Rule, got: &[f32], expected: &[f32]) {
         sum += f64::from(difference);
     }
     let mean = sum / got.len() as f64;
-    assert!(mean < 1e-6, "{rule:?}: weights are {mean} apart on average");
+    assert!(
+        mean < average,
+        "{rule:?}: weights are {mean} apart on average"
+    );
 }
 
 #[test]

@@ -259,7 +259,7 @@ fn a_rust_worker_and_a_pytorch_worker_train_together() {
     assert!(told.lines().all(|line| line.contains("applied")), "{told}");
 }
 
-/// A step of the worker in Python takes as long as it takes a silent one to be declared dead, three times.
+/// A step of the worker in Python takes as long as it takes a silent one to be declared dead, twice.
 #[test]
 fn heartbeats_keep_a_worker_alive_whose_step_takes_longer_than_the_lease() {
     const SLOW_WORKER: &str = "
@@ -273,7 +273,7 @@ with Worker(sys.argv[1], 0, heartbeat=0.05) as worker:
     let Some(python) = python() else { return };
     let config = ServerConfig {
         consistency: Consistency::Asp,
-        worker_lease: Some(Duration::from_millis(500)),
+        worker_lease: Some(Duration::from_secs(2)),
         ..ServerConfig::default()
     };
     let initial = Weights::initial(Layout::flat(10), vec![0.0; 10]);
@@ -287,7 +287,7 @@ with Worker(sys.argv[1], 0, heartbeat=0.05) as worker:
     let mut told = BufReader::new(slow.stdout.take().unwrap()).lines();
     assert_eq!(told.next().unwrap().unwrap(), "joined");
     let silent = WorkerId(1);
-    for request in 1..=3 {
+    for request in 1..=2 {
         run(servers.join(silent, JoinRequest(request))).unwrap();
         let is_member = || {
             let status = run(servers.status()).unwrap();

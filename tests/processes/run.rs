@@ -38,8 +38,8 @@ pub(crate) fn example(name: &str) -> PathBuf {
 
 /// Returns a port that stays free until somebody listens there.
 ///
-/// It is below those that a system gives to a connection or to port 0. One of those could be given to another process
-/// between this call and the use of the port. The next one is not given away either: under torchrun it is the driver's.
+/// It is below those that systems usually give to a connection or to port 0. One of those could be given to another
+/// process between this call and the use of the port. The next one is free, too: under torchrun it is the driver's.
 pub(crate) fn free_port() -> u16 {
     static TAKEN: AtomicU16 = AtomicU16::new(0);
     let begin = 20_000 + (std::process::id() % 10_000) as u16;
@@ -47,7 +47,8 @@ pub(crate) fn free_port() -> u16 {
         let taken = TAKEN.fetch_add(2, Ordering::Relaxed);
         assert!(taken < 2000, "no port is free");
         let port = begin + taken;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let is_free = |port| TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if is_free(port) && is_free(port + 1) {
             return port;
         }
     }
@@ -111,11 +112,12 @@ impl Run {
 
     /// Waits for the end of the driver, and of everything that could write to its output.
     pub(crate) fn finish(mut self) -> (ExitStatus, String) {
-        let deadline = Instant::now() + SOON;
+        let began = Instant::now();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok(line) => self.seen.push(line),
+            // Each line has its deadline; a slow machine may need many of them. All have one, too.
+            match self.lines.recv_timeout(SOON) {
+                Ok(line) if began.elapsed() < 5 * SOON => self.seen.push(line),
+                Ok(line) => panic!("no end, but {line:?} after:\n{}", self.seen.join("\n")),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     panic!("somebody lives on; so far:\n{}", self.seen.join("\n"))

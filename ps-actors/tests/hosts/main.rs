@@ -22,7 +22,7 @@ use ps_actors::server::Consistency;
 use program::{PLAN, Plan};
 use world::{TOKEN, World, certificates, skip};
 
-const LEASE: Duration = Duration::from_secs(1);
+const LEASE: Duration = Duration::from_millis(1500);
 
 /// Not a test: what this program does when a test starts it on a host.
 #[test]
@@ -210,7 +210,7 @@ fn a_host_with_a_slow_link_is_not_taken_for_lost() {
     with_and_without_tls(|certificates| {
         let plan = Plan {
             num_steps: 2,
-            len: 2_000_000,
+            len: 3_000_000,
             certificates,
             ..endless(Consistency::Bsp)
         };

@@ -71,7 +71,7 @@ fn clients_that_hang_up_while_they_wait_leave_nothing_behind() {
 fn a_worker_that_dies_holds_up_its_round_no_longer_than_the_lease() {
     let world = World::new(Settings {
         server: ServerConfig {
-            worker_lease: Some(Duration::from_millis(300)),
+            worker_lease: Some(Duration::from_secs(2)),
             ..ServerConfig::default()
         },
         ..Settings::default()
@@ -199,7 +199,7 @@ fn repeats_of_a_push_that_is_held_are_told_so_and_everybody_else_is_served() {
 fn a_worker_that_dies_while_it_waits_is_lost_after_its_lease() {
     let world = World::new(Settings {
         server: ServerConfig {
-            worker_lease: Some(Duration::from_millis(300)),
+            worker_lease: Some(Duration::from_secs(2)),
             wait_for_workers: 2,
             ..ServerConfig::default()
         },

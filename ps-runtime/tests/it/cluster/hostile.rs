@@ -43,7 +43,7 @@ impl Server {
             token: Some(Token::new(TOKEN).unwrap()),
             transport: Transport::Tcp,
             net,
-            join_timeout: Duration::from_millis(1),
+            join_timeout: SOON,
             ..ClusterConfig::default()
         };
         let world = World::new(config, 1);
@@ -87,7 +87,11 @@ impl Server {
     fn knock(&self) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let config = self.world.config.clone();
+        // It gives up at once, because nobody answers.
+        let config = ClusterConfig {
+            join_timeout: Duration::from_millis(1),
+            ..self.world.config.clone()
+        };
         let hosts = super::world::hosts();
         let _node = ps_runtime::cluster::Node::new(config, 2, 0, address, hosts).serve();
         // The first connection only looks at the way.
