@@ -11,6 +11,7 @@ use ps::model::burn::nn::{BatchNorm, BatchNormConfig};
 use ps::model::burn::optim::AdamConfig;
 use ps::model::burn::tensor::{Device, FloatDType, Tensor};
 use ps::prelude::*;
+use ps::source::ModelSource;
 
 use crate::nodes::with_two_nodes;
 
