@@ -64,8 +64,11 @@ struct Normalized {
 impl Normalized {
     fn new(dtype: FloatDType, device: &Device) -> Self {
         let mut norm = BatchNormConfig::new(3).init(device);
-        norm.gamma = Param::from_tensor(norm.gamma.val().cast(dtype));
-        norm.beta = Param::from_tensor(norm.beta.val().cast(dtype));
+        let parameter = |value| {
+            let value = Tensor::<1>::full([3], value, device);
+            Param::from_tensor(value.cast(dtype))
+        };
+        (norm.gamma, norm.beta) = (parameter(1.0), parameter(0.0));
         norm.running_mean = RunningState::new(norm.running_mean.value().cast(dtype));
         norm.running_var = RunningState::new(norm.running_var.value().cast(dtype));
         Self { norm }
