@@ -16,7 +16,7 @@ use super::config::{ClusterConfig, ClusterError};
 use super::endpoint::{Bound, Endpoint};
 use super::host::Hosts;
 use super::launched::ChildProcesses;
-use super::members::{Member, Members, Refusal};
+use super::members::{Member, Members};
 use super::placement::NodeInfo;
 use super::task::Task;
 use super::task_scope::TaskScope;
@@ -301,22 +301,7 @@ impl Cluster {
     /// The nodes that are in the cluster now, in the order of their ranks.
     #[must_use]
     pub fn nodes(&self) -> Vec<NodeInfo> {
-        let members = self.inner.members.list().into_iter();
-        let info = |Member {
-                        node,
-                        host,
-                        pid,
-                        resources,
-                        is_leaving,
-                        ..
-                    }: Member| NodeInfo {
-            node,
-            host,
-            pid,
-            resources,
-            is_leaving,
-        };
-        members.map(info).collect()
+        nodes_in(&self.inner.members)
     }
 
     /// Waits until the nodes in the cluster are others than `known`, and returns them. So a program learns
@@ -363,22 +348,23 @@ impl Cluster {
         wanted: usize,
         within: Duration,
     ) -> Task<Result<Vec<NodeInfo>, ClusterError>> {
-        let cluster = self.clone();
+        // Not the cluster: nobody may wait for this task, and the end of the last handle releases the nodes.
+        let members = Arc::clone(&self.inner.members);
         let waiting = async move {
-            let mut changed = cluster.inner.members.changed();
+            let mut changed = members.changed();
             let enough = async {
-                while cluster.inner.members.list().len() < wanted {
-                    // The sender lives as long as the cluster.
+                while members.list().len() < wanted && members.check_not_over().is_ok() {
+                    // The sender lives as long as the members.
                     let _ = changed.changed().await;
                 }
             };
-            let missing = || cluster.inner.members.missing(wanted);
+            let missing = || members.missing(wanted);
             let say = async {
                 let begun = tokio::time::Instant::now();
                 let mut pause = SAY_WAITING;
                 loop {
                     tokio::time::sleep(pause).await;
-                    let joined = cluster.inner.members.list().len();
+                    let joined = members.list().len();
                     let left = format!("{} s", within.saturating_sub(begun.elapsed()).as_secs());
                     tracing::info!(
                         joined,
@@ -398,7 +384,7 @@ impl Cluster {
                 }
             })
             .await;
-            let nodes = cluster.nodes();
+            let nodes = nodes_in(&members);
             match nodes.len() {
                 joined if joined < wanted => Err(ClusterError::NotAllJoined {
                     joined,
@@ -412,32 +398,8 @@ impl Cluster {
         Task::try_start(waiting, |error| Err(ClusterError::Threads(error)))
     }
 
-    /// Waits until each of the ranks 1 to `last` has joined or was refused for good, and at least one was
-    /// refused. Returns the error that says why the first one was refused.
-    pub(super) async fn refused(&self, last: u32) -> ClusterError {
-        let members = &self.inner.members;
-        let mut changed = members.changed();
-        loop {
-            if members.are_settled(last)
-                && let Some(error) = self.refusal(last)
-            {
-                return error;
-            }
-            // The sender lives as long as the cluster.
-            let _ = changed.changed().await;
-        }
-    }
-
-    /// Returns why the first of the ranks 1 to `last` was refused that have not joined.
-    pub(super) fn refusal(&self, last: u32) -> Option<ClusterError> {
-        let members = &self.inner.members;
-        let Refusal { rank, reason, .. } = members.first_refusal(last)?;
-        Some(ClusterError::NodesRefused {
-            joined: members.list().len(),
-            wanted: last as usize,
-            rank,
-            reason,
-        })
+    pub(super) fn members(&self) -> &Arc<Members> {
+        &self.inner.members
     }
 
     /// Whether this process is the whole cluster, and no other process can join.
@@ -515,6 +477,24 @@ impl Cluster {
 /// Returns a random number that is not 0. No other run has the same number.
 pub(crate) fn random() -> u64 {
     getrandom::u64().unwrap_or_default().max(1)
+}
+
+fn nodes_in(members: &Members) -> Vec<NodeInfo> {
+    let info = |Member {
+                    node,
+                    host,
+                    pid,
+                    resources,
+                    is_leaving,
+                    ..
+                }: Member| NodeInfo {
+        node,
+        host,
+        pid,
+        resources,
+        is_leaving,
+    };
+    members.list().into_iter().map(info).collect()
 }
 
 impl Inner {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use super::config::{ClusterConfig, ClusterError};
 use super::driver::{Cluster, random};
 use super::host::Hosts;
+use super::members::{Members, Refusal};
 use super::node::{Node, NodeExit};
 use super::task::Task;
 use super::way::SAY_WAITING;
@@ -189,13 +191,14 @@ pub(super) fn gather(
     let last = world_size.saturating_sub(1);
     let wanted = last as usize;
     let joined = cluster.wait_for_nodes(wanted, within);
-    let watched = cluster.clone();
+    // Not the cluster: its last handle has to be dropped by a thread that waits until all nodes have heard of it.
+    let watched = Arc::clone(cluster.members());
     let gathered = Task::start(async move {
         let all_settled = async {
             let Some(mut num_gone) = num_gone else {
                 return std::future::pending().await;
             };
-            let is_settled = |gone: &usize| gone + watched.nodes().len() >= wanted;
+            let is_settled = |gone: &usize| gone + watched.list().len() >= wanted;
             // An error means that the child processes are not watched any more.
             if num_gone
                 .wait_for(|gone| *gone > 0 && is_settled(gone))
@@ -209,9 +212,9 @@ pub(super) fn gather(
             // A process that was refused also ends soon. Why it was refused says more than that it ended.
             biased;
             joined = joined => joined.map(drop),
-            error = watched.refused(last) => Err(error),
-            () = all_settled => Err(watched.refusal(last).unwrap_or(ClusterError::Refusals {
-                joined: watched.nodes().len(),
+            error = refused(&watched, last) => Err(error),
+            () = all_settled => Err(refusal(&watched, last).unwrap_or(ClusterError::Refusals {
+                joined: watched.list().len(),
                 wanted,
             })),
         }
@@ -228,6 +231,32 @@ pub(super) fn gather(
         }
         Ok(()) => Ok(()),
     }
+}
+
+/// Waits until each of the ranks 1 to `last` has joined or was refused for good, and at least one was refused. Returns
+/// the error that says why the first one was refused.
+async fn refused(members: &Members, last: u32) -> ClusterError {
+    let mut changed = members.changed();
+    loop {
+        if members.are_settled(last)
+            && let Some(error) = refusal(members, last)
+        {
+            return error;
+        }
+        // The sender lives as long as the members.
+        let _ = changed.changed().await;
+    }
+}
+
+/// Returns why the first of the ranks 1 to `last` was refused that have not joined.
+pub(super) fn refusal(members: &Members, last: u32) -> Option<ClusterError> {
+    let Refusal { rank, reason, .. } = members.first_refusal(last)?;
+    Some(ClusterError::NodesRefused {
+        joined: members.list().len(),
+        wanted: last as usize,
+        rank,
+        reason,
+    })
 }
 
 /// The address at which the driver listens. It is the address that the other processes were given.

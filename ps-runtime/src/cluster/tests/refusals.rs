@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 use super::super::agent::AreYouThere;
-use super::super::launched::gather;
+use super::super::launched::{gather, refusal};
 use super::*;
 use crate::net::Token;
 use crate::remote::process::Joining;
@@ -88,6 +88,20 @@ fn a_driver_does_not_wait_for_those_that_it_has_refused() {
     });
 }
 
+/// The wait for the one that was refused must not keep the cluster alive.
+#[test]
+fn a_run_that_goes_on_without_a_refused_node_releases_the_others_at_its_end() {
+    let config = driver_config();
+    let (cluster, address) = listen(&config, &facts(60_000));
+    knock(&config, &address, 2, 4_000);
+    let node = start(&config, &address, 1, 60_000);
+    gather(&cluster, 3, FOREVER, None).unwrap();
+    drop(cluster);
+    let node = thread::spawn(move || node.wait().unwrap());
+    eventually("the node is released", || node.is_finished());
+    assert_eq!(node.join().unwrap(), NodeExit::Released);
+}
+
 #[test]
 fn it_goes_on_with_those_that_have_joined_and_the_others_may_still_come() {
     let config = driver_config();
@@ -100,7 +114,7 @@ fn it_goes_on_with_those_that_have_joined_and_the_others_may_still_come() {
     cluster.wait_for_nodes(2, SOON).wait().unwrap();
     // A node that has joined must not be refused afterwards.
     knock(&config, &address, 2, 4_000);
-    assert!(cluster.refusal(2).is_none());
+    assert!(refusal(cluster.members(), 2).is_none());
     drop(cluster);
     for node in [first, second] {
         assert_eq!(node.wait().unwrap(), NodeExit::Released);
@@ -113,7 +127,7 @@ fn another_build_is_refused_for_good_too() {
     let (cluster, address) = listen(&config, &facts(60_000));
     let place = Joining::new(1, None, None);
     assert_eq!(knock_as_another_build(&address, "wrong", place), "401");
-    assert!(cluster.refusal(1).is_none());
+    assert!(refusal(cluster.members(), 1).is_none());
     assert_eq!(knock_as_another_build(&address, TOKEN, place), "409");
     let error = gather(&cluster, 2, FOREVER, None).unwrap_err().to_string();
     assert!(error.contains("start the same build everywhere"), "{error}");
@@ -161,7 +175,7 @@ fn without_a_token_another_user_and_another_build_of_one_are_strangers() {
     for (user, is_ours) in [(None, false), (Some(me ^ 1), false), (Some(me), true)] {
         let place = Joining::new(1, None, user);
         assert_eq!(knock_as_another_build(&address, TOKEN, place), "409");
-        assert_eq!(cluster.refusal(1).is_some(), is_ours, "{user:?}");
+        assert_eq!(refusal(cluster.members(), 1).is_some(), is_ours, "{user:?}");
     }
     // A driver that was told its run expects that its nodes were told, too.
     let config = ClusterConfig {
@@ -170,7 +184,7 @@ fn without_a_token_another_user_and_another_build_of_one_are_strangers() {
     };
     let (cluster, address) = listen(&config, &facts(60_000));
     knock(&open(), &address, 1, 4_000);
-    assert!(cluster.refusal(1).is_none());
+    assert!(refusal(cluster.members(), 1).is_none());
 }
 
 /// It must not have to try again until its own timeout, which here is 1 ms.
@@ -235,7 +249,7 @@ fn without_a_token_a_node_of_an_earlier_driver_is_a_stranger() {
         matches!(refused, Err(ClusterError::Refused { .. })),
         "{refused:?}"
     );
-    assert!(next.refusal(1).is_none());
+    assert!(refusal(next.members(), 1).is_none());
 }
 
 /// Otherwise any process that can connect could end the driver's wait.
