@@ -93,10 +93,7 @@ fn drive() -> Result<()> {
             ..CheckpointConfig::new(directory.join(format!("recovery-{run}")))
         });
     let hosts = trainer.hosts(Hosts::new())?;
-    let options = LaunchOptions {
-        processes: Some(3),
-        ..LaunchOptions::default()
-    };
+    let options = LaunchOptions::processes(3);
     let Some(cluster) = Cluster::launch(&options, ClusterConfig::default(), hosts)? else {
         return Ok(());
     };

@@ -29,10 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         transport: Transport::Tcp,
         ..ClusterConfig::default()
     };
-    let options = LaunchOptions {
-        processes: Some(2),
-        ..LaunchOptions::default()
-    };
+    let options = LaunchOptions::processes(2);
     let Some(cluster) = Cluster::launch(&options, config, hosts)? else {
         return Ok(());
     };

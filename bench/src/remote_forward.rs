@@ -42,10 +42,7 @@ impl RemoteForward {
         P: Part<Input = Tensor<4>, Output = Tensor<2>>,
     {
         let device = select_device(&self.device)?;
-        let options = LaunchOptions {
-            processes: Some(2),
-            ..LaunchOptions::default()
-        };
+        let options = LaunchOptions::processes(2);
         let hosts = host_parts(Hosts::new(), &model, &device, PartConfig::default());
         let rule = |args: ServerArgs| Ok(args.into_server(Box::new(Sgd::new()))?);
         let hosts = hosts.host_with(Spawn::new().restart(RestartPolicy::NEVER), rule);

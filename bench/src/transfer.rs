@@ -49,10 +49,7 @@ impl Transfer {
         let hosts = Hosts::new()
             .host(|()| Ok(Peer))
             .host(|args: ServerArgs| Ok(args.into_server(Box::new(Sgd::new()))?));
-        let options = LaunchOptions {
-            processes: Some(2),
-            ..LaunchOptions::default()
-        };
+        let options = LaunchOptions::processes(2);
         let Some(cluster) = Cluster::launch(&options, ClusterConfig::default(), hosts)? else {
             return Ok(());
         };

@@ -190,10 +190,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             transport,
             ..ClusterConfig::default()
         };
-        let options = LaunchOptions {
-            processes: Some(3),
-            ..LaunchOptions::default()
-        };
+        let options = LaunchOptions::processes(3);
         return match Cluster::launch(&options, config, hosts())? {
             Some(cluster) => run(name, &cluster),
             None => Ok(()),

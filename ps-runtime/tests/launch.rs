@@ -138,10 +138,7 @@ fn driver(role: &str) {
                 say_children();
             }
             "launch" => {
-                let options = LaunchOptions {
-                    processes: Some(3),
-                    ..LaunchOptions::default()
-                };
+                let options = LaunchOptions::processes(3);
                 let hosts = Hosts::new().must_agree("its role", "driver");
                 match Cluster::launch(&options, ClusterConfig::default(), hosts) {
                     Ok(_) => say("launched"),

@@ -50,6 +50,26 @@ pub struct LaunchOptions {
     pub processes: Option<u32>,
 }
 
+impl LaunchOptions {
+    /// The driver starts the other processes itself, on this machine. `processes` counts the driver, too; it is at
+    /// least 1.
+    ///
+    /// ```
+    /// use ps_runtime::launch::{Launch, LaunchOptions, resolve};
+    ///
+    /// let role = resolve(&LaunchOptions::processes(3), |_: &str| None)?;
+    /// assert_eq!(role, Launch::StartProcesses { world_size: 3 });
+    /// # Ok::<(), ps_runtime::launch::LaunchError>(())
+    /// ```
+    #[must_use]
+    pub fn processes(processes: u32) -> Self {
+        Self {
+            processes: Some(processes),
+            ..Self::default()
+        }
+    }
+}
+
 /// The role of this process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Launch {
