@@ -46,14 +46,21 @@ pub struct Cluster {
 }
 
 struct Inner {
-    process: Arc<Process>,
-    scope: Arc<TaskScope>,
-    members: Arc<Members>,
-    next: AtomicUsize,
+    shared: Arc<Shared>,
     addresses: Vec<Address>,
     /// `None` if no other process can join.
     listening: Option<(ActorRef<DriverAgent>, Endpoint)>,
     children: Option<ChildProcesses>,
+}
+
+/// What a task may hold. Not the cluster: nobody may wait for the task, and the end of the last handle releases the
+/// nodes.
+struct Shared {
+    process: Arc<Process>,
+    scope: Arc<TaskScope>,
+    members: Arc<Members>,
+    /// How many actors were spawned on the next node in turn.
+    next: AtomicUsize,
 }
 
 impl Cluster {
@@ -180,10 +187,12 @@ impl Cluster {
         process.enter(NodeId::DRIVER, random());
         Self {
             inner: Arc::new(Inner {
-                scope: TaskScope::new(Arc::clone(&process), hosts, config.resources),
-                process,
-                members: Arc::new(Members::new(Vec::new(), None, false, None)),
-                next: AtomicUsize::new(0),
+                shared: Arc::new(Shared {
+                    scope: TaskScope::new(Arc::clone(&process), hosts, config.resources),
+                    process,
+                    members: Arc::new(Members::new(Vec::new(), None, false, None)),
+                    next: AtomicUsize::new(0),
+                }),
                 addresses: Vec::new(),
                 listening: None,
                 children: None,
@@ -201,8 +210,8 @@ impl Cluster {
     /// Returns a function that is told the rank of a process that is known to have ended. So nobody waits for the
     /// lease of its node.
     pub(crate) fn node_ended(&self) -> impl Fn(u32) + Send + use<> {
-        let members = Arc::downgrade(&self.inner.members);
-        let process = Arc::downgrade(&self.inner.process);
+        let members = Arc::downgrade(&self.inner.shared.members);
+        let process = Arc::downgrade(&self.inner.shared.process);
         move |rank| {
             let (Some(members), Some(process)) = (members.upgrade(), process.upgrade()) else {
                 return;
@@ -259,10 +268,12 @@ impl Cluster {
         let endpoint = bound.serve(&process, &incarnations, &routes);
         Ok(Self {
             inner: Arc::new(Inner {
-                process,
-                scope,
-                members,
-                next: AtomicUsize::new(0),
+                shared: Arc::new(Shared {
+                    process,
+                    scope,
+                    members,
+                    next: AtomicUsize::new(0),
+                }),
                 addresses,
                 listening: Some((agent, endpoint)),
                 children: None,
@@ -273,8 +284,8 @@ impl Cluster {
     #[cfg(test)]
     pub(super) fn inside(&self) -> (Arc<Process>, Arc<Members>) {
         (
-            Arc::clone(&self.inner.process),
-            Arc::clone(&self.inner.members),
+            Arc::clone(&self.inner.shared.process),
+            Arc::clone(&self.inner.shared.members),
         )
     }
 
@@ -301,7 +312,7 @@ impl Cluster {
     /// The nodes that are in the cluster now, in the order of their ranks.
     #[must_use]
     pub fn nodes(&self) -> Vec<NodeInfo> {
-        nodes_in(&self.inner.members)
+        nodes_in(&self.inner.shared.members)
     }
 
     /// Waits until the nodes in the cluster are others than `known`, and returns them. So a program learns
@@ -326,7 +337,7 @@ impl Cluster {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub async fn nodes_other_than(&self, known: &[NodeId]) -> Vec<NodeInfo> {
-        let mut changed = self.inner.members.changed();
+        let mut changed = self.inner.shared.members.changed();
         loop {
             let nodes = self.nodes();
             if !nodes.iter().map(|node| node.node).eq(known.iter().copied()) {
@@ -348,8 +359,7 @@ impl Cluster {
         wanted: usize,
         within: Duration,
     ) -> Task<Result<Vec<NodeInfo>, ClusterError>> {
-        // Not the cluster: nobody may wait for this task, and the end of the last handle releases the nodes.
-        let members = Arc::clone(&self.inner.members);
+        let members = Arc::clone(&self.inner.shared.members);
         let waiting = async move {
             let mut changed = members.changed();
             let enough = async {
@@ -399,7 +409,7 @@ impl Cluster {
     }
 
     pub(super) fn members(&self) -> &Arc<Members> {
-        &self.inner.members
+        &self.inner.shared.members
     }
 
     /// Whether this process is the whole cluster, and no other process can join.
@@ -441,25 +451,19 @@ impl Cluster {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn lookup<A: Remote>(&self, name: impl Into<String>) -> Task<Option<ActorRef<A>>> {
-        let cluster = self.clone();
+        let shared = Arc::clone(&self.inner.shared);
         let find = Find {
             type_name: hosted_name::<A>(),
             name: name.into(),
         };
         let here = || {
-            let wire = self.inner.scope.find(&find)?;
-            reference(&self.inner.process, wire).ok()
+            let wire = self.inner.shared.scope.find(&find)?;
+            reference(&self.inner.shared.process, wire).ok()
         };
         let sought = find.clone();
         let everywhere = async move {
-            let Inner {
-                process,
-                scope,
-                members,
-                ..
-            } = &*cluster.inner;
-            let wire = find_anywhere(scope, members, sought).await?;
-            reference(process, wire).ok()
+            let wire = find_anywhere(&shared.scope, &shared.members, sought).await?;
+            reference(&shared.process, wire).ok()
         };
         // Without threads for the network there are no nodes.
         Task::try_start(everywhere, |_| here())
@@ -468,9 +472,9 @@ impl Cluster {
     /// Releases all nodes, which then end. After this no node can join. The drop of the last handle does
     /// the same.
     pub fn release(&self) -> Task<()> {
-        let inner = Arc::clone(&self.inner);
+        let members = Arc::clone(&self.inner.shared.members);
         // Without threads for the network no node has joined.
-        Task::try_start(async move { inner.release().await }, drop)
+        Task::try_start(async move { release(&members).await }, drop)
     }
 }
 
@@ -497,26 +501,24 @@ fn nodes_in(members: &Members) -> Vec<NodeInfo> {
     members.list().into_iter().map(info).collect()
 }
 
-impl Inner {
-    async fn release(&self) {
-        let members = self.members.close();
-        let told = members
-            .iter()
-            .map(|member| member.agent.ask_within(Release, FAREWELL));
-        for (member, told) in members.iter().zip(join_all(told).await) {
-            if let Err(error) = told {
-                tracing::warn!(node = %member.node, %error, "a node could not be told to end");
-            }
+async fn release(members: &Members) {
+    let members = members.close();
+    let told = members
+        .iter()
+        .map(|member| member.agent.ask_within(Release, FAREWELL));
+    for (member, told) in members.iter().zip(join_all(told).await) {
+        if let Err(error) = told {
+            tracing::warn!(node = %member.node, %error, "a node could not be told to end");
         }
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let members = self.members.close();
-        self.scope.kill_all();
+        let members = self.shared.members.close();
+        self.shared.scope.kill_all();
         let (listening, children) = (self.listening.take(), self.children.take());
-        let guests = self.process.guests().clone();
+        let guests = self.shared.process.guests().clone();
         if members.is_empty() && guests.are_none() {
             return;
         }

@@ -97,7 +97,7 @@ impl Cluster {
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let hosts = Hosts::new().host(|start: u64| Ok(Counter(start)));
     /// // Two processes on this machine: the driver and one child process.
-    /// let options = LaunchOptions { processes: Some(2), ..LaunchOptions::default() };
+    /// let options = LaunchOptions::processes(2);
     /// let Some(cluster) = Cluster::launch(&options, ClusterConfig::default(), hosts)? else {
     ///     return Ok(()); // This process was a node.
     /// };
@@ -191,7 +191,6 @@ pub(super) fn gather(
     let last = world_size.saturating_sub(1);
     let wanted = last as usize;
     let joined = cluster.wait_for_nodes(wanted, within);
-    // Not the cluster: its last handle has to be dropped by a thread that waits until all nodes have heard of it.
     let watched = Arc::clone(cluster.members());
     let gathered = Task::start(async move {
         let all_settled = async {

@@ -282,6 +282,34 @@ fn nothing_of_a_cluster_stays_when_it_is_dropped() {
 }
 
 #[test]
+fn an_actor_that_is_being_made_does_not_hold_a_cluster() {
+    let network = MemoryNetwork::new();
+    let config = config(&network, patient(5));
+    let gate = Gate::default();
+    let (cluster, address) = listen(&config, &Hosts::new());
+    let hosts = {
+        let (alive, gate) = (Arc::default(), gate.clone());
+        Hosts::new().host(move |()| {
+            gate.pass();
+            Ok(Porter::new(&alive))
+        })
+    };
+    let node = Node::new(config.clone(), 1, 0, address, hosts).serve();
+    cluster.wait_for_nodes(1, SOON).wait().unwrap();
+    let making = cluster.spawn::<Porter>(());
+    eventually("it is being made", || gate.num_waiting() == 1);
+    drop(cluster);
+    let released = thread::spawn(move || node.wait());
+    eventually("the node is released", || released.is_finished());
+    assert_eq!(released.join().unwrap().unwrap(), NodeExit::Released);
+    gate.open();
+    assert!(making.wait().is_err());
+    eventually("all processes are gone", || {
+        num_living(config.net.process_lease) == 0
+    });
+}
+
+#[test]
 fn nothing_of_a_failed_join_stays() {
     let (network, alive) = (MemoryNetwork::new(), Arc::default());
     let config = config(&network, patient(3));

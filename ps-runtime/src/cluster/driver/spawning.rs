@@ -4,7 +4,7 @@ use std::any::type_name;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::{Cluster, Inner, random};
+use super::{Cluster, Shared, random};
 use crate::actor::error::error_chain;
 use crate::actor::{ActorRef, CallError};
 use crate::cluster::agent::{Make, SpawnRefused, hosted_name};
@@ -32,12 +32,14 @@ impl Cluster {
         options: SpawnOn,
         args: A::Args,
     ) -> Task<Result<ActorRef<A>, SpawnOnError>> {
-        let cluster = self.clone();
-        let spawning = async move { cluster.spawn_somewhere(options, args).await };
+        let shared = Arc::clone(&self.inner.shared);
+        let spawning = async move { shared.spawn(options, args).await };
         Task::try_start(spawning, |error| Err(SpawnOnError::Threads(error)))
     }
+}
 
-    async fn spawn_somewhere<A: Hosted>(
+impl Shared {
+    async fn spawn<A: Hosted>(
         &self,
         options: SpawnOn,
         args: A::Args,
@@ -49,10 +51,7 @@ impl Cluster {
             variant,
             here,
         } = options;
-        let Inner {
-            process, members, ..
-        } = &*self.inner;
-        let args = Args::write(process, &args).map_err(|error| SpawnOnError::Args {
+        let args = Args::write(&self.process, &args).map_err(|error| SpawnOnError::Args {
             actor_type,
             reason: error_chain(&error),
         })?;
@@ -80,7 +79,9 @@ impl Cluster {
                     None => Ok(self.make_here(here.as_ref(), order.clone()).await),
                 };
                 match made {
-                    Ok(Ok(wire)) => return reference(process, wire).map_err(SpawnOnError::Ended),
+                    Ok(Ok(wire)) => {
+                        return reference(&self.process, wire).map_err(SpawnOnError::Ended);
+                    }
                     Ok(Err(SpawnRefused::NoRoom { .. })) => {}
                     // In the next round this node is not among the candidates.
                     Ok(Err(source @ SpawnRefused::Leaving)) => {
@@ -113,7 +114,7 @@ impl Cluster {
             }
         }
         Err(lost.unwrap_or_else(|| {
-            let nodes = members.list().into_iter();
+            let nodes = self.members.list().into_iter();
             let nodes = nodes.map(|member| format!("{} with {}", member.node, member.resources));
             let nodes = nodes.collect::<Vec<_>>().join("; ");
             SpawnOnError::NoRoom { needs, nodes }
@@ -121,7 +122,7 @@ impl Cluster {
     }
 
     async fn make_here(&self, hosts: Option<&Hosts>, order: Make) -> Result<Wire, SpawnRefused> {
-        let scope = Arc::clone(&self.inner.scope);
+        let scope = Arc::clone(&self.scope);
         match hosts {
             Some(hosts) => {
                 let host = hosts.get(&order.type_name, order.variant.as_deref())?;
@@ -133,10 +134,10 @@ impl Cluster {
 
     /// The nodes to ask, in order; `None` is this process.
     fn candidates(&self, placement: &Placement) -> Result<Vec<Option<Member>>, SpawnOnError> {
-        let mut members = self.inner.members.list();
+        let mut members = self.members.list();
         members.retain(|member| !member.is_leaving);
         let in_turn = |members: &mut Vec<Member>| {
-            let admitted = self.inner.next.fetch_add(1, Ordering::Relaxed);
+            let admitted = self.next.fetch_add(1, Ordering::Relaxed);
             let len = members.len().max(1);
             members.rotate_left(admitted % len);
         };
