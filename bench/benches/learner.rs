@@ -1,9 +1,13 @@
 //! burn's `Learner` over ps, in one process with one worker, beside burn's own strategy: the model of burn's guide, Adam,
 //! batches of 64. The runs come in turn, ten pairs, and every second pair begins with the other one. A third run of each
-//! pair is burn's own again: its ratio to the first shows the noise.
+//! pair is burn's own again: its ratio to the first shows the noise. The processor time is compared, too, because it varies
+//! less on a busy machine.
 //!
 //! `cargo bench -p ps-bench --features burn-train --bench learner`.
 
+mod pairs;
+
+use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -28,6 +32,8 @@ use ps::learner::ClusterStrategy;
 use ps::model::burn;
 use ps::prelude::*;
 
+use pairs::{processor_seconds, spread};
+
 const NUM_PAIRS: usize = 10;
 
 const BATCH_SIZE: usize = 64;
@@ -44,7 +50,8 @@ fn main() -> Result<()> {
     // The first runs warm caches up.
     train(&mnist.train, count, &device, false)?;
     train(&mnist.train, count, &device, true)?;
-    let (mut ratios, mut noises) = (Vec::new(), Vec::new());
+    let (mut speeds, mut noises) = (Vec::new(), Vec::new());
+    let (mut costs, mut noises_of_costs) = (Vec::new(), Vec::new());
     for pair in 0..NUM_PAIRS {
         let run = |over_ps| train(&mnist.train, count, &device, over_ps);
         let (own, ours) = match pair % 2 {
@@ -55,17 +62,37 @@ fn main() -> Result<()> {
             }
         };
         let again = run(false)?;
-        println!("pair {pair}: burn {own:.3} s, ps {ours:.3} s, burn again {again:.3} s");
-        ratios.push(own / ours);
-        noises.push(own / again);
+        println!("pair {pair}: burn {own}, ps {ours}, burn again {again}");
+        speeds.push(own.seconds / ours.seconds);
+        noises.push(own.seconds / again.seconds);
+        costs.push(ours.cost / own.cost);
+        noises_of_costs.push(again.cost / own.cost);
     }
-    println!("speed, ps / burn: {}", spread(&mut ratios));
+    println!("speed, ps / burn: {}", spread(&mut speeds));
     println!("speed, burn / burn: {}", spread(&mut noises));
+    println!("processor time, ps / burn: {}", spread(&mut costs));
+    println!(
+        "processor time, burn / burn: {}",
+        spread(&mut noises_of_costs)
+    );
     Ok(())
 }
 
-/// Trains, and returns how long it took, in seconds.
-fn train(images: &ImageDataset, count: usize, device: &Device, over_ps: bool) -> Result<f64> {
+/// What a training took.
+struct Took {
+    seconds: f64,
+    /// Processor time, in seconds.
+    cost: f64,
+}
+
+impl fmt::Display for Took {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3} s and {:.2} s", self.seconds, self.cost)
+    }
+}
+
+/// Trains, and returns what it took.
+fn train(images: &ImageDataset, count: usize, device: &Device, over_ps: bool) -> Result<Took> {
     let device = device.clone().autodiff();
     device.seed(1);
     let items = |range: std::ops::Range<usize>| -> Result<Arc<dyn DataLoader<Batch>>> {
@@ -88,10 +115,13 @@ fn train(images: &ImageDataset, count: usize, device: &Device, over_ps: bool) ->
         }
         false => training,
     };
-    let started = Instant::now();
+    let (started, used) = (Instant::now(), processor_seconds()?);
     let result = training.launch(learner);
     anyhow::ensure!(result.error.is_none(), "the training failed");
-    Ok(started.elapsed().as_secs_f64())
+    Ok(Took {
+        seconds: started.elapsed().as_secs_f64(),
+        cost: processor_seconds()? - used,
+    })
 }
 
 #[derive(Clone, Debug)]
@@ -164,12 +194,4 @@ impl InferenceStep for Classifier {
     fn step(&self, batch: Batch) -> ClassificationOutput {
         self.classify(batch)
     }
-}
-
-fn spread(ratios: &mut [f64]) -> String {
-    ratios.sort_by(f64::total_cmp);
-    let middle = ratios.len() / 2;
-    let median = (ratios[middle - 1] + ratios[middle]) / 2.0;
-    let (least, most) = (ratios[0], ratios[ratios.len() - 1]);
-    format!("{median:.4} in the middle, from {least:.4} to {most:.4}")
 }

@@ -5,15 +5,22 @@
 //! off as well: its ratio to the other shows the noise. The processor time per gradient is compared, too, because it
 //! varies less on a busy machine. It includes that of the thread that plays the browser.
 //!
+//! What is left of it with everything off cannot be switched off, so it has no other run beside it. It is that each step
+//! reads the clock, nowhere more often than [`NUM_READINGS`] times, and makes a record that nobody keeps. The time of
+//! these readings is compared with the processor time of a gradient.
+//!
 //! `cargo bench -p ps-bench --bench observing`. The files are in `$PS_BENCH_DIR`, or in a temporary directory.
 
+mod pairs;
+
 use std::fmt;
+use std::hint::black_box;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use ps::controls::Controls;
@@ -24,10 +31,15 @@ use ps::runs::RunDir;
 use ps::tensorboard::TensorBoard;
 use ps::trace::Trace;
 
+use pairs::{processor_seconds, spread};
+
 const NUM_PAIRS: usize = 10;
 
 /// Of each worker.
 const NUM_STEPS: u64 = 3000;
+
+/// How often the clock is read for one gradient: by a worker's data 2 times, its loop 5, the first server 4.
+const NUM_READINGS: u32 = 11;
 
 fn main() -> Result<()> {
     let temporary = tempfile::tempdir()?;
@@ -38,6 +50,7 @@ fn main() -> Result<()> {
     train(&mnist, None)?;
     let (mut speeds, mut noises) = (Vec::new(), Vec::new());
     let (mut costs, mut noises_of_costs) = (Vec::new(), Vec::new());
+    let mut remains = Vec::new();
     for pair in 0..NUM_PAIRS {
         let on = || train(&mnist, Some(&directory.join(format!("pair-{pair}"))));
         let (off, observed) = match pair % 2 {
@@ -53,6 +66,7 @@ fn main() -> Result<()> {
         noises.push(again.speed / off.speed);
         costs.push(observed.cost / off.cost);
         noises_of_costs.push(again.cost / off.cost);
+        remains.push(100.0 * f64::from(NUM_READINGS) * reading_of_the_clock() / off.cost);
     }
     println!("speed, on / off: {}", spread(&mut speeds));
     println!("speed, off / off: {}", spread(&mut noises));
@@ -61,6 +75,8 @@ fn main() -> Result<()> {
         "processor time, off / off: {}",
         spread(&mut noises_of_costs)
     );
+    let remains = spread(&mut remains);
+    println!("{NUM_READINGS} readings of the clock, in percent of a gradient, off: {remains}");
     Ok(())
 }
 
@@ -88,14 +104,14 @@ fn train(mnist: &Mnist, observed: Option<&Path>) -> Result<Took> {
     })
 }
 
-/// The processor time of this process, in seconds.
-fn processor_seconds() -> Result<f64> {
-    // See proc_pid_stat(5): user and system time, in ticks of 10 ms, are the 12th and 13th words behind the name.
-    let stat = std::fs::read_to_string("/proc/self/stat")?;
-    let (_, behind) = stat.rsplit_once(')').context("no name")?;
-    let ticks = behind.split_whitespace().skip(11).take(2);
-    let ticks = ticks.map(str::parse::<f64>).sum::<Result<f64, _>>()?;
-    Ok(ticks / 100.0)
+/// How long one reading takes, in seconds.
+fn reading_of_the_clock() -> f64 {
+    const NUM: u32 = 1_000_000;
+    let started = Instant::now();
+    for _ in 0..NUM {
+        black_box(Instant::now());
+    }
+    started.elapsed().as_secs_f64() / f64::from(NUM)
 }
 
 /// Trains once.
@@ -169,12 +185,4 @@ fn fetch(address: SocketAddr) -> Result<usize> {
     stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: ps\r\nconnection: close\r\n\r\n")?;
     let mut answer = String::new();
     Ok(stream.read_to_string(&mut answer)?)
-}
-
-fn spread(ratios: &mut [f64]) -> String {
-    ratios.sort_by(f64::total_cmp);
-    let middle = ratios.len() / 2;
-    let median = (ratios[middle - 1] + ratios[middle]) / 2.0;
-    let (least, most) = (ratios[0], ratios[ratios.len() - 1]);
-    format!("{median:.4} in the middle, from {least:.4} to {most:.4}")
 }
