@@ -56,5 +56,6 @@ pub use flags::{Launch, LaunchOptions, resolve};
 pub use processes::{Exited, ProcessConfig, ProcessGroup, die_with_parent};
 pub use rank::{Place, from_env, local_rank, log_prefix};
 pub use rendezvous::{DEFAULT_PORT, Rendezvous};
+pub(crate) use signals::terminated_again;
 pub use signals::{EXIT_CONFIG, EXIT_OK, Signal, exit_code, terminated};
 pub use stop_signal::StopSignal;
