@@ -2,15 +2,15 @@
 //!
 //! There is no cluster manager. A launcher (torchrun, Open MPI, Slurm, Kubernetes, …) starts the copies
 //! and gives each its rank through environment variables. Or [`ProcessGroup`] starts child processes on
-//! this machine. Rank 0 is the driver; every other rank is a node. [`resolve`] reads flags and variables
-//! and opens nothing. This module does not connect the copies; [`cluster`](crate::cluster) does.
+//! this machine. Rank 0 is the driver; every other rank is a node. [`resolve`] reads flags and variables,
+//! and opens nothing but the file of hosts that mpirun was given. This module does not connect the copies; [`cluster`](crate::cluster) does.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `rank` | [`Place`]: rank, world size, attempt, and rank 0's address |
 //! | `launchers` | reads the variables of all launchers |
 //! | `rendezvous` | [`Rendezvous`]: a host and a port |
-//! | `host_list` | the first host of Slurm's compressed list |
+//! | `host_list` | the first host of Slurm's compressed list, or of a file of hosts |
 //! | `flags` | [`LaunchOptions`]: flags have priority over variables |
 //! | `processes` | [`ProcessGroup`]: child processes that end with their driver |
 //! | `supervisor` | the thread that starts, watches and ends them |

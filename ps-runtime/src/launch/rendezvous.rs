@@ -198,7 +198,10 @@ mod tests {
         check("a b:80", Err("a host is"));
         check("tcp://gpu003:80", Err("write host:port"));
         check("[::1:80", Err("a host is"));
-        check("[fe80::1]:80", Err("only on one link; use a global or fd00::"));
+        check(
+            "[fe80::1]:80",
+            Err("only on one link; use a global or fd00::"),
+        );
         check("[fe80::1%eth0]:80", Err("only on one link"));
         check("[fd00::1%eth0]:80", Err("a host is"));
     }
