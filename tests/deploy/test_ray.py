@@ -35,14 +35,14 @@ QUICK = {
 class Cluster:
     """A Ray cluster: a head on host 0, and nodes on the others."""
 
-    def __init__(self, test, cpus, hosts=None, venv=VENV, **variables):
+    def __init__(self, test, cpus, hosts=None, venv=VENV, head_has=(), **variables):
         self.test, self.hosts, self.variables, self.venv = test, hosts or Hosts(test, len(cpus)), variables, venv
         self.home = pathlib.Path(tempfile.mkdtemp(prefix="ps-ray-home-"))
         test.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
         self.head = self.hosts.address(0)
         # The lines of the guide, and what several Rays on one machine need.
         self.start(0, cpus[0], *self.typed(command("deploy/ray/README.md", "ray start --head")),
-                   "--port=6379", f"--dashboard-host={self.head}")
+                   "--port=6379", f"--dashboard-host={self.head}", *head_has)
         for number, count in enumerate(cpus[1:], 1):
             self.start(number, count, *self.typed(command("deploy/ray/README.md", "ray start --address")),
                        '--resources={"side":1}')
@@ -326,6 +326,26 @@ class OnRay(unittest.TestCase):
         self.assertGreater(len(ours), 1000)
         self.assertTrue(ours == theirs, "a training on Ray whose processes and host were lost has other weights")
 
+    def test_each_worker_sees_the_gpus_that_ray_gives_it(self):
+        cluster = Cluster(self, [3], head_has=["--num-gpus=4"])
+        folder = self.working_dir()
+        # The driver ends last.
+        (folder / "gpus").write_text('#!/bin/sh\necho "gpus=$CUDA_VISIBLE_DEVICES"\n: > "$PS_SEEN/$PS_RANK"\n'
+                                     'until [ $PS_RANK != 0 ] || [ -e "$PS_SEEN/1" -a -e "$PS_SEEN/2" ]; do sleep 0.1; done\n')
+        (folder / "gpus").chmod(0o755)
+        # What Ray reserves, and how many GPUs each worker and both together then see.
+        for needed, each, together in [("0.5", 1, 1), ("2", 2, 4)]:
+            with self.subTest(needed):
+                seen = cluster.hosts.directory / f"seen-{needed}"
+                seen.mkdir()
+                job = cluster.submit(folder, "python", "ps_on_ray.py", "--workers=2", f"--worker-resources=CPU=1,GPU={needed}",
+                                     "--", "./gpus", PS_SEEN=str(seen))
+                code, text = job.wait(120)
+                self.assertEqual(code, 0, text)
+                gpus = [match.split(",") for match in re.findall(r"worker \d: gpus=([\d,]+)", text)]
+                self.assertEqual([len(one) for one in gpus], [each] * 2, text)
+                self.assertEqual(len({gpu for one in gpus for gpu in one}), together, text)
+
     def test_a_training_outlives_the_host_of_its_driver(self):
         cluster = Cluster(self, [1, 2, 2])
         saved = cluster.hosts.directory / "saved"
@@ -371,11 +391,17 @@ class OnRay(unittest.TestCase):
 
         saved = cluster.hosts.directory / "saved"
         job = self.job(
-            cluster, "--servers=0", "--workers=1", "--", "./sharded_ps", "--offline", "--iterations=1000000",
-            "--consistency=asp", "--learning-rate=0.001", f"--checkpoint-dir={saved}",
+            cluster, "--servers=0", "--workers=2", "--", "./sharded_ps", "--offline", "--iterations=1000000",
+            "--num-workers=2", "--consistency=asp", "--learning-rate=0.001", f"--checkpoint-dir={saved}",
         )
         name = job.wait_for("ray job stop (\\w+)")[1]
         job.wait_for("Iter .*accuracy", 90)
+        # A process that is asked to leave finishes its step, and its worker goes on elsewhere.
+        process = job.wait_for(r"worker 2: runs on .* as process (\d+), attempt 0")
+        os.kill(int(process[1]), signal.SIGTERM)
+        job.wait_for("a node has left node=node 2")
+        job.wait_for("a worker goes on at another node")
+        self.assertNotIn("starting it again", job.text())
         stop = cluster.run(0, [VENV / "bin" / "ray", "job", "stop", f"--address=http://{cluster.head}:8265", name])
         self.assertEqual(stop.wait(60)[0], 0, stop.text())
         job.wait_for("saved a checkpoint")
