@@ -20,8 +20,8 @@ const GRACE: Duration = Duration::from_secs(30);
 /// While a `StopSignal` exists, the first signal does not end the process. The program should check
 /// [`received`](Self::received), finish the work that it has begun, and end with
 /// [`exit_code`](super::exit_code). A second signal ends the process at once, unless it comes within 500 ms:
-/// some launchers send each signal twice. If the process still runs 30 s after the first signal, it is ended, too. When no `StopSignal` exists any more, a signal ends
-/// the process at once with [`Signal::exit_code`].
+/// some launchers send each signal twice. If the process still runs 30 s after the first signal, it is ended,
+/// too. When no `StopSignal` exists any more, a signal ends the process at once with [`Signal::exit_code`].
 ///
 /// It changes the signal handlers of this process permanently. A program with signal handlers of its own
 /// should not use it.
