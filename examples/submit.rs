@@ -26,6 +26,8 @@ use zip::write::{SimpleFileOptions, ZipWriter};
 const SCRIPT: &str = include_str!("../deploy/ray/ps_on_ray.py");
 const SCRIPT_NAME: &str = "ps_on_ray.py";
 const PAUSE: Duration = Duration::from_millis(500);
+/// How long the cluster may be silent within a request, for example because the network is cut.
+const SILENCE: Duration = Duration::from_secs(30);
 /// How often in a row the cluster may fail to answer, with a pause each time.
 const MAX_FAILURES: u32 = 60;
 
@@ -154,8 +156,11 @@ fn variables() -> Value {
             || name.starts_with("RUST_")
             || name == "NO_COLOR"
     };
-    std::env::vars()
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
         .filter(|(name, _)| is_passed_on(name))
+        // JSON is Unicode.
+        .map(|(name, value)| (name, value.to_string_lossy().into_owned()))
         .collect()
 }
 
@@ -202,6 +207,8 @@ impl Cluster {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .timeout_connect(Some(Duration::from_secs(10)))
+            .timeout_per_read(Some(SILENCE))
+            .timeout_per_write(Some(SILENCE))
             .build();
         Ok(Self {
             agent: config.into(),

@@ -23,8 +23,9 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-FINAL = (0, 2, 64)  # Exit codes after which it does not help to start the process again.
-KILLED, ASKED_TO_END = 137, (130, 143)  # Exit codes for the signals KILL, INT and TERM.
+BAD_START, TERMINATED = 64, 143
+FINAL = (0, 2, BAD_START)  # Exit codes after which it does not help to start the process again.
+KILLED, ASKED_TO_END = 137, (130, TERMINATED)  # Exit codes for the signals KILL, INT and TERM.
 PASSED_ON = ("PS_", "RUST_", "NO_COLOR")  # Actors do not inherit variables; these are passed on.
 
 
@@ -40,7 +41,7 @@ def say(name, text):
 class Rank:
     """One rank. If this actor ends, its process is killed."""
 
-    process = None
+    process, is_stopped = None, False
 
     def free_address(self):
         """This machine's address in the cluster, and a port that is free on it."""
@@ -52,13 +53,21 @@ class Rank:
     def run(self, name, command, variables):
         """Runs the program to its end, prints its lines, and returns its exit code."""
         prctl = ctypes.CDLL(None).prctl  # PR_SET_PDEATHSIG is 1.
-        self.process = subprocess.Popen(
-            command,
-            env={**os.environ, **variables},  # Here Ray has set CUDA_VISIBLE_DEVICES.
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace",
-            preexec_fn=lambda: prctl(1, signal.SIGKILL),
-        )
+        if self.is_stopped:
+            return TERMINATED
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **variables},  # Here Ray has set CUDA_VISIBLE_DEVICES.
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace",
+                preexec_fn=lambda: prctl(1, signal.SIGKILL),
+            )
+        except OSError as error:
+            say(name, f"cannot start {command[0]}: {error.strerror}")
+            return BAD_START
+        if self.is_stopped:  # `stop` was called meanwhile, and has perhaps not seen the process.
+            self.process.terminate()
         host, attempt = ray.util.get_node_ip_address(), variables["PS_ATTEMPT"]
         say(name, f"runs on {host} as process {self.process.pid}, attempt {attempt}")
         for line in self.process.stdout:
@@ -67,6 +76,7 @@ class Rank:
         return code if code >= 0 else 128 - code  # As a shell does for a signal.
 
     def stop(self):
+        self.is_stopped = True
         if self.process is not None:
             self.process.terminate()
 
@@ -99,13 +109,17 @@ class Job:
         """Starts the rank, and again after a failure, in the same bundle. Returns its last exit code."""
         name, attempt, failures = self.names[rank], 0, 0
         while True:
+            address = self.address
             try:
-                address, code = await self.run_once(rank, attempt)
+                address = await self.make_ready(rank)
+                own = {"PS_RANK": str(rank), "PS_ATTEMPT": str(attempt), "PS_RENDEZVOUS": address}
+                code = await self.actors[rank].run.remote(name, self.args.command, {**self.variables, **own})
             except RayError as error:
                 # `max_restarts` does not repeat a long call. Ray moves the bundle to another machine by itself.
-                address, code = self.address, KILLED
+                code = KILLED
                 say(name, f"Ray has lost it ({type(error).__name__}); it starts again where there is room")
-                ray.kill(self.actors.pop(rank))
+                if actor := self.actors.pop(rank, None):
+                    ray.kill(actor)
             # A driver that ends by itself has released the other ranks. If it is killed, they wait for it.
             if code in FINAL or self.is_stopping or (rank == 0 and not is_killed(code)):
                 return code
@@ -116,17 +130,17 @@ class Job:
             attempt += 1
             say(name, f"exit code {code}; starting it again")
             await asyncio.sleep(min(0.1 * 2**failures, 10))
+            if self.is_stopping:
+                return code
 
-    async def run_once(self, rank, attempt):
+    async def make_ready(self, rank):
+        """Makes the rank's actor, unless it has one. Returns the driver's address."""
         if rank not in self.actors:
             self.actors[rank] = self.new_actor(rank)
-        actor = self.actors[rank]
         if rank == 0:
-            await self.settle_address(actor)
+            await self.settle_address(self.actors[rank])
         await self.has_address.wait()
-        address = self.address
-        own = {"PS_RANK": str(rank), "PS_ATTEMPT": str(attempt), "PS_RENDEZVOUS": address}
-        return address, await actor.run.remote(self.names[rank], self.args.command, {**self.variables, **own})
+        return self.address
 
     async def settle_address(self, driver):
         """Chooses the driver's address. If the driver has moved to another machine, all ranks start again."""
@@ -137,7 +151,7 @@ class Job:
         is_move, self.address = self.address is not None, f"{host}:{port}"
         self.has_address.set()
         for rank in [rank for rank in self.actors if is_move and rank != 0]:
-            ray.kill(self.actors[rank])
+            ray.kill(self.actors.pop(rank))
 
     def new_actor(self, rank):
         custom = dict(self.needs[rank])

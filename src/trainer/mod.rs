@@ -502,7 +502,8 @@ where
     ///
     /// SIGTERM and Ctrl-C end the training earlier. The workers then have 10 s to finish the current step,
     /// the weights are evaluated, and the report says that it was [interrupted](Report::interrupted). A
-    /// second signal ends the process at once. The process also ends if it still runs 30 s after the first.
+    /// second signal, more than 500 ms later, ends the process at once. The process also ends if it still runs 30 s
+    /// after the first.
     ///
     /// # Errors
     /// - If a setting cannot work, or the model does not accept the test data. This is found before

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import unittest
 
@@ -65,19 +66,49 @@ class Containers(unittest.TestCase):
         known = {"FROM", "WORKDIR", "COPY", "ARG", "RUN", "ENV", "USER", "EXPOSE", "CMD"}
         self.assertLessEqual({words[0] for words in lines}, known)
         stages = [words[3] for words in lines if words[0] == "FROM"]
-        self.assertEqual(stages, ["build", "ray", "ps"])
-        last = lines[max(index for index, words in enumerate(lines) if words[0] == "FROM"):]
-        self.assertEqual([words[1] for words in last if words[0] == "USER"], ["10001"])
-        for words in lines:
-            if words[0] == "COPY":
-                stage = next((word[7:] for word in words if word.startswith("--from=")), None)
-                self.assertIn(stage, [None, *stages])
-                sources = [word for word in words[1:-1] if not word.startswith("--")]
-                for source in sources:
-                    self.assertTrue(source.startswith("/programs") or (REPOSITORY / source).exists(), source)
+        self.assertEqual(stages, ["build", "ray", "run", "libdevice", "cuda", "ps"])
+        # What runs is made in this one stage; the default image and that for GPUs begin with it.
+        begins = {words[3]: words[1] for words in lines if words[0] == "FROM"}
+        self.assertEqual((begins["ps"], begins["cuda"]), ("run", "run"))
+        self.assertEqual([words[1] for words in lines if words[0] == "USER"], ["10001"])
+        for source, exists in self.copied(lines):
+            self.assertTrue(exists, source)
+        # As it was once: a path that is relative to the root of the other stage.
+        wrong = [["COPY", "--from=build", "deploy/ray/ps_on_ray.py", "/ps/"], ["COPY", "--from=ps", "/nothing", "/"]]
+        self.assertEqual([exists for _, exists in self.copied(wrong)], [False, False])
         binaries = re.findall(r"target/release/examples/(\w+)", text)
         for binary in binaries:
             self.assertTrue((REPOSITORY / "examples" / f"{binary}.rs").exists(), binary)
+
+    @staticmethod
+    def copied(lines):
+        """Each source of a COPY line, and whether it exists where it is copied from."""
+        for words in (words for words in lines if words[0] == "COPY"):
+            stage = next((word[7:] for word in words if word.startswith("--from=")), None)
+            for source in (word for word in words[1:-1] if not word.startswith("--")):
+                if stage is None:
+                    yield source, (REPOSITORY / source).exists()
+                elif stage == "build":
+                    inside = source.removeprefix("/source/")
+                    in_sources = inside != source and (REPOSITORY / inside).exists()
+                    yield source, in_sources or source.startswith("/programs/")
+                else:
+                    # That the package has the file, another test sees.
+                    yield source, stage == "libdevice" and source.startswith("/cuda/")
+
+    def test_the_package_of_the_stage_libdevice_has_the_file(self):
+        text = (FOLDER / "Dockerfile").read_text()
+        folder = tempfile.mkdtemp(prefix="ps-libdevice-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        install = re.search(r"^RUN pip (.*--target=/cuda .*)$", text, re.MULTILINE)[1].replace("/cuda ", f"{folder} ")
+        done = subprocess.run([sys.executable, "-m", "pip", *install.split()], capture_output=True, text=True, timeout=300)
+        if done.returncode != 0:
+            self.skipTest(f"the package cannot be installed: {done.stderr.strip()[-300:]}")
+        source, target = re.search(r"^COPY --from=libdevice /cuda/(\S+) (\S+)$", text, re.MULTILINE).groups()
+        self.assertTrue((pathlib.Path(folder) / source).is_file(), source)
+        # Where CubeCL looks for it.
+        root = re.search(r"^ENV CUDA_PATH=(\S+)$", text, re.MULTILINE)[1]
+        self.assertEqual(target + source.split("/")[-1], f"{root}/nvvm/libdevice/libdevice.10.bc")
 
 
 # `docker`, as the guide calls it.

@@ -50,7 +50,8 @@ class Doctor(unittest.TestCase):
     def test_names_and_ipv6_addresses_do_too(self):
         for number in range(3):
             self.hosts.ip(f"-n {self.hosts.names[number]} -6 addr add fd00:78::{number + 1}/64 dev eth0 nodad")
-        for address in ("host0", "fd00:78::1"):
+        self.hosts.set_names(f"{self.hosts.address(0)} host0.cluster.example host0\n")
+        for address in ("host0", "host0.cluster.example", "fd00:78::1"):
             with self.subTest(address):
                 for process in [self.start(rank, address=address) for rank in range(3)]:
                     self.ends(process, is_well=True)
@@ -86,6 +87,20 @@ class Doctor(unittest.TestCase):
 
     def test_a_name_that_nobody_knows(self):
         self.ends(self.start(1, address="nowhere"), "the driver's name nowhere does not resolve here")
+
+    def test_a_name_that_appears_later_is_found(self):
+        node = self.start(1, address="late", world_size=2, within=60)
+        node.wait_for("wait node 1: the driver's name late does not resolve here .*; trying for")
+        self.hosts.set_names(f"{self.hosts.address(0)} late\n")
+        driver = self.start(0, address="late", world_size=2, within=60)
+        self.ends(node, "reaches the driver at 10.78.0.1:29500", is_well=True)
+        self.ends(driver, is_well=True)
+
+    def test_too_little_address_space(self):
+        code, text = Process(self, ["sh", "-c", f"ulimit -v 250000; exec {self.program} --doctor"],
+                             env=environment()).wait(60)
+        self.assertEqual(code, 64, text)
+        self.assertIn("BAD  driver 0: 244 MiB of memory is the limit of its address space", text)
 
     def test_the_drivers_own_name_is_a_loopback_address(self):
         self.hosts.set_names("127.0.1.1 host0\n")

@@ -123,6 +123,22 @@ class Manifests(unittest.TestCase):
             budget = next(item for item in objects if item["kind"] == "PodDisruptionBudget")
             self.assertEqual(budget["spec"]["minAvailable"], len(ranks) - 1)
 
+    def test_pods_of_a_machine_that_cannot_be_reached_are_replaced_but_for_the_driver(self):
+        for name in ("base", "gpu"):
+            _, objects = self.rendered(name)
+            jobs = {job["metadata"]["name"]: job["spec"] for job in objects if job["kind"] == "Job"}
+            self.assertEqual(set(jobs), {"ps-driver", "ps-servers", "ps-workers"})
+            for job_name, job in jobs.items():
+                seconds = {one["key"]: one.get("tolerationSeconds") for one in job["template"]["spec"]["tolerations"]}
+                for condition in ("not-ready", "unreachable"):
+                    self.assertEqual(seconds[f"node.kubernetes.io/{condition}"], 30, job_name)
+                # With a failure policy, the only replacement policy is Failed: not before the lost pod has surely ended.
+                waits = "podFailurePolicy" in job or job.get("podReplacementPolicy") == "Failed"
+                self.assertEqual(waits, job_name == "ps-driver", job_name)
+                if not waits:
+                    # Then each pod that has to leave a machine counts.
+                    self.assertGreaterEqual(job["backoffLimitPerIndex"], 1000, job_name)
+
     def test_the_program_accepts_the_arguments_and_the_commands_of_the_pods(self):
         program = example("sharded_ps")
         _, objects = self.rendered("base")

@@ -1,15 +1,25 @@
-"""deploy/ray on a Ray cluster of two hosts, each a network namespace. Needs root, and Ray from PyPI."""
+"""deploy/ray on a Ray cluster of two hosts, each a network namespace. Needs root, and Ray from PyPI. And what the script
+and the client decide by themselves, without any Ray."""
 
+import asyncio
+import contextlib
+import http.server
+import importlib.util
+import io
 import os
 import pathlib
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
+import types
 import unittest
+from unittest import mock
 
-from hosts import CACHE, OWN_SOCKETS, Hosts, Process, environment, example, install, need_root
+from hosts import CACHE, OWN_SOCKETS, REPOSITORY, Hosts, Process, environment, eventually, example, install, need_root
 from readme import command, desk, words
 
 VERSION = "2.60.0"
@@ -25,14 +35,14 @@ QUICK = {
 class Cluster:
     """A Ray cluster: a head on host 0, and nodes on the others."""
 
-    def __init__(self, test, cpus, hosts=None, venv=VENV, **variables):
+    def __init__(self, test, cpus, hosts=None, venv=VENV, head_has=(), **variables):
         self.test, self.hosts, self.variables, self.venv = test, hosts or Hosts(test, len(cpus)), variables, venv
         self.home = pathlib.Path(tempfile.mkdtemp(prefix="ps-ray-home-"))
         test.addCleanup(shutil.rmtree, self.home, ignore_errors=True)
         self.head = self.hosts.address(0)
         # The lines of the guide, and what several Rays on one machine need.
         self.start(0, cpus[0], *self.typed(command("deploy/ray/README.md", "ray start --head")),
-                   "--port=6379", f"--dashboard-host={self.head}")
+                   "--port=6379", f"--dashboard-host={self.head}", *head_has)
         for number, count in enumerate(cpus[1:], 1):
             self.start(number, count, *self.typed(command("deploy/ray/README.md", "ray start --address")),
                        '--resources={"side":1}')
@@ -73,6 +83,174 @@ def words_of_the_job():
     """What the guide submits: the script and its flags, `--`, the program and its flags."""
     line = words(command("deploy/ray/README.md", "ray job submit"))
     return line[line.index("--") + 1:]
+
+
+def script(lost):
+    """ps_on_ray.py as a module, on a Ray of which only the names are there. `lost` is its RayError."""
+    names = {
+        "ray": {"remote": lambda kind: kind, "kill": lambda actor: actor.kill()},
+        "ray.exceptions": {"RayError": lost},
+        "ray.util": {},
+        "ray.util.placement_group": {"placement_group": None},
+        "ray.util.scheduling_strategies": {"PlacementGroupSchedulingStrategy": None},
+    }
+    modules = {}
+    for name, content in names.items():
+        modules[name] = types.ModuleType(name)
+        vars(modules[name]).update(content)
+    modules["ray"].util = modules["ray.util"]
+    modules["ray.util"].get_node_ip_address = lambda: "10.0.0.1"
+    found = importlib.util.spec_from_file_location("ps_on_ray", REPOSITORY / "deploy" / "ray" / "ps_on_ray.py")
+    module = importlib.util.module_from_spec(found)
+    with mock.patch.dict(sys.modules, modules):
+        found.loader.exec_module(module)
+    return module
+
+
+class Lost(Exception):
+    pass
+
+
+class Method:
+    """A method of an actor that the test plays."""
+
+    def __init__(self, answer):
+        self.remote = answer
+
+
+class FakeActor:
+    """An actor whose process runs until the test says how it ends."""
+
+    def __init__(self, host):
+        self.result, self.runs, self.is_asked, self.host = None, 0, False, host
+        self.run, self.stop, self.free_address = Method(self.begin), Method(self.ask), Method(self.address)
+
+    def begin(self, *_):
+        self.runs, self.result = self.runs + 1, asyncio.get_running_loop().create_future()
+        return self.result
+
+    def ask(self):
+        self.is_asked = True
+
+    async def address(self):
+        return self.host, 7
+
+    def kill(self):
+        if self.result is not None and not self.result.done():
+            self.result.set_exception(Lost())
+
+
+class TheScript(unittest.TestCase):
+    def setUp(self):
+        self.script = script(Lost)
+        self.output = io.StringIO()
+        self.enterContext(contextlib.redirect_stdout(self.output))
+
+    def test_a_program_that_cannot_be_started_is_not_tried_again(self):
+        code = self.script.Rank().run("driver 0", ["./no-such-program"], {"PS_ATTEMPT": "0"})
+        self.assertEqual(code, 64)
+        self.assertIn(code, self.script.FINAL)
+        self.assertIn("driver 0: cannot start ./no-such-program: No such file or directory", self.output.getvalue())
+
+    def test_a_rank_that_is_stopped_before_its_process_starts_does_not_start_it(self):
+        rank = self.script.Rank()
+        rank.stop()
+        self.assertEqual(rank.run("driver 0", ["echo", "started"], {"PS_ATTEMPT": "0"}), 143)
+        self.assertNotIn("started", self.output.getvalue())
+
+    def test_a_rank_that_is_stopped_while_its_process_starts_ends_it(self):
+        rank = self.script.Rank()
+        start = subprocess.Popen
+
+        def stopped_meanwhile(*words, **options):
+            rank.stop()
+            return start(*words, **options)
+
+        with mock.patch.object(self.script.subprocess, "Popen", stopped_meanwhile):
+            self.assertEqual(rank.run("driver 0", ["sleep", "60"], {"PS_ATTEMPT": "0"}), 143)
+
+    def job(self, *hosts):
+        """A job of a driver and a worker. The driver's actors are made on these hosts, in this order."""
+        args = types.SimpleNamespace(servers=0, workers=1, restarts=0, command=["./program"])
+        job = self.script.Job(args, needs=[{}, {}], group=None)
+        left = list(hosts)
+        job.new_actor = lambda rank: FakeActor(left.pop(0) if rank == 0 else "10.0.0.9")
+        return job
+
+    @staticmethod
+    async def until(condition):
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0)
+
+    def test_a_job_that_is_stopped_between_two_attempts_starts_no_driver(self):
+        async def scenario():
+            job = self.job("10.0.0.1")
+            job.args.restarts = 3
+            running = asyncio.create_task(job.run())
+            await self.until(lambda: 0 in job.actors and job.actors[0].runs)
+            driver = job.actors[0]
+            driver.result.set_result(137)
+            await self.until(lambda: "exit code 137; starting it again" in self.output.getvalue())
+            job.stop()
+            self.assertEqual(await asyncio.wait_for(running, 20), 137)
+            self.assertEqual(driver.runs, 1)
+            self.assertTrue(driver.is_asked)
+
+        asyncio.run(scenario())
+
+    def test_a_rank_that_ends_because_the_driver_has_moved_has_not_failed(self):
+        async def scenario():
+            job = self.job("10.0.0.1", "10.0.0.2")
+            # The driver may be lost once, and the worker never.
+            driver, worker = [asyncio.create_task(job.keep_running(rank)) for rank in (0, 1)]
+            await self.until(lambda: len(job.actors) == 2 and all(actor.runs for actor in job.actors.values()))
+            first = job.actors[1]
+            job.args.restarts = 1
+            job.actors[0].kill()
+            await self.until(lambda: job.address.startswith("10.0.0.2"))
+            job.args.restarts = 0
+            await self.until(lambda: worker.done() or job.actors.get(1, first) is not first and job.actors[1].runs)
+            self.assertFalse(worker.done(), self.output.getvalue())
+            # At the same address, it has.
+            job.actors[1].result.set_result(137)
+            self.assertEqual(await asyncio.wait_for(worker, 20), 137)
+            driver.cancel()
+
+        asyncio.run(scenario())
+
+
+class TheClient(unittest.TestCase):
+    def test_it_hands_on_what_it_can_of_variables_that_are_not_unicode(self):
+        sent = []
+
+        class Answers(http.server.BaseHTTPRequestHandler):
+            def answer(self, text=b"{}"):
+                sent.append((self.path, self.rfile.read(int(self.headers.get("Content-Length") or 0))))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(text)))
+                self.end_headers()
+                self.wfile.write(text)
+
+            def do_GET(self):
+                self.answer()
+
+            def do_POST(self):
+                self.answer(b'{"submission_id": "one"}')
+
+            def log_message(self, *_):
+                pass
+
+        with http.server.HTTPServer(("127.0.0.1", 0), Answers) as cluster:
+            threading.Thread(target=cluster.serve_forever, daemon=True).start()
+            line = [example("submit"), f"--address=http://127.0.0.1:{cluster.server_port}", "--detach", "--", "/bin/true"]
+            variables = {**environment(), b"PS_RUN_ID": b"caf\xe9", b"OTHER\xff": b"\xff"}
+            code, text = Process(self, line, env=variables).wait(60)
+            cluster.shutdown()
+        self.assertEqual(code, 0, text)
+        path, body = sent[-1]
+        self.assertEqual(path, "/api/jobs/")
+        self.assertIn('"PS_RUN_ID":"caf\ufffd"', body.decode())
 
 
 class OnRay(unittest.TestCase):
@@ -148,6 +326,26 @@ class OnRay(unittest.TestCase):
         self.assertGreater(len(ours), 1000)
         self.assertTrue(ours == theirs, "a training on Ray whose processes and host were lost has other weights")
 
+    def test_each_worker_sees_the_gpus_that_ray_gives_it(self):
+        cluster = Cluster(self, [3], head_has=["--num-gpus=4"])
+        folder = self.working_dir()
+        # The driver ends last.
+        (folder / "gpus").write_text('#!/bin/sh\necho "gpus=$CUDA_VISIBLE_DEVICES"\n: > "$PS_SEEN/$PS_RANK"\n'
+                                     'until [ $PS_RANK != 0 ] || [ -e "$PS_SEEN/1" -a -e "$PS_SEEN/2" ]; do sleep 0.1; done\n')
+        (folder / "gpus").chmod(0o755)
+        # What Ray reserves, and how many GPUs each worker and both together then see.
+        for needed, each, together in [("0.5", 1, 1), ("2", 2, 4)]:
+            with self.subTest(needed):
+                seen = cluster.hosts.directory / f"seen-{needed}"
+                seen.mkdir()
+                job = cluster.submit(folder, "python", "ps_on_ray.py", "--workers=2", f"--worker-resources=CPU=1,GPU={needed}",
+                                     "--", "./gpus", PS_SEEN=str(seen))
+                code, text = job.wait(120)
+                self.assertEqual(code, 0, text)
+                gpus = [match.split(",") for match in re.findall(r"worker \d: gpus=([\d,]+)", text)]
+                self.assertEqual([len(one) for one in gpus], [each] * 2, text)
+                self.assertEqual(len({gpu for one in gpus for gpu in one}), together, text)
+
     def test_a_training_outlives_the_host_of_its_driver(self):
         cluster = Cluster(self, [1, 2, 2])
         saved = cluster.hosts.directory / "saved"
@@ -178,6 +376,13 @@ class OnRay(unittest.TestCase):
         self.assertNotIn("Traceback", text)
 
         # Without the servers: to start five more Python processes takes a while.
+        job = self.job(cluster, "--servers=0", "--workers=1", "--", "./no_such_program")
+        code, text = job.wait(120)
+        self.assertNotEqual(code, 0)
+        self.assertIn("driver 0: cannot start ./no_such_program: No such file or directory", text)
+        self.assertIn("failed with exit code 64", text)
+        self.assertNotIn("starting it again", text)
+
         job = self.job(cluster, "--servers=0", "--workers=1", "--", "./sharded_ps", "--offline", "--learning-rate=inf")
         code, text = job.wait(120)
         self.assertNotEqual(code, 0)
@@ -186,11 +391,17 @@ class OnRay(unittest.TestCase):
 
         saved = cluster.hosts.directory / "saved"
         job = self.job(
-            cluster, "--servers=0", "--workers=1", "--", "./sharded_ps", "--offline", "--iterations=1000000",
-            "--consistency=asp", "--learning-rate=0.001", f"--checkpoint-dir={saved}",
+            cluster, "--servers=0", "--workers=2", "--", "./sharded_ps", "--offline", "--iterations=1000000",
+            "--num-workers=2", "--consistency=asp", "--learning-rate=0.001", f"--checkpoint-dir={saved}",
         )
         name = job.wait_for("ray job stop (\\w+)")[1]
         job.wait_for("Iter .*accuracy", 90)
+        # A process that is asked to leave finishes its step, and its worker goes on elsewhere.
+        process = job.wait_for(r"worker 2: runs on .* as process (\d+), attempt 0")
+        os.kill(int(process[1]), signal.SIGTERM)
+        job.wait_for("a node has left node=node 2")
+        job.wait_for("a worker goes on at another node")
+        self.assertNotIn("starting it again", job.text())
         stop = cluster.run(0, [VENV / "bin" / "ray", "job", "stop", f"--address=http://{cluster.head}:8265", name])
         self.assertEqual(stop.wait(60)[0], 0, stop.text())
         job.wait_for("saved a checkpoint")

@@ -105,6 +105,35 @@ class OnSlurm(unittest.TestCase):
         self.assertIn("updates of 12000 gradients", text)
         self.assertGreater(float(re.findall(r"Final accuracy is (\d+\.\d)", text)[-1]), 85)
 
+    def test_a_rank_that_is_asked_to_leave_and_pmi2(self):
+        export = command("deploy/slurm/README.md", "export PS_TOKEN=")
+        line = command("deploy/slurm/README.md", "srun --ntasks=5 --label ./")
+        # The other way to start it that the guide names.
+        line = line.replace("--label", "--label --mpi=pmi2 --nodes=3") + " --iterations=3000 --batch-size=64"
+        training = self.slurm.run_on(0, "bash", "-c", f"cd {self.slurm.desk} && {export}; {line}")
+        process = training.wait_for(r"a node has joined node=node 4 .*pid=(\d+)")[1]
+        training.wait_for(r"Iter \d{3,}:")
+        os.kill(int(process), signal.SIGTERM)
+        training.wait_for("a node has left node=node 4")
+        training.wait_for("a worker goes on at another node")
+        code, text = training.wait(120)
+        self.assertEqual(code, 0, text)
+        self.assertIn("updates of 12000 gradients", text)
+        self.assertNotIn("is lost", text)
+
+    def test_mpirun_in_a_job_needs_no_address(self):
+        if shutil.which("mpirun.openmpi") is None:
+            self.skipTest("mpirun.openmpi: apt-get install openmpi-bin")
+        export = command("deploy/slurm/README.md", "export PS_TOKEN=")
+        line = command("deploy/mpi/README.md", "mpirun -np 5 ./sharded_ps").replace("mpirun", "mpirun.openmpi -x PS_TOKEN")
+        line = f"cd {self.slurm.desk} && {export}; salloc --nodes=3 --ntasks=5 {line}"
+        training = self.slurm.run_on(0, "bash", "-c", line, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+        code, text = training.wait(120)
+        self.assertEqual(code, 0, text)
+        joined = re.findall(r'a node has joined node=node \d.*?host="?(host\d)', text)
+        self.assertEqual(set(joined), {"host0", "host1", "host2"}, text)
+        self.assertIn("updates of 800 gradients", text)
+
     def test_a_job_goes_on_after_its_time_limit(self):
         saved, log = self.slurm.directory / "saved", self.slurm.directory / "ps.log"
         line = command("deploy/slurm/README.md", "sbatch --ntasks=5 ").replace("/shared/runs/one", str(saved))

@@ -12,8 +12,24 @@ mod run;
 mod soak;
 
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use run::{Run, example, free_port, signal, stop_all_threads};
+
+/// One start is enough: all processes are this program on this machine.
+#[test]
+fn the_doctor_finds_nothing_wrong_with_processes_that_the_driver_starts() {
+    let (status, output) = Run::start("sharded_ps", &["--processes", "3", "--doctor"]).finish();
+    assert!(status.success(), "{output}");
+    assert!(!output.contains("BAD"), "{output}");
+    for said in [
+        "ok   driver 0: all processes have the same: ",
+        "ok   node 1: has the same as the driver: ",
+        "ok   node 2: has the same as the driver: ",
+    ] {
+        assert!(output.contains(said), "{said}: {output}");
+    }
+}
 
 /// The lines that do not depend on the number of processes or on time.
 fn results(output: &str) -> Vec<&str> {
@@ -159,6 +175,10 @@ fn a_node_that_is_terminated_finishes_its_step_and_its_worker_goes_on_elsewhere(
     assert!(!output.contains("is lost"), "{output}");
 }
 
+/// A signal that comes sooner after the first one is a copy of it.
+#[cfg(target_os = "linux")]
+const SAME_REQUEST: Duration = Duration::from_millis(500);
+
 /// A driver that does not answer keeps a node waiting, but not after a second signal.
 #[cfg(target_os = "linux")]
 #[test]
@@ -175,10 +195,11 @@ fn a_node_that_is_terminated_twice_leaves_at_once() {
     let node = run.wait_for_node("node=node 2");
     run.wait_for(&["Iter ", "accuracy is"]);
     stop_all_threads(run.driver.id());
+    let asked = Instant::now();
     signal("TERM", node);
     run.wait_for(&["leaving after the step under way"]);
-    signal("TERM", node);
-    run.wait_for(&["leaving at once"]);
+    run.signal_until("TERM", node, "leaving at once");
+    assert!(asked.elapsed() >= SAME_REQUEST, "{:?}", asked.elapsed());
     signal("CONT", run.driver.id());
     let (status, output) = run.finish();
     assert!(status.success(), "{output}");
@@ -293,12 +314,14 @@ fn a_step_that_takes_too_long_is_given_up_when_the_driver_is_interrupted() {
 #[test]
 fn a_driver_that_is_interrupted_twice_ends_at_once() {
     let mut run = start_with_a_worker_that_hangs();
+    let asked = Instant::now();
     signal("INT", run.driver.id());
     run.wait_for(&["ending in order; a second signal"]);
-    signal("TERM", run.driver.id());
+    let driver = run.driver.id();
+    run.signal_until("TERM", driver, "ending at once");
+    assert!(asked.elapsed() >= SAME_REQUEST, "{:?}", asked.elapsed());
     let (status, output) = run.finish();
     assert_eq!(status.code(), Some(130), "{output}");
-    assert!(output.contains("ending at once"), "{output}");
     assert!(!output.contains("Final accuracy is"), "{output}");
 }
 

@@ -103,6 +103,24 @@ impl Run {
         }
     }
 
+    /// Sends a signal again and again, until a process says this text.
+    pub(crate) fn signal_until(&mut self, name: &str, pid: u32, text: &str) {
+        let deadline = Instant::now() + SOON;
+        loop {
+            signal(name, pid);
+            match self.lines.recv_timeout(Duration::from_millis(50)) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if line.contains(text) {
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {}
+                Err(_) => panic!("nobody said {text:?}, but:\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
     /// Waits until a node has joined, and returns its process.
     pub(crate) fn wait_for_node(&mut self, node: &str) -> u32 {
         let line = self.wait_for(&["a node has joined", node]);

@@ -22,7 +22,7 @@ use super::way::SAY_WAITING;
 use crate::launch::restarts::Restarts;
 use crate::launch::{
     self, Launch, LaunchError, LaunchOptions, Place, ProcessConfig, ProcessError, ProcessGroup,
-    Rendezvous, env, terminated,
+    Rendezvous, env, terminated, terminated_again,
 };
 use crate::net::{Token, TokenError, threads};
 
@@ -321,21 +321,18 @@ fn serve(place: &Place, config: ClusterConfig, hosts: Hosts) -> Result<NodeExit,
     // Signals are heard on an event loop, so the future is made on one.
     let serving = Task::start(async move {
         let stop = terminated().map_err(StartError::Signals)?;
-        let (second, listening) = oneshot::channel();
+        let (first, first_came) = oneshot::channel();
         let stop = async move {
             let signal = stop.await;
-            // Listens for the second signal before the log says that a signal was received.
-            let _ = second.send(terminated());
+            let _ = first.send(());
             tracing::info!(%signal, "leaving after the step under way");
         };
         let at_once = async {
-            match listening.await {
-                Ok(Ok(again)) => {
-                    let signal = again.await;
-                    tracing::info!(%signal, "leaving at once");
-                }
-                _ => std::future::pending().await,
+            if first_came.await.is_err() {
+                return std::future::pending().await;
             }
+            let signal = terminated_again().await;
+            tracing::info!(%signal, "leaving at once");
         };
         Ok(node.serve_until_told(stop, at_once).await?)
     });

@@ -117,7 +117,7 @@ pub fn resolve(
     options: &LaunchOptions,
     env: impl Fn(&str) -> Option<String>,
 ) -> Result<Launch, LaunchError> {
-    let variables = Variables(env);
+    let variables = Variables::new(env);
     if variables.get(env::PARENT_PID).is_some() {
         // The flags are ignored: with `--processes`, child processes would start child processes without
         // end.

@@ -1,4 +1,4 @@
-//! The first host of Slurm's compressed list, such as `gpu[003-007,9],x1`.
+//! The first host of Slurm's compressed list, such as `gpu[003-007,9],x1`, and of a file with a host in each line.
 //!
 //! Ranges are never expanded: `n[0-4294967295]` costs no more than its text.
 
@@ -22,6 +22,19 @@ pub(super) fn first_host(list: &str) -> Result<String, &'static str> {
         return Err("it begins with no host");
     }
     Ok(host)
+}
+
+/// Returns the host of the first line that has one: `gpu3` for `gpu3 slots=4` and `gpu3:4`, as Open MPI and MPICH write it.
+pub(super) fn first_line(text: &str) -> Option<&str> {
+    let mut words = text.lines().filter_map(|line| {
+        let word = line.split_whitespace().next();
+        word.filter(|word| !word.starts_with('#'))
+    });
+    let word = words.next()?;
+    match word.split_once(':') {
+        Some((host, rest)) if !rest.contains(':') => Some(host),
+        _ => Some(word),
+    }
 }
 
 /// Adds the first number of a bracket to the host, with its leading zeros, and skips the bracket.
@@ -75,6 +88,23 @@ mod tests {
         check(" n1 ", Ok("n1"));
         // What follows the first host does not matter.
         check("n1,[", Ok("n1"));
+    }
+
+    #[test]
+    fn the_first_host_of_a_file_is_found() {
+        for (text, expected) in [
+            ("gpu3\ngpu4\n", Some("gpu3")),
+            (
+                "# two hosts\n\n  gpu3 slots=4 # and a comment\ngpu4",
+                Some("gpu3"),
+            ),
+            ("gpu3:4\ngpu4:4\n", Some("gpu3")),
+            ("fd00::1\n", Some("fd00::1")),
+            ("#gpu3\n", None),
+            ("", None),
+        ] {
+            assert_eq!(first_line(text), expected, "{text:?}");
+        }
     }
 
     #[test]

@@ -5,11 +5,12 @@
 //! do not belong together. A row of which only one is set is skipped, unless it is our own row.
 //! [`env::RENDEZVOUS`] gives the address of rank 0 for every row.
 
+use std::fs;
 use std::str::FromStr;
 
 use super::env;
 use super::error::LaunchError;
-use super::host_list::first_host;
+use super::host_list::{first_host, first_line};
 use super::rank::Place;
 use super::rendezvous::{DEFAULT_PORT, Rendezvous, parse_port};
 
@@ -17,6 +18,13 @@ const MASTER_ADDR: &str = "MASTER_ADDR";
 const MASTER_PORT: &str = "MASTER_PORT";
 const USE_AGENT_STORE: &str = "TORCHELASTIC_USE_AGENT_STORE";
 const STEP_HOSTS: &str = "SLURM_STEP_NODELIST";
+const JOB_HOSTS: &str = "SLURM_JOB_NODELIST";
+/// The files of hosts that a launcher may have been told of, in the order in which they are looked for.
+const HOST_FILES: [&str; 3] = [
+    "OMPI_MCA_orte_default_hostfile",
+    "HYDRA_HOST_FILE",
+    "PBS_NODEFILE",
+];
 pub(super) const JOB_ID: &str = "SLURM_JOB_ID";
 
 /// The variables of one launcher.
@@ -33,7 +41,8 @@ struct Row {
 enum AddressSource {
     Nowhere,
     /// `MASTER_ADDR`. Without it, this machine's own address, if all copies run on this machine: then the
-    /// variable holds the world size.
+    /// variable holds the world size. Else the first host of Slurm's job or of a file of hosts: mpirun starts
+    /// rank 0 there.
     Mpi {
         local_size: &'static str,
     },
@@ -120,14 +129,17 @@ pub(super) fn variables() -> impl Iterator<Item = &'static str> {
             ]
         })
         .flatten();
-    of_rows.chain([
-        env::LOCAL_RANK,
-        env::RENDEZVOUS,
-        MASTER_ADDR,
-        MASTER_PORT,
-        USE_AGENT_STORE,
-        STEP_HOSTS,
-    ])
+    of_rows
+        .chain([
+            env::LOCAL_RANK,
+            env::RENDEZVOUS,
+            MASTER_ADDR,
+            MASTER_PORT,
+            USE_AGENT_STORE,
+            STEP_HOSTS,
+            JOB_HOSTS,
+        ])
+        .chain(HOST_FILES)
 }
 
 /// The rank and the world size of one row, after checks.
@@ -143,10 +155,23 @@ impl Seat {
     }
 }
 
-/// The environment, as a function from names to values.
-pub(super) struct Variables<G>(pub(super) G);
+/// The environment.
+pub(super) struct Variables<G> {
+    /// From names to values.
+    variable: G,
+    /// From the path of a file of hosts to its text. `None` if it cannot be read here.
+    file: fn(&str) -> Option<String>,
+}
 
 impl<G: Fn(&str) -> Option<String>> Variables<G> {
+    pub(super) fn new(variable: G) -> Self {
+        Self::with_files(variable, |path| fs::read_to_string(path).ok())
+    }
+
+    pub(super) fn with_files(variable: G, file: fn(&str) -> Option<String>) -> Self {
+        Self { variable, file }
+    }
+
     /// Returns the first complete row.
     pub(super) fn seat(&self) -> Result<Option<Seat>, LaunchError> {
         if self.get(env::RANK).is_some() && self.get(env::WORLD_SIZE).is_none() {
@@ -253,6 +278,12 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
                 return Ok(Some(found));
             }
         }
+        // Only now: MPI's copies may all run on one host of several.
+        if matches!(seat.row.address, AddressSource::Mpi { .. })
+            && let Some(found) = self.first_of_mpi()?
+        {
+            return Ok(Some(found));
+        }
         Err(LaunchError::NoAddress {
             set_by: seat.launcher(),
             rank: seat.rank,
@@ -282,7 +313,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
             AddressSource::Nowhere => Ok(None),
             AddressSource::Mpi { local_size } => match self.master(0)? {
                 None if self.number(local_size, u32::MAX.into())? == Some(world_size) => {
-                    self.master_at("127.0.0.1", 0).map(Some)
+                    self.master_at(MASTER_ADDR, "127.0.0.1", 0).map(Some)
                 }
                 master => Ok(master),
             },
@@ -292,7 +323,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
                     .is_some_and(|value| value.trim().eq_ignore_ascii_case("true"));
                 self.master(u16::from(is_taken))
             }
-            AddressSource::Slurm => self.slurm(),
+            AddressSource::Slurm => self.slurm(STEP_HOSTS),
         }
     }
 
@@ -301,10 +332,16 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
         let Some(host) = self.get(MASTER_ADDR) else {
             return Ok(None);
         };
-        self.master_at(&host, offset).map(Some)
+        self.master_at(MASTER_ADDR, &host, offset).map(Some)
     }
 
-    fn master_at(&self, host: &str, offset: u16) -> Result<Rendezvous, LaunchError> {
+    /// Joins a host from `variable` with that port.
+    fn master_at(
+        &self,
+        variable: &'static str,
+        host: &str,
+        offset: u16,
+    ) -> Result<Rendezvous, LaunchError> {
         let port = match self.get(MASTER_PORT) {
             Some(value) => parse_port(MASTER_PORT, &value)?,
             None => DEFAULT_PORT,
@@ -316,28 +353,47 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
                 value: port.to_string(),
                 problem: "torchrun's own store has it, and there is none after it for rank 0",
             })?;
-        Rendezvous::new(MASTER_ADDR, host, port)
+        Rendezvous::new(variable, host, port)
     }
 
-    /// Returns the step's first host and a port that two jobs on one host hardly ever share. Rank 0 runs on
-    /// this host, unless srun was told to place tasks in another way.
-    fn slurm(&self) -> Result<Option<Rendezvous>, LaunchError> {
-        let Some(hosts) = self.get(STEP_HOSTS) else {
+    /// Returns the first host of the step or job, and a port that two jobs on one host hardly ever share. Rank 0 runs
+    /// on this host, unless srun or mpirun was told to place tasks in another way.
+    fn slurm(&self, list: &'static str) -> Result<Option<Rendezvous>, LaunchError> {
+        let Some(hosts) = self.get(list) else {
             return Ok(None);
         };
         let host = first_host(&hosts).map_err(|problem| LaunchError::BadHostList {
-            variable: STEP_HOSTS,
+            variable: list,
             value: hosts.clone(),
             problem,
         })?;
         let Some(job) = self.number::<u64>(JOB_ID, u64::MAX)? else {
             return Err(LaunchError::Incomplete {
-                given: STEP_HOSTS,
+                given: list,
                 missing: JOB_ID,
             });
         };
         let port = u16::try_from(20_000 + job % 10_000).expect("at most 29999");
-        Rendezvous::new(STEP_HOSTS, &host, port).map(Some)
+        Rendezvous::new(list, &host, port).map(Some)
+    }
+
+    /// Returns the first host of Slurm's job, or of a file of hosts, if this machine has the file.
+    fn first_of_mpi(&self) -> Result<Option<Rendezvous>, LaunchError> {
+        if let Some(found) = self.slurm(JOB_HOSTS)? {
+            return match self.get(MASTER_PORT) {
+                Some(_) => self.master_at(JOB_HOSTS, found.host(), 0).map(Some),
+                None => Ok(Some(found)),
+            };
+        }
+        for variable in HOST_FILES {
+            if let Some(path) = self.get(variable)
+                && let Some(text) = (self.file)(path.trim())
+                && let Some(host) = first_line(&text)
+            {
+                return self.master_at(variable, host, 0).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     fn number<T: FromStr>(
@@ -359,7 +415,7 @@ impl<G: Fn(&str) -> Option<String>> Variables<G> {
     }
 
     pub(super) fn get(&self, variable: &str) -> Option<String> {
-        (self.0)(variable).filter(|value| !value.trim().is_empty())
+        (self.variable)(variable).filter(|value| !value.trim().is_empty())
     }
 }
 

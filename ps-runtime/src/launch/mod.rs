@@ -2,15 +2,15 @@
 //!
 //! There is no cluster manager. A launcher (torchrun, Open MPI, Slurm, Kubernetes, …) starts the copies
 //! and gives each its rank through environment variables. Or [`ProcessGroup`] starts child processes on
-//! this machine. Rank 0 is the driver; every other rank is a node. [`resolve`] reads flags and variables
-//! and opens nothing. This module does not connect the copies; [`cluster`](crate::cluster) does.
+//! this machine. Rank 0 is the driver; every other rank is a node. [`resolve`] reads flags and variables,
+//! and opens nothing but the file of hosts that mpirun was given. This module does not connect the copies; [`cluster`](crate::cluster) does.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `rank` | [`Place`]: rank, world size, attempt, and rank 0's address |
 //! | `launchers` | reads the variables of all launchers |
 //! | `rendezvous` | [`Rendezvous`]: a host and a port |
-//! | `host_list` | the first host of Slurm's compressed list |
+//! | `host_list` | the first host of Slurm's compressed list, or of a file of hosts |
 //! | `flags` | [`LaunchOptions`]: flags have priority over variables |
 //! | `processes` | [`ProcessGroup`]: child processes that end with their driver |
 //! | `supervisor` | the thread that starts, watches and ends them |
@@ -56,5 +56,6 @@ pub use flags::{Launch, LaunchOptions, resolve};
 pub use processes::{Exited, ProcessConfig, ProcessGroup, die_with_parent};
 pub use rank::{Place, from_env, local_rank, log_prefix};
 pub use rendezvous::{DEFAULT_PORT, Rendezvous};
+pub(crate) use signals::terminated_again;
 pub use signals::{EXIT_CONFIG, EXIT_OK, Signal, exit_code, terminated};
 pub use stop_signal::StopSignal;

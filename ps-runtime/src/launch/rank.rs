@@ -61,7 +61,7 @@ pub fn log_prefix(rank: u32) -> String {
 /// When the variables contradict each other, when a value is not a number, or when the address of rank 0 is
 /// missing. The error names the variable to set.
 pub fn from_env(get: impl Fn(&str) -> Option<String>) -> Result<Option<Place>, LaunchError> {
-    let variables = Variables(get);
+    let variables = Variables::new(get);
     match variables.seat()? {
         Some(seat) => variables.place(&seat).map(Some),
         None => Ok(None),
@@ -88,7 +88,7 @@ pub fn from_env(get: impl Fn(&str) -> Option<String>) -> Result<Option<Place>, L
 /// # Errors
 /// When the value is not a number, or when the launcher's variables contradict each other.
 pub fn local_rank(get: impl Fn(&str) -> Option<String>) -> Result<u32, LaunchError> {
-    Variables(get).local_rank()
+    Variables::new(get).local_rank()
 }
 
 #[cfg(test)]
@@ -219,6 +219,75 @@ pub(super) mod tests {
         let mpich = "PMI_RANK=1 PMI_SIZE=3 MPI_LOCALNRANKS";
         check(&format!("{mpich}=3"), Ok("PMI 1/3#0@127.0.0.1:29500"));
         check(&format!("{mpich}=1"), Err("mpirun -genv NAME VALUE"));
+    }
+
+    #[test]
+    fn mpi_in_a_job_of_slurm_needs_no_address() {
+        let job = "SLURM_JOB_NODELIST=gpu[003-007,9],x1 SLURM_JOB_ID=123456";
+        let mpirun = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=3 OMPI_COMM_WORLD_LOCAL_SIZE";
+        check(
+            &format!("{mpirun}=2 {job}"),
+            Ok("Open MPI 1/3#0@gpu003:23456"),
+        );
+        // mpirun starts its helpers on the other hosts by srun.
+        check(
+            &format!("{SRUN} {mpirun}=2 {job}"),
+            Ok("Open MPI 1/3#0@gpu003:23456"),
+        );
+        check(
+            &format!("PMI_RANK=1 PMI_SIZE=3 MPI_LOCALNRANKS=1 {job}"),
+            Ok("PMI 1/3#0@gpu003:23456"),
+        );
+        // A second training in the same job.
+        check(
+            &format!("{mpirun}=2 {job} MASTER_PORT=4000"),
+            Ok("Open MPI 1/3#0@gpu003:4000"),
+        );
+        check(
+            &format!("{mpirun}=2 {job} MASTER_ADDR=x1"),
+            Ok("Open MPI 1/3#0@x1:29500"),
+        );
+        check(
+            &format!("{mpirun}=3 {job}"),
+            Ok("Open MPI 1/3#0@127.0.0.1:29500"),
+        );
+        check(
+            &format!("{mpirun}=2 SLURM_JOB_NODELIST=n1"),
+            Err("SLURM_JOB_ID is not"),
+        );
+        // Other launchers say themselves where rank 0 is.
+        check(&format!("RANK=1 WORLD_SIZE=3 {job}"), Err("MASTER_ADDR"));
+    }
+
+    #[test]
+    fn mpi_with_a_file_of_hosts_needs_no_address() {
+        #[track_caller]
+        fn check(variables: &str, expected: Option<&str>) {
+            let file = |path: &str| (path == "/hosts").then(|| "# ours\ngpu3:4\n".to_owned());
+            let variables = Variables::with_files(|name| value(variables, name), file);
+            let seat = variables.seat().unwrap().unwrap();
+            let found = variables.place(&seat).map(|place| in_words(&place));
+            assert_eq!(found.ok().as_deref(), expected);
+        }
+        let open_mpi = "OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=3";
+        let mpich = "PMI_RANK=1 PMI_SIZE=3";
+        let [on_open_mpi, on_mpich] = [
+            Some("Open MPI 1/3#0@gpu3:29500"),
+            Some("PMI 1/3#0@gpu3:29500"),
+        ];
+        check(
+            &format!("{open_mpi} OMPI_MCA_orte_default_hostfile=/hosts"),
+            on_open_mpi,
+        );
+        check(&format!("{mpich} HYDRA_HOST_FILE=/hosts"), on_mpich);
+        check(&format!("{mpich} PBS_NODEFILE=/hosts"), on_mpich);
+        check(
+            &format!("{mpich} PBS_NODEFILE=/hosts MASTER_PORT=7"),
+            Some("PMI 1/3#0@gpu3:7"),
+        );
+        // It is not on this machine.
+        check(&format!("{mpich} PBS_NODEFILE=/elsewhere"), None);
+        check("RANK=1 WORLD_SIZE=3 PBS_NODEFILE=/hosts", None);
     }
 
     #[test]
@@ -371,8 +440,8 @@ pub(super) mod tests {
     proptest! {
         #[test]
         fn a_place_from_any_values_is_one_of_its_world(
-            values in prop::collection::vec(prop_oneof!["[0-9]{0,3}", "[a-z0-9.:\\[\\]-]{0,8}"], 32),
-            is_set in prop::collection::vec(any::<bool>(), 32),
+            values in prop::collection::vec(prop_oneof!["[0-9]{0,3}", "[a-z0-9.:\\[\\]-]{0,8}"], 40),
+            is_set in prop::collection::vec(any::<bool>(), 40),
         ) {
             let names: Vec<&str> = variables().chain([JOB_ID]).collect();
             let get = |name: &str| {

@@ -10,16 +10,18 @@ use super::error::LaunchError;
 pub const DEFAULT_PORT: u16 = 29500;
 
 const HOST_FORM: &str = "a host is a name, an IPv4 or an IPv6 address";
+const LINK_LOCAL: &str = "it works only on one link; use a global or fd00:: address";
 
 /// A host and a port. The host is not resolved yet.
 ///
-/// The text form is `host:port`. An IPv6 address is written in brackets.
+/// The text form is `host:port`. An IPv6 address is written in brackets. Link-local addresses (`fe80::`) are
+/// refused: a process would also have to know the interface, which has another name on each machine.
 ///
 /// ```
 /// use ps_runtime::launch::Rendezvous;
 ///
-/// let rendezvous: Rendezvous = "[fe80::1]:29500".parse()?;
-/// assert_eq!((rendezvous.host(), rendezvous.port()), ("fe80::1", 29500));
+/// let rendezvous: Rendezvous = "[fd00::1]:29500".parse()?;
+/// assert_eq!((rendezvous.host(), rendezvous.port()), ("fd00::1", 29500));
 /// # Ok::<(), ps_runtime::launch::LaunchError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -56,8 +58,13 @@ impl Rendezvous {
             !text.is_empty() && text.chars().all(allowed)
         };
         // `fe80::1%eth0` names the interface of a link-local address.
-        let (address, interface) = bare.split_once('%').unwrap_or((bare, "any"));
-        let is_ipv6 = address.parse::<Ipv6Addr>().is_ok() && is_word(interface);
+        let address = bare.split('%').next().unwrap_or(bare);
+        if let Ok(address) = address.parse::<Ipv6Addr>()
+            && address.is_unicast_link_local()
+        {
+            return Err(bad(LINK_LOCAL));
+        }
+        let is_ipv6 = bare.parse::<Ipv6Addr>().is_ok();
         let is_name = is_word(bare);
         if is_ipv6 || (is_name && bare == trimmed) {
             Ok(Self {
@@ -88,7 +95,13 @@ impl Rendezvous {
             return Err(bad("write host:port, an IPv6 address as [address]:port"));
         }
         let port = parse_port(variable, port)?;
-        Self::new(variable, host, port).map_err(|_| bad(HOST_FORM))
+        Self::new(variable, host, port).map_err(|error| match error {
+            LaunchError::BadAddress {
+                problem: LINK_LOCAL,
+                ..
+            } => bad(LINK_LOCAL),
+            _ => bad(HOST_FORM),
+        })
     }
 }
 
@@ -170,7 +183,6 @@ mod tests {
             Ok(("train-0.svc_x.cluster.local", 65535)),
         );
         check("[::1]:80", Ok(("::1", 80)));
-        check("[fe80::1%eth0]:80", Ok(("fe80::1%eth0", 80)));
     }
 
     #[test]
@@ -186,6 +198,12 @@ mod tests {
         check("a b:80", Err("a host is"));
         check("tcp://gpu003:80", Err("write host:port"));
         check("[::1:80", Err("a host is"));
+        check(
+            "[fe80::1]:80",
+            Err("only on one link; use a global or fd00::"),
+        );
+        check("[fe80::1%eth0]:80", Err("only on one link"));
+        check("[fd00::1%eth0]:80", Err("a host is"));
     }
 
     #[test]
@@ -194,6 +212,8 @@ mod tests {
             let rendezvous = Rendezvous::new("MASTER_ADDR", host, 7).unwrap();
             assert_eq!(rendezvous.to_string(), "[::1]:7");
         }
+        let error = Rendezvous::new("MASTER_ADDR", "fe80::1%eth0", 7).unwrap_err();
+        assert!(error.to_string().contains("only on one link"));
         let error = Rendezvous::new("MASTER_ADDR", "gpu003:80", 7).unwrap_err();
         assert!(error.to_string().contains("only the host"));
         let error = Rendezvous::new("MASTER_ADDR", "tcp://gpu003", 7).unwrap_err();

@@ -4,10 +4,13 @@
 //! terminal's foreground group, so to the driver and to its child processes.
 
 use std::fmt;
-use std::future::poll_fn;
+use std::future::{pending, poll_fn};
 use std::io;
 use std::process::ExitCode;
 use std::task::Poll;
+use std::time::Duration;
+
+use tokio::time::sleep;
 
 /// Exit code of a process that has done its work.
 pub const EXIT_OK: u8 = 0;
@@ -71,7 +74,8 @@ pub fn exit_code(ended_by: Option<Signal>) -> ExitCode {
 ///
 /// The process listens from this call on, not from the first poll on. From then on, for as long as it runs,
 /// SIGTERM and SIGINT do not end it by themselves. If there are several futures, all become ready. To let a
-/// second Ctrl-C end a process at once, call this again after the first.
+/// second Ctrl-C end a process at once, call this again some time after the first: some launchers send each signal
+/// twice within microseconds.
 ///
 /// ```
 /// # actix_rt::System::new().block_on(async {
@@ -124,6 +128,20 @@ pub fn terminated() -> io::Result<impl Future<Output = Signal> + Send + 'static>
     Ok(poll_fn(move |cx| {
         ctrl_c.poll_recv(cx).map(|_| Signal::Interrupt)
     }))
+}
+
+/// Signals within this time after the first are copies of the same request. A launcher that signals a whole process group,
+/// below a wrapper that hands the signal on, sends two within microseconds. A person who does not want to wait any
+/// longer takes more time.
+pub(crate) const SAME_REQUEST: Duration = Duration::from_millis(500);
+
+/// Waits for a signal that is a new request. Call it when the first signal has come.
+pub(crate) async fn terminated_again() -> Signal {
+    sleep(SAME_REQUEST).await;
+    match terminated() {
+        Ok(again) => again.await,
+        Err(_) => pending().await,
+    }
 }
 
 /// Whether this is a child process of a `ProcessGroup`.

@@ -1,6 +1,5 @@
 //! Lets a driver that is asked to end finish its work within a time limit.
 
-use std::future::pending;
 use std::io;
 use std::process;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::signals::{Signal, terminated};
+use super::signals::{Signal, terminated, terminated_again};
 
 /// How long a process may take to end in order. Launchers wait for 30 s between SIGTERM and SIGKILL.
 const GRACE: Duration = Duration::from_secs(30);
@@ -20,9 +19,9 @@ const GRACE: Duration = Duration::from_secs(30);
 ///
 /// While a `StopSignal` exists, the first signal does not end the process. The program should check
 /// [`received`](Self::received), finish the work that it has begun, and end with
-/// [`exit_code`](super::exit_code). A second signal ends the process at once. If the process still runs
-/// 30 s after the first signal, it is ended, too. When no `StopSignal` exists any more, a signal ends
-/// the process at once with [`Signal::exit_code`].
+/// [`exit_code`](super::exit_code). A second signal ends the process at once, unless it comes within 500 ms:
+/// some launchers send each signal twice. If the process still runs 30 s after the first signal, it is ended,
+/// too. When no `StopSignal` exists any more, a signal ends the process at once with [`Signal::exit_code`].
 ///
 /// It changes the signal handlers of this process permanently. A program with signal handlers of its own
 /// should not use it.
@@ -126,19 +125,12 @@ async fn listen(heard: &watch::Sender<Option<Signal>>, started: &mpsc::Sender<io
     };
     let _ = started.send(Ok(()));
     let signal = first.await;
-    let again = terminated();
     if NUM_HEEDING.load(Ordering::SeqCst) == 0 {
         process::exit(signal.exit_code().into());
     }
     tracing::warn!(%signal, "ending in order; a second signal ends this process at once");
     heard.send_replace(Some(signal));
-    let again = async {
-        match again {
-            Ok(again) => again.await,
-            Err(_) => pending().await,
-        }
-    };
-    match timeout(GRACE, again).await {
+    match timeout(GRACE, terminated_again()).await {
         Ok(signal) => tracing::warn!(%signal, "ending at once"),
         Err(_) => tracing::warn!("not over after {GRACE:?}: ending at once"),
     }

@@ -3,6 +3,7 @@
 use std::fs::read_to_string;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +15,11 @@ use super::Findings;
 
 /// Each connection to another process is an open file, and each file of data.
 const FEW_FILES: u64 = 1024;
+
+const MEBIBYTE: u64 = 1 << 20;
+/// A process with a small model and MNIST needs about this much. With less, the system kills it, or it cannot start its
+/// threads, and neither names the cause.
+const LITTLE_MEMORY: u64 = 256 * MEBIBYTE;
 
 /// How long a process waits for others before it says what keeps it, and before it says so again.
 const SAY_WAITING: Duration = Duration::from_secs(2);
@@ -28,9 +34,7 @@ pub(super) fn limits(findings: &mut Findings) {
             limit => findings.good(&format!("may open {limit} files")),
         }
     }
-    if let Some(memory) = memory() {
-        findings.good(&memory);
-    }
+    memory(findings);
     match read_to_string("/proc/sys/kernel/yama/ptrace_scope") {
         Ok(scope) if scope.trim() != "0" => findings.good(&format!(
             "may not read the memory of other processes (kernel.yama.ptrace_scope is {}): between processes of one \
@@ -42,29 +46,84 @@ pub(super) fn limits(findings: &mut Findings) {
 }
 
 fn open_files() -> Option<u64> {
-    let limits = read_to_string("/proc/self/limits").ok()?;
-    let line = limits
-        .lines()
-        .find(|line| line.starts_with("Max open files"))?;
-    match line.split_whitespace().nth(3)? {
+    match soft_limit("Max open files")?.as_str() {
         "unlimited" => Some(u64::MAX),
         soft => soft.parse().ok(),
     }
 }
 
-fn memory() -> Option<String> {
-    const MEBIBYTE: u64 = 1 << 20;
+/// What the system says of a limit of this process, whose name has three words.
+fn soft_limit(name: &str) -> Option<String> {
+    let limits = read_to_string("/proc/self/limits").ok()?;
+    let line = limits.lines().find(|line| line.starts_with(name))?;
+    line.split_whitespace().nth(3).map(str::to_owned)
+}
+
+fn memory(findings: &mut Findings) {
+    let cgroups = read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let address_space = soft_limit("Max address space").and_then(|limit| limit.parse().ok());
+    let bounds = [
+        (available(), "is available on this machine: free some"),
+        (
+            cgroup_limit(&cgroups, |file| read_to_string(file).ok()),
+            "is the limit of its control group: raise the limit of the container or job",
+        ),
+        (
+            address_space,
+            "is the limit of its address space: raise it (ulimit -v)",
+        ),
+    ];
+    let known: Vec<(u64, &str)> = bounds
+        .into_iter()
+        .filter_map(|(bytes, text)| Some((bytes?, text)))
+        .collect();
+    for (bytes, text) in &known {
+        if *bytes < LITTLE_MEMORY {
+            let mebibytes = bytes / MEBIBYTE;
+            findings.bad(&format!("{mebibytes} MiB of memory {text}"));
+        }
+    }
+    if let Some(least) = known.iter().map(|(bytes, _)| *bytes).min()
+        && least >= LITTLE_MEMORY
+    {
+        findings.good(&format!("{} MiB of memory may be used", least / MEBIBYTE));
+    }
+}
+
+fn available() -> Option<u64> {
     let info = read_to_string("/proc/meminfo").ok()?;
     let line = info.lines().find(|line| line.starts_with("MemAvailable"))?;
-    let available: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    let limit = read_to_string("/sys/fs/cgroup/memory.max").ok();
-    let limit = limit.and_then(|limit| limit.trim().parse::<u64>().ok());
-    let limit = limit.map(|bytes| format!(", and a limit of {} MiB", bytes / MEBIBYTE));
-    Some(format!(
-        "{} MiB of memory are available{}",
-        available / 1024,
-        limit.unwrap_or_default()
-    ))
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
+/// The least limit of this process's control group and of those above it, whatever a group's own limit says. `cgroups` is
+/// what `/proc/self/cgroup` says.
+fn cgroup_limit(cgroups: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
+    let mut least = None;
+    for line in cgroups.lines() {
+        let mut parts = line.splitn(3, ':').skip(1);
+        let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
+            continue;
+        };
+        // Version 2 has one tree for all controllers; version 1 has one for memory.
+        let (root, name) = match controllers {
+            "" => ("/sys/fs/cgroup", "memory.max"),
+            all if all.split(',').any(|one| one == "memory") => {
+                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            }
+            _ => continue,
+        };
+        let root = Path::new(root);
+        let own = root.join(group.trim_start_matches('/'));
+        // In a container, a group of the host may be named, which is not there.
+        for folder in own.ancestors().take_while(|path| path.starts_with(root)) {
+            let limit = read(&folder.join(name)).and_then(|text| text.trim().parse().ok());
+            least = least.into_iter().chain(limit).min();
+        }
+    }
+    // "No limit" is a huge number in version 1.
+    least.filter(|bytes| *bytes < 1 << 60)
 }
 
 /// Whether the driver can listen at its address, or a node can reach it there.
@@ -72,13 +131,17 @@ pub(super) fn way_to_driver(place: &Place, within: Duration, findings: &mut Find
     let Some(rendezvous) = &place.rendezvous else {
         return true;
     };
-    let addresses = match resolve(rendezvous, within) {
+    let deadline = Instant::now() + within;
+    let addresses = match place.is_driver() {
+        true => resolve(rendezvous, within),
+        false => resolve_in_time(rendezvous, within, deadline, findings),
+    };
+    let addresses = match addresses {
         Ok(addresses) => addresses,
         Err(problem) => {
             findings.bad(&format!(
-                "the driver's name {} does not resolve here ({problem}): use an address, or a name that all \
-                 machines know (--master-addr, MASTER_ADDR or PS_RENDEZVOUS)",
-                rendezvous.host()
+                "{}: use an address, or a name that all machines know (--master-addr, MASTER_ADDR or PS_RENDEZVOUS)",
+                unresolved(rendezvous, &problem)
             ));
             return false;
         }
@@ -91,7 +154,43 @@ pub(super) fn way_to_driver(place: &Place, within: Duration, findings: &mut Find
     if place.is_driver() {
         can_listen(place, rendezvous, addresses[0], findings)
     } else {
-        can_reach(rendezvous.host(), &addresses, within, findings)
+        can_reach(rendezvous.host(), &addresses, within, deadline, findings)
+    }
+}
+
+fn unresolved(rendezvous: &Rendezvous, problem: &str) -> String {
+    let name = rendezvous.host();
+    format!("the driver's name {name} does not resolve here ({problem})")
+}
+
+/// Looks the driver's name up until it is there. On some engines, it appears only when the driver has started.
+fn resolve_in_time(
+    rendezvous: &Rendezvous,
+    within: Duration,
+    deadline: Instant,
+    findings: &Findings,
+) -> Result<Vec<SocketAddr>, String> {
+    let mut say_at = Instant::now() + SAY_WAITING;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Long enough for an answer, so that the last look-up does not hide what the others have found.
+        let left = left.clamp(Duration::from_millis(200), SAY_WAITING);
+        let problem = match resolve(rendezvous, left) {
+            Ok(addresses) => return Ok(addresses),
+            Err(problem) => problem,
+        };
+        let now = Instant::now();
+        if now >= deadline {
+            return Err(format!("{problem}, tried for {within:?}"));
+        }
+        if now >= say_at {
+            let left = deadline.saturating_duration_since(now).as_secs();
+            let text = unresolved(rendezvous, &problem);
+            findings.waits(&format!("{text}; trying for {left} s more"));
+            say_at = now + SAY_WAITING;
+        }
+        // Nothing tells when a name appears.
+        thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -104,7 +203,7 @@ fn resolve(rendezvous: &Rendezvous, within: Duration) -> Result<Vec<SocketAddr>,
         Ok(Ok(addresses)) if !addresses.is_empty() => Ok(addresses),
         Ok(Ok(_)) => Err("it has no address".to_owned()),
         Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no name server answers within {within:?}")),
+        Err(_) => Err("no name server answers".to_owned()),
     }
 }
 
@@ -156,9 +255,9 @@ fn can_reach(
     name: &str,
     addresses: &[SocketAddr],
     within: Duration,
+    deadline: Instant,
     findings: &mut Findings,
 ) -> bool {
-    let deadline = Instant::now() + within;
     let mut say_at = Instant::now() + SAY_WAITING;
     loop {
         let mut problems = Vec::new();
@@ -191,5 +290,51 @@ fn can_reach(
         }
         // The other process may not listen yet, and nothing tells when it does.
         thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(cgroups: &str, files: &[(&str, &str)], expected: Option<u64>) {
+        let read = |path: &Path| {
+            let found = files.iter().find(|(name, _)| Path::new(name) == path);
+            found.map(|(_, text)| format!("{text}\n"))
+        };
+        assert_eq!(cgroup_limit(cgroups, read), expected, "{cgroups}");
+    }
+
+    #[test]
+    fn the_least_limit_of_a_group_and_of_those_above_it_counts() {
+        let job = "0::/system.slice/job_7/step_0\n";
+        let root = ("/sys/fs/cgroup/memory.max", "max");
+        check(job, &[root], None);
+        check(
+            "0::/\n",
+            &[("/sys/fs/cgroup/memory.max", "1000")],
+            Some(1000),
+        );
+        let above = ("/sys/fs/cgroup/system.slice/job_7/memory.max", "3000");
+        let own = "/sys/fs/cgroup/system.slice/job_7/step_0/memory.max";
+        check(job, &[root, above, (own, "max")], Some(3000));
+        check(job, &[root, above, (own, "2000")], Some(2000));
+        check(job, &[root, above, (own, "4000")], Some(3000));
+    }
+
+    #[test]
+    fn version_1_has_a_tree_of_its_own_for_memory() {
+        let groups = "3:cpu,cpuacct:/a\n2:rdma,memory:/a/b\n1:name=systemd:/a\n0::/a\n";
+        let (own, above) = (
+            "/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/a/memory.limit_in_bytes",
+        );
+        check(groups, &[(own, "9223372036854771712")], None);
+        check(
+            groups,
+            &[(own, "9223372036854771712"), (above, "5000")],
+            Some(5000),
+        );
     }
 }

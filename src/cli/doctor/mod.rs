@@ -3,7 +3,8 @@
 //!
 //! It has two parts. [`examine`] runs before the program has loaded anything, so a mistake in the network is named at
 //! once, however long the data take. [`compare`] runs where the program would begin to train, with what it has loaded.
-//! Between them, the driver tells each process whether all is well so far; if not, all end.
+//! Between them, the driver tells each process whether all is well so far; if not, all end. With `--processes`, the first
+//! part is only what each process can see alone.
 //!
 //! | module | what it holds |
 //! |---|---|
@@ -75,7 +76,14 @@ pub(super) fn examine(args: &ClusterArgs, within: Duration) -> Option<ExitCode> 
             findings.good("no flag and no launcher's variable says that there are other processes");
             return Some(ExitCode::from(exit_code(&findings)));
         }
-        Launch::StartProcesses { world_size } => *world_size,
+        // All processes are this program on this machine, and the driver starts them where they compare their data.
+        Launch::StartProcesses { world_size } => {
+            findings.good(&format!("starts all {world_size} processes itself"));
+            return end_of_first_look(&findings);
+        }
+        Launch::Rank(_) if env::read(env::PARENT_PID).is_some() => {
+            return end_of_first_look(&findings);
+        }
         Launch::Rank(place) => {
             let Place {
                 rank,
@@ -110,10 +118,15 @@ pub(super) fn examine(args: &ClusterArgs, within: Duration) -> Option<ExitCode> 
             cluster.release().wait();
         }
     }
-    match findings.is_well() && all_is_well.load(Ordering::Relaxed) {
-        true => None,
+    match all_is_well.load(Ordering::Relaxed) {
+        true => end_of_first_look(&findings),
         false => Some(ExitCode::from(exit_code(&findings))),
     }
+}
+
+/// `None`, so that the program goes on, if this process has found nothing wrong.
+fn end_of_first_look(findings: &Findings) -> Option<ExitCode> {
+    (!findings.is_well()).then(|| ExitCode::from(exit_code(findings)))
 }
 
 /// How long a process that has loaded its data waits for the driver to end its first look.
