@@ -171,11 +171,15 @@ impl Collector {
         }
     }
 
-    /// Says that the worker has been started.
-    pub(crate) fn joined(&self, worker: WorkerId, node: NodeId) {
+    /// Says that the worker has been started, and which step it takes next.
+    pub(crate) fn joined(&self, worker: WorkerId, node: NodeId, next_clock: Clock) {
         self.observers().tell_with(|time| {
-            let node = Some(node);
-            Event::WorkerJoined(WorkerJoined { time, worker, node })
+            Event::WorkerJoined(WorkerJoined {
+                time,
+                worker,
+                node: Some(node),
+                next_clock,
+            })
         });
     }
 

@@ -268,6 +268,7 @@ impl Tally {
             Event::WorkerJoined(joined) => {
                 let worker = self.workers.entry(joined.worker).or_default();
                 (worker.node, worker.is_lost, worker.has_left) = (joined.node, false, false);
+                worker.next_clock = worker.next_clock.max(joined.next_clock);
             }
             Event::WorkerLost(lost) => {
                 let worker = self.workers.entry(lost.worker).or_default();
@@ -625,8 +626,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_worker_that_was_removed_is_not_waited_for() {
+    /// Two workers, each of which is to take ten steps.
+    fn started() -> Tally {
         let mut tally = Tally::default();
         tally.count(&Event::RunStarted(Box::new(super::super::RunStarted {
             time: 0.0,
@@ -639,6 +640,35 @@ mod tests {
             versions: super::super::Versions::here(),
             first_version: Version(0),
         })));
+        tally
+    }
+
+    fn joined(worker: u32, next_clock: u64) -> Event {
+        Event::WorkerJoined(super::super::WorkerJoined {
+            time: 0.0,
+            worker: WorkerId(worker),
+            node: Some(NodeId::DRIVER),
+            next_clock: Clock(next_clock),
+        })
+    }
+
+    #[test]
+    fn a_run_that_goes_on_counts_the_steps_before_it() {
+        let mut tally = started();
+        // One had taken all its steps.
+        tally.count(&joined(0, 10));
+        tally.count(&joined(1, 4));
+        assert_eq!(tally.steps_done(), (14, 20));
+        tally.count(&step(1, 4, 1.0, StepTimes::default()));
+        // It was lost, and goes on; the event is of an earlier version.
+        tally.count(&joined(1, 0));
+        assert_eq!(tally.steps_done(), (15, 20));
+    }
+
+    #[test]
+    fn a_worker_that_was_removed_is_not_waited_for() {
+        let mut tally = started();
+        tally.count(&joined(0, 0));
         for clock in 0..3 {
             tally.count(&step(1, clock, 1.0, StepTimes::default()));
         }
@@ -675,6 +705,7 @@ mod tests {
             time: 13.0,
             worker: WorkerId(1),
             node: Some(NodeId::DRIVER),
+            next_clock: Clock(13),
         }));
         assert_eq!((tally.num_workers_lost(), tally.seconds), (0, 13.0));
         let worker = &tally.workers[&WorkerId(1)];
