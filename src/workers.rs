@@ -197,6 +197,7 @@ impl<S: HostedSource<Args: Clone>> Worker<S> {
                 if !self.waits_for_all() {
                     // Nobody goes on in its place.
                     servers.report_lost(worker).await?;
+                    collector.left(worker);
                 }
                 return Ok(told);
             }

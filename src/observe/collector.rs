@@ -23,7 +23,7 @@ use ps_actors::worker::{DataWorker, GetSteps, GradientSource, StepRecord, Steps}
 use super::Observers;
 use super::event::{
     Event, NodeJoined, NodeLost, ServerSeen, ServersSeen, SettledStep, StepsMissed, WorkerJoined,
-    WorkerLost, WorkerMoved,
+    WorkerLeft, WorkerLost, WorkerMoved,
 };
 
 /// How often workers are asked for their records.
@@ -196,6 +196,12 @@ impl Collector {
         });
     }
 
+    /// Says that the worker has ended after a step, before all steps were taken.
+    pub(crate) fn left(&self, worker: WorkerId) {
+        self.observers()
+            .tell_with(|time| Event::WorkerLeft(WorkerLeft { time, worker }));
+    }
+
     /// Says that the worker goes on elsewhere.
     pub(crate) fn moved(&self, worker: WorkerId, from: NodeId, to: NodeId) {
         let observers = self.observers();
@@ -357,10 +363,12 @@ async fn look_at_nodes(shared: &Shared, cluster: &Cluster) {
 
 async fn look_at_servers(shared: &Shared, servers: &ServerGroup) {
     loop {
+        // What came while the answer was on its way may not be in it.
+        let asked = shared.observers.seconds();
         // The trainer finds out if they cannot be reached.
         if let Ok(status) = servers.status().await {
-            let observers = &shared.observers;
-            observers.tell_with(|time| Event::ServersSeen(seen(time, &status, servers)));
+            let seen = seen(asked, &status, servers);
+            shared.observers.tell(Event::ServersSeen(seen));
         }
         actix::clock::sleep(LOOK_AT_SERVERS).await;
     }

@@ -33,7 +33,7 @@ pub enum Event {
     WorkerJoined(WorkerJoined),
     /// A worker panicked, or was lost with its process. If it can be started again, it joins again.
     WorkerLost(WorkerLost),
-    /// A worker that came by itself has left in order.
+    /// A worker has left in order.
     WorkerLeft(WorkerLeft),
     /// A worker goes on at another node.
     WorkerMoved(WorkerMoved),
@@ -444,7 +444,8 @@ pub struct WorkerLost {
     pub reason: String,
 }
 
-/// A worker that came by itself, over HTTP, has left in order. It may come again.
+/// A worker has left in order: it came by itself, over HTTP, and may come again; or the training ends early, and it
+/// has taken its last step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct WorkerLeft {

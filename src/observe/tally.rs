@@ -74,6 +74,8 @@ pub struct Tally {
 pub struct WorkerTally {
     /// The node on which it computes. `None` until the worker has joined.
     pub node: Option<NodeId>,
+    /// Whether it has joined, now or earlier. Until then nobody has heard of it.
+    pub has_joined: bool,
     /// Whether it is lost now.
     pub is_lost: bool,
     /// Whether it was removed for good.
@@ -106,6 +108,9 @@ pub struct WorkerTally {
     pub num_timed: u64,
     /// When its first known step began and its latest one ended, in seconds since the run started.
     pub active: Option<(f64, f64)>,
+    /// When its latest step since it joined ended, in seconds since the run started. `None` if it has taken none
+    /// since then.
+    pub latest_step: Option<f64>,
     /// The times of its first step, which is not typical: caches are cold.
     first: StepTimes,
 }
@@ -157,7 +162,8 @@ impl WorkerTally {
         self.num_examples = self.num_examples.saturating_add(step.num_examples);
         self.loss = step.loss;
         self.next_clock = step.clock.next();
-        self.is_lost = false;
+        (self.is_lost, self.has_joined) = (false, true);
+        self.latest_step = Some(step.time);
         let mut began = step.time;
         if let Some(times) = step.times {
             if self.num_timed == 0 {
@@ -268,6 +274,7 @@ impl Tally {
             Event::WorkerJoined(joined) => {
                 let worker = self.workers.entry(joined.worker).or_default();
                 (worker.node, worker.is_lost, worker.has_left) = (joined.node, false, false);
+                (worker.has_joined, worker.latest_step) = (true, None);
                 worker.next_clock = worker.next_clock.max(joined.next_clock);
             }
             Event::WorkerLost(lost) => {
@@ -350,11 +357,11 @@ impl Tally {
             .count()
     }
 
-    /// Returns how many workers take part now: those that are neither lost nor gone for good.
+    /// Returns how many workers take part now: those that have joined, and are neither lost nor gone for good.
     #[must_use]
     pub fn num_workers_live(&self) -> usize {
-        let is_live =
-            |worker: &&WorkerTally| !worker.is_lost && !worker.is_removed && !worker.has_left;
+        let is_gone = |worker: &WorkerTally| worker.is_lost || worker.is_removed || worker.has_left;
+        let is_live = |worker: &&WorkerTally| worker.has_joined && !is_gone(worker);
         self.workers.values().filter(is_live).count()
     }
 
@@ -663,6 +670,17 @@ mod tests {
         // It was lost, and goes on; the event is of an earlier version.
         tally.count(&joined(1, 0));
         assert_eq!(tally.steps_done(), (15, 20));
+    }
+
+    #[test]
+    fn a_worker_that_never_came_is_not_live() {
+        let mut tally = started();
+        assert_eq!((tally.num_workers_live(), tally.num_workers_lost()), (0, 0));
+        tally.count(&joined(0, 0));
+        assert_eq!(tally.num_workers_live(), 1);
+        // The loop of a driver tells only of steps.
+        tally.count(&step(1, 0, 1.0, StepTimes::default()));
+        assert_eq!(tally.num_workers_live(), 2);
     }
 
     #[test]
