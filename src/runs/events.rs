@@ -27,7 +27,7 @@ pub(super) struct EventsFile {
     max_bytes: u64,
     /// How many bytes of whole lines are in the file.
     len: u64,
-    /// Whole lines that are not yet written, and how many they are.
+    /// Whole lines that are not yet written, and how many events they are.
     buffer: Vec<u8>,
     num_buffered: u64,
     written: Instant,
@@ -36,8 +36,9 @@ pub(super) struct EventsFile {
     /// Until when nothing is tried, because the disk was full, and how many events were lost by that.
     paused_until: Option<Instant>,
     num_lost: u64,
-    /// How many of these the file already tells of.
+    /// How many of these the file already tells of, and how many it does when the buffer is written.
     num_told: u64,
+    num_telling: u64,
 }
 
 impl EventsFile {
@@ -60,6 +61,7 @@ impl EventsFile {
             paused_until: None,
             num_lost: 0,
             num_told: 0,
+            num_telling: 0,
         })
     }
 
@@ -95,9 +97,10 @@ impl EventsFile {
                 time: event.time(),
                 num_events: self.num_lost - self.num_told,
             }))?;
-            self.num_told = self.num_lost;
+            self.num_telling = self.num_lost;
         }
         self.add_line(event)?;
+        self.num_buffered += 1;
         let is_start = matches!(event, Event::RunStarted(_));
         if is_start || self.buffer.len() >= BUFFER || self.written.elapsed() >= FLUSH_EVERY {
             self.flush()?;
@@ -115,7 +118,6 @@ impl EventsFile {
     fn add_line(&mut self, event: &Event) -> io::Result<()> {
         serde_json::to_writer(&mut self.buffer, event)?;
         self.buffer.push(b'\n');
-        self.num_buffered += 1;
         Ok(())
     }
 
@@ -127,9 +129,13 @@ impl EventsFile {
         self.written = Instant::now();
         let written = self.file.write_all(&self.buffer);
         match &written {
-            Ok(()) => self.len += self.buffer.len() as u64,
+            Ok(()) => {
+                self.len += self.buffer.len() as u64;
+                self.num_told = self.num_telling;
+            }
             Err(_) => {
                 self.num_lost += self.num_buffered;
+                self.num_telling = self.num_told;
                 self.paused_until = Some(Instant::now() + PAUSE);
                 // If this fails, the next one who opens the file does it.
                 let _ = self.file.set_len(self.len);
@@ -356,15 +362,33 @@ mod tests {
         assert!(file.flush().is_ok(), "nothing is tried meanwhile");
         assert_eq!(num_errors, 1);
         assert_eq!(file.num_lost(), 1_000);
+        // It is tried again, in vain.
+        file.paused_until = Some(Instant::now());
+        let is_written = file
+            .add(&testing::step(0, 1_000, 0.0))
+            .and_then(|()| file.flush());
+        assert!(is_written.is_err());
+        assert!(file.flush().is_ok(), "nothing is tried meanwhile");
+        assert_eq!(file.num_lost(), 1_001);
         // There is room again.
         file.file = OpenOptions::new().append(true).open(&path).unwrap();
         file.paused_until = Some(Instant::now());
-        file.add(&testing::step(0, 1_000, 0.0)).unwrap();
+        file.add(&testing::step(0, 1_001, 0.0)).unwrap();
         file.flush().unwrap();
         let events = lines(&path);
         assert!(
-            matches!(&events[..], [Event::EventsSkipped(skipped), Event::Step(_)] if skipped.num_events == 1_000),
+            matches!(&events[..], [Event::EventsSkipped(skipped), Event::Step(_)] if skipped.num_events == 1_001),
             "{events:?}"
         );
+        // They are told once.
+        file.paused_until = Some(Instant::now());
+        file.num_lost += 3;
+        file.add(&testing::step(0, 1_002, 0.0)).unwrap();
+        file.flush().unwrap();
+        let told = lines(&path).into_iter().filter_map(|event| match event {
+            Event::EventsSkipped(skipped) => Some(skipped.num_events),
+            _ => None,
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [1_001, 3]);
     }
 }
