@@ -150,7 +150,7 @@ impl EventsFile {
     fn thin(&mut self, time: f64) -> io::Result<()> {
         // A file of rare events alone gets no smaller.
         for _ in 0..64 {
-            self.thinning.every = self.thinning.every.saturating_mul(2);
+            self.thinning.double();
             let before = self.len;
             self.rewrite(time)?;
             if self.len <= self.max_bytes / 2 || self.len == before {
@@ -162,7 +162,7 @@ impl EventsFile {
             self.max_bytes = self.max_bytes.max(2 * self.len);
         }
         let every = self.thinning.every;
-        tracing::info!(path = %self.path.display(), "only every {every}th step is kept in this file");
+        tracing::info!(path = %self.path.display(), "only one step in {every} is kept in this file");
         Ok(())
     }
 
@@ -250,6 +250,12 @@ impl Thinning {
         }
     }
 
+    /// Keeps half as many of the new events.
+    fn double(&mut self) {
+        self.every = self.every.saturating_mul(2);
+        self.every_other = self.every;
+    }
+
     fn keeps(&mut self, event: &Event) -> bool {
         let kind = match event {
             Event::Step(step) => return step.clock.0.is_multiple_of(self.every),
@@ -268,10 +274,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use ps_actors::cluster::NodeId;
-    use ps_actors::ids::WorkerId;
+    use ps_actors::ids::{Version, WorkerId};
 
     use super::*;
-    use crate::observe::testing;
+    use crate::observe::{Evaluated, ServersSeen, testing};
 
     fn lines(path: &Path) -> Vec<Event> {
         let text = fs::read_to_string(path).unwrap();
@@ -329,6 +335,78 @@ mod tests {
             })
             .collect();
         assert_eq!(thinned, [every]);
+    }
+
+    #[test]
+    fn evaluations_and_looks_at_the_servers_are_thinned_as_the_steps_are() {
+        fn evaluated(version: u64) -> Event {
+            Event::Evaluated(Evaluated {
+                time: version as f64,
+                seconds: 0.1,
+                version: Version(version),
+                loss: 1.0,
+                accuracy: None,
+                is_final: false,
+            })
+        }
+        fn seen(version: u64) -> Event {
+            Event::ServersSeen(ServersSeen {
+                time: version as f64,
+                learning_rate: 0.1,
+                consistency: "asp".to_owned(),
+                num_pending: 0,
+                awaited: Vec::new(),
+                members: Vec::new(),
+                servers: Vec::new(),
+            })
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("events.jsonl");
+        let mut file = EventsFile::open(&path, 50_000).unwrap();
+        let num_steps = 2_048;
+        for clock in 0..num_steps {
+            // The run goes on in another process.
+            if clock == num_steps / 2 {
+                file.flush().unwrap();
+                assert!(file.every() > 1);
+                file = EventsFile::open(&path, 50_000).unwrap();
+            }
+            for event in [
+                testing::step(0, clock, clock as f64),
+                evaluated(clock),
+                seen(clock),
+            ] {
+                file.add(&event).unwrap();
+                // The file is thinned as soon as it is too large.
+                file.flush().unwrap();
+            }
+        }
+        let expected: Vec<u64> = (0..num_steps).step_by(file.every() as usize).collect();
+        let events = lines(&path);
+        let kept = |clock: fn(&Event) -> Option<u64>| -> Vec<u64> {
+            events.iter().filter_map(clock).collect()
+        };
+        assert_eq!(
+            kept(|event| match event {
+                Event::Step(step) => Some(step.clock.0),
+                _ => None,
+            }),
+            expected
+        );
+        assert_eq!(
+            kept(|event| match event {
+                Event::Evaluated(evaluated) => Some(evaluated.version.0),
+                _ => None,
+            }),
+            expected
+        );
+        assert_eq!(
+            kept(|event| match event {
+                Event::ServersSeen(seen) => Some(seen.time as u64),
+                _ => None,
+            }),
+            expected
+        );
     }
 
     #[test]
