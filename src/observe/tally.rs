@@ -106,8 +106,11 @@ pub struct WorkerTally {
     pub times: StepTimes,
     /// How many steps' times are known.
     pub num_timed: u64,
-    /// When its first known step began and its latest one ended, in seconds since the run started.
+    /// When its first known step began and its latest one ended, in seconds since the run started. If the times of
+    /// the first one are not known, it begins when that one ended.
     pub active: Option<(f64, f64)>,
+    /// Whether its first known step is not within this time.
+    begins_late: bool,
     /// When its latest step since it joined ended, in seconds since the run started. `None` if it has taken none
     /// since then.
     pub latest_step: Option<f64>,
@@ -126,7 +129,10 @@ impl WorkerTally {
     #[must_use]
     pub fn gradients_per_second(&self) -> f64 {
         match self.active {
-            Some((from, to)) if to > from => self.num_steps() as f64 / (to - from),
+            Some((from, to)) if to > from => {
+                let num_outside = u64::from(self.begins_late);
+                self.num_steps().saturating_sub(num_outside) as f64 / (to - from)
+            }
             _ => 0.0,
         }
     }
@@ -174,6 +180,7 @@ impl WorkerTally {
             self.times = StepTimes::new(std::array::from_fn(|part| all[part] + new[part]));
             began -= times.total();
         }
+        self.begins_late |= self.active.is_none() && step.times.is_none();
         let (from, to) = self.active.unwrap_or((began.max(0.0), step.time));
         self.active = Some((from, to.max(step.time)));
     }
@@ -569,6 +576,28 @@ mod tests {
             straggler.to_string(),
             "worker 1 takes 2.7 times as long as the others: it computes slowly (60.0 ms per step, others 20.0 ms)"
         );
+    }
+
+    #[test]
+    fn the_rate_of_a_worker_is_that_of_the_steps_within_a_known_time() {
+        for times in [
+            None,
+            // Each step takes half a second.
+            Some(StepTimes::new([0.1, 0.2, 0.1, 0.1, 0.0])),
+        ] {
+            let mut tally = Tally::default();
+            for clock in 0..3 {
+                let Event::Step(mut step) =
+                    step(0, clock, 4.0 + clock as f64 / 2.0, StepTimes::default())
+                else {
+                    unreachable!("it is a step");
+                };
+                step.times = times;
+                tally.count(&Event::Step(step));
+            }
+            let rate = tally.workers[&WorkerId(0)].gradients_per_second();
+            assert!((rate - 2.0).abs() < 1e-9, "{rate} {times:?}");
+        }
     }
 
     #[test]
