@@ -98,6 +98,7 @@ fn train(
     let mut weights = server.ask(GetWeights).wait()?;
     let observers = Observers::start(show.observers());
     observers.run_started(args.settings("async"), weights.version());
+    (workers.iter_mut()).for_each(|worker| worker.observed_by(&observers));
     let mut gradients = Pending::new();
     for (rank, worker) in workers.iter().enumerate() {
         gradients.insert(rank, worker.compute(&weights));

@@ -97,6 +97,7 @@ fn train(
     let mut weights = server.ask(GetWeights).wait()?;
     let observers = Observers::start(show.observers());
     observers.run_started(args.settings("sync"), weights.version());
+    (workers.iter_mut()).for_each(|worker| worker.observed_by(&observers));
     // SIGTERM and Ctrl-C end the loop, not the process.
     let stop = StopSignal::heed()?;
     let mut checkpoints = observers.see_checkpoints(checkpoints);

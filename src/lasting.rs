@@ -4,12 +4,13 @@ use std::fmt;
 
 use ps_actors::actor::{ActorRef, CallError, Reply};
 use ps_actors::checkpoint::Checkpoint;
-use ps_actors::cluster::{Cluster, SpawnOn, SpawnOnError};
+use ps_actors::cluster::{Cluster, NodeId, SpawnOn, SpawnOnError};
 use ps_actors::ids::{Clock, Incarnation};
 use ps_actors::weights::{GradientUpdate, Weights};
 use ps_actors::worker::{ComputeGradients, GoOnAt, WorkerError};
 use ps_model::Model;
 
+use crate::observe::{Event, Observers, WorkerJoined, WorkerLost};
 use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 use crate::workers::MAX_LOSSES;
@@ -43,6 +44,7 @@ pub struct LastingWorker<M: Model> {
     incarnation: Incarnation,
     /// How often the worker was lost since the latest gradient.
     num_losses: u32,
+    observers: Observers,
 }
 
 /// The answer of a worker, or why there is none.
@@ -75,7 +77,30 @@ impl<M: Model> LastingWorker<M> {
             clock: Clock(0),
             incarnation: Incarnation(0),
             num_losses: 0,
+            observers: Observers::none(),
         })
+    }
+
+    /// Tells these observers where the worker is, and from now on when it is lost and goes on. Call it when they know
+    /// that the run has [started](Observers::run_started), and after [`go_on`](Self::go_on).
+    pub fn observed_by(&mut self, observers: &Observers) {
+        self.observers = observers.clone();
+        self.tell_joined();
+    }
+
+    fn node(&self) -> NodeId {
+        self.actor.node().unwrap_or(NodeId::DRIVER)
+    }
+
+    fn tell_joined(&self) {
+        self.observers.tell_with(|time| {
+            Event::WorkerJoined(WorkerJoined {
+                time,
+                worker: self.config.worker,
+                node: Some(self.node()),
+                next_clock: self.clock,
+            })
+        });
     }
 
     /// Returns the clock of the next gradient.
@@ -124,6 +149,14 @@ impl<M: Model> LastingWorker<M> {
             }
             Err(lost) => lost,
         };
+        self.observers.tell_with(|time| {
+            Event::WorkerLost(WorkerLost {
+                time,
+                worker,
+                node: Some(self.node()),
+                reason: lost.to_string(),
+            })
+        });
         self.num_losses += 1;
         if self.num_losses > MAX_LOSSES {
             let source = lost;
@@ -137,6 +170,7 @@ impl<M: Model> LastingWorker<M> {
             .spawn_with(self.spawn.clone(), self.config)
             .wait()?;
         self.tell_clock();
+        self.tell_joined();
         Ok(None)
     }
 

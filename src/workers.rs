@@ -180,7 +180,8 @@ impl<S: HostedSource<Args: Clone>> Worker<S> {
         let (mut num_losses, mut step_at_loss) = (0, first_step);
         let mut next_step = first_step;
         if !self.is_removed.get() {
-            collector.joined(worker, place_of(&self.actor.borrow()));
+            let place = place_of(&self.actor.borrow());
+            collector.joined(worker, place, Clock(first_step));
         }
         loop {
             if self.is_removed.get() {
@@ -196,6 +197,7 @@ impl<S: HostedSource<Args: Clone>> Worker<S> {
                 if !self.waits_for_all() {
                     // Nobody goes on in its place.
                     servers.report_lost(worker).await?;
+                    collector.left(worker);
                 }
                 return Ok(told);
             }
@@ -286,7 +288,7 @@ impl<S: HostedSource<Args: Clone>> Worker<S> {
             let (before, now) = (place_of(&actor), place_of(&self.actor.borrow()));
             match is_move {
                 true => collector.moved(worker, before, now),
-                false => collector.joined(worker, now),
+                false => collector.joined(worker, now, Clock(next_step)),
             }
         }
     }

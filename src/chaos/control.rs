@@ -106,10 +106,11 @@ fn without_faults(arguments: impl Iterator<Item = OsString>, saved: &OsString) -
         {
             continue;
         }
-        if is_flag(&word, "--dashboard") {
+        let may_have_value = ["--dashboard", "--otlp"];
+        if may_have_value.iter().any(|flag| is_flag(&word, flag)) {
             // Its address may be a word of its own, or missing.
             let is_address = |next: &OsString| !next.to_string_lossy().starts_with('-');
-            if word == *"--dashboard" {
+            if may_have_value.iter().any(|flag| word == *flag) {
                 let _ = arguments.next_if(is_address);
             }
             continue;
@@ -119,6 +120,7 @@ fn without_faults(arguments: impl Iterator<Item = OsString>, saved: &OsString) -
             "--export",
             "--record",
             "--metrics",
+            "--run-dir",
             "--tensorboard",
             "--trace",
             "--dashboard-token-file",
@@ -178,6 +180,11 @@ mod tests {
             ),
             (
                 "--dashboard --net --dashboard 127.0.0.1:1 --dashboard-token-file f --trace t --quiet",
+                "--net --quiet --chaos=",
+            ),
+            (
+                // It has no directory of its own, and nobody collects its steps.
+                "--run-dir r --otlp --net --otlp http://127.0.0.1:1 --otlp=u --run-dir=r --quiet",
                 "--net --quiet --chaos=",
             ),
         ] {

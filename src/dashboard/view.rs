@@ -287,28 +287,21 @@ fn workers(state: &State, straggler: Option<WorkerId>) -> Vec<Worker> {
         .map(|(&worker, tally)| (worker, tally))
         .collect();
     if all.len() > MAX_LINES {
-        all.sort_by_cached_key(|(worker, tally)| {
-            let matters = tally.is_lost || Some(*worker) == straggler;
-            (!matters, tally.num_steps(), *worker)
+        all.sort_by_cached_key(|&(worker, tally)| {
+            let is_slow = Some(worker) == straggler;
+            let matters = is_slow || ["lost", "fenced"].contains(&state_of(state, worker, tally));
+            (!matters, tally.num_steps(), worker)
         });
         all.truncate(MAX_LINES);
         all.sort_by_key(|(worker, _)| *worker);
     }
-    let steps_per_worker = state.tally.settings.steps_per_worker;
     let now = state.tally.seconds;
     let shown = all.into_iter().map(|(worker, tally)| Worker {
         worker: worker.0,
         place: tally
             .node
             .map_or_else(String::new, |node| state.place(node)),
-        state: match tally {
-            _ if tally.is_removed => "removed",
-            _ if steps_per_worker > 0 && tally.next_clock.0 >= steps_per_worker => "done",
-            _ if tally.is_lost => "lost",
-            _ if tally.has_left => "left",
-            _ if tally.node.is_none() && tally.num_steps() == 0 => "starting",
-            _ => "live",
-        },
+        state: state_of(state, worker, tally),
         steps: tally.num_steps(),
         gradients_per_second: (state.recent.get(&worker))
             .map_or(0.0, |recent| recent.per_second(now)),
@@ -326,6 +319,24 @@ fn workers(state: &State, straggler: Option<WorkerId>) -> Vec<Worker> {
         num_refused: tally.num_refused,
     });
     shown.collect()
+}
+
+fn state_of(state: &State, worker: WorkerId, tally: &WorkerTally) -> &'static str {
+    let steps_per_worker = state.tally.settings.steps_per_worker;
+    // The servers have ended its membership, and it has taken no step since then.
+    let is_fenced = || {
+        let (seen, latest) = (state.servers.as_ref()?, tally.latest_step?);
+        Some(seen.time > latest && !seen.members.contains(&worker))
+    };
+    match tally {
+        _ if tally.is_removed => "removed",
+        _ if steps_per_worker > 0 && tally.next_clock.0 >= steps_per_worker => "done",
+        _ if tally.is_lost => "lost",
+        _ if tally.has_left => "left",
+        _ if !tally.has_joined => "starting",
+        _ if is_fenced().unwrap_or(false) => "fenced",
+        _ => "live",
+    }
 }
 
 fn nodes(state: &State) -> Vec<Node<'_>> {
@@ -427,8 +438,11 @@ impl<'a> Curves<'a> {
 
 #[cfg(test)]
 mod tests {
+    use ps_actors::cluster::NodeId;
+    use ps_actors::ids::Clock;
+
     use super::*;
-    use crate::observe::testing;
+    use crate::observe::{Event, ServersSeen, WorkerJoined, WorkerLeft, testing};
 
     #[test]
     fn the_view_has_what_happened_and_its_size_is_bounded() {
@@ -448,6 +462,62 @@ mod tests {
         assert_eq!(view["num_applied"], 10_000);
         assert_eq!(view["staleness"]["counts"].as_array().unwrap().len(), 3);
         assert_eq!(view["incidents"][0]["kind"], "fault");
+    }
+
+    #[test]
+    fn the_state_of_a_worker_follows_from_what_it_and_the_servers_did() {
+        fn state_of_worker_0(state: &State) -> serde_json::Value {
+            let view = serde_json::to_value(View::of(state, Control::default())).unwrap();
+            view["workers"][0]["state"].clone()
+        }
+        fn seen(time: f64, members: &[u32]) -> Event {
+            Event::ServersSeen(ServersSeen {
+                time,
+                learning_rate: 0.1,
+                consistency: "asp".to_owned(),
+                num_pending: 0,
+                awaited: Vec::new(),
+                members: members.iter().map(|&worker| WorkerId(worker)).collect(),
+                servers: Vec::new(),
+            })
+        }
+        fn joined(time: f64, node: Option<NodeId>) -> Event {
+            Event::WorkerJoined(WorkerJoined {
+                time,
+                worker: WorkerId(0),
+                node,
+                next_clock: Clock(0),
+            })
+        }
+        let mut state = State::default();
+        state.tally.workers.entry(WorkerId(0)).or_default();
+        for (event, expected) in [
+            (seen(0.1, &[]), "starting"),
+            // One over HTTP has no node.
+            (joined(0.2, None), "live"),
+            // It has not asked the servers yet.
+            (seen(0.3, &[]), "live"),
+            (testing::step(0, 0, 0.5), "live"),
+            (seen(0.6, &[0, 1]), "live"),
+            (seen(0.7, &[1]), "fenced"),
+            // The look is older than the step.
+            (testing::step(0, 1, 0.8), "live"),
+            (seen(0.75, &[1]), "live"),
+            (seen(0.9, &[1]), "fenced"),
+            (testing::worker_lost(1.0), "lost"),
+            (joined(1.1, Some(NodeId::DRIVER)), "live"),
+            (seen(1.2, &[1]), "live"),
+            (
+                Event::WorkerLeft(WorkerLeft {
+                    time: 1.3,
+                    worker: WorkerId(0),
+                }),
+                "left",
+            ),
+        ] {
+            state.count(&event);
+            assert_eq!(state_of_worker_0(&state), expected, "{event:?}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use metrics_exporter_prometheus::{
 use ps_actors::net::Token;
 
 use super::feed::Metrics;
+use super::handles::Ended;
 use super::listener::MetricsListener;
 use super::names::{self, Kind};
 use crate::observe::{Event, Observer};
@@ -32,6 +33,7 @@ const SETTLE_EVERY: u32 = 1 << 10;
 pub struct Exporter {
     recorder: Arc<PrometheusRecorder>,
     handle: PrometheusHandle,
+    ended: Ended,
 }
 
 impl Exporter {
@@ -42,14 +44,17 @@ impl Exporter {
         Self {
             handle: recorder.handle(),
             recorder: Arc::new(recorder),
+            ended: Ended::default(),
         }
     }
 
-    /// Returns an observer that feeds this exporter. Several trainings may feed the same one.
+    /// Returns an observer that feeds this exporter. Several trainings may feed the same one. Counters go on from one
+    /// to the next; what belonged to a training that has ended is NaN when another one begins.
     #[must_use]
     pub fn observer(&self) -> impl Observer {
         Feeding {
-            metrics: Metrics::feeding(Arc::clone(&self.recorder) as _),
+            metrics: Metrics::feeding(Arc::clone(&self.recorder) as _)
+                .with_ended(self.ended.clone()),
             handle: self.handle.clone(),
             num_events: 0,
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use metrics::{Recorder, with_recorder};
 
-use super::handles::{Handles, Registry};
+use super::handles::{Ended, Handles, Registry};
 use crate::observe::{Change, Controlled, Event, Observer, Tally};
 
 /// Feeds the metrics of a training to a recorder of the crate `metrics`; see the [module](super).
@@ -13,6 +13,7 @@ pub struct Metrics {
     /// `None`: the recorder that the program has installed.
     recorder: Option<Arc<dyn Recorder + Send + Sync>>,
     handles: Option<Handles>,
+    ended: Ended,
     tally: Tally,
     /// When the sums were told last, in seconds since the run started.
     told: f64,
@@ -29,6 +30,7 @@ impl Metrics {
         Self {
             recorder: None,
             handles: None,
+            ended: Ended::default(),
             tally: Tally::default(),
             told: 0.0,
         }
@@ -54,6 +56,11 @@ impl Metrics {
         }
     }
 
+    /// Makes it one of several that feed the same recorder.
+    pub(super) fn with_ended(self, ended: Ended) -> Self {
+        Self { ended, ..self }
+    }
+
     /// Does something with the recorder.
     fn with<T>(&mut self, work: impl FnOnce(&mut Self, Registry<'_>) -> T) -> T {
         match self.recorder.clone() {
@@ -65,6 +72,7 @@ impl Metrics {
     fn feed(&mut self, registry: Registry<'_>, event: &Event) {
         if let Event::RunStarted(run) = event {
             registry.describe();
+            self.ended.clear();
             let handles = Handles::new(registry, run);
             handles.running.set(1.0);
             handles.learning_rate.set(run.settings.learning_rate);
@@ -116,7 +124,10 @@ impl Metrics {
                 ..
             }) => handles.learning_rate.set(*learning_rate),
             Event::EventsSkipped(skipped) => handles.skipped.increment(skipped.num_events),
-            Event::RunEnded(_) => handles.running.set(0.0),
+            Event::RunEnded(_) => {
+                handles.running.set(0.0);
+                self.ended.add(handles.ended());
+            }
             _ => {}
         }
         self.sum_up();
@@ -348,6 +359,49 @@ mod tests {
         );
         events.push(Event::RunEnded(Box::new(RunEnded::new(2.0, None))));
         has(&rendered(&events), &["ps_running 0"]);
+    }
+
+    #[test]
+    fn a_training_takes_over_the_series_of_the_one_before() {
+        let exporter = Exporter::new();
+        let end = Event::RunEnded(Box::new(RunEnded::new(2.0, None)));
+        let mut observer = exporter.observer();
+        let events = all_events();
+        events
+            .iter()
+            .chain([&end])
+            .for_each(|event| observer.observe(event));
+        let first =
+            r#"ps_run_info{name="",model="a \"b\"\nc\\",consistency="",optimizer="",device=""}"#;
+        // Its last numbers can be read after its end.
+        let last = [
+            format!("{first} 1"),
+            r#"ps_worker_step_seconds{worker="1",part="wire"} 0.03"#.to_owned(),
+            r#"ps_server_version{server="1"} 1099"#.to_owned(),
+        ];
+        has(&exporter.render(), &last.each_ref().map(String::as_str));
+
+        let Event::RunStarted(mut second) = started(1) else {
+            unreachable!("it is a start");
+        };
+        second.settings.name = "second".to_owned();
+        let mut observer = exporter.observer();
+        observer.observe(&Event::RunStarted(second));
+        observer.observe(&step(0, 0, 0.1, StepOutcome::Applied, 1.0));
+        observer.observe(&seen(0.2, 1));
+        let text = exporter.render();
+        has(
+            &text,
+            &[
+                &format!("{first} 0"),
+                r#"ps_worker_step_seconds{worker="0",part="wire"} 0.03"#,
+                r#"ps_worker_step_seconds{worker="1",part="wire"} NaN"#,
+                r#"ps_server_version{server="0"} 1100"#,
+                r#"ps_server_version{server="1"} NaN"#,
+            ],
+        );
+        let is_now = |line: &&str| line.starts_with("ps_run_info{") && line.ends_with(" 1");
+        assert_eq!(text.lines().filter(is_now).count(), 1);
     }
 
     #[test]

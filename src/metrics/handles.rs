@@ -1,5 +1,7 @@
 //! The series of a run, as handles of the facade: looked up once, then only counted.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder, Unit};
 use ps_actors::ids::WorkerId;
 
@@ -60,8 +62,29 @@ impl Registry<'_> {
     }
 }
 
+/// What the series of trainings that have ended say from the beginning of the next one: a series cannot be removed. A
+/// clone is another handle to the same series.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ended(Arc<Mutex<Vec<(Gauge, f64)>>>);
+
+impl Ended {
+    pub(super) fn add(&self, series: impl Iterator<Item = (Gauge, f64)>) {
+        let mut ended = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ended.extend(series);
+    }
+
+    /// Another training begins.
+    pub(super) fn clear(&self) {
+        let mut ended = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (gauge, value) in ended.drain(..) {
+            gauge.set(value);
+        }
+    }
+}
+
 /// The series of a run.
 pub(super) struct Handles {
+    info: Gauge,
     pub(super) running: Gauge,
     pub(super) steps_planned: Gauge,
     pub(super) steps_done: Gauge,
@@ -125,9 +148,8 @@ impl Handles {
             &settings.optimizer,
             &settings.device,
         ];
-        registry
-            .gauge(&names::RUN, &words.map(String::as_str))
-            .set(1.0);
+        let info = registry.gauge(&names::RUN, &words.map(String::as_str));
+        info.set(1.0);
         registry.gauge(&names::STARTED, &[]).set(run.unix_time);
         let gauge = |metric| registry.gauge(metric, &[]);
         let histogram = |metric| registry.histogram(metric, &[]);
@@ -135,6 +157,7 @@ impl Handles {
         let checkpoints = |outcome| registry.counter(&names::CHECKPOINTS, &[outcome]);
         let faults = |kind| registry.counter(&names::FAULTS, &[kind]);
         Self {
+            info,
             running: gauge(&names::RUNNING),
             steps_planned: gauge(&names::STEPS_PLANNED),
             steps_done: gauge(&names::STEPS_DONE),
@@ -221,6 +244,19 @@ impl Handles {
             let num_waiting = servers.iter().map(|server| server.num_waiting).sum();
             handles.waiting.set(of(num_waiting));
         }
+    }
+
+    /// Returns the series that are of this run alone, and what they say when it is over.
+    pub(super) fn ended(&self) -> impl Iterator<Item = (Gauge, f64)> {
+        let workers = self.workers.iter().flatten().flat_map(|one| &one.parts);
+        let servers = self.servers.iter().flatten();
+        let servers =
+            servers.flat_map(|one| [&one.version, &one.weights, &one.staged, &one.waiting]);
+        // 0 would be a lie.
+        let parts = workers
+            .chain(servers)
+            .map(|gauge| (gauge.clone(), f64::NAN));
+        parts.chain([(self.info.clone(), 0.0)])
     }
 
     fn worker(&mut self, registry: Registry<'_>, worker: WorkerId) -> &mut WorkerHandles {

@@ -70,7 +70,7 @@ metrics! {
     BUILD = "ps_build_info" Kind::Gauge, ["version", "burn"],
         "1, with the versions of ps and of burn.";
     RUN = "ps_run_info" Kind::Gauge, ["name", "model", "consistency", "optimizer", "device"],
-        "1, with the settings that the training began with.";
+        "1, with the settings that the training began with; 0 when it has ended and another one has begun.";
     RUNNING = "ps_running" Kind::Gauge, [],
         "1 while the training runs, 0 when it has ended.";
     STARTED = "ps_run_start_time_seconds" Kind::Gauge, [],

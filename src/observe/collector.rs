@@ -23,7 +23,7 @@ use ps_actors::worker::{DataWorker, GetSteps, GradientSource, StepRecord, Steps}
 use super::Observers;
 use super::event::{
     Event, NodeJoined, NodeLost, ServerSeen, ServersSeen, SettledStep, StepsMissed, WorkerJoined,
-    WorkerLost, WorkerMoved,
+    WorkerLeft, WorkerLost, WorkerMoved,
 };
 
 /// How often workers are asked for their records.
@@ -171,11 +171,15 @@ impl Collector {
         }
     }
 
-    /// Says that the worker has been started.
-    pub(crate) fn joined(&self, worker: WorkerId, node: NodeId) {
+    /// Says that the worker has been started, and which step it takes next.
+    pub(crate) fn joined(&self, worker: WorkerId, node: NodeId, next_clock: Clock) {
         self.observers().tell_with(|time| {
-            let node = Some(node);
-            Event::WorkerJoined(WorkerJoined { time, worker, node })
+            Event::WorkerJoined(WorkerJoined {
+                time,
+                worker,
+                node: Some(node),
+                next_clock,
+            })
         });
     }
 
@@ -190,6 +194,12 @@ impl Collector {
                 reason: reason.to_string(),
             })
         });
+    }
+
+    /// Says that the worker has ended after a step, before all steps were taken.
+    pub(crate) fn left(&self, worker: WorkerId) {
+        self.observers()
+            .tell_with(|time| Event::WorkerLeft(WorkerLeft { time, worker }));
     }
 
     /// Says that the worker goes on elsewhere.
@@ -353,10 +363,12 @@ async fn look_at_nodes(shared: &Shared, cluster: &Cluster) {
 
 async fn look_at_servers(shared: &Shared, servers: &ServerGroup) {
     loop {
+        // What came while the answer was on its way may not be in it.
+        let asked = shared.observers.seconds();
         // The trainer finds out if they cannot be reached.
         if let Ok(status) = servers.status().await {
-            let observers = &shared.observers;
-            observers.tell_with(|time| Event::ServersSeen(seen(time, &status, servers)));
+            let seen = seen(asked, &status, servers);
+            shared.observers.tell(Event::ServersSeen(seen));
         }
         actix::clock::sleep(LOOK_AT_SERVERS).await;
     }

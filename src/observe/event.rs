@@ -33,7 +33,7 @@ pub enum Event {
     WorkerJoined(WorkerJoined),
     /// A worker panicked, or was lost with its process. If it can be started again, it joins again.
     WorkerLost(WorkerLost),
-    /// A worker that came by itself has left in order.
+    /// A worker has left in order.
     WorkerLeft(WorkerLeft),
     /// A worker goes on at another node.
     WorkerMoved(WorkerMoved),
@@ -425,6 +425,9 @@ pub struct WorkerJoined {
     /// The node on which it computes. `None` for a worker over HTTP, which is not on a node of the
     /// cluster.
     pub node: Option<NodeId>,
+    /// The clock of its next step. Clock 0 in files of earlier versions.
+    #[serde(default)]
+    pub next_clock: Clock,
 }
 
 /// A worker panicked, or was lost with its process.
@@ -441,7 +444,8 @@ pub struct WorkerLost {
     pub reason: String,
 }
 
-/// A worker that came by itself, over HTTP, has left in order. It may come again.
+/// A worker has left in order: it came by itself, over HTTP, and may come again; or the training ends early, and it
+/// has taken its last step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct WorkerLeft {
@@ -740,6 +744,18 @@ mod tests {
                 incarnation: 3,
             },
         }));
+    }
+
+    #[test]
+    fn a_worker_of_an_earlier_version_joins_at_clock_0() {
+        let text = r#"{"event":"worker_joined","time":0.5,"worker":1,"node":null}"#;
+        let expected = Event::WorkerJoined(WorkerJoined {
+            time: 0.5,
+            worker: WorkerId(1),
+            node: None,
+            next_clock: Clock(0),
+        });
+        assert_eq!(serde_json::from_str::<Event>(text).unwrap(), expected);
     }
 
     #[test]

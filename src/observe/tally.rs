@@ -74,6 +74,8 @@ pub struct Tally {
 pub struct WorkerTally {
     /// The node on which it computes. `None` until the worker has joined.
     pub node: Option<NodeId>,
+    /// Whether it has joined, now or earlier. Until then nobody has heard of it.
+    pub has_joined: bool,
     /// Whether it is lost now.
     pub is_lost: bool,
     /// Whether it was removed for good.
@@ -104,8 +106,14 @@ pub struct WorkerTally {
     pub times: StepTimes,
     /// How many steps' times are known.
     pub num_timed: u64,
-    /// When its first known step began and its latest one ended, in seconds since the run started.
+    /// When its first known step began and its latest one ended, in seconds since the run started. If the times of
+    /// the first one are not known, it begins when that one ended.
     pub active: Option<(f64, f64)>,
+    /// Whether its first known step is not within this time.
+    begins_late: bool,
+    /// When its latest step since it joined ended, in seconds since the run started. `None` if it has taken none
+    /// since then.
+    pub latest_step: Option<f64>,
     /// The times of its first step, which is not typical: caches are cold.
     first: StepTimes,
 }
@@ -121,7 +129,10 @@ impl WorkerTally {
     #[must_use]
     pub fn gradients_per_second(&self) -> f64 {
         match self.active {
-            Some((from, to)) if to > from => self.num_steps() as f64 / (to - from),
+            Some((from, to)) if to > from => {
+                let num_outside = u64::from(self.begins_late);
+                self.num_steps().saturating_sub(num_outside) as f64 / (to - from)
+            }
             _ => 0.0,
         }
     }
@@ -157,7 +168,8 @@ impl WorkerTally {
         self.num_examples = self.num_examples.saturating_add(step.num_examples);
         self.loss = step.loss;
         self.next_clock = step.clock.next();
-        self.is_lost = false;
+        (self.is_lost, self.has_joined) = (false, true);
+        self.latest_step = Some(step.time);
         let mut began = step.time;
         if let Some(times) = step.times {
             if self.num_timed == 0 {
@@ -168,6 +180,7 @@ impl WorkerTally {
             self.times = StepTimes::new(std::array::from_fn(|part| all[part] + new[part]));
             began -= times.total();
         }
+        self.begins_late |= self.active.is_none() && step.times.is_none();
         let (from, to) = self.active.unwrap_or((began.max(0.0), step.time));
         self.active = Some((from, to.max(step.time)));
     }
@@ -268,6 +281,8 @@ impl Tally {
             Event::WorkerJoined(joined) => {
                 let worker = self.workers.entry(joined.worker).or_default();
                 (worker.node, worker.is_lost, worker.has_left) = (joined.node, false, false);
+                (worker.has_joined, worker.latest_step) = (true, None);
+                worker.next_clock = worker.next_clock.max(joined.next_clock);
             }
             Event::WorkerLost(lost) => {
                 let worker = self.workers.entry(lost.worker).or_default();
@@ -349,11 +364,11 @@ impl Tally {
             .count()
     }
 
-    /// Returns how many workers take part now: those that are neither lost nor gone for good.
+    /// Returns how many workers take part now: those that have joined, and are neither lost nor gone for good.
     #[must_use]
     pub fn num_workers_live(&self) -> usize {
-        let is_live =
-            |worker: &&WorkerTally| !worker.is_lost && !worker.is_removed && !worker.has_left;
+        let is_gone = |worker: &WorkerTally| worker.is_lost || worker.is_removed || worker.has_left;
+        let is_live = |worker: &&WorkerTally| worker.has_joined && !is_gone(worker);
         self.workers.values().filter(is_live).count()
     }
 
@@ -564,6 +579,28 @@ mod tests {
     }
 
     #[test]
+    fn the_rate_of_a_worker_is_that_of_the_steps_within_a_known_time() {
+        for times in [
+            None,
+            // Each step takes half a second.
+            Some(StepTimes::new([0.1, 0.2, 0.1, 0.1, 0.0])),
+        ] {
+            let mut tally = Tally::default();
+            for clock in 0..3 {
+                let Event::Step(mut step) =
+                    step(0, clock, 4.0 + clock as f64 / 2.0, StepTimes::default())
+                else {
+                    unreachable!("it is a step");
+                };
+                step.times = times;
+                tally.count(&Event::Step(step));
+            }
+            let rate = tally.workers[&WorkerId(0)].gradients_per_second();
+            assert!((rate - 2.0).abs() < 1e-9, "{rate} {times:?}");
+        }
+    }
+
+    #[test]
     fn a_worker_of_few_steps_is_not_judged() {
         let mut tally = tally(&[[1.0, 20.0, 2.0]]);
         for clock in 0..4 {
@@ -625,8 +662,8 @@ mod tests {
         );
     }
 
-    #[test]
-    fn a_worker_that_was_removed_is_not_waited_for() {
+    /// Two workers, each of which is to take ten steps.
+    fn started() -> Tally {
         let mut tally = Tally::default();
         tally.count(&Event::RunStarted(Box::new(super::super::RunStarted {
             time: 0.0,
@@ -639,6 +676,46 @@ mod tests {
             versions: super::super::Versions::here(),
             first_version: Version(0),
         })));
+        tally
+    }
+
+    fn joined(worker: u32, next_clock: u64) -> Event {
+        Event::WorkerJoined(super::super::WorkerJoined {
+            time: 0.0,
+            worker: WorkerId(worker),
+            node: Some(NodeId::DRIVER),
+            next_clock: Clock(next_clock),
+        })
+    }
+
+    #[test]
+    fn a_run_that_goes_on_counts_the_steps_before_it() {
+        let mut tally = started();
+        // One had taken all its steps.
+        tally.count(&joined(0, 10));
+        tally.count(&joined(1, 4));
+        assert_eq!(tally.steps_done(), (14, 20));
+        tally.count(&step(1, 4, 1.0, StepTimes::default()));
+        // It was lost, and goes on; the event is of an earlier version.
+        tally.count(&joined(1, 0));
+        assert_eq!(tally.steps_done(), (15, 20));
+    }
+
+    #[test]
+    fn a_worker_that_never_came_is_not_live() {
+        let mut tally = started();
+        assert_eq!((tally.num_workers_live(), tally.num_workers_lost()), (0, 0));
+        tally.count(&joined(0, 0));
+        assert_eq!(tally.num_workers_live(), 1);
+        // The loop of a driver tells only of steps.
+        tally.count(&step(1, 0, 1.0, StepTimes::default()));
+        assert_eq!(tally.num_workers_live(), 2);
+    }
+
+    #[test]
+    fn a_worker_that_was_removed_is_not_waited_for() {
+        let mut tally = started();
+        tally.count(&joined(0, 0));
         for clock in 0..3 {
             tally.count(&step(1, clock, 1.0, StepTimes::default()));
         }
@@ -675,6 +752,7 @@ mod tests {
             time: 13.0,
             worker: WorkerId(1),
             node: Some(NodeId::DRIVER),
+            next_clock: Clock(13),
         }));
         assert_eq!((tally.num_workers_lost(), tally.seconds), (0, 13.0));
         let worker = &tally.workers[&WorkerId(1)];

@@ -149,6 +149,7 @@ impl Visitors {
                         time,
                         worker,
                         node: None,
+                        next_clock: clock,
                     }));
                 }
             }

@@ -71,7 +71,8 @@ fn row(run: &RunRecord) -> [String; 9] {
     let tally = run.tally();
     let end = run.report.as_ref();
     let report = end.and_then(|end| end.report.as_ref());
-    let seconds = end.map_or_else(|| run.seconds(), |end| end.seconds);
+    // That of the report is the time of the last process alone. Its end may be missing in the events.
+    let seconds = end.map_or(0.0, |end| end.seconds).max(run.seconds());
     let per_second = report.map_or_else(
         || tally.num_applied() as f64 * run.kept_every() as f64 / run.seconds().max(1e-9),
         |report| report.gradients_per_second,
@@ -122,5 +123,35 @@ impl fmt::Display for Comparison {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ps_actors::ids::Version;
+
+    use super::super::RunDir;
+    use super::*;
+    use crate::observe::{Event, Observer, RunEnded, RunStarted, Settings, Versions};
+
+    #[test]
+    fn the_seconds_of_a_run_that_went_on_are_those_of_all_its_processes() {
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = temporary.path().join("one");
+        for (first_version, seconds) in [(0, 40.0), (10, 2.5)] {
+            let mut observer = RunDir::new(&directory);
+            observer.observe(&Event::RunStarted(Box::new(RunStarted {
+                time: 0.0,
+                unix_time: 1.7e9,
+                settings: Settings::default(),
+                versions: Versions::here(),
+                first_version: Version(first_version),
+            })));
+            let end = RunEnded::new(seconds, None);
+            observer.observe(&Event::RunEnded(Box::new(end)));
+        }
+        let comparison = compare([&directory], None).unwrap();
+        assert_eq!(comparison.rows.len(), 1);
+        assert_eq!(comparison.rows[0][8], "42.5");
     }
 }

@@ -27,7 +27,7 @@ pub(super) struct EventsFile {
     max_bytes: u64,
     /// How many bytes of whole lines are in the file.
     len: u64,
-    /// Whole lines that are not yet written, and how many they are.
+    /// Whole lines that are not yet written, and how many events they are.
     buffer: Vec<u8>,
     num_buffered: u64,
     written: Instant,
@@ -36,8 +36,9 @@ pub(super) struct EventsFile {
     /// Until when nothing is tried, because the disk was full, and how many events were lost by that.
     paused_until: Option<Instant>,
     num_lost: u64,
-    /// How many of these the file already tells of.
+    /// How many of these the file already tells of, and how many it does when the buffer is written.
     num_told: u64,
+    num_telling: u64,
 }
 
 impl EventsFile {
@@ -60,6 +61,7 @@ impl EventsFile {
             paused_until: None,
             num_lost: 0,
             num_told: 0,
+            num_telling: 0,
         })
     }
 
@@ -95,9 +97,10 @@ impl EventsFile {
                 time: event.time(),
                 num_events: self.num_lost - self.num_told,
             }))?;
-            self.num_told = self.num_lost;
+            self.num_telling = self.num_lost;
         }
         self.add_line(event)?;
+        self.num_buffered += 1;
         let is_start = matches!(event, Event::RunStarted(_));
         if is_start || self.buffer.len() >= BUFFER || self.written.elapsed() >= FLUSH_EVERY {
             self.flush()?;
@@ -115,7 +118,6 @@ impl EventsFile {
     fn add_line(&mut self, event: &Event) -> io::Result<()> {
         serde_json::to_writer(&mut self.buffer, event)?;
         self.buffer.push(b'\n');
-        self.num_buffered += 1;
         Ok(())
     }
 
@@ -127,9 +129,13 @@ impl EventsFile {
         self.written = Instant::now();
         let written = self.file.write_all(&self.buffer);
         match &written {
-            Ok(()) => self.len += self.buffer.len() as u64,
+            Ok(()) => {
+                self.len += self.buffer.len() as u64;
+                self.num_told = self.num_telling;
+            }
             Err(_) => {
                 self.num_lost += self.num_buffered;
+                self.num_telling = self.num_told;
                 self.paused_until = Some(Instant::now() + PAUSE);
                 // If this fails, the next one who opens the file does it.
                 let _ = self.file.set_len(self.len);
@@ -144,7 +150,7 @@ impl EventsFile {
     fn thin(&mut self, time: f64) -> io::Result<()> {
         // A file of rare events alone gets no smaller.
         for _ in 0..64 {
-            self.thinning.every = self.thinning.every.saturating_mul(2);
+            self.thinning.double();
             let before = self.len;
             self.rewrite(time)?;
             if self.len <= self.max_bytes / 2 || self.len == before {
@@ -156,7 +162,7 @@ impl EventsFile {
             self.max_bytes = self.max_bytes.max(2 * self.len);
         }
         let every = self.thinning.every;
-        tracing::info!(path = %self.path.display(), "only every {every}th step is kept in this file");
+        tracing::info!(path = %self.path.display(), "only one step in {every} is kept in this file");
         Ok(())
     }
 
@@ -244,6 +250,12 @@ impl Thinning {
         }
     }
 
+    /// Keeps half as many of the new events.
+    fn double(&mut self) {
+        self.every = self.every.saturating_mul(2);
+        self.every_other = self.every;
+    }
+
     fn keeps(&mut self, event: &Event) -> bool {
         let kind = match event {
             Event::Step(step) => return step.clock.0.is_multiple_of(self.every),
@@ -262,10 +274,10 @@ mod tests {
     use std::collections::BTreeMap;
 
     use ps_actors::cluster::NodeId;
-    use ps_actors::ids::WorkerId;
+    use ps_actors::ids::{Version, WorkerId};
 
     use super::*;
-    use crate::observe::testing;
+    use crate::observe::{Evaluated, ServersSeen, testing};
 
     fn lines(path: &Path) -> Vec<Event> {
         let text = fs::read_to_string(path).unwrap();
@@ -326,6 +338,78 @@ mod tests {
     }
 
     #[test]
+    fn evaluations_and_looks_at_the_servers_are_thinned_as_the_steps_are() {
+        fn evaluated(version: u64) -> Event {
+            Event::Evaluated(Evaluated {
+                time: version as f64,
+                seconds: 0.1,
+                version: Version(version),
+                loss: 1.0,
+                accuracy: None,
+                is_final: false,
+            })
+        }
+        fn seen(version: u64) -> Event {
+            Event::ServersSeen(ServersSeen {
+                time: version as f64,
+                learning_rate: 0.1,
+                consistency: "asp".to_owned(),
+                num_pending: 0,
+                awaited: Vec::new(),
+                members: Vec::new(),
+                servers: Vec::new(),
+            })
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("events.jsonl");
+        let mut file = EventsFile::open(&path, 50_000).unwrap();
+        let num_steps = 2_048;
+        for clock in 0..num_steps {
+            // The run goes on in another process.
+            if clock == num_steps / 2 {
+                file.flush().unwrap();
+                assert!(file.every() > 1);
+                file = EventsFile::open(&path, 50_000).unwrap();
+            }
+            for event in [
+                testing::step(0, clock, clock as f64),
+                evaluated(clock),
+                seen(clock),
+            ] {
+                file.add(&event).unwrap();
+                // The file is thinned as soon as it is too large.
+                file.flush().unwrap();
+            }
+        }
+        let expected: Vec<u64> = (0..num_steps).step_by(file.every() as usize).collect();
+        let events = lines(&path);
+        let kept = |clock: fn(&Event) -> Option<u64>| -> Vec<u64> {
+            events.iter().filter_map(clock).collect()
+        };
+        assert_eq!(
+            kept(|event| match event {
+                Event::Step(step) => Some(step.clock.0),
+                _ => None,
+            }),
+            expected
+        );
+        assert_eq!(
+            kept(|event| match event {
+                Event::Evaluated(evaluated) => Some(evaluated.version.0),
+                _ => None,
+            }),
+            expected
+        );
+        assert_eq!(
+            kept(|event| match event {
+                Event::ServersSeen(seen) => Some(seen.time as u64),
+                _ => None,
+            }),
+            expected
+        );
+    }
+
+    #[test]
     fn a_file_of_rare_events_alone_still_takes_events() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("events.jsonl");
@@ -356,15 +440,33 @@ mod tests {
         assert!(file.flush().is_ok(), "nothing is tried meanwhile");
         assert_eq!(num_errors, 1);
         assert_eq!(file.num_lost(), 1_000);
+        // It is tried again, in vain.
+        file.paused_until = Some(Instant::now());
+        let is_written = file
+            .add(&testing::step(0, 1_000, 0.0))
+            .and_then(|()| file.flush());
+        assert!(is_written.is_err());
+        assert!(file.flush().is_ok(), "nothing is tried meanwhile");
+        assert_eq!(file.num_lost(), 1_001);
         // There is room again.
         file.file = OpenOptions::new().append(true).open(&path).unwrap();
         file.paused_until = Some(Instant::now());
-        file.add(&testing::step(0, 1_000, 0.0)).unwrap();
+        file.add(&testing::step(0, 1_001, 0.0)).unwrap();
         file.flush().unwrap();
         let events = lines(&path);
         assert!(
-            matches!(&events[..], [Event::EventsSkipped(skipped), Event::Step(_)] if skipped.num_events == 1_000),
+            matches!(&events[..], [Event::EventsSkipped(skipped), Event::Step(_)] if skipped.num_events == 1_001),
             "{events:?}"
         );
+        // They are told once.
+        file.paused_until = Some(Instant::now());
+        file.num_lost += 3;
+        file.add(&testing::step(0, 1_002, 0.0)).unwrap();
+        file.flush().unwrap();
+        let told = lines(&path).into_iter().filter_map(|event| match event {
+            Event::EventsSkipped(skipped) => Some(skipped.num_events),
+            _ => None,
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [1_001, 3]);
     }
 }

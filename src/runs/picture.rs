@@ -433,7 +433,7 @@ impl Picture for Timeline {
         }
         let mut notes = vec!["vertical lines: lost (red), moved (black)".to_owned()];
         if self.kept_every > 1 {
-            notes.push(format!("drawn from every {}th step", self.kept_every));
+            notes.push(format!("drawn from one step in {}", self.kept_every));
         }
         if self.num_more > 0 {
             notes.push(format!("{} more workers are not shown", self.num_more));

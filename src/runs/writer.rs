@@ -122,36 +122,44 @@ impl Observer for RunDir {
 }
 
 impl Open {
-    /// Finds a directory without a run, or with the run that goes on.
+    /// Opens a directory without a run, or the one of the run that goes on.
     fn find(wanted: &Path, started: &RunStarted, max_bytes: u64) -> io::Result<Self> {
-        for number in 1..MAX_NAMES {
-            let path = match number {
-                1 => wanted.to_owned(),
-                _ => numbered(wanted, number),
+        let (path, is_new) = place(wanted, started)?;
+        fs::create_dir_all(&path)?;
+        if is_new {
+            let run = Run {
+                settings: started.settings.clone(),
+                versions: started.versions.clone(),
+                unix_time: started.unix_time,
+                command: std::env::args_os()
+                    .map(|word| word.to_string_lossy().into_owned())
+                    .collect(),
             };
-            let is_taken = path.join(EVENTS).try_exists()?;
-            if is_taken && !goes_on(&path, started) {
-                continue;
-            }
-            fs::create_dir_all(&path)?;
-            if !is_taken {
-                let run = Run {
-                    settings: started.settings.clone(),
-                    versions: started.versions.clone(),
-                    unix_time: started.unix_time,
-                    command: std::env::args_os()
-                        .map(|word| word.to_string_lossy().into_owned())
-                        .collect(),
-                };
-                write_json(&path.join(RUN), &run)?;
-            }
-            let events = EventsFile::open(&path.join(EVENTS), max_bytes)?;
-            // It is of an earlier end.
-            let _ = fs::remove_file(path.join(REPORT));
-            return Ok(Self { path, events });
+            write_json(&path.join(RUN), &run)?;
         }
-        Err(io::Error::other("too many runs have this name"))
+        let events = EventsFile::open(&path.join(EVENTS), max_bytes)?;
+        // It is of an earlier end.
+        let _ = fs::remove_file(path.join(REPORT));
+        Ok(Self { path, events })
     }
+}
+
+/// Finds a directory without a run, or the last one with the run that goes on. Returns whether it is without one.
+fn place(wanted: &Path, started: &RunStarted) -> io::Result<(PathBuf, bool)> {
+    let mut own = None;
+    for number in 1..MAX_NAMES {
+        let path = match number {
+            1 => wanted.to_owned(),
+            _ => numbered(wanted, number),
+        };
+        if !path.join(EVENTS).try_exists()? {
+            return Ok(own.map_or((path, true), |own| (own, false)));
+        }
+        if goes_on(&path, started) {
+            own = Some(path);
+        }
+    }
+    Err(io::Error::other("too many runs have this name"))
 }
 
 /// Whether the run in this directory is the one that now goes on from a checkpoint.
@@ -196,4 +204,51 @@ fn warn(path: &Path, error: &dyn std::error::Error) {
     let error = ps_actors::actor::error_chain(error);
     let path = path.display();
     tracing::warn!(%path, %error, "the directory of the run cannot be written; the training goes on");
+}
+
+#[cfg(test)]
+mod tests {
+    use ps_actors::ids::Version;
+
+    use super::*;
+
+    fn run(seed: u64, first_version: u64) -> RunStarted {
+        RunStarted {
+            time: 0.0,
+            unix_time: 1.7e9,
+            settings: Settings {
+                seed,
+                ..Settings::default()
+            },
+            versions: Versions::here(),
+            first_version: Version(first_version),
+        }
+    }
+
+    #[test]
+    fn a_run_that_goes_on_takes_the_last_directory_of_its_own() {
+        let temporary = tempfile::tempdir().unwrap();
+        let wanted = temporary.path().join("deep").join("one");
+        let place = |seed, version| {
+            let mut open = Open::find(&wanted, &run(seed, version), MAX_BYTES).unwrap();
+            let started = Event::RunStarted(Box::new(run(seed, version)));
+            open.events.add(&started).unwrap();
+            let name = open.path.file_name().unwrap();
+            name.to_string_lossy().into_owned()
+        };
+        assert_eq!(place(1, 0), "one");
+        // The report of a run that has ended.
+        fs::write(wanted.join(REPORT), "{}").unwrap();
+        // The same settings, but it does not go on.
+        assert_eq!(place(1, 0), "one-2");
+        assert_eq!(place(2, 0), "one-3");
+        assert_eq!(place(1, 10), "one-2");
+        assert_eq!(place(2, 10), "one-3");
+        assert!(
+            wanted.join(REPORT).exists(),
+            "the first run is left as it is"
+        );
+        // Its directory is gone.
+        assert_eq!(place(3, 10), "one-4");
+    }
 }

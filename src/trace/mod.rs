@@ -27,6 +27,8 @@
 //! lengths of the parts of a worker's step are exact. The positions of different workers relative to each other are
 //! exact to within half of a transfer.
 //!
+//! A driver's own loop tells only when a step ended, so the trace of such a run has no steps.
+//!
 //! # Bounds
 //! The file is created when the training begins, and written as it goes on. If the process dies, what is there can be
 //! opened: the format needs no end. After [`MAX_STEPS`] steps the trace ends, which the log says. If the file cannot be written, the log says so

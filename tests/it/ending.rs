@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 
 use ps::actors::cluster::Transport;
 use ps::actors::net::memory::MemoryNetwork;
 use ps::actors::worker::MAX_REFUSED;
 use ps::model::burn::module::Module;
 use ps::model::burn::tensor::{Device, Tensor};
+use ps::observe::{Event, Observers, Settings};
 use ps::prelude::*;
 
 use crate::nodes::with_two_nodes;
@@ -242,6 +244,30 @@ fn model_and_data(faults: Faults) -> (Fragile, ChargedData) {
     (model, ChargedData { images, faults })
 }
 
+/// Checks that a worker joins once, and again after each loss, with the step that it takes next.
+fn check_faults(events: &[Event], is_lost: bool) {
+    let (mut num_losses, mut is_there, mut clock) = (0, false, Clock(0));
+    for event in events {
+        match event {
+            Event::WorkerJoined(joined) => {
+                assert!(!is_there && joined.next_clock >= clock, "{events:?}");
+                (is_there, clock) = (true, joined.next_clock);
+            }
+            Event::WorkerLost(_) => {
+                assert!(is_there, "{events:?}");
+                (is_there, num_losses) = (false, num_losses + 1);
+            }
+            _ => {}
+        }
+    }
+    assert!(is_there, "{events:?}");
+    assert_eq!(
+        (num_losses > 0, clock > Clock(0)),
+        (is_lost, is_lost),
+        "{events:?}"
+    );
+}
+
 #[test]
 fn a_lasting_worker_goes_on_with_the_batch_that_it_was_lost_with() {
     let losses = |period| {
@@ -255,6 +281,11 @@ fn a_lasting_worker_goes_on_with_the_batch_that_it_was_lost_with() {
         };
         let cluster = Cluster::alone(hosts);
         let mut worker = LastingWorker::<Fragile>::spawn(&cluster, config).unwrap();
+        let (sender, events) = channel();
+        let told = move |event: &Event| sender.send(event.clone()).unwrap();
+        let observers = Observers::start(vec![Box::new(told)]);
+        observers.run_started(Settings::default(), Version(0));
+        worker.observed_by(&observers);
         let weights = initial_weights(&model, &device()).unwrap();
         let mut gradient = || {
             let reply = worker.compute(&weights);
@@ -262,6 +293,8 @@ fn a_lasting_worker_goes_on_with_the_batch_that_it_was_lost_with() {
         };
         let losses: Vec<f32> = (0..6).map(|_| gradient().loss).collect();
         assert_eq!(worker.clock(), Clock(6));
+        observers.run_ended();
+        check_faults(&events.iter().collect::<Vec<_>>(), period == 2);
         losses
     };
     assert_eq!(losses(2), losses(u64::MAX));

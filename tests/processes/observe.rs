@@ -29,6 +29,43 @@ fn check_steps(record: &RunRecord, num_workers: u32, num_steps: u64) {
     }
 }
 
+/// Checks that the events, read again, say of each worker what the final report says.
+fn check_report(record: &RunRecord) {
+    let (tally, end) = (record.tally(), record.report.as_ref().unwrap());
+    assert_eq!(tally.workers.len(), end.workers.len());
+    for told in &end.workers {
+        let read = &tally.workers[&told.worker];
+        assert_eq!(
+            (
+                read.num_applied,
+                read.num_late,
+                read.num_refused,
+                read.num_missed
+            ),
+            (
+                told.num_applied,
+                told.num_late,
+                told.num_refused,
+                told.num_missed
+            ),
+            "{}",
+            told.worker
+        );
+        assert_eq!(
+            (read.num_examples, read.num_losses, read.staleness.max()),
+            (told.num_examples, told.num_losses, told.max_staleness),
+            "{}",
+            told.worker
+        );
+        // Text does not keep the last digit of a number.
+        let seconds = (read.times.total(), told.times.total());
+        assert!(
+            seconds.1 > 0.0 && (seconds.0 - seconds.1).abs() < 1e-9,
+            "{seconds:?}"
+        );
+    }
+}
+
 fn check_pictures(directory: &Path, names: &[&str]) {
     for name in names {
         let svg = std::fs::read_to_string(directory.join(format!("{name}.svg"))).unwrap();
@@ -96,6 +133,7 @@ fn the_directory_of_a_run_tells_of_every_step_although_a_worker_is_killed() {
         .map(|worker| worker.num_applied + worker.num_missed)
         .sum();
     assert_eq!(steps, 4000);
+    check_report(&record);
     check_pictures(&directory, &["curves", "timeline"]);
 
     let (code, table) = compare(&[name, name, "--out", temporary.path().to_str().unwrap()]);
