@@ -177,6 +177,17 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelector('#status').textContent === 'paused'")
         paused_at = self.stands_still(url)
 
+        # What is no number is not taken for one: nothing typed is not 0.
+        before = self.state(url)["learning_rate"]
+        for typed in ["", "fast", "1e999"]:
+            self.can_use("#rate")
+            browser.run("const [typed] = arguments, rate = document.querySelector('#rate'); rate.focus(); rate.value = typed; document.querySelector('#result').textContent = ''", typed)
+            browser.press(ENTER)
+            browser.eventually("return document.querySelector('#result').textContent !== '' && !document.querySelector('#controls').disabled")
+            self.assertIn("type the learning rate as a number", browser.text("#result"), typed)
+        self.look(url)
+        self.assertEqual(self.state(url)["learning_rate"], before)
+
         # Settings change, and a checkpoint is saved, while it is paused.
         self.can_use("#rate")
         # In one step: without the focus, the page fills it in again.

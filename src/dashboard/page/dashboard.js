@@ -276,6 +276,12 @@ function showControls() {
 }
 for (const field of ["rate", "mode"]) $(field).addEventListener("input", () => { $(field).dataset.typed = "yes"; });
 
+/** Says why something is not done. A screen reader reads it, too. */
+function refuse(why) {
+  $("result").dataset.ok = "no";
+  $("result").textContent = why;
+}
+
 async function change(path, body) {
   const result = $("result");
   isBusy = true;
@@ -291,12 +297,15 @@ async function change(path, body) {
     const answer = await response.text();
     let said = answer.trim();
     try { const read = JSON.parse(answer); said = read.done ?? read.error ?? said; } catch { /* It is plain text. */ }
-    result.dataset.ok = response.ok ? "yes" : "no";
-    result.textContent = response.ok ? said : `Not done: ${said}`;
-    return response.ok;
+    if (!response.ok) {
+      refuse(`Not done: ${said}`);
+      return false;
+    }
+    result.dataset.ok = "yes";
+    result.textContent = said;
+    return true;
   } catch (error) {
-    result.dataset.ok = "no";
-    result.textContent = "Not done: the training cannot be reached.";
+    refuse("Not done: the training cannot be reached.");
     return false;
   } finally {
     isBusy = false;
@@ -317,7 +326,13 @@ onClick("pause", async () => { if (await change("pause", {})) { state.control.is
 onClick("resume", async () => { if (await change("resume", {})) { state.control.is_paused = false; showControls(); } });
 onClick("checkpoint", () => change("checkpoint", {}));
 const set = (field, path, body) => async () => { if (await change(path, body())) delete $(field).dataset.typed; };
-const setRate = set("rate", "learning-rate", () => ({ learning_rate: Number($("rate").value.replace(",", ".")) }));
+async function setRate() {
+  const typed = $("rate").value.trim().replace(",", ".");
+  const rate = Number(typed);
+  // An empty text would be 0.
+  if (typed === "" || !Number.isFinite(rate)) return refuse("Not done: type the learning rate as a number, such as 0.01.");
+  await set("rate", "learning-rate", () => ({ learning_rate: rate }))();
+}
 const setMode = set("mode", "consistency", () => ({ consistency: $("mode").value.trim() }));
 onClick("set-rate", setRate);
 onClick("set-mode", setMode);
