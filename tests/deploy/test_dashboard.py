@@ -487,6 +487,28 @@ class Dashboard(unittest.TestCase):
         eventually(lambda: applied() > 10, "metrics")
         self.end(process)
 
+    def test_a_wrong_token_is_refused_where_reading_needs_one(self):
+        browser = self.browser
+        line = [example("sharded_ps"), "--iterations", "200000", "--batch-size", "32", "--dashboard", "0.0.0.0:0"]
+        process = Process(self, line, cwd=self.folder, env=environment(PS_DASHBOARD_TOKEN=TOKEN))
+        browser.open(process.wait_for(r"The dashboard is at (http://\S+)")[1].replace("0.0.0.0", "127.0.0.1"))
+        browser.eventually("return document.querySelector('#connection').dataset.state === 'needs-token'")
+        self.assertIn("shows nothing without the token", browser.text("#control-note"))
+        self.assertEqual(browser.text("#result"), "")
+        for wrong in ["a-token-that-is-wrong", "another-token-that-is-wrong"]:
+            browser.run("document.querySelector('#token').value = ''")
+            browser.type("#token", wrong)
+            self.assertEqual(browser.text("#result"), "")
+            browser.press(ENTER)
+            browser.eventually("return document.querySelector('#result').textContent === \"This is not the dashboard's token.\"")
+            # A screen reader reads it.
+            self.assertEqual(browser.run("return document.querySelector('#result').getAttribute('aria-live')"), "polite")
+        browser.run("document.querySelector('#token').value = ''")
+        browser.type("#token", f"{TOKEN}{ENTER}")
+        self.is_live()
+        self.assertEqual(browser.text("#result"), "")
+        self.end(process)
+
     def test_other_hosts_need_a_token(self):
         line = [example("sharded_ps"), "--dashboard", "0.0.0.0:0"]
         code, text = Process(self, line, env=environment()).wait(60)

@@ -242,7 +242,8 @@ function showControls() {
   const { control } = state;
   const isOver = ["ended", "failed", "interrupted"].includes(state.status);
   let note = "";
-  if (!control.is_allowed) note = "This page is read-only, so the controls are disabled. Start the training with --dashboard-token-file FILE, or with PS_DASHBOARD_TOKEN in its environment, to control it from here.";
+  if (connection === "needs-token") note = HIDDEN;
+  else if (!control.is_allowed) note = "This page is read-only, so the controls are disabled. Start the training with --dashboard-token-file FILE, or with PS_DASHBOARD_TOKEN in its environment, to control it from here.";
   else if (isOver) note = "The training is over, so the controls are disabled.";
   else if (!control.is_running) note = state.status === "starting" ? "The training has not begun yet." : "This program has a loop of its own, which takes no controls.";
   else if (!token.value) note = "Type the token to use the controls.";
@@ -357,6 +358,7 @@ $("who").addEventListener("keydown", (event) => { if (event.key === "Escape") as
 
 // ---- The stream of events ----
 
+const HIDDEN = "Other hosts can reach this dashboard, so it shows nothing without the token.";
 let connection = "connecting";
 let lastId = null;
 let runId = null;
@@ -369,12 +371,13 @@ function connected(now) {
   const isOver = state && ["ended", "failed", "interrupted"].includes(state.status);
   const words = { connecting: "connecting", live: "live", lost: isOver ? "the training has ended" : "disconnected, reconnecting", "needs-token": "needs the token" };
   if (connection === "live" || now === "live") announce(words[now]);
+  if (connection === "needs-token") $("result").textContent = "";
   connection = now;
   $("connection").dataset.state = now === "lost" && isOver ? "over" : now;
   text("connection", words[now]);
   if (now === "needs-token") {
     $("token-row").hidden = false;
-    text("control-note", "Other hosts can reach this dashboard, so it shows nothing without the token.");
+    text("control-note", HIDDEN);
   }
   if (state) showControls();
 }
@@ -440,6 +443,7 @@ async function follow() {
       const response = await fetch("api/events", { headers, cache: "no-store", credentials: "omit", mode: "same-origin", signal: abort.signal });
       if (response.status === 401) {
         connected("needs-token");
+        if (token.value) refuse("This is not the dashboard's token.");
         await pause(3600000); // Until the token is typed.
         continue;
       }
@@ -454,7 +458,11 @@ async function follow() {
     await pause(Math.min(1000 * 1.6 ** Math.min(tries, 5), 8000) * (0.8 + 0.4 * Math.random()));
   }
 }
-token.addEventListener("input", () => { if (state) showControls(); });
+token.addEventListener("input", () => {
+  // A screen reader reads the same message again only if it was gone.
+  if (connection === "needs-token") $("result").textContent = "";
+  if (state) showControls();
+});
 token.addEventListener("change", () => { if (connection === "needs-token") wake(); });
 token.addEventListener("keydown", (event) => { if (event.key === "Enter" && connection === "needs-token") wake(); });
 addEventListener("online", () => wake());
