@@ -421,6 +421,9 @@ class Dashboard(unittest.TestCase):
         for clock in range(20):
             for worker in workers:
                 worker.push(clock)
+        # Both ports have the metrics.
+        for port in [url, "http://127.0.0.1:8265/"]:
+            eventually(lambda port=port: self.num_applied(port) == 20, f"metrics at {port}")
         browser.open(url)
         self.is_live()
         browser.eventually("return document.querySelectorAll('#workers .state[data-state=live]').length === 2")
@@ -476,15 +479,15 @@ class Dashboard(unittest.TestCase):
         code, text = process.wait(150)
         self.assertEqual(code, 0, text)
 
+    def num_applied(self, url):
+        """How many gradients of worker 1 were applied, as Prometheus reads it."""
+        with urllib.request.urlopen(f"{url}metrics", timeout=20) as answer:
+            found = re.search(r'^ps_gradients_total\{worker="1",outcome="applied"\} (\d+)$', answer.read().decode(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
     def test_it_has_the_metrics_too(self):
-        process, url = self.start("--num-workers", "2", "--metrics", "127.0.0.1:0")
-
-        def applied():
-            with urllib.request.urlopen(f"{url}metrics", timeout=20) as answer:
-                found = re.search(r'^ps_gradients_total\{worker="1",outcome="applied"\} (\d+)$', answer.read().decode(), re.MULTILINE)
-            return int(found[1]) if found else 0
-
-        eventually(lambda: applied() > 10, "metrics")
+        process, url = self.start("--num-workers", "2")
+        eventually(lambda: self.num_applied(url) > 10, "metrics")
         self.end(process)
 
     def test_a_wrong_token_is_refused_where_reading_needs_one(self):

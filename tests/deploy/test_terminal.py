@@ -125,7 +125,7 @@ class Progress(unittest.TestCase):
                 start = terminal.wait_for(pattern, start)
 
     def test_a_terminal_that_cannot_erase_gets_no_bar_and_no_colours(self):
-        terminal = self.start("--iterations", "100", TERM="dumb")
+        terminal = self.start("--iterations", "100", TERM="dumb", NO_COLOR="")
         code, text = terminal.wait(150)
         self.assertEqual(code, 0, text)
         self.assertNotIn("\x1b", text)
