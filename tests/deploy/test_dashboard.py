@@ -147,7 +147,7 @@ class Dashboard(unittest.TestCase):
 
     def test_it_shows_a_training_and_controls_it(self):
         browser = self.browser
-        process, url = self.start("--num-workers", "3", "--checkpoint-dir", "saved", "--checkpoint-every", "2000")
+        process, url = self.start("--num-workers", "3", "--checkpoint-dir", "saved", "--checkpoint-every", "500", "--update-log", "1")
         browser.open(url)
         self.is_live()
 
@@ -196,6 +196,15 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelector('#n-version-more').textContent.includes('learning rate 0.005')")
         self.click("#checkpoint")
         browser.eventually("return [...document.querySelectorAll('#checkpoints li')].some((one) => one.textContent.includes('Update'))")
+        # The sizes are those of the files. Nothing is written while it is paused.
+        self.look(url)
+        state = self.state(url)
+        latest = state["checkpoints"][0]
+        self.assertEqual(latest["bytes"], sum(file.stat().st_size for file in (self.folder / latest["path"]).iterdir()))
+        browser.eventually("return / [kM]B in /.test(document.querySelector('#checkpoints li').textContent)")
+        self.assertTrue(state["log"]["is_written"])
+        self.assertGreater(state["log"]["bytes"], 0)
+        browser.eventually("return /^Update log: updates from [\\d,]+ on, [\\d.]+ [kMG]?B in \\d files?[.]$/.test(document.querySelector('#log-text').textContent)")
         self.click("#resume")
         eventually(lambda: self.version(url) > paused_at, "it goes on")
 

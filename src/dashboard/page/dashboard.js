@@ -221,7 +221,19 @@ function showLists() {
   text("checkpoints-text", state.control.saves_checkpoints || saved > 0 ? `${count(saved)} saved, ${count(failed)} failed or skipped` : "This training has no directory for checkpoints.");
   fill($("checkpoints"), () => state.checkpoints.map((one) => element("li", { "data-kind": one.problem ? "fault" : "repair" },
     element("time", {}, clock(one.time)),
-    one.problem ? element("span", {}, element("b", {}, "Not saved: "), one.problem) : element("span", {}, element("b", {}, `Update ${count(one.version)}`), ` in ${duration(one.seconds) === "0 s" ? `${Math.round(1000 * one.seconds)} ms` : duration(one.seconds)}, ${one.path}`))), state.checkpoints);
+    one.problem ? element("span", {}, element("b", {}, "Not saved: "), one.problem) : element("span", {}, element("b", {}, `Update ${count(one.version)}`), `, ${bytes(one.bytes)} in ${duration(one.seconds) === "0 s" ? `${Math.round(1000 * one.seconds)} ms` : duration(one.seconds)}, ${one.path}`))), state.checkpoints);
+  text("log-text", logged());
+}
+
+/** Says what there is of the update log. */
+function logged() {
+  const { log } = state;
+  // Nobody looks at the server of a driver's own loop.
+  if (state.looked === null) return "";
+  if (!log) return state.control.saves_checkpoints ? "Updates between checkpoints are not logged." : "";
+  const there = log.since === null ? "empty" : `updates from ${count(log.since)} on, ${bytes(log.bytes)} in ${many(log.num_segments, "file")}`;
+  const failed = log.num_failures > 0 ? `, failed ${many(log.num_failures, "time")}` : "";
+  return `Update log: ${there}${failed}${log.is_written ? "" : "; nothing is written to it until the next checkpoint"}.`;
 }
 
 function showRun() {
@@ -270,7 +282,7 @@ function showControls() {
     // What the user types stays.
     if (document.activeElement !== $(field) && !$(field).dataset.typed) $(field).value = value ?? "";
   }
-  const there = state.workers.filter((worker) => ["live", "lost", "starting"].includes(worker.state)).map((worker) => worker.worker);
+  const there = state.workers.filter((worker) => ["live", "lost", "fenced", "starting"].includes(worker.state)).map((worker) => worker.worker);
   const chosen = $("who").value;
   fill($("who"), () => there.map((worker) => element("option", { value: worker }, `worker ${worker}`)), there);
   if (there.includes(Number(chosen)) && chosen !== "") $("who").value = chosen;
