@@ -290,6 +290,12 @@ class Dashboard(unittest.TestCase):
         self.assertLessEqual(CONTROLS | set(CHARTS) | {"skip", "axis"}, set(reached), reached)
         # What has the focus can be seen: it has an outline.
         self.can_use("#pause")
+        browser.run("document.querySelector('.skip').focus()")
+        for _ in range(len(reached) - 2):
+            browser.press(TAB)
+            name, style, width = browser.run("""const { id, tagName } = document.activeElement, style = getComputedStyle(document.activeElement);
+                return [id || tagName, style.outlineStyle, parseFloat(style.outlineWidth)]""")
+            self.assertTrue(style != "none" and width > 0, f"{name}: {style} {width}")
         browser.run("document.querySelector('#pause').focus()")
         browser.press(ENTER)
         browser.eventually("return document.querySelector('#status').textContent === 'paused'")
@@ -479,6 +485,24 @@ class Dashboard(unittest.TestCase):
         browser.run("const theme = document.querySelector('#theme'); theme.value = 'dark'; theme.dispatchEvent(new Event('change'))")
         self.assertEqual(browser.run("return document.documentElement.dataset.theme"), "dark")
         self.end(process)
+
+    def test_the_pictures_of_a_run_can_be_opened(self):
+        browser = self.browser
+        line = [example("sharded_ps"), "--iterations", "60", "--batch-size", "16", "--num-workers", "3", "--run-dir", "run"]
+        code, text = Process(self, line, cwd=self.folder, env=environment()).wait(120)
+        self.assertEqual(code, 0, text)
+        # Loss and accuracy, each over updates and over time, and the staleness; a row for each worker.
+        for name, size in [("curves", [1200, 60 + 3 * 330]), ("timeline", [1200, 150 + 3 * 44])]:
+            picture = (self.folder / "run" / name).as_uri()
+            browser.open(f"{picture}.png")
+            found = browser.eventually("const [one] = document.images; return one?.complete && [one.naturalWidth, one.naturalHeight]")
+            self.assertEqual(found, size, name)
+            browser.open(f"{picture}.svg")
+            # A file that is no XML shows an error in a document of another kind.
+            kind, errors, words = browser.run("""const { tagName, textContent } = document.documentElement;
+                return [tagName, document.querySelectorAll('parsererror').length, textContent]""")
+            self.assertEqual((kind, errors), ("svg", 0), name)
+            self.assertIn({"curves": "Staleness", "timeline": "worker 2"}[name], words)
 
     def test_the_line_of_the_readme(self):
         line = command("README.md", "cargo run --release --example sharded_ps -- --dashboard")
