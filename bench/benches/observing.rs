@@ -3,7 +3,8 @@
 //! On: the run directory, event files for TensorBoard, a trace, metrics, which are fetched once per second, and the
 //! dashboard, whose stream of events is read all the time, as a browser with the page does. A third run of each pair is
 //! off as well: its ratio to the other shows the noise. The processor time per gradient is compared, too, because it
-//! varies less on a busy machine. It includes that of the thread that plays the browser.
+//! varies less on a busy machine. It includes that of the thread that plays the browser. The progress on a terminal and
+//! OTLP are not part of "on".
 //!
 //! `cargo bench -p ps-bench --bench observing`. The files are in `$PS_BENCH_DIR`, or in a temporary directory.
 
