@@ -147,7 +147,7 @@ class Dashboard(unittest.TestCase):
 
     def test_it_shows_a_training_and_controls_it(self):
         browser = self.browser
-        process, url = self.start("--num-workers", "3", "--checkpoint-dir", "saved", "--checkpoint-every", "500", "--update-log", "1")
+        process, url = self.start("--num-workers", "3", "--checkpoint-dir", "saved", "--checkpoint-every", "500", "--update-log")
         browser.open(url)
         self.is_live()
 
