@@ -111,7 +111,8 @@ fn serve(mut args: Args) -> Result<ExitCode> {
     };
     let api = Api::watched(HttpConfig::default(), move |seen| told.tell(seen));
     api.open(servers.clone());
-    let cluster = Cluster::listen_with(cluster, args.listen, Hosts::new(), api.routes())?;
+    let routes = api.routes().merge(args.show.routes());
+    let cluster = Cluster::listen_with(cluster, args.listen, Hosts::new(), routes)?;
     let address = cluster.address().context("it listens on TCP")?;
     say!("Waiting for workers: http://{address}/v1/status");
 

@@ -140,7 +140,7 @@ pub mod prelude {
         PullVersion, Push, PushPull, Reduction, ServerConfig, SetConsistency, SetLearningRate,
         TakeCheckpoint,
     };
-    pub use ps_actors::update_log::{LogConfig, LogSync};
+    pub use ps_actors::update_log::{LogConfig, LogStatus, LogSync};
     pub use ps_actors::weights::{Gradient, GradientUpdate, Layout, Weights};
     pub use ps_actors::worker::{
         ComputeGradients, DataWorker, GradientSource, LocalGradient, RunSteps,

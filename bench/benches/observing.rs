@@ -3,7 +3,8 @@
 //! On: the run directory, event files for TensorBoard, a trace, metrics, which are fetched once per second, and the
 //! dashboard, whose stream of events is read all the time, as a browser with the page does. A third run of each pair is
 //! off as well: its ratio to the other shows the noise. The processor time per gradient is compared, too, because it
-//! varies less on a busy machine. It includes that of the thread that plays the browser.
+//! varies less on a busy machine. It includes that of the thread that plays the browser. The progress on a terminal and
+//! OTLP are not part of "on".
 //!
 //! What is left of it with everything off cannot be switched off, so it has no other run beside it. It is that each step
 //! reads the clock, nowhere more often than [`NUM_READINGS`] times, and makes a record that nobody keeps. The time of

@@ -47,6 +47,14 @@ pub(super) fn complain(error: &str) {
     let _ = LogWriter.write_all(format!("Error: {error}\n").as_bytes());
 }
 
+/// Whether standard error is a terminal that knows colours and can erase a line.
+pub(super) fn can_erase() -> bool {
+    static CAN_ERASE: LazyLock<bool> = LazyLock::new(|| {
+        io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+    });
+    *CAN_ERASE
+}
+
 /// Writes log lines to standard error. Each write is a whole line.
 ///
 /// On a terminal, it erases in the same write what is in the cursor's line: that may be the bar of a download, or
@@ -59,10 +67,7 @@ const ERASE_LINE: &str = "\r\x1b[K";
 
 impl Write for LogWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        static CAN_ERASE: LazyLock<bool> = LazyLock::new(|| {
-            io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
-        });
-        let before = if *CAN_ERASE { ERASE_LINE } else { "" };
+        let before = if can_erase() { ERASE_LINE } else { "" };
         let whole = [before.as_bytes(), line].concat();
         beside_bar(|| io::stderr().write_all(&whole))?;
         Ok(line.len())

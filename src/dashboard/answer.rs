@@ -101,7 +101,7 @@ async fn route(
             guard.check_read(request.headers())?;
             let metrics = shared.metrics.as_ref().ok_or_else(|| Refused {
                 status: StatusCode::NOT_FOUND,
-                text: "this training counts no metrics: start it with --metrics, too".to_owned(),
+                text: "this training counts no metrics: its DashboardConfig has none".to_owned(),
             })?;
             Ok(body(StatusCode::OK, METRICS, metrics()))
         }

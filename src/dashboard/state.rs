@@ -62,6 +62,8 @@ pub(super) struct Saved {
     pub(super) version: Option<u64>,
     pub(super) seconds: Option<f64>,
     pub(super) path: Option<String>,
+    /// The size of its files.
+    pub(super) bytes: Option<u64>,
     /// Why it was not saved.
     pub(super) problem: Option<String>,
 }
@@ -215,6 +217,7 @@ impl State {
                 version: Some(saved.version.0),
                 seconds: Some(saved.seconds),
                 path: Some(short(&saved.path)),
+                bytes: Some(saved.bytes),
                 problem: None,
             }),
             Event::CheckpointFailed(failed) => {
@@ -223,6 +226,7 @@ impl State {
                     version: None,
                     seconds: None,
                     path: None,
+                    bytes: None,
                     problem: Some(short(&failed.reason)),
                 });
                 let text = format!("no checkpoint was saved: {}", failed.reason);

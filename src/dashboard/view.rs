@@ -1,6 +1,7 @@
 //! The state of a training as JSON: what `GET /api/state` and the stream of events send. Pure.
 
 use ps_actors::ids::WorkerId;
+use ps_actors::update_log::LogStatus;
 use serde::Serialize;
 
 use super::curve::{Curve, Mark, Point};
@@ -61,6 +62,8 @@ pub(super) struct View<'a> {
     num_checkpoints: u64,
     num_checkpoints_failed: u64,
     checkpoints: Vec<&'a Saved>,
+    /// The update log.
+    log: Option<&'a LogStatus>,
     incidents: Vec<&'a Incident>,
     num_skipped: u64,
     control: Control,
@@ -247,6 +250,7 @@ impl<'a> View<'a> {
             num_checkpoints: tally.num_checkpoints,
             num_checkpoints_failed: tally.num_checkpoints_failed,
             checkpoints: state.checkpoints.iter().rev().collect(),
+            log: seen.and_then(|seen| seen.log.as_ref()),
             incidents: state.incidents.iter().rev().collect(),
             num_skipped: tally.num_skipped,
             control,

@@ -231,6 +231,7 @@ mod tests {
                     num_waiting: 2,
                 })
                 .collect(),
+            log: None,
         })
     }
 
@@ -273,6 +274,7 @@ mod tests {
                 version: Version(1),
                 path: String::new(),
                 seconds: 0.02,
+                bytes: 4000,
             }),
             Event::CheckpointFailed(CheckpointFailed {
                 time: 0.8,

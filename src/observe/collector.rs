@@ -378,6 +378,7 @@ pub(super) fn seen(time: f64, status: &[ServerStatus], servers: &ServerGroup) ->
     let nodes = servers.servers().map(|server| server.node());
     let nodes = nodes.map(|node| node.unwrap_or(NodeId::DRIVER));
     let rate = status.first().map(|first| first.learning_rate);
+    let log = status.iter().find_map(|status| status.log.clone());
     let coordinator = status.iter().find_map(|status| status.coordinator.as_ref());
     let members = |status: &CoordinatorStatus| {
         let workers = status.workers.iter();
@@ -402,5 +403,6 @@ pub(super) fn seen(time: f64, status: &[ServerStatus], servers: &ServerGroup) ->
                 num_waiting: status.num_waiting,
             })
             .collect(),
+        log,
     }
 }

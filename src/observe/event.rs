@@ -3,6 +3,7 @@
 use ps_actors::cluster::NodeId;
 use ps_actors::ids::{Clock, Incarnation, Version, WorkerId};
 use ps_actors::server::Outcome;
+use ps_actors::update_log::LogStatus;
 use ps_actors::weights::GradientUpdate;
 use ps_actors::worker::StepRecord;
 use ps_model::Evaluation;
@@ -505,6 +506,9 @@ pub struct CheckpointSaved {
     pub path: String,
     /// How long it took to write it, in seconds.
     pub seconds: f64,
+    /// The size of its files. 0 if that is not known: files of earlier runs do not have it.
+    #[serde(default)]
+    pub bytes: u64,
 }
 
 /// A checkpoint could not be taken or written, or was skipped because the one before was not yet written.
@@ -558,6 +562,9 @@ pub struct ServersSeen {
     pub members: Vec<WorkerId>,
     /// The servers, in the order of their ranges. The first one decides.
     pub servers: Vec<ServerSeen>,
+    /// The update log, if the first server has one.
+    #[serde(default)]
+    pub log: Option<LogStatus>,
 }
 
 /// The state of one server.
@@ -756,6 +763,20 @@ mod tests {
             next_clock: Clock(0),
         });
         assert_eq!(serde_json::from_str::<Event>(text).unwrap(), expected);
+    }
+
+    #[test]
+    fn an_event_of_an_earlier_version_has_no_size_and_no_log() {
+        let read = |text| serde_json::from_str::<Event>(text).unwrap();
+        let saved = read(
+            r#"{"event":"checkpoint_saved","time":1.0,"version":3,"path":"one","seconds":0.5}"#,
+        );
+        assert!(matches!(saved, Event::CheckpointSaved(saved) if saved.bytes == 0));
+        let seen = read(
+            r#"{"event":"servers_seen","time":1.0,"learning_rate":0.1,"consistency":"bsp","num_pending":0,"awaited":[],"members":[],"servers":[]}"#,
+        );
+        assert!(matches!(&seen, Event::ServersSeen(seen) if seen.log.is_none()));
+        check(&seen);
     }
 
     #[test]

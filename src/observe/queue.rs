@@ -108,6 +108,7 @@ mod tests {
             awaited: Vec::new(),
             members: Vec::new(),
             servers: Vec::new(),
+            log: None,
         }))
     }
 

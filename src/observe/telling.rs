@@ -75,11 +75,13 @@ fn of_checkpoint(time: f64, saved: SaveEvent) -> Event {
             version,
             path,
             took,
+            bytes,
         } => Event::CheckpointSaved(CheckpointSaved {
             time,
             version,
             path: path.display().to_string(),
             seconds: took.as_secs_f64(),
+            bytes,
         }),
         SaveEvent::Skipped { version } => failed(format!(
             "skipped at {version}: the one before was still being written"

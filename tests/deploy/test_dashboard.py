@@ -147,7 +147,7 @@ class Dashboard(unittest.TestCase):
 
     def test_it_shows_a_training_and_controls_it(self):
         browser = self.browser
-        process, url = self.start("--num-workers", "3", "--checkpoint-dir", "saved", "--checkpoint-every", "2000")
+        process, url = self.start("--num-workers", "3", "--checkpoint-dir", "saved", "--checkpoint-every", "500", "--update-log")
         browser.open(url)
         self.is_live()
 
@@ -177,6 +177,17 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelector('#status').textContent === 'paused'")
         paused_at = self.stands_still(url)
 
+        # What is no number is not taken for one: nothing typed is not 0.
+        before = self.state(url)["learning_rate"]
+        for typed in ["", "fast", "1e999"]:
+            self.can_use("#rate")
+            browser.run("const [typed] = arguments, rate = document.querySelector('#rate'); rate.focus(); rate.value = typed; document.querySelector('#result').textContent = ''", typed)
+            browser.press(ENTER)
+            browser.eventually("return document.querySelector('#result').textContent !== '' && !document.querySelector('#controls').disabled")
+            self.assertIn("type the learning rate as a number", browser.text("#result"), typed)
+        self.look(url)
+        self.assertEqual(self.state(url)["learning_rate"], before)
+
         # Settings change, and a checkpoint is saved, while it is paused.
         self.can_use("#rate")
         # In one step: without the focus, the page fills it in again.
@@ -185,6 +196,15 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelector('#n-version-more').textContent.includes('learning rate 0.005')")
         self.click("#checkpoint")
         browser.eventually("return [...document.querySelectorAll('#checkpoints li')].some((one) => one.textContent.includes('Update'))")
+        # The sizes are those of the files. Nothing is written while it is paused.
+        self.look(url)
+        state = self.state(url)
+        latest = state["checkpoints"][0]
+        self.assertEqual(latest["bytes"], sum(file.stat().st_size for file in (self.folder / latest["path"]).iterdir()))
+        browser.eventually("return / [kM]B in /.test(document.querySelector('#checkpoints li').textContent)")
+        self.assertTrue(state["log"]["is_written"])
+        self.assertGreater(state["log"]["bytes"], 0)
+        browser.eventually("return /^Update log: updates from [\\d,]+ on, [\\d.]+ [kMG]?B in \\d files?[.]$/.test(document.querySelector('#log-text').textContent)")
         self.click("#resume")
         eventually(lambda: self.version(url) > paused_at, "it goes on")
 
@@ -270,6 +290,12 @@ class Dashboard(unittest.TestCase):
         self.assertLessEqual(CONTROLS | set(CHARTS) | {"skip", "axis"}, set(reached), reached)
         # What has the focus can be seen: it has an outline.
         self.can_use("#pause")
+        browser.run("document.querySelector('.skip').focus()")
+        for _ in range(len(reached) - 2):
+            browser.press(TAB)
+            name, style, width = browser.run("""const { id, tagName } = document.activeElement, style = getComputedStyle(document.activeElement);
+                return [id || tagName, style.outlineStyle, parseFloat(style.outlineWidth)]""")
+            self.assertTrue(style != "none" and width > 0, f"{name}: {style} {width}")
         browser.run("document.querySelector('#pause').focus()")
         browser.press(ENTER)
         browser.eventually("return document.querySelector('#status').textContent === 'paused'")
@@ -410,6 +436,9 @@ class Dashboard(unittest.TestCase):
         for clock in range(20):
             for worker in workers:
                 worker.push(clock)
+        # Both ports have the metrics.
+        for port in [url, "http://127.0.0.1:8265/"]:
+            eventually(lambda port=port: self.num_applied(port) == 20, f"metrics at {port}")
         browser.open(url)
         self.is_live()
         browser.eventually("return document.querySelectorAll('#workers .state[data-state=live]').length === 2")
@@ -457,6 +486,24 @@ class Dashboard(unittest.TestCase):
         self.assertEqual(browser.run("return document.documentElement.dataset.theme"), "dark")
         self.end(process)
 
+    def test_the_pictures_of_a_run_can_be_opened(self):
+        browser = self.browser
+        line = [example("sharded_ps"), "--iterations", "60", "--batch-size", "16", "--num-workers", "3", "--run-dir", "run"]
+        code, text = Process(self, line, cwd=self.folder, env=environment()).wait(120)
+        self.assertEqual(code, 0, text)
+        # Loss and accuracy, each over updates and over time, and the staleness; a row for each worker.
+        for name, size in [("curves", [1200, 60 + 3 * 330]), ("timeline", [1200, 150 + 3 * 44])]:
+            picture = (self.folder / "run" / name).as_uri()
+            browser.open(f"{picture}.png")
+            found = browser.eventually("const [one] = document.images; return one?.complete && [one.naturalWidth, one.naturalHeight]")
+            self.assertEqual(found, size, name)
+            browser.open(f"{picture}.svg")
+            # A file that is no XML shows an error in a document of another kind.
+            kind, errors, words = browser.run("""const { tagName, textContent } = document.documentElement;
+                return [tagName, document.querySelectorAll('parsererror').length, textContent]""")
+            self.assertEqual((kind, errors), ("svg", 0), name)
+            self.assertIn({"curves": "Staleness", "timeline": "worker 2"}[name], words)
+
     def test_the_line_of_the_readme(self):
         line = command("README.md", "cargo run --release --example sharded_ps -- --dashboard")
         variables = environment(PATH=f"{self.binaries}:{os.environ['PATH']}", PS_DASHBOARD_TOKEN=TOKEN)
@@ -465,15 +512,37 @@ class Dashboard(unittest.TestCase):
         code, text = process.wait(150)
         self.assertEqual(code, 0, text)
 
+    def num_applied(self, url):
+        """How many gradients of worker 1 were applied, as Prometheus reads it."""
+        with urllib.request.urlopen(f"{url}metrics", timeout=20) as answer:
+            found = re.search(r'^ps_gradients_total\{worker="1",outcome="applied"\} (\d+)$', answer.read().decode(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
     def test_it_has_the_metrics_too(self):
-        process, url = self.start("--num-workers", "2", "--metrics", "127.0.0.1:0")
+        process, url = self.start("--num-workers", "2")
+        eventually(lambda: self.num_applied(url) > 10, "metrics")
+        self.end(process)
 
-        def applied():
-            with urllib.request.urlopen(f"{url}metrics", timeout=20) as answer:
-                found = re.search(r'^ps_gradients_total\{worker="1",outcome="applied"\} (\d+)$', answer.read().decode(), re.MULTILINE)
-            return int(found[1]) if found else 0
-
-        eventually(lambda: applied() > 10, "metrics")
+    def test_a_wrong_token_is_refused_where_reading_needs_one(self):
+        browser = self.browser
+        line = [example("sharded_ps"), "--iterations", "200000", "--batch-size", "32", "--dashboard", "0.0.0.0:0"]
+        process = Process(self, line, cwd=self.folder, env=environment(PS_DASHBOARD_TOKEN=TOKEN))
+        browser.open(process.wait_for(r"The dashboard is at (http://\S+)")[1].replace("0.0.0.0", "127.0.0.1"))
+        browser.eventually("return document.querySelector('#connection').dataset.state === 'needs-token'")
+        self.assertIn("shows nothing without the token", browser.text("#control-note"))
+        self.assertEqual(browser.text("#result"), "")
+        for wrong in ["a-token-that-is-wrong", "another-token-that-is-wrong"]:
+            browser.run("document.querySelector('#token').value = ''")
+            browser.type("#token", wrong)
+            self.assertEqual(browser.text("#result"), "")
+            browser.press(ENTER)
+            browser.eventually("return document.querySelector('#result').textContent === \"This is not the dashboard's token.\"")
+            # A screen reader reads it.
+            self.assertEqual(browser.run("return document.querySelector('#result').getAttribute('aria-live')"), "polite")
+        browser.run("document.querySelector('#token').value = ''")
+        browser.type("#token", f"{TOKEN}{ENTER}")
+        self.is_live()
+        self.assertEqual(browser.text("#result"), "")
         self.end(process)
 
     def test_other_hosts_need_a_token(self):

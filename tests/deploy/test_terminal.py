@@ -8,11 +8,11 @@ import pty
 import re
 import signal
 import struct
-import subprocess
 import tempfile
 import termios
 import threading
 import unittest
+import urllib.request
 
 from hosts import SLOW, environment, example
 
@@ -84,9 +84,9 @@ def drawn(text):
 
 
 class Progress(unittest.TestCase):
-    def start(self, *flags, columns=100):
+    def start(self, *flags, columns=100, **variables):
         line = [example("sharded_ps"), "--offline", "--batch-size", "16", *flags]
-        return Terminal(self, line, columns)
+        return Terminal(self, line, columns, **variables)
 
     def test_the_bar_fits_into_a_terminal_that_becomes_narrow(self):
         terminal = self.start("--iterations", "200000")
@@ -114,6 +114,23 @@ class Progress(unittest.TestCase):
         self.assertTrue(any(re.match(r"worker 1 +\d+ ", line) for line in shown), shown)
         self.assertEqual([line for line in shown if "left, " in line], [])
 
+    def test_a_pause_is_shown(self):
+        token = "correct-horse-battery-staple"
+        terminal = self.start("--iterations", "200000", "--dashboard", "127.0.0.1:0", PS_DASHBOARD_TOKEN=token)
+        start = terminal.wait_for("gradients/s")
+        url = re.search(r"The dashboard is at (http://\S+/)", terminal.text())[1]
+        headers = {"content-type": "application/json", "x-ps-dashboard": "1", "authorization": f"Bearer {token}"}
+        for path, pattern in [("pause", r"\] +\d+ % paused, "), ("resume", r"\] +\d+ % \d+ \S+ left, ")]:
+            with urllib.request.urlopen(urllib.request.Request(f"{url}api/{path}", b"{}", headers), timeout=20):
+                start = terminal.wait_for(pattern, start)
+
+    def test_a_terminal_that_cannot_erase_gets_no_bar_and_no_colours(self):
+        terminal = self.start("--iterations", "100", TERM="dumb", NO_COLOR="")
+        code, text = terminal.wait(150)
+        self.assertEqual(code, 0, text)
+        self.assertNotIn("\x1b", text)
+        self.assertRegex(text, r"\nworker 1 +\d+ ")
+
     def waits_for_the_cache(self, **variables):
         """Starts a program that waits for another one, which fills the cache and may show a bar on the same terminal.
         Returns all that it wrote until it says so."""
@@ -136,10 +153,16 @@ class Progress(unittest.TestCase):
 
     def test_a_reader_that_goes_away_ends_no_training(self):
         line = f"{example('sharded_ps')} --offline --batch-size 16 --iterations 300 | head -1; echo code ${{PIPESTATUS[0]}}"
-        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=150, env=environment())
-        self.assertIn("code 0", done.stdout, done)
-        self.assertNotIn("panicked", done.stderr, done)
-        self.assertEqual(len(done.stdout.splitlines()), 2, done)
+        terminal = Terminal(self, ["/bin/bash", "-c", line], 100)
+        _, text = terminal.wait(150)
+        self.assertNotIn("panicked", text)
+        # The bar goes on, although nobody reads the lines any more, and the table comes.
+        self.assertRegex(text, r"\[=*>? *\] +\d+ %")
+        shown = [re.split(r"\r|\x1b\[2K", line.rstrip("\r"))[-1] for line in text.split("\n")]
+        self.assertIn("code 0", shown)
+        self.assertTrue(any(re.match(r"worker 1 +\d+ ", line) for line in shown), shown)
+        # Of the program's lines, only the first one was read.
+        self.assertEqual([line.split()[0] for line in shown if line.startswith(("MNIST, ", "Iter ", "Final "))], ["MNIST,"])
 
 
 if __name__ == "__main__":

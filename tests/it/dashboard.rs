@@ -594,7 +594,7 @@ fn metrics_are_there_beside_the_page_if_somebody_counts_them() {
     let training = begin(None, |gate| trainer(300, gate));
     let answer = training.get("/metrics");
     assert_eq!(answer.status, 404);
-    assert!(answer.body.contains("--metrics"), "{answer:?}");
+    assert!(answer.body.contains("counts no metrics"), "{answer:?}");
     training.end();
 
     let exporter = ps::metrics::Exporter::new();

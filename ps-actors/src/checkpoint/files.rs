@@ -132,6 +132,13 @@ pub(super) fn write(checkpoint: &Checkpoint, path: &Path) -> Result<(), Checkpoi
     written
 }
 
+/// Returns how many bytes the files of a checkpoint have. What cannot be looked at counts as nothing.
+pub(super) fn size_of_files(path: &Path) -> u64 {
+    let names = FILES.into_iter().chain([CHECKSUMS]);
+    let sizes = names.map(|name| fs::metadata(path.join(name)).map_or(0, |file| file.len()));
+    sizes.sum()
+}
+
 fn write_files(checkpoint: &Checkpoint, directory: &Path) -> Result<(), CheckpointError> {
     let failed = |path: &Path| {
         let path = path.to_owned();

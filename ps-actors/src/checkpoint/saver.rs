@@ -14,6 +14,7 @@ use futures_util::future::{Either, select};
 use ps_runtime::actor::{ActorRef, error_chain};
 use tokio::sync::{Notify, oneshot};
 
+use super::files::size_of_files;
 use super::{Checkpoint, CheckpointDir, CheckpointError, Found, Start};
 use crate::group::ServerGroup;
 use crate::ids::Version;
@@ -166,6 +167,8 @@ pub enum SaveEvent {
         path: PathBuf,
         /// How long it took to write it.
         took: Duration,
+        /// The size of its files.
+        bytes: u64,
     },
     /// It was due while the one before was still being written.
     Skipped {
@@ -503,6 +506,7 @@ impl Checkpoints {
                         version,
                         path: path.clone(),
                         took: started.elapsed(),
+                        bytes: size_of_files(&path),
                     });
                     free_log(&directory, log.as_ref(), version, began);
                     Some((version, path))

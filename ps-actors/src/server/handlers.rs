@@ -21,7 +21,7 @@ use super::saving::{ForgetSavedStates, GetSavedState, TakeCheckpoint};
 use super::waiting::{Caller, MAX_FETCHING, check_room};
 use crate::ids::GradientId;
 use crate::schedule::Record;
-use crate::update_log::LogUpdates;
+use crate::update_log::{LogUpdates, UpdateLog};
 use crate::weights::Weights;
 
 /// Answers at once if the answer is already known. Otherwise answers later, if the caller still waits.
@@ -323,6 +323,10 @@ impl Handler<GetStatus> for ParameterServer {
             learning_rate,
             coordinator: match &self.role {
                 Role::First(first) => Some(first.coordinator.status()),
+                Role::Follower(_) => None,
+            },
+            log: match &self.role {
+                Role::First(first) => first.update_log.as_ref().map(UpdateLog::status),
                 Role::Follower(_) => None,
             },
         })

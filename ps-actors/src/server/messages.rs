@@ -16,6 +16,7 @@ use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
 use super::status::CoordinatorStatus;
 use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
+use crate::update_log::LogStatus;
 use crate::weights::{Gradient, GradientUpdate, Precision, Weights};
 use crate::worker::WorkerError;
 
@@ -365,6 +366,8 @@ pub struct ServerStatus {
     pub learning_rate: f64,
     /// The status of the whole run, if this is the first server of its group.
     pub coordinator: Option<CoordinatorStatus>,
+    /// The update log, if this is the first server of its group and has one.
+    pub log: Option<LogStatus>,
 }
 
 /// Decisions of the first server of a group, which the other servers follow in order. Returns the ids of

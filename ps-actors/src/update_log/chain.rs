@@ -74,7 +74,11 @@ pub(crate) fn follow(
             break;
         }
         let is_whole = follow_segment(&mut reader, &mut replay, &mut chain).map_err(unreadable)?;
-        chain.segments.push(reader.segment);
+        let num_bytes = chain.end;
+        chain.segments.push(Segment {
+            num_bytes,
+            ..reader.segment
+        });
         if !is_whole {
             break;
         }

@@ -21,7 +21,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use actix::Message;
+use serde::{Deserialize, Serialize};
 
+use crate::ids::Version;
 use crate::server::ServerError;
 
 mod chain;
@@ -60,6 +62,22 @@ impl Default for LogConfig {
             max_bytes: 512 << 20,
         }
     }
+}
+
+/// What there is of an update log.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct LogStatus {
+    /// The version of the weights from which on it has the updates. `None` if it has none at all.
+    pub since: Option<Version>,
+    /// How many bytes its entries have.
+    pub bytes: u64,
+    /// How many files have entries.
+    pub num_segments: usize,
+    /// Whether updates are written to it. After a failure they are not, until the next checkpoint.
+    pub is_written: bool,
+    /// How often it could not be written.
+    pub num_failures: u64,
 }
 
 /// What an update log survives.

@@ -30,6 +30,8 @@ pub(super) struct Segment {
     /// The version of the weights when it began.
     pub(super) start: Version,
     pub(super) path: PathBuf,
+    /// How many bytes it has until the end of its last entry.
+    pub(super) num_bytes: u64,
 }
 
 /// Returns the files in the directory that have the name of a segment, in the order of their numbers.
@@ -53,7 +55,6 @@ pub(super) fn list(directory: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
 pub(super) struct SegmentWriter {
     pub(super) segment: Segment,
     pub(super) file: File,
-    pub(super) num_bytes: u64,
 }
 
 impl SegmentWriter {
@@ -82,12 +83,9 @@ impl SegmentWriter {
             number,
             start,
             path,
-        };
-        Ok(Self {
-            segment,
-            file,
             num_bytes: FIRST_LINE.len() as u64 + len,
-        })
+        };
+        Ok(Self { segment, file })
     }
 
     pub(super) fn append(&mut self, entry: &LogEntry, numbers: &[&[f32]]) -> io::Result<()> {
@@ -96,7 +94,7 @@ impl SegmentWriter {
         if crate::chaos::points::cuts_log() {
             return self.append_in_halves(entry, numbers);
         }
-        self.num_bytes += frames::write(&mut self.file, salt, entry, numbers)?;
+        self.segment.num_bytes += frames::write(&mut self.file, salt, entry, numbers)?;
         Ok(())
     }
 
@@ -104,7 +102,7 @@ impl SegmentWriter {
     #[cfg(feature = "chaos")]
     fn append_in_halves(&mut self, entry: &LogEntry, numbers: &[&[f32]]) -> io::Result<()> {
         let mut bytes = Vec::new();
-        self.num_bytes += frames::write(&mut bytes, self.segment.number, entry, numbers)?;
+        self.segment.num_bytes += frames::write(&mut bytes, self.segment.number, entry, numbers)?;
         let (half, rest) = bytes.split_at(bytes.len() / 2);
         self.file.write_all(half)?;
         crate::chaos::reached!(LogCut);
@@ -122,7 +120,9 @@ pub(super) struct SegmentReader {
 impl SegmentReader {
     /// Returns `None` if the file is not the segment of this number.
     pub(super) fn open(number: u64, path: &Path) -> io::Result<Option<Self>> {
-        let mut file = BufReader::new(File::open(path)?);
+        let file = File::open(path)?;
+        let num_bytes = file.metadata()?.len();
+        let mut file = BufReader::new(file);
         let mut line = Vec::new();
         let first = file.by_ref().take(FIRST_LINE.len() as u64);
         { first }.read_to_end(&mut line)?;
@@ -142,6 +142,8 @@ impl SegmentReader {
             number,
             start: header.start,
             path: path.to_owned(),
+            // Until somebody has read where the entries end.
+            num_bytes,
         };
         Ok(Some(Self { segment, frames }))
     }

@@ -7,8 +7,8 @@ use crate::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, WorkerId}
 use crate::learning_rate::{LearningRateSchedule, Scheduled};
 use crate::rule::{Sgd, UpdateRule};
 use crate::server::{
-    ApplyGradients, Clipping, Consistency, Join, ParameterServer, Push, ServerConfig, ServerError,
-    TakeCheckpoint,
+    ApplyGradients, Clipping, Consistency, GetStatus, Join, ParameterServer, Push, ServerConfig,
+    ServerError, TakeCheckpoint,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use ps_runtime::ActorRef;
@@ -389,4 +389,42 @@ fn nothing_of_a_run_that_begins_anew_continues_an_older_one() {
     assert_eq!(run.followed().0.version(), Version(0));
     let directory = CheckpointDir::open(run.directory.path()).unwrap();
     assert!(directory.newest(|_| Ok(())).unwrap().is_none());
+}
+
+#[test]
+fn a_server_says_what_there_is_of_its_log() {
+    let mut run = start(LogConfig::default());
+    let status = |run: &Run| run.server.ask(GetStatus).wait().unwrap().log.unwrap();
+    let on_disk = |run: &Run| {
+        let files = run.files().into_iter();
+        let sizes = files.map(|name| fs::metadata(run.directory.path().join(name)).unwrap().len());
+        sizes.sum::<u64>()
+    };
+    let expected = |run: &Run, since, num_segments| LogStatus {
+        since: Some(Version(since)),
+        bytes: on_disk(run),
+        num_segments,
+        is_written: true,
+        num_failures: 0,
+    };
+    run.work(0);
+    assert_eq!(status(&run), expected(&run, 0, 1));
+    run.base = take(&run.server);
+    run.work(1);
+    assert_eq!(status(&run), expected(&run, 0, 2));
+    // Whoever goes on from there knows the size of what is there.
+    let bytes = on_disk(&run);
+    let sizes = run.followed().1.segments;
+    assert_eq!(sizes.iter().map(|one| one.num_bytes).sum::<u64>(), bytes);
+    // The first segment is a spare file now.
+    run.log.free_before(run.base.version());
+    let one = status(&run);
+    assert_eq!((one.since, one.num_segments), (Some(Version(3)), 1));
+    assert!(one.bytes > 0 && one.bytes < bytes, "{one:?}");
+    run.log
+        .write_to(File::options().write(true).open("/dev/full").unwrap());
+    run.work(2);
+    let failed = status(&run);
+    assert_eq!((failed.is_written, failed.num_failures), (false, 1));
+    assert_eq!((failed.since, failed.bytes), (one.since, one.bytes));
 }

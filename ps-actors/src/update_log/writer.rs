@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 
 use super::chain::Chain;
 use super::segment::{Segment, SegmentWriter};
-use super::{LogConfig, LogSync};
+use super::{LogConfig, LogStatus, LogSync};
 use crate::chaos::reached;
 use crate::ids::{Clock, Version};
 use crate::server::LogEntry;
@@ -132,7 +132,7 @@ impl UpdateLog {
         };
         match current.append(entry, numbers) {
             Ok(()) => {
-                let is_full = current.num_bytes >= self.shared.config.max_bytes;
+                let is_full = current.segment.num_bytes >= self.shared.config.max_bytes;
                 state.is_current_unsynced = true;
                 if is_full {
                     self.shared.fill();
@@ -209,6 +209,20 @@ impl UpdateLog {
                 let path = segment.path.display();
                 tracing::warn!(%path, %error, "an old part of the update log cannot be removed");
             }
+        }
+    }
+
+    /// Returns what there is of it.
+    pub(crate) fn status(&self) -> LogStatus {
+        let state = self.shared.lock();
+        let current = state.current.as_ref().map(|current| &current.segment);
+        let segments = || state.older.iter().chain(current);
+        LogStatus {
+            since: segments().next().map(|first| first.start),
+            bytes: segments().map(|segment| segment.num_bytes).sum(),
+            num_segments: segments().count(),
+            is_written: current.is_some(),
+            num_failures: state.num_failures,
         }
     }
 

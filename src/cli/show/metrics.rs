@@ -1,4 +1,4 @@
-//! `--metrics`: one exporter for all trainings of this process, in the driver only.
+//! `--metrics` and `--dashboard`: one exporter for all trainings of this process, in the driver only.
 
 use std::net::SocketAddr;
 use std::process::exit;
@@ -13,7 +13,10 @@ use crate::metrics::{Exporter, MetricsListener};
 use crate::observe::Observer;
 
 /// It lives as long as the process, so the last numbers can still be fetched after a training.
-static EXPORTER: OnceLock<(Exporter, MetricsListener)> = OnceLock::new();
+static EXPORTER: OnceLock<Exporter> = OnceLock::new();
+
+/// Serves the exporter at the address of `--metrics`.
+static LISTENER: OnceLock<MetricsListener> = OnceLock::new();
 
 /// Reads an address. A name would have to mean the same to all processes.
 pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
@@ -23,37 +26,41 @@ pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
-/// Makes an observer that feeds the exporter; begins to serve if nobody has. `None` in a node. Ends the process if
-/// this is not possible.
-pub(super) fn observer(address: SocketAddr) -> Option<Box<dyn Observer>> {
-    if RANK.get().is_some_and(|&rank| rank != 0) {
-        return None;
+/// Returns the exporter, and makes it if there is none. `None` in a node.
+pub(super) fn exporter() -> Option<&'static Exporter> {
+    let is_driver = RANK.get().is_none_or(|&rank| rank == 0);
+    is_driver.then(|| EXPORTER.get_or_init(Exporter::new))
+}
+
+/// Makes an observer that feeds the exporter; begins to serve at the address, if there is one and nobody has. `None`
+/// in a node. Ends the process if this is not possible.
+pub(super) fn observer(address: Option<SocketAddr>) -> Option<Box<dyn Observer>> {
+    let exporter = exporter()?;
+    if let Some(address) = address {
+        LISTENER.get_or_init(|| start(exporter, address));
     }
-    let (exporter, _) = EXPORTER.get_or_init(|| start(address));
     Some(Box::new(exporter.observer()))
 }
 
 /// The routes of the exporter, for the port of the driver. None if there is no exporter.
 pub(in super::super) fn routes() -> Router {
-    let exporter = EXPORTER.get().map(|(exporter, _)| exporter.routes());
-    exporter.unwrap_or_default()
+    EXPORTER.get().map(Exporter::routes).unwrap_or_default()
 }
 
-/// Returns what writes the metrics as text, for the dashboard. `None` if there is no exporter.
+/// Returns what writes the metrics as text, for the dashboard. `None` in a node.
 #[cfg(feature = "dashboard")]
 pub(super) fn text() -> Option<std::sync::Arc<dyn Fn() -> String + Send + Sync>> {
-    let exporter = EXPORTER.get().map(|(exporter, _)| exporter.clone())?;
+    let exporter = exporter()?.clone();
     Some(std::sync::Arc::new(move || exporter.render()))
 }
 
-fn start(address: SocketAddr) -> (Exporter, MetricsListener) {
+fn start(exporter: &Exporter, address: SocketAddr) -> MetricsListener {
     let token = match address.ip().is_loopback() {
         // Only processes of this machine can connect.
         true => None,
         false => token(),
     };
     let is_open = token.is_none() && !address.ip().is_loopback();
-    let exporter = Exporter::new();
     match exporter.listen(address, token) {
         Ok(listener) => {
             let address = listener.address();
@@ -63,7 +70,7 @@ fn start(address: SocketAddr) -> (Exporter, MetricsListener) {
                     "anybody who can connect to {address} can read the metrics; set PS_TOKEN to ask for it"
                 );
             }
-            (exporter, listener)
+            listener
         }
         Err(error) => end(&format!(
             "cannot serve metrics at {address} (--metrics): {error}; choose an address of this machine and a free port"

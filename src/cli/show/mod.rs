@@ -50,8 +50,8 @@ pub struct ShowArgs {
     #[arg(long, value_name = "URL", num_args = 0..=1, default_missing_value = "http://127.0.0.1:4318")]
     pub otlp: Option<crate::otel::Endpoint>,
     /// Serve metrics for Prometheus at /metrics of this address, such as 127.0.0.1:9464. The driver's port and the dashboard
-    /// have them, too. From other machines,
-    /// reading them needs the token in $PS_TOKEN, if there is one.
+    /// have them, too, with this flag or with --dashboard. From other machines, reading them needs the token in
+    /// $PS_TOKEN, if there is one.
     #[cfg(feature = "metrics")]
     #[arg(long, value_name = "ADDR", value_parser = metrics::address)]
     pub metrics: Option<SocketAddr>,
@@ -93,7 +93,9 @@ impl ShowArgs {
             observers.push(Box::new(crate::otel::OpenTelemetry::new(endpoint.clone())));
         }
         #[cfg(feature = "metrics")]
-        observers.extend(self.metrics.and_then(metrics::observer));
+        if self.counts_metrics() {
+            observers.extend(metrics::observer(self.metrics));
+        }
         #[cfg(feature = "dashboard")]
         {
             #[cfg(feature = "metrics")]
@@ -105,5 +107,25 @@ impl ShowArgs {
             }
         }
         observers
+    }
+
+    /// Returns the route `/metrics`, for a server that the program has already. It has none without `--metrics` and
+    /// `--dashboard`. The port of [`ClusterArgs::launch`](super::ClusterArgs::launch) has it by itself.
+    #[cfg(feature = "metrics")]
+    pub fn routes(&self) -> axum::Router {
+        let exporter = self.counts_metrics().then(metrics::exporter).flatten();
+        exporter
+            .map(crate::metrics::Exporter::routes)
+            .unwrap_or_default()
+    }
+
+    /// Whether somebody may ask for the metrics: the dashboard has them, too.
+    #[cfg(feature = "metrics")]
+    fn counts_metrics(&self) -> bool {
+        #[cfg(feature = "dashboard")]
+        let has_page = self.dashboard.dashboard.is_some();
+        #[cfg(not(feature = "dashboard"))]
+        let has_page = false;
+        self.metrics.is_some() || has_page
     }
 }

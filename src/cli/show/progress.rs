@@ -1,13 +1,13 @@
 //! The progress of a training on standard error: a bar on a terminal, otherwise a log line now and then.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::super::output;
 use super::table::closing_table;
-use crate::observe::{Event, Observer, Tally};
+use crate::observe::{Change, Event, Observer, Tally};
 
 /// How often the bar is drawn again.
 const REDRAW: Duration = Duration::from_millis(100);
@@ -22,8 +22,8 @@ const LONGEST: f64 = 60.0;
 /// Shows the progress of a training on standard error, and a table at its end.
 ///
 /// On a terminal it is one line that is drawn again and again. Log lines, and lines of
-/// [`say!`](crate::cli::say), come above it. Without a terminal it is a log line after 5 s, 10 s, 20 s, 40 s, and
-/// then once a minute. `NO_COLOR` switches colours off.
+/// [`say!`](crate::cli::say), come above it. Without a terminal, or on one that can erase nothing (`TERM=dumb`), it
+/// is a log line after 5 s, 10 s, 20 s, 40 s, and then once a minute. `NO_COLOR` switches colours off.
 #[derive(Debug)]
 pub struct Progress {
     tally: Tally,
@@ -31,8 +31,9 @@ pub struct Progress {
     drawn: Instant,
     /// When the next log line is due, in seconds since the run started.
     next_line: f64,
-    /// Since when the servers are lost.
+    /// Whether the servers are lost.
     is_recovering: bool,
+    is_paused: bool,
     is_terminal: bool,
 }
 
@@ -46,7 +47,8 @@ impl Progress {
             drawn: Instant::now(),
             next_line: FIRST,
             is_recovering: false,
-            is_terminal: std::io::stderr().is_terminal(),
+            is_paused: false,
+            is_terminal: output::can_erase(),
         }
     }
 
@@ -78,8 +80,59 @@ impl Progress {
                     bar.set_position(done);
                 }
             }
-            bar.set_message(status(&self.tally, self.is_recovering));
+            bar.set_message(self.status());
         }
+    }
+
+    /// Draws what must be seen now, because nothing else may happen for a while.
+    fn draw_at_once(&mut self) {
+        self.draw();
+        if let Some(bar) = &self.bar {
+            // It leaves out what comes too soon after what it has drawn.
+            bar.force_draw();
+        }
+    }
+
+    /// Says in a few words how the training goes. What matters most comes first, because a narrow terminal cuts
+    /// the rest off.
+    fn status(&self) -> String {
+        let tally = &self.tally;
+        let mut parts = Vec::new();
+        if self.is_recovering {
+            parts.push("the servers are lost, recovering".to_owned());
+        }
+        if self.is_paused {
+            parts.push("paused".to_owned());
+        }
+        if let Some(part) = tally.evaluating {
+            parts.push(format!("evaluating, {:.0} %", 100.0 * part));
+        }
+        if let Some(left) = tally.seconds_left()
+            && !self.is_paused
+        {
+            parts.push(format!("{} left", duration(left)));
+        }
+        let (num_lost, num_workers) = (tally.num_workers_lost(), tally.workers.len());
+        if num_lost > 0 {
+            parts.push(format!("{num_lost} of {num_workers} workers lost"));
+        }
+        if let Some(loss) = tally.loss() {
+            parts.push(format!("loss {loss:.3}"));
+        }
+        if let Some((_, _, Some(accuracy))) = tally.evaluation {
+            parts.push(format!("accuracy {:.1} %", 100.0 * accuracy));
+        }
+        if tally.num_applied() > 0 {
+            let rate = tally.gradients_per_second(tally.seconds);
+            parts.push(format!("{rate:.0} gradients/s"));
+            parts.push(format!("staleness {:.1}", tally.staleness.mean()));
+        }
+        if num_lost == 0 {
+            let num_live = tally.num_workers_live();
+            let plural = if num_live == 1 { "" } else { "s" };
+            parts.push(format!("{num_live} worker{plural}"));
+        }
+        parts.join(", ")
     }
 
     fn line(&mut self) {
@@ -88,7 +141,7 @@ impl Progress {
             return;
         }
         self.next_line = now + now.min(LONGEST);
-        let status = status(&self.tally, self.is_recovering);
+        let status = self.status();
         match self.tally.steps_done() {
             (_, 0) => tracing::info!(target: "ps::progress", "{status}"),
             (done, all) => {
@@ -127,9 +180,22 @@ impl Observer for Progress {
             Event::RunEnded(_) => self.end(),
             Event::ServersLost(_) => self.is_recovering = true,
             Event::ServersRecovered(_) => self.is_recovering = false,
+            Event::Controlled(controlled) => match controlled.change {
+                Change::Paused => self.is_paused = true,
+                Change::Resumed => self.is_paused = false,
+                _ => {}
+            },
             _ => {}
         }
+        let is_rare = matches!(
+            event,
+            Event::ServersLost(_)
+                | Event::ServersRecovered(_)
+                | Event::WorkerLost(_)
+                | Event::Controlled(_)
+        );
         match self.bar {
+            Some(_) if is_rare => self.draw_at_once(),
             Some(_) if self.drawn.elapsed() >= REDRAW => self.draw(),
             None if !self.is_terminal && !matches!(event, Event::RunEnded(_)) => self.line(),
             _ => {}
@@ -145,42 +211,6 @@ impl Drop for Progress {
             output::show_bar(None);
         }
     }
-}
-
-/// Says in a few words how the training goes. What matters most comes first, because a narrow terminal cuts
-/// the rest off.
-fn status(tally: &Tally, is_recovering: bool) -> String {
-    let mut parts = Vec::new();
-    if is_recovering {
-        parts.push("the servers are lost, recovering".to_owned());
-    }
-    if let Some(part) = tally.evaluating {
-        parts.push(format!("evaluating, {:.0} %", 100.0 * part));
-    }
-    if let Some(left) = tally.seconds_left() {
-        parts.push(format!("{} left", duration(left)));
-    }
-    let (num_lost, num_workers) = (tally.num_workers_lost(), tally.workers.len());
-    if num_lost > 0 {
-        parts.push(format!("{num_lost} of {num_workers} workers lost"));
-    }
-    if let Some(loss) = tally.loss() {
-        parts.push(format!("loss {loss:.3}"));
-    }
-    if let Some((_, _, Some(accuracy))) = tally.evaluation {
-        parts.push(format!("accuracy {:.1} %", 100.0 * accuracy));
-    }
-    if tally.num_applied() > 0 {
-        let rate = tally.gradients_per_second(tally.seconds);
-        parts.push(format!("{rate:.0} gradients/s"));
-        parts.push(format!("staleness {:.1}", tally.staleness.mean()));
-    }
-    if num_lost == 0 {
-        let num_live = tally.num_workers_live();
-        let plural = if num_live == 1 { "" } else { "s" };
-        parts.push(format!("{num_live} worker{plural}"));
-    }
-    parts.join(", ")
 }
 
 /// Writes a time in the unit that fits.
@@ -204,28 +234,62 @@ mod tests {
 
         use crate::observe::testing;
 
-        let mut tally = Tally::default();
-        tally.count(&testing::step(0, 0, 1.0));
-        assert!(!status(&tally, false).contains("evaluating"));
-        tally.count(&testing::evaluating(1.5, 30, 40));
-        assert!(
-            status(&tally, false).starts_with("evaluating, 75 %, "),
-            "{}",
-            status(&tally, false)
-        );
+        let mut progress = Progress::new();
+        progress.tally.count(&testing::step(0, 0, 1.0));
+        assert!(!progress.status().contains("evaluating"));
+        progress.tally.count(&testing::evaluating(1.5, 30, 40));
+        let status = progress.status();
+        assert!(status.starts_with("evaluating, 75 %, "), "{status}");
         let result = Evaluation::default();
-        tally.count(&Event::evaluated(1.0, 2.0, Version(1), &result, false));
-        assert!(!status(&tally, false).contains("evaluating"));
+        progress
+            .tally
+            .count(&Event::evaluated(1.0, 2.0, Version(1), &result, false));
+        assert!(!progress.status().contains("evaluating"));
     }
 
     #[test]
     fn without_a_number_of_steps_there_is_no_time_left_and_no_percentage() {
-        let mut tally = Tally::default();
+        let mut progress = Progress::new();
         for clock in 0..20 {
-            tally.count(&crate::observe::testing::step(0, clock, clock as f64));
+            progress
+                .tally
+                .count(&crate::observe::testing::step(0, clock, clock as f64));
         }
+        let tally = &progress.tally;
         assert_eq!((tally.steps_done(), tally.seconds_left()), ((20, 0), None));
-        assert!(!status(&tally, false).contains("left"));
+        assert!(!progress.status().contains("left"));
+    }
+
+    /// After such an event, nothing else may happen for a long time.
+    #[test]
+    fn what_stops_the_training_is_shown_at_once() {
+        use crate::observe::{Controlled, ServersLost, ServersRecovered, testing};
+
+        let controlled = |change| Event::Controlled(Controlled { time: 1.0, change });
+        let lost = Event::ServersLost(ServersLost {
+            time: 1.0,
+            reason: "a test".to_owned(),
+        });
+        let recovered = Event::ServersRecovered(ServersRecovered {
+            time: 1.0,
+            version: Default::default(),
+            seconds: 1.0,
+        });
+        let mut progress = Progress::new();
+        progress.observe(&testing::step(0, 0, 1.0));
+        progress.bar = Some(ProgressBar::hidden());
+        for (event, text, is_shown) in [
+            (lost, "the servers are lost, recovering", true),
+            (recovered, "the servers are lost, recovering", false),
+            (controlled(Change::Paused), "paused", true),
+            (controlled(Change::Resumed), "paused", false),
+            (testing::worker_lost(1.0), "1 of 1 workers lost", true),
+        ] {
+            progress.drawn = Instant::now();
+            progress.observe(&event);
+            let message = progress.bar.as_ref().unwrap().message();
+            assert_eq!(message.contains(text), is_shown, "{event:?}: {message}");
+        }
     }
 
     #[test]

@@ -221,7 +221,19 @@ function showLists() {
   text("checkpoints-text", state.control.saves_checkpoints || saved > 0 ? `${count(saved)} saved, ${count(failed)} failed or skipped` : "This training has no directory for checkpoints.");
   fill($("checkpoints"), () => state.checkpoints.map((one) => element("li", { "data-kind": one.problem ? "fault" : "repair" },
     element("time", {}, clock(one.time)),
-    one.problem ? element("span", {}, element("b", {}, "Not saved: "), one.problem) : element("span", {}, element("b", {}, `Update ${count(one.version)}`), ` in ${duration(one.seconds) === "0 s" ? `${Math.round(1000 * one.seconds)} ms` : duration(one.seconds)}, ${one.path}`))), state.checkpoints);
+    one.problem ? element("span", {}, element("b", {}, "Not saved: "), one.problem) : element("span", {}, element("b", {}, `Update ${count(one.version)}`), `, ${bytes(one.bytes)} in ${duration(one.seconds) === "0 s" ? `${Math.round(1000 * one.seconds)} ms` : duration(one.seconds)}, ${one.path}`))), state.checkpoints);
+  text("log-text", logged());
+}
+
+/** Says what there is of the update log. */
+function logged() {
+  const { log } = state;
+  // Nobody looks at the server of a driver's own loop.
+  if (state.looked === null) return "";
+  if (!log) return state.control.saves_checkpoints ? "Updates between checkpoints are not logged." : "";
+  const there = log.since === null ? "empty" : `updates from ${count(log.since)} on, ${bytes(log.bytes)} in ${many(log.num_segments, "file")}`;
+  const failed = log.num_failures > 0 ? `, failed ${many(log.num_failures, "time")}` : "";
+  return `Update log: ${there}${failed}${log.is_written ? "" : "; nothing is written to it until the next checkpoint"}.`;
 }
 
 function showRun() {
@@ -242,7 +254,8 @@ function showControls() {
   const { control } = state;
   const isOver = ["ended", "failed", "interrupted"].includes(state.status);
   let note = "";
-  if (!control.is_allowed) note = "This page is read-only, so the controls are disabled. Start the training with --dashboard-token-file FILE, or with PS_DASHBOARD_TOKEN in its environment, to control it from here.";
+  if (connection === "needs-token") note = HIDDEN;
+  else if (!control.is_allowed) note = "This page is read-only, so the controls are disabled. Start the training with --dashboard-token-file FILE, or with PS_DASHBOARD_TOKEN in its environment, to control it from here.";
   else if (isOver) note = "The training is over, so the controls are disabled.";
   else if (!control.is_running) note = state.status === "starting" ? "The training has not begun yet." : "This program has a loop of its own, which takes no controls.";
   else if (!token.value) note = "Type the token to use the controls.";
@@ -269,12 +282,18 @@ function showControls() {
     // What the user types stays.
     if (document.activeElement !== $(field) && !$(field).dataset.typed) $(field).value = value ?? "";
   }
-  const there = state.workers.filter((worker) => ["live", "lost", "starting"].includes(worker.state)).map((worker) => worker.worker);
+  const there = state.workers.filter((worker) => ["live", "lost", "fenced", "starting"].includes(worker.state)).map((worker) => worker.worker);
   const chosen = $("who").value;
   fill($("who"), () => there.map((worker) => element("option", { value: worker }, `worker ${worker}`)), there);
   if (there.includes(Number(chosen)) && chosen !== "") $("who").value = chosen;
 }
 for (const field of ["rate", "mode"]) $(field).addEventListener("input", () => { $(field).dataset.typed = "yes"; });
+
+/** Says why something is not done. A screen reader reads it, too. */
+function refuse(why) {
+  $("result").dataset.ok = "no";
+  $("result").textContent = why;
+}
 
 async function change(path, body) {
   const result = $("result");
@@ -291,12 +310,15 @@ async function change(path, body) {
     const answer = await response.text();
     let said = answer.trim();
     try { const read = JSON.parse(answer); said = read.done ?? read.error ?? said; } catch { /* It is plain text. */ }
-    result.dataset.ok = response.ok ? "yes" : "no";
-    result.textContent = response.ok ? said : `Not done: ${said}`;
-    return response.ok;
+    if (!response.ok) {
+      refuse(`Not done: ${said}`);
+      return false;
+    }
+    result.dataset.ok = "yes";
+    result.textContent = said;
+    return true;
   } catch (error) {
-    result.dataset.ok = "no";
-    result.textContent = "Not done: the training cannot be reached.";
+    refuse("Not done: the training cannot be reached.");
     return false;
   } finally {
     isBusy = false;
@@ -317,7 +339,13 @@ onClick("pause", async () => { if (await change("pause", {})) { state.control.is
 onClick("resume", async () => { if (await change("resume", {})) { state.control.is_paused = false; showControls(); } });
 onClick("checkpoint", () => change("checkpoint", {}));
 const set = (field, path, body) => async () => { if (await change(path, body())) delete $(field).dataset.typed; };
-const setRate = set("rate", "learning-rate", () => ({ learning_rate: Number($("rate").value.replace(",", ".")) }));
+async function setRate() {
+  const typed = $("rate").value.trim().replace(",", ".");
+  const rate = Number(typed);
+  // An empty text would be 0.
+  if (typed === "" || !Number.isFinite(rate)) return refuse("Not done: type the learning rate as a number, such as 0.01.");
+  await set("rate", "learning-rate", () => ({ learning_rate: rate }))();
+}
 const setMode = set("mode", "consistency", () => ({ consistency: $("mode").value.trim() }));
 onClick("set-rate", setRate);
 onClick("set-mode", setMode);
@@ -342,6 +370,7 @@ $("who").addEventListener("keydown", (event) => { if (event.key === "Escape") as
 
 // ---- The stream of events ----
 
+const HIDDEN = "Other hosts can reach this dashboard, so it shows nothing without the token.";
 let connection = "connecting";
 let lastId = null;
 let runId = null;
@@ -354,12 +383,13 @@ function connected(now) {
   const isOver = state && ["ended", "failed", "interrupted"].includes(state.status);
   const words = { connecting: "connecting", live: "live", lost: isOver ? "the training has ended" : "disconnected, reconnecting", "needs-token": "needs the token" };
   if (connection === "live" || now === "live") announce(words[now]);
+  if (connection === "needs-token") $("result").textContent = "";
   connection = now;
   $("connection").dataset.state = now === "lost" && isOver ? "over" : now;
   text("connection", words[now]);
   if (now === "needs-token") {
     $("token-row").hidden = false;
-    text("control-note", "Other hosts can reach this dashboard, so it shows nothing without the token.");
+    text("control-note", HIDDEN);
   }
   if (state) showControls();
 }
@@ -425,6 +455,7 @@ async function follow() {
       const response = await fetch("api/events", { headers, cache: "no-store", credentials: "omit", mode: "same-origin", signal: abort.signal });
       if (response.status === 401) {
         connected("needs-token");
+        if (token.value) refuse("This is not the dashboard's token.");
         await pause(3600000); // Until the token is typed.
         continue;
       }
@@ -439,7 +470,11 @@ async function follow() {
     await pause(Math.min(1000 * 1.6 ** Math.min(tries, 5), 8000) * (0.8 + 0.4 * Math.random()));
   }
 }
-token.addEventListener("input", () => { if (state) showControls(); });
+token.addEventListener("input", () => {
+  // A screen reader reads the same message again only if it was gone.
+  if (connection === "needs-token") $("result").textContent = "";
+  if (state) showControls();
+});
 token.addEventListener("change", () => { if (connection === "needs-token") wake(); });
 token.addEventListener("keydown", (event) => { if (event.key === "Enter" && connection === "needs-token") wake(); });
 addEventListener("online", () => wake());
