@@ -58,6 +58,9 @@ pub enum ModelError {
     /// the next call works.
     #[error("the model panicked: {0}")]
     Panicked(String),
+    /// The data set gave no batch to evaluate.
+    #[error("there is no batch to evaluate: {0}")]
+    NoBatch(String),
 }
 
 /// A model on a device, with flat weights and gradients.

@@ -10,6 +10,7 @@ mod dashboard;
 mod elastic;
 mod ending;
 mod equivalence;
+mod evaluation;
 mod frozen;
 mod gate;
 mod groups;
