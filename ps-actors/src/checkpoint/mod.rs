@@ -459,6 +459,14 @@ pub enum CheckpointError {
         /// What differs, with its value here and there.
         reason: String,
     },
+    /// A file of weights has those of another model.
+    #[error("{} does not have the weights of this model: {reason}", path.display())]
+    OtherModel {
+        /// The file.
+        path: PathBuf,
+        /// The first difference.
+        reason: String,
+    },
     /// There are checkpoints, but none of them can be used.
     #[error("no checkpoint in {} can be used: {reasons}", path.display())]
     NoneUsable {
