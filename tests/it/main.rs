@@ -1,5 +1,6 @@
 //! Training as users do it, on the bundled sample of MNIST.
 
+mod augmentation;
 mod bad_input;
 mod batches;
 mod buffers;
