@@ -102,7 +102,7 @@ fn random_numbers_of_batches_and_of_examples_are_those_of_their_places() {
 fn changed(num_workers: usize, batch_size: usize, epoch: u64) -> Vec<u64> {
     let items = InMemDataset::new((0..NUM_EXAMPLES as u64).collect());
     let data = collated(items, |items: Vec<u64>| items)
-        .augmented_by(|item, _, rng| item << 32 | rng.next_u64() >> 32);
+        .augmented_by(|item, _, rng| (item << 32) | (rng.next_u64() >> 32));
     let mut all = Vec::new();
     for rank in 0..num_workers as u32 {
         let share = share(rank, num_workers, batch_size);
