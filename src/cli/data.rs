@@ -137,3 +137,33 @@ impl TrainArgs {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+    use ps_model::DeviceError;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        data: DataArgs,
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+
+    #[test]
+    fn the_flag_chooses_the_device() {
+        Program::command().debug_assert();
+        let device = |flags: &[&str]| {
+            let program = Program::parse_from([&["program"], flags].concat());
+            assert_eq!(program.train.num_workers, 2);
+            program.data.device()
+        };
+        device(&[]).unwrap();
+        device(&["--device", default_device_name()]).unwrap();
+        let error = device(&["--device", "abacus"]).unwrap_err();
+        assert!(matches!(error, DeviceError::Unknown { name } if name == "abacus"));
+    }
+}
