@@ -124,9 +124,9 @@ const OF_BATCHES: u64 = 0x6261_7463_6865_7321;
 const OF_EXAMPLES: u64 = 0x6578_616d_706c_6573;
 
 impl BatchPlace {
-    /// Returns random numbers for the example with this index. They depend on the seed, the epoch and the index, and not
-    /// on the number of workers and the size of batches. So N workers compute what one worker computes on the joined
-    /// batch (PS-3).
+    /// Returns random numbers for the example with this index. They depend on the seed, the epoch and the index, and
+    /// not on the number of workers and the size of batches. So N workers compute what one worker computes on the
+    /// joined batch (PS-3).
     #[must_use]
     pub fn rng_of(&self, index: usize) -> Rng {
         Rng::from_parts(&[self.seed, OF_EXAMPLES, self.epoch, index as u64])
@@ -218,9 +218,10 @@ where
 }
 
 impl<I, D, F> Collated<I, D, F> {
-    /// Changes each item before it becomes a part of a batch that is trained on. `augment` takes its random numbers from
-    /// the [`Rng`] of the item ([`BatchPlace::rng_of`]): so an item is changed in another way in each epoch, and in the
-    /// same way whenever this batch is made again, by any number of workers. Evaluations see the items as they are.
+    /// Changes each item before it becomes a part of a batch that is trained on. `augment` takes its random numbers
+    /// from the [`Rng`] of the item ([`BatchPlace::rng_of`]): so an item is changed in another way in each epoch, and
+    /// in the same way whenever this batch is made again, by any number of workers. Evaluations see the items as they
+    /// are.
     ///
     /// ```
     /// use ps::data::{BatchPlace, Examples, collated};

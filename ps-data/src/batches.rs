@@ -194,7 +194,8 @@ impl<T: Send + 'static> Batches<T> {
         Ok(batch)
     }
 
-    /// Takes the oldest batch in the queue. After an error, or in a pause, the thread ends, so its producer is taken back.
+    /// Takes the oldest batch in the queue. After an error, or in a pause, the thread ends, so its producer is taken
+    /// back.
     fn receive(&mut self, prefetcher: Prefetcher<T>) -> Result<(T, Cursor), BatchError> {
         let result = prefetcher.receiver.recv().unwrap_or(Err(BatchError::Ended));
         self.state = match &result {
