@@ -27,7 +27,9 @@ use burn::optim::AdamWConfig;
 use burn::tensor::activation::{log_softmax, softmax};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::Parser;
-use ps::cli::{self, ChaosArgs, CheckpointArgs, ClusterArgs, ServerPlaces, ShowArgs, say};
+use ps::cli::{
+    self, ChaosArgs, CheckpointArgs, ClusterArgs, DeviceArgs, ServerPlaces, ShowArgs, say,
+};
 use ps::model::{Rng, nll_loss};
 use ps::prelude::*;
 
@@ -53,6 +55,8 @@ struct Args {
     /// When gradients are applied: bsp, asp, ssp:BOUND or k-of-n:K.
     #[arg(long, default_value = "bsp")]
     consistency: Consistency,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     cluster: ClusterArgs,
     #[command(flatten)]
@@ -87,7 +91,7 @@ fn train(args: Args) -> Result<ExitCode> {
         "--dropout must be at least 0 and less than 1, and is {}",
         args.dropout
     );
-    let device = select_device(default_device_name())?;
+    let device = args.device.device()?;
     device.seed(7); // Initial weights of burn's own layers.
     let alphabet = Alphabet::of(TEXT);
     let model = CharTransformer::new(alphabet.len(), args.dropout, &device);

@@ -20,7 +20,9 @@ use burn::optim::AdamConfig;
 use burn::tensor::activation::tanh;
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
-use ps::cli::{self, ChaosArgs, CheckpointArgs, ClusterArgs, ServerPlaces, ShowArgs, say};
+use ps::cli::{
+    self, ChaosArgs, CheckpointArgs, ClusterArgs, DeviceArgs, ServerPlaces, ShowArgs, say,
+};
 use ps::prelude::*;
 
 /// Training a model and data of your own.
@@ -33,6 +35,8 @@ struct Args {
     /// How often to go through the data.
     #[arg(long, default_value_t = 40)]
     epochs: u64,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten)]
     cluster: ClusterArgs,
     #[command(flatten)]
@@ -57,7 +61,7 @@ fn main() -> ExitCode {
 }
 
 fn train(args: Args) -> Result<ExitCode> {
-    let device = select_device(default_device_name())?;
+    let device = args.device.device()?;
     device.seed(7); // Initial weights of burn's own layers.
     let model = Mlp::new(&device);
     let as_batch = |points: Vec<Point>| points;

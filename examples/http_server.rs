@@ -25,7 +25,7 @@ use ps::actors::http::{Api, HttpConfig};
 use ps::actors::net::Token;
 use ps::actors::server::{CoordinatorStatus, GroupError};
 use ps::actors::worker::MAX_REFUSED;
-use ps::cli::{self, CheckpointArgs, ShowArgs, say};
+use ps::cli::{self, CheckpointArgs, DeviceArgs, ShowArgs, say};
 use ps::controls::LoopControls;
 use ps::observe::{Observers, Settings, Visitors};
 use ps::prelude::*;
@@ -53,6 +53,8 @@ struct Args {
     #[arg(long)]
     data_dir: Option<PathBuf>,
     #[command(flatten)]
+    device: DeviceArgs,
+    #[command(flatten)]
     checkpoints: CheckpointArgs,
     #[command(flatten)]
     show: ShowArgs,
@@ -75,7 +77,7 @@ fn serve(mut args: Args) -> Result<ExitCode> {
     if let Some(page) = page.filter(|page| **page == args.listen && page.port() != 0) {
         page.set_port(page.port().wrapping_add(1));
     }
-    let device = select_device(default_device_name())?;
+    let device = args.device.device()?;
     let model = ConvNet::init(0, &device);
     let mnist = Mnist::load(&MnistOptions {
         directory: args.data_dir.clone(),

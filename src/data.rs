@@ -4,12 +4,12 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use ps_actors::ids::Clock;
-use ps_data::{BatchError, Batches, Cursor, ImageDataset, SamplerConfig, SamplerError};
-use ps_model::ImageBatch;
+use ps_actors::ids::{Clock, WorkerId};
+use ps_data::{BatchError, Batches, Cursor, ImageDataset, Sampler, SamplerConfig, SamplerError};
 use ps_model::burn::data::dataloader::batcher::Batcher;
 use ps_model::burn::data::dataset::Dataset;
 use ps_model::burn::tensor::Device;
+use ps_model::{ImageBatch, Rng};
 use sha2::{Digest as _, Sha256};
 
 use crate::source::WorkerConfig;
@@ -54,6 +54,43 @@ pub trait Examples: Clone + Send + 'static {
     /// [`num_examples`](Self::num_examples).
     fn batch(&self, indices: &[usize]) -> Self::Batch;
 
+    /// Makes a batch to train on. The default is [`batch`](Self::batch), which evaluations use. Data that is changed at
+    /// random for each training step (augmented) takes its random numbers from `place`. Then the same batch is made
+    /// again after an interruption, in a replay, and on any process.
+    ///
+    /// ```
+    /// use ps::data::BatchPlace;
+    /// use ps::prelude::*;
+    ///
+    /// /// The numbers 0, 1, 2, ..., with noise while they are trained on.
+    /// #[derive(Clone)]
+    /// struct Noisy(usize);
+    ///
+    /// impl Examples for Noisy {
+    ///     type Batch = Vec<f32>;
+    ///
+    ///     fn num_examples(&self) -> usize {
+    ///         self.0
+    ///     }
+    ///
+    ///     fn batch(&self, indices: &[usize]) -> Vec<f32> {
+    ///         indices.iter().map(|&index| index as f32).collect()
+    ///     }
+    ///
+    ///     fn training_batch(&self, indices: &[usize], place: &BatchPlace) -> Vec<f32> {
+    ///         let noise = |&index| index as f32 + place.rng_of(index).uniform();
+    ///         indices.iter().map(noise).collect()
+    ///     }
+    /// }
+    ///
+    /// let place = BatchPlace::default();
+    /// assert_ne!(Noisy(10).training_batch(&[3, 4], &place), [3.0, 4.0]);
+    /// ```
+    fn training_batch(&self, indices: &[usize], place: &BatchPlace) -> Self::Batch {
+        let _ = place;
+        self.batch(indices)
+    }
+
     /// Returns a text that identifies the content, such as a digest: the same text for the same content,
     /// and another text for other content. `None`, the default, if there is no such text.
     ///
@@ -62,6 +99,45 @@ pub trait Examples: Clone + Send + 'static {
     /// time or an address in memory does.
     fn fingerprint(&self) -> Option<String> {
         None
+    }
+}
+
+/// The place of a batch in a training: what its random changes may depend on.
+///
+/// For an example, see [`Examples::training_batch`] and [`Collated::augmented_by`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchPlace {
+    /// The seed of the training.
+    pub seed: u64,
+    /// How often the data was gone through before.
+    pub epoch: u64,
+    /// The worker that computes on the batch.
+    pub worker: WorkerId,
+    /// The worker's step, from the start of the training on. The first one is 0.
+    pub step: u64,
+    /// The part of the step's batch, if it is computed in [several](crate::Trainer::micro_batches). The first one is 0.
+    pub part: usize,
+}
+
+/// They make the streams of batches, of examples and of other users of the seed differ.
+const OF_BATCHES: u64 = 0x6261_7463_6865_7321;
+const OF_EXAMPLES: u64 = 0x6578_616d_706c_6573;
+
+impl BatchPlace {
+    /// Returns random numbers for the example with this index. They depend on the seed, the epoch and the index, and
+    /// not on the number of workers and the size of batches. So N workers compute what one worker computes on the
+    /// joined batch (PS-3).
+    #[must_use]
+    pub fn rng_of(&self, index: usize) -> Rng {
+        Rng::from_parts(&[self.seed, OF_EXAMPLES, self.epoch, index as u64])
+    }
+
+    /// Returns random numbers for a change of the whole batch. They depend on everything here but the epoch, which
+    /// follows from the step.
+    #[must_use]
+    pub fn rng(&self) -> Rng {
+        let (worker, part) = (self.worker.0.into(), self.part as u64);
+        Rng::from_parts(&[self.seed, OF_BATCHES, worker, self.step, part])
     }
 }
 
@@ -98,10 +174,14 @@ pub(crate) fn hex(digest: &[u8]) -> String {
         .collect()
 }
 
+/// Changes an item at random.
+type Augment<I> = Arc<dyn Fn(I, &BatchPlace, &mut Rng) -> I + Send + Sync>;
+
 /// A burn [`Dataset`] with a function that makes a batch of items. See [`collated`].
 pub struct Collated<I, D, F> {
     dataset: Arc<D>,
     collate: F,
+    augment: Option<Augment<I>>,
     fingerprint: Option<String>,
     items: PhantomData<fn() -> I>,
 }
@@ -131,8 +211,40 @@ where
     Collated {
         dataset: Arc::new(dataset),
         collate,
+        augment: None,
         fingerprint: None,
         items: PhantomData,
+    }
+}
+
+impl<I, D, F> Collated<I, D, F> {
+    /// Changes each item before it becomes a part of a batch that is trained on. `augment` takes its random numbers
+    /// from the [`Rng`] of the item ([`BatchPlace::rng_of`]): so an item is changed in another way in each epoch, and
+    /// in the same way whenever this batch is made again, by any number of workers. Evaluations see the items as they
+    /// are.
+    ///
+    /// ```
+    /// use ps::data::{BatchPlace, Examples, collated};
+    /// use ps::model::burn::data::dataset::InMemDataset;
+    ///
+    /// let numbers = InMemDataset::new(vec![1.0f32, 2.0, 3.0]);
+    /// let data = collated(numbers, |items: Vec<f32>| items)
+    ///     .augmented_by(|item, _place, rng| item + rng.uniform());
+    /// let first = BatchPlace::default();
+    /// let batch = data.training_batch(&[2, 0], &first);
+    /// assert!((3.0..4.0).contains(&batch[0]) && (1.0..2.0).contains(&batch[1]));
+    /// assert_eq!(data.training_batch(&[0], &first), batch[1..]);
+    /// let second = BatchPlace { epoch: 1, ..first };
+    /// assert_ne!(data.training_batch(&[0], &second), batch[1..]);
+    /// assert_eq!(data.batch(&[2, 0]), [3.0, 1.0]);
+    /// ```
+    #[must_use]
+    pub fn augmented_by(
+        mut self,
+        augment: impl Fn(I, &BatchPlace, &mut Rng) -> I + Send + Sync + 'static,
+    ) -> Self {
+        self.augment = Some(Arc::new(augment));
+        self
     }
 }
 
@@ -229,12 +341,30 @@ where
     /// # Panics
     /// If the data set cannot return an example. A worker reports this as the error of its source.
     fn batch(&self, indices: &[usize]) -> B {
-        let items = self.dataset.get_many(indices.to_vec());
-        (self.collate)(items.unwrap_or_else(|error| panic!("the data set failed: {error}")))
+        (self.collate)(self.items(indices))
+    }
+
+    /// # Panics
+    /// As [`batch`](Self::batch).
+    fn training_batch(&self, indices: &[usize], place: &BatchPlace) -> B {
+        let mut items = self.items(indices);
+        if let Some(augment) = &self.augment {
+            let each = items.into_iter().zip(indices);
+            let each = each.map(|(item, &index)| augment(item, place, &mut place.rng_of(index)));
+            items = each.collect();
+        }
+        (self.collate)(items)
     }
 
     fn fingerprint(&self) -> Option<String> {
         self.fingerprint.clone()
+    }
+}
+
+impl<I, D: Dataset<I>, F> Collated<I, D, F> {
+    fn items(&self, indices: &[usize]) -> Vec<I> {
+        let items = self.dataset.get_many(indices.to_vec());
+        items.unwrap_or_else(|error| panic!("the data set failed: {error}"))
     }
 }
 
@@ -244,6 +374,7 @@ impl<I, D, F: Clone> Clone for Collated<I, D, F> {
         Self {
             dataset,
             collate,
+            augment: self.augment.clone(),
             fingerprint: self.fingerprint.clone(),
             items: PhantomData,
         }
@@ -299,16 +430,16 @@ impl<B: Send + 'static> WorkerBatches<B> {
         E: Examples<Batch = B>,
     {
         let data = data.clone();
-        Self::made_by(data.num_examples(), config, move |indices| {
-            data.batch(indices)
+        Self::made_by(data.num_examples(), config, move |place, indices| {
+            data.training_batch(indices, &place)
         })
     }
 
-    /// Makes the batches of a worker's share by `make`, from the indexes of their examples.
+    /// Makes the batches of a worker's share by `make`, from their places and the indexes of their examples.
     fn made_by(
         num_examples: usize,
         config: WorkerConfig,
-        make: impl FnMut(&[usize]) -> B + Send + 'static,
+        mut make: impl FnMut(BatchPlace, &[usize]) -> B + Send + 'static,
     ) -> Result<Self, SamplerError> {
         let sampler = SamplerConfig {
             shard: config.worker.0 as usize,
@@ -318,8 +449,19 @@ impl<B: Send + 'static> WorkerBatches<B> {
             drop_last: leaves_out_end(num_examples, config.num_workers, config.batch_size),
             ..SamplerConfig::new(num_examples, config.batch_size)
         };
+        let per_epoch = Sampler::new(sampler.clone())?.batches_per_epoch();
+        let make_at = move |Cursor { epoch, batch }, indices: &[usize]| {
+            let place = BatchPlace {
+                seed: config.seed,
+                epoch,
+                worker: config.worker,
+                step: epoch.wrapping_mul(per_epoch).wrapping_add(batch),
+                part: 0,
+            };
+            make(place, indices)
+        };
         Ok(Self {
-            batches: Batches::new(sampler, make)?,
+            batches: Batches::at_cursors(sampler, make_at)?,
         })
     }
 
@@ -367,9 +509,13 @@ impl<B: Send + 'static> WorkerBatches<Vec<MicroBatch<B>>> {
         E: Examples<Batch = B>,
     {
         let data = data.clone();
-        Self::made_by(data.num_examples(), config, move |indices| {
-            let parts = parts(indices, num_parts).into_iter();
-            parts.map(|part| (part.len(), data.batch(part))).collect()
+        Self::made_by(data.num_examples(), config, move |place, indices| {
+            let parts = parts(indices, num_parts).into_iter().enumerate();
+            let micro_batch = |(part, indices): (usize, &[usize])| {
+                let place = BatchPlace { part, ..place };
+                (indices.len(), data.training_batch(indices, &place))
+            };
+            parts.map(micro_batch).collect()
         })
     }
 }

@@ -46,6 +46,23 @@ pub struct CurvePoint {
 /// println!("{report}");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// To write a report to a file, make a [`RunSummary`](crate::observe::RunSummary) of it. It has everything but the
+/// weights and the losses of all batches, and implements serde's `Serialize`:
+///
+/// ```
+/// use ps::observe::RunSummary;
+/// # use ps::prelude::*;
+/// # let device = select_device(default_device_name())?;
+/// # let report = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+/// #     .device(&device)
+/// #     .iterations(2)
+/// #     .run()?;
+///
+/// let json = serde_json::to_value(RunSummary::from(&report))?;
+/// assert_eq!(json["num_updates"], 2);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Report {
     /// The consistency mode of the run.

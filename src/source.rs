@@ -4,13 +4,13 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ps_actors::actor::{ActorRef, Spawn, SpawnError};
+use ps_actors::actor::{ActorRef, Spawn, SpawnError, error_chain};
 use ps_actors::buffer::BufferPool;
 use ps_actors::cluster::{Hosted, Hosts};
 use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::weights::{Gradient, Layout, LayoutError, Parameter, Precision, Weights};
 use ps_actors::worker::{DataWorker, GradientSource, HostedSource, LocalGradient, SourceError};
-use ps_data::SamplerError;
+use ps_data::{BatchError, Batches, Cursor, SamplerConfig, SamplerError};
 use ps_model::burn::module::Module;
 use ps_model::burn::tensor::{DType, Device};
 use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
@@ -494,13 +494,17 @@ where
 /// assert!((0.0..=100.0).contains(&accuracy));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// An evaluation makes one batch after the other, on a thread that is a few batches ahead. So the test set need not
+/// fit into memory.
 pub struct Evaluator<M: Model> {
     loadable: Loadable<M>,
-    batches: Vec<M::Batch>,
+    /// In the order of the examples. They begin again at the end.
+    batches: Batches<M::Batch>,
 }
 
 impl<M: Model> Evaluator<M> {
-    /// Makes the batches of all of `data`, once.
+    /// Puts a copy of `model` on `device`. `data` makes its batches during each evaluation.
     ///
     /// # Errors
     /// If the model has no flat weights, or if there is no data.
@@ -508,21 +512,26 @@ impl<M: Model> Evaluator<M> {
     where
         E: Examples<Batch = M::Batch>,
     {
-        let all: Vec<usize> = (0..data.num_examples()).collect();
-        if all.is_empty() {
+        let num_examples = data.num_examples();
+        if num_examples == 0 {
             return Err(SetupError::NoTestData);
         }
-        let batches = all.chunks(EVALUATION_BATCH).map(|chunk| data.batch(chunk));
+        let in_order = SamplerConfig {
+            shuffle: false,
+            ..SamplerConfig::new(num_examples, EVALUATION_BATCH)
+        };
+        let data = data.clone();
         Ok(Self {
             loadable: Loadable::new(model, device)?,
-            batches: batches.collect(),
+            batches: Batches::new(in_order, move |indices| data.batch(indices))?
+                .pause_between_epochs(),
         })
     }
 
     /// Evaluates weights on all examples.
     ///
     /// # Errors
-    /// If the weights are of another model, or if the model panics.
+    /// If the weights are of another model, if the data set fails, or if the model panics.
     pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
         self.evaluate_in_steps(weights, |_, _| {})
     }
@@ -534,11 +543,12 @@ impl<M: Model> Evaluator<M> {
         mut on_batch: impl FnMut(usize, usize),
     ) -> Result<Evaluation, ModelError> {
         self.loadable.load(weights)?;
-        let (model, num_batches) = (&self.loadable.model, self.batches.len());
-        let batches = self.batches.iter().enumerate();
-        let evaluated = batches.map(|(index, batch)| -> Result<_, ModelError> {
-            let evaluation = model.evaluate(batch)?;
-            on_batch(index + 1, num_batches);
+        self.seek_first()?;
+        let num_batches = self.batches.batches_per_epoch() as usize;
+        let evaluated = (1..=num_batches).map(|num_done| -> Result<_, ModelError> {
+            let batch = self.batches.next_batch().map_err(no_batch)?;
+            let evaluation = self.loadable.model.evaluate(&batch)?;
+            on_batch(num_done, num_batches);
             Ok(evaluation)
         });
         evaluated.sum()
@@ -547,8 +557,19 @@ impl<M: Model> Evaluator<M> {
     /// Evaluates only the first batch, to check that the model accepts this data.
     pub(crate) fn try_out(&mut self, weights: &Weights) -> Result<(), ModelError> {
         self.loadable.load(weights)?;
-        let first = self.batches.first().expect("there is data");
-        self.loadable.model.evaluate(first).map(drop)
+        self.seek_first()?;
+        let first = self.batches.next_batch().map_err(no_batch)?;
+        self.loadable.model.evaluate(&first)?;
+        // The batches that were prepared meanwhile would only take memory until the first evaluation.
+        self.seek_first()
+    }
+
+    /// Moves to the first batch. After a whole evaluation that is the next one.
+    fn seek_first(&mut self) -> Result<(), ModelError> {
+        match self.batches.cursor().batch {
+            0 => Ok(()),
+            _ => (self.batches.seek(Cursor::default())).map_err(no_batch),
+        }
     }
 
     /// Returns the percentage of right answers, from 0 to 100. NaN for a model that does not classify.
@@ -563,10 +584,14 @@ impl<M: Model> Evaluator<M> {
     }
 }
 
+fn no_batch(error: BatchError) -> ModelError {
+    ModelError::NoBatch(error_chain(&error))
+}
+
 impl<M: Model> fmt::Debug for Evaluator<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Evaluator")
-            .field("num_batches", &self.batches.len())
+            .field("num_batches", &self.batches.batches_per_epoch())
             .finish_non_exhaustive()
     }
 }

@@ -67,6 +67,9 @@ impl Saved {
         });
         let lines: String = lines.collect();
         fs::write(path.join("CHECKSUMS"), lines).expect("there is room for files");
+        if let Ok(weights) = Weights::read_safetensors(path.join(FILES[0]), initial().layout()) {
+            assert_eq!(weights.len(), 8, "they are those of the model");
+        }
         let Ok(checkpoint) = Checkpoint::read(&path) else {
             return;
         };

@@ -62,6 +62,7 @@ pub struct Batches<T> {
     /// The position of the next batch that the consumer gets.
     cursor: Cursor,
     depth: usize,
+    pauses: bool,
     state: State<T>,
 }
 
@@ -86,7 +87,30 @@ impl<T: Send + 'static> Batches<T> {
         config: SamplerConfig,
         mut collate: impl FnMut(&[usize]) -> T + Send + 'static,
     ) -> Result<Self, SamplerError> {
-        Self::with_fallible(config, move |indices| Ok(collate(indices)))
+        Self::with_fallible(config, move |_, indices| Ok(collate(indices)))
+    }
+
+    /// Does the same, and also tells `collate` the position of each batch. So a batch may have random changes that are
+    /// the same whenever the batch is made.
+    ///
+    /// ```
+    /// use ps_data::{Batches, Cursor, SamplerConfig};
+    ///
+    /// let config = SamplerConfig { shuffle: false, ..SamplerConfig::new(4, 2) };
+    /// let mut batches = Batches::at_cursors(config, |cursor, indexes| (cursor, indexes.to_vec()))?;
+    /// assert_eq!(batches.next_batch()?.0, Cursor { epoch: 0, batch: 0 });
+    /// assert_eq!(batches.next_batch()?, (Cursor { epoch: 0, batch: 1 }, vec![2, 3]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If `config` is invalid; see [`Sampler::new`].
+    pub fn at_cursors(
+        config: SamplerConfig,
+        mut collate: impl FnMut(Cursor, &[usize]) -> T + Send + 'static,
+    ) -> Result<Self, SamplerError> {
+        Self::with_fallible(config, move |cursor, indices| Ok(collate(cursor, indices)))
     }
 
     /// Makes batches from any burn `Dataset`. `collate` joins the items of a batch.
@@ -100,7 +124,7 @@ impl<T: Send + 'static> Batches<T> {
         mut collate: impl FnMut(Vec<I>) -> T + Send + 'static,
     ) -> Result<Self, SamplerError> {
         check_length(&config, dataset.len())?;
-        Self::with_fallible(config, move |indices| {
+        Self::with_fallible(config, move |_, indices| {
             let items = dataset.get_many(indices.to_vec());
             items.map(&mut collate).map_err(BatchError::Dataset)
         })
@@ -108,7 +132,7 @@ impl<T: Send + 'static> Batches<T> {
 
     fn with_fallible(
         config: SamplerConfig,
-        collate: impl FnMut(&[usize]) -> Result<T, BatchError> + Send + 'static,
+        collate: impl FnMut(Cursor, &[usize]) -> Result<T, BatchError> + Send + 'static,
     ) -> Result<Self, SamplerError> {
         let sampler = Sampler::new(config.clone())?;
         Ok(Self {
@@ -116,6 +140,7 @@ impl<T: Send + 'static> Batches<T> {
             batches_per_epoch: sampler.batches_per_epoch(),
             cursor: sampler.cursor(),
             depth: DEFAULT_DEPTH,
+            pauses: false,
             state: State::Idle(Producer {
                 sampler,
                 collate: Box::new(collate),
@@ -135,6 +160,14 @@ impl<T: Send + 'static> Batches<T> {
         self
     }
 
+    /// Sets that no batch of an epoch is prepared before one of them is asked for. So between two epochs there is no
+    /// thread, and no batch takes memory.
+    #[must_use]
+    pub fn pause_between_epochs(mut self) -> Self {
+        self.pauses = true;
+        self
+    }
+
     /// Waits for the next batch and returns it.
     ///
     /// # Errors
@@ -145,7 +178,7 @@ impl<T: Send + 'static> Batches<T> {
         let (batch, next) = match std::mem::replace(&mut self.state, State::Ended) {
             State::Ended => return Err(BatchError::Ended),
             State::Idle(producer) if self.depth > 0 => {
-                let prefetcher = Prefetcher::start(producer, self.depth)?;
+                let prefetcher = Prefetcher::start(producer, self.depth, self.pauses)?;
                 self.receive(prefetcher)?
             }
             State::Idle(mut producer) => {
@@ -161,12 +194,13 @@ impl<T: Send + 'static> Batches<T> {
         Ok(batch)
     }
 
-    /// Takes the oldest batch in the queue. After an error the thread ends, so its producer is taken back.
+    /// Takes the oldest batch in the queue. After an error, or in a pause, the thread ends, so its producer is taken
+    /// back.
     fn receive(&mut self, prefetcher: Prefetcher<T>) -> Result<(T, Cursor), BatchError> {
         let result = prefetcher.receiver.recv().unwrap_or(Err(BatchError::Ended));
         self.state = match &result {
-            Ok(_) => State::Prefetching(prefetcher),
-            Err(_) => prefetcher.stop().map_or(State::Ended, State::Idle),
+            Ok((_, next)) if !(self.pauses && next.batch == 0) => State::Prefetching(prefetcher),
+            Ok(_) | Err(_) => prefetcher.stop().map_or(State::Ended, State::Idle),
         };
         result
     }
@@ -252,7 +286,7 @@ fn check_length(config: &SamplerConfig, found: usize) -> Result<(), SamplerError
     }
 }
 
-type Collate<T> = Box<dyn FnMut(&[usize]) -> Result<T, BatchError> + Send>;
+type Collate<T> = Box<dyn FnMut(Cursor, &[usize]) -> Result<T, BatchError> + Send>;
 
 /// Makes one batch after the other.
 struct Producer<T> {
@@ -268,7 +302,7 @@ impl<T> Producer<T> {
         let start = self.sampler.cursor();
         self.sampler.next_into(&mut self.indices);
         // After a panic the producer is dropped, because its state may be inconsistent.
-        let collated = catch_unwind(AssertUnwindSafe(|| (self.collate)(&self.indices)));
+        let collated = catch_unwind(AssertUnwindSafe(|| (self.collate)(start, &self.indices)));
         match collated {
             Ok(Ok(batch)) => Ok((batch, self.sampler.cursor())),
             Ok(Err(error)) => {
@@ -299,7 +333,7 @@ struct Prefetcher<T> {
 struct Stopper<T>(Option<JoinHandle<Option<Producer<T>>>>);
 
 impl<T: Send + 'static> Prefetcher<T> {
-    fn start(mut producer: Producer<T>, depth: usize) -> Result<Self, BatchError> {
+    fn start(mut producer: Producer<T>, depth: usize, pauses: bool) -> Result<Self, BatchError> {
         let (sender, receiver) = sync_channel(depth);
         let run = move || {
             loop {
@@ -311,7 +345,8 @@ impl<T: Send + 'static> Prefetcher<T> {
                 if panicked {
                     return None;
                 }
-                if failed || refused {
+                let is_pause = pauses && producer.sampler.cursor().batch == 0;
+                if failed || refused || is_pause {
                     return Some(producer);
                 }
             }

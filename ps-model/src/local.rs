@@ -58,6 +58,9 @@ pub enum ModelError {
     /// the next call works.
     #[error("the model panicked: {0}")]
     Panicked(String),
+    /// The data set gave no batch to evaluate.
+    #[error("there is no batch to evaluate: {0}")]
+    NoBatch(String),
 }
 
 /// A model on a device, with flat weights and gradients.
@@ -191,7 +194,8 @@ impl<M: Module> LocalModel<M> {
 
     /// Passes on what training does not change: the values of all parameters that are not trainable, of the
     /// running statistics of frozen layers, and of flags such as the `training` of a dropout layer. Each comes with its
-    /// path, its dimensions, and its bytes in row-major order. The order of the tensors is always the same.
+    /// path, its dimensions, and its bytes in row-major order. The order of the tensors is always the same. The bytes
+    /// do not depend on the backend: integers come as `i32` if all of the tensor fit, otherwise as `i64`.
     ///
     /// They do not travel, so processes that train one model together must agree on them. Fields of type
     /// `Tensor` (not `Param`) are not included, because burn does not show them.

@@ -258,7 +258,8 @@ impl ModuleVisitor for Surveyor {
 
 /// Passes on what training does not change: the values of all parameters that are not trainable, of the running
 /// statistics of frozen layers, and of flags such as the `training` of a dropout layer. Each comes with its path, its
-/// dimensions, and its bytes in row-major order. They come in the order of the module's fields.
+/// dimensions, and its bytes in row-major order. They come in the order of the module's fields. The bytes do not depend
+/// on the backend: integers come as `i32` if all of the tensor fit, otherwise as `i64`, and booleans as a byte each.
 ///
 /// Processes that train one model must agree on them. Fields of type `Tensor` (not `Param`) are not
 /// included, because burn does not show them.
@@ -302,11 +303,21 @@ impl<F: FnMut(&str, &[usize], &[u8])> ModuleVisitor for FixedTensors<'_, F> {
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        self.data(&param.base().inner().into_data());
+        let data = param.base().inner().into_data();
+        let wide: Vec<i64> = data.iter::<i64>().collect();
+        // The type is the backend's: of 32 bits on `flex`, of 64 on `ndarray`.
+        let narrow: Result<Vec<i32>, _> = wide.iter().map(|&value| value.try_into()).collect();
+        let bytes: Vec<u8> = match narrow {
+            Ok(narrow) => narrow.into_iter().flat_map(i32::to_le_bytes).collect(),
+            Err(_) => wide.into_iter().flat_map(i64::to_le_bytes).collect(),
+        };
+        (self.visit)(&self.path.join("."), data.shape(), &bytes);
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        self.data(&param.base().inner().into_data());
+        let data = param.base().inner().into_data();
+        let bytes: Vec<u8> = data.iter::<bool>().map(u8::from).collect();
+        (self.visit)(&self.path.join("."), data.shape(), &bytes);
     }
 
     fn visit_flag(&mut self, flag: &Param<Flag>) {

@@ -30,10 +30,29 @@ pub struct DataArgs {
     #[cfg(feature = "mnist")]
     #[arg(long)]
     pub offline: bool,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+#[allow(missing_docs, reason = "see above")]
+#[derive(Clone, Debug, clap::Args)]
+pub struct DeviceArgs {
     /// Where to compute, such as flex, ndarray, tch, tch:cuda, cuda, cuda:0 or wgpu, if compiled in. Without a
     /// number, the processes of a host take its GPUs in turn.
     #[arg(long, default_value = default_device_name())]
     pub device: String,
+}
+
+impl DeviceArgs {
+    /// Returns the device to compute on. In a program with [`ClusterArgs`](super::ClusterArgs), the processes of a
+    /// host take its GPUs in turn, if the name has no number.
+    ///
+    /// # Errors
+    /// When it is not compiled in, or does not exist.
+    pub fn device(&self) -> Result<Device, DeviceError> {
+        let local_rank = LOCAL_RANK.get().copied().unwrap_or(0);
+        select_device_for(&self.device, local_rank as usize)
+    }
 }
 
 impl DataArgs {
@@ -60,14 +79,12 @@ impl DataArgs {
         Ok(mnist)
     }
 
-    /// Returns the device to compute on. In a program with [`ClusterArgs`](super::ClusterArgs), the processes of a
-    /// host take its GPUs in turn, if the name has no number.
+    /// Returns the device to compute on, as [`DeviceArgs::device`].
     ///
     /// # Errors
     /// When it is not compiled in, or does not exist.
     pub fn device(&self) -> Result<Device, DeviceError> {
-        let local_rank = LOCAL_RANK.get().copied().unwrap_or(0);
-        select_device_for(&self.device, local_rank as usize)
+        self.device.device()
     }
 }
 
@@ -118,5 +135,35 @@ impl TrainArgs {
             batch_size: self.batch_size,
             seed: self.seed,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+    use ps_model::DeviceError;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        data: DataArgs,
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+
+    #[test]
+    fn the_flag_chooses_the_device() {
+        Program::command().debug_assert();
+        let device = |flags: &[&str]| {
+            let program = Program::parse_from([&["program"], flags].concat());
+            assert_eq!(program.train.num_workers, 2);
+            program.data.device()
+        };
+        device(&[]).unwrap();
+        device(&["--device", default_device_name()]).unwrap();
+        let error = device(&["--device", "abacus"]).unwrap_err();
+        assert!(matches!(error, DeviceError::Unknown { name } if name == "abacus"));
     }
 }

@@ -53,7 +53,7 @@
 //! | `chaos` | [`ChaosArgs`]: faults on purpose |
 //! | `checkpoints` | [`CheckpointArgs`]: where checkpoints are saved; how an interrupted training ends |
 //! | `cluster` | [`ClusterArgs`]: which of several processes this one is |
-//! | `data` | [`DataArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
+//! | `data` | [`DataArgs`], [`DeviceArgs`], [`TrainArgs`]: MNIST, device, settings of a training |
 //! | `doctor` | `--doctor`: checks whether the processes find and reach each other |
 //! | `log` | log lines on standard error, with the role of the process; `RUST_LOG` |
 //! | `record` | [`RecordArgs`]: record a training, and replay it |
@@ -84,7 +84,7 @@ use ps_actors::launch::log_prefix;
 pub use chaos::{ChaosArgs, ServerPlaces};
 pub use checkpoints::{CheckpointArgs, end_of_training};
 pub use cluster::ClusterArgs;
-pub use data::{DataArgs, TrainArgs};
+pub use data::{DataArgs, DeviceArgs, TrainArgs};
 #[doc(hidden)]
 pub use output::print_line;
 pub use output::say;

@@ -125,6 +125,8 @@
 //!
 //! - A parameter that the loss does not depend on has a gradient of zero instead of no gradient, so weight decay
 //!   changes it.
+//! - Parameters of `f16` or `bf16` have no master weights in `f32`: the learner's optimizer updates them in their own
+//!   type, as in burn, so small updates are rounded away. A [`Trainer`](crate::Trainer) has such weights (M-1).
 //! - A gradient with NaN or infinity is refused. If more than half of the gradients of an epoch are refused, or if the
 //!   weights are not finite at its end, the training ends with an error.
 //! - A model with tied parameters is refused. In `Bsp`, running statistics are the mean of the workers', as with

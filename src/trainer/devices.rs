@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ps_actors::ids::WorkerId;
+use ps_actors::launch::{self, env};
 use ps_model::burn::tensor::Device;
-use ps_model::{Model, default_device_name, select_device};
+use ps_model::{Model, default_device_name, select_device_for};
 
 use super::{TrainError, Trainer};
 
@@ -71,8 +72,8 @@ impl Devices {
 }
 
 impl<M: Model, E> Trainer<M, E> {
-    /// Sets the device to compute on. The default is that of
-    /// [`default_device_name`].
+    /// Sets the device to compute on. The default is that of [`default_device_name`]. If that is a GPU, the processes
+    /// of a host take its GPUs in turn, as with [`select_device_for`].
     #[must_use]
     pub fn device(self, device: &Device) -> Self {
         self.devices([device.clone()])
@@ -119,13 +120,20 @@ impl<M: Model, E> Trainer<M, E> {
         match &self.devices {
             Some(devices) if devices.is_empty() => Err(TrainError::NoDevice),
             Some(devices) => Ok(devices.clone()),
-            None => Ok(vec![select_device(default_device_name())?]),
+            None => {
+                // Starting the processes reports variables that make no sense.
+                let local_rank = launch::local_rank(env::read).unwrap_or(0);
+                let device = select_device_for(default_device_name(), local_rank as usize)?;
+                Ok(vec![device])
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ps_model::select_device;
+
     use super::*;
 
     fn places(devices: &Devices, workers: &[u32]) -> Vec<usize> {

@@ -139,7 +139,8 @@ where
     }
 
     /// Sets the data to evaluate on. The final weights are evaluated, and the weights during the run if
-    /// [`evaluate_every`](Self::evaluate_every) is set.
+    /// [`evaluate_every`](Self::evaluate_every) is set. An evaluation makes one batch of 256 examples after the other,
+    /// so the data need not fit into memory.
     #[must_use]
     pub fn test_data(mut self, test: E) -> Self {
         self.test = Some(test);

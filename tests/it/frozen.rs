@@ -1,5 +1,6 @@
 //! What is frozen stays as it is to the bit, whatever the update rule does with a gradient of zero.
 
+use ps::actors::codec::{Encoded, encode};
 use ps::model::burn;
 use ps::model::burn::data::dataset::InMemDataset;
 use ps::model::burn::module::{Lora, Module};
@@ -160,6 +161,36 @@ fn the_base_under_lora_adapters_keeps_its_bits() {
         bits(model.hidden.weight.val()),
         bits(after.hidden.weight.val())
     );
+}
+
+/// M-1: the bytes on the wire are those of the trainable parameters, in both directions.
+#[test]
+fn bytes_on_the_wire_are_those_of_what_is_trained() {
+    let device = device();
+    let Perceptron { hidden, output } = Perceptron::init([50, 40], &device);
+    let hidden = hidden.freeze();
+    let frozen = Perceptron { hidden, output };
+    let lora = Perceptron::init([50, 40], &device).apply_lora(Lora::new(2, 4.0));
+    for (model, num_trainable) in [(frozen, 40 + 1), (lora, 50 * 2 + 2 * 40 + 40 * 2 + 2)] {
+        let config = WorkerConfig {
+            worker: WorkerId(0),
+            num_workers: 1,
+            batch_size: 8,
+            seed: 1,
+        };
+        let weights = initial_weights(&model, &device).unwrap();
+        let worker = spawn_worker(&model, &device, &data(), config).unwrap();
+        let update = worker.ask(ComputeGradients(weights.clone())).wait();
+        let update = update.unwrap().unwrap();
+        // All that the two messages have: numbers of 4 bytes, and a header.
+        let sent = [encode(&weights), encode(&update)].map(Result::unwrap);
+        for Encoded { header, bulk } in sent {
+            let num_bytes: usize = bulk.iter().map(|bulk| 4 * bulk.len()).sum();
+            assert_eq!(num_bytes, 4 * num_trainable);
+            // The 2,000 weights that are not trained are not in there. (The layout may be.)
+            assert!(header.len() < 1_000, "{} bytes", header.len());
+        }
+    }
 }
 
 #[test]

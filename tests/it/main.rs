@@ -1,5 +1,6 @@
 //! Training as users do it, on the bundled sample of MNIST.
 
+mod augmentation;
 mod bad_input;
 mod batches;
 mod buffers;
@@ -10,6 +11,7 @@ mod dashboard;
 mod elastic;
 mod ending;
 mod equivalence;
+mod evaluation;
 mod frozen;
 mod gate;
 mod groups;

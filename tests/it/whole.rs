@@ -1,10 +1,12 @@
 //! LAMB and Muon, which need whole parameters (S-22).
 
-use ps::model::FlatView;
+use ps::model::burn;
 use ps::model::burn::data::dataset::InMemDataset;
-use ps::model::burn::module::ParamGroup;
+use ps::model::burn::module::{Module, ParamGroup};
+use ps::model::burn::nn::Linear;
 use ps::model::burn::optim::{AdamWConfig, GradientsParams, LambConfig, MuonConfig};
-use ps::model::burn::tensor::Device;
+use ps::model::burn::tensor::{Device, Tensor};
+use ps::model::{FlatView, Rng, seeded};
 use ps::prelude::*;
 
 use crate::groups::{Perceptron, rows};
@@ -112,6 +114,73 @@ fn a_training_with_lamb_goes_on_and_is_computed_again_to_the_bit() {
     };
     half(4, 3);
     assert!(bits(&half(10, 2).weights) == bits(&whole.weights));
+}
+
+/// Most of its weights are in the first parameter: 72, 8, 8 and 1. So the first of three servers has none.
+#[derive(Module, Debug)]
+struct WideFirst {
+    hidden: Linear,
+    output: Linear,
+}
+
+impl Model for WideFirst {
+    type Batch = Vec<f32>;
+
+    fn loss(&self, x: &Vec<f32>, step: &mut Step) -> Tensor<1> {
+        let x = Tensor::<1>::from_floats(x.as_slice(), step.device()).unsqueeze_dim::<2>(1);
+        let hidden = self.hidden.forward(x.clone().repeat(&[1, 9])).tanh();
+        (self.output.forward(hidden) - x.square()).square().mean()
+    }
+
+    fn num_examples(x: &Vec<f32>) -> usize {
+        x.len()
+    }
+}
+
+/// S-13 and S-22. The state of the optimizer of a server without weights is never used.
+#[test]
+fn a_training_whose_first_server_has_no_weights_saves_and_goes_on() {
+    let trainer = |with_muon, num_iterations| {
+        let rng = &mut Rng::new(5);
+        let model = WideFirst {
+            hidden: seeded::linear(rng, [9, 8], &device()),
+            output: seeded::linear(rng, [8, 1], &device()),
+        };
+        let data = collated(InMemDataset::new(rows()), |rows: Vec<f32>| rows);
+        let trainer = Trainer::new(model, data)
+            .device(&device())
+            .batch_size(rows().len())
+            .iterations(num_iterations)
+            .learning_rate(0.05);
+        match with_muon {
+            true => trainer
+                .optimizer(AdamWConfig::new())
+                .optimizer_for(&matrices(), MuonConfig::new()),
+            false => trainer.optimizer(lamb()),
+        }
+    };
+    for with_muon in [false, true] {
+        let whole = trainer(with_muon, 10).run().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut known = None;
+        // The last part has another number of servers.
+        for (num_iterations, num_servers) in [(3, 3), (6, 3), (8, 3), (10, 2)] {
+            let config = CheckpointConfig {
+                resume: true,
+                ..CheckpointConfig::new(directory.path())
+            };
+            let trainer = trainer(with_muon, num_iterations).servers(num_servers);
+            let report = trainer.checkpoints(config).run().unwrap();
+            assert_eq!(report.resumed.map(|resumed| resumed.version), known);
+            let saved = report.checkpoints.unwrap();
+            assert_eq!(saved.num_failed, 0, "{with_muon}, {num_iterations}");
+            known = Some(Version(num_iterations));
+            assert!(saved.has(Version(num_iterations)));
+            if num_iterations == 10 {
+                assert!(bits(&report.weights) == bits(&whole.weights), "{with_muon}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -249,7 +249,8 @@ impl Weights {
     ///
     /// # Errors
     /// If the file cannot be written, or if two parameters have the same name.
-    pub fn write_safetensors(&self, path: &Path) -> Result<(), CheckpointError> {
+    pub fn write_safetensors(&self, path: impl AsRef<Path>) -> Result<(), CheckpointError> {
+        let path = path.as_ref();
         let failed = |source| CheckpointError::Write {
             path: path.to_owned(),
             source,
@@ -262,6 +263,58 @@ impl Weights {
             let _ = fs::remove_file(&partial);
         }
         written
+    }
+
+    /// Reads the weights of a model with this layout from a file of the format safetensors, such as one that
+    /// [`write_safetensors`](Self::write_safetensors) has written, or the `model.safetensors` of a checkpoint. Their
+    /// version is 0.
+    ///
+    /// ```
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let weights = Weights::initial(Layout::flat(3), vec![1.0, 2.0, 3.0]);
+    /// let directory = tempfile::tempdir()?;
+    /// let path = directory.path().join("model.safetensors");
+    /// weights.write_safetensors(&path)?;
+    ///
+    /// let read = Weights::read_safetensors(&path, weights.layout())?;
+    /// assert_eq!(read.to_vec(), [1.0, 2.0, 3.0]);
+    /// let error = Weights::read_safetensors(&path, &Layout::flat(4)).unwrap_err();
+    /// assert!(error.to_string().contains("weights is F32 [3], not F32 [4]"), "{error}");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is damaged. If it does not have exactly the parameters of the layout, by their
+    /// names and shapes, as `f32`.
+    pub fn read_safetensors(
+        path: impl AsRef<Path>,
+        layout: &Layout,
+    ) -> Result<Self, CheckpointError> {
+        let path = path.as_ref();
+        let bytes = fs::read(path).map_err(|source| CheckpointError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let tensors =
+            SafeTensors::deserialize(&bytes).map_err(|error| CheckpointError::Damaged {
+                path: path.to_owned(),
+                reason: error.to_string(),
+            })?;
+        let (found, expected) = (tensors.len(), layout.parameters().len());
+        let numbers = copy_tensors(&tensors, layout, str::to_owned).and_then(|numbers| {
+            match found == expected {
+                true => Ok(numbers),
+                false => Err(format!("it has {found} tensors, not {expected}")),
+            }
+        });
+        match numbers {
+            Ok(numbers) => Ok(Self::initial(layout.clone(), numbers)),
+            Err(reason) => Err(CheckpointError::OtherModel {
+                path: path.to_owned(),
+                reason,
+            }),
+        }
     }
 }
 

@@ -115,6 +115,9 @@ impl Checkpoint {
         let mut rules = vec![first.rule];
         rules.extend(states.map(|state| state.rule));
         let lens: Vec<usize> = parts.iter().map(Weights::len).collect();
+        // The rule of a server without weights has never been used. With `Cut::BetweenParameters`, that may be the
+        // first server.
+        let used = lens.iter().position(|&len| len > 0).unwrap_or(0);
         for (index, (rule, &len)) in rules.iter().zip(&lens).enumerate() {
             if rule.vectors.iter().any(|(_, numbers)| numbers.len() != len) {
                 return Err(bad(
@@ -125,8 +128,8 @@ impl Checkpoint {
             let names = |rule: &SavedRule| -> Vec<String> {
                 rule.vectors.iter().map(|(name, _)| name.clone()).collect()
             };
-            // The rule of a server without weights has never been used.
-            if len > 0 && (names(rule), &rule.scalars) != (names(&rules[0]), &rules[0].scalars) {
+            let one = &rules[used];
+            if len > 0 && (names(rule), &rule.scalars) != (names(one), &one.scalars) {
                 return Err(bad(
                     index,
                     "the state of its update rule is of another rule",
@@ -135,7 +138,7 @@ impl Checkpoint {
         }
         Ok(Self {
             weights,
-            rule: join_rules(rules),
+            rule: join_rules(rules, used),
             learning_rate: first.learning_rate,
             coordinator,
             facts: BTreeMap::new(),
@@ -269,15 +272,16 @@ impl fmt::Debug for Checkpoint {
     }
 }
 
-fn join_rules(mut rules: Vec<SavedRule>) -> SavedRule {
+/// `used` is the index of a rule that was used, if one was.
+fn join_rules(mut rules: Vec<SavedRule>, used: usize) -> SavedRule {
     if rules.len() == 1 {
         return rules.remove(0);
     }
     let mut joined = SavedRule {
         vectors: Vec::new(),
-        scalars: rules[0].scalars.clone(),
+        scalars: rules[used].scalars.clone(),
     };
-    let names: Vec<String> = rules[0]
+    let names: Vec<String> = rules[used]
         .vectors
         .iter()
         .map(|(name, _)| name.clone())
@@ -453,6 +457,14 @@ pub enum CheckpointError {
         /// The directory of the checkpoint.
         path: PathBuf,
         /// What differs, with its value here and there.
+        reason: String,
+    },
+    /// A file of weights has those of another model.
+    #[error("{} does not have the weights of this model: {reason}", path.display())]
+    OtherModel {
+        /// The file.
+        path: PathBuf,
+        /// The first difference.
         reason: String,
     },
     /// There are checkpoints, but none of them can be used.

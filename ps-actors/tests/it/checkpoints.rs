@@ -422,3 +422,95 @@ fn two_parameters_of_one_name_cannot_be_saved_and_nothing_is_left_of_the_try() {
     assert_eq!(source, "two parameters of the model have the same name");
     assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
 }
+
+/// Reads a file of weights for a model with these parameters.
+fn read_as(path: &Path, parameters: &[(&str, &[usize])]) -> Result<Weights, CheckpointError> {
+    let mut start = 0;
+    let parameters = parameters.iter().map(|(name, shape)| {
+        let range = start..start + shape.iter().product::<usize>();
+        start = range.end;
+        Parameter {
+            name: (*name).to_owned(),
+            shape: shape.to_vec(),
+            range,
+        }
+    });
+    Weights::read_safetensors(path, &Layout::new(parameters.collect()).unwrap())
+}
+
+#[test]
+fn weights_are_read_for_the_model_that_they_are_of_and_for_no_other() {
+    let temporary = tempfile::tempdir().unwrap();
+    let path = temporary.path().join("model.safetensors");
+    let weights = Weights::initial(layout(), (0..16).map(|i| i as f32).collect());
+    weights.write_safetensors(&path).unwrap();
+    let read = Weights::read_safetensors(&path, &layout()).unwrap();
+    assert_eq!(
+        (read.version(), read.to_vec()),
+        (Version(0), weights.to_vec())
+    );
+    // The order is that of the model.
+    let (weight, bias, gain) = (
+        ("linear.weight", &[4, 3][..]),
+        ("linear.bias", &[3][..]),
+        ("gain", &[][..]),
+    );
+    let other_order = read_as(&path, &[gain, weight, bias]).unwrap().to_vec();
+    assert_eq!(other_order[..3], [15.0, 0.0, 1.0]);
+    for (parameters, expected) in [
+        (
+            vec![("linear.weight", &[3, 4][..]), bias, gain],
+            "linear.weight is F32 [4, 3], not F32 [3, 4]",
+        ),
+        (
+            vec![("other.weight", &[4, 3][..]), bias, gain],
+            "other.weight",
+        ),
+        (vec![weight, bias, gain, ("more", &[1][..])], "more"),
+        (vec![weight, bias], "it has 3 tensors, not 2"),
+    ] {
+        let error = read_as(&path, &parameters).unwrap_err();
+        assert!(
+            matches!(error, CheckpointError::OtherModel { .. }),
+            "{error:?}"
+        );
+        let text = error.to_string();
+        assert!(
+            text.contains("does not have the weights of this model"),
+            "{text}"
+        );
+        assert!(text.contains(expected), "{expected}: {text}");
+    }
+    let missing = temporary.path().join("missing.safetensors");
+    let error = Weights::read_safetensors(missing, &layout()).unwrap_err();
+    assert!(matches!(error, CheckpointError::Read { .. }), "{error:?}");
+}
+
+#[test]
+fn a_damaged_file_of_weights_is_an_error_or_has_other_numbers() {
+    let temporary = tempfile::tempdir().unwrap();
+    let path = temporary.path().join("model.safetensors");
+    let weights = Weights::initial(layout(), vec![1.0; 16]);
+    weights.write_safetensors(&path).unwrap();
+    let whole = fs::read(&path).unwrap();
+    for len in 0..whole.len() {
+        fs::write(&path, &whole[..len]).unwrap();
+        let error = Weights::read_safetensors(&path, &layout()).unwrap_err();
+        assert!(
+            matches!(error, CheckpointError::Damaged { .. }),
+            "{len}: {error:?}"
+        );
+    }
+    let mut dice = Dice(7);
+    for _ in 0..2_000 {
+        let mut bytes = whole.clone();
+        for _ in 0..=dice.roll(3) {
+            let at = dice.roll(bytes.len());
+            bytes[at] = dice.roll(256) as u8;
+        }
+        fs::write(&path, bytes).unwrap();
+        if let Ok(read) = Weights::read_safetensors(&path, &layout()) {
+            assert_eq!(read.len(), 16);
+        }
+    }
+}

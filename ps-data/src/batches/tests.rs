@@ -95,6 +95,42 @@ fn the_thread_prepares_no_more_than_depth_plus_one_batches_ahead() {
 }
 
 #[test]
+fn in_a_pause_between_epochs_nothing_is_prepared() {
+    let made = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&made);
+    let config = config();
+    for depth in [0, 1, 9] {
+        made.store(0, Ordering::Relaxed);
+        let counter = Arc::clone(&counter);
+        let make = move |indices: &[usize]| {
+            counter.fetch_add(1, Ordering::Relaxed);
+            indices.to_vec()
+        };
+        let batches = Batches::new(config.clone(), make).expect("valid");
+        let mut batches = batches.prefetch(depth).pause_between_epochs();
+        let mut expected = indexes(0);
+        for epoch in 1..=3 {
+            assert_eq!(
+                take(&mut batches, 7),
+                take(&mut expected, 7),
+                "depth {depth}"
+            );
+            assert!(matches!(batches.state, State::Idle(_)), "no thread is left");
+            assert_eq!(made.load(Ordering::Relaxed), 7 * epoch, "depth {depth}");
+        }
+        // In the middle of an epoch it may be left, too.
+        take(&mut batches, 2);
+        batches.seek(Cursor::default()).expect("in range");
+        expected.seek(Cursor::default()).expect("in range");
+        assert_eq!(
+            take(&mut batches, 7),
+            take(&mut expected, 7),
+            "depth {depth}"
+        );
+    }
+}
+
+#[test]
 fn a_panic_in_collate_is_an_error_after_the_batches_before_it() {
     for depth in [0, 1, 4] {
         let mut calls = 0;

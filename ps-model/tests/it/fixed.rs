@@ -4,7 +4,7 @@ use ps_model::burn;
 use ps_model::burn::module::{Flag, Lora, Module, Param, ParamId, QLora, Quantizer};
 use ps_model::burn::nn::{BatchNorm, BatchNormConfig, Linear};
 use ps_model::burn::tensor::quantization::{Calibration, QuantValue};
-use ps_model::burn::tensor::{Bool, Device, FloatDType, Int, Tensor};
+use ps_model::burn::tensor::{Bool, Device, FloatDType, Int, IntDType, Tensor};
 use ps_model::{FlatError, FlatView, LocalModel, Model, ModelError, Rng, Step, StepSeed, seeded};
 
 use crate::support::{default_device, on_each_device_except};
@@ -209,6 +209,31 @@ fn integers_booleans_doubles_constants_and_empty_parameters_do_their_work() {
             assert_eq!(fixed[2], ("double".to_owned(), vec![2], 16));
         }
     }
+}
+
+/// M-6: backends have integers of different types, and processes on them compare the bytes.
+#[test]
+fn the_bytes_of_integers_do_not_depend_on_their_type() {
+    let device = default_device();
+    let fixed = |dtype, large: i64| {
+        let mut model = Tables::init(&device);
+        let index = Tensor::<1, Int>::from_ints([2, 0], &device).cast(dtype);
+        model.index = Param::initialized(ParamId::new(), index.mul_scalar(large));
+        let local = LocalModel::new(model, &device).expect("a flat view");
+        let mut fixed = Vec::new();
+        let add = |name: &str, shape: &[usize], bytes: &[u8]| {
+            fixed.push((name.to_owned(), shape.to_vec(), bytes.to_vec()));
+        };
+        local.fixed_tensors(add).expect("a working device");
+        fixed
+    };
+    let narrow = fixed(IntDType::I32, 1);
+    assert_eq!(narrow, fixed(IntDType::I64, 1));
+    assert_eq!(narrow[0].2, [2, 0, 0, 0, 0, 0, 0, 0]);
+    assert_ne!(narrow, fixed(IntDType::I64, 2));
+    // Those that do not fit differ, too.
+    let wide = fixed(IntDType::I64, 1 << 40);
+    assert_eq!(wide[0].2, [0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
 }
 
 #[derive(Module, Debug)]

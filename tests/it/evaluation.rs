@@ -1,0 +1,158 @@
+//! Evaluations, which make the batches of the test set one after the other.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ps::model::LocalModel;
+use ps::model::burn;
+use ps::model::burn::module::Module;
+use ps::model::burn::tensor::{Device, Tensor};
+use ps::prelude::*;
+
+use crate::groups::Perceptron;
+
+fn device() -> Device {
+    select_device(default_device_name()).unwrap()
+}
+
+/// How many batches there are, and how many there ever were at once.
+#[derive(Default)]
+struct Count {
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+struct Counted {
+    numbers: Vec<f32>,
+    count: Arc<Count>,
+}
+
+impl Counted {
+    fn new(numbers: Vec<f32>, count: &Arc<Count>) -> Self {
+        let now = count.now.fetch_add(1, Ordering::SeqCst) + 1;
+        count.most.fetch_max(now, Ordering::SeqCst);
+        let count = Arc::clone(count);
+        Self { numbers, count }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.count.now.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[derive(Clone)]
+struct Numbers {
+    len: usize,
+    /// The data set panics at this example.
+    broken_at: usize,
+    count: Arc<Count>,
+}
+
+impl Numbers {
+    fn new(len: usize) -> Self {
+        Self {
+            len,
+            broken_at: usize::MAX,
+            count: Arc::default(),
+        }
+    }
+}
+
+impl Examples for Numbers {
+    type Batch = Counted;
+
+    fn num_examples(&self) -> usize {
+        self.len
+    }
+
+    fn batch(&self, indices: &[usize]) -> Counted {
+        assert!(!indices.contains(&self.broken_at), "the disk is broken");
+        let numbers = indices.iter().map(|&i| (i % 97) as f32 / 50.0 - 1.0);
+        Counted::new(numbers.collect(), &self.count)
+    }
+}
+
+#[derive(Module, Debug)]
+struct OnCounted {
+    inner: Perceptron,
+}
+
+impl Model for OnCounted {
+    type Batch = Counted;
+
+    fn loss(&self, x: &Counted, step: &mut Step) -> Tensor<1> {
+        self.inner.error(&x.numbers, step.device())
+    }
+
+    fn num_examples(x: &Counted) -> usize {
+        x.numbers.len()
+    }
+}
+
+fn model() -> OnCounted {
+    OnCounted {
+        inner: Perceptron::init(&device()),
+    }
+}
+
+#[test]
+fn an_evaluation_holds_a_few_batches_and_has_the_bits_of_all_at_once() {
+    // 20 full batches and one of 5.
+    let data = Numbers::new(20 * 256 + 5);
+    let device = device();
+    let weights = initial_weights(&model(), &device).unwrap();
+    let local = LocalModel::new(model(), &device).unwrap();
+    let all: Vec<usize> = (0..data.len).collect();
+    let expected: Evaluation = all
+        .chunks(256)
+        .map(|chunk| {
+            local
+                .evaluate(&Numbers::new(data.len).batch(chunk))
+                .unwrap()
+        })
+        .sum();
+    let mut evaluator = Evaluator::new(&model(), &device, &data).unwrap();
+    for _ in 0..3 {
+        assert_eq!(evaluator.evaluate(&weights).unwrap(), expected);
+        let now = data.count.now.load(Ordering::SeqCst);
+        assert_eq!(now, 0, "between two evaluations nothing is held");
+    }
+    let most = data.count.most.load(Ordering::SeqCst);
+    assert!((1..=5).contains(&most), "{most} batches at once");
+}
+
+#[test]
+fn a_training_evaluates_batch_by_batch_too() {
+    let (train, test) = (Numbers::new(64), Numbers::new(20 * 256));
+    let report = Trainer::new(model(), train)
+        .test_data(test.clone())
+        .device(&device())
+        .iterations(4)
+        .evaluate_every(2)
+        .run()
+        .unwrap();
+    assert_eq!(report.final_evaluation.unwrap().num_examples, 20 * 256);
+    let most = test.count.most.load(Ordering::SeqCst);
+    assert!((1..=5).contains(&most), "{most} batches at once");
+}
+
+#[test]
+fn test_data_that_cannot_be_read_is_an_error_that_says_so() {
+    let device = device();
+    let broken_at = |broken_at| Numbers {
+        broken_at,
+        ..Numbers::new(1_000)
+    };
+    let weights = initial_weights(&model(), &device).unwrap();
+    let mut evaluator = Evaluator::new(&model(), &device, &broken_at(600)).unwrap();
+    let error = evaluator.evaluate(&weights).unwrap_err().to_string();
+    assert!(error.contains("no batch to evaluate"), "{error}");
+    assert!(error.contains("the disk is broken"), "{error}");
+    // In a training, before anything is started.
+    let trainer = Trainer::new(model(), Numbers::new(64)).test_data(broken_at(3));
+    let error = trainer.device(&device).run().unwrap_err();
+    let error = ps::actors::actor::error_chain(&error);
+    assert!(error.contains("the disk is broken"), "{error}");
+}
