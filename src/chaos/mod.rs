@@ -56,16 +56,16 @@ use monitor::{Ledger, Monitor};
 /// How long the driver waits at the end for what nodes have not told it yet.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// What a plan is to be followed in.
+/// The run in which a plan is followed, as one of its processes knows it.
 #[derive(Clone, Debug)]
 pub struct Setting {
     /// This process's number; 0 is the driver.
     pub rank: u32,
     /// Whether there are no other processes.
     pub is_alone: bool,
-    /// How many workers there are.
+    /// The number of workers of the run. A plan may name the workers from 0 to the one below this number.
     pub num_workers: usize,
-    /// How many servers there are.
+    /// The number of servers of the run. A plan may name the servers from 0 to the one below this number.
     pub num_servers: usize,
     /// The servers that are in the driver's process, from the first one on; the others are on nodes.
     pub num_servers_in_driver: usize,
@@ -92,7 +92,7 @@ pub enum ChaosError {
         what: &'static str,
         /// The number in the clause.
         number: usize,
-        /// The greatest number.
+        /// The greatest number of a worker, or of a server, in this run.
         last: usize,
     },
     /// Real processes cannot do it.

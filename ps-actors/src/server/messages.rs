@@ -50,7 +50,7 @@ pub struct GetWeights;
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct Pull {
-    /// Which version.
+    /// The version of the weights that is wanted: the current one, exactly one, or one from it on.
     pub wanted: PullVersion,
     /// With how many bits the weights travel to another process.
     pub precision: Precision,
@@ -287,7 +287,7 @@ pub struct Push(pub GradientUpdate);
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Pushed, ServerError>")]
 pub struct PushPull {
-    /// The gradient.
+    /// The gradient that is pushed, with its id and the version that it was computed on.
     pub gradients: GradientUpdate,
     /// With how many bits the weights travel to another process.
     pub precision: Precision,
