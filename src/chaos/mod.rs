@@ -23,13 +23,13 @@
 //!
 //! - A fault happens once in a run. The driver decides, because a process that was started again knows nothing. If its
 //!   step or version has passed, it happens at the next one.
-//! - A fault that would end the run is refused at the start: a server that is killed needs `--checkpoint-dir`. A fault
-//!   that kills the driver, because the server or worker lives there, needs it too. The run then ends with the driver,
-//!   and the same command with `--resume` goes on. Which faults have happened is noted in the directory, so they do not
-//!   happen again. So is when they ended the driver: its recovery lasts from there to the first update of the driver that
-//!   goes on, and the time until somebody has started it is part of it.
+//! - A fault that would end the run for good is refused at the start. To kill a server, `--checkpoint-dir` is needed.
+//!   To kill the driver, because the server or worker lives there, it is needed too. The run then ends with the driver,
+//!   and the same command with `--resume` goes on. The directory notes which faults have happened, so they do not
+//!   happen again. It also notes when a fault ended the driver. The recovery of the driver lasts from then to the first
+//!   update after the restart. So it includes the time until somebody has started the driver again.
 //! - Steps are counted at the first server: which worker's gradient of which step was in which update. So a step that
-//!   is lost or doubled is seen, also if a ledger is wrong.
+//!   is lost or doubled is seen, even if a ledger is wrong.
 
 use std::path::PathBuf;
 use std::sync::Arc;
