@@ -30,6 +30,47 @@
 //!   update after the restart. So it includes the time until somebody has started the driver again.
 //! - Steps are counted at the first server: which worker's gradient of which step was in which update. So a step that
 //!   is lost or doubled is seen, even if a ledger is wrong.
+//!
+//! With the flags, a program calls [`ChaosArgs::begin`](crate::cli::ChaosArgs::begin). Without them:
+//!
+//! ```
+//! use ps::actors::chaos::Plan;
+//! use ps::chaos::{Chaos, ChaosError, Setting};
+//! use ps::prelude::*;
+//!
+//! # let temporary = tempfile::tempdir()?;
+//! # let directory = temporary.path();
+//! let device = select_device(default_device_name())?;
+//! let trainer = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+//!     .device(&device)
+//!     .workers(2)
+//!     .iterations(40)
+//!     .checkpoints(CheckpointConfig { every: 5, ..CheckpointConfig::new(directory) });
+//! let setting = Setting {
+//!     rank: 0, // The driver.
+//!     is_alone: true,
+//!     num_workers: 2,
+//!     num_servers: 1,
+//!     num_servers_in_driver: 1,
+//!     workers_call_servers: true,
+//!     checkpoint_dir: Some(directory.to_owned()),
+//!     resumes: false,
+//!     has_control: false,
+//! };
+//!
+//! let plan: Plan = "kill worker 2 @ step 4".parse()?;
+//! let refused = Chaos::begin(plan, setting.clone()).expect_err("there are two workers");
+//! assert!(matches!(refused, ChaosError::Nobody { number: 2, last: 1, .. }));
+//!
+//! let mut chaos = Chaos::begin("damage checkpoint @ version 6".parse()?, setting)?;
+//! let cluster = Cluster::alone(chaos.hosts(trainer.hosts(Hosts::new())?));
+//! chaos.start(&cluster)?;
+//! let report = trainer.run_on(&cluster)?;
+//! let faults = chaos.finish(&report.done(40))?.expect("there is a plan");
+//! assert!(faults.is_good(), "{faults}");
+//! assert_eq!(faults.num_lost, Some(0));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,7 +97,7 @@ use monitor::{Ledger, Monitor};
 /// How long the driver waits at the end for what nodes have not told it yet.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// The run in which a plan is followed, as one of its processes knows it.
+/// The run in which a plan is followed, as one of its processes knows it. For an example, see the [module](self).
 #[derive(Clone, Debug)]
 pub struct Setting {
     /// This process's number; 0 is the driver.
@@ -138,7 +179,8 @@ pub enum ChaosError {
     Control(#[from] ControlError),
 }
 
-/// The plan of faults of a run, in one of its processes. Without a plan, it does nothing.
+/// The plan of faults of a run, in one of its processes. Without a plan, it does nothing. For an example, see the
+/// [module](self).
 #[derive(Debug)]
 pub struct Chaos {
     on: Option<On>,

@@ -25,7 +25,7 @@ use crate::worker::WorkerError;
 /// use ps_actors::ids::Version;
 /// use ps_actors::rule::Sgd;
 /// use ps_actors::server::{
-///     Consistency, GetStatus, GetWeights, ParameterServer, ServerConfig, SetConsistency, SetLearningRate,
+///     Consistency, GetStatus, GetWeights, ParameterServer, ServerConfig, SetConsistency, SetLearningRate, SetPaused,
 /// };
 /// use ps_actors::weights::{Layout, Weights};
 ///
@@ -38,6 +38,10 @@ use crate::worker::WorkerError;
 /// server.ask(SetLearningRate(0.5)).wait()??;
 /// let status = server.ask(GetStatus).wait()?;
 /// assert_eq!((status.version, status.learning_rate), (Version(0), 0.5));
+///
+/// // No push is applied until the pause ends.
+/// server.ask(SetPaused(true)).wait()??;
+/// server.ask(SetPaused(false)).wait()??;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
@@ -337,7 +341,9 @@ pub struct SetLearningRate(pub f64);
 ///
 /// While the server is paused, pushes wait as if for their round, so no worker gets ahead. Workers may join and
 /// leave, and checkpoints can be taken. When it goes on, it decides what it would have decided without a
-/// pause. [`ApplyGradients`] and [`ApplyKept`] are not held: a driver that sends them pauses by sending none.
+/// pause. A pause does not delay [`ApplyGradients`] and [`ApplyKept`]: a driver that sends them pauses by sending none.
+///
+/// For an example, see [`GetWeights`].
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetPaused(pub bool);
