@@ -37,7 +37,10 @@ fn files(path: &Path, found: &mut Vec<PathBuf>) {
         let path = entry.expect("the sources are there").path();
         let name = path.file_stem().expect("it has a name");
         // Whole files of tests.
-        if ["tests", "lending"].iter().any(|tests| name == *tests) {
+        if ["tests", "lending", "fuzz"]
+            .iter()
+            .any(|tests| name == *tests)
+        {
             continue;
         }
         match path.is_dir() {
