@@ -37,7 +37,7 @@ struct Args {
     /// Where to listen. Other hosts need a token: at least 16 characters in $PS_TOKEN.
     #[arg(long, default_value = "127.0.0.1:8265")]
     listen: SocketAddr,
-    /// When gradients are applied: bsp, asp, ssp:N or k-of-n:K.
+    /// When gradients are applied: bsp, asp, ssp:BOUND or k-of-n:K.
     #[arg(long, default_value = "bsp")]
     consistency: Consistency,
     /// How many workers must have joined before the first synchronous round closes.

@@ -60,7 +60,7 @@ pub enum ScheduleError {
     /// burn does not accept the settings.
     #[error("the learning-rate schedule {schedule} cannot be used: {problem}")]
     Settings {
-        /// The settings.
+        /// The name of burn's scheduler, and its settings.
         schedule: String,
         /// What burn says about them.
         problem: String,

@@ -1,4 +1,4 @@
-//! A process that only evaluates, or serves, or looks at weights, holds no more memory after a while.
+//! A process that only evaluates, or serves, or looks at weights, holds no more memory after a while (M-5).
 //!
 //! A binary of its own, because it counts what the whole process holds, and because burn clears its
 //! books of graphs in all of the process whenever anybody goes backward.

@@ -16,6 +16,8 @@ use crate::weights::Layout;
 ///
 /// The rate must depend only on the number of the update. So a run that goes on from a checkpoint, or whose
 /// number of workers changes, has the rates of an undisturbed run. Nothing of a schedule is saved.
+///
+/// For an example, see [`Scheduled`].
 pub trait LearningRateSchedule: Send + fmt::Debug + 'static {
     /// Returns the rate of the update that makes `version`: a number from 0 to the largest `f32`. The first
     /// update of a run makes version 1. Usually the versions are asked for in order, and some more than once.

@@ -37,7 +37,7 @@ pub struct Record(pub ScheduleWriter);
 pub struct ScheduledUpdate {
     /// The version of the weights that the update made.
     pub version: Version,
-    /// The learning rate.
+    /// The learning rate with which the update was made.
     pub learning_rate: f64,
     /// How its gradients were combined into one.
     pub reduction: Reduction,

@@ -9,7 +9,7 @@
 //! Whatever else is large goes beside the header too: bytes as [`BulkBytes`], and a value of any type as a
 //! [`BulkValue`].
 //!
-//! Only this module knows bincode, so that replacing it touches one file.
+//! Only this module knows bincode, so that replacing it touches nothing else.
 
 use std::cell::RefCell;
 use std::ops::{Deref, Range};

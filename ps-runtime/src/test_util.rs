@@ -18,6 +18,8 @@ use crate::net::memory::MemoryNetwork;
 use crate::net::{Address, NetConfig};
 
 pub use self::fuzz::{CALLER_FRAMES, Dice, Fed, Fuzz, Sent, frame, offers_all};
+#[cfg(test)]
+pub(crate) use self::fuzz::{damage, number};
 
 mod fuzz;
 

@@ -23,13 +23,54 @@
 //!
 //! - A fault happens once in a run. The driver decides, because a process that was started again knows nothing. If its
 //!   step or version has passed, it happens at the next one.
-//! - A fault that would end the run is refused at the start: a server that is killed needs `--checkpoint-dir`. A fault
-//!   that kills the driver, because the server or worker lives there, needs it too. The run then ends with the driver,
-//!   and the same command with `--resume` goes on. Which faults have happened is noted in the directory, so they do not
-//!   happen again. So is when they ended the driver: its recovery lasts from there to the first update of the driver that
-//!   goes on, and the time until somebody has started it is part of it.
+//! - A fault that would end the run for good is refused at the start. To kill a server, `--checkpoint-dir` is needed.
+//!   To kill the driver, because the server or worker lives there, it is needed too. The run then ends with the driver,
+//!   and the same command with `--resume` goes on. The directory notes which faults have happened, so they do not
+//!   happen again. It also notes when a fault ended the driver. The recovery of the driver lasts from then to the first
+//!   update after the restart. So it includes the time until somebody has started the driver again.
 //! - Steps are counted at the first server: which worker's gradient of which step was in which update. So a step that
-//!   is lost or doubled is seen, also if a ledger is wrong.
+//!   is lost or doubled is seen, even if a ledger is wrong.
+//!
+//! With the flags, a program calls [`ChaosArgs::begin`](crate::cli::ChaosArgs::begin). Without them:
+//!
+//! ```
+//! use ps::actors::chaos::Plan;
+//! use ps::chaos::{Chaos, ChaosError, Setting};
+//! use ps::prelude::*;
+//!
+//! # let temporary = tempfile::tempdir()?;
+//! # let directory = temporary.path();
+//! let device = select_device(default_device_name())?;
+//! let trainer = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+//!     .device(&device)
+//!     .workers(2)
+//!     .iterations(40)
+//!     .checkpoints(CheckpointConfig { every: 5, ..CheckpointConfig::new(directory) });
+//! let setting = Setting {
+//!     rank: 0, // The driver.
+//!     is_alone: true,
+//!     num_workers: 2,
+//!     num_servers: 1,
+//!     num_servers_in_driver: 1,
+//!     workers_call_servers: true,
+//!     checkpoint_dir: Some(directory.to_owned()),
+//!     resumes: false,
+//!     has_control: false,
+//! };
+//!
+//! let plan: Plan = "kill worker 2 @ step 4".parse()?;
+//! let refused = Chaos::begin(plan, setting.clone()).expect_err("there are two workers");
+//! assert!(matches!(refused, ChaosError::Nobody { number: 2, last: 1, .. }));
+//!
+//! let mut chaos = Chaos::begin("damage checkpoint @ version 6".parse()?, setting)?;
+//! let cluster = Cluster::alone(chaos.hosts(trainer.hosts(Hosts::new())?));
+//! chaos.start(&cluster)?;
+//! let report = trainer.run_on(&cluster)?;
+//! let faults = chaos.finish(&report.done(40))?.expect("there is a plan");
+//! assert!(faults.is_good(), "{faults}");
+//! assert_eq!(faults.num_lost, Some(0));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,16 +97,16 @@ use monitor::{Ledger, Monitor};
 /// How long the driver waits at the end for what nodes have not told it yet.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// What a plan is to be followed in.
+/// The run in which a plan is followed, as one of its processes knows it. For an example, see the [module](self).
 #[derive(Clone, Debug)]
 pub struct Setting {
     /// This process's number; 0 is the driver.
     pub rank: u32,
     /// Whether there are no other processes.
     pub is_alone: bool,
-    /// How many workers there are.
+    /// The number of workers of the run. A plan may name the workers from 0 to the one below this number.
     pub num_workers: usize,
-    /// How many servers there are.
+    /// The number of servers of the run. A plan may name the servers from 0 to the one below this number.
     pub num_servers: usize,
     /// The servers that are in the driver's process, from the first one on; the others are on nodes.
     pub num_servers_in_driver: usize,
@@ -92,7 +133,7 @@ pub enum ChaosError {
         what: &'static str,
         /// The number in the clause.
         number: usize,
-        /// The greatest number.
+        /// The greatest number of a worker, or of a server, in this run.
         last: usize,
     },
     /// Real processes cannot do it.
@@ -138,7 +179,8 @@ pub enum ChaosError {
     Control(#[from] ControlError),
 }
 
-/// The plan of faults of a run, in one of its processes. Without a plan, it does nothing.
+/// The plan of faults of a run, in one of its processes. Without a plan, it does nothing. For an example, see the
+/// [module](self).
 #[derive(Debug)]
 pub struct Chaos {
     on: Option<On>,

@@ -6,7 +6,10 @@
 //! ```no_run
 //! use std::process::ExitCode;
 //!
-//! use ps::cli::{self, ClusterArgs, DataArgs, ShowArgs, TrainArgs, say};
+//! use ps::cli::{
+//!     self, ChaosArgs, CheckpointArgs, ClusterArgs, DataArgs, RecordArgs, ScheduleArgs, ServerPlaces, ShowArgs, TrainArgs,
+//!     say,
+//! };
 //! use ps::prelude::*;
 //!
 //! /// Trains a small network on MNIST.
@@ -15,11 +18,19 @@
 //!     #[command(flatten)]
 //!     train: TrainArgs,
 //!     #[command(flatten)]
+//!     schedule: ScheduleArgs,
+//!     #[command(flatten)]
 //!     data: DataArgs,
 //!     #[command(flatten)]
 //!     cluster: ClusterArgs,
 //!     #[command(flatten)]
+//!     checkpoints: CheckpointArgs,
+//!     #[command(flatten)]
+//!     record: RecordArgs,
+//!     #[command(flatten)]
 //!     show: ShowArgs,
+//!     #[command(flatten)]
+//!     chaos: ChaosArgs,
 //! }
 //!
 //! fn main() -> ExitCode {
@@ -28,24 +39,61 @@
 //!
 //! fn train(args: Args) -> Result<ExitCode, Box<dyn std::error::Error + Send + Sync>> {
 //!     let (device, mnist) = (args.data.device()?, args.data.mnist()?);
-//!     let trainer = Trainer::new(ConvNet::init(args.train.seed, &device), mnist.train)
+//!     let model = ConvNet::init(args.train.seed, &device);
+//!     let trainer = Trainer::new(model.clone(), mnist.train)
 //!         .test_data(mnist.test)
 //!         .device(&device)
 //!         .workers(args.train.num_workers)
 //!         .batch_size(args.train.batch_size)
 //!         .iterations(args.train.iterations)
-//!         .learning_rate(args.train.learning_rate)
 //!         .seed(args.train.seed)
+//!         .checkpoints(args.checkpoints.config())
+//!         .record(args.record.record.clone())
 //!         .observe_all(args.show.observers())
 //!         .controls(&args.show.controls);
+//!     let (rate, num_updates) = (args.train.learning_rate, args.train.iterations);
+//!     let trainer = args.schedule.apply(trainer, rate, num_updates)?;
+//!     if let Some(file) = &args.record.replay {
+//!         say!("{}", trainer.replay(file)?);
+//!         return Ok(ExitCode::SUCCESS);
+//!     }
+//!     let (num_workers, servers) = (args.train.num_workers, ServerPlaces::ONE);
+//!     let mut chaos = args.chaos.begin(num_workers, &args.cluster, &args.checkpoints, servers)?;
 //!     // `None`: this process made workers for another one, and the training is over.
-//!     let Some(cluster) = args.cluster.launch(trainer.hosts(Hosts::new())?) else {
+//!     let Some(cluster) = args.cluster.launch(chaos.hosts(trainer.hosts(Hosts::new())?)) else {
 //!         return Ok(ExitCode::SUCCESS);
 //!     };
+//!     chaos.start(&cluster)?;
 //!     let report = trainer.run_on(&cluster)?;
 //!     say!("{report}");
-//!     Ok(report.exit_code())
+//!     args.checkpoints.export(&model, &device, &report.weights)?;
+//!     let code = cli::end_of_training(report.interrupted, report.saved_all().is_some());
+//!     Ok(chaos.conclude(Some(&report.done(args.train.iterations)), code)?)
 //! }
+//! ```
+//!
+//! The groups are ordinary structs of clap, so a program can also read its flags by itself:
+//!
+//! ```
+//! use ps::cli::clap::Parser;
+//! use ps::cli::{CheckpointArgs, LrSchedule, RecordArgs, ScheduleArgs};
+//!
+//! #[derive(Parser)]
+//! struct Args {
+//!     #[command(flatten)]
+//!     schedule: ScheduleArgs,
+//!     #[command(flatten)]
+//!     checkpoints: CheckpointArgs,
+//!     #[command(flatten)]
+//!     record: RecordArgs,
+//! }
+//!
+//! let flags = "program --lr-schedule cosine --clip-norm 1 --checkpoint-dir runs/one --record run.schedule";
+//! let args = Args::parse_from(flags.split(' '));
+//! assert_eq!((args.schedule.lr_schedule, args.schedule.clip_norm), (LrSchedule::Cosine(0.0), Some(1.0)));
+//! let checkpoints = args.checkpoints.config().expect("there is a directory");
+//! assert_eq!((checkpoints.every, checkpoints.resume), (1000, false));
+//! assert!(args.record.record.is_some());
 //! ```
 //!
 //! | module | what it holds |
@@ -59,7 +107,7 @@
 //! | `record` | [`RecordArgs`]: record a training, and replay it |
 //! | `schedule` | [`ScheduleArgs`]: the schedule of the learning rate, and clipping |
 //! | `output` | [`say!`]: lines on standard output, above the progress bar |
-//! | `show` | [`ShowArgs`]: progress, and what a training leaves behind |
+//! | `show` | [`ShowArgs`]: progress, and what a training leaves behind; `DashboardArgs`, its flags of the dashboard |
 
 mod chaos;
 mod checkpoints;

@@ -88,7 +88,53 @@ const MAX_WAITING: usize = 16;
 /// A handle that controls a training while it runs. A clone is another handle to the same training.
 ///
 /// It controls the training that it was given to by [`Trainer::controls`](crate::Trainer::controls); if there
-/// are several, the one that began last. For an example, see the [module](self).
+/// are several, the one that began last. For pausing and the learning rate, see the example of the [module](self). The
+/// other controls:
+///
+/// ```
+/// use std::sync::Arc;
+/// use std::sync::atomic::{AtomicBool, Ordering};
+/// use std::sync::mpsc;
+///
+/// use ps::controls::Controls;
+/// use ps::observe::Event;
+/// use ps::prelude::*;
+///
+/// let device = select_device(default_device_name())?;
+/// let mnist = Mnist::bundled_sample();
+/// # let temporary = tempfile::tempdir()?;
+/// # let directory = temporary.path();
+/// let (sender, steps) = mpsc::channel();
+/// let is_done = Arc::new(AtomicBool::new(false));
+/// let must_stop = Arc::clone(&is_done);
+/// let controls = Controls::new();
+/// let trainer = Trainer::new(ConvNet::init(1, &device), mnist.train)
+///     .device(&device)
+///     .test_data(mnist.test)
+///     .workers(2)
+///     .epochs(1_000_000)
+///     .evaluate_every(1)
+///     .stop_when(move |_| must_stop.load(Ordering::Relaxed))
+///     .checkpoints(CheckpointConfig::new(directory))
+///     .controls(&controls)
+///     .observe(move |event: &Event| {
+///         if let Event::Step(step) = event {
+///             let _ = sender.send(step.clock);
+///         }
+///     });
+/// let later = std::thread::spawn(move || {
+///     let _ = steps.recv(); // The first step is settled.
+///     let changed = controls.set_consistency(Consistency::Asp).wait();
+///     let saved = controls.save_checkpoint().wait();
+///     let removed = controls.remove_worker(WorkerId(1)).wait();
+///     is_done.store(true, Ordering::Relaxed);
+///     changed.and(saved).and(removed)
+/// });
+/// let report = trainer.run()?;
+/// later.join().expect("no panic")?;
+/// assert_eq!(report.removed_workers, [WorkerId(1)]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Default)]
 pub struct Controls {
     shared: Arc<Mutex<Shared>>,
@@ -271,7 +317,7 @@ impl Controls {
     /// Lets the training save a checkpoint of its current version. The result is ready when the training has
     /// accepted the request, not when the checkpoint is on the disk. The event
     /// [`CheckpointSaved`](crate::observe::Event::CheckpointSaved) says that. If the version has a checkpoint
-    /// already, no other one is saved.
+    /// already, no other one is saved. For an example, see [`Controls`].
     ///
     /// # Errors
     /// If no training runs, or if it saves no checkpoints.
@@ -287,7 +333,7 @@ impl Controls {
         self.ask(Ask::LearningRate(learning_rate))
     }
 
-    /// Changes the consistency mode from now on.
+    /// Changes the consistency mode from now on. For an example, see [`Controls`].
     ///
     /// # Errors
     /// If no training runs, if the mode does not fit its workers, or if the servers cannot be reached.
@@ -296,7 +342,7 @@ impl Controls {
     }
 
     /// Lets a worker leave for good after its step. The result is ready when the worker has been asked to
-    /// leave. If it has not finished its step after 10 s, it is ended at once.
+    /// leave. If it has not finished its step after 10 s, it is ended at once. For an example, see [`Controls`].
     ///
     /// # Errors
     /// If no training runs, if there is no such worker, or if it is the last one.

@@ -106,7 +106,7 @@ metrics! {
     AWAITED = "ps_awaited_workers" Kind::Gauge, [],
         "Workers that the waiting pushes wait for.";
     NODES = "ps_nodes" Kind::Gauge, [],
-        "Nodes that are there: all processes but the driver.";
+        "Nodes that have joined: all processes but the driver.";
     VERSION = "ps_server_version" Kind::Gauge, ["server"],
         "The version of a server's weights. After a recovery it is lower than before.";
     WEIGHTS = "ps_server_weights_bytes" Kind::Gauge, ["server"],

@@ -147,7 +147,7 @@ pub struct RunStarted {
     pub time: f64,
     /// When the run started, in seconds since 1970.
     pub unix_time: f64,
-    /// What was asked for.
+    /// The settings of the training, as the program gave them.
     pub settings: Settings,
     /// The versions of ps and of burn.
     pub versions: Versions,

@@ -37,7 +37,7 @@
 //!   kinds come in the order in which the driver learns of them, so their [times](Event::time) may go back
 //!   by up to a second. If the servers are lost, the steps since the last checkpoint come again, after
 //!   [`ServersRecovered`].
-//! - [`RunStarted`] comes first, and [`RunEnded`] last, also if the training fails.
+//! - [`RunStarted`] comes first, and [`RunEnded`] last, even if the training fails.
 //! - Each observer has a thread and a queue of its own. One that is slow delays neither the training nor other
 //!   observers. If its queue is full, it does not get some of the steps and gets [`EventsSkipped`]. At the end,
 //!   the training waits up to 10 s until the observers have handled all events and are dropped.

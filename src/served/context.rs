@@ -252,6 +252,37 @@ impl Context {
 
     /// Cuts the graph at a tensor that goes to a part and also somewhere else. Use the returned tensor
     /// instead of `tensor`. It has the same numbers.
+    ///
+    /// ```
+    /// use ps::model::burn::tensor::Tensor;
+    /// use ps::prelude::*;
+    /// use ps::served::{DistributedOptimizer, PartConfig, serve_part};
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// # let mnist = Mnist::bundled_sample();
+    /// # let net = ConvNet::init(1, &device);
+    /// # let config = ServerConfig { consistency: Consistency::Asp, ..ServerConfig::default() };
+    /// # let weights = initial_weights(&net, &device)?;
+    /// # let server = ParameterServer::new(&weights, Sgd::new(), config)?.spawn()?;
+    /// # let part = serve_part(&net, &device, &server.into(), PartConfig::default())?;
+    /// # let batch = Examples::batch(&mnist.train, &[0, 1, 2, 3]);
+    /// run(async {
+    ///     let mut optimizer = DistributedOptimizer::new(WorkerId(0), 1);
+    ///     optimizer.add(&part).await?;
+    ///     let mut context = optimizer.begin();
+    ///     // This process trains a factor of the images.
+    ///     let device = device.autodiff();
+    ///     let factor = Tensor::<4>::ones([1, 1, 1, 1], &device).require_grad();
+    ///     let scaled = context.cut(batch.images_on(&device) * factor);
+    ///     let output = context.forward(&part, scaled.clone()).await?; // It goes to the part,
+    ///     let loss = nll_loss(output, batch.labels_on(&device)) + scaled.square().mean() * 0.01; // and into the loss.
+    ///     context.backward(&loss).await?;
+    ///     optimizer.step(context).await?;
+    ///     optimizer.leave().await?;
+    ///     Ok::<(), Box<dyn std::error::Error>>(())
+    /// })?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn cut<A: Activation>(&mut self, tensor: A) -> A {
         self.seams.cut(tensor)

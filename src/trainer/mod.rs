@@ -61,6 +61,47 @@ type OnEvaluation = Box<dyn FnMut(&CurvePoint)>;
 /// assert_eq!(report.num_applied, 20);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// Settings of the gradients, of the updates and of the end:
+///
+/// ```
+/// use ps::actors::learning_rate::LearningRateSchedule;
+/// use ps::prelude::*;
+///
+/// /// Halves the rate after 100 updates.
+/// #[derive(Debug)]
+/// struct Halved(f64);
+///
+/// impl LearningRateSchedule for Halved {
+///     fn learning_rate(&mut self, version: Version) -> f64 {
+///         if version <= Version(100) { self.0 } else { self.0 / 2.0 }
+///     }
+/// }
+///
+/// let device = select_device(default_device_name())?;
+/// let mnist = Mnist::bundled_sample();
+/// let report = Trainer::new(ConvNet::init(1, &device), mnist.train)
+///     .device(&device)
+///     .test_data(mnist.test)
+///     .workers(2)
+///     .servers(2)
+///     .servers_on_nodes(true) // `run` has no nodes, so the driver has the servers.
+///     .batch_size(8)
+///     .micro_batches(2) // Each batch is computed in two parts of 4 examples.
+///     .max_gradient_norm(1e3) // A gradient above it is refused.
+///     .reduction(Reduction::Sum)
+///     .clip_value(1.0)
+///     .update_rule(|| Sgd::with_momentum(0.9))
+///     .learning_rate_schedule(|| Halved(0.001))
+///     .epochs(1_000)
+///     .evaluate_every(2)
+///     .stop_when(|point| point.version >= Version(4))
+///     .heed_signals(false) // Ctrl-C ends the process at once.
+///     .run()?;
+/// assert!(report.stopped_early >= Some(Version(4)));
+/// assert_eq!(report.num_refused, 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Trainer<M: Model, E> {
     model: M,
     train: E,
@@ -162,7 +203,8 @@ where
     }
 
     /// Puts the servers on the nodes of a cluster, in turn. By default they are in the driver. The first one
-    /// stays there if it writes files: an update log, or the schedule of [`record`](Self::record).
+    /// stays there if it writes files: an update log, or the schedule of [`record`](Self::record). For an example, see
+    /// [`Trainer`].
     #[must_use]
     pub fn servers_on_nodes(mut self, on_nodes: bool) -> Self {
         self.servers_on_nodes = on_nodes;
@@ -176,7 +218,7 @@ where
         self
     }
 
-    /// Sets how the gradients of one update are combined.
+    /// Sets how the gradients of one update are combined. For an example, see [`Trainer`].
     #[must_use]
     pub fn reduction(mut self, reduction: Reduction) -> Self {
         self.server.reduction = reduction;
@@ -223,7 +265,7 @@ where
     /// Changes the learning rate during the run by a schedule of your own, as
     /// [`lr_scheduler`](Self::lr_scheduler) does by one of burn's. `schedule` is called once per server, and
     /// to check the rates before the run. Processes compare the text that the schedule's `Debug` prints, so
-    /// it should contain its settings.
+    /// it should contain its settings. For an example, see [`Trainer`].
     #[must_use]
     pub fn learning_rate_schedule<S: LearningRateSchedule>(
         self,
@@ -244,7 +286,7 @@ where
     }
 
     /// Refuses gradients with a Euclidean norm above `max_norm`. To scale a large gradient down instead, see
-    /// [`clip_norm`](Self::clip_norm).
+    /// [`clip_norm`](Self::clip_norm). For an example, see [`Trainer`].
     #[must_use]
     pub fn max_gradient_norm(mut self, max_norm: f64) -> Self {
         self.server.max_norm = max_norm;
@@ -261,7 +303,7 @@ where
     }
 
     /// Clips the combined gradient of each update by value: each of its numbers is limited to the range from
-    /// `-limit` to `limit`.
+    /// `-limit` to `limit`. For an example, see [`Trainer`].
     #[must_use]
     pub fn clip_value(mut self, limit: f32) -> Self {
         self.server.clipping = Clipping::Value(limit);
@@ -294,7 +336,8 @@ where
     }
 
     /// Uses an update rule of your own, or [`Sgd::with_momentum`]. `rule` is called once per server.
-    /// Processes compare the text that the rule's `Debug` prints, so it should contain the rule's settings.
+    /// Processes compare the text that the rule's `Debug` prints, so it should contain the rule's settings. For an
+    /// example, see [`Trainer`].
     #[must_use]
     pub fn update_rule<R: UpdateRule>(
         mut self,
@@ -328,7 +371,7 @@ where
     /// Computes the gradient of each batch in `num_parts` parts, one after the other, and accumulates them
     /// (gradient accumulation). So a batch that is too large for the device's memory can be used. The result
     /// is that of the whole batch, up to rounding, if the model's loss is a mean over the examples. The
-    /// default is 1.
+    /// default is 1. For an example, see [`Trainer`].
     #[must_use]
     pub fn micro_batches(mut self, num_parts: usize) -> Self {
         self.num_micro_batches = num_parts;
@@ -378,7 +421,7 @@ where
     /// workers finish their current step, as after a signal. The result has the last weights, not the best
     /// ones, and says that it was [stopped early](Report::stopped_early). It may be called several times: then
     /// any of the conditions ends the training. It needs [`test_data`](Self::test_data) and
-    /// [`evaluate_every`](Self::evaluate_every).
+    /// [`evaluate_every`](Self::evaluate_every). For an example, see [`Trainer`].
     #[must_use]
     pub fn stop_when(mut self, is_met: impl FnMut(&CurvePoint) -> bool + 'static) -> Self {
         self.stop_when.push(Box::new(is_met));
@@ -443,7 +486,7 @@ where
 
     /// Sets whether SIGTERM and Ctrl-C end the training in an orderly way; see
     /// [`StopSignal`](ps_actors::launch::StopSignal). The default
-    /// is `true`. Use `false` in a program with its own signal handlers.
+    /// is `true`. Use `false` in a program with its own signal handlers. For an example, see [`Trainer`].
     #[must_use]
     pub fn heed_signals(mut self, heeds_signals: bool) -> Self {
         self.heeds_signals = heeds_signals;

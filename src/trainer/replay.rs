@@ -68,7 +68,7 @@ pub enum ReplayError {
         computed_on: Version,
         /// The norm when the training was recorded.
         recorded: f64,
-        /// The norm now.
+        /// The norm of the gradient that the replay has computed.
         got: f64,
     },
     /// The update could not be applied.

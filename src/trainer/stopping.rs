@@ -66,7 +66,7 @@ impl EarlyStopping {
 pub(super) type StopWhen = Box<dyn FnMut(&CurvePoint) -> bool>;
 
 /// The version whose evaluation met a condition that ends the training. It is kept as long as the training
-/// runs, also when servers are lost.
+/// runs, even when servers are lost.
 #[derive(Default)]
 pub(super) struct Met {
     version: Cell<Option<Version>>,

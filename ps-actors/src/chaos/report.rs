@@ -33,9 +33,9 @@ impl Work {
 /// What a run under a [`Plan`](super::Plan) of faults did.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Report {
-    /// The faults by kind.
+    /// How often each kind of fault was planned and happened, by the name of the kind.
     pub faults: BTreeMap<&'static str, FaultCount>,
-    /// What was done.
+    /// How many gradients the run applied, and how long it took.
     pub work: Work,
     /// How many gradients were acknowledged as applied and are not in the weights. `None` if the executor
     /// cannot know.

@@ -215,7 +215,7 @@ pub struct SaveReport {
     pub num_failed: u64,
     /// How many were skipped, because the one before was still being written when they were due.
     pub num_skipped: u64,
-    /// The latest one.
+    /// The version and the directory of the latest checkpoint that was written.
     pub latest: Option<(Version, PathBuf)>,
     /// How often the update log could not be written. Each time, it was missing until the next checkpoint.
     pub num_log_failures: u64,

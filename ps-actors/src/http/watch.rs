@@ -12,7 +12,7 @@ use crate::weights::GradientUpdate;
 pub enum Seen {
     /// A worker has joined. This is reported again if the worker repeats its request.
     Joined {
-        /// The worker.
+        /// The worker that has joined.
         worker: WorkerId,
         /// The incarnation that it began.
         incarnation: Incarnation,
@@ -24,7 +24,7 @@ pub enum Seen {
     /// Somebody said that this incarnation of a worker leaves. Anybody can say so: it has an effect only if the
     /// incarnation is a member.
     Left {
-        /// The worker.
+        /// The worker that is said to leave.
         worker: WorkerId,
         /// The incarnation that is said to leave.
         incarnation: Incarnation,

@@ -26,7 +26,7 @@ use crate::worker::WorkerError;
 /// use ps_actors::ids::Version;
 /// use ps_actors::rule::Sgd;
 /// use ps_actors::server::{
-///     Consistency, GetStatus, GetWeights, ParameterServer, ServerConfig, SetConsistency, SetLearningRate,
+///     Consistency, GetStatus, GetWeights, ParameterServer, ServerConfig, SetConsistency, SetLearningRate, SetPaused,
 /// };
 /// use ps_actors::weights::{Layout, Weights};
 ///
@@ -39,6 +39,10 @@ use crate::worker::WorkerError;
 /// server.ask(SetLearningRate(0.5)).wait()??;
 /// let status = server.ask(GetStatus).wait()?;
 /// assert_eq!((status.version, status.learning_rate), (Version(0), 0.5));
+///
+/// // No push is applied until the pause ends.
+/// server.ask(SetPaused(true)).wait()??;
+/// server.ask(SetPaused(false)).wait()??;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
@@ -51,7 +55,7 @@ pub struct GetWeights;
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Weights, ServerError>")]
 pub struct Pull {
-    /// Which version.
+    /// The version of the weights that is wanted: the current one, exactly one, or one from it on.
     pub wanted: PullVersion,
     /// With how many bits the weights travel to another process.
     pub precision: Precision,
@@ -288,7 +292,7 @@ pub struct Push(pub GradientUpdate);
 #[derive(Clone, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<Pushed, ServerError>")]
 pub struct PushPull {
-    /// The gradient.
+    /// The gradient that is pushed, with its id and the version that it was computed on.
     pub gradients: GradientUpdate,
     /// With how many bits the weights travel to another process.
     pub precision: Precision,
@@ -338,7 +342,9 @@ pub struct SetLearningRate(pub f64);
 ///
 /// While the server is paused, pushes wait as if for their round, so no worker gets ahead. Workers may join and
 /// leave, and checkpoints can be taken. When it goes on, it decides what it would have decided without a
-/// pause. [`ApplyGradients`] and [`ApplyKept`] are not held: a driver that sends them pauses by sending none.
+/// pause. A pause does not delay [`ApplyGradients`] and [`ApplyKept`]: a driver that sends them pauses by sending none.
+///
+/// For an example, see [`GetWeights`].
 #[derive(Clone, Copy, Debug, Message, Serialize, Deserialize)]
 #[rtype(result = "Result<(), ServerError>")]
 pub struct SetPaused(pub bool);

@@ -35,6 +35,29 @@ pub fn partition(len: usize, num_servers: usize) -> Vec<Range<usize>> {
 }
 
 /// Where the weights may be cut.
+///
+/// ```
+/// use ps_actors::actor::run;
+/// use ps_actors::group::ServerGroup;
+/// use ps_actors::rule::Sgd;
+/// use ps_actors::server::{Cut, ServerConfig};
+/// use ps_actors::weights::{Layout, Parameter, Weights};
+///
+/// let parameter = |name: &str, range: std::ops::Range<usize>| Parameter {
+///     name: name.to_owned(),
+///     shape: vec![range.len()],
+///     range,
+/// };
+/// let layout = Layout::new(vec![parameter("first", 0..10), parameter("second", 10..32)])?;
+/// let initial = Weights::initial(layout, vec![0.0; 32]);
+/// for (cut, expected) in [(Cut::Anywhere, 16), (Cut::BetweenParameters, 10)] {
+///     let config = ServerConfig { cut, ..ServerConfig::default() };
+///     let servers = ServerGroup::spawn(&initial, 2, config, |_| Box::new(Sgd::new()))?;
+///     let status = run(servers.status())?;
+///     assert_eq!(status[0].range, 0..expected);
+/// }
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cut {
     /// Anywhere, so that all servers have equally many weights, up to a cache line.

@@ -107,7 +107,7 @@ where
     }
 }
 
-/// The result of [`GradientSource::gradient`].
+/// The result of [`GradientSource::gradient`]. For examples, see [`GradientSource`] and [`DataWorker`].
 #[derive(Clone, Debug)]
 pub struct LocalGradient {
     /// The gradient of the loss with respect to all weights of the model.

@@ -115,6 +115,36 @@ impl<K, R> Pending<K, R> {
     /// Blocks like [`wait_next`](Self::wait_next), but no longer than `timeout`. If no reply arrives in
     /// time, all replies stay in the set.
     ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::{Pending, spawn};
+    /// # use std::sync::mpsc;
+    /// # struct Waiter;
+    /// # impl Actor for Waiter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Until(mpsc::Receiver<u64>);
+    /// # impl Handler<Until> for Waiter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Until(told): Until, _: &mut Context<Self>) -> u64 { told.recv().unwrap_or(0) }
+    /// # }
+    /// use std::time::Duration;
+    ///
+    /// let waiter = spawn(|| Waiter);
+    /// let (sender, receiver) = mpsc::channel();
+    /// let mut pending = Pending::new();
+    /// // The handler of `Until` returns what the channel brings.
+    /// pending.insert("slow", waiter.ask(Until(receiver)));
+    /// let error = pending.wait_next_timeout(Duration::from_millis(10)).unwrap_err();
+    /// assert_eq!(error.num_out, 1); // The call is still under way.
+    ///
+    /// sender.send(7)?;
+    /// let (key, result) = pending.wait_next_timeout(Duration::from_secs(60))?.expect("there is one");
+    /// assert_eq!((key, result?), ("slow", 7));
+    /// assert!(pending.wait_next_timeout(Duration::ZERO)?.is_none()); // The set is empty.
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// When no reply has arrived in time.
     #[allow(

@@ -20,6 +20,9 @@ use crate::busy_poll::Awaiting;
 ///
 /// If it is dropped, or its timeout passes, before the handler has begun, the call is taken back: the
 /// handler then never begins. A handler that has begun runs to its end in any case.
+///
+/// For examples, see [`wait`](Self::wait), [`wait_timeout`](Self::wait_timeout), [`timeout`](Self::timeout) and
+/// [`flatten`](Self::flatten). To wait for the first of several replies, see [`Pending`](super::Pending).
 #[must_use = "a dropped reply takes its call back; `tell` calls without a reply"]
 pub struct Reply<R> {
     state: State<R>,
@@ -158,6 +161,34 @@ impl<R> Reply<R> {
     }
 
     /// Blocks like [`Reply::wait`], but no longer than the timeout. It is short for `timeout` and `wait`.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use std::sync::mpsc;
+    /// # struct Waiter;
+    /// # impl Actor for Waiter { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "u64")]
+    /// # struct Until(mpsc::Receiver<u64>);
+    /// # impl Handler<Until> for Waiter {
+    /// #     type Result = u64;
+    /// #     fn handle(&mut self, Until(told): Until, _: &mut Context<Self>) -> u64 { told.recv().unwrap_or(0) }
+    /// # }
+    /// use std::time::Duration;
+    ///
+    /// let waiter = ps_runtime::spawn(|| Waiter);
+    /// let (sender, receiver) = mpsc::channel();
+    /// // The handler of `Until` returns what the channel brings.
+    /// let reply = waiter.ask(Until(receiver));
+    /// sender.send(7)?;
+    /// assert_eq!(reply.wait_timeout(Duration::from_secs(60))?, 7);
+    ///
+    /// let (sender, receiver) = mpsc::channel();
+    /// let late = waiter.ask(Until(receiver)).wait_timeout(Duration::from_millis(10));
+    /// assert!(late.is_err()); // Nothing was sent in time.
+    /// # drop(sender);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// Those of the call itself, and those of [`Reply::timeout`].

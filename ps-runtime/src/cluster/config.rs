@@ -67,7 +67,7 @@ pub enum Transport {
     Sockets,
     /// TCP only, also within a host.
     Tcp,
-    /// Pipes inside one process, for tests.
+    /// Pipes inside one process: for tests of a program of several processes, without ports and sockets.
     Memory(MemoryNetwork),
 }
 

@@ -40,6 +40,34 @@ pub trait Hosted: Remote {
     /// for its end, but no longer than [`leave_grace`](super::ClusterConfig::leave_grace). If `false`, the
     /// default, the actor is killed when the node leaves. The default is right for actors whose state
     /// cannot continue elsewhere.
+    ///
+    /// ```
+    /// # use actix::{Actor, Context, Handler, Message};
+    /// # use ps_runtime::ActorRef;
+    /// # use ps_runtime::cluster::Hosted;
+    /// # use ps_runtime::remote::{Messages, Remote};
+    /// # struct Searcher { is_over: bool }
+    /// # impl Actor for Searcher { type Context = Context<Self>; }
+    /// # #[derive(Message)]
+    /// # #[rtype(result = "()")]
+    /// # struct EndSoon;
+    /// # impl Handler<EndSoon> for Searcher {
+    /// #     type Result = ();
+    /// #     fn handle(&mut self, _: EndSoon, _: &mut Context<Self>) { self.is_over = true; }
+    /// # }
+    /// # impl Remote for Searcher { fn messages(_: &mut Messages<Self>) {} }
+    /// impl Hosted for Searcher {
+    ///     type Args = ();
+    ///
+    ///     fn hand_over(actor: &ActorRef<Self>) -> bool {
+    ///         // Its handler returns its best result so far.
+    ///         actor.tell(EndSoon).is_ok()
+    ///     }
+    /// }
+    ///
+    /// let searcher = ps_runtime::spawn(|| Searcher { is_over: false });
+    /// assert!(Searcher::hand_over(&searcher));
+    /// ```
     fn hand_over(_actor: &ActorRef<Self>) -> bool {
         false
     }

@@ -22,7 +22,7 @@ use super::host::Hosts;
 use super::incarnations::{AsNode, NodeIncarnations};
 use super::task::Task;
 use super::task_scope::TaskScope;
-use super::way::{self, Attempt, SAY_WAITING};
+use super::way::{self, Progress, SAY_WAITING};
 use crate::actor::{ActorRef, CallError, NotDelivered, Spawn};
 use crate::net::{Address, threads};
 use crate::remote::dial::{DialError, is_refusal};
@@ -223,22 +223,22 @@ impl Node {
     }
 
     async fn join(&self, user: Option<u32>) -> Result<Membership, ClusterError> {
-        let attempt = Attempt::new();
+        let progress = Progress::new();
         tokio::select! {
-            joined = self.keep_trying(user, &attempt) => joined,
-            never = self.say_what_is_wrong(&attempt) => match never {},
+            joined = self.keep_trying(user, &progress) => joined,
+            never = self.say_what_is_wrong(&progress) => match never {},
         }
     }
 
     /// Says why this node has not joined yet, at first soon, then ever more rarely.
-    async fn say_what_is_wrong(&self, attempt: &Attempt) -> Infallible {
+    async fn say_what_is_wrong(&self, progress: &Progress) -> Infallible {
         let begun = Instant::now();
         let mut pause = SAY_WAITING;
         loop {
             tokio::time::sleep(pause).await;
             let waited = begun.elapsed();
             let left = self.config.join_timeout.saturating_sub(waited);
-            let (driver, reason) = (&self.driver, attempt.obstacle());
+            let (driver, reason) = (&self.driver, progress.obstacle());
             tracing::info!(
                 driver,
                 reason,
@@ -252,18 +252,18 @@ impl Node {
     async fn keep_trying(
         &self,
         user: Option<u32>,
-        attempt: &Attempt,
+        progress: &Progress,
     ) -> Result<Membership, ClusterError> {
         // `None` if the clock cannot represent the deadline; then there is none.
         let deadline = Instant::now().checked_add(self.config.join_timeout);
         let mut pause = Duration::from_millis(20);
         loop {
-            let reason = match self.try_to_join(user, attempt).await {
+            let reason = match self.try_to_join(user, progress).await {
                 Ok(membership) => return Ok(membership),
                 Err(JoinError::Permanent(error)) => return Err(error),
                 Err(JoinError::Temporary(reason)) => reason,
             };
-            attempt.failed(&reason);
+            progress.failed(&reason);
             if deadline.is_some_and(|deadline| Instant::now() + pause > deadline) {
                 return Err(ClusterError::NoDriver {
                     address: self.driver.clone(),
@@ -280,13 +280,13 @@ impl Node {
     async fn try_to_join(
         &self,
         user: Option<u32>,
-        attempt: &Attempt,
+        progress: &Progress,
     ) -> Result<Membership, JoinError> {
         let process = self.config.process();
         let run_id = self.config.run_id.as_deref();
         process.wants(Joining::new(self.rank, run_id, user));
-        let (driver_address, local) = self.way_to_driver(&process, attempt).await?;
-        attempt.begin(format!(
+        let (driver_address, local) = self.way_to_driver(&process, progress).await?;
+        progress.begin(format!(
             "{driver_address} takes connections but does not answer: another program may have the port, or the driver is \
              overloaded"
         ));
@@ -412,7 +412,7 @@ impl Node {
     async fn way_to_driver(
         &self,
         process: &Process,
-        attempt: &Attempt,
+        progress: &Progress,
     ) -> Result<(Address, IpAddr), JoinError> {
         if let Transport::Memory(_) = self.config.transport {
             let number = self.driver.strip_prefix("memory:");
@@ -425,9 +425,9 @@ impl Node {
             return Ok((Address::Memory(place), IpAddr::V4(Ipv4Addr::LOCALHOST)));
         }
         let limit = process.config().handshake;
-        let found = way::look_up(&self.driver, attempt).await;
+        let found = way::look_up(&self.driver, progress).await;
         let found = found.map_err(JoinError::Temporary)?;
-        let connected = way::connect(&self.driver, &found, limit, attempt).await;
+        let connected = way::connect(&self.driver, &found, limit, progress).await;
         let (driver, local) = connected.map_err(JoinError::Temporary)?;
         Ok((Address::Tcp(driver), local.ip()))
     }

@@ -28,7 +28,7 @@ pub(super) fn pause_after(waited: Duration) -> Duration {
 
 /// What a node does to reach its driver.
 #[derive(Debug)]
-pub(super) struct Attempt(Mutex<State>);
+pub(super) struct Progress(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
@@ -39,7 +39,7 @@ struct State {
     failure: Option<String>,
 }
 
-impl Attempt {
+impl Progress {
     pub(super) fn new() -> Self {
         Self(Mutex::new(State {
             step: String::new(),
@@ -80,9 +80,9 @@ impl Attempt {
 }
 
 /// Looks a driver's name up, given as `host:port`.
-pub(super) async fn look_up(driver: &str, attempt: &Attempt) -> Result<Vec<SocketAddr>, String> {
+pub(super) async fn look_up(driver: &str, progress: &Progress) -> Result<Vec<SocketAddr>, String> {
     let name = host_of(driver);
-    attempt.begin(format!(
+    progress.begin(format!(
         "no name server has answered what {name} means: use an address, or a name that this machine knows"
     ));
     // A host name may not be known yet while a cluster starts.
@@ -101,7 +101,7 @@ pub(super) async fn connect(
     driver: &str,
     addresses: &[SocketAddr],
     limit: Duration,
-    attempt: &Attempt,
+    progress: &Progress,
 ) -> Result<(SocketAddr, SocketAddr), String> {
     let name = host_of(driver);
     let limit = match addresses.len() {
@@ -111,7 +111,7 @@ pub(super) async fn connect(
     let mut problems = String::new();
     for &address in addresses {
         let silent = Error::from(ErrorKind::TimedOut);
-        attempt.begin(unreachable(name, address, &silent));
+        progress.begin(unreachable(name, address, &silent));
         let connected = tokio::time::timeout(limit, TcpStream::connect(address)).await;
         let connected = connected.unwrap_or(Err(silent));
         match connected.and_then(|stream| stream.local_addr()) {
@@ -276,16 +276,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_obstacle_is_the_step_that_lasts_or_else_the_last_failure() {
-        let attempt = Attempt::new();
-        attempt.begin("stuck".to_owned());
-        assert_eq!(attempt.obstacle(), "stuck");
-        attempt.failed("refused");
+        let progress = Progress::new();
+        progress.begin("stuck".to_owned());
+        assert_eq!(progress.obstacle(), "stuck");
+        progress.failed("refused");
         tokio::time::advance(LASTING).await;
-        assert_eq!(attempt.obstacle(), "refused");
-        attempt.begin("stuck again".to_owned());
-        assert_eq!(attempt.obstacle(), "refused");
+        assert_eq!(progress.obstacle(), "refused");
+        progress.begin("stuck again".to_owned());
+        assert_eq!(progress.obstacle(), "refused");
         tokio::time::advance(LASTING).await;
-        assert_eq!(attempt.obstacle(), "stuck again");
+        assert_eq!(progress.obstacle(), "stuck again");
     }
 
     #[tokio::test]
@@ -294,10 +294,10 @@ mod tests {
         let held = tokio::net::TcpSocket::new_v4().unwrap();
         held.bind("127.0.0.1:0".parse().unwrap()).unwrap();
         let address = held.local_addr().unwrap();
-        let attempt = Attempt::new();
+        let progress = Progress::new();
         let driver = address.to_string();
         let limit = Duration::from_secs(5);
-        let why = connect(&driver, &[address], limit, &attempt).await;
+        let why = connect(&driver, &[address], limit, &progress).await;
         let why = why.unwrap_err();
         assert!(why.contains("refuses connections"), "{why}");
     }

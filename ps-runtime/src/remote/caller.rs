@@ -34,6 +34,8 @@ use crate::net::outbox::Outbox;
 use crate::net::threads;
 
 mod connecting;
+#[cfg(test)]
+mod fuzz;
 
 use connecting::{connect, seek};
 

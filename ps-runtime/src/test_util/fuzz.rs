@@ -122,7 +122,7 @@ impl Dice {
 }
 
 /// Changes, cuts out, doubles and puts in bytes here and there.
-fn damage(dice: &mut Dice, bytes: &mut Vec<u8>) {
+pub(crate) fn damage(dice: &mut Dice, bytes: &mut Vec<u8>) {
     for _ in 0..dice.below(4) {
         let at = dice.place(bytes.len());
         match dice.below(5) {
@@ -228,7 +228,7 @@ impl Fuzz {
     }
 }
 
-fn number(name: &str, default: u64) -> u64 {
+pub(crate) fn number(name: &str, default: u64) -> u64 {
     let given = std::env::var(name).ok();
     given.map_or(default, |text| text.parse().expect("a whole number"))
 }

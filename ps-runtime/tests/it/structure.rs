@@ -37,7 +37,10 @@ fn files(path: &Path, found: &mut Vec<PathBuf>) {
         let path = entry.expect("the sources are there").path();
         let name = path.file_stem().expect("it has a name");
         // Whole files of tests.
-        if ["tests", "lending"].iter().any(|tests| name == *tests) {
+        if ["tests", "lending", "fuzz"]
+            .iter()
+            .any(|tests| name == *tests)
+        {
             continue;
         }
         match path.is_dir() {
@@ -47,14 +50,37 @@ fn files(path: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The parts that a file's product code uses.
-fn used(text: &str) -> BTreeSet<String> {
-    // The tests of a file stand at its end.
-    let is_test = |line: &&str| {
+/// The lines of a file without its tests. They are at its end, or in a file of their own.
+fn product(text: &str) -> Vec<&str> {
+    let is_test = |line: &str| {
         line.starts_with("#[cfg(") && line.contains("test") && !line.contains("feature")
     };
-    let product = text.lines().take_while(|line| !is_test(line));
-    let code = product.filter(|line| !line.trim_start().starts_with("//"));
+    let mut lines = text.lines();
+    let mut product = Vec::new();
+    while let Some(line) = lines.next() {
+        if !is_test(line) {
+            product.push(line);
+            continue;
+        }
+        // `mod tests;`, or a `use` of one: only this item is left out.
+        let item = lines.by_ref().find(|line| !line.starts_with("#["));
+        if !item.is_some_and(|item| item.ends_with(';')) {
+            break;
+        }
+    }
+    product
+}
+
+#[test]
+fn code_behind_a_module_of_tests_in_another_file_is_checked() {
+    let text = "use crate::net;\n#[cfg(test)]\nmod tests;\nuse crate::actor;\n#[cfg(test)]\nmod more {\nuse crate::codec;\n";
+    assert_eq!(used(text), ["actor", "net"].map(str::to_owned).into());
+}
+
+/// The parts that a file's product code uses.
+fn used(text: &str) -> BTreeSet<String> {
+    let lines = product(text).into_iter();
+    let code = lines.filter(|line| !line.trim_start().starts_with("//"));
     let mut used = BTreeSet::new();
     for line in code {
         for path in line.split("crate::").skip(1) {

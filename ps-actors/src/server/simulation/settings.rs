@@ -87,7 +87,7 @@ pub struct Settings {
     pub momentum: f32,
     /// The worker lease.
     pub worker_lease: Option<Duration>,
-    /// What is saved.
+    /// What the run saves: nothing, checkpoints, or checkpoints and an update log.
     pub saving: Saving,
     /// The time between two checkpoints.
     pub checkpoint_every: Duration,

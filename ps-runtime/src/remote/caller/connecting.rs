@@ -67,8 +67,20 @@ pub(super) async fn connect(actor: Arc<RemoteActor>) {
         pause = (2 * pause).min(config.heartbeat);
     };
     let connection = Connection::new(dialled.stream, config);
-    let outbox = Arc::clone(&connection.outbox);
     let max = dialled.max_numbers.unwrap_or(config.max_numbers);
+    call_over(actor, connection, max, &dialled.already_read).await;
+}
+
+/// Sends the calls of an actor over a connection, and reads the answers, until the connection ends. The other side
+/// accepts `max` numbers in one message.
+pub(super) async fn call_over(
+    actor: Arc<RemoteActor>,
+    connection: Connection,
+    max: u64,
+    already_read: &[u8],
+) {
+    let process = Arc::clone(&actor.process);
+    let outbox = Arc::clone(&connection.outbox);
     actor.max_numbers.store(max, Ordering::Relaxed);
     let mut too_large = Vec::new();
     {
@@ -97,9 +109,8 @@ pub(super) async fn connect(actor: Arc<RemoteActor>) {
         call.lost(Lost::NotDelivered(NotDelivered::TooLarge { reason }));
     }
     let client = Client { actor, outbox };
-    let already_read = &dialled.already_read;
     connection
-        .run(already_read, config, process.buffers(), client)
+        .run(already_read, process.config(), process.buffers(), client)
         .await;
 }
 
