@@ -301,7 +301,7 @@ impl Handler<LogUpdates> for ParameterServer {
     fn handle(&mut self, LogUpdates(log): LogUpdates, _: &mut Self::Context) -> Self::Result {
         let version = self.shard.weights().version();
         let first = self.coordinate()?;
-        log.rotate(version);
+        log.begin(version);
         first.update_log = Some(log);
         Ok(())
     }
