@@ -128,7 +128,14 @@ fn serve(mut args: Args) -> Result<ExitCode> {
         controls: controls.servers_decide(),
         observers: observers.clone(),
     };
-    let ended = running.until_the_end();
+    let mut ended = running.until_the_end();
+    if ended.is_ok() {
+        let weights = run(running.servers.pull(PullVersion::Latest));
+        let exported = weights
+            .map_err(anyhow::Error::from)
+            .and_then(|weights| Ok((args.checkpoints).export(&model, &device, &weights)?));
+        ended = exported.and(ended);
+    }
     api.close();
     // What was settled for requests that were not answered any more. If the servers cannot say it, nobody can.
     if let Ok(status) = run(running.servers.status()) {

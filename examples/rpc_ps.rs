@@ -78,6 +78,7 @@ fn serve(args: Args) -> Result<ExitCode> {
     let mnist = args.data.mnist()?;
     let device = args.data.device()?;
     let net = Net::init(args.train.seed, &device);
+    let num_examples = mnist.train.len();
     let num_trainers = args.cluster.world_size().max(2) as usize - 1;
     // Trainers send what they have to the model, so no gradient and no weights travel to or from the server.
     let (saving, driven) = (&args.checkpoints, ServerPlaces::DRIVEN);
@@ -112,7 +113,13 @@ fn serve(args: Args) -> Result<ExitCode> {
         ..ServerConfig::default()
     };
     let initial = initial_weights(&net, &device)?;
-    let (mut checkpoints, found) = args.checkpoints.open(&initial, Sgd::new())?;
+    let facts = [
+        ("the number of training examples", num_examples.to_string()),
+        ("the batch size", args.train.batch_size.to_string()),
+        ("the seed", args.train.seed.to_string()),
+    ];
+    let opened = (args.checkpoints).open_with(&initial, Sgd::new(), facts);
+    let (mut checkpoints, found) = opened?;
     let start = found.as_ref().map_or(Start::from(&initial), Start::from);
     let server = ParameterServer::new(start, Sgd::new(), config)?.spawn()?;
     checkpoints.start_log(&server, start)?;
@@ -142,13 +149,15 @@ fn serve(args: Args) -> Result<ExitCode> {
         }
     });
     let interrupted = trained?;
-    let version = run(servers.pull(PullVersion::Latest))?.version();
+    let weights = run(servers.pull(PullVersion::Latest))?;
+    let version = weights.version();
     if let Some(signal) = interrupted {
         say!("Interrupted by {signal}.");
     }
     say!("{} updates by {num_trainers} trainers.", version.0);
     checkpoints.save(&server);
     let is_saved = checkpoints.finish().has(version);
+    args.checkpoints.export(&net, &device, &weights)?;
     let num_gradients = (args.train.iterations).saturating_mul(num_trainers as u64);
     let status = server.ask(GetStatus).wait()?.coordinator;
     // If a run goes on with fewer trainers, nobody takes the steps of the others.

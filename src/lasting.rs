@@ -142,8 +142,9 @@ impl<M: Model> LastingWorker<M> {
         let lost = match answer {
             Ok(gradients) => {
                 self.num_losses = 0;
-                self.clock = self.clock.next();
+                // Who goes on after an error goes on with the same batch.
                 let gradients = gradients?;
+                self.clock = self.clock.next();
                 self.incarnation = gradients.id.incarnation;
                 return Ok(Some(gradients));
             }

@@ -60,6 +60,15 @@ impl Dealing {
         let step = (num_batches / self.num_workers.max(1) as u128).min(u128::from(new)) as u64;
         Clock(epoch.saturating_mul(new).saturating_add(step))
     }
+
+    /// Returns how many examples come twice if workers go on at `clock` after those that shared the data in the way
+    /// `before` have arrived at `clocks`. An estimate, up to one for each worker and epoch.
+    fn num_repeated(self, before: Self, clocks: &[Clock], clock: Clock) -> u64 {
+        let taken = clocks.iter();
+        let taken: u64 = taken.map(|clock| before.examples_of_worker(clock.0)).sum();
+        let counted = self.examples_of_worker(clock.0);
+        taken.saturating_sub(counted.saturating_mul(self.num_workers as u64))
+    }
 }
 
 /// Where an earlier process of this training had arrived.
@@ -162,14 +171,17 @@ fn deal_again(checkpoint: Checkpoint, dealing: Dealing) -> Checkpoint {
         return checkpoint;
     }
     let clocks = (0..before).map(|rank| checkpoint.next_clock(worker(rank)));
+    let clocks: Vec<Clock> = clocks.collect();
     // A worker that was ahead had used some examples of the later batches already.
-    let slowest = clocks.min().unwrap_or_default();
+    let slowest = clocks.iter().copied().min().unwrap_or_default();
     let before = Dealing {
         num_workers: before,
         ..dealing
     };
     let clock = dealing.clock_after(before, slowest);
-    tracing::info!(before = before.num_workers, now = dealing.num_workers, %clock, "another number of workers");
+    let num_repeated = dealing.num_repeated(before, &clocks, clock);
+    let (before, now) = (before.num_workers, dealing.num_workers);
+    tracing::info!(before, now, %clock, num_repeated, "another number of workers; some examples may come twice");
     checkpoint.restart_workers_at(clock)
 }
 
@@ -231,6 +243,22 @@ mod tests {
                 assert!(before - after < round, "less than a round comes twice");
             }
         }
+    }
+
+    #[test]
+    fn examples_that_come_twice_are_counted() {
+        let (two, four) = (dealing(2, 10, 1200), dealing(4, 10, 1200));
+        let repeated = |clocks: [u64; 2]| {
+            let clocks = clocks.map(Clock);
+            let clock = four.clock_after(two, clocks[0].min(clocks[1]));
+            four.num_repeated(two, &clocks, clock)
+        };
+        assert_eq!(repeated([20, 20]), 0);
+        // One was three batches ahead.
+        assert_eq!(repeated([20, 23]), 30);
+        // The round of four begins two batches earlier.
+        assert_eq!(repeated([21, 21]), 20);
+        assert_eq!(repeated([60 + 20, 60 + 23]), 30);
     }
 
     #[test]

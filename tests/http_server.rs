@@ -265,3 +265,16 @@ fn the_page_shows_workers_of_any_language_and_controls_what_the_servers_decide()
     world.post("/v1/leave", me, &[]);
     world.check_success();
 }
+
+#[test]
+fn the_trained_model_is_exported_when_all_workers_have_left() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("model.safetensors");
+    let world = World::new(&["--export", file.to_str().unwrap()]);
+    let answer = world.push(0, 1e-3).expect("it lives");
+    assert!(answer.contains("ps-outcome: applied"), "{answer}");
+    let me = "ps-worker: 0\r\nps-incarnation: 1\r\n";
+    world.post("/v1/leave", me, &[]);
+    world.check_success();
+    assert!(file.is_file());
+}

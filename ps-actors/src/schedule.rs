@@ -17,9 +17,10 @@ use std::path::{Path, PathBuf};
 use actix::Message;
 use serde::{Deserialize, Serialize};
 
-use crate::frames::{self, FrameReader, Next};
+use crate::frames::{self, Frame, FrameReader, Next, little_endian};
 use crate::ids::{GradientId, Version};
 use crate::server::{Reduction, Update};
+use crate::weights::Weights;
 
 const FIRST_LINE: &[u8] = b"ps schedule 1\n";
 
@@ -43,6 +44,57 @@ pub struct ScheduledUpdate {
     pub reduction: Reduction,
     /// Its gradients, in the order in which they were added.
     pub gradients: Vec<ScheduledGradient>,
+    /// The weights before the update. `None` if it was decided together with the update before it, or if the file is
+    /// of a version of this program that did not write it.
+    pub weights: Option<WeightsChecksum>,
+}
+
+/// A checksum of the weights of the first server, which are the first ones of the model. If a replay finds another
+/// one, the weights differ.
+///
+/// ```
+/// use ps_actors::schedule::WeightsChecksum;
+/// use ps_actors::weights::{Layout, Weights};
+///
+/// let weights = |last| Weights::initial(Layout::flat(3), vec![1.0, 2.0, last]);
+/// let checksum = |last, len| WeightsChecksum::of(&weights(last), len);
+/// assert_eq!(checksum(3.0, 2), checksum(4.0, 2));
+/// assert_ne!(checksum(3.0, 3), checksum(4.0, 3));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WeightsChecksum {
+    /// How many weights it is of.
+    pub num_weights: usize,
+    /// The CRC-32 of their little-endian bytes.
+    pub crc32: u32,
+}
+
+impl WeightsChecksum {
+    /// Computes the checksum of the first `num_weights` weights, or of all if there are fewer.
+    #[must_use]
+    pub fn of(weights: &Weights, num_weights: usize) -> Self {
+        let mut crc = crc32fast::Hasher::new();
+        let mut num_left = num_weights;
+        for segment in weights.segments() {
+            let data = segment.data();
+            let data = &data[..data.len().min(num_left)];
+            crc.update(&little_endian(data));
+            num_left -= data.len();
+        }
+        Self {
+            num_weights: num_weights - num_left,
+            crc32: crc.finalize(),
+        }
+    }
+}
+
+/// An update of an older file.
+#[derive(Serialize, Deserialize)]
+struct UpdateAlone {
+    version: Version,
+    learning_rate: f64,
+    reduction: Reduction,
+    gradients: Vec<ScheduledGradient>,
 }
 
 /// One gradient of an update.
@@ -59,7 +111,11 @@ pub struct ScheduledGradient {
 }
 
 impl ScheduledUpdate {
-    pub(crate) fn of(update: &Update, learning_rate: f64) -> Self {
+    pub(crate) fn of(
+        update: &Update,
+        learning_rate: f64,
+        weights: Option<WeightsChecksum>,
+    ) -> Self {
         let gradients = update.gradients.iter();
         Self {
             version: update.version,
@@ -73,7 +129,26 @@ impl ScheduledUpdate {
                     num_examples: one.num_examples,
                 })
                 .collect(),
+            weights,
         }
+    }
+
+    fn read(frame: &Frame) -> Result<Self, String> {
+        frame.value().or_else(|reason| {
+            let UpdateAlone {
+                version,
+                learning_rate,
+                reduction,
+                gradients,
+            } = frame.value().map_err(|_: String| reason)?;
+            Ok(Self {
+                version,
+                learning_rate,
+                reduction,
+                gradients,
+                weights: None,
+            })
+        })
     }
 }
 
@@ -265,7 +340,7 @@ impl Schedule {
                 Next::End => break false,
                 Next::Cut => break true,
             };
-            let update: ScheduledUpdate = frame.value().map_err(|reason| none(&reason))?;
+            let update = ScheduledUpdate::read(&frame).map_err(|reason| none(&reason))?;
             let before = updates.last().map(|before| before.version);
             if before.is_some_and(|before| update.version != before.next()) {
                 return Err(none(&format!("{} comes after {before:?}", update.version)));
@@ -326,6 +401,10 @@ mod tests {
             learning_rate: 0.1,
             reduction: Reduction::Sum,
             gradients: (0..2).map(gradient).collect(),
+            weights: Some(WeightsChecksum {
+                num_weights: 7,
+                crc32: version as u32,
+            }),
         }
     }
 
@@ -370,6 +449,36 @@ mod tests {
             assert_eq!(read.updates, whole.updates[..num_whole], "byte {at}");
             assert!(read.is_cut);
         }
+    }
+
+    /// Older programs wrote nothing about the weights.
+    #[test]
+    fn an_older_file_is_read_and_continued() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run");
+        let mut writer = ScheduleWriter::create(&path, &facts(1)).unwrap();
+        let ScheduledUpdate {
+            version,
+            learning_rate,
+            reduction,
+            gradients,
+            ..
+        } = update(1);
+        let alone = UpdateAlone {
+            version,
+            learning_rate,
+            reduction,
+            gradients,
+        };
+        let file = writer.file.as_mut().unwrap();
+        frames::write(file, SALT, &alone, &[]).unwrap();
+        let mut writer = ScheduleWriter::resume(&path, &facts(1), Version(1)).unwrap();
+        writer.write(&update(2));
+        let old = ScheduledUpdate {
+            weights: None,
+            ..update(1)
+        };
+        assert_eq!(Schedule::read(&path).unwrap().updates, [old, update(2)]);
     }
 
     #[test]

@@ -176,8 +176,9 @@ impl Ledger {
             recoveries: marks.recoveries,
             ..State::default()
         };
-        if let Some(path) = directory.filter(|_| !resumes) {
-            // Those of another run.
+        // Those of another run. If there are checkpoints, this run is refused, and that one needs its marks to go on.
+        let is_new = |path: &&Path| matches!(newest_checkpoint(path), Ok(None));
+        if let Some(path) = directory.filter(|path| !resumes && is_new(path)) {
             let _ = fs::remove_file(path.join(MARKS));
         }
         Self {
@@ -417,12 +418,16 @@ fn since_1970(time: SystemTime) -> Duration {
     time.duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Changes one byte in the newest checkpoint of the directory. Returns `false` if there is none.
-fn damage_newest(directory: &Path) -> io::Result<bool> {
+fn newest_checkpoint(directory: &Path) -> io::Result<Option<String>> {
     let entries = fs::read_dir(directory)?.map_while(Result::ok);
     let names = entries.map(|entry| entry.file_name());
     let names = names.filter_map(|name| name.into_string().ok());
-    let Some(newest) = names.filter(|name| name.starts_with("checkpoint-")).max() else {
+    Ok(names.filter(|name| name.starts_with("checkpoint-")).max())
+}
+
+/// Changes one byte in the newest checkpoint of the directory. Returns `false` if there is none.
+fn damage_newest(directory: &Path) -> io::Result<bool> {
+    let Some(newest) = newest_checkpoint(directory)? else {
         return Ok(false);
     };
     let path = directory.join(newest).join("model.safetensors");
@@ -476,7 +481,13 @@ mod tests {
         let next = ledger(plan, path, true);
         assert!(!next.claim(0, false, now) && next.claim(1, false, now));
         assert!(ledger(plan, path, true).report().is_complete());
+        // One that is refused, because it does not say that it goes on.
+        let checkpoint = directory.path().join("checkpoint-000000000004");
+        fs::create_dir(&checkpoint).unwrap();
+        ledger(plan, path, false);
+        assert!(ledger(plan, path, true).report().is_complete());
         // Another run.
+        fs::remove_dir(checkpoint).unwrap();
         assert!(ledger(plan, path, false).claim(0, false, now));
     }
 

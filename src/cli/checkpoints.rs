@@ -100,7 +100,25 @@ impl CheckpointArgs {
         initial: &Weights,
         rule: impl UpdateRule,
     ) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
-        self.open_with(initial, Box::new(rule), &Facts::default(), None)
+        self.open_with(initial, rule, [])
+    }
+
+    /// As [`open`](Self::open). The checkpoint must be of a run with the same `facts`, such as a seed: the name of each,
+    /// and its value as text.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(
+        &self,
+        initial: &Weights,
+        rule: impl UpdateRule,
+        facts: impl IntoIterator<Item = (&'static str, String)>,
+    ) -> Result<(Checkpoints, Option<Checkpoint>), CheckpointError> {
+        let facts = facts.into_iter();
+        let facts = facts.fold(Facts::default(), |facts, (name, value)| {
+            facts.state(name, value)
+        });
+        self.open_dealt(initial, Box::new(rule), &facts, None)
     }
 
     /// As [`open`](Self::open), for workers that share `num_examples`. The checkpoint must be of a run with
@@ -125,10 +143,10 @@ impl CheckpointArgs {
             batch_size: train.batch_size,
             num_examples,
         };
-        self.open_with(initial, Box::new(rule), &facts, Some(dealing))
+        self.open_dealt(initial, Box::new(rule), &facts, Some(dealing))
     }
 
-    fn open_with(
+    fn open_dealt(
         &self,
         initial: &Weights,
         rule: Box<dyn UpdateRule>,

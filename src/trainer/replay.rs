@@ -7,10 +7,10 @@ use std::path::Path;
 
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::{GradientId, Version, WorkerId};
-use ps_actors::schedule::{Record, Schedule, ScheduleError, ScheduleWriter, ScheduledGradient};
-use ps_actors::server::{
-    ApplyGradients, Clipping, GetWeights, ParameterServer, ServerConfig, SetLearningRate,
+use ps_actors::schedule::{
+    Record, Schedule, ScheduleError, ScheduleWriter, ScheduledGradient, WeightsChecksum,
 };
+use ps_actors::server::{ApplyGradients, Clipping, ServerConfig, SetLearningRate};
 use ps_actors::weights::{GradientUpdate, Weights};
 use ps_actors::worker::{GradientSource, LocalGradient, SourceError};
 use ps_model::{Evaluation, Model};
@@ -70,6 +70,15 @@ pub enum ReplayError {
         recorded: f64,
         /// The norm of the gradient that the replay has computed.
         got: f64,
+    },
+    /// Weights differ from those that were recorded.
+    #[error(
+        "the first difference is in the weights of {version}; the program, the optimizer, the backend or the initial \
+         weights may be others"
+    )]
+    WeightsDiffer {
+        /// The version of the weights.
+        version: Version,
     },
     /// The update could not be applied.
     #[error("the update that makes {version} cannot be applied: {reason}")]
@@ -160,7 +169,8 @@ where
 
     /// Computes the weights of a [recorded](Self::record) training again, in this process and without any
     /// waiting, in whatever mode it ran and on however many processes. The settings must be those of the
-    /// recorded training. The norm of each gradient is compared with the recorded one, to the bit.
+    /// recorded training. The norm of each gradient is compared with the recorded one, to the bit, and a checksum of
+    /// the first server's weights before each update.
     ///
     /// The bits are the same for the same program on the same backend, if each worker computes on one thread
     /// (the default of the backend `flex`), and under the conditions of M-4 in `docs/semantics`.
@@ -185,8 +195,8 @@ where
     /// ```
     ///
     /// # Errors
-    /// If the schedule is of another training, or does not begin with the first update. If a gradient
-    /// differs: the error names the first update in which one does.
+    /// If the schedule is of another training, or does not begin with the first update. If a gradient or the weights
+    /// before an update differ: the error names the first difference.
     #[expect(
         clippy::missing_panics_doc,
         reason = "a group that is spawned with one server has one"
@@ -216,6 +226,7 @@ where
             move |_| rule.take().expect("there is one server")
         })?;
         let server = servers.servers().next().expect("there is one server");
+        let mut weights = initial.clone();
         let mut replaying = Replaying {
             sources: BTreeMap::new(),
             history: BTreeMap::from([(Version(0), initial)]),
@@ -230,6 +241,12 @@ where
         let mut num_gradients = 0;
         for update in &schedule.updates {
             let version = update.version;
+            if let Some(recorded) = update.weights
+                && WeightsChecksum::of(&weights, recorded.num_weights) != recorded
+            {
+                let version = weights.version();
+                return Err(ReplayError::WeightsDiffer { version }.into());
+            }
             let gradients = update
                 .gradients
                 .iter()
@@ -250,14 +267,13 @@ where
                 gradients,
                 reduction,
             };
-            let weights = server.ask(apply).flatten().wait();
-            let weights = weights.map_err(|error| failed(&error))?;
-            replaying.history.insert(version, weights);
+            let applied = server.ask(apply).flatten().wait();
+            weights = applied.map_err(|error| failed(&error))?;
+            replaying.history.insert(version, weights.clone());
             // Most versions are needed for the next few updates only.
             let is_needed = |of: &Version| last_use.get(of).is_some_and(|&last| last > version);
             replaying.history.retain(|of, _| is_needed(of));
         }
-        let weights = last_weights(server)?;
         let mut final_evaluation = None;
         if let Some(test) = &self.test {
             let mut evaluator = Evaluator::new(&self.model, &device, test)?;
@@ -337,10 +353,4 @@ struct Replaying<M: Model> {
     /// The weights of the versions that gradients of later updates were computed on.
     history: BTreeMap<Version, Weights>,
     learning_rate: f64,
-}
-
-fn last_weights(server: &ps_actors::ActorRef<ParameterServer>) -> Result<Weights, TrainError> {
-    server.ask(GetWeights).wait().map_err(|source| {
-        TrainError::Group(ps_actors::server::GroupError::Call { index: 0, source })
-    })
 }

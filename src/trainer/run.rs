@@ -162,7 +162,7 @@ where
             let result = actor::try_run(driving).map_err(TrainError::EventLoop)?;
             run.collector.end();
             let error = match result {
-                Err(error) if run.may_recover(&error) => error,
+                Err(error) if may_recover(run.stop, &run.checkpoints, &error) => error,
                 other => return other,
             };
             run.lost_servers(&error);
@@ -380,6 +380,11 @@ where
                 collector.fetch_last().await;
                 // The other workers must not go on in the background, or wait for the one that failed.
                 workers.iter().for_each(Worker::kill);
+                // This must not wait for the servers. If some of them answer again, the error must stay what
+                // it is.
+                if may_recover(stop, checkpoints, &error) {
+                    return Err(error);
+                }
                 let incomplete = self.incomplete(error, &servers, seen, checkpoints, collector);
                 return Err(incomplete.await);
             }
@@ -514,19 +519,19 @@ struct Run<'a, M: Model> {
     num_applied_before: Option<u64>,
 }
 
-impl<M: Model> Run<'_, M> {
-    /// Whether the training goes on from a checkpoint after this error.
-    fn may_recover(&self, error: &TrainError) -> bool {
-        let is_interrupted = self.stop.is_some_and(|stop| stop.received().is_some());
-        let source = match error {
-            TrainError::Group(source) | TrainError::Worker(WorkerError::Servers { source, .. }) => {
-                source
-            }
-            _ => return false,
-        };
-        source.is_server_lost() && !self.checkpoints.is_off() && !is_interrupted
-    }
+/// Whether the training goes on from a checkpoint after this error.
+fn may_recover(stop: Option<&StopSignal>, checkpoints: &Checkpoints, error: &TrainError) -> bool {
+    let is_interrupted = stop.is_some_and(|stop| stop.received().is_some());
+    let source = match error {
+        TrainError::Group(source) | TrainError::Worker(WorkerError::Servers { source, .. }) => {
+            source
+        }
+        _ => return false,
+    };
+    source.is_server_lost() && !checkpoints.is_off() && !is_interrupted
+}
 
+impl<M: Model> Run<'_, M> {
     fn lost_servers(&mut self, error: &TrainError) {
         let observers = self.collector.observers();
         self.servers_lost = Some(observers.seconds());

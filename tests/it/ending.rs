@@ -6,7 +6,7 @@ use std::sync::mpsc::channel;
 
 use ps::actors::cluster::Transport;
 use ps::actors::net::memory::MemoryNetwork;
-use ps::actors::worker::MAX_REFUSED;
+use ps::actors::worker::{MAX_REFUSED, WorkerError};
 use ps::model::burn::module::Module;
 use ps::model::burn::tensor::{Device, Tensor};
 use ps::observe::{Event, Observers, Settings};
@@ -298,6 +298,28 @@ fn a_lasting_worker_goes_on_with_the_batch_that_it_was_lost_with() {
         losses
     };
     assert_eq!(losses(2), losses(u64::MAX));
+}
+
+/// The worker has not taken the step either.
+#[test]
+fn a_lasting_worker_whose_data_failed_keeps_its_clock() {
+    let (model, data) = model_and_data(faults(u64::MAX, 0));
+    let cluster = Cluster::alone(host_workers(Hosts::new(), &model, &device(), &data));
+    let id = WorkerId(0);
+    let config = WorkerConfig {
+        worker: id,
+        num_workers: 1,
+        batch_size: 4,
+        seed: 0,
+    };
+    let mut worker = LastingWorker::<Fragile>::spawn(&cluster, config).unwrap();
+    let failed = WorkerError::Source {
+        worker: id,
+        clock: Clock(0),
+        source: std::io::Error::other("the file is gone").into(),
+    };
+    worker.settle(Ok(Err(failed))).unwrap_err();
+    assert_eq!(worker.clock(), Clock(0));
 }
 
 /// S-12.

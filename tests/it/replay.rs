@@ -1,5 +1,7 @@
 //! Recorded trainings, computed again.
 
+use std::fmt;
+
 use burn::optim::AdamConfig;
 use ps::actors::actor::error_chain;
 use ps::prelude::*;
@@ -106,6 +108,82 @@ fn a_cut_schedule_is_replayed_as_far_as_it_goes() {
     );
 }
 
+/// The examples in another order.
+#[derive(Clone)]
+struct Shifted {
+    examples: ImageDataset,
+    by: usize,
+}
+
+impl Examples for Shifted {
+    type Batch = <ImageDataset as Examples>::Batch;
+
+    fn num_examples(&self) -> usize {
+        self.examples.num_examples()
+    }
+
+    fn batch(&self, indices: &[usize]) -> Self::Batch {
+        let shifted = indices
+            .iter()
+            .map(|index| (index + self.by) % self.num_examples());
+        Examples::batch(&self.examples, &shifted.collect::<Vec<_>>())
+    }
+}
+
+/// SGD that makes one of its updates twice.
+struct Doubling {
+    sgd: Sgd,
+    update: u64,
+    num_updates: u64,
+}
+
+/// A schedule compares this text.
+impl fmt::Debug for Doubling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Doubling")
+    }
+}
+
+impl UpdateRule for Doubling {
+    fn update(&mut self, weights: &mut [f32], gradient: &[f32], learning_rate: f64) {
+        self.num_updates += 1;
+        let times = 1 + usize::from(self.num_updates == self.update);
+        (0..times).for_each(|_| self.sgd.update(weights, gradient, learning_rate));
+    }
+}
+
+/// S-14: nothing but the data and the rule themselves tells these apart.
+#[test]
+fn a_replay_with_other_data_or_another_rule_is_found_out() {
+    let trainer = |by, update| {
+        let device = select_device(default_device_name()).unwrap();
+        let examples = Mnist::bundled_sample().train;
+        let rule = move || Doubling {
+            sgd: Sgd::new(),
+            update,
+            num_updates: 0,
+        };
+        Trainer::new(ConvNet::init(1, &device), Shifted { examples, by })
+            .device(&device)
+            .batch_size(8)
+            .update_rule(rule)
+            .iterations(5)
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("schedule");
+    trainer(0, 2).record(file.clone()).run().unwrap();
+    trainer(0, 2).replay(&file).unwrap();
+    let differs = |by, update| error_chain(&trainer(by, update).replay(&file).unwrap_err());
+    for (differs, expected) in [
+        (differs(1, 2), "in the update that makes version 1"),
+        (differs(0, 4), "in the weights of version 2"),
+        (differs(0, 1), "in the weights of version 1"),
+    ] {
+        let expected = format!("the first difference is {expected}");
+        assert!(differs.contains(&expected), "{expected}: {differs}");
+    }
+}
+
 #[test]
 fn a_replay_names_the_first_update_that_differs() {
     let device = select_device(default_device_name()).unwrap();
@@ -119,7 +197,7 @@ fn a_replay_names_the_first_update_that_differs() {
         .optimizer(AdamConfig::new());
     let differs = error_chain(&other.replay(&file).unwrap_err());
     assert!(
-        differs.contains("the first difference is in the update that makes version 1"),
+        differs.contains("the first difference is in the weights of version 0"),
         "{differs}"
     );
 

@@ -11,6 +11,7 @@ mod resume;
 mod run;
 mod soak;
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -344,7 +345,12 @@ fn an_interrupted_http_server_ends_in_order() {
 /// The guide's program as three processes, by one command and by hand.
 #[test]
 fn trainers_of_a_model_on_the_server_print_what_the_guides_do() {
-    let alone = Run::start("rpc_ps", &["--iterations", "6"]).finish();
+    let directory = tempfile::tempdir().unwrap();
+    let exported = directory.path().join("net.safetensors");
+    let exported = exported.to_str().unwrap();
+    let alone = ["--iterations", "6", "--export", exported];
+    let alone = Run::start("rpc_ps", &alone).finish();
+    assert!(Path::new(exported).is_file(), "{}", alone.1);
     let together = ["--iterations", "6", "--processes", "3"];
     let together = Run::start("rpc_ps", &together).finish();
     for ((status, output), ranks) in [(alone, 1..=1), (together, 1..=2)] {

@@ -16,10 +16,21 @@ fn newest(directory: &Path) -> Option<(u64, PathBuf)> {
     found.max()
 }
 
-/// The weights and the state of the update rule, as they are on the disk.
-fn numbers(directory: &Path) -> [Vec<u8>; 2] {
+/// The weights and the state of the update rule, as they are on the disk, and where each worker goes on.
+fn numbers(directory: &Path) -> [Vec<u8>; 3] {
     let (_, path) = newest(directory).expect("there is a checkpoint");
-    ["model.safetensors", "optimizer.safetensors"].map(|file| fs::read(path.join(file)).unwrap())
+    let read = |file: &str| fs::read(path.join(file)).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&read("manifest.json")).unwrap();
+    let clocks = manifest["next_clocks"]
+        .as_object()
+        .expect("a clock for each worker");
+    assert!(!clocks.is_empty());
+    let clocks = serde_json::to_vec(clocks).unwrap();
+    [
+        read("model.safetensors"),
+        read("optimizer.safetensors"),
+        clocks,
+    ]
 }
 
 fn words<'a>(arguments: &[&'a str], directory: &'a Path) -> Vec<&'a str> {
@@ -180,6 +191,30 @@ fn an_interrupted_driver_saves_a_checkpoint_and_says_how_to_go_on() {
         assert!(
             version >= saved && saved > 0,
             "{name}: {saved}, then {version}: {output}"
+        );
+    }
+}
+
+/// The examples are dealt out by seed and batch size.
+#[test]
+fn trainers_of_a_model_on_the_server_do_not_go_on_with_other_batches() {
+    let directory = tempfile::tempdir().unwrap();
+    let arguments = words(&["--iterations", "4"], directory.path());
+    let (status, output) = Run::start("rpc_ps", &arguments).finish();
+    assert!(status.success(), "{output}");
+    for (flag, value, says) in [
+        ("--seed", "1", "the seed is `0` there, and `1` here"),
+        (
+            "--batch-size",
+            "8",
+            "the batch size is `32` there, and `8` here",
+        ),
+    ] {
+        let again = [&arguments[..], &["--resume", flag, value]].concat();
+        let (status, output) = Run::start("rpc_ps", &again).finish();
+        assert!(
+            !status.success() && output.contains(says),
+            "{says}: {output}"
         );
     }
 }

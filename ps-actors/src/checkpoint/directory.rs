@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use ps_runtime::actor::error_chain;
 
-use super::files::{PARTIAL, remove};
+use super::files::{PARTIAL, parent_of, remove, sync_directory};
 use super::{Checkpoint, CheckpointError};
 use crate::ids::Version;
 
@@ -70,7 +70,7 @@ impl CheckpointDir {
             path: path.clone(),
             source,
         };
-        fs::create_dir_all(&path).map_err(unusable)?;
+        make(&path).map_err(unusable)?;
         let lock = File::create(path.join(LOCK)).map_err(unusable)?;
         let lock = match lock.try_lock() {
             Ok(()) => Some(lock),
@@ -119,6 +119,20 @@ impl CheckpointDir {
         }
         found.sort_unstable();
         Ok(found)
+    }
+
+    /// Returns the version of the newest checkpoint in the directory, whether or not it can be used. `None`: there is
+    /// none, or the directory has been removed.
+    pub(super) fn newest_version(&self) -> Result<Option<Version>, CheckpointError> {
+        match self.list() {
+            Ok(found) => Ok(found.last().map(|&(version, _)| version)),
+            Err(CheckpointError::Read { source, .. })
+                if source.kind() == io::ErrorKind::NotFound =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Reads the newest checkpoint that is complete, undamaged, and that `accepts` does not refuse with a
@@ -189,6 +203,22 @@ impl CheckpointDir {
         }
         Ok(path)
     }
+}
+
+/// Makes the directory, with those above it that do not exist. Their names are then on the disk, like what is saved in them.
+fn make(path: &Path) -> io::Result<()> {
+    let above = path.ancestors();
+    let missing = above.take_while(|path| !path.as_os_str().is_empty() && !path.exists());
+    let missing: Vec<&Path> = missing.collect();
+    fs::create_dir_all(path)?;
+    for parent in missing.into_iter().map(parent_of) {
+        // Its owner may not let others read it.
+        if let Err(error) = sync_directory(parent) {
+            let parent = parent.display();
+            tracing::warn!(%parent, %error, "cannot sync it; if the machine fails, a new directory in it may be lost");
+        }
+    }
+    Ok(())
 }
 
 /// Removes a checkpoint so that, if the process dies meanwhile, no part of it looks like a checkpoint.

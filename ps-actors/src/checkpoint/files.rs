@@ -572,7 +572,7 @@ fn partial_of(path: &Path) -> PathBuf {
 /// How the names of temporary directories end.
 pub(super) const PARTIAL: &str = ".partial";
 
-fn parent_of(path: &Path) -> &Path {
+pub(super) fn parent_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -588,7 +588,7 @@ pub(super) fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Makes the names in a directory durable. Elsewhere than on Unix, a directory cannot be opened for this.
-fn sync_directory(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     match cfg!(unix) {
         true => File::open(path)?.sync_all(),
         false => Ok(()),

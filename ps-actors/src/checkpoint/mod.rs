@@ -29,6 +29,7 @@ mod files;
 mod saver;
 
 pub use directory::{CheckpointDir, Found};
+pub(crate) use files::sync_directory;
 pub use saver::{CheckpointConfig, Checkpoints, SaveEvent, SaveNow, SaveReport};
 
 /// Everything that the servers of a run must know to go on, at one version.
@@ -442,6 +443,32 @@ pub enum CheckpointError {
         /// Why the operating system did not read it.
         #[source]
         source: std::io::Error,
+    },
+    /// The checkpoints of a run have gone while it ran.
+    #[error(
+        "{} had a checkpoint of {had}, and was emptied or replaced meanwhile: restore it, or begin in another \
+         directory",
+        path.display()
+    )]
+    Gone {
+        /// The directory that had the checkpoint.
+        path: PathBuf,
+        /// The version of the checkpoint.
+        had: Version,
+    },
+    /// A part of the update log has gone while its run ran.
+    #[error(
+        "the update log in {} had all updates until {had}, and only those until {found} can be read now: \
+         restore the directory, and resume the run; if it resumes without them, they are lost",
+        path.display()
+    )]
+    LogLost {
+        /// The directory with the segments of the log.
+        path: PathBuf,
+        /// The version until which all updates were logged.
+        had: Version,
+        /// The version until which they can be read.
+        found: Version,
     },
     /// A file is not what the checkpoint's list of files says, or makes no sense.
     #[error("{} is damaged: {reason}", path.display())]

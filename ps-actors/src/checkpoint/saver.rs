@@ -110,6 +110,8 @@ pub struct Checkpoints {
     chain: Option<Chain>,
     /// The version from which the run went on.
     began: Version,
+    /// The version of the newest checkpoint that this run has found or written.
+    had: Option<Version>,
     log: Option<UpdateLog>,
     listener: Listener,
     asked: Arc<Notify>,
@@ -281,6 +283,7 @@ impl Checkpoints {
         let Some(directory) = &self.directory else {
             return Ok(None);
         };
+        self.had = found.as_ref().map(|found| found.checkpoint.version());
         let (found, chain) = match found {
             Some(found) => {
                 let followed = update_log::follow(directory.path(), found.checkpoint, rule)?;
@@ -316,6 +319,7 @@ impl Checkpoints {
             log_config: None,
             chain: None,
             began: Version(0),
+            had: None,
             log: None,
             listener: Listener::default(),
             asked: Arc::default(),
@@ -380,19 +384,35 @@ impl Checkpoints {
     /// write no more to it.
     ///
     /// # Errors
-    /// If there are checkpoints, but none that can be used and that `accepts` does not refuse.
+    /// If there are checkpoints, but none that can be used and that `accepts` does not refuse. If the newest one that
+    /// this run has saved or found is not there any more, or the update log has lost updates, so that servers would
+    /// come back with old weights.
     pub fn newest(
         &mut self,
         rule: Box<dyn UpdateRule>,
         accepts: impl Fn(&Checkpoint) -> Result<(), String>,
     ) -> Result<Option<Found>, CheckpointError> {
         self.wait();
-        self.close_log();
-        let found = match &self.directory {
-            Some(directory) => directory.newest(accepts)?,
-            None => None,
+        let logged = self.close_log();
+        let Some(directory) = self.directory.clone() else {
+            return Ok(None);
         };
-        self.prepare(found, rule)
+        let path = || directory.path().to_owned();
+        if let Some(had) = self.had
+            && directory.newest_version()? < Some(had)
+        {
+            return Err(CheckpointError::Gone { path: path(), had });
+        }
+        let found = directory.newest(accepts)?;
+        let found = self.prepare(found, rule)?;
+        match logged {
+            Some(had) if self.began < had => Err(CheckpointError::LogLost {
+                path: path(),
+                had,
+                found: self.began,
+            }),
+            _ => Ok(found),
+        }
     }
 
     /// Begins the update log, if the settings ask for one. Call it when the servers have started from
@@ -401,7 +421,7 @@ impl Checkpoints {
     /// continues a checkpoint.
     ///
     /// # Errors
-    /// If the first checkpoint or the log cannot be written, or the server is not in this process.
+    /// If the first checkpoint or the log cannot be written, an older log cannot be changed, or the server is not in this process.
     pub fn start_log(
         &mut self,
         first: &ActorRef<ParameterServer>,
@@ -410,18 +430,20 @@ impl Checkpoints {
         let (Some(directory), Some(chain)) = (self.directory.clone(), self.chain.take()) else {
             return Ok(());
         };
-        let Some(config) = self.log_config else {
-            return Ok(());
-        };
         let failed = |source| CheckpointError::Log {
             path: directory.path().to_owned(),
             source,
+        };
+        let Some(config) = self.log_config else {
+            // What comes now is not logged. No later run may take an older continuation for it.
+            return chain.cut().map_err(failed);
         };
         if let Start::Initial(weights) = start {
             let state = first.ask(TakeCheckpoint).flatten().wait();
             let state = state.map_err(|error| failed(io::Error::other(error)))?;
             let checkpoint = self.with_facts(Checkpoint::initial(weights.clone(), state)?);
             directory.save(&checkpoint, self.keep)?;
+            self.had = Some(checkpoint.version());
         }
         let restarted_at = match start {
             Start::Initial(_) => None,
@@ -436,11 +458,12 @@ impl Checkpoints {
         Ok(())
     }
 
-    fn close_log(&mut self) {
-        if let Some(log) = self.log.take() {
-            log.close();
-            self.report.num_log_failures += log.num_failures();
-        }
+    /// Returns the version until which the log had all updates.
+    fn close_log(&mut self) -> Option<Version> {
+        let log = self.log.take()?;
+        log.close();
+        self.report.num_log_failures += log.num_failures();
+        log.whole_until()
     }
 
     fn with_facts(&self, checkpoint: Checkpoint) -> Checkpoint {
@@ -474,10 +497,13 @@ impl Checkpoints {
             .as_ref()
             .is_some_and(|writing| !writing.thread.is_finished())
         {
-            self.next = self.due_after(version);
-            self.report.num_skipped += 1;
-            tracing::warn!(%version, "a checkpoint is skipped: the one before is still being written");
-            self.listener.tell(|| SaveEvent::Skipped { version });
+            // If it is due for the log only, it is still due when the other one is written.
+            if version >= self.next {
+                self.next = self.due_after(version);
+                self.report.num_skipped += 1;
+                tracing::warn!(%version, "a checkpoint is skipped: the one before is still being written");
+                self.listener.tell(|| SaveEvent::Skipped { version });
+            }
             return false;
         }
         true
@@ -631,6 +657,7 @@ impl Checkpoints {
         match writing.thread.join() {
             Ok(Some(saved)) => {
                 self.report.num_saved += 1;
+                self.had = Some(saved.0);
                 self.report.latest = Some(saved);
             }
             // The thread has logged why.

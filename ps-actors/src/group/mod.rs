@@ -7,11 +7,12 @@
 //! versions (PS-3, PS-5). If another server lacks its part, the first one sends it (S-9).
 
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use actix::{Handler, Message};
-use futures_util::future::try_join_all;
+use futures_util::future::{Either, select, try_join_all};
 use ps_runtime::actor::{ActorRef, sleep};
 use serde::{Deserialize, Serialize};
 
@@ -20,8 +21,8 @@ use crate::checkpoint::Checkpoint;
 use crate::ids::{Incarnation, JoinRequest, WorkerId};
 use crate::server::{
     ApplyGradients, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GroupError,
-    Heartbeat, Join, Leave, Membership, Outcome, ParameterServer, Pull, PullVersion, Push,
-    PushPull, Pushed, Reduction, ReportLost, ServerError, ServerStatus, SetConsistency,
+    Heartbeat, Join, Leave, LostServer, Membership, Outcome, ParameterServer, Pull, PullVersion,
+    Push, PushPull, Pushed, Reduction, ReportLost, ServerError, ServerStatus, SetConsistency,
     SetLearningRate, SetPaused, ShardError, Stage, TakeCheckpoint,
 };
 use crate::weights::{BadPart, GradientUpdate, Precision, Weights};
@@ -40,6 +41,10 @@ const MAX_TRIES: usize = 10;
 /// The first pause before a server is asked again, and the longest. Each pause is twice as long as the one
 /// before. So a message that breaks every connection is given up after 4 s.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+
+/// How often the first server is asked whether the others are gone, while these are waited for. They are usually waited
+/// for much shorter than this.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// References to all servers of a model. A group is cheap to clone, and can be sent to workers.
 ///
@@ -289,7 +294,7 @@ impl ServerGroup {
             // asked.
             let parts = self.servers().enumerate();
             let parts = parts.map(|(index, _)| self.ask(index, self.pull_of(wanted)));
-            return join_weights(&try_join_all(parts).await?);
+            return join_weights(&self.unless_lost(try_join_all(parts)).await?);
         }
         let mut tries = 1;
         loop {
@@ -308,8 +313,36 @@ impl ServerGroup {
         let rest = self.servers().enumerate().skip(1);
         let rest = rest.map(|(index, _)| self.ask(index, same));
         let mut parts = vec![first];
-        parts.extend(try_join_all(rest).await?);
+        parts.extend(self.unless_lost(try_join_all(rest)).await?);
         join_weights(&parts)
+    }
+
+    /// Waits for the answers of other servers. If the first server has lost one of them, it tells it no more
+    /// decisions. That server can still be there for others, but it never makes the version that is waited for.
+    async fn unless_lost<T>(
+        &self,
+        answers: impl Future<Output = Result<T, GroupError>>,
+    ) -> Result<T, GroupError> {
+        let lost = pin!(async {
+            loop {
+                sleep(LOOK).await;
+                match self.call(0, GetStatus).await {
+                    Ok(ServerStatus { lost: None, .. }) => {}
+                    Ok(ServerStatus {
+                        lost: Some(LostServer { index, reason }),
+                        ..
+                    }) => {
+                        let source = ServerError::GroupBroken { index, reason };
+                        return GroupError::Server { index: 0, source };
+                    }
+                    Err(error) => return error,
+                }
+            }
+        });
+        match select(pin!(answers), lost).await {
+            Either::Left((answers, _)) => answers,
+            Either::Right((error, _)) => Err(error),
+        }
     }
 
     /// Pushes a gradient, and waits until it has been applied, dropped as late, or refused because of its
@@ -489,7 +522,7 @@ impl ServerGroup {
             let version = first.weights.version();
             let rest = self.servers().enumerate().skip(1);
             let rest = rest.map(|(index, _)| self.ask(index, GetSavedState { version }));
-            let rest = try_join_all(rest).await;
+            let rest = self.unless_lost(try_join_all(rest)).await;
             for server in self.servers().skip(1) {
                 // If it does not arrive, the next checkpoint frees the memory.
                 let _ = server.tell(ForgetSavedStates { until: version });

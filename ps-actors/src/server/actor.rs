@@ -29,7 +29,7 @@ use crate::chaos::reached;
 use crate::checkpoint::{Rest, Start};
 use crate::ids::WorkerId;
 use crate::rule::{SavedRule, UpdateRule};
-use crate::schedule::{ScheduleWriter, ScheduledUpdate};
+use crate::schedule::{ScheduleWriter, ScheduledUpdate, WeightsChecksum};
 use crate::update_log::{Replaced, UpdateLog};
 use crate::weights::{Gradient, Weights};
 
@@ -279,8 +279,12 @@ impl ParameterServer {
                 Effect::Update(update) => Some(update),
                 _ => None,
             });
-            for (update, &rate) in updates.zip(rates) {
-                schedule.write(&ScheduledUpdate::of(update, rate));
+            // Later ones change weights that are not there yet.
+            let weights = self.shard.weights();
+            let checksum = || WeightsChecksum::of(weights, weights.range().len());
+            for (index, (update, &rate)) in updates.zip(rates).enumerate() {
+                let weights = (index == 0).then(checksum);
+                schedule.write(&ScheduledUpdate::of(update, rate, weights));
             }
         }
         #[cfg(feature = "chaos")]

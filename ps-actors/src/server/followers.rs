@@ -20,9 +20,10 @@ use ps_runtime::actor::{ActorRef, CallError, NotDelivered};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
-use super::actor::{ParameterServer, Role};
+use super::actor::{First, ParameterServer, Role};
 use super::messages::{Decision, Follow, ServerError};
 use super::shard::Shard;
+use super::status::LostServer;
 use crate::chaos;
 use crate::ids::{GradientId, Version};
 use crate::weights::Gradient;
@@ -259,6 +260,18 @@ enum Told {
     /// It may have been taken. It can be sent again.
     Again(String),
     Gone(String),
+}
+
+impl First {
+    /// Returns a server of the group that is gone.
+    pub(super) fn lost_server(&self) -> Option<LostServer> {
+        let mut followers = self.followers.iter().enumerate();
+        followers.find_map(|(index, follower)| {
+            let reason = follower.gone.clone()?;
+            let index = index + 1;
+            Some(LostServer { index, reason })
+        })
+    }
 }
 
 impl ParameterServer {

@@ -301,7 +301,7 @@ impl Handler<LogUpdates> for ParameterServer {
     fn handle(&mut self, LogUpdates(log): LogUpdates, _: &mut Self::Context) -> Self::Result {
         let version = self.shard.weights().version();
         let first = self.coordinate()?;
-        log.rotate(version);
+        log.begin(version);
         first.update_log = Some(log);
         Ok(())
     }
@@ -315,20 +315,23 @@ impl Handler<GetStatus> for ParameterServer {
             Role::First(_) => self.shard.next_learning_rate(),
             Role::Follower(_) => self.shard.learning_rate(),
         };
+        let (coordinator, log, lost) = match &self.role {
+            Role::First(first) => (
+                Some(first.coordinator.status()),
+                first.update_log.as_ref().map(UpdateLog::status),
+                first.lost_server(),
+            ),
+            Role::Follower(_) => (None, None, None),
+        };
         MessageResult(ServerStatus {
             version: self.shard.weights().version(),
             range: self.shard.range(),
             num_staged: self.shard.num_staged(),
             num_waiting: self.waiting.len(),
             learning_rate,
-            coordinator: match &self.role {
-                Role::First(first) => Some(first.coordinator.status()),
-                Role::Follower(_) => None,
-            },
-            log: match &self.role {
-                Role::First(first) => first.update_log.as_ref().map(UpdateLog::status),
-                Role::Follower(_) => None,
-            },
+            coordinator,
+            log,
+            lost,
         })
     }
 }

@@ -14,7 +14,7 @@ use super::followers::GroupSecret;
 use super::ledger::Outcome;
 use super::protocol::{Membership, Refusal, Update};
 use super::shard::{PullVersion, ShardError};
-use super::status::CoordinatorStatus;
+use super::status::{CoordinatorStatus, LostServer};
 use crate::ids::{GradientId, Incarnation, JoinRequest, Version, WorkerId};
 use crate::update_log::LogStatus;
 use crate::weights::{Gradient, GradientUpdate, Precision, Weights};
@@ -374,6 +374,8 @@ pub struct ServerStatus {
     pub coordinator: Option<CoordinatorStatus>,
     /// The update log, if this is the first server of its group and has one.
     pub log: Option<LogStatus>,
+    /// Another server of the group that is gone, if this is the first one and knows of such a server.
+    pub lost: Option<LostServer>,
 }
 
 /// Decisions of the first server of a group, which the other servers follow in order. Returns the ids of

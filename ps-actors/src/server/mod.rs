@@ -67,4 +67,4 @@ pub use protocol::{Membership, Refusal};
 pub(crate) use replay::{LogEntry, Replay};
 pub use saving::{ForgetSavedStates, GetSavedState, ServerState, TakeCheckpoint};
 pub use shard::{PullVersion, ShardError};
-pub use status::{Awaited, CoordinatorStatus, Histogram, WorkerStatus};
+pub use status::{Awaited, CoordinatorStatus, Histogram, LostServer, WorkerStatus};

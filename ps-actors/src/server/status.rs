@@ -30,6 +30,15 @@ pub struct CoordinatorStatus {
     pub workers: BTreeMap<WorkerId, WorkerStatus>,
 }
 
+/// A server of a group that is gone, and a part of the weights with it. So the group can do nothing more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LostServer {
+    /// The index of the server in the group.
+    pub index: usize,
+    /// Why the last call to it failed.
+    pub reason: String,
+}
+
 /// The workers that the other workers wait for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Awaited {

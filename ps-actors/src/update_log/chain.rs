@@ -135,7 +135,10 @@ impl Chain {
     }
 
     /// Removes what does not follow, so that nobody takes it for a continuation of what comes now.
-    pub(super) fn cut(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// If a file cannot be changed.
+    pub(crate) fn cut(&self) -> io::Result<()> {
         for path in &self.unused {
             fs::remove_file(path)?;
         }

@@ -310,14 +310,71 @@ fn a_full_disk_ends_the_log_until_the_next_checkpoint_and_not_the_training() {
         let known = run.followed().0;
         run.log
             .write_to(File::options().write(true).open("/dev/full").unwrap());
+        assert!(!run.log.is_full());
         run.work(1);
         assert_eq!(run.log.num_failures(), 1);
         check_same(&run.followed().0, &known);
+        assert!(run.log.is_full(), "a checkpoint begins the log anew");
         run.base = take(&run.server);
+        assert!(!run.log.is_full());
         run.work(2);
         check_same(&run.followed().0, &take(&run.server));
         assert_eq!(run.log.num_failures(), 1);
     }
+}
+
+/// A checkpoint at each update would not help.
+#[test]
+fn a_disk_that_stays_broken_is_not_tried_at_each_update() {
+    let run = start(LogConfig {
+        sync: LogSync::Never,
+        ..LogConfig::default()
+    });
+    let break_file = || {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        run.log.write_to(full);
+    };
+    break_file();
+    run.work(0);
+    assert!(run.log.is_full());
+    take(&run.server);
+    break_file();
+    run.work(1);
+    assert_eq!(run.log.num_failures(), 2);
+    assert!(!run.log.is_full());
+    // No segment can be begun.
+    let path = run.directory.path();
+    let elsewhere = path.with_extension("elsewhere");
+    fs::rename(path, &elsewhere).unwrap();
+    take(&run.server);
+    assert_eq!(run.log.num_failures(), 3);
+    assert!(!run.log.is_full());
+    run.work(2);
+    assert!(!run.log.is_full());
+    fs::rename(&elsewhere, path).unwrap();
+}
+
+/// A segment that is not found under its name is lost as a whole.
+#[test]
+fn the_names_of_segments_are_synced_like_their_entries() {
+    let run = start(LogConfig {
+        sync: LogSync::Every(std::time::Duration::from_secs(3600)),
+        ..LogConfig::default()
+    });
+    let path = run.directory.path();
+    let elsewhere = path.with_extension("elsewhere");
+    let sync_without_directory = || {
+        fs::rename(path, &elsewhere).unwrap();
+        run.log.sync();
+        fs::rename(&elsewhere, path).unwrap();
+        run.log.num_failures()
+    };
+    run.work(0);
+    run.log.sync();
+    run.work(1);
+    assert_eq!(sync_without_directory(), 0, "there is no new name");
+    take(&run.server);
+    assert_eq!(sync_without_directory(), 1);
 }
 
 #[test]

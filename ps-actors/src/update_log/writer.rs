@@ -4,19 +4,27 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures_util::future::select;
+use ps_runtime::actor::sleep;
 use tokio::sync::Notify;
 
 use super::chain::Chain;
 use super::segment::{Segment, SegmentWriter};
 use super::{LogConfig, LogStatus, LogSync};
 use crate::chaos::reached;
+use crate::checkpoint::sync_directory;
 use crate::ids::{Clock, Version};
 use crate::server::LogEntry;
+
+/// If the log fails twice within this time, or no segment can be begun, it is tried again after this time and not at
+/// once. Each try is a checkpoint, which costs the training something.
+const RETRY: Duration = Duration::from_secs(60);
 
 /// A server writes to a log that belongs to another server now.
 #[derive(Debug)]
@@ -55,10 +63,17 @@ struct State {
     /// Files that were written to and not synced since.
     unsynced: Vec<File>,
     is_current_unsynced: bool,
+    /// Whether the name of a segment was not synced since it was made.
+    is_directory_unsynced: bool,
     /// Whether files are synced at all.
     is_synced: bool,
     is_replaced: bool,
     num_failures: u64,
+    /// The version of the latest update in it, or at which it began.
+    last_version: Version,
+    last_failure: Option<Instant>,
+    /// When a checkpoint should begin a new segment after a failure.
+    retry_at: Option<Instant>,
 }
 
 impl UpdateLog {
@@ -88,9 +103,13 @@ impl UpdateLog {
             }),
             unsynced: Vec::new(),
             is_current_unsynced: false,
+            is_directory_unsynced: false,
             is_synced: config.sync != LogSync::Never,
             is_replaced: false,
             num_failures: 0,
+            last_version: Version(0),
+            last_failure: None,
+            retry_at: None,
         };
         let shared = Arc::new(Shared {
             directory: directory.to_owned(),
@@ -134,11 +153,14 @@ impl UpdateLog {
             Ok(()) => {
                 let is_full = current.segment.num_bytes >= self.shared.config.max_bytes;
                 state.is_current_unsynced = true;
+                if let LogEntry::Update { update, .. } = entry {
+                    state.last_version = update.version;
+                }
                 if is_full {
                     self.shared.fill();
                 }
             }
-            Err(error) => state.fail(&error),
+            Err(error) => self.shared.fail(&mut state, &error),
         }
         Ok(())
     }
@@ -150,14 +172,13 @@ impl UpdateLog {
         }
     }
 
-    /// Begins a new segment, when a checkpoint of this version is taken or a server begins to write.
-    pub(crate) fn rotate(&self, version: Version) {
+    /// Begins the first segment, when a server begins to write at this version.
+    pub(crate) fn begin(&self, version: Version) {
         let mut state = self.shared.lock();
         if state.is_replaced {
             return;
         }
         state.retire();
-        let is_first = state.opening.is_some();
         let (number, spare) = (state.last_number + 1, state.spare.take());
         state.last_number = number;
         let created = SegmentWriter::create(&self.shared.directory, number, version, spare);
@@ -165,32 +186,58 @@ impl UpdateLog {
             if let Some(opening) = &state.opening {
                 segment.append(opening, &[])?;
             }
-            if self.shared.config.sync == LogSync::Always {
-                File::open(&self.shared.directory)?.sync_all()?;
-            }
             Ok(segment)
         });
         match begun {
             Ok(segment) => {
                 state.opening = None;
                 state.current = Some(segment);
+                state.last_version = version;
                 state.is_current_unsynced = true;
-                if !is_first {
-                    self.shared.is_full.store(false, Relaxed);
-                }
+                // Without its name on the disk, the segment would not count after a power failure.
+                state.is_directory_unsynced = state.is_synced;
             }
-            Err(error) => state.fail(&error),
+            Err(error) => {
+                state.fail(&error);
+                self.shared.retry_later(&mut state);
+            }
         }
     }
 
-    /// Whether the current segment is so long that a checkpoint should begin a new one.
+    /// Begins a new segment, when a checkpoint of this version is taken.
+    pub(crate) fn rotate(&self, version: Version) {
+        // Also if it fails. Otherwise a checkpoint would be due at each update.
+        self.shared.is_full.store(false, Relaxed);
+        self.shared.lock().retry_at = None;
+        self.begin(version);
+    }
+
+    /// Whether a checkpoint should begin a new segment: the current one is too long, or the log has failed.
     pub(crate) fn is_full(&self) -> bool {
+        let mut state = self.shared.lock();
+        if state.retry_at.is_some_and(|at| at <= Instant::now()) {
+            state.retry_at = None;
+            self.shared.is_full.store(true, Relaxed);
+        }
         self.shared.is_full.load(Relaxed)
     }
 
     /// Waits until [`is_full`](Self::is_full) becomes true.
     pub(crate) async fn became_full(&self) {
-        self.shared.became_full.notified().await;
+        loop {
+            let retry_at = self.shared.lock().retry_at;
+            let notified = self.shared.became_full.notified();
+            match retry_at {
+                Some(at) => {
+                    let time = at.saturating_duration_since(Instant::now());
+                    select(pin!(notified), pin!(sleep(time))).await;
+                }
+                None => notified.await,
+            }
+            if self.is_full() {
+                return;
+            }
+        }
     }
 
     /// Frees the segments that a checkpoint of this version, and every later one, does not need.
@@ -231,6 +278,19 @@ impl UpdateLog {
         self.shared.lock().num_failures
     }
 
+    /// Returns the version until which all updates are in the log. `None` if it has failed, because updates may be
+    /// missing then.
+    pub(crate) fn whole_until(&self) -> Option<Version> {
+        let state = self.shared.lock();
+        (state.num_failures == 0).then_some(state.last_version)
+    }
+
+    /// Brings everything to the disk.
+    #[cfg(test)]
+    pub(super) fn sync(&self) {
+        self.shared.sync();
+    }
+
     /// Lets the current segment be written to another file.
     #[cfg(test)]
     pub(super) fn write_to(&self, file: File) {
@@ -252,6 +312,22 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Ends the log until a checkpoint begins it anew, and says that one should be taken.
+    fn fail(&self, state: &mut State, error: &io::Error) {
+        let before = state.last_failure;
+        state.fail(error);
+        match before.is_some_and(|before| before.elapsed() < RETRY) {
+            true => self.retry_later(state),
+            false => self.fill(),
+        }
+    }
+
+    fn retry_later(&self, state: &mut State) {
+        state.retry_at = Some(Instant::now() + RETRY);
+        // Who waits for a checkpoint to be due must learn when that is.
+        self.became_full.notify_one();
+    }
+
     /// Says that a checkpoint should be taken.
     fn fill(&self) {
         if !self.is_full.swap(true, Relaxed) {
@@ -261,7 +337,7 @@ impl Shared {
 
     /// Brings what was written to the disk. The server can write meanwhile.
     fn sync(&self) {
-        let files = {
+        let (files, is_directory_unsynced) = {
             let mut state = self.lock();
             let mut files = std::mem::take(&mut state.unsynced);
             if std::mem::take(&mut state.is_current_unsynced)
@@ -269,14 +345,19 @@ impl Shared {
             {
                 match current.file.try_clone() {
                     Ok(file) => files.push(file),
-                    Err(error) => return state.fail(&error),
+                    Err(error) => return self.fail(&mut state, &error),
                 }
             }
-            files
+            (files, std::mem::take(&mut state.is_directory_unsynced))
         };
         let mut synced = files.iter().map(File::sync_data);
-        if let Err(error) = synced.try_for_each(|synced| synced) {
-            self.lock().fail(&error);
+        let synced = synced.try_for_each(|synced| synced);
+        let synced = synced.and_then(|()| match is_directory_unsynced {
+            true => sync_directory(&self.directory),
+            false => Ok(()),
+        });
+        if let Err(error) = synced {
+            self.fail(&mut self.lock(), &error);
         }
     }
 }
@@ -298,6 +379,7 @@ impl State {
             "the update log cannot be written; the training goes on without it until the next checkpoint"
         );
         self.num_failures += 1;
+        self.last_failure = Some(Instant::now());
         self.retire();
     }
 }

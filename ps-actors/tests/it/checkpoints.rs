@@ -5,13 +5,14 @@ use std::path::Path;
 
 use ps_actors::ActorRef;
 use ps_actors::checkpoint::{
-    Checkpoint, CheckpointConfig, CheckpointDir, CheckpointError, Checkpoints,
+    Checkpoint, CheckpointConfig, CheckpointDir, CheckpointError, Checkpoints, Start,
 };
 use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use ps_actors::rule::{Sgd, UpdateRule};
 use ps_actors::server::{
-    ApplyGradients, ParameterServer, ServerConfig, ServerError, TakeCheckpoint,
+    ApplyGradients, GetWeights, ParameterServer, ServerConfig, ServerError, TakeCheckpoint,
 };
+use ps_actors::update_log::LogConfig;
 use ps_actors::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 
 const FILES: [&str; 5] = [
@@ -401,6 +402,137 @@ fn a_disk_that_cannot_be_written_does_not_end_the_training() {
     off.save(&server);
     assert!(off.is_off() && !off.is_due(Version(1 << 40)));
     assert_eq!(off.finish().num_saved, 0);
+}
+
+fn resuming(directory: &Path, log: Option<LogConfig>) -> CheckpointConfig {
+    CheckpointConfig {
+        every: 0,
+        resume: true,
+        log,
+        ..CheckpointConfig::new(directory)
+    }
+}
+
+/// A server that goes on from the newest checkpoint in the directory.
+fn go_on(directory: &Path, log: Option<LogConfig>) -> (Checkpoints, ActorRef<ParameterServer>) {
+    let config = resuming(directory, log);
+    let (mut checkpoints, found) = Checkpoints::open(config, rule(), |_| Ok(())).unwrap();
+    let initial = Weights::initial(layout(), (0..16).map(|i| i as f32).collect());
+    let found = found.map(|found| found.checkpoint);
+    let start = found.as_ref().map_or(Start::from(&initial), Start::from);
+    let server = ParameterServer::new(start, Sgd::with_momentum(0.9), ServerConfig::default());
+    let server = server.unwrap().spawn().unwrap();
+    checkpoints.start_log(&server, start).unwrap();
+    (checkpoints, server)
+}
+
+fn version(server: &ActorRef<ParameterServer>) -> Version {
+    server.ask(GetWeights).wait().unwrap().version()
+}
+
+/// S-15: a run that writes no log cuts the one that is there. Otherwise the older continuation of a version would be
+/// applied to the weights that this run had at it.
+#[test]
+fn a_later_run_does_not_follow_the_log_of_a_history_that_was_left() {
+    let temporary = tempfile::tempdir().unwrap();
+    let path = temporary.path();
+    let (mut checkpoints, server) = go_on(path, Some(LogConfig::default()));
+    (0..5).for_each(|clock| train(&server, clock));
+    checkpoints.save(&server);
+    checkpoints.finish();
+    (5..8).for_each(|clock| train(&server, clock));
+    drop(checkpoints);
+    // The disk loses the checkpoint of version 5, and a part of the log before it.
+    fs::remove_dir_all(path.join("checkpoint-000000000005")).unwrap();
+    let log = path.join("updates-000001.log");
+    let log = fs::OpenOptions::new().write(true).open(log).unwrap();
+    log.set_len(log.metadata().unwrap().len() - 1).unwrap();
+
+    let (mut checkpoints, server) = go_on(path, None);
+    assert_eq!(version(&server), Version(4));
+    train(&server, 10);
+    checkpoints.save(&server);
+    checkpoints.finish();
+    drop(checkpoints);
+
+    let (_checkpoints, server) = go_on(path, None);
+    assert_eq!(version(&server), Version(5));
+}
+
+#[test]
+fn a_running_training_does_not_begin_anew_because_its_directory_was_emptied() {
+    let (temporary, directory) = two();
+    drop(directory);
+    let path = temporary.path();
+    let (mut checkpoints, server) = go_on(path, None);
+    let newest = |checkpoints: &mut Checkpoints| {
+        let found = checkpoints.newest(rule(), |_| Ok(()))?;
+        Ok(found.map(|found| found.checkpoint.version()))
+    };
+    let check_gone = |checkpoints: &mut Checkpoints, version: &str| {
+        let gone: Result<_, CheckpointError> = newest(checkpoints);
+        let gone = gone.unwrap_err().to_string();
+        assert!(
+            gone.contains(&format!("had a checkpoint of {version}")),
+            "{gone}"
+        );
+        assert!(
+            gone.contains("restore it, or begin in another directory"),
+            "{gone}"
+        );
+    };
+    assert_eq!(newest(&mut checkpoints).unwrap(), Some(Version(2)));
+    train(&server, 2);
+    checkpoints.save(&server);
+    checkpoints.finish();
+    // An older copy took its place.
+    fs::remove_dir_all(path.join("checkpoint-000000000003")).unwrap();
+    check_gone(&mut checkpoints, "version 3");
+    fs::remove_dir_all(path.join("checkpoint-000000000002")).unwrap();
+    fs::remove_dir_all(path.join("checkpoint-000000000001")).unwrap();
+    check_gone(&mut checkpoints, "version 3");
+    fs::remove_dir_all(path).unwrap();
+    check_gone(&mut checkpoints, "version 3");
+    fs::create_dir(path).unwrap();
+
+    // Before the first checkpoint, there is nothing to lose.
+    let (mut checkpoints, _) = go_on(path, None);
+    assert_eq!(newest(&mut checkpoints).unwrap(), None);
+}
+
+/// S-15: a worker was told that these updates were made.
+#[test]
+fn a_server_does_not_come_back_without_updates_that_the_log_had() {
+    for num_saved in [0, 2] {
+        let temporary = tempfile::tempdir().unwrap();
+        let path = temporary.path();
+        let (mut checkpoints, server) = go_on(path, Some(LogConfig::default()));
+        // The one of version 0 begins the log.
+        if num_saved > 0 {
+            (0..num_saved).for_each(|clock| train(&server, clock));
+            checkpoints.save(&server);
+            checkpoints.finish();
+        }
+        (num_saved..num_saved + 3).for_each(|clock| train(&server, clock));
+        for entry in fs::read_dir(path).unwrap() {
+            let file = entry.unwrap().path();
+            if file.extension().is_some_and(|extension| extension == "log") {
+                fs::remove_file(file).unwrap();
+            }
+        }
+        let lost = checkpoints.newest(rule(), |_| Ok(())).unwrap_err();
+        let expected = format!(
+            "had all updates until version {}, and only those until version {num_saved} can be read",
+            num_saved + 3
+        );
+        assert!(lost.to_string().contains(&expected), "{lost}");
+    }
+    // The same with all files there.
+    let temporary = tempfile::tempdir().unwrap();
+    let (mut checkpoints, server) = go_on(temporary.path(), Some(LogConfig::default()));
+    (0..3).for_each(|clock| train(&server, clock));
+    let found = checkpoints.newest(rule(), |_| Ok(())).unwrap().unwrap();
+    assert_eq!(found.checkpoint.version(), Version(3));
 }
 
 #[test]

@@ -1,13 +1,22 @@
 //! The first server and the others: each decision counts once, and nobody else decides.
 
+use std::pin::{Pin, pin};
+
+use futures_util::future::{Either, select};
+use ps_runtime::actor::{error_chain, run, sleep};
+use ps_runtime::test_util::SOON;
+
 use super::super::config::ServerConfig;
 use super::super::consistency::Reduction;
+use super::super::messages::GroupError;
 use super::super::protocol::{Clip, Summand, Update};
+use super::super::shard::PullVersion;
 use super::*;
 use crate::checkpoint::Rest;
+use crate::group::ServerGroup;
 use crate::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
 use crate::rule::Sgd;
-use crate::weights::{Gradient, Layout, Weights};
+use crate::weights::{Gradient, GradientUpdate, Layout, Weights};
 
 fn follower(secret: &GroupSecret) -> ParameterServer {
     let initial = Weights::initial(Layout::flat(2), vec![1.0; 2]);
@@ -77,6 +86,52 @@ fn a_stranger_is_not_followed_and_does_not_learn_the_secret() {
         .take(follow(&secret, 0, update(1, vec![id(0)])))
         .unwrap();
     assert_eq!(server.shard.weights().to_vec(), [0.5; 2]);
+}
+
+/// PS-10: the other server still answers its callers, but the first one can tell it nothing more. Here it does so at
+/// once, because it has another secret.
+#[test]
+fn nobody_waits_for_an_update_that_another_server_is_never_told() {
+    let initial = Weights::initial(Layout::flat(4), vec![1.0; 4]);
+    let config = ServerConfig::default();
+    let rule = || Box::new(Sgd::new());
+    let secrets = [GroupSecret::random(), GroupSecret::random()];
+    let [ours, theirs] = secrets;
+    let rest = Rest::default();
+    let other = ParameterServer::follower(&initial, 2..4, rest, rule(), config, theirs);
+    let other = other.unwrap().spawn().unwrap();
+    let (rest, others) = (Rest::default(), vec![other.clone()]);
+    let first = ParameterServer::first(&initial, 0..2, rest, rule(), config, ours, others);
+    let first = first.unwrap().spawn().unwrap();
+    let servers = ServerGroup::try_from(vec![(0..2, first), (2..4, other)]).unwrap();
+    let gradients = GradientUpdate {
+        id: id(0),
+        computed_on: Version(0),
+        loss: 0.0,
+        num_examples: 1,
+        gradient: Gradient::new(vec![1.0; 4]),
+    };
+    let waits: [Pin<Box<dyn Future<Output = Result<Weights, GroupError>>>>; 3] = [
+        // Its update is what the other server is not told.
+        Box::pin(servers.apply(vec![gradients], Reduction::Mean)),
+        Box::pin(servers.pull(PullVersion::Latest)),
+        Box::pin(servers.pull(PullVersion::Exactly(Version(1)))),
+    ];
+    for wait in waits {
+        let outcome = run(async {
+            match select(wait, pin!(sleep(SOON))).await {
+                Either::Left((outcome, _)) => outcome,
+                Either::Right(_) => panic!("it waits"),
+            }
+        });
+        let error = outcome.unwrap_err();
+        assert!(error.is_server_lost(), "{error:?}");
+        let text = error_chain(&error);
+        assert!(text.contains("server 1 of the group is gone"), "{text}");
+    }
+    let status = run(servers.status()).unwrap();
+    assert_eq!(status[0].lost.as_ref().map(|lost| lost.index), Some(1));
+    assert_eq!(status[1].lost, None);
 }
 
 /// PS-10.
