@@ -483,6 +483,7 @@ mod tests {
                 awaited: Vec::new(),
                 members: members.iter().map(|&worker| WorkerId(worker)).collect(),
                 servers: Vec::new(),
+                log: None,
             })
         }
         fn joined(time: f64, node: Option<NodeId>) -> Event {

@@ -358,6 +358,7 @@ mod tests {
                 awaited: Vec::new(),
                 members: Vec::new(),
                 servers: Vec::new(),
+                log: None,
             })
         }
         let directory = tempfile::tempdir().unwrap();

@@ -1,14 +1,14 @@
 //! The first server and the others: each decision counts once, and nobody else decides.
 
-use std::pin::{Pin, pin};
+use std::pin::pin;
 
+use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 use ps_runtime::actor::{error_chain, run, sleep};
 use ps_runtime::test_util::SOON;
 
 use super::super::config::ServerConfig;
 use super::super::consistency::Reduction;
-use super::super::messages::GroupError;
 use super::super::protocol::{Clip, Summand, Update};
 use super::super::shard::PullVersion;
 use super::*;
@@ -111,11 +111,13 @@ fn nobody_waits_for_an_update_that_another_server_is_never_told() {
         num_examples: 1,
         gradient: Gradient::new(vec![1.0; 4]),
     };
-    let waits: [Pin<Box<dyn Future<Output = Result<Weights, GroupError>>>>; 3] = [
+    let waits = [
         // Its update is what the other server is not told.
-        Box::pin(servers.apply(vec![gradients], Reduction::Mean)),
-        Box::pin(servers.pull(PullVersion::Latest)),
-        Box::pin(servers.pull(PullVersion::Exactly(Version(1)))),
+        servers
+            .apply(vec![gradients], Reduction::Mean)
+            .boxed_local(),
+        servers.pull(PullVersion::Latest).boxed_local(),
+        servers.pull(PullVersion::Exactly(Version(1))).boxed_local(),
     ];
     for wait in waits {
         let outcome = run(async {
