@@ -67,8 +67,8 @@
 //! chaos.start(&cluster)?;
 //! let report = trainer.run_on(&cluster)?;
 //! let faults = chaos.finish(&report.done(40))?.expect("there is a plan");
-//! assert!(faults.is_good(), "{faults}");
-//! assert_eq!(faults.num_lost, Some(0));
+//! println!("{faults}");
+//! assert_eq!((faults.num_lost, faults.num_doubled), (Some(0), Some(0)));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
