@@ -217,7 +217,8 @@ fn pytorch_computes_the_gradient_that_burn_computes() {
 }
 
 const STEPS: u64 = 30;
-const NUM_EXAMPLES: usize = 10 * BATCH;
+/// Ten full batches and a smaller one, which both workers take in turn: its gradient has less weight.
+const NUM_EXAMPLES: usize = 10 * BATCH + 20;
 
 /// Takes the batches that `torch_worker.py` takes as one of two workers.
 struct LikePython {
@@ -228,9 +229,9 @@ struct LikePython {
 impl GradientSource for LikePython {
     fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
         self.model.load(&weights.to_vec())?;
-        let num_batches = NUM_EXAMPLES / BATCH;
+        let num_batches = NUM_EXAMPLES.div_ceil(BATCH);
         let first = (clock.0 as usize * 2 + self.worker.0 as usize) % num_batches * BATCH;
-        let batch = batch(first..first + BATCH);
+        let batch = batch(first..NUM_EXAMPLES.min(first + BATCH));
         let mut gradient = vec![0.0; self.model.num_weights()];
         let seed = StepSeed::default();
         let loss = self.model.gradient(&batch, seed, &mut gradient)?;
