@@ -1,4 +1,4 @@
-//! Layers whose numbers lie the same way in burn and PyTorch, and the one whose do not.
+//! Layers whose numbers lie the same way in burn and PyTorch, the one whose do not, and the one with statistics.
 
 use burn::module::{Module, Param};
 use burn::nn::conv::{ConvTranspose1d, ConvTranspose1dConfig};
