@@ -45,7 +45,7 @@ try:
     images, labels = images.view(-1, 1, mnist.HEIGHT, mnist.WIDTH), labels.long()
     if not 1 <= args.batch_size <= len(labels):
         raise InvalidInput(f"--batch-size {args.batch_size}: it is at least 1, and there are {len(labels)} examples")
-    num_batches = len(labels) // args.batch_size
+    num_batches = -(-len(labels) // args.batch_size)  # The last one may be smaller.
     with Worker(args.address, args.worker) as worker:
         net = ConvNet()
         model = FlatModel(net, worker.layout())

@@ -12,6 +12,8 @@ use ps::actors::cluster::{Cluster, ClusterConfig, Hosts};
 use ps::actors::http;
 use ps::actors::ids::JoinRequest;
 use ps::actors::net::Token;
+use ps::actors::worker::SourceError;
+use ps::model::burn::tensor::Device;
 use ps::model::{LocalModel, StepSeed};
 use ps::prelude::*;
 
@@ -214,41 +216,96 @@ fn pytorch_computes_the_gradient_that_burn_computes() {
     assert!(scale > 0.01, "there is something to compare");
 }
 
-/// Synchronous rounds of one gradient from each (PS-3), whatever they are made with.
-#[test]
-fn a_rust_worker_and_a_pytorch_worker_train_together() {
-    const STEPS: u64 = 30;
-    let Some(python) = python() else { return };
+const STEPS: u64 = 30;
+/// Ten full batches and a smaller one, which both workers take in turn: its gradient has less weight.
+const NUM_EXAMPLES: usize = 10 * BATCH + 20;
+
+/// Takes the batches that `torch_worker.py` takes as one of two workers.
+struct LikePython {
+    model: LocalModel<ConvNet>,
+    worker: WorkerId,
+}
+
+impl GradientSource for LikePython {
+    fn gradient(&mut self, clock: Clock, weights: &Weights) -> Result<LocalGradient, SourceError> {
+        self.model.load(&weights.to_vec())?;
+        let num_batches = NUM_EXAMPLES.div_ceil(BATCH);
+        let first = (clock.0 as usize * 2 + self.worker.0 as usize) % num_batches * BATCH;
+        let batch = batch(first..NUM_EXAMPLES.min(first + BATCH));
+        let mut gradient = vec![0.0; self.model.num_weights()];
+        let seed = StepSeed::default();
+        let loss = self.model.gradient(&batch, seed, &mut gradient)?;
+        Ok(LocalGradient {
+            gradient: Gradient::new(gradient),
+            loss,
+            num_examples: ConvNet::num_examples(&batch),
+        })
+    }
+}
+
+fn spawn_rust_worker(worker: WorkerId) -> ActorRef<DataWorker<LikePython>> {
+    spawn(move || {
+        let (model, device) = initial_model();
+        let model = LocalModel::new(model, &device).unwrap();
+        DataWorker::new(worker, LikePython { model, worker })
+    })
+}
+
+fn initial_model() -> (ConvNet, Device) {
     let device = select_device(default_device_name()).unwrap();
-    let model = ConvNet::init(4, &device);
-    let initial = initial_weights(&model, &device).unwrap();
+    (ConvNet::init(4, &device), device)
+}
+
+/// Trains with a worker in Rust, and returns the weights. `other` starts the second worker and waits for its end.
+fn train_with(other: impl FnOnce(&ServerGroup)) -> Vec<f32> {
     let config = ServerConfig {
         wait_for_workers: 2,
         learning_rate: 0.1,
         ..ServerConfig::default()
     };
+    let (model, device) = initial_model();
+    let initial = initial_weights(&model, &device).unwrap();
     let sgd = |_| -> Box<dyn UpdateRule> { Box::new(Sgd::new()) };
     let servers = ServerGroup::spawn(&initial, 2, config, sgd).unwrap();
-    let cluster = listen(&servers);
-    let settings = WorkerConfig {
-        worker: WorkerId(0),
-        num_workers: 2,
-        batch_size: BATCH,
-        seed: 4,
-    };
-    let data = Mnist::bundled_sample().train;
-    let rust = spawn_worker(&model, &device, &data, settings).unwrap();
-    let rust = rust.ask(RunSteps {
+    let rust = spawn_rust_worker(WorkerId(0));
+    let summary = rust.ask(RunSteps {
         servers: servers.clone(),
         num_steps: STEPS,
     });
-    let data = write_data("torch-training", 10 * BATCH);
-    let steps = STEPS.to_string();
-    let options = ["--steps", &steps, "--worker", "1", "--num-workers", "2"];
-    let told = finish(start(&python, &cluster, &data, &options));
-    assert_eq!(rust.wait().unwrap().unwrap().num_applied, STEPS);
+    other(&servers);
+    assert_eq!(summary.wait().unwrap().unwrap().num_applied, STEPS);
+    let weights = latest(&servers);
+    assert_eq!(weights.version(), Version(STEPS));
+    weights.to_vec()
+}
 
-    assert_eq!(latest(&servers).version(), Version(STEPS));
+/// Synchronous rounds of one gradient from each (PS-3, M-6): what a worker is made with changes nothing but rounding.
+#[test]
+fn a_rust_worker_and_a_pytorch_worker_train_as_two_rust_workers() {
+    let Some(python) = python() else { return };
+    let data = write_data("torch-training", NUM_EXAMPLES);
+
+    let mut told = String::new();
+    let mixed = train_with(|servers| {
+        let cluster = listen(servers);
+        let steps = STEPS.to_string();
+        let options = ["--steps", &steps, "--worker", "1", "--num-workers", "2"];
+        told = finish(start(&python, &cluster, &data, &options));
+    });
+    let rust = train_with(|servers| {
+        let other = spawn_rust_worker(WorkerId(1));
+        let summary = other.ask(RunSteps {
+            servers: servers.clone(),
+            num_steps: STEPS,
+        });
+        assert_eq!(summary.wait().unwrap().unwrap().num_applied, STEPS);
+    });
+
+    let differences = mixed.iter().zip(&rust).map(|(a, b)| (a - b).abs());
+    let largest = differences.fold(0.0, f32::max);
+    println!("after {STEPS} rounds, a weight differs by up to {largest:e}");
+    // As for several backends in one run, see `tests/mixed.rs`.
+    assert!(largest < 1e-5, "{largest:e}");
     let losses = told.lines().filter_map(|line| {
         let (_, rest) = line.split_once("loss ")?;
         rest.split(',').next()?.parse::<f32>().ok()

@@ -10,19 +10,26 @@ try:
 except ImportError:
     torch = None
 else:
-    from flat_model import FlatModel, Frozen, LayoutMismatch, UnknownLayer
+    from flat_model import FlatModel, Frozen, LayoutMismatch, UnknownLayer, WrongStatistics
     from ps_client import InvalidInput, WrongDtype, WrongKind, WrongSize
 
 
-def layout(*parameters):
+def layout(*parameters, statistics=()):
     places, start = [], 0
-    for name, shape in parameters:
+    for name, shape in (*parameters, *statistics):
         count = 1
         for dimension in shape:
             count *= dimension
         places.append({"name": name, "shape": shape, "start": start, "len": count})
         start += count
-    return {"num_weights": start, "parameters": places}
+    num_trainable = sum(place["len"] for place in places[:len(parameters)])
+    return {"num_weights": start, "num_trainable": num_trainable, "parameters": places}
+
+
+def of_norm(prefix, width=2):
+    """The layout of a model that is one batch normalization."""
+    return layout((prefix + "gamma", [width]), (prefix + "beta", [width]),
+                  statistics=[(prefix + "running_mean", [width]), (prefix + "running_var", [width])])
 
 
 @unittest.skipIf(torch is None, "PyTorch is not installed")
@@ -99,12 +106,100 @@ class Models(unittest.TestCase):
         weighed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
         self.refuses(UnknownLayer, "original0", FlatModel, weighed, layout())
 
-    def test_running_statistics_are_refused_unless_they_are_frozen(self):
-        for layer in (nn.BatchNorm2d(2), nn.BatchNorm1d(2, affine=False), nn.InstanceNorm1d(2, track_running_stats=True)):
+    def numbers(self, body):
+        return list(struct.unpack(f"<{len(body) // 4}f", body))
+
+    def step(self, model, flat, batch, loaded=(1, 1, 0, 0, 10, 10, 4, 4), **options):
+        """Loads numbers and returns what is pushed."""
+        flat.load(struct.pack(f"<{flat.num_weights}f", *loaded))
+        return self.numbers(flat.gradient(model(batch).square().sum(), **options))
+
+    def test_a_batch_normalization_sends_the_new_statistics_with_burns_variance(self):
+        # Each channel has the mean 3; the squares of the differences are 4, 1, 0, 1 and 4, or 0.
+        column = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+        rows = torch.stack([column, torch.full([5], 3.0)], 1)
+        images = rows[:, :, None, None]
+        for norm, batch in ((nn.BatchNorm1d, rows), (nn.BatchNorm2d, images), (nn.BatchNorm3d, images[..., None])):
+            model = norm(2, momentum=0.25)
+            flat = FlatModel(model, of_norm(""))
+            for share, mean, variances in ((1, 8.25, [3.5, 3.0]), (0.5, 9.125, [3.75, 3.5]), (0, 10, [4, 4])):
+                pushed = self.step(model, flat, batch, share=share)
+                for got, expected in zip(pushed[4:], [mean, mean, *variances], strict=True):
+                    self.assertAlmostEqual(got, expected, places=5)
+            self.refuses(InvalidInput, "from 0 to 1", self.step, model, flat, batch, share=1.5)
+
+    def test_values_along_an_image_count_for_the_variance(self):
+        model = nn.BatchNorm2d(1, momentum=1.0)
+        pushed = self.step(model, FlatModel(model, of_norm("", 1)), torch.tensor([[[[0.0, 2.0]]]]), (1, 0, 5, 5))
+        self.assertEqual(pushed[2:], [1, 1])
+
+    def test_statistics_are_loaded_and_an_evaluation_changes_none(self):
+        model = nn.Sequential(nn.BatchNorm1d(2))
+        flat = FlatModel(model, of_norm("norm."), names={
+            "0.weight": "norm.gamma", "0.bias": "norm.beta",
+            "0.running_mean": "norm.running_mean", "0.running_var": "norm.running_var"})
+        flat.load(struct.pack("<8f", 1, 1, 0, 0, 1, 2, 3, 4))
+        model.eval()(torch.rand(3, 2))
+        self.assertEqual((model[0].running_mean.tolist(), model[0].running_var.tolist()), ([1, 2], [3, 4]))
+        # Nor is it a pass of the step.
+        loss = model.train()(torch.rand(3, 2)).square().sum()
+        self.assertNotEqual(self.numbers(flat.gradient(loss))[4:], [1, 2, 3, 4])
+
+    def test_a_step_that_does_not_make_each_statistic_once_is_refused(self):
+        model, batch = nn.BatchNorm1d(2), torch.rand(3, 2)
+        flat = FlatModel(model, of_norm(""))
+        loss = lambda: model(batch).square().sum()
+        self.refuses(WrongStatistics, "call `load`", flat.gradient, loss())
+        self.step(model, flat, batch)
+        self.refuses(WrongStatistics, "ran 2 times", flat.gradient, loss())
+        self.step(model, flat, batch)
+        weights = struct.pack("<8f", *range(8))
+        flat.load(weights)
+        self.refuses(WrongStatistics, "ran 0 times", flat.gradient, model.weight.sum())
+        flat.load(weights)
+        self.refuses(WrongStatistics, "ran 2 times", flat.gradient, loss() + loss())
+        flat.load(weights)
+        again = torch.utils.checkpoint.checkpoint(model, batch, use_reentrant=False).square().sum()
+        self.refuses(WrongStatistics, "ran 2 times", flat.gradient, again)
+        flat.load(weights)
+        self.assertEqual(len(flat.gradient(model(input=batch).square().sum())), 32)
+        model.eval()
+        self.refuses(WrongStatistics, "in eval mode", self.step, model, flat, batch)
+        model.train().momentum = None
+        self.refuses(UnknownLayer, "momentum None", self.step, model, flat, batch)
+
+    def test_layers_whose_statistics_cannot_be_burns_are_refused(self):
+        for layer, text in (
+            (nn.BatchNorm1d(2, momentum=None), "momentum None"),
+            (nn.SyncBatchNorm(2), "is a SyncBatchNorm"),
+            (nn.BatchNorm1d(2, track_running_stats=False), "without running statistics"),
+            (nn.InstanceNorm1d(2, affine=True, track_running_stats=True), "is a InstanceNorm1d"),
+        ):
+            self.refuses(UnknownLayer, text, FlatModel, layer, of_norm(""))
+        self.refuses(LayoutMismatch, "no shape yet", FlatModel, nn.LazyBatchNorm1d(), of_norm(""))
+        self.refuses(LayoutMismatch, "no shape yet", FlatModel, nn.LazyBatchNorm1d(affine=False), of_norm(""))
+        self.refuses(WrongDtype, "running_mean", FlatModel, nn.BatchNorm1d(2, affine=False).double(), of_norm(""))
+        self.refuses(LayoutMismatch, "keep the running statistic `running_mean` [2]",
+                     FlatModel, nn.LayerNorm(2), of_norm(""))
+        self.refuses(LayoutMismatch, "`running_mean` has the shape [3]", FlatModel, nn.BatchNorm1d(3), layout(
+            ("gamma", [3]), ("beta", [3]), statistics=[("running_mean", [2])]))
+
+    def test_what_the_servers_freeze_is_frozen_here_too(self):
+        for layer in (nn.BatchNorm2d(2), nn.BatchNorm1d(2, affine=False), nn.SyncBatchNorm(2)):
             model = nn.Sequential(layer, nn.Linear(1, 1))
-            self.refuses(UnknownLayer, "`0` is a", FlatModel, model, layout())
+            without = layout(("1.weight", [1, 1]), ("1.bias", [1]))
+            self.refuses(LayoutMismatch, "`0.running_mean`, so their layer is frozen", FlatModel, model, without)
             layer.eval().requires_grad_(False)
-            FlatModel(model, layout(("1.weight", [1, 1]), ("1.bias", [1])))
+            flat = FlatModel(model, without)
+            model.train()
+            self.refuses(LayoutMismatch, "after each `model.train()`", flat.gradient, model[1](torch.ones(1, 1)).sum())
+        layer = nn.InstanceNorm1d(2, track_running_stats=True).eval().requires_grad_(False)
+        FlatModel(layer, layout())
+        # Only the statistics are frozen.
+        norm = nn.BatchNorm1d(1, eps=0).eval()
+        flat = FlatModel(norm, layout(("gamma", [1]), ("beta", [1])))
+        flat.load(struct.pack("<2f", 1, 0))
+        self.assertEqual(self.numbers(flat.gradient(norm(torch.tensor([[3.0]])).sum())), [3, 1])
 
     def test_a_mismatch_names_the_parameter(self):
         fc = lambda: nn.Linear(2, 3, bias=False)

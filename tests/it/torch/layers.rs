@@ -1,8 +1,9 @@
-//! Layers whose numbers lie the same way in burn and PyTorch, and the one whose do not.
+//! Layers whose numbers lie the same way in burn and PyTorch, the one whose do not, and the one with statistics.
 
 use burn::module::{Module, Param};
 use burn::nn::conv::{ConvTranspose1d, ConvTranspose1dConfig};
-use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig};
 use burn::tensor::activation::tanh;
 use burn::tensor::{Device, Distribution, Int, Tensor};
 use ps::model::Step;
@@ -83,10 +84,17 @@ fn embeddings_own_matrices_and_linears_have_the_gradients_of_burn() {
     let device = select_device(default_device_name()).unwrap();
     let model = Mixed::new(&device);
     let initial = initial_weights(&model, &device).unwrap();
+    compare(&python, MIXED, model, &initial);
+}
+
+/// Compares what a worker in Python pushes for its first step with what burn computes.
+#[track_caller]
+fn compare<M: Model<Batch = ()>>(python: &str, program: &str, model: M, initial: &Weights) {
+    let device = select_device(default_device_name()).unwrap();
     let assign = |_| -> Box<dyn UpdateRule> { Box::new(Assign) };
-    let servers = ServerGroup::spawn(&initial, 1, ServerConfig::default(), assign).unwrap();
+    let servers = ServerGroup::spawn(initial, 1, ServerConfig::default(), assign).unwrap();
     let cluster = listen(&servers);
-    let worker = script(&python, MIXED, &cluster).spawn().unwrap();
+    let worker = script(python, program, &cluster).spawn().unwrap();
     assert_eq!(finish(worker), "applied\n");
 
     let mut local = LocalModel::new(model, &device).unwrap();
@@ -109,4 +117,90 @@ fn embeddings_own_matrices_and_linears_have_the_gradients_of_burn() {
         let is_seen = expected[range].iter().any(|gradient| gradient.abs() > 1e-3);
         assert!(is_seen, "{} has no gradient to compare", parameter.name);
     }
+}
+
+/// A batch normalization of rows and one of images. Few values per channel show how a variance is computed.
+#[derive(Module, Debug)]
+struct Normalized {
+    fc: Linear,
+    rows: BatchNorm,
+    up: ConvTranspose1d,
+    images: BatchNorm,
+}
+
+impl Normalized {
+    fn new(device: &Device) -> Self {
+        Self {
+            fc: LinearConfig::new(4, 6).with_bias(false).init(device),
+            rows: BatchNormConfig::new(6).with_momentum(0.25).init(device),
+            up: ConvTranspose1dConfig::new([2, 2], 2)
+                .with_bias(false)
+                .init(device),
+            images: BatchNormConfig::new(2).with_epsilon(1e-3).init(device),
+        }
+    }
+}
+
+impl Model for Normalized {
+    type Batch = ();
+
+    fn loss(&self, (): &(), step: &mut Step) -> Tensor<1> {
+        let rows = [
+            [1.0, -2.0, 0.5, 3.0],
+            [0.0, 1.0, 2.0, -1.0],
+            [2.0, 0.5, -1.5, 0.0],
+        ];
+        let x = Tensor::<2>::from_data(rows, step.device());
+        let x = tanh(self.rows.forward(self.fc.forward(x)));
+        let x = self.images.forward(self.up.forward(x.reshape([3, 2, 3])));
+        (x - 0.5).powi_scalar(3).mean()
+    }
+
+    fn num_examples((): &()) -> usize {
+        3
+    }
+}
+
+const NORMALIZED: &str = "
+import sys, torch
+from torch import nn
+from flat_model import FlatModel
+from ps_client import Worker
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 6, bias=False)
+        self.rows = nn.BatchNorm1d(6, momentum=0.25)
+        self.up = nn.ConvTranspose1d(2, 2, 2, bias=False)
+        self.images = nn.BatchNorm1d(2, eps=1e-3)
+
+    def forward(self, x):
+        x = torch.tanh(self.rows(self.fc(x)))
+        return ((self.images(self.up(x.view(3, 2, 3))) - 0.5) ** 3).mean()
+
+with Worker(sys.argv[1], 0) as worker:
+    model = Normalized()
+    flat = FlatModel(model, worker.layout())
+    flat.load(worker.weights)
+    loss = model(torch.tensor([[1.0, -2.0, 0.5, 3.0], [0.0, 1.0, 2.0, -1.0], [2.0, 0.5, -1.5, 0.0]]))
+    print(worker.push_pull(flat.gradient(loss), loss.item(), 3))
+";
+
+/// The statistics that a step makes of those of the servers (S-20), too: burn's variance is not PyTorch's.
+#[test]
+fn a_batch_normalization_has_the_gradients_and_the_statistics_of_burn() {
+    let Some(python) = python() else { return };
+    let device = select_device(default_device_name()).unwrap();
+    let model = Normalized::new(&device);
+    let initial = initial_weights(&model, &device).unwrap();
+    let layout = Layout::clone(initial.layout());
+    assert_eq!(layout.num_buffers(), 4);
+    // The part of the old statistics in the new ones shows, too.
+    let mut weights = initial.to_vec();
+    for (index, statistic) in weights[layout.num_trainable()..].iter_mut().enumerate() {
+        *statistic = 2.0 + index as f32;
+    }
+    let initial = Weights::initial(layout, weights);
+    compare(&python, NORMALIZED, model, &initial);
 }
