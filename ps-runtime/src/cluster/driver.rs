@@ -40,6 +40,8 @@ const FAREWELL: Duration = Duration::from_secs(2);
 /// When the last handle is dropped, all nodes are released. The drop waits until every node has answered, and until
 /// every process that was refused has read why, but no longer than 2 s for each of the two. A drop on a thread of the
 /// network does not wait.
+///
+/// For examples, see [`alone`](Self::alone), [`listen`](Self::listen) and [`launch`](Self::launch).
 #[derive(Clone)]
 pub struct Cluster {
     inner: Arc<Inner>,
