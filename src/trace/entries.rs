@@ -3,7 +3,7 @@
 //! The format: <https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>. Times are in
 //! microseconds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ps_actors::cluster::NodeId;
 use ps_actors::ids::{Version, WorkerId};
@@ -11,8 +11,12 @@ use serde_json::{Value, json};
 
 use crate::observe::{Event, SettledStep, StepOutcome, StepTimes};
 
-/// The "process" of the servers. Ranks are those of the others.
-const SERVERS: u64 = 1 << 32;
+/// The "process" of the first server as long as nobody has said where it is. Ranks are those of the others.
+const SERVERS: u64 = 1 << 30;
+
+/// The "thread" of the first server's updates. Those with its pushes follow, one for each worker. The process may have
+/// workers, too. Both numbers fit into 31 bits, which is what readers of the format may take.
+const UPDATES: u64 = 1 << 30;
 
 /// The "thread" of a process for what is no worker's.
 const MAIN: u64 = 0;
@@ -25,14 +29,18 @@ const MAX_VERSIONS: usize = 1024;
 pub(super) struct Entries {
     /// Where each worker computes.
     ranks: BTreeMap<WorkerId, u32>,
+    /// Where the first server is.
+    first_server: Option<u32>,
+    /// The threads of the first server that have names, by process.
+    named: BTreeSet<(u64, u64)>,
     /// When updates were made.
     updates: BTreeMap<Version, f64>,
     pub(super) num_steps: u64,
 }
 
-/// Names the servers.
-pub(super) fn servers() -> Value {
-    json!({"ph": "M", "name": "process_name", "pid": SERVERS, "tid": MAIN, "args": {"name": "servers"}})
+/// Names the driver.
+pub(super) fn driver() -> Value {
+    named("process_name", (0, MAIN), "driver".to_owned())
 }
 
 fn micros(seconds: f64) -> f64 {
@@ -67,14 +75,12 @@ impl Entries {
     pub(super) fn of(&mut self, event: &Event) -> Vec<Value> {
         match event {
             Event::RunStarted(started) => vec![
-                servers(),
-                named("process_name", (0, MAIN), "driver".to_owned()),
+                driver(),
                 named(
                     "thread_name",
                     (0, MAIN),
                     "evaluation, checkpoints".to_owned(),
                 ),
-                named("thread_name", (SERVERS, MAIN), "updates".to_owned()),
                 instant(
                     "the training begins",
                     started.time,
@@ -115,8 +121,16 @@ impl Entries {
                     json!({"node": joined.node.to_string()}),
                 ),
             ],
-            // What tells of no moment that one looks for, or comes too often.
-            Event::ServersSeen(_) | Event::Evaluating(_) => Vec::new(),
+            Event::ServersSeen(seen) => {
+                let rank = seen.servers.first().map(|first| first.node.rank);
+                if self.first_server != rank {
+                    self.first_server = rank;
+                    self.updates.clear();
+                }
+                Vec::new()
+            }
+            // What comes too often.
+            Event::Evaluating(_) => Vec::new(),
             Event::RunEnded(ended) => vec![instant("the training ends", ended.time, Value::Null)],
             // The rest are rare, and their fields say all.
             other => {
@@ -134,10 +148,30 @@ impl Entries {
         };
         self.ranks.insert(worker, node.rank);
         let (pid, tid) = (u64::from(node.rank), thread(worker));
-        vec![
-            named("thread_name", (pid, tid), worker.to_string()),
-            named("thread_name", (SERVERS, tid), format!("pushes of {worker}")),
-        ]
+        vec![named("thread_name", (pid, tid), worker.to_string())]
+    }
+
+    /// Returns the threads of the first server, wherever it is: that of its updates, and that of the worker's pushes.
+    /// Adds the names of those that have none yet.
+    fn server_threads(
+        &mut self,
+        worker: WorkerId,
+        entries: &mut Vec<Value>,
+    ) -> ((u64, u64), (u64, u64)) {
+        let pid = self.first_server.map_or(SERVERS, u64::from);
+        let (updates, pushes) = ((pid, UPDATES), (pid, UPDATES + thread(worker)));
+        if self.named.insert(updates) {
+            if pid == SERVERS {
+                entries.push(named("process_name", updates, "servers".to_owned()));
+            }
+            let name = "first server: updates".to_owned();
+            entries.push(named("thread_name", updates, name));
+        }
+        if self.named.insert(pushes) {
+            let name = format!("first server: pushes of {worker}");
+            entries.push(named("thread_name", pushes, name));
+        }
+        (updates, pushes)
     }
 
     fn step(&mut self, step: &SettledStep) -> Vec<Value> {
@@ -158,10 +192,9 @@ impl Entries {
         let sent = began + data + compute;
         let (arrived, answered) = (sent + way, sent + way + held);
         let rank = self.ranks.get(&step.worker).copied().unwrap_or(0);
-        let (worker, pushes) = (
-            (u64::from(rank), thread(step.worker)),
-            (SERVERS, thread(step.worker)),
-        );
+        let worker = (u64::from(rank), thread(step.worker));
+        let mut entries = Vec::new();
+        let (updates, pushes) = self.server_threads(step.worker, &mut entries);
         // The name of the gradient, which travels with each call about it.
         let gradient = format!("{}.{}.{}", step.worker.0, step.incarnation.0, step.clock.0);
         let about = json!({
@@ -169,7 +202,7 @@ impl Entries {
             "version": step.version.0, "staleness": step.staleness, "loss": step.loss.to_string(),
             "norm": step.norm.to_string(), "examples": step.num_examples,
         });
-        let mut entries = vec![
+        entries.extend([
             slice(
                 &format!("step {}", step.clock.0),
                 worker,
@@ -189,7 +222,7 @@ impl Entries {
                 held,
                 json!({"the update took": format!("{:.3} ms", 1e3 * apply)}),
             ),
-        ];
+        ]);
         // Arrows bind to the slices that are under way at these times.
         let arrow = |phase: &str, (pid, tid): (u64, u64), time: f64| {
             json!({
@@ -210,12 +243,12 @@ impl Entries {
         });
         if is_new {
             let name = format!("version {}", step.version.0);
-            entries.push(slice(&name, (SERVERS, MAIN), updated, 1e-6, Value::Null));
+            entries.push(slice(&name, updates, updated, 1e-6, Value::Null));
             while self.updates.len() > MAX_VERSIONS {
                 self.updates.pop_first();
             }
         }
-        entries.push(arrow("f", (SERVERS, MAIN), updated));
+        entries.push(arrow("f", updates, updated));
         entries
     }
 }
@@ -296,6 +329,59 @@ mod tests {
                         .any(|one| holds(&one)),
                     "{arrow}"
                 );
+            }
+        }
+    }
+
+    /// It may have workers, too, and after a loss it is elsewhere.
+    #[test]
+    fn the_first_server_is_in_the_process_that_has_it() {
+        use crate::observe::{ServerSeen, ServersSeen};
+
+        let node = |rank| NodeId {
+            rank,
+            incarnation: 1,
+        };
+        let seen = |rank| {
+            let server = |rank| ServerSeen {
+                node: node(rank),
+                version: Version(0),
+                num_weights: 1,
+                num_staged: 0,
+                num_waiting: 0,
+            };
+            Event::ServersSeen(ServersSeen {
+                time: 1.0,
+                learning_rate: 0.1,
+                consistency: "bsp".to_owned(),
+                num_pending: 0,
+                awaited: Vec::new(),
+                members: Vec::new(),
+                servers: vec![server(rank), server(rank + 1)],
+                log: None,
+            })
+        };
+        let mut entries = Entries::default();
+        entries.worker_at(WorkerId(0), Some(node(1)));
+        for (rank, clock) in [(1, 0), (2, 1)] {
+            assert!(entries.of(&seen(rank)).is_empty());
+            let all = entries.step(&step(0, clock, 10.0));
+            let at = |name: &str| {
+                let slice = slices(&all, name)[0];
+                let number = |key: &str| slice[key].as_u64().unwrap();
+                (number("pid"), number("tid"))
+            };
+            let worker = at(&format!("step {clock}"));
+            let pushes = at(&format!("gradient 0.1.{clock}"));
+            let updates = at(&format!("version {}", clock + 1));
+            assert_eq!([pushes.0, updates.0], [u64::from(rank); 2]);
+            assert!(worker != pushes && worker != updates && pushes != updates);
+            // Each thread of the server has a name.
+            for (pid, tid) in [pushes, updates] {
+                let is_name = |one: &&Value| {
+                    one["name"] == "thread_name" && one["pid"] == pid && one["tid"] == tid
+                };
+                assert_eq!(all.iter().filter(is_name).count(), 1);
             }
         }
     }

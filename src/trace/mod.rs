@@ -2,7 +2,8 @@
 //!
 //! [`Trace`] is an observer. It writes a file in Chrome's trace format (an array of JSON objects), in which one gradient
 //! can be followed from its batch to the update: a worker waits for the batch, computes, sends; the servers hold the
-//! push; an update is made; the worker receives the next weights. Arrows connect the three places.
+//! push; an update is made; the worker receives the next weights. Arrows connect the three places. The first server is
+//! drawn in the process where it is. The others have no slices of their own.
 //!
 //! ```
 //! use ps::prelude::*;
@@ -103,7 +104,7 @@ impl Trace {
         }
         if is_over || matches!(event, Event::RunEnded(_)) {
             // The array's last element has no comma behind it.
-            serde_json::to_writer(&mut *file, &entries::servers())?;
+            serde_json::to_writer(&mut *file, &entries::driver())?;
             file.write_all(b"\n]\n")?;
             file.flush()?;
             self.file = None;
