@@ -1,5 +1,6 @@
 //! The report of a training run: its result, the evaluations during the run, and how the time was spent.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -16,7 +17,7 @@ pub use crate::resume::Resumed;
 use crate::trainer::TrainError;
 
 /// The quality of the weights at one moment of the run.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CurvePoint {
     /// The version of the weights: how many updates had been applied.
     pub version: Version,
@@ -24,6 +25,8 @@ pub struct CurvePoint {
     pub elapsed: Duration,
     /// The result on the whole test set.
     pub evaluation: Evaluation,
+    /// The metrics of [`Trainer::metric`](crate::Trainer::metric) on the whole test set, by their names.
+    pub metrics: BTreeMap<String, f64>,
 }
 
 /// The result of a [`Trainer`](crate::Trainer)'s run. Its `Display` is a summary of a few lines.
@@ -92,6 +95,9 @@ pub struct Report {
     pub weights: Weights,
     /// The result of the final weights on the whole test set. `None` without test data.
     pub final_evaluation: Option<Evaluation>,
+    /// The metrics of [`Trainer::metric`](crate::Trainer::metric) of the final weights, by their names. Empty without
+    /// test data.
+    pub final_metrics: BTreeMap<String, f64>,
     /// The evaluations during the run, oldest first. The final evaluation is not included.
     pub curve: Vec<CurvePoint>,
     /// The mean loss of each batch, by worker and then by step. NaN if a worker was lost before it could

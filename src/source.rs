@@ -1,5 +1,6 @@
 //! Joins a burn model with data: as the [`GradientSource`] of a worker, and in an [`Evaluator`].
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -499,8 +500,23 @@ where
 /// fit into memory.
 pub struct Evaluator<M: Model> {
     loadable: Loadable<M>,
+    metrics: Metrics<M>,
     /// In the order of the examples. They begin again at the end.
     batches: Batches<M::Batch>,
+}
+
+/// Computes a metric of a batch: the mean of its examples.
+type Metric<M> = Box<dyn Fn(&M, &<M as Model>::Batch, &Device) -> f64 + Send>;
+
+/// The metrics of a user's program, by their names.
+pub(crate) type Metrics<M> = BTreeMap<String, Metric<M>>;
+
+/// The result of weights on the whole test set.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TestResult {
+    pub(crate) evaluation: Evaluation,
+    /// The means of all examples.
+    pub(crate) metrics: BTreeMap<String, f64>,
 }
 
 impl<M: Model> Evaluator<M> {
@@ -523,6 +539,7 @@ impl<M: Model> Evaluator<M> {
         let data = data.clone();
         Ok(Self {
             loadable: Loadable::new(model, device)?,
+            metrics: Metrics::<M>::new(),
             batches: Batches::new(in_order, move |indices| data.batch(indices))?
                 .pause_between_epochs(),
         })
@@ -533,7 +550,12 @@ impl<M: Model> Evaluator<M> {
     /// # Errors
     /// If the weights are of another model, if the data set fails, or if the model panics.
     pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
-        self.evaluate_in_steps(weights, |_, _| {})
+        Ok(self.evaluate_in_steps(weights, |_, _| {})?.evaluation)
+    }
+
+    /// From now on, each evaluation computes these metrics, too.
+    pub(crate) fn measure(&mut self, metrics: Metrics<M>) {
+        self.metrics = metrics;
     }
 
     /// As [`evaluate`](Self::evaluate). After each batch it says how many are done, and how many there are.
@@ -541,17 +563,36 @@ impl<M: Model> Evaluator<M> {
         &mut self,
         weights: &Weights,
         mut on_batch: impl FnMut(usize, usize),
-    ) -> Result<Evaluation, ModelError> {
+    ) -> Result<TestResult, ModelError> {
         self.loadable.load(weights)?;
         self.seek_first()?;
         let num_batches = self.batches.batches_per_epoch() as usize;
-        let evaluated = (1..=num_batches).map(|num_done| -> Result<_, ModelError> {
+        let mut result = TestResult::default();
+        for num_done in 1..=num_batches {
             let batch = self.batches.next_batch().map_err(no_batch)?;
-            let evaluation = self.loadable.model.evaluate(&batch)?;
+            let (evaluation, metrics) = self.measure_batch(&batch)?;
+            result.evaluation += evaluation;
+            for (name, value) in self.metrics.keys().zip(metrics) {
+                let sum = result.metrics.entry(name.clone()).or_default();
+                *sum += value * evaluation.num_examples as f64;
+            }
             on_batch(num_done, num_batches);
-            Ok(evaluation)
-        });
-        evaluated.sum()
+        }
+        let num_examples = result.evaluation.num_examples as f64;
+        result
+            .metrics
+            .values_mut()
+            .for_each(|sum| *sum /= num_examples);
+        Ok(result)
+    }
+
+    fn measure_batch(&self, batch: &M::Batch) -> Result<(Evaluation, Vec<f64>), ModelError> {
+        self.loadable.model.measure(|model, device| {
+            let evaluation = model.evaluate(batch, device);
+            let metrics = self.metrics.values();
+            let metrics = metrics.map(|metric| metric(model, batch, device));
+            (evaluation, metrics.collect())
+        })
     }
 
     /// Evaluates only the first batch, to check that the model accepts this data.
@@ -559,7 +600,7 @@ impl<M: Model> Evaluator<M> {
         self.loadable.load(weights)?;
         self.seek_first()?;
         let first = self.batches.next_batch().map_err(no_batch)?;
-        self.loadable.model.evaluate(&first)?;
+        self.measure_batch(&first)?;
         // The batches that were prepared meanwhile would only take memory until the first evaluation.
         self.seek_first()
     }

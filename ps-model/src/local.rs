@@ -312,13 +312,23 @@ impl<M: Model> LocalModel<M> {
     ///
     /// If the model panics, for example because of a batch of a wrong shape.
     pub fn evaluate(&self, batch: &M::Batch) -> Result<Evaluation, ModelError> {
+        self.measure(|model, device| model.evaluate(batch, device))
+    }
+
+    /// Calls `measure` with the model as it is evaluated: without dropout, and without recording anything for
+    /// gradients. The device is the one to evaluate on.
+    ///
+    /// # Errors
+    ///
+    /// If `measure` panics, for example because of a batch of a wrong shape.
+    pub fn measure<T>(&self, measure: impl FnOnce(&M, &Device) -> T) -> Result<T, ModelError> {
         panic::catch(|| {
             let device = self.device.clone().inner();
             let buffers = self.view.has_buffers().then(|| self.lock_buffers());
             // The copy has statistics of its own.
             let model = self.model.valid();
             drop(buffers);
-            model.evaluate(batch, &device)
+            measure(&model, &device)
         })
         .map_err(ModelError::Panicked)
     }

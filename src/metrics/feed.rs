@@ -174,7 +174,7 @@ impl Observer for Metrics {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use ps_actors::cluster::NodeId;
     use ps_actors::ids::{Clock, Version, WorkerId};
@@ -260,6 +260,7 @@ mod tests {
                 version: Version(1),
                 loss: 2.5,
                 accuracy: Some(0.75),
+                metrics: BTreeMap::new(),
                 is_final: false,
             }),
             testing::worker_lost(0.6),

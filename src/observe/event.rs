@@ -1,16 +1,18 @@
 //! What can be observed: plain data, which serde writes and reads.
 
+use std::collections::BTreeMap;
+
 use ps_actors::cluster::NodeId;
 use ps_actors::ids::{Clock, Incarnation, Version, WorkerId};
 use ps_actors::server::Outcome;
 use ps_actors::update_log::LogStatus;
 use ps_actors::weights::GradientUpdate;
 use ps_actors::worker::StepRecord;
-use ps_model::Evaluation;
 use serde::{Deserialize, Serialize};
 
 use super::number;
 use super::summary::RunEnded;
+use crate::source::TestResult;
 
 /// Something that happened in a training. Every event has a [time](Self::time).
 ///
@@ -69,15 +71,16 @@ impl Event {
         began: f64,
         now: f64,
         version: Version,
-        result: &Evaluation,
+        result: &TestResult,
         is_final: bool,
     ) -> Self {
         Self::Evaluated(Evaluated {
             time: began,
             seconds: now - began,
             version,
-            loss: result.mean_loss(),
-            accuracy: result.accuracy(),
+            loss: result.evaluation.mean_loss(),
+            accuracy: result.evaluation.accuracy(),
+            metrics: result.metrics.clone(),
             is_final,
         })
     }
@@ -411,6 +414,13 @@ pub struct Evaluated {
     pub loss: f64,
     /// The fraction of right answers, from 0 to 1. `None` if the model does not classify.
     pub accuracy: Option<f64>,
+    /// The metrics of [`Trainer::metric`](crate::Trainer::metric), by their names.
+    #[serde(
+        default,
+        with = "number::map",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub metrics: BTreeMap<String, f64>,
     /// Whether these are the final weights.
     pub is_final: bool,
 }

@@ -100,3 +100,30 @@ impl Visitor<'_> for Reader {
         }
     }
 }
+
+/// The same for the values of a map.
+pub(super) mod map {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Value(#[serde(with = "super")] f64);
+
+    pub(crate) fn serialize<S: Serializer>(
+        numbers: &BTreeMap<String, f64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(numbers.iter().map(|(name, &number)| (name, Value(number))))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<String, f64>, D::Error> {
+        let values = BTreeMap::<String, Value>::deserialize(deserializer)?;
+        Ok(values
+            .into_iter()
+            .map(|(name, Value(number))| (name, number))
+            .collect())
+    }
+}

@@ -1,5 +1,7 @@
 //! The end of a training, as an event: the report without the weights and the losses.
 
+use std::collections::BTreeMap;
+
 use ps_actors::ids::{Version, WorkerId};
 use serde::{Deserialize, Serialize};
 
@@ -102,7 +104,7 @@ pub struct RunSummary {
 }
 
 /// The result of weights on the test data.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct EvaluationSummary {
     /// The version of the weights.
@@ -114,6 +116,13 @@ pub struct EvaluationSummary {
     pub loss: f64,
     /// The fraction of right answers, from 0 to 1. `None` if the model does not classify.
     pub accuracy: Option<f64>,
+    /// The metrics of the user's program, by their names.
+    #[serde(
+        default,
+        with = "number::map",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub metrics: BTreeMap<String, f64>,
 }
 
 impl From<&CurvePoint> for EvaluationSummary {
@@ -123,6 +132,7 @@ impl From<&CurvePoint> for EvaluationSummary {
             seconds: point.elapsed.as_secs_f64(),
             loss: point.evaluation.mean_loss(),
             accuracy: point.evaluation.accuracy(),
+            metrics: point.metrics.clone(),
         }
     }
 }
@@ -137,6 +147,7 @@ impl From<&Report> for RunSummary {
                 version: report.weights.version(),
                 elapsed: report.elapsed,
                 evaluation,
+                metrics: report.final_metrics.clone(),
             })
         });
         Self {

@@ -6,7 +6,7 @@ use ps_model::{Evaluation, Model, ModelError};
 
 use super::Observers;
 use super::event::{CheckpointFailed, CheckpointSaved, Evaluating, Event};
-use crate::source::Evaluator;
+use crate::source::{Evaluator, TestResult};
 
 /// Observers learn how far an evaluation is after so many seconds, and again whenever as many have passed.
 const TELL_EVERY: f64 = 0.25;
@@ -22,7 +22,7 @@ impl Observers {
         evaluator: &mut Evaluator<M>,
         weights: &Weights,
     ) -> Result<f64, ModelError> {
-        let evaluation = self.evaluate(evaluator, weights, false)?;
+        let TestResult { evaluation, .. } = self.evaluate_all(evaluator, weights, false)?;
         Ok(evaluation.accuracy().map_or(f64::NAN, |part| 100.0 * part))
     }
 
@@ -37,9 +37,19 @@ impl Observers {
         weights: &Weights,
         is_final: bool,
     ) -> Result<Evaluation, ModelError> {
+        Ok(self.evaluate_all(evaluator, weights, is_final)?.evaluation)
+    }
+
+    /// As [`evaluate`](Self::evaluate). Also returns the metrics of the user's program.
+    pub(crate) fn evaluate_all<M: Model>(
+        &self,
+        evaluator: &mut Evaluator<M>,
+        weights: &Weights,
+        is_final: bool,
+    ) -> Result<TestResult, ModelError> {
         let (began, version) = (self.seconds(), weights.version());
         let mut told = Told(began);
-        let evaluation = evaluator.evaluate_in_steps(weights, |num_done, num_batches| {
+        let result = evaluator.evaluate_in_steps(weights, |num_done, num_batches| {
             let time = self.seconds();
             if told.is_due(time) {
                 self.tell_with(|_| {
@@ -53,8 +63,8 @@ impl Observers {
                 });
             }
         })?;
-        self.tell_with(|now| Event::evaluated(began, now, version, &evaluation, is_final));
-        Ok(evaluation)
+        self.tell_with(|now| Event::evaluated(began, now, version, &result, is_final));
+        Ok(result)
     }
 
     /// Returns `checkpoints` such that all observers are told what becomes of each of them.

@@ -78,7 +78,7 @@ fn row(run: &RunRecord) -> [String; 9] {
         |report| report.gradients_per_second,
     );
     let staleness = report.map_or_else(|| tally.staleness.mean(), |report| report.mean_staleness);
-    let evaluation = report.and_then(|report| report.final_evaluation);
+    let evaluation = report.and_then(|report| report.final_evaluation.as_ref());
     let accuracy = evaluation.map_or_else(
         || tally.evaluation.and_then(|(_, _, accuracy)| accuracy),
         |evaluation| evaluation.accuracy,

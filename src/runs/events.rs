@@ -346,6 +346,7 @@ mod tests {
                 version: Version(version),
                 loss: 1.0,
                 accuracy: None,
+                metrics: BTreeMap::new(),
                 is_final: false,
             })
         }

@@ -162,6 +162,9 @@ impl Curves {
                 let when = self.at(evaluated.time, evaluated.version.0);
                 if self.evaluation_loss.takes(when.step, evaluated.is_final) {
                     when.add_scalar(self.evaluation_loss.tag, evaluated.loss, out);
+                    for (name, &value) in &evaluated.metrics {
+                        when.add_scalar(&format!("metrics/{name}"), value, out);
+                    }
                 }
                 if let Some(accuracy) = evaluated.accuracy
                     && self.accuracy.takes(when.step, evaluated.is_final)
@@ -329,6 +332,7 @@ mod tests {
             version: Version(version),
             loss: 0.25,
             accuracy: Some(0.75),
+            metrics: BTreeMap::new(),
             is_final,
         })
     }

@@ -51,6 +51,9 @@ pub enum TrainError {
          of updates"
     )]
     NoEvaluations,
+    /// There is a metric, but no data to compute it on.
+    #[error("the metric {0:?} needs data to be computed on: set `test_data`")]
+    MetricWithoutData(String),
     /// The consistency mode does not fit the number of workers.
     #[error(transparent)]
     Consistency(#[from] ConsistencyError),

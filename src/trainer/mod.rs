@@ -22,6 +22,7 @@ use crate::learning_rate::{BurnSchedule, ScheduleError};
 use crate::observe::Observer;
 use crate::report::{CurvePoint, Report};
 use crate::rule::OptimizerRule;
+use crate::source::Metrics;
 
 mod devices;
 mod error;
@@ -123,6 +124,7 @@ pub struct Trainer<M: Model, E> {
     seed: u64,
     evaluate_every: u64,
     on_evaluation: OnEvaluation,
+    metrics: Metrics<M>,
     stop_when: Vec<StopWhen>,
     observers: Vec<Box<dyn Observer>>,
     controls: Controls,
@@ -169,6 +171,7 @@ where
             seed: 0,
             evaluate_every: 0,
             on_evaluation: Box::new(|_| {}),
+            metrics: Metrics::<M>::new(),
             stop_when: Vec::new(),
             observers: Vec::new(),
             controls: Controls::new(),
@@ -410,6 +413,40 @@ where
         self
     }
 
+    /// Computes one more number in each evaluation, such as the share of answers that are nearly right. `compute` gets the
+    /// model, a batch of the test data, and the device to evaluate on. It returns the mean of the examples of the
+    /// batch. The metric is the mean of all examples: see [`CurvePoint::metrics`] and [`Report::final_metrics`]. Observers
+    /// get it, too, so it is in the events of a run directory, and in TensorBoard as `metrics/` with its name.
+    ///
+    /// A second metric of the same name replaces the first one.
+    ///
+    /// ```
+    /// use ps::prelude::*;
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// let mnist = Mnist::bundled_sample();
+    /// let report = Trainer::new(ConvNet::init(1, &device), mnist.train)
+    ///     .device(&device)
+    ///     .test_data(mnist.test)
+    ///     .metric("share of zeros", |model, batch, _device| {
+    ///         let answers = model.forward(batch.images.clone()).argmax(1);
+    ///         answers.equal_elem(0).float().mean().into_scalar::<f32>().into()
+    ///     })
+    ///     .iterations(2)
+    ///     .run()?;
+    /// assert!((0.0..=1.0).contains(&report.final_metrics["share of zeros"]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn metric(
+        mut self,
+        name: impl Into<String>,
+        compute: impl Fn(&M, &M::Batch, &Device) -> f64 + Send + 'static,
+    ) -> Self {
+        self.metrics.insert(name.into(), Box::new(compute));
+        self
+    }
+
     /// Calls `on_evaluation` after each evaluation during the run. For an example, see [`Report`].
     #[must_use]
     pub fn on_evaluation(mut self, on_evaluation: impl FnMut(&CurvePoint) + 'static) -> Self {
@@ -618,6 +655,11 @@ where
         }
         if self.num_servers == 0 {
             return Err(GroupSpawnError::NoServers.into());
+        }
+        if self.test.is_none()
+            && let Some(name) = self.metrics.keys().next()
+        {
+            return Err(TrainError::MetricWithoutData(name.clone()));
         }
         if !self.stop_when.is_empty() && (self.test.is_none() || self.evaluate_every == 0) {
             return Err(TrainError::NoEvaluations);

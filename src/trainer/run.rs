@@ -1,5 +1,6 @@
 //! How a training runs: its servers and workers, what happens beside them, and the report.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -31,7 +32,7 @@ use crate::observe::{
 use crate::report::{CurvePoint, Report};
 use crate::resume::{self, Dealing, Resumed, Terms};
 use crate::source::{
-    Evaluator, ModelSource, ModelWorker, SetupError, WorkerConfig, initial_weights,
+    Evaluator, ModelSource, ModelWorker, SetupError, TestResult, WorkerConfig, initial_weights,
 };
 use crate::workers::{Worker, WorkerRun, balance, last_steps};
 
@@ -105,6 +106,7 @@ where
         self.check_groups(initial.layout())?;
         let rule = self.server_rule();
         if let Some(evaluator) = &mut evaluator {
+            evaluator.measure(std::mem::take(&mut self.metrics));
             // The test data is checked now, and not after hours of training.
             evaluator.try_out(&initial).map_err(TrainError::TestData)?;
         }
@@ -395,8 +397,13 @@ where
         report.stopped_early = met.version().filter(|_| is_cut_short);
         report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
         if let Some(evaluator) = evaluator {
-            match observers.evaluate(evaluator, &report.weights, true) {
-                Ok(evaluation) => report.final_evaluation = Some(evaluation),
+            match observers.evaluate_all(evaluator, &report.weights, true) {
+                Ok(TestResult {
+                    evaluation,
+                    metrics,
+                }) => {
+                    (report.final_evaluation, report.final_metrics) = (Some(evaluation), metrics);
+                }
                 Err(error) => return Err(report.incomplete(error.into())),
             }
         }
@@ -484,6 +491,7 @@ where
             num_servers: self.num_servers,
             weights,
             final_evaluation: None,
+            final_metrics: BTreeMap::new(),
             curve,
             num_updates: status.version.0,
             num_applied: total(|worker| worker.num_applied),
@@ -652,12 +660,16 @@ async fn watch<M: Model>(
             Err(error) => return error.into(),
         };
         let (version, elapsed) = (weights.version(), started.elapsed());
-        match observers.evaluate(evaluator, &weights, false) {
-            Ok(evaluation) => {
+        match observers.evaluate_all(evaluator, &weights, false) {
+            Ok(TestResult {
+                evaluation,
+                metrics,
+            }) => {
                 on_evaluation(CurvePoint {
                     version,
                     elapsed,
                     evaluation,
+                    metrics,
                 });
             }
             Err(error) => return error.into(),

@@ -1,12 +1,13 @@
 //! Evaluations, which make the batches of the test set one after the other.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use ps::model::LocalModel;
 use ps::model::burn;
 use ps::model::burn::module::Module;
 use ps::model::burn::tensor::{Device, Tensor};
+use ps::observe::Event;
 use ps::prelude::*;
 
 use crate::groups::Perceptron;
@@ -155,4 +156,56 @@ fn test_data_that_cannot_be_read_is_an_error_that_says_so() {
     let error = trainer.device(&device).run().unwrap_err();
     let error = ps::actors::actor::error_chain(&error);
     assert!(error.contains("the disk is broken"), "{error}");
+}
+
+#[test]
+fn a_metric_of_the_users_program_is_the_mean_of_all_examples() {
+    fn mean(numbers: &[f32]) -> f64 {
+        numbers.iter().copied().map(f64::from).sum::<f64>() / numbers.len() as f64
+    }
+    // A full batch and one of 44, so the mean of the two is another number.
+    let (train, test) = (Numbers::new(64), Numbers::new(300));
+    let all: Vec<usize> = (0..300).collect();
+    let expected = mean(&test.batch(&all).numbers);
+    let seen: Arc<Mutex<Vec<Event>>> = Arc::default();
+    let trainer = Trainer::new(model(), train)
+        .device(&device())
+        .iterations(4)
+        .evaluate_every(2)
+        .metric("mean", |_, x: &Counted, _| mean(&x.numbers))
+        .metric("no number", |_, _, _| f64::NAN);
+    let report = trainer
+        .test_data(test)
+        .observe({
+            let seen = Arc::clone(&seen);
+            move |event: &Event| {
+                if let Event::Evaluated(_) = event {
+                    seen.lock().unwrap().push(event.clone());
+                }
+            }
+        })
+        .run()
+        .unwrap();
+    let events = seen.lock().unwrap();
+    // As they are in a file.
+    let read = events.iter().map(|event| {
+        let text = serde_json::to_string(event).unwrap();
+        match serde_json::from_str(&text).unwrap() {
+            Event::Evaluated(evaluated) => evaluated.metrics,
+            other => panic!("{other:?}"),
+        }
+    });
+    let of_curve = report.curve.iter().map(|point| point.metrics.clone());
+    let all: Vec<_> = of_curve
+        .chain([report.final_metrics.clone()])
+        .chain(read)
+        .collect();
+    assert!(all.len() >= 3, "{all:?}");
+    for metrics in all {
+        assert!((metrics["mean"] - expected).abs() < 1e-9, "{metrics:?}");
+        assert!(metrics["no number"].is_nan(), "{metrics:?}");
+    }
+    let without = Trainer::new(model(), Numbers::new(64)).metric("mean", |_, _, _| 0.0);
+    let error = without.device(&device()).run().unwrap_err().to_string();
+    assert!(error.contains("set `test_data`"), "{error}");
 }

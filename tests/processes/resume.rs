@@ -210,7 +210,11 @@ fn trainers_of_a_model_on_the_server_do_not_go_on_with_other_batches() {
             "the batch size is `32` there, and `8` here",
         ),
     ] {
-        let again = [&arguments[..], &["--resume", flag, value]].concat();
+        let mut again = [&arguments[..], &["--resume"]].concat();
+        match again.iter().position(|word| *word == flag) {
+            Some(at) => again[at + 1] = value,
+            None => again.extend([flag, value]),
+        }
         let (status, output) = Run::start("rpc_ps", &again).finish();
         assert!(
             !status.success() && output.contains(says),

@@ -229,8 +229,8 @@ mod tests {
 
     #[test]
     fn an_evaluation_that_takes_long_is_shown_until_it_is_over() {
+        use crate::source::TestResult;
         use ps_actors::ids::Version;
-        use ps_model::Evaluation;
 
         use crate::observe::testing;
 
@@ -240,7 +240,7 @@ mod tests {
         progress.tally.count(&testing::evaluating(1.5, 30, 40));
         let status = progress.status();
         assert!(status.starts_with("evaluating, 75 %, "), "{status}");
-        let result = Evaluation::default();
+        let result = TestResult::default();
         progress
             .tally
             .count(&Event::evaluated(1.0, 2.0, Version(1), &result, false));
