@@ -16,7 +16,7 @@ import time
 import unittest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", REPOSITORY / "target"))
+TARGET = REPOSITORY / os.environ.get("CARGO_TARGET_DIR", "target")
 # `release` for measurements.
 PROFILE = os.environ.get("PS_PROFILE", "debug")
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "ps"

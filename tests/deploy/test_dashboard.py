@@ -194,7 +194,9 @@ class Dashboard(unittest.TestCase):
         browser.run("const rate = document.querySelector('#rate'); rate.focus(); rate.value = ''")
         browser.type("#rate", f"0.005{ENTER}")
         browser.eventually("return document.querySelector('#n-version-more').textContent.includes('learning rate 0.005')")
+        before = self.state(url)["checkpoints"][:1]
         self.click("#checkpoint")
+        eventually(lambda: self.state(url)["checkpoints"][:1] not in ([], before), "a checkpoint")
         browser.eventually("return [...document.querySelectorAll('#checkpoints li')].some((one) => one.textContent.includes('Update'))")
         # The sizes are those of the files. Nothing is written while it is paused.
         self.look(url)

@@ -53,7 +53,8 @@ class Doctor(unittest.TestCase):
         self.hosts.set_names(f"{self.hosts.address(0)} host0.cluster.example host0\n")
         for address in ("host0", "host0.cluster.example", "fd00:78::1"):
             with self.subTest(address):
-                for process in [self.start(rank, address=address) for rank in range(3)]:
+                # A success does not wait that long.
+                for process in [self.start(rank, address=address, within=30) for rank in range(3)]:
                     self.ends(process, is_well=True)
 
     def test_a_wrong_token(self):

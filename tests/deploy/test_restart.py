@@ -12,6 +12,17 @@ from hosts import REPOSITORY, Process, environment, example
 
 class UnderTheWrapper(unittest.TestCase):
     def test_a_signal_to_the_whole_group_ends_a_training_with_a_checkpoint(self):
+        # The wrapper has half a second to hand the signal on. A busy machine may be slower once, but not three times.
+        for _ in range(3):
+            saved, code, text = self.signalled()
+            if "ending at once" not in text:
+                break
+        self.assertEqual(code, 0, text)
+        self.assertIn("To go on: ", text)
+        self.assertEqual(len(list(saved.glob("checkpoint-*"))), 1, text)
+
+    def signalled(self):
+        """A training that is asked to end: its checkpoints, its exit code, and what it said."""
         saved = pathlib.Path(tempfile.mkdtemp(prefix="ps-restart-"))
         self.addCleanup(shutil.rmtree, saved, ignore_errors=True)
         training = Process(self, [
@@ -21,10 +32,7 @@ class UnderTheWrapper(unittest.TestCase):
         training.wait_for("Iter .*accuracy")
         # The program gets it twice: from here, and from the wrapper.
         os.killpg(training.child.pid, signal.SIGTERM)
-        code, text = training.wait(60)
-        self.assertEqual(code, 0, text)
-        self.assertIn("To go on: ", text)
-        self.assertEqual(len(list(saved.glob("checkpoint-*"))), 1, text)
+        return saved, *training.wait(60)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Cluster:
     """A Slurm cluster on these hosts, whose first one is the head."""
 
     def __init__(self, test, hosts):
-        missing = [name for name in ("munged", "slurmctld", "slurmd", "srun") if shutil.which(name) is None]
+        missing = [name for name in ("munged", "slurmctld", "slurmd", "srun", "salloc") if shutil.which(name) is None]
         if missing:
             test.skipTest(f"{', '.join(missing)}: apt-get install slurm-wlm munge")
         self.test, self.hosts, self.directory = test, hosts, hosts.directory
@@ -108,6 +108,9 @@ class OnSlurm(unittest.TestCase):
     def test_a_rank_that_is_asked_to_leave_and_pmi2(self):
         export = command("deploy/slurm/README.md", "export PS_TOKEN=")
         line = command("deploy/slurm/README.md", "srun --ntasks=5 --label ./")
+        listed = self.slurm.run_on(0, "srun", "--mpi=list").wait(60)[1]
+        if "pmi2" not in listed:
+            self.skipTest(f"this Slurm has no plugin pmi2: {listed}")
         # The other way to start it that the guide names.
         line = line.replace("--label", "--label --mpi=pmi2 --nodes=3") + " --iterations=3000 --batch-size=64"
         training = self.slurm.run_on(0, "bash", "-c", f"cd {self.slurm.desk} && {export}; {line}")
