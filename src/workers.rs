@@ -197,8 +197,8 @@ impl<S: HostedSource<Args: Clone>> Worker<S> {
                 if !self.waits_for_all() {
                     // Nobody goes on in its place.
                     servers.report_lost(worker).await?;
-                    collector.left(worker);
                 }
+                collector.left(worker);
                 return Ok(told);
             }
             let num_steps = num_steps.saturating_sub(next_step);

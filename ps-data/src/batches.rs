@@ -7,7 +7,7 @@
 use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use burn_dataset::{Dataset, DatasetError};
@@ -160,8 +160,8 @@ impl<T: Send + 'static> Batches<T> {
         self
     }
 
-    /// Sets that no batch of an epoch is prepared before one of them is asked for. So between two epochs there is no
-    /// thread, and no batch takes memory.
+    /// Sets that no batch of an epoch is prepared before one of them is asked for. So between two epochs the thread waits,
+    /// and no batch takes memory.
     #[must_use]
     pub fn pause_between_epochs(mut self) -> Self {
         self.pauses = true;
@@ -188,19 +188,24 @@ impl<T: Send + 'static> Batches<T> {
                 }
                 result?
             }
-            State::Prefetching(prefetcher) => self.receive(prefetcher)?,
+            State::Prefetching(prefetcher) => {
+                if self.pauses && self.cursor.batch == 0 {
+                    // It fails if the thread has ended. Then there is its last result to receive.
+                    let _ = prefetcher.go_on.send(());
+                }
+                self.receive(prefetcher)?
+            }
         };
         self.cursor = next;
         Ok(batch)
     }
 
-    /// Takes the oldest batch in the queue. After an error, or in a pause, the thread ends, so its producer is taken
-    /// back.
+    /// Takes the oldest batch in the queue. After an error the thread ends, so its producer is taken back.
     fn receive(&mut self, prefetcher: Prefetcher<T>) -> Result<(T, Cursor), BatchError> {
         let result = prefetcher.receiver.recv().unwrap_or(Err(BatchError::Ended));
         self.state = match &result {
-            Ok((_, next)) if !(self.pauses && next.batch == 0) => State::Prefetching(prefetcher),
-            Ok(_) | Err(_) => prefetcher.stop().map_or(State::Ended, State::Idle),
+            Ok(_) => State::Prefetching(prefetcher),
+            Err(_) => prefetcher.stop().map_or(State::Ended, State::Idle),
         };
         result
     }
@@ -325,16 +330,20 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 /// The thread and the queue of its batches.
 struct Prefetcher<T> {
     receiver: Receiver<Result<(T, Cursor), BatchError>>,
+    /// Ends a pause between two epochs. The thread stays meanwhile: with a new one for each epoch, the allocator would
+    /// take memory for each.
+    go_on: Sender<()>,
     thread: Stopper<T>,
 }
 
-/// Joins its thread when it is dropped. Fields are dropped in order, so the queue is already closed then, and
-/// the thread cannot be waiting for room in it.
+/// Joins its thread when it is dropped. Fields are dropped in order, so both channels are already closed then, and
+/// the thread cannot be waiting for one of them.
 struct Stopper<T>(Option<JoinHandle<Option<Producer<T>>>>);
 
 impl<T: Send + 'static> Prefetcher<T> {
     fn start(mut producer: Producer<T>, depth: usize, pauses: bool) -> Result<Self, BatchError> {
         let (sender, receiver) = sync_channel(depth);
+        let (go_on, pause) = channel();
         let run = move || {
             loop {
                 let result = producer.produce();
@@ -345,8 +354,11 @@ impl<T: Send + 'static> Prefetcher<T> {
                 if panicked {
                     return None;
                 }
+                if failed || refused {
+                    return Some(producer);
+                }
                 let is_pause = pauses && producer.sampler.cursor().batch == 0;
-                if failed || refused || is_pause {
+                if is_pause && pause.recv().is_err() {
                     return Some(producer);
                 }
             }
@@ -357,6 +369,7 @@ impl<T: Send + 'static> Prefetcher<T> {
             .map_err(BatchError::SpawnThread)?;
         Ok(Self {
             receiver,
+            go_on,
             thread: Stopper(Some(thread)),
         })
     }
@@ -367,9 +380,10 @@ impl<T> Prefetcher<T> {
     fn stop(self) -> Option<Producer<T>> {
         let Self {
             receiver,
+            go_on,
             mut thread,
         } = self;
-        drop(receiver);
+        drop((receiver, go_on));
         thread.0.take()?.join().ok().flatten()
     }
 }

@@ -170,17 +170,16 @@ where
             run.lost_servers(&error);
             // Those that are left free their memory, and record nothing more.
             group.servers().for_each(ActorRef::kill);
+            let reason = actor::error_chain(&error);
+            let rule = rule.make_without_schedule(&device)?;
             // Without a checkpoint yet, it starts from the beginning.
-            resumed = resume::again(
-                &mut run.checkpoints,
-                rule.make_without_schedule(&device)?,
-                &terms,
-            )?;
+            resumed = resume::again(&mut run.checkpoints, rule, &terms).inspect_err(|_| {
+                tracing::warn!(%reason, "the servers are lost, and the training cannot go on");
+            })?;
             let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
             if !run.recoveries.begin(from) {
                 return Err(error);
             }
-            let reason = actor::error_chain(&error);
             tracing::warn!(%reason, %from, "the servers are lost; going on from the last checkpoint");
         }
     }

@@ -137,7 +137,7 @@ class Manifests(unittest.TestCase):
                 self.assertEqual(waits, job_name == "ps-driver", job_name)
                 if not waits:
                     # Then each pod that has to leave a machine counts.
-                    self.assertGreaterEqual(job["backoffLimitPerIndex"], 1000, job_name)
+                    self.assertGreaterEqual(job["backoffLimitPerIndex"], 100, job_name)
 
     def test_the_program_accepts_the_arguments_and_the_commands_of_the_pods(self):
         program = example("sharded_ps")

@@ -168,7 +168,7 @@ fn augmented_trainings_are_those_of_one_worker_and_of_one_process() {
     ] {
         let other = other.run().unwrap().weights.to_vec();
         for (three, other) in three.weights.to_vec().iter().zip(&other) {
-            assert!((three - other).abs() < 1e-6, "{three} and {other}");
+            assert!((three - other).abs() < 1e-5, "{three} and {other}");
         }
     }
 

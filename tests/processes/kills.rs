@@ -79,8 +79,10 @@ fn no_step_is_lost_or_doubled_wherever_a_process_is_killed() {
     const MODES: [&str; 3] = ["bsp", "asp", "ssp:2"];
     let is_whole = std::env::var_os("PS_KILL_MATRIX").is_some();
     for (index, case) in CASES.iter().enumerate() {
+        // In `ssp`, each kind of death is enough.
         let modes = match is_whole {
-            true => &MODES[..],
+            true if index % 3 == 0 => &MODES[..],
+            true => &MODES[..2],
             false => &MODES[index % MODES.len()..][..1],
         };
         for mode in modes {

@@ -199,15 +199,16 @@ fn an_interrupted_driver_saves_a_checkpoint_and_says_how_to_go_on() {
 #[test]
 fn trainers_of_a_model_on_the_server_do_not_go_on_with_other_batches() {
     let directory = tempfile::tempdir().unwrap();
-    let arguments = words(&["--iterations", "4"], directory.path());
-    let (status, output) = Run::start("rpc_ps", &arguments).finish();
+    let arguments = ["--offline", "--batch-size", "16", "--iterations", "4"];
+    let arguments = words(&arguments, directory.path());
+    let (status, output) = Run::start_plain("rpc_ps", &arguments).finish();
     assert!(status.success(), "{output}");
     for (flag, value, says) in [
         ("--seed", "1", "the seed is `0` there, and `1` here"),
         (
             "--batch-size",
             "8",
-            "the batch size is `32` there, and `8` here",
+            "the batch size is `16` there, and `8` here",
         ),
     ] {
         let mut again = [&arguments[..], &["--resume"]].concat();
@@ -215,7 +216,7 @@ fn trainers_of_a_model_on_the_server_do_not_go_on_with_other_batches() {
             Some(at) => again[at + 1] = value,
             None => again.extend([flag, value]),
         }
-        let (status, output) = Run::start("rpc_ps", &again).finish();
+        let (status, output) = Run::start_plain("rpc_ps", &again).finish();
         assert!(
             !status.success() && output.contains(says),
             "{says}: {output}"

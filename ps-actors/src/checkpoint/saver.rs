@@ -534,10 +534,16 @@ impl Checkpoints {
                         took: started.elapsed(),
                         bytes: size_of_files(&path),
                     });
+                    if let Some(log) = &log {
+                        log.saved(version);
+                    }
                     free_log(&directory, log.as_ref(), version, began);
                     Some((version, path))
                 }
                 Err(error) => {
+                    if let Some(log) = &log {
+                        log.not_saved();
+                    }
                     listener.tell_failure(&error);
                     None
                 }
@@ -672,6 +678,9 @@ impl Checkpoints {
     fn failed(&mut self, reason: &dyn std::error::Error) {
         self.report.num_failed += 1;
         self.taken = None;
+        if let Some(log) = &self.log {
+            log.not_saved();
+        }
         self.listener.tell_failure(reason);
     }
 

@@ -335,6 +335,8 @@ impl ServerGroup {
                         let source = ServerError::GroupBroken { index, reason };
                         return GroupError::Server { index: 0, source };
                     }
+                    // Its answer at the next look will do.
+                    Err(error) if error.is_for_now() => {}
                     Err(error) => return error,
                 }
             }

@@ -354,6 +354,36 @@ fn a_disk_that_stays_broken_is_not_tried_at_each_update() {
     fs::rename(&elsewhere, path).unwrap();
 }
 
+/// A segment is of no use without a checkpoint that it continues.
+#[test]
+fn a_log_that_failed_is_tried_again_until_a_checkpoint_is_saved() {
+    let run = start(LogConfig {
+        sync: LogSync::Never,
+        ..LogConfig::default()
+    });
+    assert_eq!(run.log.whole_until(), Some(Version(0)));
+    run.log
+        .write_to(File::options().write(true).open("/dev/full").unwrap());
+    run.work(0);
+    // The log begins anew, but this checkpoint cannot be written.
+    let state = take(&run.server);
+    assert!(!run.log.is_full() && !run.log.is_retried());
+    run.log.not_saved();
+    assert!(run.log.is_retried());
+    assert_eq!(run.log.whole_until(), None);
+    // One that is older than the gap is no help. The next one is.
+    let next = take(&run.server);
+    assert!(!run.log.is_retried());
+    run.log.saved(Version(0));
+    assert_eq!(run.log.whole_until(), None);
+    run.log.saved(next.version());
+    assert_eq!(run.log.whole_until(), Some(next.version()));
+    run.log.not_saved();
+    assert!(!run.log.is_retried(), "it is whole");
+    let status = run.server.ask(GetStatus).wait().unwrap().log.unwrap();
+    assert_eq!(status.since, Some(state.version()));
+}
+
 /// A segment that is not found under its name is lost as a whole.
 #[test]
 fn the_names_of_segments_are_synced_like_their_entries() {

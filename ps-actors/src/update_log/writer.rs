@@ -72,6 +72,11 @@ struct State {
     /// The version of the latest update in it, or at which it began.
     last_version: Version,
     last_failure: Option<Instant>,
+    /// Whether updates are missing that no checkpoint has: the log failed, and no checkpoint was saved since it began
+    /// anew.
+    has_gap: bool,
+    /// No update is missing from this version on.
+    whole_from: Version,
     /// When a checkpoint should begin a new segment after a failure.
     retry_at: Option<Instant>,
 }
@@ -109,6 +114,8 @@ impl UpdateLog {
             num_failures: 0,
             last_version: Version(0),
             last_failure: None,
+            has_gap: false,
+            whole_from: Version(0),
             retry_at: None,
         };
         let shared = Arc::new(Shared {
@@ -193,6 +200,9 @@ impl UpdateLog {
                 state.opening = None;
                 state.current = Some(segment);
                 state.last_version = version;
+                if state.has_gap {
+                    state.whole_from = version;
+                }
                 state.is_current_unsynced = true;
                 // Without its name on the disk, the segment would not count after a power failure.
                 state.is_directory_unsynced = state.is_synced;
@@ -240,6 +250,24 @@ impl UpdateLog {
         }
     }
 
+    /// A checkpoint of this version is on the disk.
+    pub(crate) fn saved(&self, version: Version) {
+        let mut state = self.shared.lock();
+        // If a segment began at it or before, what is missing is behind it.
+        let current = state.current.as_ref();
+        if current.is_some_and(|current| current.segment.start <= version) {
+            state.has_gap = false;
+        }
+    }
+
+    /// A checkpoint could not be taken or written. If the log needs one, another is due a while later.
+    pub(crate) fn not_saved(&self) {
+        let mut state = self.shared.lock();
+        if state.has_gap | self.shared.is_full.swap(false, Relaxed) {
+            self.shared.retry_later(&mut state);
+        }
+    }
+
     /// Frees the segments that a checkpoint of this version, and every later one, does not need.
     pub(crate) fn free_before(&self, needed: Version) {
         let mut state = self.shared.lock();
@@ -265,7 +293,9 @@ impl UpdateLog {
         let current = state.current.as_ref().map(|current| &current.segment);
         let segments = || state.older.iter().chain(current);
         LogStatus {
-            since: segments().next().map(|first| first.start),
+            since: segments()
+                .next()
+                .map(|first| first.start.max(state.whole_from)),
             bytes: segments().map(|segment| segment.num_bytes).sum(),
             num_segments: segments().count(),
             is_written: current.is_some(),
@@ -278,11 +308,17 @@ impl UpdateLog {
         self.shared.lock().num_failures
     }
 
-    /// Returns the version until which all updates are in the log. `None` if it has failed, because updates may be
-    /// missing then.
+    /// Returns the version until which all updates are in checkpoints or in the log. `None` if some are missing, because
+    /// it has failed.
     pub(crate) fn whole_until(&self) -> Option<Version> {
         let state = self.shared.lock();
-        (state.num_failures == 0).then_some(state.last_version)
+        (!state.has_gap).then_some(state.last_version)
+    }
+
+    /// Whether another checkpoint is due a while later.
+    #[cfg(test)]
+    pub(super) fn is_retried(&self) -> bool {
+        self.shared.lock().retry_at.is_some()
     }
 
     /// Brings everything to the disk.
@@ -380,6 +416,7 @@ impl State {
         );
         self.num_failures += 1;
         self.last_failure = Some(Instant::now());
+        self.has_gap = true;
         self.retire();
     }
 }

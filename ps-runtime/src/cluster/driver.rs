@@ -63,6 +63,8 @@ struct Shared {
     members: Arc<Members>,
     /// How many actors were spawned on the next node in turn.
     next: AtomicUsize,
+    /// Held while the nodes are told to end.
+    releasing: tokio::sync::Mutex<()>,
 }
 
 impl Cluster {
@@ -194,6 +196,7 @@ impl Cluster {
                     process,
                     members: Arc::new(Members::new(Vec::new(), None, false, None)),
                     next: AtomicUsize::new(0),
+                    releasing: tokio::sync::Mutex::new(()),
                 }),
                 addresses: Vec::new(),
                 listening: None,
@@ -275,6 +278,7 @@ impl Cluster {
                     scope,
                     members,
                     next: AtomicUsize::new(0),
+                    releasing: tokio::sync::Mutex::new(()),
                 }),
                 addresses,
                 listening: Some((agent, endpoint)),
@@ -474,9 +478,13 @@ impl Cluster {
     /// Releases all nodes, which then end. After this no node can join. The drop of the last handle does
     /// the same.
     pub fn release(&self) -> Task<()> {
-        let members = Arc::clone(&self.inner.shared.members);
+        let shared = Arc::clone(&self.inner.shared);
+        let releasing = async move {
+            let _releasing = shared.releasing.lock().await;
+            release(&shared.members).await;
+        };
         // Without threads for the network no node has joined.
-        Task::try_start(async move { release(&members).await }, drop)
+        Task::try_start(releasing, drop)
     }
 }
 
@@ -521,10 +529,14 @@ impl Drop for Inner {
         self.shared.scope.kill_all();
         let (listening, children) = (self.listening.take(), self.children.take());
         let guests = self.shared.process.guests().clone();
-        if members.is_empty() && guests.are_none() {
+        // A release under way has taken the members. Their answers arrive through this cluster's sockets.
+        let is_releasing = self.shared.releasing.try_lock().is_err();
+        if members.is_empty() && guests.are_none() && !is_releasing {
             return;
         }
+        let shared = Arc::clone(&self.shared);
         let told = Task::start(async move {
+            let _releasing = shared.releasing.lock().await;
             let told = members
                 .iter()
                 .map(|member| member.agent.ask_within(Release, FAREWELL));

@@ -114,7 +114,6 @@ pub(super) fn examine(args: &ClusterArgs, within: Duration) -> Option<ExitCode> 
                 probe::tell_all(&probes, &mut findings);
             }
             all_is_well.store(findings.is_well(), Ordering::Relaxed);
-            // Waits that are still under way also hold the cluster.
             cluster.release().wait();
         }
     }

@@ -99,7 +99,7 @@ impl ShowArgs {
         #[cfg(feature = "dashboard")]
         {
             #[cfg(feature = "metrics")]
-            let text = metrics::text();
+            let text = self.counts_metrics().then(metrics::text).flatten();
             #[cfg(not(feature = "metrics"))]
             let text = None;
             if let Some(dashboard) = self.dashboard.observer(&self.controls, text) {
