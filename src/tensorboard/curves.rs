@@ -33,6 +33,9 @@ pub(super) struct Curves {
     waiting: BTreeMap<u64, Losses>,
     /// The losses of updates since the last point.
     losses: Losses,
+    /// The time of the latest point of the losses. Workers learn of their updates in any order, and a curve against time
+    /// must not go back.
+    loss_time: f64,
     loss: Series,
     evaluation_loss: Series,
     accuracy: Series,
@@ -125,6 +128,7 @@ impl Curves {
             tally: Tally::default(),
             waiting: BTreeMap::new(),
             losses: Losses::default(),
+            loss_time: 0.0,
             loss: scalar("loss/batches"),
             evaluation_loss: scalar("loss/evaluation"),
             accuracy: scalar("accuracy"),
@@ -242,7 +246,8 @@ impl Curves {
         if self.losses.num > 0 && self.loss.takes(step, is_last) {
             let losses = std::mem::take(&mut self.losses);
             let mean = losses.sum / losses.num as f64;
-            self.at(losses.time, step)
+            self.loss_time = self.loss_time.max(losses.time);
+            self.at(self.loss_time, step)
                 .add_scalar(self.loss.tag, mean, out);
         }
     }
@@ -335,6 +340,23 @@ mod tests {
             metrics: BTreeMap::new(),
             is_final,
         })
+    }
+
+    #[test]
+    fn the_times_of_losses_do_not_go_back() {
+        // The worker of update 1 learned of it later.
+        let records = records([
+            started(0),
+            step(1, 2, 0.1, 1.0),
+            step(0, 1, 0.2, 1.0),
+            ended(0.3),
+        ]);
+        let times = points(&records, "loss/batches");
+        let times: Vec<(u64, f64)> = times
+            .into_iter()
+            .map(|(step, time, _)| (step, time))
+            .collect();
+        assert_eq!(times, [(1, 1000.2), (2, 1000.2)]);
     }
 
     #[test]

@@ -329,18 +329,18 @@ class OnRay(unittest.TestCase):
     def test_each_worker_sees_the_gpus_that_ray_gives_it(self):
         cluster = Cluster(self, [3], head_has=["--num-gpus=4"])
         folder = self.working_dir()
-        # Not in the output: its last lines may be lost when the job ends. The driver ends last.
-        (folder / "gpus").write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" > "$PS_SEEN/.$PS_RANK"\n'
-                                     'mv "$PS_SEEN/.$PS_RANK" "$PS_SEEN/$PS_RANK"\n'
-                                     'until [ $PS_RANK != 0 ] || [ -e "$PS_SEEN/1" -a -e "$PS_SEEN/2" ]; do sleep 0.1; done\n')
-        (folder / "gpus").chmod(0o755)
         # What Ray reserves, and how many GPUs each worker and both together then see.
         for needed, each, together in [("0.5", 1, 1), ("2", 2, 4)]:
             with self.subTest(needed):
                 seen = cluster.hosts.directory / f"seen-{needed}"
                 seen.mkdir()
+                # Not in the output: its last lines may be lost when the job ends. The driver ends last.
+                (folder / "gpus").write_text(f'#!/bin/sh -e\ncd {seen}\necho "$CUDA_VISIBLE_DEVICES" > .$PS_RANK\n'
+                                             'mv .$PS_RANK $PS_RANK\n'
+                                             'until [ $PS_RANK != 0 ] || [ -e 1 -a -e 2 ]; do sleep 0.1; done\n')
+                (folder / "gpus").chmod(0o755)
                 job = cluster.submit(folder, "python", "ps_on_ray.py", "--workers=2", f"--worker-resources=CPU=1,GPU={needed}",
-                                     "--", "./gpus", PS_SEEN=str(seen))
+                                     "--", "./gpus")
                 code, text = job.wait(120)
                 self.assertEqual(code, 0, text)
                 gpus = [(seen / rank).read_text().strip().split(",") for rank in "12"]
