@@ -428,13 +428,13 @@ where
     /// let report = Trainer::new(ConvNet::init(1, &device), mnist.train)
     ///     .device(&device)
     ///     .test_data(mnist.test)
-    ///     .metric("share of zeros", |model, batch, _device| {
-    ///         let answers = model.forward(batch.images.clone()).argmax(1);
-    ///         answers.equal_elem(0).float().mean().into_scalar::<f32>().into()
+    ///     .metric("share of wrong answers", |model, batch, device| {
+    ///         let right = model.evaluate(batch, device).accuracy();
+    ///         right.map_or(f64::NAN, |right| 1.0 - right)
     ///     })
     ///     .iterations(2)
     ///     .run()?;
-    /// assert!((0.0..=1.0).contains(&report.final_metrics["share of zeros"]));
+    /// assert!((0.0..=1.0).contains(&report.final_metrics["share of wrong answers"]));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]
