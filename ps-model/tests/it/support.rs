@@ -25,10 +25,16 @@ pub(crate) fn on_each_device_except(skipped: &[&str], mut test: impl FnMut(&str,
     }
 }
 
-/// The device for tests of which one is enough, without autodiff.
+/// The name of the device for tests of which one is enough: what `PS_TEST_DEVICE` says, or the default.
+pub(crate) fn default_name() -> String {
+    let default = || ps_model::default_device_name().to_owned();
+    std::env::var("PS_TEST_DEVICE").unwrap_or_else(|_| default())
+}
+
+/// The device of [`default_name`], without autodiff.
 pub(crate) fn default_device() -> Device {
-    let device = select_device(ps_model::default_device_name());
-    device.expect("the default device works").inner()
+    let device = select_device(&default_name());
+    device.expect("the device for the tests works").inner()
 }
 
 /// Random images in -2..2, labels 0, 7, 4, 1, ...; the batch of `expected/gradients.py`.
