@@ -124,11 +124,12 @@ fn train(
             gradients.insert(rank, workers[rank].compute(&weights));
             continue;
         };
+        let update = observers.call_begins();
         weights = server
             .ask(ApplyGradients::sum([gradient.clone()]))
             .flatten()
             .wait()?;
-        observers.applied(&[gradient], weights.version());
+        update.applied(&[gradient], weights.version());
         gradients.insert(rank, workers[rank].compute(&weights));
 
         if checkpoints.is_due(weights.version()) {

@@ -118,11 +118,12 @@ fn train(
         for (worker, reply) in workers.iter_mut().zip(replies) {
             gradients.push(worker.finish(reply, &weights)?);
         }
+        let update = observers.call_begins();
         weights = server
             .ask(ApplyGradients::sum(gradients.clone()))
             .flatten()
             .wait()?;
-        observers.applied(&gradients, weights.version());
+        update.applied(&gradients, weights.version());
 
         if checkpoints.is_due(weights.version()) {
             checkpoints.save(&server);

@@ -1,6 +1,7 @@
 //! A worker for a driver's own loop that is started again if its process is lost.
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 use ps_actors::actor::{ActorRef, CallError, Reply};
 use ps_actors::checkpoint::Checkpoint;
@@ -10,7 +11,7 @@ use ps_actors::weights::{GradientUpdate, Weights};
 use ps_actors::worker::{ComputeGradients, GoOnAt, WorkerError};
 use ps_model::Model;
 
-use crate::observe::{Event, Observers, WorkerJoined, WorkerLost};
+use crate::observe::{Event, LoopCall, Observers, WorkerJoined, WorkerLost};
 use crate::source::{ModelWorker, WorkerConfig};
 use crate::trainer::TrainError;
 use crate::workers::MAX_LOSSES;
@@ -45,6 +46,8 @@ pub struct LastingWorker<M: Model> {
     /// How often the worker was lost since the latest gradient.
     num_losses: u32,
     observers: Observers,
+    /// The call under way. `None` if nobody follows each gradient.
+    call: Mutex<Option<LoopCall>>,
 }
 
 /// The answer of a worker, or why there is none.
@@ -78,11 +81,12 @@ impl<M: Model> LastingWorker<M> {
             incarnation: Incarnation(0),
             num_losses: 0,
             observers: Observers::none(),
+            call: Mutex::default(),
         })
     }
 
-    /// Tells these observers where the worker is, and from now on when it is lost and goes on. Call it when they know
-    /// that the run has [started](Observers::run_started), and after [`go_on`](Self::go_on).
+    /// Tells these observers where the worker is, and from now on when it is lost and goes on, and of its gradients
+    /// ([`LoopCall::computed`]). Call it when they know that the run has [started](Observers::run_started), and after [`go_on`](Self::go_on).
     pub fn observed_by(&mut self, observers: &Observers) {
         self.observers = observers.clone();
         self.tell_joined();
@@ -128,6 +132,10 @@ impl<M: Model> LastingWorker<M> {
     /// Computes the gradient of the next batch at these weights. Give the answer to
     /// [`settle`](Self::settle) or [`finish`](Self::finish) before the next call.
     pub fn compute(&self, weights: &Weights) -> Reply<Result<GradientUpdate, WorkerError>> {
+        if self.observers.follow_gradients() {
+            let mut call = self.call.lock().unwrap_or_else(PoisonError::into_inner);
+            *call = Some(self.observers.call_begins());
+        }
         self.actor.ask(ComputeGradients(weights.clone()))
     }
 
@@ -146,6 +154,10 @@ impl<M: Model> LastingWorker<M> {
                 let gradients = gradients?;
                 self.clock = self.clock.next();
                 self.incarnation = gradients.id.incarnation;
+                let call = self.call.get_mut().unwrap_or_else(PoisonError::into_inner);
+                if let Some(call) = call.take() {
+                    call.computed(&gradients);
+                }
                 return Ok(Some(gradients));
             }
             Err(lost) => lost,

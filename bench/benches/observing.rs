@@ -1,10 +1,10 @@
 //! What observing a training costs: gradients per second with everything on, against everything off. `ConvNet`, batch 128,
 //! two workers, `asp`, in one process. The runs come in turn, ten pairs, and every second pair begins with the other one.
-//! On: the run directory, event files for TensorBoard, a trace, metrics, which are fetched once per second, and the
+//! On: the progress bar, drawn to a terminal that nobody sees, the run directory, event files for TensorBoard, a trace, traces for
+//! OpenTelemetry, which a collector on this machine takes and forgets, metrics, which are fetched once per second, and the
 //! dashboard, whose stream of events is read all the time, as a browser with the page does. A third run of each pair is
 //! off as well: its ratio to the other shows the noise. The processor time per gradient is compared, too, because it
-//! varies less on a busy machine. It includes that of the thread that plays the browser. The progress on a terminal and
-//! OTLP are not part of "on".
+//! varies less on a busy machine. It includes that of the threads that play the browser and the collector.
 //!
 //! What is left of it with everything off cannot be switched off, so it has no other run beside it. It is that each step
 //! reads the clock, nowhere more often than [`NUM_READINGS`] times, and makes a record that nobody keeps. The time of
@@ -17,16 +17,19 @@ mod pairs;
 use std::fmt;
 use std::hint::black_box;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use ps::cli::Progress;
 use ps::controls::Controls;
 use ps::dashboard::{Dashboard, DashboardConfig};
 use ps::metrics::Exporter;
+use ps::otel::OpenTelemetry;
 use ps::prelude::*;
 use ps::runs::RunDir;
 use ps::tensorboard::TensorBoard;
@@ -148,20 +151,32 @@ fn run(mnist: &Mnist, observed: Option<&Path>) -> Result<Report> {
         let address = page.recv().context("the page is not served")?;
         count_events(address)
     });
+    let (collector, is_over) = (TcpListener::bind(("127.0.0.1", 0))?, Arc::default());
+    let collector_at = collector.local_addr()?;
+    let must_end = Arc::clone(&is_over);
+    let collector = std::thread::spawn(move || take_spans(&collector, &must_end));
     let report = trainer
+        .observe(Progress::unseen())
         .observe(RunDir::new(directory))
         .observe(TensorBoard::new(directory))
         .observe(Trace::new(&directory.join("trace.json")))
+        .observe(OpenTelemetry::new(
+            format!("http://{collector_at}").parse()?,
+        ))
         .observe(exporter.observer())
         .observe(dashboard)
         .controls(&controls)
         .run()?;
     drop(end);
+    is_over.store(true, Ordering::SeqCst);
+    // It waits for a connection.
+    drop(TcpStream::connect(collector_at)?);
+    let num_posts = collector.join().ok().context("the collector panicked")??;
     let num_read = scraper.join().ok().context("the scraper panicked")??;
     let num_events = browser.join().ok().context("the browser panicked")??;
     anyhow::ensure!(
-        num_read > 0 && num_events > 2,
-        "nobody has read the metrics or the page: the run is too short"
+        num_read > 0 && num_events > 2 && num_posts > 0,
+        "nobody has read the metrics or the page, or taken the spans: the run is too short"
     );
     Ok(report)
 }
@@ -178,6 +193,32 @@ fn count_events(address: SocketAddr) -> Result<usize> {
         num_events += usize::from(line?.starts_with("data: "));
     }
     Ok(num_events)
+}
+
+/// Takes posts of spans and forgets them. Returns how many came.
+fn take_spans(listener: &TcpListener, is_over: &AtomicBool) -> Result<usize> {
+    let mut num_posts = 0;
+    for stream in listener.incoming() {
+        if is_over.load(Ordering::SeqCst) {
+            break;
+        }
+        // Each post has a connection of its own.
+        let mut stream = BufReader::new(stream?);
+        let (mut line, mut num_bytes) = (String::new(), 0);
+        while stream.read_line(&mut line)? > 2 {
+            let lower = line.trim_end().to_ascii_lowercase();
+            if let Some(length) = lower.strip_prefix("content-length: ") {
+                num_bytes = length.parse()?;
+            }
+            line.clear();
+        }
+        let body = &mut (&mut stream).take(num_bytes);
+        std::io::copy(body, &mut std::io::sink())?;
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
+        stream.get_mut().write_all(answer)?;
+        num_posts += 1;
+    }
+    Ok(num_posts)
 }
 
 /// Fetches the metrics. Returns how many bytes they have.

@@ -9,9 +9,10 @@ use ps_actors::ids::{Clock, GradientId, Incarnation, JoinRequest, Version, Worke
 use ps_actors::net::NetConfig;
 use ps_actors::rule::UpdateRule;
 use ps_actors::server::{
-    ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetSavedState, GetStatus, GetWeights,
-    Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push, PushPull, ReportLost,
-    ServerConfig, SetConsistency, SetLearningRate, SetPaused, Stage, TakeCheckpoint,
+    ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetAppliedParts, GetSavedState,
+    GetStatus, GetWeights, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push,
+    PushPull, ReportLost, ServerConfig, SetConsistency, SetLearningRate, SetPaused, Stage,
+    TakeCheckpoint,
 };
 use ps_actors::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use ps_actors::worker::{
@@ -242,6 +243,7 @@ impl Actors {
             self.server(&GetSavedState { version }),
             self.server(&ForgetSavedStates { until }),
             self.server(&SetPaused(false)),
+            self.server(&GetAppliedParts { from: 0 }),
         ]
     }
 

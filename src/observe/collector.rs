@@ -1,4 +1,4 @@
-//! Fetches the records of the workers, and looks at servers and nodes, on a thread of its own. So an
+//! Fetches the records of workers and servers, and looks at servers and nodes, on a thread of its own. So an
 //! evaluation in the driver's thread does not hold it up.
 //!
 //! For each worker it knows the clock of the next step that the observers do not know. A batch of records may
@@ -12,21 +12,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use futures_util::future::{AbortHandle, Abortable, Either, join3, select};
+use futures_util::future::{AbortHandle, Abortable, Either, join, join4, select};
 use ps_actors::actor::{ActorRef, Pending, Reply, try_run};
 use ps_actors::cluster::{Cluster, NodeId};
 use ps_actors::group::ServerGroup;
 use ps_actors::ids::{Clock, WorkerId};
-use ps_actors::server::{CoordinatorStatus, ServerStatus};
+use ps_actors::server::{AppliedParts, CoordinatorStatus, GetAppliedParts, ServerStatus};
 use ps_actors::worker::{DataWorker, GetSteps, GradientSource, StepRecord, Steps};
 
 use super::Observers;
 use super::event::{
-    Event, NodeJoined, NodeLost, ServerSeen, ServersSeen, SettledStep, StepsMissed, WorkerJoined,
-    WorkerLeft, WorkerLost, WorkerMoved,
+    Event, NodeJoined, NodeLost, PartApplied, ServerSeen, ServersSeen, SettledStep, StepsMissed,
+    WorkerJoined, WorkerLeft, WorkerLost, WorkerMoved,
 };
+use super::parts::Parts;
 
-/// How often workers are asked for their records.
+/// How often workers and servers are asked for their records.
 const EVERY: Duration = Duration::from_millis(250);
 
 /// How often servers are asked for their state.
@@ -47,7 +48,12 @@ struct Shared {
     observers: Observers,
     workers: Mutex<BTreeMap<WorkerId, Watched>>,
     nodes: Mutex<BTreeSet<NodeId>>,
+    /// What the servers tell of each gradient. Nothing if nobody follows them.
+    parts: Mutex<Parts>,
 }
+
+/// A server that follows the first one: its index, and where it is.
+type Follower = (usize, NodeId);
 
 type Ask = Arc<dyn Fn(Clock) -> Reply<Steps> + Send + Sync>;
 
@@ -70,6 +76,7 @@ impl Collector {
             observers: observers.clone(),
             workers: Mutex::default(),
             nodes: Mutex::default(),
+            parts: Mutex::default(),
         };
         Self {
             shared: Arc::new(shared),
@@ -90,15 +97,17 @@ impl Collector {
         }
         self.shared.look_at_nodes(cluster);
         self.cluster = Some(cluster.clone());
+        *self.shared.lock_parts() = Parts::of(servers.servers().len());
         let (shared, cluster, servers) =
             (Arc::clone(&self.shared), cluster.clone(), servers.clone());
         let (abort, registration) = AbortHandle::new_pair();
         let thread = std::thread::Builder::new().name("collector".to_owned());
         let thread = thread.spawn(move || {
             let collecting = async {
+                let parts = fetch_parts(&shared, &servers);
                 let servers = look_at_servers(&shared, &servers);
                 let nodes = look_at_nodes(&shared, &cluster);
-                join3(fetch(&shared), servers, nodes).await
+                join4(fetch(&shared), parts, servers, nodes).await
             };
             if let Err(error) = try_run(Abortable::new(collecting, registration)) {
                 tracing::warn!(%error, "no event loop for observers: they see steps only at their end");
@@ -112,7 +121,7 @@ impl Collector {
         }
     }
 
-    /// Ends looking, after a last look at the nodes. References to actors are dropped.
+    /// Ends looking, after a last look at the nodes. References to actors are dropped. Parts wait for no step any more.
     pub(crate) fn end(&mut self) {
         if let Some(cluster) = self.cluster.take() {
             self.shared.look_at_nodes(&cluster);
@@ -122,6 +131,7 @@ impl Collector {
             // If it panicked, that was logged.
             let _ = thread.join();
         }
+        self.shared.tell_parts(|_| true);
         for watched in self.shared.lock().values_mut() {
             (watched.ask, watched.is_current) = (None, false);
         }
@@ -215,6 +225,22 @@ impl Collector {
         });
     }
 
+    /// If somebody follows each gradient, says where the servers are, and lets them record their parts of gradients. Call it
+    /// before the workers begin. Waits up to 1 s.
+    pub(crate) async fn follow_gradients(&self, servers: &ServerGroup) {
+        if self.observers().follow_gradients() {
+            let looking = look_at_servers_once(&self.shared, servers);
+            let prepared = pin!(join(looking, self.shared.fetch_parts(servers)));
+            select(prepared, pin!(actix::clock::sleep(LAST_RECORDS))).await;
+        }
+    }
+
+    /// Asks the servers for their last parts of gradients, if somebody follows each gradient. Waits up to 1 s.
+    pub(crate) async fn fetch_last_parts(&self, servers: &ServerGroup) {
+        let fetched = pin!(self.shared.fetch_parts(servers));
+        select(fetched, pin!(actix::clock::sleep(LAST_RECORDS))).await;
+    }
+
     /// Asks all workers for their last records, after a failure. Waits up to 1 s.
     pub(crate) async fn fetch_last(&self) {
         let mut asked = Pending::new();
@@ -239,6 +265,57 @@ impl Drop for Collector {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<WorkerId, Watched>> {
         self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_parts(&self) -> MutexGuard<'_, Parts> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the servers that have answered the last question for their parts. Not the first one: what it knows is in its
+    /// answers to the workers.
+    fn ask_for_parts(&self, servers: &ServerGroup, asked: &mut Pending<Follower, AppliedParts>) {
+        if !self.observers.follow_gradients() {
+            return;
+        }
+        let waiting: Vec<Follower> = asked.keys().copied().collect();
+        for (index, server) in servers.servers().enumerate().skip(1) {
+            let node = server.node().unwrap_or(NodeId::DRIVER);
+            if !waiting.contains(&(index, node)) {
+                let from = self.lock_parts().next(index);
+                asked.insert((index, node), server.ask(GetAppliedParts { from }));
+            }
+        }
+    }
+
+    /// Asks the servers once, and waits for their answers.
+    async fn fetch_parts(&self, servers: &ServerGroup) {
+        let mut asked = Pending::new();
+        self.ask_for_parts(servers, &mut asked);
+        while let Some((server, answer)) = asked.next().await {
+            if let Ok(parts) = answer {
+                self.take_parts(server, parts);
+            }
+        }
+    }
+
+    fn take_parts(&self, (index, node): Follower, parts: AppliedParts) {
+        let now = self.observers.seconds();
+        self.lock_parts().take(index, node, parts, now);
+    }
+
+    /// Tells the observers of the parts whose steps are known.
+    fn tell_parts(&self, is_step_known: impl Fn(&PartApplied) -> bool) {
+        for part in self.lock_parts().take_ready(is_step_known) {
+            self.observers.tell(Event::PartApplied(part));
+        }
+    }
+
+    /// Whether the observers know of the step of this part, or will never know of it. What they knew before a recovery
+    /// were other steps.
+    fn is_step_known(&self, part: &PartApplied) -> bool {
+        let workers = self.lock();
+        let watched = workers.get(&part.worker);
+        watched.is_none_or(|watched| watched.is_current && part.clock < watched.next)
     }
 
     /// Asks the workers that have answered the last question.
@@ -337,19 +414,34 @@ async fn fetch(shared: &Shared) {
     let mut asked = Pending::new();
     loop {
         shared.ask(&mut asked);
-        let mut tick = pin!(actix::clock::sleep(EVERY));
-        loop {
-            let answer = pin!(asked.next());
-            match select(answer, &mut tick).await {
-                Either::Left((Some((worker, Ok(steps))), _)) => shared.take(worker, steps),
-                // The trainer finds out too: it waits for the worker.
-                Either::Left((Some((_, Err(_))), _)) => {}
-                Either::Left((None, tick)) => {
-                    tick.await;
-                    break;
-                }
-                Either::Right(_) => break,
+        take_until_due(&mut asked, |worker, steps| shared.take(worker, steps)).await;
+    }
+}
+
+/// Asks the servers again and again, if somebody follows each gradient.
+async fn fetch_parts(shared: &Shared, servers: &ServerGroup) {
+    let mut asked = Pending::new();
+    while shared.observers.follow_gradients() {
+        shared.ask_for_parts(servers, &mut asked);
+        take_until_due(&mut asked, |server, parts| shared.take_parts(server, parts)).await;
+        shared.tell_parts(|part| shared.is_step_known(part));
+    }
+}
+
+/// Takes answers until the next question is due.
+async fn take_until_due<K, R>(asked: &mut Pending<K, R>, mut take: impl FnMut(K, R)) {
+    let mut tick = pin!(actix::clock::sleep(EVERY));
+    loop {
+        let answer = pin!(asked.next());
+        match select(answer, &mut tick).await {
+            Either::Left((Some((key, Ok(answer))), _)) => take(key, answer),
+            // The trainer finds out too: it waits for the worker, and the worker for the servers.
+            Either::Left((Some((_, Err(_))), _)) => {}
+            Either::Left((None, tick)) => {
+                tick.await;
+                break;
             }
+            Either::Right(_) => break,
         }
     }
 }
@@ -363,14 +455,18 @@ async fn look_at_nodes(shared: &Shared, cluster: &Cluster) {
 
 async fn look_at_servers(shared: &Shared, servers: &ServerGroup) {
     loop {
-        // What came while the answer was on its way may not be in it.
-        let asked = shared.observers.seconds();
-        // The trainer finds out if they cannot be reached.
-        if let Ok(status) = servers.status().await {
-            let seen = seen(asked, &status, servers);
-            shared.observers.tell(Event::ServersSeen(seen));
-        }
+        look_at_servers_once(shared, servers).await;
         actix::clock::sleep(LOOK_AT_SERVERS).await;
+    }
+}
+
+async fn look_at_servers_once(shared: &Shared, servers: &ServerGroup) {
+    // What came while the answer was on its way may not be in it.
+    let asked = shared.observers.seconds();
+    // The trainer finds out if they cannot be reached.
+    if let Ok(status) = servers.status().await {
+        let seen = seen(asked, &status, servers);
+        shared.observers.tell(Event::ServersSeen(seen));
     }
 }
 

@@ -29,7 +29,9 @@
 //! # How it works
 //! Workers keep records of their latest steps, and the driver fetches them four times per second. So no
 //! message is sent per step. Workers that nobody observes record nothing. Servers and the data path know
-//! nothing of it, except that a server says in its answer to a push how long it held the push.
+//! nothing of it, except that a server says in its answer to a push how long it held the push. If an observer
+//! [follows each gradient](Observer::follows_gradients), the servers that follow the first one keep records of their parts
+//! of it, too, and the driver fetches them in the same way.
 //!
 //! # What is promised
 //! - Of each worker, the steps come in the order of their clocks, and each settled step comes exactly once: as a
@@ -48,14 +50,18 @@
 //! | `event`, `summary` | the events; pure data |
 //! | `tally` | counts events: per worker and in all; who is slow, and why; pure |
 //! | `queue`, `observers` | a thread and a queue for each observer |
-//! | `collector` | fetches the records of the workers |
+//! | `collector`, `parts` | fetch the records of the workers, and those of the servers |
+//! | `latest` | a bounded memory of gradients, for a trace |
 //! | `telling` | what is told of evaluations and checkpoints |
 //! | `visitors` | workers that come by themselves, over HTTP |
 
 mod collector;
 mod event;
+#[cfg(any(feature = "otel", feature = "trace"))]
+mod latest;
 mod number;
 mod observers;
+mod parts;
 mod queue;
 mod summary;
 mod tally;
@@ -66,12 +72,14 @@ pub(crate) use collector::Collector;
 #[cfg(test)]
 pub(crate) use event::testing;
 pub use event::{
-    Change, CheckpointFailed, CheckpointSaved, Controlled, Evaluated, Evaluating, Event,
-    EventsSkipped, NodeJoined, NodeLost, RunStarted, ServerSeen, ServersLost, ServersRecovered,
-    ServersSeen, Settings, SettledStep, StepOutcome, StepTimes, StepsMissed, StepsThinned,
-    Versions, WorkerJoined, WorkerLeft, WorkerLost, WorkerMoved,
+    Change, CheckpointFailed, CheckpointSaved, Computed, Controlled, Evaluated, Evaluating, Event,
+    EventsSkipped, NodeJoined, NodeLost, PartApplied, RunStarted, ServerSeen, ServersLost,
+    ServersRecovered, ServersSeen, Settings, SettledStep, StepOutcome, StepTimes, StepsMissed,
+    StepsThinned, UpdateMade, Versions, WorkerJoined, WorkerLeft, WorkerLost, WorkerMoved,
 };
-pub use observers::Observers;
+#[cfg(any(feature = "otel", feature = "trace"))]
+pub(crate) use latest::Latest;
+pub use observers::{LoopCall, Observers};
 pub use summary::{EvaluationSummary, RunEnded, RunSummary};
 pub use tally::{Cause, Straggler, Tally, WorkerTally};
 pub use visitors::Visitors;
@@ -100,6 +108,14 @@ pub use visitors::Visitors;
 pub trait Observer: Send + 'static {
     /// Handles one event.
     fn observe(&mut self, event: &Event);
+
+    /// Whether it also gets the events that follow each gradient: [`PartApplied`], [`Computed`] and [`UpdateMade`]. As
+    /// long as no observer does, servers record nothing for them. It is asked once, before the first event.
+    ///
+    /// By default it does not, so that whoever counts or stores events gets few per step.
+    fn follows_gradients(&self) -> bool {
+        false
+    }
 }
 
 impl<F: FnMut(&Event) + Send + 'static> Observer for F {

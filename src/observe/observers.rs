@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ps_actors::actor::error_chain;
-use ps_actors::ids::Version;
+use ps_actors::ids::{GradientId, Version};
 use ps_actors::weights::GradientUpdate;
 
 use super::Observer;
-use super::event::{Event, RunStarted, Settings, SettledStep, Versions};
+use super::event::{Computed, Event, RunStarted, Settings, SettledStep, UpdateMade, Versions};
 use super::queue::Queue;
 use super::summary::RunEnded;
 
@@ -45,6 +45,8 @@ pub struct Observers {
 
 struct Inner {
     queues: Vec<Arc<Queue>>,
+    /// Which of them get the events about each gradient.
+    follow_gradients: Vec<bool>,
     /// Each observer's thread drops its sender at its end.
     ended: Mutex<Vec<Receiver<()>>>,
 }
@@ -61,16 +63,19 @@ impl Observers {
     pub fn start(observers: Vec<Box<dyn Observer>>) -> Self {
         let mut inner = Inner {
             queues: Vec::new(),
+            follow_gradients: Vec::new(),
             ended: Mutex::default(),
         };
         for observer in observers {
             let (queue, (ends, ended)) = (Arc::new(Queue::default()), sync_channel(0));
             let thread = std::thread::Builder::new().name("observer".to_owned());
             let its_queue = Arc::clone(&queue);
+            let follows_gradients = observer.follows_gradients();
             let started = thread.spawn(move || observe(observer, &its_queue, ends));
             match started {
                 Ok(_) => {
                     inner.queues.push(queue);
+                    inner.follow_gradients.push(follows_gradients);
                     let all = inner.ended.get_mut();
                     all.unwrap_or_else(PoisonError::into_inner).push(ended);
                 }
@@ -106,11 +111,23 @@ impl Observers {
         self.began.elapsed().as_secs_f64()
     }
 
-    /// Tells all observers of an event. Never blocks.
+    /// Whether an observer [follows each gradient](Observer::follows_gradients).
+    #[must_use]
+    pub fn follow_gradients(&self) -> bool {
+        let inner = self.inner.iter();
+        inner
+            .flat_map(|inner| &inner.follow_gradients)
+            .any(|&follows| follows)
+    }
+
+    /// Tells all observers of an event, or those that follow each gradient if it is about one. Never blocks.
     pub fn tell(&self, event: Event) {
         if let Some(inner) = &self.inner {
+            let for_all = !event.is_about_each_gradient();
             let event = Arc::new(event);
-            inner.queues.iter().for_each(|queue| queue.push(&event));
+            let queues = inner.queues.iter().zip(&inner.follow_gradients);
+            let told = queues.filter(|&(_, &follows)| for_all || follows);
+            told.for_each(|(queue, _)| queue.push(&event));
         }
     }
 
@@ -137,8 +154,42 @@ impl Observers {
         });
     }
 
+    /// Says that a driver's own loop makes a call now. When it has the answer, say [what came of
+    /// it](LoopCall). Only a trace needs it.
+    ///
+    /// ```
+    /// use ps::observe::Observers;
+    /// use ps::prelude::*;
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// let model = ConvNet::init(0, &device);
+    /// let initial = initial_weights(&model, &device)?;
+    /// let server = ParameterServer::new(&initial, Sgd::new(), ServerConfig::default())?.spawn()?;
+    /// let config = WorkerConfig { worker: WorkerId(0), num_workers: 1, batch_size: 8, seed: 0 };
+    /// let worker = spawn_worker(&model, &device, &Mnist::bundled_sample().train, config)?;
+    ///
+    /// let observers = Observers::none(); // Or those of `ShowArgs::observers`.
+    /// let mut weights = server.ask(GetWeights).wait()?;
+    /// for _ in 0..3 {
+    ///     let call = observers.call_begins();
+    ///     let gradient = worker.ask(ComputeGradients(weights)).flatten().wait()?;
+    ///     call.computed(&gradient);
+    ///     let call = observers.call_begins();
+    ///     weights = server.ask(ApplyGradients::sum([gradient.clone()])).flatten().wait()?;
+    ///     call.applied(&[gradient], weights.version());
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn call_begins(&self) -> LoopCall {
+        LoopCall {
+            // Nobody reads the clock for those who do not want to know.
+            began: self.follow_gradients().then(|| self.seconds()),
+            observers: self.clone(),
+        }
+    }
+
     /// Tells all observers that a driver's own loop has applied these gradients, in the update that made
-    /// `version`.
+    /// `version`. [`LoopCall::applied`] also tells how long the call took.
     pub fn applied(&self, gradients: &[GradientUpdate], version: Version) {
         for gradient in gradients {
             self.tell_with(|time| Event::Step(SettledStep::applied(time, gradient, version)));
@@ -173,6 +224,57 @@ impl Observers {
             if let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(left) {
                 tracing::warn!("an observer has not handled all events within {PATIENCE:?}");
             }
+        }
+    }
+}
+
+/// A call that a driver's own loop has begun; see [`Observers::call_begins`].
+#[derive(Debug)]
+#[must_use = "say what came of the call"]
+pub struct LoopCall {
+    observers: Observers,
+    /// `None` if nobody follows each gradient.
+    began: Option<f64>,
+}
+
+impl LoopCall {
+    /// Tells the observers that a worker has computed this gradient. The loop takes its answer now.
+    pub fn computed(self, gradient: &GradientUpdate) {
+        self.tell(|time, seconds| {
+            let GradientId {
+                worker,
+                incarnation,
+                clock,
+            } = gradient.id;
+            Event::Computed(Computed {
+                time,
+                seconds,
+                worker,
+                incarnation,
+                clock,
+                computed_on: gradient.computed_on,
+            })
+        });
+    }
+
+    /// Tells all observers that the servers have applied these gradients, in the update that made `version`, as
+    /// [`Observers::applied`] does.
+    pub fn applied(self, gradients: &[GradientUpdate], version: Version) {
+        self.tell(|time, seconds| {
+            Event::UpdateMade(UpdateMade {
+                time,
+                seconds,
+                version,
+                num_gradients: gradients.len(),
+            })
+        });
+        self.observers.applied(gradients, version);
+    }
+
+    fn tell(&self, event: impl FnOnce(f64, f64) -> Event) {
+        if let Some(began) = self.began {
+            let time = self.observers.seconds();
+            self.observers.tell(event(time, time - began));
         }
     }
 }
@@ -248,6 +350,74 @@ mod tests {
             observers.finish();
             dropped.try_recv().expect("it was dropped before the end");
         }
+    }
+
+    #[test]
+    fn only_those_who_follow_each_gradient_learn_of_the_calls_of_a_loop() {
+        use ps_actors::ids::{Clock, Incarnation, WorkerId};
+        use ps_actors::weights::Gradient;
+
+        struct Follows(mpsc::Sender<Event>);
+        impl Observer for Follows {
+            fn observe(&mut self, event: &Event) {
+                self.0.send(event.clone()).unwrap();
+            }
+            fn follows_gradients(&self) -> bool {
+                true
+            }
+        }
+        let gradient = GradientUpdate {
+            id: GradientId {
+                worker: WorkerId(1),
+                incarnation: Incarnation(2),
+                clock: Clock(3),
+            },
+            computed_on: Version(4),
+            loss: 0.5,
+            num_examples: 6,
+            gradient: Gradient::new(vec![1.0]),
+        };
+        let ((all, of_all), (some, of_some)) = (mpsc::channel(), mpsc::channel());
+        let told = move |event: &Event| some.send(event.clone()).unwrap();
+        let observers = Observers::start(vec![Box::new(told.clone())]);
+        assert!(!observers.follow_gradients());
+        let call = observers.call_begins();
+        assert!(call.began.is_none(), "the clock is not read");
+        call.computed(&gradient);
+        observers.finish();
+        assert!(of_some.try_recv().is_err());
+
+        let observers = Observers::start(vec![Box::new(told), Box::new(Follows(all))]);
+        assert!(observers.follow_gradients());
+        observers.call_begins().computed(&gradient);
+        let gradients = [gradient];
+        observers.call_begins().applied(&gradients, Version(5));
+        observers.finish();
+        let all: Vec<Event> = of_all.iter().collect();
+        let [
+            Event::Computed(computed),
+            Event::UpdateMade(made),
+            Event::Step(step),
+        ] = &all[..]
+        else {
+            panic!("{all:?}");
+        };
+        assert_eq!(computed.gradient(), gradients[0].id);
+        assert_eq!(
+            (step.gradient(), step.version),
+            (gradients[0].id, Version(5))
+        );
+        assert_eq!((made.version, made.num_gradients), (Version(5), 1));
+        let times = [
+            computed.time,
+            made.time - made.seconds,
+            made.time,
+            step.time,
+        ];
+        // The end is computed from the length, so it is rounded.
+        assert!(times.is_sorted_by(|a, b| a <= &(b + 1e-9)), "{times:?}");
+        let some: Vec<Event> = of_some.iter().collect();
+        assert!(matches!(&some[..], [Event::Step(_)]), "{some:?}");
     }
 
     #[test]

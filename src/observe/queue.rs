@@ -37,6 +37,7 @@ impl Queue {
         let mut state = self.lock();
         let limit = match **event {
             Event::Step(_) | Event::ServersSeen(_) | Event::Evaluating(_) => MAX_WAITING,
+            ref event if event.is_about_each_gradient() => MAX_WAITING,
             Event::RunEnded(_) => usize::MAX,
             _ => 2 * MAX_WAITING,
         };

@@ -321,6 +321,8 @@ impl Tally {
             Event::EventsSkipped(skipped) => {
                 self.num_skipped = self.num_skipped.saturating_add(skipped.num_events);
             }
+            // The steps have been counted.
+            Event::PartApplied(_) | Event::Computed(_) | Event::UpdateMade(_) => {}
             Event::StepsThinned(_) | Event::RunEnded(_) => {}
         }
     }

@@ -21,6 +21,7 @@
 //! | `training` | the whole run, with its settings, and its faults and changes as events; sent at the end |
 //! | `step` | one step of a worker, with its worker, clock, versions, staleness, loss and outcome; it has the parts below |
 //! | `batch`, `compute`, `send`, `servers`, `receive` | the parts of a step. The times for sending and for receiving are not measured separately, so each part has half of their sum |
+//! | `part` | one of the servers that follow the first one (`ps.server`) has its part of the gradient: from its arrival until it has made its part of the update. Its position is as exact as in the traces of `ps::trace`; it may end after the step |
 //! | `evaluation`, `checkpoint` | what the driver does meanwhile |
 //!
 //! Each step is a trace of its own, so it can be found by its duration. The trace ids of a run begin with the same 16
@@ -28,8 +29,9 @@
 //!
 //! # Bounds
 //! Of each second, 100 steps have spans: the first ones of each worker, as many of one as of the other, and at least
-//! one. `training` says how many steps have none. Those of a driver's own loop are among them, because nobody knows
-//! when they began. Spans are sent when there are 500, or
+//! one. `training` says how many steps have none. A step of a driver's own loop has the parts `compute` and `servers`, which are
+//! the loop's [calls](crate::observe::LoopCall); one whose loop tells of no calls has no spans, because nobody knows when it
+//! began. Spans are sent when there are 500, or
 //! after a second. If the collector cannot be reached or refuses them, they are dropped, the log says so once, and it is tried again
 //! every 10 s; the training goes on. TLS is not supported: run a collector on the same host.
 //!
@@ -112,6 +114,10 @@ impl OpenTelemetry {
 }
 
 impl Observer for OpenTelemetry {
+    fn follows_gradients(&self) -> bool {
+        true
+    }
+
     fn observe(&mut self, event: &Event) {
         self.waiting.extend(self.spans.of(event));
         let is_over = matches!(event, Event::RunEnded(_));

@@ -5,20 +5,26 @@
 
 use std::collections::BTreeMap;
 
-use ps_actors::ids::WorkerId;
+use ps_actors::ids::{GradientId, WorkerId};
 use serde_json::{Value, json};
 
-use crate::observe::{Event, RunEnded, RunStarted, SettledStep, StepOutcome, StepTimes};
+use crate::observe::{
+    Computed, Event, Latest, PartApplied, RunEnded, RunStarted, SettledStep, StepOutcome,
+    StepTimes, UpdateMade,
+};
 
-/// How many steps of all workers get spans per second. A step has six. Each worker has the same share, and at least
-/// one.
+/// How many steps of all workers get spans per second. A step has six, and one more for each further server. Each worker has
+/// the same share, and at least one.
 const MAX_STEPS_PER_SECOND: u32 = 100;
+
+/// How many gradients are remembered, for the spans of their parts.
+const MAX_GRADIENTS: usize = 1 << 12;
 
 /// How many faults and changes the span of the training has: as many as the SDKs of OpenTelemetry allow.
 const MAX_EVENTS: usize = 128;
 
 /// What is known of a training so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Spans {
     /// The first half of all trace ids of this run.
     run: u64,
@@ -32,10 +38,36 @@ pub(super) struct Spans {
     events: Vec<Value>,
     num_events_left_out: usize,
     num_workers: usize,
+    num_servers: usize,
     /// The latest second of each worker, and how many steps of it have spans.
     seconds: BTreeMap<WorkerId, (u64, u32)>,
     /// How many steps have no spans.
     num_steps_left_out: u64,
+    /// The spans of steps, and how many more spans of other servers they may have.
+    steps: Latest<GradientId, (u64, usize)>,
+    /// Gradients that a driver's own loop has got, and its latest update.
+    computed: Latest<GradientId, Computed>,
+    update: Option<UpdateMade>,
+}
+
+impl Default for Spans {
+    fn default() -> Self {
+        Self {
+            run: 0,
+            started: 0,
+            latest: 0,
+            settings: Vec::new(),
+            events: Vec::new(),
+            num_events_left_out: 0,
+            num_workers: 0,
+            num_servers: 0,
+            seconds: BTreeMap::new(),
+            num_steps_left_out: 0,
+            steps: Latest::new(MAX_GRADIENTS),
+            computed: Latest::new(MAX_GRADIENTS),
+            update: None,
+        }
+    }
 }
 
 /// A part of a training: what it is, and when it began and how long it took, in seconds.
@@ -81,8 +113,17 @@ impl Spans {
                 Vec::new()
             }
             Event::Step(step) => self.step(step),
+            Event::PartApplied(part) => self.part(part),
+            Event::Computed(computed) => {
+                self.computed.insert(computed.gradient(), computed.clone());
+                Vec::new()
+            }
+            Event::UpdateMade(made) => {
+                self.update = Some(made.clone());
+                Vec::new()
+            }
             Event::StepsMissed(missed) => self.leave_out(missed.num_steps),
-            // Nearly all of them are steps.
+            // Nearly all of them are steps, or about their gradients.
             Event::EventsSkipped(skipped) => self.leave_out(skipped.num_events),
             Event::Evaluated(evaluated) => {
                 let mut attributes = vec![
@@ -137,6 +178,7 @@ impl Spans {
                 number("ps.learning_rate", settings.learning_rate),
             ],
             num_workers: settings.num_workers,
+            num_servers: settings.num_servers,
             ..Self::default()
         };
     }
@@ -193,8 +235,7 @@ impl Spans {
 
     fn step(&mut self, step: &SettledStep) -> Vec<Value> {
         let Some(times) = step.times else {
-            // A driver's own loop does not know when the step began.
-            return self.leave_out(1);
+            return self.step_of_loop(step);
         };
         if !self.takes(step) {
             return self.leave_out(1);
@@ -206,32 +247,8 @@ impl Spans {
             waiting,
             apply,
         } = times;
-        let outcome = match step.outcome {
-            StepOutcome::Applied => "applied",
-            StepOutcome::Late => "late",
-            StepOutcome::Refused => "refused",
-        };
         let began = step.time - times.total();
-        let (id, whole_step) = self.span(
-            Part {
-                name: "step",
-                from: began,
-                seconds: times.total(),
-                attributes: vec![
-                    whole("ps.worker", step.worker.0.into()),
-                    whole("ps.incarnation", step.incarnation.0),
-                    whole("ps.clock", step.clock.0),
-                    whole("ps.computed_on", step.computed_on.0),
-                    whole("ps.version", step.version.0),
-                    whole("ps.staleness", step.staleness),
-                    whole("ps.examples", step.num_examples),
-                    text("ps.outcome", outcome),
-                    number("ps.loss", step.loss.into()),
-                    number("ps.norm", step.norm),
-                ],
-            },
-            None,
-        );
+        let (id, whole_step) = self.whole_step(step, began);
         let mut spans = vec![whole_step];
         let mut from = began;
         for (name, seconds, attributes) in [
@@ -256,6 +273,88 @@ impl Spans {
             from += seconds;
         }
         spans
+    }
+
+    /// Makes the span of a step, of which others are parts.
+    fn whole_step(&mut self, step: &SettledStep, began: f64) -> (u64, Value) {
+        let outcome = match step.outcome {
+            StepOutcome::Applied => "applied",
+            StepOutcome::Late => "late",
+            StepOutcome::Refused => "refused",
+        };
+        let (id, span) = self.span(
+            Part {
+                name: "step",
+                from: began,
+                seconds: step.time - began,
+                attributes: vec![
+                    whole("ps.worker", step.worker.0.into()),
+                    whole("ps.incarnation", step.incarnation.0),
+                    whole("ps.clock", step.clock.0),
+                    whole("ps.computed_on", step.computed_on.0),
+                    whole("ps.version", step.version.0),
+                    whole("ps.staleness", step.staleness),
+                    whole("ps.examples", step.num_examples),
+                    text("ps.outcome", outcome),
+                    number("ps.loss", step.loss.into()),
+                    number("ps.norm", step.norm),
+                ],
+            },
+            None,
+        );
+        let num_others = self.num_servers.saturating_sub(1);
+        self.steps.insert(step.gradient(), (id, num_others));
+        (id, span)
+    }
+
+    /// A step of a driver's own loop consists of two calls, if the loop has told of them.
+    fn step_of_loop(&mut self, step: &SettledStep) -> Vec<Value> {
+        let made = self.update.clone();
+        let made = made.filter(|made| made.version == step.version);
+        let computed = self.computed.get(&step.gradient()).cloned();
+        let (Some(made), Some(computed)) = (made, computed) else {
+            return self.leave_out(1);
+        };
+        if !self.takes(step) {
+            return self.leave_out(1);
+        }
+        let (id, whole_step) = self.whole_step(step, computed.time - computed.seconds);
+        let mut spans = vec![whole_step];
+        for (name, time, seconds) in [
+            ("compute", computed.time, computed.seconds),
+            ("servers", made.time, made.seconds),
+        ] {
+            let part = Part {
+                name,
+                from: time - seconds,
+                seconds,
+                attributes: Vec::new(),
+            };
+            spans.push(self.span(part, Some((id, id))).1);
+        }
+        spans
+    }
+
+    /// Another server has applied its part of a gradient.
+    fn part(&mut self, part: &PartApplied) -> Vec<Value> {
+        // Its step has no spans either, or has come too long ago. Or a server says the same again.
+        let Some((of, num_left @ 1..)) = self.steps.get(&part.gradient()).copied() else {
+            return Vec::new();
+        };
+        self.steps.insert(part.gradient(), (of, num_left - 1));
+        let seconds = part.held + part.took;
+        let span = Part {
+            name: "part",
+            from: part.time - seconds,
+            seconds,
+            attributes: vec![
+                whole("ps.server", part.server as u64),
+                text("ps.node", part.node.to_string()),
+                whole("ps.version", part.version.0),
+                number("ps.apply_seconds", part.took),
+            ],
+        };
+        vec![self.span(span, Some((of, of))).1]
     }
 
     /// Keeps a fault or a change for the span of the training.
@@ -354,6 +453,90 @@ mod tests {
         let worker = &root["attributes"][0];
         assert_eq!(worker["key"], "ps.worker");
         assert_eq!(worker["value"]["intValue"], "3");
+    }
+
+    #[test]
+    fn the_parts_of_other_servers_belong_to_the_step_of_their_gradient() {
+        let mut spans = Spans::default();
+        let settings = Settings {
+            num_servers: 3,
+            ..Settings::default()
+        };
+        let started = testing::started(1_700_000_000.25, settings);
+        spans.of(&Event::RunStarted(Box::new(started)));
+        let Event::Step(step) = testing::step(3, 7, 2.0) else {
+            panic!("a step");
+        };
+        let part = Event::PartApplied(PartApplied {
+            time: 1.99,
+            server: 1,
+            node: ps_actors::cluster::NodeId::DRIVER,
+            worker: step.worker,
+            incarnation: step.incarnation,
+            clock: step.clock,
+            version: step.version,
+            held: 0.02,
+            took: 0.01,
+        });
+        assert!(spans.of(&part).is_empty(), "its step is not known");
+        let root = spans.of(&Event::Step(step))[0].clone();
+        // There are two other servers. Whoever says more has made it up.
+        let [one, _] = [spans.of(&part), spans.of(&part)].map(|mut of_one| of_one.remove(0));
+        assert!(spans.of(&part).is_empty());
+        assert_eq!(one["name"], "part");
+        assert_eq!(one["traceId"], root["traceId"]);
+        assert_eq!(one["parentSpanId"], root["spanId"]);
+        let end = nanos(&root, "endTimeUnixNano");
+        for (key, millis) in [("startTimeUnixNano", 40), ("endTimeUnixNano", 10)] {
+            assert!(
+                nanos(&one, key).abs_diff(end - millis * 1_000_000) <= 2,
+                "{one}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_step_of_a_drivers_own_loop_consists_of_its_calls() {
+        let mut spans = begun();
+        let Event::Step(mut step) = testing::step(3, 7, 2.0) else {
+            panic!("a step");
+        };
+        step.times = None;
+        let told = Event::Step(step.clone());
+        assert!(spans.of(&told).is_empty(), "the loop tells of no calls");
+        let calls = [
+            Event::Computed(Computed {
+                time: 1.75,
+                seconds: 0.5,
+                worker: step.worker,
+                incarnation: step.incarnation,
+                clock: step.clock,
+                computed_on: step.computed_on,
+            }),
+            Event::UpdateMade(UpdateMade {
+                time: 2.0,
+                seconds: 0.125,
+                version: step.version,
+                num_gradients: 1,
+            }),
+        ];
+        assert!(calls.iter().all(|call| spans.of(call).is_empty()));
+        let of_step = spans.of(&told);
+        let end = nanos(&of_step[0], "endTimeUnixNano");
+        for (span, (name, from, to)) in
+            of_step
+                .iter()
+                .zip([("step", 750, 0), ("compute", 750, 250), ("servers", 125, 0)])
+        {
+            assert_eq!(span["name"], name);
+            for (key, millis) in [("startTimeUnixNano", from), ("endTimeUnixNano", to)] {
+                assert!(
+                    nanos(span, key).abs_diff(end - millis * 1_000_000) <= 2,
+                    "{span}"
+                );
+            }
+        }
+        assert_eq!(of_step.len(), 3);
     }
 
     #[test]

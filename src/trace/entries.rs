@@ -1,41 +1,87 @@
 //! Events as entries of a trace.
 //!
 //! The format: <https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>. Times are in
-//! microseconds.
+//! microseconds. Perfetto draws an arrow only if its id is a number or a hexadecimal text, and if its points come in the
+//! order of their times.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use ps_actors::cluster::NodeId;
-use ps_actors::ids::{Version, WorkerId};
+use ps_actors::ids::{GradientId, Version, WorkerId};
 use serde_json::{Value, json};
 
-use crate::observe::{Event, SettledStep, StepOutcome, StepTimes};
+use crate::observe::{
+    Computed, Event, Latest, PartApplied, SettledStep, StepOutcome, StepTimes, UpdateMade,
+};
+
+#[cfg(test)]
+mod tests;
 
 /// The "process" of the first server as long as nobody has said where it is. Ranks are those of the others.
 const SERVERS: u64 = 1 << 30;
 
-/// The "thread" of the first server's updates. Those with its pushes follow, one for each worker. The process may have
-/// workers, too. Both numbers fit into 31 bits, which is what readers of the format may take.
-const UPDATES: u64 = 1 << 30;
+/// The first "thread" of servers in a process, which may have workers, too. Processes and threads fit into 31 bits, which is
+/// what readers of the format may take.
+const OF_SERVERS: u64 = 1 << 30;
+
+/// The "thread" of the calls that a driver's own loop makes to its servers.
+const OF_LOOP: u64 = OF_SERVERS - 1;
 
 /// The "thread" of a process for what is no worker's.
 const MAIN: u64 = 0;
 
-/// How many versions are remembered, for the other gradients of their updates.
+/// How many versions of each server are remembered, for the other gradients of their updates.
 const MAX_VERSIONS: usize = 1024;
 
+/// How many gradients are remembered, for their ways to the other servers.
+const MAX_GRADIENTS: usize = 1 << 14;
+
+/// How much of the file a step takes, beside a part of its gradient at another server.
+const STEP: u64 = 3;
+
 /// What is known of a training so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Entries {
     /// Where each worker computes.
     ranks: BTreeMap<WorkerId, u32>,
     /// Where the first server is.
     first_server: Option<u32>,
-    /// The threads of the first server that have names, by process.
-    named: BTreeSet<(u64, u64)>,
-    /// When updates were made.
-    updates: BTreeMap<Version, f64>,
-    pub(super) num_steps: u64,
+    /// The threads of servers, by process and server: that of its updates, and one for each worker.
+    threads: BTreeMap<(u64, usize, Option<WorkerId>), u64>,
+    /// When the slices of updates begin and end, by server.
+    updates: BTreeMap<usize, Latest<Version, (f64, f64)>>,
+    /// Where gradients come from.
+    origins: Latest<GradientId, Origin>,
+    /// When the last slice of a server's thread ends.
+    ends: BTreeMap<(u64, u64), f64>,
+    has_loop: bool,
+    num_arrows: u64,
+    /// How much has been drawn.
+    size: u64,
+}
+
+/// Where an arrow from a gradient begins.
+#[derive(Clone, Copy, Debug)]
+struct Origin {
+    thread: (u64, u64),
+    /// When the gradient was sent. When it was asked for, if a driver's own loop did.
+    sent: f64,
+}
+
+impl Default for Entries {
+    fn default() -> Self {
+        Self {
+            ranks: BTreeMap::new(),
+            first_server: None,
+            threads: BTreeMap::new(),
+            updates: BTreeMap::new(),
+            origins: Latest::new(MAX_GRADIENTS),
+            ends: BTreeMap::new(),
+            has_loop: false,
+            num_arrows: 0,
+            size: 0,
+        }
+    }
 }
 
 /// Names the driver.
@@ -122,18 +168,22 @@ impl Entries {
                 ),
             ],
             Event::ServersSeen(seen) => {
-                let rank = seen.servers.first().map(|first| first.node.rank);
-                if self.first_server != rank {
-                    self.first_server = rank;
-                    self.updates.clear();
-                }
+                self.first_server = seen.servers.first().map(|first| first.node.rank);
                 Vec::new()
             }
+            Event::PartApplied(part) => self.part(part),
+            Event::Computed(computed) => self.computed(computed),
+            Event::UpdateMade(made) => self.update_of_loop(made),
             // What comes too often.
             Event::Evaluating(_) => Vec::new(),
             Event::RunEnded(ended) => vec![instant("the training ends", ended.time, Value::Null)],
             // The rest are rare, and their fields say all.
             other => {
+                if let Event::ServersLost(_) = other {
+                    // Versions and steps since the checkpoint come again.
+                    self.updates.clear();
+                    self.origins = Latest::new(MAX_GRADIENTS);
+                }
                 let args = serde_json::to_value(other).unwrap_or_default();
                 let name = args["event"].as_str().unwrap_or("event").replace('_', " ");
                 vec![instant(&name, other.time(), args)]
@@ -151,35 +201,84 @@ impl Entries {
         vec![named("thread_name", (pid, tid), worker.to_string())]
     }
 
-    /// Returns the threads of the first server, wherever it is: that of its updates, and that of the worker's pushes.
-    /// Adds the names of those that have none yet.
-    fn server_threads(
+    /// Whether so much has been drawn as this many steps take.
+    pub(super) fn are_as_many_as(&self, num_steps: u64) -> bool {
+        self.size >= STEP.saturating_mul(num_steps)
+    }
+
+    /// Returns the thread of a server in the process where it is: that of its updates, or that of a worker's gradients. Adds
+    /// its name if it is new.
+    fn server_thread(
         &mut self,
-        worker: WorkerId,
+        pid: u64,
+        server: usize,
+        worker: Option<WorkerId>,
         entries: &mut Vec<Value>,
-    ) -> ((u64, u64), (u64, u64)) {
-        let pid = self.first_server.map_or(SERVERS, u64::from);
-        let (updates, pushes) = ((pid, UPDATES), (pid, UPDATES + thread(worker)));
-        if self.named.insert(updates) {
-            if pid == SERVERS {
-                entries.push(named("process_name", updates, "servers".to_owned()));
+    ) -> (u64, u64) {
+        let next = OF_SERVERS + self.threads.len() as u64;
+        let tid = *self.threads.entry((pid, server, worker)).or_insert(next);
+        if tid == next {
+            if (pid, worker) == (SERVERS, None) {
+                entries.push(named("process_name", (pid, tid), "servers".to_owned()));
             }
-            let name = "first server: updates".to_owned();
-            entries.push(named("thread_name", updates, name));
+            let name = match (server, worker) {
+                (0, None) => "first server: updates".to_owned(),
+                (0, Some(worker)) => format!("first server: pushes of {worker}"),
+                (_, None) => format!("server {server}: updates"),
+                (_, Some(worker)) => format!("server {server}: parts of {worker}"),
+            };
+            entries.push(named("thread_name", (pid, tid), name));
         }
-        if self.named.insert(pushes) {
-            let name = format!("first server: pushes of {worker}");
-            entries.push(named("thread_name", pushes, name));
+        (pid, tid)
+    }
+
+    /// Draws arrows from each of these points to the next one. They bind to the slices that are under way there.
+    fn arrows(
+        &mut self,
+        gradient: GradientId,
+        points: &[((u64, u64), f64)],
+        entries: &mut Vec<Value>,
+    ) {
+        self.num_arrows += 1;
+        let (id, name) = (format!("{:x}", self.num_arrows), name_of(gradient));
+        for (index, &((pid, tid), time)) in points.iter().enumerate() {
+            let phase = match index {
+                0 => "s",
+                index if index + 1 == points.len() => "f",
+                _ => "t",
+            };
+            entries.push(json!({
+                "ph": phase, "bp": "e", "cat": "ps", "name": name, "id": id,
+                "pid": pid, "tid": tid, "ts": micros(time),
+            }));
         }
-        (updates, pushes)
+    }
+
+    /// Returns when the slice of an update begins and ends.
+    fn update_of(&self, server: usize, version: Version) -> Option<(f64, f64)> {
+        self.updates.get(&server)?.get(&version).copied()
+    }
+
+    /// Draws the slice of an update.
+    fn draw_update(
+        &mut self,
+        (server, version): (usize, Version),
+        thread: (u64, u64),
+        (from, to): (f64, f64),
+        entries: &mut Vec<Value>,
+    ) {
+        let updates = self.updates.entry(server);
+        let updates = updates.or_insert_with(|| Latest::new(MAX_VERSIONS));
+        updates.insert(version, (from, to));
+        let name = format!("version {}", version.0);
+        entries.push(slice(&name, thread, from, to - from, Value::Null));
     }
 
     fn step(&mut self, step: &SettledStep) -> Vec<Value> {
         let Some(times) = step.times else {
-            // A driver's own loop does not know when the step began.
-            return Vec::new();
+            return self.step_of_loop(step);
         };
-        self.num_steps += 1;
+        self.size += STEP;
         let StepTimes {
             data,
             compute,
@@ -191,24 +290,18 @@ impl Entries {
         let began = step.time - times.total();
         let sent = began + data + compute;
         let (arrived, answered) = (sent + way, sent + way + held);
-        let rank = self.ranks.get(&step.worker).copied().unwrap_or(0);
-        let worker = (u64::from(rank), thread(step.worker));
+        let worker = self.worker_thread(step.worker);
         let mut entries = Vec::new();
-        let (updates, pushes) = self.server_threads(step.worker, &mut entries);
-        // The name of the gradient, which travels with each call about it.
-        let gradient = format!("{}.{}.{}", step.worker.0, step.incarnation.0, step.clock.0);
-        let about = json!({
-            "gradient": gradient, "computed on": step.computed_on.0, "outcome": step.outcome,
-            "version": step.version.0, "staleness": step.staleness, "loss": step.loss.to_string(),
-            "norm": step.norm.to_string(), "examples": step.num_examples,
-        });
+        let server = self.first_server.map_or(SERVERS, u64::from);
+        let updates = self.server_thread(server, 0, None, &mut entries);
+        let pushes = self.server_thread(server, 0, Some(step.worker), &mut entries);
         entries.extend([
             slice(
                 &format!("step {}", step.clock.0),
                 worker,
                 began,
                 times.total(),
-                about,
+                about(step),
             ),
             slice("batch", worker, began, data, Value::Null),
             slice("compute", worker, began + data, compute, Value::Null),
@@ -216,182 +309,147 @@ impl Entries {
             slice("the servers hold it", worker, arrived, held, Value::Null),
             slice("receive", worker, answered, way, Value::Null),
             slice(
-                &format!("gradient {gradient}"),
+                &name_of(step.gradient()),
                 pushes,
                 arrived,
                 held,
-                json!({"the update took": format!("{:.3} ms", 1e3 * apply)}),
+                json!({"the update took": millis(apply)}),
             ),
         ]);
-        // Arrows bind to the slices that are under way at these times.
-        let arrow = |phase: &str, (pid, tid): (u64, u64), time: f64| {
-            json!({
-                "ph": phase, "bp": "e", "cat": "ps", "name": "gradient", "id": gradient,
-                "pid": pid, "tid": tid, "ts": micros(time),
-            })
+        let origin = Origin {
+            thread: worker,
+            sent,
         };
-        entries.push(arrow("s", worker, sent));
-        if step.outcome != StepOutcome::Applied {
-            entries.push(arrow("f", pushes, arrived));
-            return entries;
+        self.origins.insert(step.gradient(), origin);
+        let mut points = vec![(worker, sent), (pushes, arrived)];
+        if step.outcome == StepOutcome::Applied {
+            let updated = self.update_of(0, step.version).unwrap_or_else(|| {
+                let now = (answered, answered + 1e-6);
+                self.draw_update((0, step.version), updates, now, &mut entries);
+                now
+            });
+            points.push((updates, updated.0));
         }
-        entries.push(arrow("t", pushes, arrived));
-        let mut is_new = false;
-        let updated = *self.updates.entry(step.version).or_insert_with(|| {
-            is_new = true;
-            answered
-        });
-        if is_new {
-            let name = format!("version {}", step.version.0);
-            entries.push(slice(&name, updates, updated, 1e-6, Value::Null));
-            while self.updates.len() > MAX_VERSIONS {
-                self.updates.pop_first();
-            }
-        }
-        entries.push(arrow("f", updates, updated));
+        self.arrows(step.gradient(), &points, &mut entries);
         entries
+    }
+
+    /// Another server has applied its part of a gradient.
+    fn part(&mut self, part: &PartApplied) -> Vec<Value> {
+        let (pid, server) = (u64::from(part.node.rank), part.server);
+        let mut entries = Vec::new();
+        // Of a step that is missed, nobody knows where its gradient came from. And what a server says of gradients that
+        // nobody has heard of must not fill the file.
+        let Some(origin) = self.origins.get(&part.gradient()).copied() else {
+            return entries;
+        };
+        self.size += 1;
+        let updates = self.server_thread(pid, server, None, &mut entries);
+        let parts = self.server_thread(pid, server, Some(part.worker), &mut entries);
+        // It cannot have come before it was sent. If it seems so, the answers of the worker took longer than those of the
+        // server.
+        let late = (origin.sent - (part.time - part.took - part.held)).max(0.0);
+        let made = part.time + late;
+        let began = made - part.took;
+        let updated = self.update_of(server, part.version).unwrap_or_else(|| {
+            let updated = self.when_free(updates, (began, made));
+            self.draw_update((server, part.version), updates, updated, &mut entries);
+            updated
+        });
+        let (came, left) = self.when_free(parts, (began - part.held, made));
+        let about = json!({
+            "version": part.version.0, "waited for the update": millis(part.held),
+            "the update took": millis(part.took),
+        });
+        let name = name_of(part.gradient());
+        entries.push(slice(&name, parts, came, left - came, about));
+        let points = [
+            (origin.thread, origin.sent),
+            (parts, came),
+            (updates, came.max(updated.0).min(updated.1)),
+        ];
+        self.arrows(part.gradient(), &points, &mut entries);
+        entries
+    }
+
+    /// Returns these times, or as much of them as is behind the last slice of the thread. Slices of one thread must not
+    /// overlap, but the answers of a server take shorter and longer.
+    fn when_free(&mut self, thread: (u64, u64), (from, to): (f64, f64)) -> (f64, f64) {
+        let end = self.ends.entry(thread).or_insert(from);
+        let from = from.max(*end);
+        *end = to.max(from);
+        (from, *end)
+    }
+
+    /// A driver's own loop has got a gradient.
+    fn computed(&mut self, computed: &Computed) -> Vec<Value> {
+        let thread = self.worker_thread(computed.worker);
+        let (began, gradient) = (computed.time - computed.seconds, computed.gradient());
+        let origin = Origin {
+            thread,
+            sent: began,
+        };
+        self.origins.insert(gradient, origin);
+        let about = json!({"computed on": computed.computed_on.0});
+        let name = format!("compute {}", name_of(gradient));
+        vec![slice(&name, thread, began, computed.seconds, about)]
+    }
+
+    /// A driver's own loop has got the weights of an update.
+    fn update_of_loop(&mut self, made: &UpdateMade) -> Vec<Value> {
+        let (thread, mut entries) = ((0, OF_LOOP), Vec::new());
+        if !std::mem::replace(&mut self.has_loop, true) {
+            let name = "updates of the loop".to_owned();
+            entries.push(named("thread_name", thread, name));
+        }
+        let call = (made.time - made.seconds, made.time);
+        self.draw_update((0, made.version), thread, call, &mut entries);
+        entries
+    }
+
+    /// The calls of a driver's own loop that the step consists of have been drawn, if the loop has told of them.
+    fn step_of_loop(&mut self, step: &SettledStep) -> Vec<Value> {
+        let Some(origin) = self.origins.get(&step.gradient()).copied() else {
+            return Vec::new();
+        };
+        self.size += STEP;
+        let (pid, tid) = origin.thread;
+        let mut entries = vec![json!({
+            "ph": "i", "s": "t", "cat": "ps", "name": format!("step {}", step.clock.0),
+            "pid": pid, "tid": tid, "ts": micros(step.time), "args": about(step),
+        })];
+        if let Some((updated, _)) = self.update_of(0, step.version) {
+            let points = [(origin.thread, origin.sent), ((0, OF_LOOP), updated)];
+            self.arrows(step.gradient(), &points, &mut entries);
+        }
+        entries
+    }
+
+    fn worker_thread(&self, worker: WorkerId) -> (u64, u64) {
+        let rank = self.ranks.get(&worker).copied().unwrap_or(0);
+        (u64::from(rank), thread(worker))
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::observe::testing;
+/// The name of a gradient, which travels with each call about it.
+fn name_of(gradient: GradientId) -> String {
+    let GradientId {
+        worker,
+        incarnation,
+        clock,
+    } = gradient;
+    format!("gradient {}.{}.{}", worker.0, incarnation.0, clock.0)
+}
 
-    fn step(worker: u32, clock: u64, time: f64) -> SettledStep {
-        match testing::step(worker, clock, time) {
-            Event::Step(step) => step,
-            other => panic!("{other:?}"),
-        }
-    }
+fn about(step: &SettledStep) -> Value {
+    json!({
+        "gradient": name_of(step.gradient()).trim_start_matches("gradient "),
+        "computed on": step.computed_on.0, "outcome": step.outcome, "version": step.version.0,
+        "staleness": step.staleness, "loss": step.loss.to_string(), "norm": step.norm.to_string(),
+        "examples": step.num_examples,
+    })
+}
 
-    fn slices<'a>(entries: &'a [Value], name: &str) -> Vec<&'a Value> {
-        let is_it = |entry: &&Value| entry["ph"] == "X" && entry["name"] == name;
-        entries.iter().filter(is_it).collect()
-    }
-
-    fn ends(slice: &Value) -> (f64, f64) {
-        let from = slice["ts"].as_f64().unwrap();
-        (from, from + slice["dur"].as_f64().unwrap())
-    }
-
-    /// Two workers, whose gradients make one update.
-    #[test]
-    fn a_gradient_is_followed_from_its_batch_to_the_update() {
-        let mut entries = Entries::default();
-        let mut all = Vec::new();
-        for worker in 0..2 {
-            let node = NodeId {
-                rank: worker + 1,
-                incarnation: 1,
-            };
-            all.extend(entries.worker_at(WorkerId(worker), Some(node)));
-        }
-        for worker in 0..2 {
-            let mut step = step(worker, 0, 10.0 + f64::from(worker));
-            step.times = Some(StepTimes::new([1.0, 2.0, 0.5, 0.125, 0.125]));
-            all.extend(entries.step(&step));
-        }
-        assert_eq!(entries.num_steps, 2);
-        assert_eq!(slices(&all, "version 1").len(), 1);
-        for (worker, end) in [(0_u64, 10.0e6), (1, 11.0e6)] {
-            let of = |entry: &&Value| entry["pid"] == worker + 1 && entry["tid"] == worker + 1;
-            let mine: Vec<Value> = all.iter().filter(of).cloned().collect();
-            let mut at = end - 3.75e6;
-            assert_eq!(ends(slices(&mine, "step 0")[0]), (at, end));
-            for (name, micros) in [
-                ("batch", 1.0e6),
-                ("compute", 2.0e6),
-                ("send", 0.25e6),
-                ("the servers hold it", 0.25e6),
-                ("receive", 0.25e6),
-            ] {
-                assert_eq!(ends(slices(&mine, name)[0]), (at, at + micros), "{name}");
-                at += micros;
-            }
-            let id = mine.iter().find(|entry| entry["ph"] == "s").unwrap()["id"].clone();
-            let arrows: Vec<&Value> = all.iter().filter(|entry| entry["id"] == id).collect();
-            let phases: Vec<&str> = arrows.iter().filter_map(|one| one["ph"].as_str()).collect();
-            assert_eq!(phases, ["s", "t", "f"]);
-            // Each is inside a slice of its thread.
-            for arrow in arrows {
-                let time = arrow["ts"].as_f64().unwrap();
-                let holds = |slice: &&Value| {
-                    let (from, to) = ends(slice);
-                    slice["ph"] == "X"
-                        && slice["pid"] == arrow["pid"]
-                        && slice["tid"] == arrow["tid"]
-                        && (from..=to).contains(&time)
-                };
-                assert!(
-                    all.iter()
-                        .filter(|one| one["dur"].is_f64())
-                        .any(|one| holds(&one)),
-                    "{arrow}"
-                );
-            }
-        }
-    }
-
-    /// It may have workers, too, and after a loss it is elsewhere.
-    #[test]
-    fn the_first_server_is_in_the_process_that_has_it() {
-        use crate::observe::{ServerSeen, ServersSeen};
-
-        let node = |rank| NodeId {
-            rank,
-            incarnation: 1,
-        };
-        let seen = |rank| {
-            let server = |rank| ServerSeen {
-                node: node(rank),
-                version: Version(0),
-                num_weights: 1,
-                num_staged: 0,
-                num_waiting: 0,
-            };
-            Event::ServersSeen(ServersSeen {
-                time: 1.0,
-                learning_rate: 0.1,
-                consistency: "bsp".to_owned(),
-                num_pending: 0,
-                awaited: Vec::new(),
-                members: Vec::new(),
-                servers: vec![server(rank), server(rank + 1)],
-                log: None,
-            })
-        };
-        let mut entries = Entries::default();
-        entries.worker_at(WorkerId(0), Some(node(1)));
-        for (rank, clock) in [(1, 0), (2, 1)] {
-            assert!(entries.of(&seen(rank)).is_empty());
-            let all = entries.step(&step(0, clock, 10.0));
-            let at = |name: &str| {
-                let slice = slices(&all, name)[0];
-                let number = |key: &str| slice[key].as_u64().unwrap();
-                (number("pid"), number("tid"))
-            };
-            let worker = at(&format!("step {clock}"));
-            let pushes = at(&format!("gradient 0.1.{clock}"));
-            let updates = at(&format!("version {}", clock + 1));
-            assert_eq!([pushes.0, updates.0], [u64::from(rank); 2]);
-            assert!(worker != pushes && worker != updates && pushes != updates);
-            // Each thread of the server has a name.
-            for (pid, tid) in [pushes, updates] {
-                let is_name = |one: &&Value| {
-                    one["name"] == "thread_name" && one["pid"] == pid && one["tid"] == tid
-                };
-                assert_eq!(all.iter().filter(is_name).count(), 1);
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_remembered_is_bounded() {
-        let mut entries = Entries::default();
-        for clock in 0..3_000 {
-            entries.step(&step(0, clock, clock as f64));
-        }
-        assert_eq!(entries.updates.len(), MAX_VERSIONS);
-    }
+fn millis(seconds: f64) -> String {
+    format!("{:.3} ms", 1e3 * seconds)
 }

@@ -1,9 +1,11 @@
 //! A training as a trace, for Perfetto (<https://ui.perfetto.dev>) and Chrome (`chrome://tracing`).
 //!
 //! [`Trace`] is an observer. It writes a file in Chrome's trace format (an array of JSON objects), in which one gradient
-//! can be followed from its batch to the update: a worker waits for the batch, computes, sends; the servers hold the
-//! push; an update is made; the worker receives the next weights. Arrows connect the three places. The first server is
-//! drawn in the process where it is. The others have no slices of their own.
+//! can be followed from its batch to the update at every server. A worker waits for the batch, computes, sends; the first server
+//! holds the push, and makes the update; the worker receives the next weights. Each other server has its part of the
+//! gradient from its arrival until it has made its part of the update. Each server is drawn in the process where it is. Arrows
+//! connect the worker with each server. They and the slices have the name of the gradient:
+//! `gradient WORKER.INCARNATION.CLOCK`.
 //!
 //! ```
 //! use ps::prelude::*;
@@ -28,11 +30,21 @@
 //! lengths of the parts of a worker's step are exact. The positions of different workers relative to each other are
 //! exact to within half of a transfer.
 //!
-//! A driver's own loop tells only when a step ended, so the trace of such a run has no steps.
+//! The other servers measure by their own clocks, too: how long they have had a part when they begin the update, and how long
+//! that takes. No clock is compared with another one. The driver asks them four times per second, and places what they
+//! tell when the answer arrives. So their slices are as long as they were, but up to the time of an answer too late: on a busy
+//! machine, some milliseconds. A part that seems to come before its gradient was sent is drawn later, and a slice that
+//! seems to begin before the one before it has ended is drawn shorter; its numbers say how long it was.
+//!
+//! A driver's own loop tells of its calls ([`LoopCall`](crate::observe::LoopCall);
+//! [`LastingWorker`](crate::prelude::LastingWorker) does it by itself). They are drawn from the question to the moment when the loop took
+//! the answer: the gradients of each worker, and the updates. What happens inside a call is not known. A loop that tells of
+//! no calls, and the workers of `http_server`, have no steps in the trace.
 //!
 //! # Bounds
 //! The file is created when the training begins, and written as it goes on. If the process dies, what is there can be
-//! opened: the format needs no end. After [`MAX_STEPS`] steps the trace ends, which the log says. If the file cannot be written, the log says so
+//! opened: the format needs no end. After [`MAX_STEPS`] steps the trace ends, which the log says. With several servers it
+//! ends earlier: a part at another server counts as a third of a step. If the file cannot be written, the log says so
 //! once, and the training goes on.
 //!
 //! | file | what it holds |
@@ -97,10 +109,10 @@ impl Trace {
             serde_json::to_writer(&mut *file, &entry)?;
             file.write_all(b",\n")?;
         }
-        let is_over = self.entries.num_steps >= MAX_STEPS;
+        let is_over = self.entries.are_as_many_as(MAX_STEPS);
         if is_over {
             let path = self.path.display();
-            tracing::info!(%path, "the trace ends here: it has {MAX_STEPS} steps");
+            tracing::info!(%path, "the trace ends here: it is as large as one of {MAX_STEPS} steps");
         }
         if is_over || matches!(event, Event::RunEnded(_)) {
             // The array's last element has no comma behind it.
@@ -117,6 +129,10 @@ impl Trace {
 }
 
 impl Observer for Trace {
+    fn follows_gradients(&self) -> bool {
+        true
+    }
+
     fn observe(&mut self, event: &Event) {
         if let Err(error) = self.write(event) {
             let path = self.path.display();

@@ -314,6 +314,7 @@ where
         let applied_before = resumed.map_or(0, |resumed| resumed.num_applied);
         let num_applied_before = *num_applied_before.get_or_insert(applied_before);
         listening.restore(&servers, &workers).await?;
+        collector.follow_gradients(&servers).await;
         let started = Instant::now();
         let mut curve = Vec::new();
         let pause = listening.pause();
@@ -379,6 +380,7 @@ where
             Ok(runs) => runs,
             Err(error) => {
                 collector.fetch_last().await;
+                collector.fetch_last_parts(&servers).await;
                 // The other workers must not go on in the background, or wait for the one that failed.
                 workers.iter().for_each(Worker::kill);
                 // This must not wait for the servers. If some of them answer again, the error must stay what
@@ -392,6 +394,8 @@ where
         };
         let is_cut_short = runs.iter().any(|run| run.is_cut_short);
         let mut report = self.report(&servers, runs, seen, collector).await?;
+        // It has pulled the last weights, so all servers have made all updates.
+        collector.fetch_last_parts(&servers).await;
         report.checkpoints = save_last(checkpoints, &servers, &report).await;
         report.stopped_early = met.version().filter(|_| is_cut_short);
         report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);

@@ -1,6 +1,6 @@
 //! Observers see every settled step exactly once, wherever the workers are, and harm no training.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::mpsc::{Receiver, channel};
 
 use ps::observe::{Event, Observer, RunSummary, SettledStep, StepOutcome};
@@ -179,6 +179,72 @@ fn workers_and_servers_of_other_processes_are_observed() {
             workers.iter().all(|(_, node)| [1, 2].contains(node)),
             "{what}"
         );
+    }
+}
+
+/// Follows each gradient.
+struct Follower<O>(O);
+
+impl<O: Observer> Observer for Follower<O> {
+    fn observe(&mut self, event: &Event) {
+        self.0.observe(event);
+    }
+
+    fn follows_gradients(&self) -> bool {
+        true
+    }
+}
+
+/// The others learn nothing of it.
+#[test]
+fn who_follows_each_gradient_learns_when_each_server_had_applied_it() {
+    for (transport, mode) in transports().into_iter().zip(["asp", "bsp"].iter().cycle()) {
+        let ((follower, followed), (observer, events)) = (observer(), observer());
+        let trainer = trainer()
+            .servers(3)
+            .servers_on_nodes(true)
+            .consistency(mode.parse().unwrap())
+            .observe(Follower(follower))
+            .observe(observer);
+        let hosts = trainer.hosts(Hosts::new()).unwrap();
+        let report = with_two_nodes(transport.clone(), hosts, |cluster| {
+            trainer.run_on(cluster).unwrap()
+        });
+        let what = format!("{transport:?} {mode}");
+        let events: Vec<Event> = events.iter().collect();
+        check(&events, &report, &what);
+        let is_part = |event: &&Event| matches!(event, Event::PartApplied(_));
+        assert_eq!(events.iter().filter(is_part).count(), 0, "{what}");
+        let followed: Vec<Event> = followed.iter().collect();
+        check(&followed, &report, &what);
+        let (mut versions, mut parts) = (BTreeMap::new(), BTreeSet::new());
+        let mut nodes = Vec::new();
+        let mut latest: BTreeMap<usize, f64> = BTreeMap::new();
+        for event in &followed {
+            match event {
+                Event::ServersSeen(seen) => {
+                    nodes = seen.servers.iter().map(|server| server.node).collect();
+                }
+                Event::Step(step) => _ = versions.insert(step.gradient(), step.version),
+                Event::PartApplied(part) => {
+                    // Its step is known, and where the server is.
+                    let version = versions.get(&part.gradient());
+                    assert_eq!(version, Some(&part.version), "{what}: {part:?}");
+                    assert_eq!(part.node, nodes[part.server], "{what}: {part:?}");
+                    let is_new = parts.insert((part.server, part.gradient()));
+                    assert!(is_new, "{what}: {part:?}");
+                    assert!(part.took > 0.0 && part.held >= 0.0, "{what}: {part:?}");
+                    let before = latest.entry(part.server).or_default();
+                    *before = before.max(part.time);
+                }
+                _ => {}
+            }
+        }
+        let expected = [1, 2].map(|server| versions.keys().map(move |&id| (server, id)));
+        let expected: BTreeSet<_> = expected.into_iter().flatten().collect();
+        assert_eq!(parts, expected, "{what}");
+        let end = followed.last().unwrap().time();
+        assert!(latest.values().all(|&time| time <= end), "{what}");
     }
 }
 

@@ -81,6 +81,7 @@ fn train(observer: OpenTelemetry) -> Report {
         .device(&device)
         .test_data(mnist.test)
         .workers(2)
+        .servers(2)
         .batch_size(8)
         .iterations(20)
         .heed_signals(false)
@@ -138,6 +139,13 @@ fn each_step_is_a_trace_with_its_parts() {
             assert!(to <= nanos(root, "endTimeUnixNano") + 5, "{part} {root}");
         }
     }
+    // The second server's.
+    let parts = named("part");
+    let of: BTreeSet<&str> = parts
+        .iter()
+        .map(|part| part["parentSpanId"].as_str().unwrap())
+        .collect();
+    assert_eq!((parts.len(), of), (2 * 20, roots.keys().copied().collect()));
     assert_eq!((named("training").len(), named("evaluation").len()), (1, 1));
 }
 

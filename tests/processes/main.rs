@@ -10,6 +10,7 @@ mod observe;
 mod resume;
 mod run;
 mod soak;
+mod trace;
 
 use std::path::Path;
 use std::process::{Command, Stdio};

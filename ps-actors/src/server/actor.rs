@@ -12,6 +12,7 @@ use actix::{Actor, AsyncContext, Context, StreamHandler};
 use ps_runtime::actor::{ActorRef, RestartPolicy, Spawn, SpawnError};
 use tokio::sync::oneshot;
 
+use super::applied_parts::PartRecorder;
 use super::config::{Clipping, ConfigError, ServerConfig};
 use super::coordinator::Coordinator;
 use super::followers::{Follower, GroupSecret};
@@ -58,6 +59,8 @@ pub struct ParameterServer {
     pub(super) num_fetching: usize,
     pub(super) stall: Stall,
     update_times: UpdateTimes,
+    /// For a server that follows.
+    pub(super) parts: PartRecorder,
 }
 
 #[derive(Debug)]
@@ -167,6 +170,7 @@ impl ParameterServer {
             num_fetching: 0,
             stall: Stall::default(),
             update_times: UpdateTimes::default(),
+            parts: PartRecorder::default(),
         })
     }
 

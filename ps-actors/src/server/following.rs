@@ -1,6 +1,7 @@
 //! How the other servers of a group follow the first one. Its side is in `followers`.
 
 use super::actor::{ParameterServer, Role};
+use super::applied_parts::Given;
 use super::followers::{GroupSecret, MAX_LACKING};
 use super::messages::{Decision, Follow, ServerError};
 use crate::ids::GradientId;
@@ -70,9 +71,12 @@ impl ParameterServer {
             let reason = "this server decides by itself".to_owned();
             return Err(ServerError::NotFollowed { reason });
         };
-        let (shard, mut answers) = (&mut self.shard, Vec::new());
+        let (shard, parts) = (&mut self.shard, &mut self.parts);
+        let mut answers = Vec::new();
         let taken = following.take(follow, |decision| {
+            let doing = parts.begin(|| Given::by(&decision));
             answers.extend(decision.apply_to(shard)?);
+            parts.done(doing, shard.weights().version());
             Ok(())
         });
         self.answer_pulls(answers);

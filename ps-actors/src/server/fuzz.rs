@@ -14,10 +14,10 @@ use crate::rule::UpdateRule;
 use crate::server::messages::{Decision, Follow};
 use crate::server::protocol::{Clip, Summand, Update};
 use crate::server::{
-    ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetSavedState, GetStatus,
-    GetWeights, GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion, Push,
-    PushPull, Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate, SetPaused,
-    Stage, TakeCheckpoint,
+    ApplyGradients, ApplyKept, Consistency, ForgetSavedStates, GetAppliedParts, GetSavedState,
+    GetStatus, GetWeights, GroupSecret, Heartbeat, Join, Leave, ParameterServer, Pull, PullVersion,
+    Push, PushPull, Reduction, ReportLost, ServerConfig, SetConsistency, SetLearningRate,
+    SetPaused, Stage, TakeCheckpoint,
 };
 use crate::weights::{Gradient, GradientUpdate, Layout, Parameter, Weights};
 use crate::worker::{
@@ -151,6 +151,12 @@ fn messages(process: &Fed, dice: &mut Dice, secret: &GroupSecret) -> Vec<Sent> {
         server(process, &forgotten),
         server(process, &follow(dice, secret)),
         server(process, &SetPaused(dice.once_in(4))),
+        server(
+            process,
+            &GetAppliedParts {
+                from: dice.below(4),
+            },
+        ),
     ]
 }
 

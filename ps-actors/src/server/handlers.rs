@@ -9,6 +9,7 @@ use ps_runtime::remote::{Messages, Remote};
 use tokio::sync::oneshot::{self, error::TryRecvError};
 
 use super::actor::{First, ParameterServer, Role, outcome};
+use super::applied_parts::{AppliedParts, GetAppliedParts, Given};
 use super::config::{check_consistency, check_learning_rate};
 use super::ledger::Outcome;
 use super::messages::{
@@ -62,7 +63,8 @@ impl Remote for ParameterServer {
             .add::<GetSavedState>()
             .add::<ForgetSavedStates>()
             .add::<Follow>()
-            .add::<SetPaused>();
+            .add::<SetPaused>()
+            .add::<GetAppliedParts>();
     }
 }
 
@@ -215,7 +217,10 @@ impl Handler<Stage> for ParameterServer {
     type Result = Result<(), ServerError>;
 
     fn handle(&mut self, message: Stage, _: &mut Self::Context) -> Self::Result {
-        let answers = self.shard.stage(message.id, &message.gradient)?;
+        let Stage { id, gradient } = message;
+        let doing = self.parts.begin(|| Some(Given::Part(id)));
+        let answers = self.shard.stage(id, &gradient)?;
+        self.parts.done(doing, self.shard.weights().version());
         self.answer_pulls(answers);
         Ok(())
     }
@@ -332,6 +337,21 @@ impl Handler<GetStatus> for ParameterServer {
             coordinator,
             log,
             lost,
+        })
+    }
+}
+
+impl Handler<GetAppliedParts> for ParameterServer {
+    type Result = MessageResult<GetAppliedParts>;
+
+    fn handle(
+        &mut self,
+        GetAppliedParts { from }: GetAppliedParts,
+        _: &mut Self::Context,
+    ) -> Self::Result {
+        MessageResult(match self.role {
+            Role::First(_) => AppliedParts::default(),
+            Role::Follower(_) => self.parts.from(from),
         })
     }
 }

@@ -13,6 +13,7 @@
 //! | `coordinator`, `protocol` | which gradients are in which update; events and effects |
 //! | `ledger` | the outcome of each gradient |
 //! | `followers`, `following` | how the first server tells the others, and how they follow |
+//! | `applied_parts` | what the others remember of it, for a trace |
 //! | `replay` | what an update log has of the decisions; how a saved state follows it |
 //! | `simulation` | all of this in virtual time, with faults |
 //! | `saving` | how all servers fix their state at one version, for a checkpoint |
@@ -20,6 +21,7 @@
 //! | `consistency`, `status` | modes; what is reported |
 
 mod actor;
+mod applied_parts;
 mod config;
 mod consistency;
 mod coordinator;
@@ -49,6 +51,7 @@ mod update_times;
 mod waiting;
 
 pub use actor::ParameterServer;
+pub use applied_parts::{AppliedPart, AppliedParts, GetAppliedParts, MAX_PARTS};
 pub(crate) use config::check_learning_rate;
 pub use config::{Clipping, ConfigError, ServerConfig};
 pub use consistency::{Consistency, ConsistencyError, Reduction, ReductionError};

@@ -1,9 +1,9 @@
 //! The progress of a training on standard error: a bar on a terminal, otherwise a log line now and then.
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 
 use super::super::output;
 use super::table::closing_table;
@@ -35,6 +35,8 @@ pub struct Progress {
     is_recovering: bool,
     is_paused: bool,
     is_terminal: bool,
+    /// Whether all of it is drawn, and nothing is printed.
+    is_unseen: bool,
 }
 
 impl Progress {
@@ -49,14 +51,29 @@ impl Progress {
             is_recovering: false,
             is_paused: false,
             is_terminal: output::can_erase(),
+            is_unseen: false,
         }
+    }
+
+    /// Makes a display that draws as on a terminal of 80 columns, which nobody sees. For the benchmark of what observing
+    /// costs.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn unseen() -> Self {
+        let mut progress = Self::new();
+        (progress.is_terminal, progress.is_unseen) = (true, true);
+        progress
     }
 
     fn begin(&mut self) {
         if !self.is_terminal {
             return;
         }
-        let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+        let target = match self.is_unseen {
+            true => ProgressDrawTarget::term_like_with_hz(Box::new(Unseen), 20),
+            false => ProgressDrawTarget::stderr(),
+        };
+        let bar = ProgressBar::with_draw_target(Some(1), target);
         // One line: log lines of other processes on the same terminal can then overwrite it.
         let style = ProgressStyle::with_template(match self.tally.steps_done() {
             // Nobody knows how many steps there will be.
@@ -159,9 +176,10 @@ impl Progress {
         }
         let is_coloured =
             self.is_terminal && std::env::var_os("NO_COLOR").is_none_or(|no| no.is_empty());
-        if let Some(table) = closing_table(&self.tally, is_coloured) {
+        let table = closing_table(&self.tally, is_coloured);
+        if let Some(table) = table.filter(|_| !self.is_unseen) {
             // Nobody may be left to read it.
-            let _ = write!(std::io::stderr(), "{table}");
+            let _ = write!(io::stderr(), "{table}");
         }
     }
 }
@@ -210,6 +228,48 @@ impl Drop for Progress {
             bar.finish_and_clear();
             output::show_bar(None);
         }
+    }
+}
+
+/// A terminal of 80 columns that nobody sees.
+#[derive(Debug)]
+struct Unseen;
+
+impl TermLike for Unseen {
+    fn width(&self) -> u16 {
+        80
+    }
+
+    fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_line(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn write_str(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
     }
 }
 
