@@ -10,7 +10,7 @@ use std::sync::Once;
 use ps_actors::cluster::Hosts;
 use ps_model::burn::module::Module;
 use ps_model::burn::tensor::Device;
-use ps_model::{LocalModel, ModelError, ParameterSpec};
+use ps_model::{LocalModel, ModelError, ParameterSpec, TiedField};
 use sha2::{Digest as _, Sha256};
 
 use crate::data::{Examples, hex};
@@ -28,11 +28,11 @@ impl Facts {
         self
     }
 
-    /// States a model's type, the names and shapes of its weights, and the values of everything that
-    /// training does not change. The weights themselves come from the servers.
+    /// States a model's type, the names and shapes of its weights, which fields have one in common, and the
+    /// values of everything that training does not change. The weights themselves come from the servers.
     pub(crate) fn model<M: Module>(self, model: &M, device: &Device) -> Self {
         let described = LocalModel::new(model.clone(), device)
-            .and_then(|model| Ok((describe(model.layout()), fixed_values(&model)?)));
+            .and_then(|model| Ok((describe(&model), fixed_values(&model)?)));
         let facts = self.state("the model's type", std::any::type_name::<M>());
         match described {
             Ok((layout, fixed)) => {
@@ -130,23 +130,26 @@ pub fn agree_on_data<E: Examples>(hosts: Hosts, data: &E) -> Hosts {
     Facts::default().data(data).must_agree(hosts)
 }
 
-fn describe(layout: &[ParameterSpec]) -> String {
+/// Lists the names and shapes of a model's weights, and which fields are tied to which.
+fn describe<M: Module>(model: &LocalModel<M>) -> String {
+    let weights = model.layout().iter();
+    let weights = weights.map(|ParameterSpec { name, shape, .. }| format!("{name} {shape:?}"));
+    let tied = model.tied().iter();
+    let tied = tied.map(|TiedField { name, first }| format!("{name} = {first}"));
     let mut hash = Sha256::new();
     let mut listed = Vec::new();
-    for ParameterSpec { name, shape, .. } in layout {
-        let one = format!("{name} {shape:?}");
+    let mut num_left_out = 0;
+    for one in weights.chain(tied) {
         hash.update(&one);
         hash.update("\n");
-        if listed.len() < NUM_LISTED {
-            listed.push(one);
+        match listed.len() < NUM_LISTED {
+            true => listed.push(one),
+            false => num_left_out += 1,
         }
     }
-    if layout.len() > NUM_LISTED {
-        let rest = layout.len() - NUM_LISTED;
-        listed.push(format!(
-            "and {rest} more (digest {})",
-            hex(&hash.finalize())
-        ));
+    if num_left_out > 0 {
+        let digest = hex(&hash.finalize());
+        listed.push(format!("and {num_left_out} more (digest {digest})"));
     }
     listed.join(", ")
 }

@@ -14,7 +14,8 @@ use crate::source::model_with_weights;
 
 /// A file for a trained model. The end of its name says the format:
 ///
-/// - `.safetensors`: the trained parameters by their names. Many programs can read it.
+/// - `.safetensors`: the trained parameters by their names. Many programs can read it. A parameter in several fields has
+///   the name of the first of them (M-7).
 /// - `.bpk`: burn's own format, with everything that is in the module. burn reads it by `Module::load_file`.
 ///
 /// ```

@@ -37,6 +37,18 @@ pub enum SetupError {
     /// The model's parameters do not follow one another.
     #[error("the model has no usable layout")]
     Layout(#[from] LayoutError),
+    /// Two fields of the model hold one parameter, and burn's learner is to train it. burn's optimizers change the first
+    /// of them only.
+    #[error(
+        "`{name}` and `{first}` hold one parameter, and burn's optimizers would change `{first}` only: keep it in one \
+         field and use that twice, or train the model with `Trainer`"
+    )]
+    Tied {
+        /// The path of the field.
+        name: String,
+        /// The path of the first field with the parameter.
+        first: String,
+    },
     /// The data cannot be split into batches for this many workers.
     #[error("the training data cannot be split into batches for the workers")]
     Batches(#[from] SamplerError),

@@ -68,8 +68,9 @@ def check_tensor(full, tensor, kind):
 
 
 def parameters_by_name(model):
-    """Returns burn's path, PyTorch's path, the parameter, and whether it is transposed, of all that a model has."""
-    found, owners = [], {}
+    """Returns burn's path, PyTorch's path, the parameter, and whether it is transposed, of all that a model has. A
+    parameter that is in several places is there once for each of them."""
+    found = []
     for path, module in model.named_modules():
         prefix, kind = path + "." if path else "", type(module).__name__
         has_statistics = getattr(module, "track_running_stats", False) and not isinstance(module, BATCH_NORMS)
@@ -88,11 +89,6 @@ def parameters_by_name(model):
                     f"`{full}` belongs to a {kind}, of which it is not known that its numbers lie as burn's do: "
                     "write it as a module of your own, with the parameters that the servers' model has")
             check_tensor(full, parameter, kind)
-            if id(parameter) in owners:
-                raise LayoutMismatch(
-                    f"`{full}` and `{owners[id(parameter)]}` are one tensor, but two parameters for the servers, "
-                    "which would drift apart: give each its own")
-            owners[id(parameter)] = full
             theirs, is_transposed = names[name]
             found.append((prefix + theirs, full, parameter, is_transposed))
     return found
@@ -176,7 +172,7 @@ class FlatModel:
         self.model, self.num_weights, self.places = model, layout["num_weights"], []
         self.statistics, self.batch_norms = [], []  # Those that the servers keep.
         names, self.frozen = dict(names or {}), set(frozen)
-        ours, statistics = {}, {}
+        ours, statistics, placed = {}, {}, {}
         for theirs, full, parameter, is_transposed in parameters_by_name(model):
             ours[names.pop(full, theirs)] = full, parameter, is_transposed
         for full, name, norm in statistics_by_name(model):
@@ -198,6 +194,10 @@ class FlatModel:
             else:
                 full, parameter, is_transposed = ours.pop(name)
                 found = list(parameter.shape)
+                other = placed.setdefault(id(parameter), full)
+                if other != full:
+                    raise LayoutMismatch(f"`{full}` and `{other}` are one tensor, but two parameters for the servers, "
+                                         "which would drift apart: give each its own")
             if (found[::-1] if is_transposed else found) != shape:
                 wanted = shape[::-1] if is_transposed else shape
                 raise LayoutMismatch(f"`{full}` has the shape {found}, for the servers' `{name}` it should be {wanted}")
@@ -215,8 +215,10 @@ class FlatModel:
         self._check_frozen()
         if end != self.num_weights:
             raise LayoutMismatch(f"the layout is damaged: it has {self.num_weights} weights, its parameters {end}")
-        # What is frozen need not travel; what is trained has to.
-        extra = sorted(full for full, parameter, _ in ours.values() if parameter.requires_grad)
+        # What is frozen need not travel; what is trained has to. A parameter in several places travels once, and
+        # PyTorch adds up the gradients of all of them.
+        extra = sorted(full for full, parameter, _ in ours.values()
+                       if parameter.requires_grad and id(parameter) not in placed)
         if extra:
             raise LayoutMismatch(f"the servers do not have {extra}, which would never be trained: "
                                  "remove them, or call `requires_grad_(False)` on them")

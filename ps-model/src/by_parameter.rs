@@ -16,6 +16,10 @@ impl FlatView {
     /// Returns a flat gradient as burn's optimizers take it: one tensor for each trainable parameter, on the
     /// parameter's device. The numbers of buffers are left out.
     ///
+    /// A parameter in several fields has one tensor. burn's optimizers then change the first of these fields only, so
+    /// afterwards, [`write_weights`](Self::write_weights) with what [`read_weights`](Self::read_weights) gives is
+    /// needed.
+    ///
     /// ```
     /// use ps_model::burn::optim::{GradientsParams, SgdConfig};
     /// use ps_model::{ConvNet, FlatView, default_device_name, select_device};

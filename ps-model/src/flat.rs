@@ -5,6 +5,9 @@
 //! row-major order of its shape. It depends only on the module's type and configuration, so every process that builds the same
 //! model has the same order. A server can cut the sequence anywhere.
 //!
+//! A parameter that is in several fields, which then have the same [`ParamId`](burn::module::ParamId), is in the
+//! sequence once, at the place and under the name of the first of these fields. The others are *tied* to it.
+//!
 //! What is not trainable is not in the sequence: frozen parameters, integers, booleans, and quantized
 //! weights under a LoRA adapter. No update rule sees them, so none changes them, not even by weight decay.
 //! Each process keeps its own copy of them.
@@ -15,6 +18,7 @@
 //! The weights are copied from and to the tensors as they are, without the transformations that burn
 //! applies to saved records. (So a `Linear` of layout `Col` is seen as `[inputs, outputs]` too.)
 
+use std::any::Any;
 use std::ops::Range;
 use std::slice;
 
@@ -49,9 +53,25 @@ pub enum FlatError {
         /// Its element type.
         dtype: String,
     },
-    /// Two fields hold the same parameter. A flat view would split it into two.
-    #[error("parameters `{first}` and `{second}` are one and the same, keep it in one field only")]
-    Tied {
+    /// Two fields have one parameter id, and at least one of them is trainable, but they do not hold one parameter.
+    #[error(
+        "`{first}` and `{second}` have the same parameter id, but {difference}: to tie them, put clones of one `Param` \
+         into both; otherwise give one of them its own id, by `Param::from_tensor`"
+    )]
+    NotTied {
+        /// The path of the first field.
+        first: String,
+        /// The path of the second field.
+        second: String,
+        /// In what they differ.
+        difference: String,
+    },
+    /// Two fields hold the same running statistic.
+    #[error(
+        "`{first}` and `{second}` have the same id, and a running statistic cannot be in several fields: keep it in \
+         one, or make another"
+    )]
+    SharedStatistic {
         /// The path of the first field.
         first: String,
         /// The path of the second field.
@@ -105,6 +125,16 @@ pub struct FlatView {
     /// The kind of each float tensor that a visit of the module shows, in order. The tensors themselves do
     /// not tell, because without autodiff none requires a gradient.
     pub(crate) kinds: Vec<Kind>,
+    pub(crate) tied: Vec<TiedField>,
+}
+
+/// A field that holds a trainable parameter that another field held before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TiedField {
+    /// The path of this field.
+    pub name: String,
+    /// The path of the first field with this parameter. The parameter has this name.
+    pub first: String,
 }
 
 /// What training does to a float tensor of a module.
@@ -114,6 +144,8 @@ pub(crate) enum Kind {
     Fixed,
     /// The rule changes it by its gradient.
     Trainable,
+    /// It is the trainable parameter of this number, in one more field.
+    Tied(usize),
     /// Its layer changes it, without a gradient.
     Buffer,
 }
@@ -124,8 +156,8 @@ impl FlatView {
     ///
     /// # Errors
     ///
-    /// If there is nothing to train, or if a trainable parameter or a buffer is not a tensor of `f32`, `f16` or `bf16`, or
-    /// occurs twice.
+    /// If there is nothing to train, if a trainable parameter or a buffer is not a tensor of `f32`, `f16` or `bf16`, if
+    /// fields with one parameter id differ, or if a buffer is in several fields.
     pub fn new<M: Module>(module: &M) -> Result<Self, FlatError> {
         Ok(survey::survey(&module.clone().train())?.view)
     }
@@ -159,6 +191,34 @@ impl FlatView {
     #[must_use]
     pub fn common_dtype(&self) -> Option<DType> {
         self.common_dtype
+    }
+
+    /// Returns the fields whose parameter is that of another field before them. Their numbers are not in the sequence
+    /// again. When weights are written, all fields of a parameter get the same tensor.
+    ///
+    /// ```
+    /// use ps_model::burn;
+    /// use ps_model::burn::module::{Module, Param};
+    /// use ps_model::burn::tensor::Tensor;
+    /// use ps_model::{FlatView, default_device_name, select_device};
+    ///
+    /// #[derive(Module, Debug)]
+    /// struct Autoencoder {
+    ///     encoder: Param<Tensor<2>>,
+    ///     decoder: Param<Tensor<2>>,
+    /// }
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// let encoder = Param::from_tensor(Tensor::ones([3, 2], &device));
+    /// let model = Autoencoder { decoder: encoder.clone(), encoder };
+    /// let view = FlatView::new(&model)?;
+    /// assert_eq!(view.num_weights(), 6);
+    /// assert_eq!((&*view.tied()[0].name, &*view.tied()[0].first), ("decoder", "encoder"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn tied(&self) -> &[TiedField] {
+        &self.tied
     }
 
     pub(crate) fn has_buffers(&self) -> bool {
@@ -216,6 +276,7 @@ impl FlatView {
             kind: Kind::Trainable,
             read: &mut read,
             offset: 0,
+            firsts: Firsts::of(self),
             error: None,
         };
         let module = module.map(&mut mapper);
@@ -248,12 +309,14 @@ impl FlatView {
             kind: Kind::Buffer,
             read: |range: Range<usize>, out: &mut Vec<f32>| out.extend_from_slice(&values[range]),
             offset: 0,
+            firsts: Firsts::default(),
             error: None,
         })
     }
 
     /// Writes the gradients of a module's parameters to `out`. The gradient of a parameter that the loss
-    /// does not depend on is zero, and so are the numbers of buffers. Returns whether the loss depends on any parameter.
+    /// does not depend on is zero, and so are the numbers of buffers. That of a parameter in several fields is the sum of
+    /// theirs. Returns whether the loss depends on any parameter.
     ///
     /// # Panics
     ///
@@ -269,18 +332,22 @@ impl FlatView {
         let mut visitor = ReadGradients {
             kinds: self.kinds.iter(),
             gradients,
-            rest: out,
+            specs: &self.specs,
+            num_read: 0,
+            out,
             found_any: false,
         };
         module.visit(&mut visitor);
-        visitor.rest.fill(0.0);
-        visitor.found_any
+        let found_any = visitor.found_any;
+        out[self.num_trainable()..].fill(0.0);
+        found_any
     }
 
     /// Makes the trainable parameters leaves of a new graph, with the same numbers.
     pub(crate) fn with_leaves<M: Module>(&self, module: M) -> M {
         module.map(&mut Leaves {
             kinds: self.kinds.iter(),
+            firsts: Firsts::of(self),
         })
     }
 }
@@ -316,14 +383,50 @@ pub(crate) fn new_leaf<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     leaf.require_grad()
 }
 
+/// The tensors of the trainable parameters that a mapper has passed, for the fields that are tied to them. So these share
+/// the memory, and in a graph the leaf: burn adds up the gradients of all uses of a parameter, in whichever field.
+#[derive(Default)]
+struct Firsts {
+    /// A `Tensor<D>` each, in order. `None` if no field needs them.
+    tensors: Option<Vec<Box<dyn Any>>>,
+}
+
+impl Firsts {
+    fn of(view: &FlatView) -> Self {
+        let tensors = (!view.tied.is_empty()).then(Vec::new);
+        Self { tensors }
+    }
+
+    /// Takes note of the next parameter's tensor.
+    fn add<const D: usize>(&mut self, tensor: &Tensor<D>) {
+        if let Some(tensors) = &mut self.tensors {
+            tensors.push(Box::new(tensor.clone()));
+        }
+    }
+
+    /// Gives a field the tensor of the parameter of this number.
+    fn share<const D: usize>(&self, number: usize, field: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let tensor = self.tensors.as_ref().and_then(|all| all.get(number));
+        let tensor = tensor.and_then(|tensor| tensor.downcast_ref::<Tensor<D>>());
+        let tensor = tensor.expect("the first field comes before, with a tensor of the same rank");
+        field.map(|_| tensor.clone())
+    }
+}
+
 struct Leaves<'a> {
     kinds: slice::Iter<'a, Kind>,
+    firsts: Firsts,
 }
 
 impl ModuleMapper for Leaves<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         match next(&mut self.kinds) {
-            Kind::Trainable => param.map(new_leaf),
+            Kind::Trainable => param.map(|tensor| {
+                let leaf = new_leaf(tensor);
+                self.firsts.add(&leaf);
+                leaf
+            }),
+            Kind::Tied(number) => self.firsts.share(number, param),
             Kind::Fixed | Kind::Buffer => param,
         }
     }
@@ -352,13 +455,19 @@ struct WriteWeights<'a, F> {
     kind: Kind,
     read: F,
     offset: usize,
+    firsts: Firsts,
     error: Option<FlatError>,
 }
 
 impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        if next(&mut self.kinds) != self.kind || self.error.is_some() {
-            return param;
+        match next(&mut self.kinds) {
+            _ if self.error.is_some() => return param,
+            Kind::Tied(number) if self.kind == Kind::Trainable => {
+                return self.firsts.share(number, param);
+            }
+            kind if kind != self.kind => return param,
+            _ => {}
         }
         let (id, old, mapper) = param.consume();
         let shape = old.shape();
@@ -379,6 +488,7 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F>
         } else {
             new
         };
+        self.firsts.add(&new);
         Param::from_mapped_value(id, new, mapper)
     }
 }
@@ -386,26 +496,33 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F>
 struct ReadGradients<'a> {
     kinds: slice::Iter<'a, Kind>,
     gradients: Gradients,
-    /// The part that has not been written yet.
-    rest: &'a mut [f32],
+    specs: &'a [ParameterSpec],
+    /// How many parameters have been passed.
+    num_read: usize,
+    out: &'a mut [f32],
     found_any: bool,
 }
 
 impl ModuleVisitor for ReadGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if next(&mut self.kinds) != Kind::Trainable {
-            return;
+        let (number, is_first) = match next(&mut self.kinds) {
+            Kind::Trainable => (self.num_read, true),
+            Kind::Tied(number) => (number, false),
+            Kind::Fixed | Kind::Buffer => return,
+        };
+        self.num_read += usize::from(is_first);
+        let own = &mut self.out[self.specs[number].range.clone()];
+        // Fields that share a leaf have one gradient, which the first of them takes away.
+        match (param.base().grad_remove(&mut self.gradients), is_first) {
+            (Some(gradient), true) => with_values(gradient, |values| own.copy_from_slice(values)),
+            (Some(gradient), false) => with_values(gradient, |values| {
+                own.iter_mut()
+                    .zip(values)
+                    .for_each(|(sum, slope)| *sum += slope);
+            }),
+            (None, true) => return own.fill(0.0),
+            (None, false) => return,
         }
-        let tensor = param.base();
-        let (own, rest) =
-            std::mem::take(&mut self.rest).split_at_mut(tensor.shape().num_elements());
-        self.rest = rest;
-        match tensor.grad_remove(&mut self.gradients) {
-            Some(gradient) => {
-                with_values(gradient, |values| own.copy_from_slice(values));
-                self.found_any = true;
-            }
-            None => own.fill(0.0),
-        }
+        self.found_any = true;
     }
 }

@@ -1,12 +1,12 @@
 //! One worker's copy of a model, with flat weights and gradients.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 
 use burn::module::Module;
 use burn::tensor::{DType, Device};
 
-use crate::flat::{FlatError, FlatView, ParameterSpec};
+use crate::flat::{FlatError, FlatView, ParameterSpec, TiedField};
 use crate::model::{Evaluation, Model};
 use crate::step::{Step, StepSeed};
 use crate::{panic, rest, stream, survey};
@@ -125,6 +125,7 @@ impl<M: Module> LocalModel<M> {
             Ok::<_, FlatError>((model, survey, buffers))
         });
         let (model, survey, buffers) = at_rest.map_err(ModelError::Panicked)??;
+        say_ties(survey.view.tied());
         Ok(Self {
             model,
             device,
@@ -162,6 +163,12 @@ impl<M: Module> LocalModel<M> {
     #[must_use]
     pub fn buffers(&self) -> &[ParameterSpec] {
         self.view.buffers()
+    }
+
+    /// Returns the fields whose parameter is that of another field before them ([`FlatView::tied`]).
+    #[must_use]
+    pub fn tied(&self) -> &[TiedField] {
+        self.view.tied()
     }
 
     pub(crate) fn lock_buffers(&self) -> MutexGuard<'_, Vec<f32>> {
@@ -250,6 +257,19 @@ impl<M: Module> LocalModel<M> {
         self.model = model;
         self.buffers = Mutex::new(buffers);
         Ok(())
+    }
+}
+
+/// Logs once that fields are tied. They may be clones of a layer, of which the user wanted several.
+fn say_ties(tied: &[TiedField]) {
+    static SAID: Once = Once::new();
+    if let Some(TiedField { name, first }) = tied.first() {
+        SAID.call_once(|| {
+            tracing::info!(
+                num_tied = tied.len(),
+                "`{name}` and `{first}` have the same id, so they are trained as one parameter"
+            );
+        });
     }
 }
 

@@ -1,12 +1,13 @@
-//! Looks at the fields of a module: which are trainable, which are buffers, which are fixed, and which layers
-//! draw random numbers from the device.
+//! Looks at the fields of a module: which are trainable, which are tied to others, which are buffers, which are fixed,
+//! and which layers draw random numbers from the device.
 
+use std::any::Any;
 use std::collections::{HashMap, HashSet};
 
 use burn::module::{Flag, Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 
-use crate::flat::{FlatError, FlatView, Kind, ParameterSpec};
+use crate::flat::{FlatError, FlatView, Kind, ParameterSpec, TiedField};
 
 /// The result of a survey of a module's fields.
 #[derive(Debug)]
@@ -75,14 +76,52 @@ struct Surveyor {
     kinds: Vec<Kind>,
     /// The names of all parameters, including the fixed ones.
     names: Vec<String>,
-    /// Where a parameter was first seen, and whether it is trainable there.
-    seen: HashMap<ParamId, (String, bool)>,
+    /// The first field of each parameter.
+    seen: HashMap<ParamId, Seen>,
+    tied: Vec<TiedField>,
     statistics: Vec<Statistic>,
     /// The layers whose flag says that they must not train.
     frozen_layers: HashSet<String>,
     enabled_flags: HashSet<ParamId>,
     random_layers: Vec<String>,
     error: Option<FlatError>,
+}
+
+/// The first field that holds a parameter.
+struct Seen {
+    name: String,
+    /// The parameter's number among the trainable ones, if it is one of them.
+    number: Option<usize>,
+    shape: Vec<usize>,
+    /// A `Tensor<D>`.
+    tensor: Box<dyn Any>,
+}
+
+impl Seen {
+    /// Returns the parameter's number if another field with the same id holds the same parameter, otherwise the
+    /// difference. One of them is trainable.
+    fn tie<const D: usize>(&self, tensor: &Tensor<D>, is_trainable: bool) -> Result<usize, String> {
+        let shape = tensor.dims();
+        let first = match self.tensor.downcast_ref::<Tensor<D>>() {
+            Some(first) if self.shape == shape => first,
+            _ => return Err(format!("their shapes are {:?} and {shape:?}", self.shape)),
+        };
+        let [dtype, other] = [first, tensor].map(|one| one.dtype());
+        if dtype != other {
+            let (dtype, other) = (dtype.name(), other.name());
+            return Err(format!("their types are {dtype} and {other}"));
+        }
+        let number = self.number.filter(|_| is_trainable);
+        let number = number.ok_or("one of them is frozen")?;
+        if first.device() != tensor.device() {
+            return Err("they are on different devices".to_owned());
+        }
+        let [data, other] = [first, tensor].map(|one| one.clone().inner().into_data());
+        match data.as_bytes() == other.as_bytes() {
+            true => Ok(number),
+            false => Err("their numbers differ".to_owned()),
+        }
+    }
 }
 
 /// A running statistic. Whether its layer is frozen may show later.
@@ -131,6 +170,7 @@ impl Surveyor {
                 common_dtype: first.filter(|one| self.dtypes.iter().all(|other| other == one)),
                 num_parameters,
                 kinds: self.kinds,
+                tied: self.tied,
             },
             enabled_flags: self.enabled_flags,
             random_layers: self.random_layers,
@@ -139,20 +179,48 @@ impl Surveyor {
 
     /// Adds the statistics of all layers that are not frozen.
     fn add_buffers(&mut self) {
+        let seen = std::mem::take(&mut self.seen).into_iter();
+        let mut seen: HashMap<ParamId, String> = seen.map(|(id, one)| (id, one.name)).collect();
         for statistic in std::mem::take(&mut self.statistics) {
             if self.frozen_layers.contains(&statistic.layer) {
                 continue;
             }
             let name = statistic.name;
             self.kinds[statistic.index] = Kind::Buffer;
-            if let Some((first, _)) = self.seen.insert(statistic.id, (name.clone(), true)) {
+            if let Some(first) = seen.insert(statistic.id, name.clone()) {
                 let second = name;
-                self.fail(FlatError::Tied { first, second });
+                self.fail(FlatError::SharedStatistic { first, second });
             } else if !can_be_trained(statistic.dtype) {
                 let dtype = statistic.dtype.name().to_owned();
                 self.fail(FlatError::ElementType { name, dtype });
             } else {
                 self.add_spec(name, statistic.shape, statistic.dtype);
+            }
+        }
+    }
+
+    /// Adds a field whose parameter, which is trainable here or there, was in another field before.
+    fn add_tied<const D: usize>(
+        &mut self,
+        name: String,
+        id: ParamId,
+        tensor: &Tensor<D>,
+        is_trainable: bool,
+    ) {
+        let seen = &self.seen[&id];
+        let first = seen.name.clone();
+        match seen.tie(tensor, is_trainable) {
+            Ok(number) => {
+                self.kinds.push(Kind::Tied(number));
+                self.tied.push(TiedField { name, first });
+            }
+            Err(difference) => {
+                let second = name;
+                self.fail(FlatError::NotTied {
+                    first,
+                    second,
+                    difference,
+                });
             }
         }
     }
@@ -208,25 +276,28 @@ impl ModuleVisitor for Surveyor {
         }
         self.names.push(name.clone());
         let is_trainable = is_active(param);
-        self.kinds.push(match is_trainable {
-            true => Kind::Trainable,
-            false => Kind::Fixed,
-        });
-        if let Some((first, was_trainable)) =
-            self.seen.insert(param.id, (name.clone(), is_trainable))
-            && (is_trainable || was_trainable)
+        if let Some(first) = self.seen.get(&param.id)
+            && (is_trainable || first.number.is_some())
         {
-            return self.fail(FlatError::Tied {
-                first,
-                second: name,
-            });
+            return self.add_tied(name, param.id, &tensor, is_trainable);
         }
+        let number = is_trainable.then_some(self.specs.len());
+        self.seen.entry(param.id).or_insert_with(|| Seen {
+            name: name.clone(),
+            number,
+            shape: tensor.dims().to_vec(),
+            tensor: Box::new(tensor.clone()),
+        });
         if !is_trainable {
-            return;
+            return self.kinds.push(Kind::Fixed);
         }
+        self.kinds.push(Kind::Trainable);
         if !can_be_trained(tensor.dtype()) {
             let dtype = tensor.dtype().name().to_owned();
-            return self.fail(FlatError::ElementType { name, dtype });
+            self.fail(FlatError::ElementType {
+                name: name.clone(),
+                dtype,
+            });
         }
         self.add_spec(name, tensor.dims().to_vec(), tensor.dtype());
     }

@@ -19,6 +19,7 @@ use ps_actors::worker::{DataWorker, RunReport};
 use ps_model::{FlatView, ModelError};
 use tokio::sync::oneshot;
 
+use super::check_ties;
 use super::rule::LearnerRule;
 use super::source::{EpochConfig, Input, LearnerSource, Output, Shared, lock};
 use crate::observe::{Collector, Observers};
@@ -92,6 +93,8 @@ where
         let model = lock(self.learner).model();
         let view = FlatView::new(&model).map_err(ModelError::from);
         let view = view.map_err(SetupError::from)?;
+        // A checkpoint that burn has loaded may have changed the ids of the parameters.
+        check_ties(view.tied())?;
         let initial = initial_weights(&model, &self.shared.device)?;
         drop(model);
         let rule = |_| -> Box<dyn ps_actors::rule::UpdateRule> {

@@ -129,8 +129,10 @@
 //!   type, as in burn, so small updates are rounded away. A [`Trainer`](crate::Trainer) has such weights (M-1).
 //! - A gradient with NaN or infinity is refused. If more than half of the gradients of an epoch are refused, or if the
 //!   weights are not finite at its end, the training ends with an error.
-//! - A model with tied parameters is refused. In `Bsp`, running statistics are the mean of the workers', as with
-//!   [`Trainer`](crate::Trainer) (S-20). Batches whose gradients are accumulated change them one after the other.
+//! - A model with one parameter in several fields (M-7) is refused, because burn's optimizers change only the first of
+//!   them.
+//! - In `Bsp`, running statistics are the mean of the workers', as with [`Trainer`](crate::Trainer) (S-20). Batches whose
+//!   gradients are accumulated change them one after the other.
 //! - An epoch ends with an error if the data loader ends before its progress is complete. In burn's loader this is a
 //!   thread that panicked.
 //! - For gradient checkpointing, give [`ClusterStrategy::new`] a device with it. burn does not tell a strategy of
@@ -151,8 +153,8 @@ use ps_actors::actor::Spawn;
 use ps_actors::cluster::{Cluster, Hosts};
 use ps_actors::server::{Consistency, Reduction, ServerConfig};
 use ps_actors::worker::DataWorker;
-use ps_model::LocalModel;
 use ps_model::burn::tensor::Device;
+use ps_model::{LocalModel, TiedField};
 
 use crate::agreement::Facts;
 use crate::source::{SetupError, WORKERS};
@@ -190,14 +192,14 @@ where
     /// [`Consistency::Bsp`], and [`Reduction::Mean`].
     ///
     /// # Errors
-    /// If the model cannot be trained, or if the device fails.
+    /// If the model cannot be trained, if it has one parameter in several fields, or if the device fails.
     pub fn new(
         learner: &Learner<M>,
         dataloader_train: &TrainLoader<M>,
         device: &Device,
     ) -> Result<Self, SetupError> {
         let (device, model) = (device.clone().autodiff(), learner.model());
-        LocalModel::new(model.clone(), &device)?;
+        check_ties(LocalModel::new(model.clone(), &device)?.tied())?;
         let model_facts = Facts::default().model(&model, &device);
         let facts = model_facts.clone().state(
             "the number of training examples",
@@ -322,6 +324,14 @@ where
             let source = LearnerSource::new(&shared, config)?;
             Ok(DataWorker::new(config.worker, source))
         })
+    }
+}
+
+/// burn's optimizers take the gradient of a parameter for the first field that holds it, and leave the others as they are.
+fn check_ties(tied: &[TiedField]) -> Result<(), SetupError> {
+    match tied.first().cloned() {
+        Some(TiedField { name, first }) => Err(SetupError::Tied { name, first }),
+        None => Ok(()),
     }
 }
 

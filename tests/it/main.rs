@@ -23,6 +23,7 @@ mod replay;
 mod schedules;
 mod served;
 mod structure;
+mod tied;
 mod torch;
 mod trace;
 mod training;

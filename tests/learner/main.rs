@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use burn::data::dataset::{Dataset, DatasetError};
 use burn::lr_scheduler::{LrScheduler, LrSchedulerRecord};
+use burn::module::Module;
 use burn::optim::{AdamConfig, ModuleOptimizer, SgdConfig};
 use burn::tensor::TensorReadError;
 use burn::train::metric::store::EventStoreClient;
@@ -459,6 +460,25 @@ fn the_error_of_a_data_set_ends_a_training_and_names_the_worker() {
         error.contains("device 1") && error.contains("a bad sector"),
         "{error}"
     );
+}
+
+/// M-7: burn's optimizers change one of the fields only.
+#[test]
+fn a_model_with_one_parameter_in_two_fields_is_refused_by_name() {
+    let loads = loader(0..8, 4, None, &OnStep::nothing());
+    let new = |net| Learner::new(net, SgdConfig::new().init(), 0.1);
+    let learner = new(Net::tied(&device()));
+    let error = ClusterStrategy::new(&learner, &loads, &device()).unwrap_err();
+    let expected = "`norm.gamma` and `first.bias` hold one parameter";
+    assert!(error.to_string().contains(expected), "{error}");
+
+    // A record has the ids, too.
+    let mut learner = new(Net::normalized(&device()));
+    let strategy = alone(&learner, &loads, 1, Consistency::Bsp);
+    learner.load_model(Net::tied(&device()).into_record());
+    let result = train(learner, loads, 1, Some(strategy));
+    let error = result.error.expect("it cannot be trained").to_string();
+    assert!(error.contains(expected), "{error}");
 }
 
 #[test]

@@ -89,6 +89,16 @@ impl Net {
         }
     }
 
+    /// With a parameter in two fields.
+    pub(super) fn tied(device: &Device) -> Self {
+        let mut net = Self::normalized(device);
+        let bias = net.first.bias.clone().unwrap();
+        if let Some(norm) = &mut net.norm {
+            norm.gamma = bias;
+        }
+        net
+    }
+
     /// With a layer that is not trained. Its weights are multiplied by `factor`.
     pub(super) fn with_frozen_layer(factor: f32, device: &Device) -> Self {
         let mut net = Self::new(device);

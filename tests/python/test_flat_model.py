@@ -207,7 +207,9 @@ class Models(unittest.TestCase):
                      FlatModel, fc(), layout(("weight", [3, 2])))
         self.refuses(LayoutMismatch, "the servers train `w` [2, 3]", FlatModel, fc(), layout(("w", [2, 3])))
         self.refuses(LayoutMismatch, "do not have ['weight']", FlatModel, fc(), layout())
-        self.refuses(LayoutMismatch, "one tensor", FlatModel, self.tied(), layout())
+        self.refuses(LayoutMismatch, "do not have ['head.weight', 'table.weight']", FlatModel, self.tied(), layout())
+        both = layout(("table.weight", [2, 2]), ("head.weight", [2, 2]))
+        self.refuses(LayoutMismatch, "`head.weight` and `table.weight` are one tensor", FlatModel, self.tied(), both)
         damaged = layout(("weight", [2, 3]))
         damaged["parameters"][0]["start"] = 1
         self.refuses(LayoutMismatch, "damaged", FlatModel, fc(), damaged)
@@ -222,6 +224,20 @@ class Models(unittest.TestCase):
         model = nn.ModuleDict({"table": nn.Embedding(2, 2), "head": nn.Linear(2, 2, bias=False)})
         model["head"].weight = model["table"].weight
         return model
+
+    def test_a_parameter_in_two_places_travels_once(self):
+        for name in ("table.weight", "head.weight"):
+            model = self.tied()
+            flat = FlatModel(model, layout((name, [2, 2])))
+            flat.load(struct.pack("<4f", 1, 2, 3, 4))
+            row = torch.tensor([1.0, 10.0])
+            # Row 1 of the table gets 1 and 1. Each row of the head's matrix gets `row`.
+            loss = model["table"](torch.tensor([1])).sum() + model["head"](row).sum()
+            rows = [[1, 10], [2, 11]]
+            # The servers have the matrix of a `Linear` transposed.
+            expected = rows if name == "table.weight" else zip(*rows)
+            self.assertEqual(self.numbers(flat.gradient(loss)), [number for row in expected for number in row])
+            self.assertIs(model["head"].weight, model["table"].weight)
 
     def test_numbers_of_another_precision_are_refused(self):
         for model in (nn.Linear(1, 1).double(), nn.Linear(1, 1).bfloat16()):

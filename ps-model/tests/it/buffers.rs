@@ -155,7 +155,7 @@ fn a_layer_of_a_users_own_has_buffers_whatever_its_name() {
     let layers = vec![centered(&shared), centered(&shared)];
     let [first, second] = ["layers.0.mean", "layers.1.mean"].map(str::to_owned);
     let error = FlatView::new(&Holder { layers }).unwrap_err();
-    assert_eq!(error, FlatError::Tied { first, second });
+    assert_eq!(error, FlatError::SharedStatistic { first, second });
 }
 
 #[test]

@@ -211,6 +211,29 @@ fn integers_booleans_doubles_constants_and_empty_parameters_do_their_work() {
     }
 }
 
+/// M-4: burn shows frozen parameters, and not constants. If this fails, processes can compare constants, too.
+#[test]
+fn a_constant_that_differs_cannot_be_noticed_and_a_frozen_parameter_can() {
+    let device = default_device();
+    let with = |constant: f32, frozen: f32| {
+        let mut model = Tables::init(&device);
+        model.constant = model.constant.mul_scalar(constant);
+        model.double = model.double.map(|double| double.mul_scalar(frozen));
+        let local = LocalModel::new(model, &device).expect("a flat view");
+        let mut fixed = Vec::new();
+        let add = |name: &str, _: &[usize], bytes: &[u8]| {
+            fixed.push((name.to_owned(), bytes.to_vec()));
+        };
+        local.fixed_tensors(add).expect("a working device");
+        (fixed, local.evaluate(&0.5).expect("a good batch").loss_sum)
+    };
+    let (fixed, loss) = with(1.0, 1.0);
+    let (other, other_loss) = with(2.0, 1.0);
+    assert_ne!(loss, other_loss);
+    assert_eq!(fixed, other);
+    assert_ne!(fixed, with(1.0, 2.0).0);
+}
+
 /// M-6: backends have integers of different types, and processes on them compare the bytes.
 #[test]
 fn the_bytes_of_integers_do_not_depend_on_their_type() {

@@ -223,16 +223,6 @@ fn modules_that_have_no_flat_view_are_refused_by_name() {
         Err(FlatError::ElementType { name, dtype })
     );
 
-    let first = Param::from_tensor(numbers());
-    for second in [first.clone(), first.clone().set_require_grad(false)] {
-        let tied = Pair {
-            first: first.clone(),
-            second,
-        };
-        let (first, second) = ("first".to_owned(), "second".to_owned());
-        assert_eq!(FlatView::new(&tied), Err(FlatError::Tied { first, second }));
-    }
-
     assert_eq!(FlatView::new(&Nothing { size: 3 }), Err(FlatError::Empty));
     let frozen = ConvNet::init(1, &device).freeze();
     let (first, count) = ("conv1.weight".to_owned(), 4);

@@ -13,5 +13,6 @@ mod local_model;
 mod parts;
 mod pooling;
 mod support;
+mod tied;
 mod training;
 mod update_rules;

@@ -87,6 +87,64 @@ fn embeddings_own_matrices_and_linears_have_the_gradients_of_burn() {
     compare(&python, MIXED, model, &initial);
 }
 
+/// The matrix of an embedding is also that of the output.
+#[derive(Module, Debug)]
+struct Tied {
+    embedding: Embedding,
+    output: Param<Tensor<2>>,
+}
+
+impl Model for Tied {
+    type Batch = ();
+
+    fn loss(&self, (): &(), step: &mut Step) -> Tensor<1> {
+        let ids = Tensor::<2, Int>::from_data([[0, 2], [3, 3]], step.device());
+        let x = tanh(self.embedding.forward(ids)).flatten::<2>(0, 1);
+        x.matmul(self.output.val().transpose()).square().mean()
+    }
+
+    fn num_examples((): &()) -> usize {
+        2
+    }
+}
+
+const TIED: &str = "
+import sys, torch
+from torch import nn
+from flat_model import FlatModel
+from ps_client import Worker
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(4, 3)
+        self.output = nn.Linear(3, 4, bias=False)
+        self.output.weight = self.embedding.weight
+
+with Worker(sys.argv[1], 0) as worker:
+    model = Tied()
+    flat = FlatModel(model, worker.layout())
+    flat.load(worker.weights)
+    x = model.embedding(torch.tensor([[0, 2], [3, 3]]))
+    loss = model.output(torch.tanh(x)).square().mean()
+    print(worker.push_pull(flat.gradient(loss), loss.item(), 2))
+";
+
+/// M-7
+#[test]
+fn a_tied_parameter_has_the_gradient_of_burn() {
+    let Some(python) = python() else { return };
+    let device = select_device(default_device_name()).unwrap();
+    let embedding = EmbeddingConfig::new(4, 3).init(&device);
+    let model = Tied {
+        output: embedding.weight.clone(),
+        embedding,
+    };
+    let initial = initial_weights(&model, &device).unwrap();
+    assert_eq!(initial.len(), 12);
+    compare(&python, TIED, model, &initial);
+}
+
 /// Compares what a worker in Python pushes for its first step with what burn computes.
 #[track_caller]
 fn compare<M: Model<Batch = ()>>(python: &str, program: &str, model: M, initial: &Weights) {
