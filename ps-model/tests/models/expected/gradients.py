@@ -1,4 +1,4 @@
-"""Writes the losses and gradients that tests/it/gradients.rs expects, computed by PyTorch.
+"""Writes the losses and gradients that tests/models/gradients.rs expects, computed by PyTorch.
 
     pip install torch==2.9.0 numpy      # scripts/install-libtorch.sh makes such an environment
     python gradients.py                 # in this directory; writes convnet.txt and net*.txt
