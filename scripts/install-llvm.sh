@@ -49,7 +49,8 @@ fi
 llvm_config=$(config) || fail "pip did not install mlc-llvm-static $version"
 [ -x "$llvm_config" ] || fail "there is no program $llvm_config"
 
+# Only what is missing: cargo compiles anew for newer files.
 mkdir -p "$place/bin"
-ln -sfn "$llvm_config" "$place/bin/llvm-config"
-touch "$place/.tracel-llvm-installed"
+[ "$(readlink "$place/bin/llvm-config")" = "$llvm_config" ] || ln -sfn "$llvm_config" "$place/bin/llvm-config"
+[ -e "$place/.tracel-llvm-installed" ] || touch "$place/.tracel-llvm-installed"
 say "$("$place/bin/llvm-config" --version) is in $place"

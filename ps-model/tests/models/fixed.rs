@@ -7,7 +7,7 @@ use ps_model::burn::tensor::quantization::{Calibration, QuantValue};
 use ps_model::burn::tensor::{Bool, Device, FloatDType, Int, IntDType, Tensor};
 use ps_model::{FlatError, FlatView, LocalModel, Model, ModelError, Rng, Step, StepSeed, seeded};
 
-use crate::support::{default_device, default_name, on_each_device_except};
+use crate::support::{default_device, on_each_device_except, one_name};
 
 fn linear([inputs, outputs]: [usize; 2], device: &Device) -> Linear {
     seeded::linear(&mut Rng::new(inputs as u64), [inputs, outputs], device)
@@ -239,7 +239,7 @@ fn a_constant_that_differs_cannot_be_noticed_and_a_frozen_parameter_can() {
 fn the_bytes_of_integers_do_not_depend_on_their_type() {
     let device = default_device();
     // Burn has no other integers on LibTorch.
-    let narrow = match &*default_name() {
+    let narrow = match one_name() {
         "tch" => IntDType::I64,
         _ => IntDType::I32,
     };

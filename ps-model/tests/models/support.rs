@@ -3,15 +3,22 @@
 use ps_model::burn::tensor::Device;
 use ps_model::{ImageBatch, Rng, compiled_devices, select_device};
 
+/// Says on which device alone the tests run.
+const ONE_DEVICE: &str = "PS_TEST_DEVICE";
+
 /// Runs a test on each backend that is compiled in and available on this machine, on its device without
-/// autodiff.
+/// autodiff. If `PS_TEST_DEVICE` names a device, runs it there only.
 pub(crate) fn on_each_device(mut test: impl FnMut(&str, &Device)) {
     on_each_device_except(&[], |name, device| test(name, device));
 }
 
 /// Like [`on_each_device`], without the backends named.
 pub(crate) fn on_each_device_except(skipped: &[&str], mut test: impl FnMut(&str, &Device)) {
-    for name in compiled_devices() {
+    let names = match std::env::var(ONE_DEVICE) {
+        Ok(_) => vec![one_name()],
+        Err(_) => compiled_devices(),
+    };
+    for name in names {
         if skipped.contains(&name) {
             eprintln!("skipped on {name}");
             continue;
@@ -25,16 +32,19 @@ pub(crate) fn on_each_device_except(skipped: &[&str], mut test: impl FnMut(&str,
     }
 }
 
-/// The name of the device for tests of which one is enough: what `PS_TEST_DEVICE` says, or the default.
-pub(crate) fn default_name() -> String {
-    let default = || ps_model::default_device_name().to_owned();
-    std::env::var("PS_TEST_DEVICE").unwrap_or_else(|_| default())
+/// The device for tests of which one is enough, without autodiff.
+pub(crate) fn default_device() -> Device {
+    let device = select_device(one_name());
+    device.expect("the device for the tests works").inner()
 }
 
-/// The device of [`default_name`], without autodiff.
-pub(crate) fn default_device() -> Device {
-    let device = select_device(&default_name());
-    device.expect("the device for the tests works").inner()
+/// The name of [`default_device`]: what `PS_TEST_DEVICE` says, or the default of the build.
+pub(crate) fn one_name() -> &'static str {
+    let Ok(wanted) = std::env::var(ONE_DEVICE) else {
+        return ps_model::default_device_name();
+    };
+    let name = compiled_devices().into_iter().find(|name| *name == wanted);
+    name.unwrap_or_else(|| panic!("{ONE_DEVICE} is {wanted:?}, which is not compiled in"))
 }
 
 /// Random images in -2..2, labels 0, 7, 4, 1, ...; the batch of `expected/gradients.py`.
