@@ -9,6 +9,8 @@
 //!
 //! Ends with the mean loss per character on a part of the text that it was not trained on, in nats, and with a few lines of
 //! its own. With the default settings, the loss is 2.25 after 600 updates, which take two minutes on two cores.
+//! A test checks that three processes reach a loss below 3.2 after 70 updates with batches of 8 and without dropout, with the
+//! bits of one process. A model that only knows how frequent each character is has a loss of 3.31.
 
 use std::process::ExitCode;
 

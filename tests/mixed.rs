@@ -16,10 +16,22 @@ const GPUS: [(&str, &[&str]); 3] = [
     ("wgpu", &["wgpu", "wgpu:cpu"]),
 ];
 
+/// The backends that compute on any CPU. `tch` is LibTorch, which has to be installed to be compiled in.
+const CPUS: [&str; 3] = ["flex", "ndarray", "tch"];
+
+/// Says of each backend that is not compiled in that it is skipped.
 fn devices_of_cpu() -> Vec<Device> {
-    let compiled = compiled_devices().into_iter();
-    let of_cpu = compiled.filter(|name| ["flex", "ndarray", "tch"].contains(name));
-    of_cpu.map(|name| select_device(name).unwrap()).collect()
+    let compiled = compiled_devices();
+    let (found, skipped): (Vec<&str>, Vec<&str>) =
+        CPUS.into_iter().partition(|name| compiled.contains(name));
+    for name in skipped {
+        println!("skipped: the feature `{name}` is off");
+    }
+    let devices = found.into_iter().map(|name| {
+        println!("on {name}");
+        select_device(name).unwrap()
+    });
+    devices.collect()
 }
 
 /// Says of each backend that finds no device why it finds none.
@@ -73,6 +85,7 @@ fn workers_on_several_backends_train_as_on_one() {
     for device in devices {
         let one = train(vec![device.clone()], 4, 40);
         let largest = largest_difference(&mixed, &one);
+        println!("{device:?} alone: a weight differs by up to {largest}");
         assert!(largest < TOLERANCE, "{largest} with {device:?} alone");
     }
 }
