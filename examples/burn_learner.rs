@@ -6,6 +6,7 @@
 //! ```text
 //! cargo run --release --features burn-train --example burn_learner
 //! cargo run --release --features burn-train --example burn_learner -- --processes 3
+//! cargo run --release --features burn-train --example burn_learner -- --artifact-dir runs/one --resume
 //! ```
 //!
 //! Ends with burn's summary, and with the accuracy of the final model on the test images.
@@ -31,7 +32,7 @@ use clap::Parser;
 use ps::actors::launch::{StopSignal, exit_code};
 use ps::cli::{self, ClusterArgs, DataArgs, say};
 use ps::dataset::ImageItem;
-use ps::learner::ClusterStrategy;
+use ps::learner::{ClusterStrategy, SavedEpochs};
 use ps::prelude::*;
 
 /// Training with burn's Learner, on any number of processes.
@@ -58,8 +59,12 @@ struct Args {
     #[arg(long, default_value_t = 0.5)]
     dropout: f64,
     /// Where burn writes checkpoints and metrics [default: a new directory in that for temporary files].
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     artifact_dir: Option<PathBuf>,
+    /// Go on from the newest usable checkpoint in the directory. If there is none yet, start from the
+    /// beginning.
+    #[arg(long, requires = "artifact_dir")]
+    resume: bool,
     #[command(flatten)]
     data: DataArgs,
     #[command(flatten)]
@@ -69,7 +74,8 @@ struct Args {
 const EXAMPLES: &str = "Examples:
   burn_learner                            one worker in this process
   burn_learner --processes 3              three workers in processes of their own
-  burn_learner --processes 3 --consistency ssp:3";
+  burn_learner --processes 3 --consistency ssp:3
+  burn_learner --artifact-dir runs/one --resume   go on after an interruption";
 
 fn main() -> ExitCode {
     cli::main(train)
@@ -102,28 +108,40 @@ fn train(args: Args) -> Result<ExitCode> {
     };
 
     let stop = StopSignal::heed()?;
-    let directory = args.artifact_dir.clone();
-    let directory = directory.unwrap_or_else(|| {
-        // Other runs, and other users, have other directories.
-        let name = format!("ps-burn-learner-{}", std::process::id());
-        std::env::temp_dir().join(name)
-    });
+    let directory = match args.artifact_dir.clone() {
+        Some(directory) => directory,
+        None => tempfile::Builder::new()
+            .prefix("ps-burn-learner-")
+            .tempdir()?
+            .keep(),
+    };
     say!("Writing to {}.", directory.display());
-    let result = SupervisedTraining::new(&directory, train, test.clone())
+    let saved = SavedEpochs::open(&directory, &learner, args.resume)?;
+    let training = SupervisedTraining::new(&directory, train, test.clone())
         .metrics((AccuracyMetric::new(), LossMetric::new()))
         .with_default_checkpointers()
         .num_epochs(args.epochs)
         .with_application_logger(None)
         .with_training_strategy(strategy)
-        .summary()
-        .launch(learner);
+        .summary();
+    let training = match saved.newest() {
+        Some(epoch) => {
+            say!("Going on after epoch {epoch}.");
+            training.checkpoint(epoch)
+        }
+        None => training,
+    };
+    let result = training.launch(learner);
     if let Some(error) = result.error {
         bail!("the training failed: {error}");
     }
     if let Some(interrupted) = result.interrupted {
         let reason = interrupted.reason.unwrap_or_default();
         say!("Interrupted: {reason}.");
-        // 143 or 130 after a signal.
+        if args.artifact_dir.is_some() {
+            cli::say_how_to_go_on();
+        }
+        // 143 or 130 after a signal: the epoch under way is not in a checkpoint.
         return Ok(match stop.received() {
             Some(signal) => exit_code(Some(signal)),
             None => ExitCode::FAILURE,

@@ -113,7 +113,8 @@ where
                 let event = LearnerEvent::ProcessedItem(item);
                 interrupter.fail_on_error(event_processor.process_train(event));
             };
-            let number = (epoch - starting_epoch) as u64;
+            // burn counts from 1. A training that goes on takes the examples in the order of an uninterrupted one.
+            let number = (epoch - 1) as u64;
             if let Err(error) = epochs.train(number, on_output, must_stop) {
                 interrupter.fail(failure(rank_of(&error), error_chain(&error)));
             }

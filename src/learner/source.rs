@@ -48,7 +48,7 @@ pub(super) struct EpochConfig {
     pub(super) training: u64,
     pub(super) worker: WorkerId,
     pub(super) num_workers: u32,
-    /// The number of the epoch since the start of the training, from 0.
+    /// The number of the epoch, from 0. A training that goes on from a checkpoint does not begin with 0.
     pub(super) epoch: u64,
     /// How many batches are in one step.
     pub(super) num_accumulated: u32,

@@ -26,6 +26,7 @@ use net::{
 
 mod net;
 mod nodes;
+mod saved;
 
 /// A strategy for this process alone.
 fn alone(
@@ -234,29 +235,6 @@ fn the_schedule_counts_updates() {
         let num_updates = num_updates.load(Ordering::Relaxed);
         assert_eq!(num_updates, NUM_EPOCHS * per_epoch, "{consistency}");
     }
-}
-
-/// What the optimizer remembers, and the place in the schedule, are in burn's checkpoints.
-#[test]
-fn a_training_goes_on_from_burns_checkpoint() {
-    let new = || learner(AdamConfig::new().init(), 40);
-    let loads = || loader(0..40, 4, None, &OnStep::nothing());
-    let run = |directory: &Directory, num_epochs, from: Option<usize>| {
-        let (learner, loads) = (new(), loads());
-        let strategy = alone(&learner, &loads, 2, Consistency::Bsp);
-        let training = directory.training(loads, num_epochs);
-        let training = match from {
-            Some(epoch) => training.checkpoint(epoch),
-            None => training,
-        };
-        let training = training.with_default_checkpointers();
-        weights_of(&training.with_training_strategy(strategy).launch(learner))
-    };
-    let expected = run(&Directory::new(), 4, None);
-    let directory = Directory::new();
-    let halfway = run(&directory, 2, None);
-    assert_ne!(halfway, expected);
-    assert_eq!(run(&directory, 4, Some(2)), expected);
 }
 
 /// A program may make what is not trained at random. Then the checkpoint has what the trained layers fit to.

@@ -1,6 +1,7 @@
 //! burn's own training loop as several real processes.
 
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -55,8 +56,12 @@ impl Place {
     }
 
     fn start(&self, name: &str, arguments: &[&str]) -> Run {
+        self.start_with_dropout("0", name, arguments)
+    }
+
+    fn start_with_dropout(&self, dropout: &str, name: &str, arguments: &[&str]) -> Run {
         let driver = Command::new(example("burn_learner"))
-            .args(["--offline", "--batch-size", "2", "--dropout", "0"])
+            .args(["--offline", "--batch-size", "2", "--dropout", dropout])
             .arg("--data-dir")
             .arg(self.data())
             .arg("--artifact-dir")
@@ -75,8 +80,12 @@ impl Place {
 
     /// What burn wrote about the loss on the test images, which depends on all weights.
     fn losses(&self, name: &str, num_epochs: usize) -> Vec<String> {
+        self.losses_of(name, 1..=num_epochs)
+    }
+
+    fn losses_of(&self, name: &str, epochs: RangeInclusive<usize>) -> Vec<String> {
         let valid = self.run(name).join("valid");
-        let files = (1..=num_epochs).map(|epoch| valid.join(format!("epoch-{epoch}/Loss.log")));
+        let files = epochs.map(|epoch| valid.join(format!("epoch-{epoch}/Loss.log")));
         files
             .map(|file| fs::read_to_string(file).unwrap())
             .collect()
@@ -128,6 +137,54 @@ fn a_worker_of_burns_learner_that_is_killed_changes_nothing() {
     assert_eq!(place.losses("three", 5), place.losses("one", 5));
 }
 
+/// The examples are shuffled anew for each epoch, and dropout draws random numbers for each step. Each process has one
+/// worker.
+#[test]
+fn a_training_of_burns_learner_whose_driver_is_killed_goes_on_with_the_same_weights() {
+    const NUM_EPOCHS: usize = 30;
+    let place = Place::new(42, 10);
+    for (processes, whole, killed) in [("1", "one", "one-killed"), ("3", "three", "three-killed")] {
+        let arguments = ["--epochs", "30", "--processes", processes];
+        let start = |name, more: &[&str]| {
+            place.start_with_dropout("0.5", name, &[&arguments, more].concat())
+        };
+        let (status, expected) = start(whole, &[]).finish();
+        assert!(status.success(), "{expected}");
+        assert!(results(&expected).len() == 1, "{expected}");
+
+        let run = start(killed, &[]);
+        // The second epoch has been saved, and the third one perhaps.
+        wait_for(&place.run(killed).join("train/epoch-4"));
+        signal("KILL", run.driver.id());
+        let (status, output) = run.finish();
+        assert!(!status.success(), "{output}");
+
+        // Not by mistake into another run's directory.
+        let (status, output) = start(killed, &[]).finish();
+        assert_eq!(status.code(), Some(1), "{output}");
+        assert!(
+            output.contains("already has checkpoints, up to epoch"),
+            "{output}"
+        );
+
+        let (status, output) = start(killed, &["--resume"]).finish();
+        assert!(status.success(), "{output}");
+        let saved = output.lines().find_map(|line| {
+            let line = line.strip_prefix("Going on after epoch ")?;
+            line.strip_suffix('.')?.parse::<usize>().ok()
+        });
+        let saved = saved.unwrap_or_else(|| panic!("it began again: {output}"));
+        assert!((2..NUM_EPOCHS).contains(&saved), "{saved}: {output}");
+        assert_eq!(results(&output), results(&expected), "{output}");
+        let since = saved + 1..=NUM_EPOCHS;
+        assert_eq!(
+            place.losses_of(killed, since.clone()),
+            place.losses_of(whole, since),
+            "{processes}: {output}"
+        );
+    }
+}
+
 ///
 #[test]
 fn a_signal_interrupts_burns_learner_on_all_processes() {
@@ -141,6 +198,13 @@ fn a_signal_interrupts_burns_learner_on_all_processes() {
         assert_eq!(status.code(), Some(code), "{output}");
         let interrupted = format!("Interrupted: SIG{how}.");
         assert!(output.contains(&interrupted), "{output}");
+        let hint = output
+            .lines()
+            .find_map(|line| line.strip_prefix("To go on: "));
+        assert!(
+            hint.is_some_and(|hint| hint.ends_with("--resume")),
+            "{output}"
+        );
     }
 }
 
