@@ -174,12 +174,17 @@ pub fn end_of_training(interrupted: Option<Signal>, is_saved: bool) -> ExitCode 
     if interrupted.is_none() || !is_saved {
         return exit_code(interrupted);
     }
+    say_how_to_go_on();
+    ExitCode::SUCCESS
+}
+
+/// Says with which command this run goes on: its own, with `--resume`.
+pub fn say_how_to_go_on() {
     let mut words: Vec<String> = std::env::args().map(|word| quoted(&word)).collect();
     if !words.iter().any(|word| word == "--resume") {
         words.push("--resume".to_owned());
     }
     say!("To go on: {}", words.join(" "));
-    ExitCode::SUCCESS
 }
 
 /// Quotes a word for a shell, if it needs that.

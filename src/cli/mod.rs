@@ -130,7 +130,7 @@ use ps_actors::actor::error_chain;
 use ps_actors::launch::log_prefix;
 
 pub use chaos::{ChaosArgs, ServerPlaces};
-pub use checkpoints::{CheckpointArgs, end_of_training};
+pub use checkpoints::{CheckpointArgs, end_of_training, say_how_to_go_on};
 pub use cluster::ClusterArgs;
 pub use data::{DataArgs, DeviceArgs, TrainArgs};
 #[doc(hidden)]

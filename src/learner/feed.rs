@@ -148,7 +148,7 @@ pub(super) struct Feed<I> {
 type Coming<I> = Result<Loaded<I>, LoaderError>;
 
 struct Loaded<I> {
-    /// The epoch since the start of the training, and the number of the batch in it, both from 0.
+    /// The epoch, and the number of the batch in it, both from 0.
     place: (u64, u64),
     content: Content<I>,
 }

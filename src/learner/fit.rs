@@ -99,6 +99,7 @@ where
             num_workers,
             num_accumulated: grad_accumulation.map_or(1, |num| num.try_into().unwrap_or(u32::MAX)),
             learner: &learner,
+            before: Mutex::new(None),
         };
         for epoch in starting_epoch..=num_epochs {
             interrupter.fail_on_error(event_processor.process_train(LearnerEvent::StartSplit {
@@ -113,7 +114,8 @@ where
                 let event = LearnerEvent::ProcessedItem(item);
                 interrupter.fail_on_error(event_processor.process_train(event));
             };
-            let number = (epoch - starting_epoch) as u64;
+            // burn counts from 1. A training that goes on takes the examples in the order of an uninterrupted one.
+            let number = (epoch - 1) as u64;
             if let Err(error) = epochs.train(number, on_output, must_stop) {
                 interrupter.fail(failure(rank_of(&error), error_chain(&error)));
             }

@@ -48,7 +48,7 @@
 //! # use model::{Line, PointBatcher};
 //! use burn::train::metric::LossMetric;
 //! use burn::train::{Learner, SupervisedTraining};
-//! use ps::learner::ClusterStrategy;
+//! use ps::learner::{ClusterStrategy, SavedEpochs};
 //! use ps::model::burn::data::dataloader::DataLoaderBuilder;
 //! use ps::model::burn::data::dataset::InMemDataset;
 //! use ps::model::burn::optim::SgdConfig;
@@ -67,16 +67,24 @@
 //! let strategy = ClusterStrategy::new(&learner, &train, &device)?.workers(2);
 //! let cluster = Cluster::alone(strategy.hosts(Hosts::new()));
 //! # let directory = std::env::temp_dir().join(format!("ps-learner-{}", std::process::id()));
-//! let result = SupervisedTraining::new(&directory, train, valid)
+//! // With `true`, the same program goes on where a process was killed that trained in this directory.
+//! let saved = SavedEpochs::open(&directory, &learner, false)?;
+//! let training = SupervisedTraining::new(&directory, train, valid)
 //!     .metric_valid_numeric(LossMetric::new())
 //!     .num_epochs(3)
 //!     .with_application_logger(None)
-//!     .with_training_strategy(strategy.on(&cluster))
-//!     .launch(learner);
+//!     .with_default_checkpointers()
+//!     .with_training_strategy(strategy.on(&cluster));
+//! # let for_later = learner.clone();
+//! let result = match saved.newest() {
+//!     Some(epoch) => training.checkpoint(epoch).launch(learner),
+//!     None => training.launch(learner),
+//! };
 //! assert!(result.error.is_none());
 //! let slope: f32 = result.model.slope.val().into_scalar();
 //! assert!((slope - 3.0).abs() < 0.1, "{slope}");
-//! # drop(result.renderer);
+//! # drop((result.renderer, saved));
+//! # assert_eq!(SavedEpochs::open(&directory, &for_later, true)?.newest(), Some(3));
 //! # std::fs::remove_dir_all(&directory)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -106,8 +114,12 @@
 //!   after the current batch of the validation set. The other processes end with the driver's.
 //! - **A lost worker** is started again on another node, and goes on with the first batch whose gradient was not
 //!   settled. If the loader uses several threads (`num_workers` above 1), the order of its batches depends on time, so
-//!   in this epoch some batches may be taken twice, and others not at all. If the driver is lost, the training is
-//!   lost up to the last of burn's checkpoints; `checkpoint(epoch)` goes on from there, as in burn.
+//!   in this epoch some batches may be taken twice, and others not at all.
+//! - **A lost driver.** The training is lost up to the last of burn's checkpoints. [`SavedEpochs`] finds the last one that
+//!   is complete, and burn's `checkpoint(epoch)` goes on from there. In [`Consistency::Bsp`], the weights at the end
+//!   have the same bits as if nothing had happened. For this, learner and loader must be made in the same way again, with
+//!   the same number of workers, and nothing may depend on time: neither the order of the examples (several threads of a
+//!   loader) nor the random numbers of layers (several workers in one process).
 //!
 //! # What must be the same in all processes
 //!
@@ -133,6 +145,8 @@
 //!   them.
 //! - In `Bsp`, running statistics are the mean of the workers', as with [`Trainer`](crate::Trainer) (S-20). Batches whose
 //!   gradients are accumulated change them one after the other.
+//! - A training that goes on from a checkpoint takes the examples of each epoch in the order in which an uninterrupted
+//!   training does. burn's strategies begin with the order of the first epoch again.
 //! - An epoch ends with an error if the data loader ends before its progress is complete. In burn's loader this is a
 //!   thread that panicked.
 //! - For gradient checkpointing, give [`ClusterStrategy::new`] a device with it. burn does not tell a strategy of
@@ -159,12 +173,17 @@ use ps_model::{LocalModel, TiedField};
 use crate::agreement::Facts;
 use crate::source::{SetupError, WORKERS};
 
+mod counts;
 mod epoch;
 mod feed;
 mod fit;
 mod progress;
 mod rule;
+mod saved;
 mod source;
+
+pub use counts::GradientCounts;
+pub use saved::{SavedEpochs, SavedEpochsError};
 
 use feed::Shares;
 use fit::OnCluster;
@@ -213,6 +232,7 @@ where
                 shares,
                 seed: AtomicU64::new(0),
                 outputs: Mutex::default(),
+                counts: GradientCounts::default(),
             }),
             model_facts,
             facts,
@@ -269,6 +289,20 @@ where
     pub fn heed_signals(mut self, heeds_signals: bool) -> Self {
         self.heeds_signals = heeds_signals;
         self
+    }
+
+    /// Returns a handle that says what became of the gradients, also when burn has the strategy. In a node, it counts
+    /// nothing.
+    ///
+    /// ```ignore
+    /// let strategy = ClusterStrategy::new(&learner, &train, &device)?;
+    /// let counts = strategy.counts();
+    /// let result = training.with_training_strategy(strategy.on(&cluster)).launch(learner);
+    /// assert_eq!(counts.num_applied(), num_workers * num_epochs * steps_per_epoch);
+    /// ```
+    #[must_use]
+    pub fn counts(&self) -> GradientCounts {
+        self.shared.counts.clone()
     }
 
     /// Adds what a process must host to take part in this training, and what it must have in common with the

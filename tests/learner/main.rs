@@ -27,6 +27,7 @@ use net::{
 
 mod net;
 mod nodes;
+mod saved;
 
 /// A strategy for this process alone.
 fn alone(
@@ -205,6 +206,33 @@ fn each_epoch_covers_every_example_once_in_every_mode() {
     }
 }
 
+#[test]
+fn gradients_are_counted_over_all_epochs() {
+    for consistency in [
+        Consistency::Bsp,
+        Consistency::Asp,
+        Consistency::Ssp { bound: 1 },
+        Consistency::KofN { k: 2 },
+    ] {
+        let learner = learner(SgdConfig::new().init(), 100);
+        let loads = loader(0..50, 4, Some(3), &OnStep::nothing());
+        let strategy = ClusterStrategy::new(&learner, &loads, &device()).unwrap();
+        let strategy = strategy.workers(3).consistency(consistency);
+        let strategy = strategy.heed_signals(false);
+        let counts = strategy.counts();
+        let strategy = strategy.on(&Cluster::alone(Hosts::new()));
+        weights_of(&train(learner, loads, NUM_EPOCHS, Some(strategy)));
+        // The shares have 16, 17 and 17 examples, so their workers take 4, 5 and 5 steps in each epoch.
+        let num_steps = (NUM_EPOCHS * 14) as u64;
+        assert_eq!(counts.num_settled(), num_steps, "{consistency}");
+        match consistency {
+            // Some came too late for their round.
+            Consistency::KofN { .. } => assert!(counts.num_applied() <= num_steps),
+            _ => assert_eq!(counts.num_applied(), num_steps, "{consistency}"),
+        }
+    }
+}
+
 /// A constant rate that counts how often it is asked for.
 #[derive(Clone, Default)]
 struct Counting(Arc<AtomicUsize>);
@@ -235,29 +263,6 @@ fn the_schedule_counts_updates() {
         let num_updates = num_updates.load(Ordering::Relaxed);
         assert_eq!(num_updates, NUM_EPOCHS * per_epoch, "{consistency}");
     }
-}
-
-/// What the optimizer remembers, and the place in the schedule, are in burn's checkpoints.
-#[test]
-fn a_training_goes_on_from_burns_checkpoint() {
-    let new = || learner(AdamConfig::new().init(), 40);
-    let loads = || loader(0..40, 4, None, &OnStep::nothing());
-    let run = |directory: &Directory, num_epochs, from: Option<usize>| {
-        let (learner, loads) = (new(), loads());
-        let strategy = alone(&learner, &loads, 2, Consistency::Bsp);
-        let training = directory.training(loads, num_epochs);
-        let training = match from {
-            Some(epoch) => training.checkpoint(epoch),
-            None => training,
-        };
-        let training = training.with_default_checkpointers();
-        weights_of(&training.with_training_strategy(strategy).launch(learner))
-    };
-    let expected = run(&Directory::new(), 4, None);
-    let directory = Directory::new();
-    let halfway = run(&directory, 2, None);
-    assert_ne!(halfway, expected);
-    assert_eq!(run(&directory, 4, Some(2)), expected);
 }
 
 /// A program may make what is not trained at random. Then the checkpoint has what the trained layers fit to.
