@@ -181,17 +181,15 @@ fn the_trace_of_a_drivers_own_loop_has_its_calls() {
         assert_eq!(updates.0, 0, "the driver makes the calls");
         let num_updates = drawn.slices(updates).count() as u64;
         assert_eq!(num_updates * num_per_update, 2 * NUM_STEPS);
+        let mut num_steps = 0;
         for worker in 0..2 {
             let computes = drawn.thread_of(&format!("worker {worker}"));
             assert_ne!(computes.0, 0, "each worker has a process of its own");
-            for clock in 0..NUM_STEPS {
-                let is_it = |entry: &&Value| {
-                    entry["name"] == format!("step {clock}") && thread(entry) == computes
-                };
-                let steps: Vec<&Value> = drawn.0.iter().filter(is_it).collect();
-                let [step] = steps[..] else {
-                    panic!("{name}: step {clock} of worker {worker}: {steps:?}");
-                };
+            let steps = drawn.0.iter().filter(|entry| entry["ph"] == "i");
+            let of_worker = steps.filter(|step| thread(step) == computes);
+            for (clock, step) in of_worker.enumerate() {
+                num_steps += 1;
+                assert_eq!(step["name"], format!("step {clock}"));
                 let about = &step["args"];
                 assert_eq!(about["outcome"], "applied");
                 let gradient = format!("gradient {}", about["gradient"].as_str().unwrap());
@@ -213,6 +211,8 @@ fn the_trace_of_a_drivers_own_loop_has_its_calls() {
                 assert_eq!([&from["ph"], &to["ph"]], ["s", "f"]);
             }
         }
+        // In `async_ps`, a worker may take more of them than the other.
+        assert_eq!(num_steps, 2 * NUM_STEPS, "{name}");
         let beside = drawn.slices((0, 0));
         let evaluations = beside.filter(|slice| slice["name"] == "evaluation");
         // The first one and the last one.
