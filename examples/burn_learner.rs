@@ -1,7 +1,8 @@
 //! burn's own training loop on several processes: the MNIST model of burn's guide, trained with burn's `Learner`.
 //!
-//! The program is that of the guide (<https://burn.dev/books/burn/basic-workflow/>), with one statement more: the
-//! strategy, which makes workers of all processes. Metrics, checkpoints and the rest are burn's.
+//! The program is that of the guide (<https://burn.dev/books/burn/basic-workflow/>), with a strategy that makes workers of
+//! all processes. Metrics, checkpoints and the rest are burn's. `--resume` goes on from a checkpoint, and `--chaos` lets faults
+//! happen.
 //!
 //! ```text
 //! cargo run --release --features burn-train --example burn_learner
@@ -30,7 +31,8 @@ use burn::train::{
 };
 use clap::Parser;
 use ps::actors::launch::{StopSignal, exit_code};
-use ps::cli::{self, ClusterArgs, DataArgs, say};
+use ps::chaos::Done;
+use ps::cli::{self, ChaosArgs, ClusterArgs, DataArgs, say};
 use ps::dataset::ImageItem;
 use ps::learner::{ClusterStrategy, SavedEpochs};
 use ps::prelude::*;
@@ -69,6 +71,8 @@ struct Args {
     data: DataArgs,
     #[command(flatten)]
     cluster: ClusterArgs,
+    #[command(flatten)]
+    chaos: ChaosArgs,
 }
 
 const EXAMPLES: &str = "Examples:
@@ -98,14 +102,22 @@ fn train(args: Args) -> Result<ExitCode> {
         args.learning_rate,
     );
 
-    // What makes many processes of one. In the others it returns `None` when their work is over.
+    // What makes many processes of one.
+    let one_each = || u16::try_from(args.cluster.world_size()).unwrap_or(u16::MAX);
+    let num_workers = args.num_workers.unwrap_or_else(one_each);
     let strategy = ClusterStrategy::new(&learner, &train, &device)?
         .seed(args.seed)
-        .workers(args.num_workers)
+        .workers(num_workers)
         .consistency(args.consistency);
-    let Some(strategy) = strategy.launch(|hosts| args.cluster.launch(hosts)) else {
+    let mut chaos = (args.chaos).begin_learner(num_workers.into(), &args.cluster)?;
+    let hosts = chaos.hosts(strategy.hosts(Hosts::new()));
+    // In the others, this returns `None` when their work is over.
+    let Some(cluster) = args.cluster.launch(hosts) else {
         return Ok(ExitCode::SUCCESS);
     };
+    chaos.start(&cluster)?;
+    let counts = strategy.counts();
+    let num_examples = train.num_items();
 
     let stop = StopSignal::heed()?;
     let directory = match args.artifact_dir.clone() {
@@ -122,7 +134,7 @@ fn train(args: Args) -> Result<ExitCode> {
         .with_default_checkpointers()
         .num_epochs(args.epochs)
         .with_application_logger(None)
-        .with_training_strategy(strategy)
+        .with_training_strategy(strategy.on(&cluster))
         .summary();
     let training = match saved.newest() {
         Some(epoch) => {
@@ -135,6 +147,17 @@ fn train(args: Args) -> Result<ExitCode> {
     if let Some(error) = result.error {
         bail!("the training failed: {error}");
     }
+    let num_epochs = args.epochs.saturating_sub(saved.newest().unwrap_or(0));
+    let per_epoch = num_batches(num_examples, num_workers.into(), args.batch_size);
+    let done = Done {
+        num_expected: (result.interrupted.is_none()).then_some((num_epochs * per_epoch) as u64),
+        num_settled: counts.num_settled(),
+        num_applied: counts.num_applied(),
+        num_applied_before: 0,
+        weights: initial_weights(&result.model, &device)?,
+        // burn's own dropout has other random numbers if workers share a process, as they do when one is lost.
+        is_repeatable: args.consistency == Consistency::Bsp && args.dropout == 0.0,
+    };
     if let Some(interrupted) = result.interrupted {
         let reason = interrupted.reason.unwrap_or_default();
         say!("Interrupted: {reason}.");
@@ -142,10 +165,11 @@ fn train(args: Args) -> Result<ExitCode> {
             cli::say_how_to_go_on();
         }
         // 143 or 130 after a signal: the epoch under way is not in a checkpoint.
-        return Ok(match stop.received() {
+        let code = match stop.received() {
             Some(signal) => exit_code(Some(signal)),
             None => ExitCode::FAILURE,
-        });
+        };
+        return Ok(chaos.conclude(Some(&done), code)?);
     }
 
     let (mut num_right, mut num_all) = (0, 0);
@@ -158,7 +182,14 @@ fn train(args: Args) -> Result<ExitCode> {
     }
     let accuracy = 100.0 * num_right as f64 / num_all as f64;
     say!("Final accuracy is {accuracy:.1}.");
-    Ok(ExitCode::SUCCESS)
+    Ok(chaos.conclude(Some(&done), ExitCode::SUCCESS)?)
+}
+
+/// Returns how many batches the shares of all workers have in an epoch: the last one of a share may be smaller.
+fn num_batches(num_examples: usize, num_workers: usize, batch_size: usize) -> usize {
+    let begin = |rank: usize| rank * num_examples / num_workers;
+    let shares = (0..num_workers).map(|rank| begin(rank + 1) - begin(rank));
+    shares.map(|share| share.div_ceil(batch_size.max(1))).sum()
 }
 
 #[derive(Clone, Debug)]

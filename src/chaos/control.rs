@@ -126,6 +126,7 @@ fn without_faults(arguments: impl Iterator<Item = OsString>, saved: &OsString) -
             "--dashboard-token-file",
             "--dashboard-host",
             "--checkpoint-dir",
+            "--artifact-dir",
         ];
         let Some(flag) = flags.into_iter().find(|flag| is_flag(&word, flag)) else {
             kept.push(word);
@@ -135,8 +136,8 @@ fn without_faults(arguments: impl Iterator<Item = OsString>, saved: &OsString) -
             // Its value is a word of its own.
             let _ = arguments.next();
         }
-        if flag == "--checkpoint-dir" {
-            kept.extend(["--checkpoint-dir".into(), saved.clone()]);
+        if ["--checkpoint-dir", "--artifact-dir"].contains(&flag) {
+            kept.extend([flag.into(), saved.clone()]);
         }
     }
     kept.push("--chaos=".into());
@@ -181,6 +182,10 @@ mod tests {
             (
                 "--dashboard --net --dashboard 127.0.0.1:1 --dashboard-token-file f --trace t --quiet",
                 "--net --quiet --chaos=",
+            ),
+            (
+                "--artifact-dir=a --resume --epochs 3",
+                "--artifact-dir TEMP --epochs 3 --chaos=",
             ),
             (
                 // It has no directory of its own, and nobody collects its steps.

@@ -89,20 +89,24 @@ impl Executor {
 
     fn attempt(&self, index: usize, planned: &Planned) {
         let now = Instant::now();
+        let is_first_try;
         {
             let mut tried = planned.tried.lock().unwrap_or_else(PoisonError::into_inner);
             // Another thread asks the driver, or has just asked in vain.
             if tried.is_some_and(|tried| now < tried + AGAIN) {
                 return;
             }
-            *tried = Some(now);
+            is_first_try = tried.replace(now).is_none();
         }
         let fault = planned.fault;
         let is_last = matches!(fault, Fault::KillWorker { .. } | Fault::KillServer { .. });
         let is_granted = match &self.role {
+            // The worker may get a place elsewhere.
             Role::Driver { may_die: false, .. } if is_last => {
-                tracing::warn!(%fault, "is left out: it would end the driver, and there is no checkpoint");
-                Some(false)
+                if is_first_try {
+                    tracing::warn!(%fault, "must wait: it would end the driver, and there is no checkpoint");
+                }
+                None
             }
             Role::Driver { ledger, .. } => Some(ledger.claim(index, is_last, now)),
             Role::Node(link) => link.claim(index),

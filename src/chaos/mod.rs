@@ -28,6 +28,9 @@
 //!   and the same command with `--resume` goes on. The directory notes which faults have happened, so they do not
 //!   happen again. It also notes when a fault ended the driver. The recovery of the driver lasts from then to the first
 //!   update after the restart. So it includes the time until somebody has started the driver again.
+//! - With burn's learner (`ps::learner`), a plan cannot end the driver, because burn saves only between epochs. The server and
+//!   a part of the workers are there. Steps and versions are counted since the process of the driver began to train, also
+//!   if it went on from a checkpoint.
 //! - Steps are counted at the first server: which worker's gradient of which step was in which update. So a step that
 //!   is lost or doubled is seen, even if a ledger is wrong.
 //!
@@ -53,6 +56,7 @@
 //!     num_servers: 1,
 //!     num_servers_in_driver: 1,
 //!     workers_call_servers: true,
+//!     learner_processes: None,
 //!     checkpoint_dir: Some(directory.to_owned()),
 //!     resumes: false,
 //!     has_control: false,
@@ -112,6 +116,9 @@ pub struct Setting {
     pub num_servers_in_driver: usize,
     /// Whether workers call the servers. Otherwise the driver does it for them.
     pub workers_call_servers: bool,
+    /// How many processes share the workers of burn's learner (`ps::learner`), the driver included. `None`: it is
+    /// another training.
+    pub learner_processes: Option<usize>,
     /// Where checkpoints are saved.
     pub checkpoint_dir: Option<PathBuf>,
     /// Whether the run goes on from a checkpoint.
@@ -148,6 +155,14 @@ pub enum ChaosError {
         /// The clause of the plan that would end the run.
         fault: Fault,
         /// Why the run would end.
+        because: &'static str,
+    },
+    /// The fault would end a training of burn's learner, or harm nothing that `ps` saves.
+    #[error("`{fault}` is not for burn's learner: {because}")]
+    Learner {
+        /// The clause of the plan that asks for it.
+        fault: Fault,
+        /// Why it cannot be followed.
         because: &'static str,
     },
     /// There are no messages between processes and servers.
@@ -415,6 +430,25 @@ fn check_fault(fault: Fault, setting: &Setting) -> Result<(), ChaosError> {
         false => Err(ChaosError::NoCheckpoint { fault, because }),
     };
     let is_unix = cfg!(unix);
+    if let Some(num_processes) = setting.learner_processes {
+        let refused = |because| Err(ChaosError::Learner { fault, because });
+        match fault {
+            // The first worker is always there, and then each further one by the number of processes.
+            Fault::KillWorker { worker, .. }
+                if (worker as usize) < setting.num_workers
+                    && (worker as usize).is_multiple_of(num_processes.max(1)) =>
+            {
+                return refused("this worker is in the driver's process");
+            }
+            Fault::KillServer { .. } => {
+                return refused("its only server is in the driver's process");
+            }
+            Fault::DamageCheckpoint { .. } => {
+                return refused("its checkpoints are burn's, which have no checksums");
+            }
+            _ => {}
+        }
+    }
     match fault {
         Fault::KillWorker { worker, .. } => {
             exists("worker", worker as usize, setting.num_workers)?;
@@ -452,6 +486,7 @@ mod tests {
             num_servers: 3,
             num_servers_in_driver: 1,
             workers_call_servers: true,
+            learner_processes: None,
             checkpoint_dir: Some("runs/one".into()),
             resumes: false,
             has_control: false,
@@ -493,6 +528,15 @@ mod tests {
             ..setting()
         };
         assert_eq!(refused("kill worker 1 @ step 4", &unsaved), "");
+        let learner = Setting {
+            num_workers: 5,
+            num_servers: 1,
+            learner_processes: Some(3),
+            ..unsaved.clone()
+        };
+        let all = "kill worker 1 @ step 4; kill worker 4 @ step 4; stop worker 0 for 1s @ step 3; \
+                   stop server 0 for 1s @ version 2; drop 5%; dup 2%; delay 1..2ms";
+        assert_eq!(refused(all, &learner), "");
         for (plan, setting, says) in [
             (
                 "kill worker 1 @ step 4",
@@ -512,6 +556,23 @@ mod tests {
             ("damage checkpoint @ version 4", &unsaved, "no checkpoints"),
             ("drop 5%", &alone, "`drop`: no process calls"),
             ("delay 1..2ms", &by_driver, "`delay`: no process calls"),
+            (
+                "kill worker 3 @ step 4",
+                &learner,
+                "not for burn's learner: this worker is in the driver's process",
+            ),
+            ("kill worker 5 @ step 4", &learner, "there is no worker 5"),
+            (
+                "kill worker 6 @ step 4",
+                &learner,
+                "they are numbered from 0 to 4",
+            ),
+            (
+                "kill server 0 @ version 4",
+                &learner,
+                "its only server is in the driver's process",
+            ),
+            ("damage checkpoint @ version 4", &learner, "no checksums"),
         ] {
             let refused = refused(plan, setting);
             assert!(refused.contains(says), "{plan}: {refused}");

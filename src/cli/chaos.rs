@@ -62,6 +62,38 @@ impl ChaosArgs {
         checkpoints: &CheckpointArgs,
         servers: ServerPlaces,
     ) -> Result<Chaos, ChaosError> {
+        self.begin_in(num_workers, cluster, servers, |setting| Setting {
+            checkpoint_dir: checkpoints.checkpoint_dir.clone(),
+            resumes: checkpoints.resume,
+            ..setting
+        })
+    }
+
+    /// As [`begin`](Self::begin), for a training of burn's learner (`ps::learner`). Its server and a part of its workers
+    /// are in the driver's process. A plan that would kill this process is refused.
+    ///
+    /// # Errors
+    /// If the plan cannot be followed.
+    pub fn begin_learner(
+        &self,
+        num_workers: usize,
+        cluster: &ClusterArgs,
+    ) -> Result<Chaos, ChaosError> {
+        let num_processes = cluster.world_size() as usize;
+        let one = ServerPlaces::ONE;
+        self.begin_in(num_workers, cluster, one, |setting| Setting {
+            learner_processes: Some(num_processes),
+            ..setting
+        })
+    }
+
+    fn begin_in(
+        &self,
+        num_workers: usize,
+        cluster: &ClusterArgs,
+        servers: ServerPlaces,
+        and: impl FnOnce(Setting) -> Setting,
+    ) -> Result<Chaos, ChaosError> {
         let Some(plan) = &self.chaos else {
             return Ok(Chaos::off());
         };
@@ -74,11 +106,12 @@ impl ChaosArgs {
             num_servers: servers.num_servers,
             num_servers_in_driver: servers.num_in_driver,
             workers_call_servers: servers.workers_call,
-            checkpoint_dir: checkpoints.checkpoint_dir.clone(),
-            resumes: checkpoints.resume,
+            learner_processes: None,
+            checkpoint_dir: None,
+            resumes: false,
             has_control: self.chaos_control,
         };
-        Chaos::begin(plan.clone(), setting)
+        Chaos::begin(plan.clone(), and(setting))
     }
 }
 

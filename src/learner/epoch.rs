@@ -1,4 +1,5 @@
-//! One epoch: a server and workers that take all steps of their shares.
+//! One epoch: a server and workers that take all steps of their shares. The server goes on from the state of the one
+//! before it. So steps and versions are counted since the training began, and no step has the number of an earlier one.
 
 use std::pin::pin;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -10,9 +11,10 @@ use burn::train::{Learner, LearnerModel};
 use futures_util::FutureExt;
 use futures_util::future::{Either, join, select, try_join_all};
 use ps_actors::actor::{self, ActorRef};
+use ps_actors::checkpoint::Checkpoint;
 use ps_actors::cluster::{Cluster, Hosts, Placement, SpawnOn};
 use ps_actors::group::ServerGroup;
-use ps_actors::ids::WorkerId;
+use ps_actors::ids::{Clock, WorkerId};
 use ps_actors::server::{PullVersion, ServerConfig};
 use ps_actors::weights::Segment;
 use ps_actors::worker::{DataWorker, RunReport};
@@ -44,6 +46,8 @@ pub(super) struct Epochs<'a, M: LearnerModel> {
     pub(super) num_workers: u32,
     pub(super) num_accumulated: u32,
     pub(super) learner: &'a Arc<Mutex<Learner<M>>>,
+    /// What the server had at the end of the epoch before. `None`: there was none.
+    pub(super) before: Mutex<Option<Checkpoint>>,
 }
 
 impl<M: LearnerModel> Epochs<'_, M>
@@ -92,22 +96,45 @@ where
         let model = lock(self.learner).model();
         let view = FlatView::new(&model).map_err(ModelError::from);
         let view = view.map_err(SetupError::from)?;
-        let initial = initial_weights(&model, &self.shared.device)?;
-        drop(model);
         let rule = |_| -> Box<dyn ps_actors::rule::UpdateRule> {
             Box::new(LearnerRule::new(self.learner, view.clone()))
         };
-        let servers = ServerGroup::spawn(&initial, 1, self.config, rule)?;
-        let workers = self.spawn_workers(epoch)?;
+        let before = lock(&self.before).take();
+        let (servers, first_clock) = match before {
+            // Its weights are those of the learner's model.
+            Some(before) => {
+                let first_clock = self.next_clock(&before);
+                let before = before.restart_workers_at(first_clock);
+                let servers = ServerGroup::spawn(&before, 1, self.config, rule)?;
+                (servers, first_clock)
+            }
+            None => {
+                let initial = initial_weights(&model, &self.shared.device)?;
+                let servers = ServerGroup::spawn(&initial, 1, self.config, rule)?;
+                (servers, Clock(0))
+            }
+        };
+        drop(model);
+        let workers = self.spawn_workers(epoch, first_clock)?;
         let result = actor::try_run(async {
-            let runs = drive(&servers, &workers, stopped).await?;
+            let runs = drive(&servers, &workers, first_clock, stopped).await?;
+            self.shared.counts.take(&servers.status().await?);
             check_refused(&runs)?;
-            self.take_results(&servers, &view).await
+            self.take_results(&servers, &view).await?;
+            let state = servers.checkpoint().await?;
+            *lock(&self.before) = Some(state);
+            Ok::<(), TrainError>(())
         });
         // Nobody goes on in the background.
         workers.iter().for_each(Worker::kill);
         servers.servers().for_each(ActorRef::kill);
         result.map_err(TrainError::EventLoop)?
+    }
+
+    /// Returns the first step that no worker has taken. Some shares have one step less than others.
+    fn next_clock(&self, state: &Checkpoint) -> Clock {
+        let clocks = (0..self.num_workers).map(|rank| state.next_clock(WorkerId(rank)));
+        clocks.max().unwrap_or_default()
     }
 
     /// Checks the weights. Copies the running statistics from the servers to the learner, if there are any. No
@@ -133,7 +160,11 @@ where
     /// Starts the first worker in this process, so that burn's metrics have something to show, and the others
     /// on the nodes and here in turn. As long as the nodes stay the same, a rank is in the same process in every
     /// epoch, because that process already reads the rank's share.
-    fn spawn_workers(&self, epoch: u64) -> Result<Vec<Worker<LearnerSource<M>>>, TrainError> {
+    fn spawn_workers(
+        &self,
+        epoch: u64,
+        first_clock: Clock,
+    ) -> Result<Vec<Worker<LearnerSource<M>>>, TrainError> {
         let mut nodes = able(&self.cluster.nodes());
         nodes.sort_unstable();
         let spawn = SpawnOn::new().variant(self.variant);
@@ -143,7 +174,7 @@ where
             (self.cluster).spawn_with::<DataWorker<LearnerSource<M>>>(spawn, config)
         };
         let started = (0..self.num_workers).map(|rank| {
-            let config = self.epoch_config(rank, epoch);
+            let config = self.epoch_config(rank, epoch, first_clock);
             let place = match (rank as usize % (1 + nodes.len())).checked_sub(1) {
                 None => Placement::Driver,
                 Some(index) => Placement::Node(nodes[index]),
@@ -165,12 +196,13 @@ where
         Ok(Worker::all(started, self.cluster, &spawn, consistency))
     }
 
-    fn epoch_config(&self, rank: u32, epoch: u64) -> EpochConfig {
+    fn epoch_config(&self, rank: u32, epoch: u64, first_clock: Clock) -> EpochConfig {
         EpochConfig {
             training: self.training,
             worker: WorkerId(rank),
             num_workers: self.num_workers,
             epoch,
+            first_clock,
             num_accumulated: self.num_accumulated,
         }
     }
@@ -226,6 +258,7 @@ fn check_refused(runs: &[WorkerRun]) -> Result<(), TrainError> {
 async fn drive<M: LearnerModel>(
     servers: &ServerGroup,
     workers: &[Worker<LearnerSource<M>>],
+    first_clock: Clock,
     stopped: oneshot::Receiver<()>,
 ) -> Result<Vec<WorkerRun>, TrainError>
 where
@@ -239,9 +272,10 @@ where
         last_steps(servers, workers).await;
     };
     let given_up = given_up.shared();
+    let first = first_clock.0;
     let runs = workers
         .iter()
-        .map(|worker| worker.run(servers, &collector, 0, u64::MAX, given_up.clone()));
+        .map(|worker| worker.run(servers, &collector, first, u64::MAX, given_up.clone()));
     let runs = pin!(try_join_all(runs));
     let beside = pin!(async {
         let (never, ()) = join(balance(workers), given_up.clone()).await;

@@ -99,6 +99,7 @@ where
             num_workers,
             num_accumulated: grad_accumulation.map_or(1, |num| num.try_into().unwrap_or(u32::MAX)),
             learner: &learner,
+            before: Mutex::new(None),
         };
         for epoch in starting_epoch..=num_epochs {
             interrupter.fail_on_error(event_processor.process_train(LearnerEvent::StartSplit {

@@ -171,6 +171,7 @@ use ps_model::burn::tensor::Device;
 use crate::agreement::Facts;
 use crate::source::{SetupError, WORKERS};
 
+mod counts;
 mod epoch;
 mod feed;
 mod fit;
@@ -179,6 +180,7 @@ mod rule;
 mod saved;
 mod source;
 
+pub use counts::GradientCounts;
 pub use saved::{SavedEpochs, SavedEpochsError};
 
 use feed::Shares;
@@ -228,6 +230,7 @@ where
                 shares,
                 seed: AtomicU64::new(0),
                 outputs: Mutex::default(),
+                counts: GradientCounts::default(),
             }),
             model_facts,
             facts,
@@ -284,6 +287,20 @@ where
     pub fn heed_signals(mut self, heeds_signals: bool) -> Self {
         self.heeds_signals = heeds_signals;
         self
+    }
+
+    /// Returns a handle that says what became of the gradients, also when burn has the strategy. In a node, it counts
+    /// nothing.
+    ///
+    /// ```ignore
+    /// let strategy = ClusterStrategy::new(&learner, &train, &device)?;
+    /// let counts = strategy.counts();
+    /// let result = training.with_training_strategy(strategy.on(&cluster)).launch(learner);
+    /// assert_eq!(counts.num_applied(), num_workers * num_epochs * steps_per_epoch);
+    /// ```
+    #[must_use]
+    pub fn counts(&self) -> GradientCounts {
+        self.shared.counts.clone()
     }
 
     /// Adds what a process must host to take part in this training, and what it must have in common with the

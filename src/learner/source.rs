@@ -16,6 +16,7 @@ use ps_model::burn::data::dataloader::Progress;
 use ps_model::burn::tensor::Device;
 use serde::{Deserialize, Serialize};
 
+use super::counts::GradientCounts;
 use super::feed::{Feed, Shares};
 use crate::source::Loadable;
 
@@ -31,6 +32,8 @@ pub(super) struct Shared<M: LearnerModel> {
     pub(super) seed: AtomicU64,
     /// Where the outputs of the steps go. Only in the driver, while it trains an epoch.
     pub(super) outputs: Mutex<Option<SyncSender<Output<M>>>>,
+    /// What became of the gradients. Only in the driver.
+    pub(super) counts: GradientCounts,
 }
 
 /// What a step of a worker in the driver's process has returned.
@@ -50,6 +53,8 @@ pub(super) struct EpochConfig {
     pub(super) num_workers: u32,
     /// The number of the epoch, from 0. A training that goes on from a checkpoint does not begin with 0.
     pub(super) epoch: u64,
+    /// The clock of the first step of the epoch. Clocks are counted since the training began.
+    pub(super) first_clock: Clock,
     /// How many batches are in one step.
     pub(super) num_accumulated: u32,
 }
@@ -89,6 +94,15 @@ where
         self.config.num_accumulated.into()
     }
 
+    /// Returns the number of the first batch of a step, and how many batches to keep so that the step can be taken
+    /// again: its own, and the one that it looked for after the last.
+    fn first_and_keep(&self, clock: Clock) -> (u64, usize) {
+        let step = clock.0.saturating_sub(self.config.first_clock.0);
+        let keep = usize::try_from(self.num_accumulated()).unwrap_or(usize::MAX);
+        let first = step.saturating_mul(self.num_accumulated());
+        (first, keep.saturating_add(1))
+    }
+
     fn step_seed(&self, index: u64) -> StepSeed {
         // An epoch has far fewer batches.
         let clock = (self.config.epoch << 40).wrapping_add(index);
@@ -117,7 +131,7 @@ where
 {
     fn has_step(&mut self, clock: Clock) -> bool {
         self.pass_on();
-        let (first, keep) = first_and_keep(clock, self.num_accumulated());
+        let (first, keep) = self.first_and_keep(clock);
         let has_batch = lock(&self.feed).has_batch(self.config.epoch, first, keep);
         // The step meets the error, too.
         has_batch.unwrap_or(true)
@@ -128,7 +142,7 @@ where
         self.unsettled.clear();
         self.data_time = Duration::ZERO;
         self.loadable.load(weights)?;
-        let (first, keep) = first_and_keep(clock, self.num_accumulated());
+        let (first, keep) = self.first_and_keep(clock);
         let mut gradient = self.gradients.take(weights.len());
         self.loadable.model.begin_sum(&mut gradient);
         let wants_outputs = lock(&self.shared.outputs).is_some();
@@ -183,13 +197,6 @@ impl<M: LearnerModel> fmt::Debug for LearnerSource<M> {
             .field("config", &self.config)
             .finish_non_exhaustive()
     }
-}
-
-/// Returns the number of the first batch of a step, and how many batches to keep so that the step can be taken
-/// again: its own, and the one that it looked for after the last.
-fn first_and_keep(clock: Clock, num_accumulated: u64) -> (u64, usize) {
-    let keep = usize::try_from(num_accumulated).unwrap_or(usize::MAX);
-    (clock.0 * num_accumulated, keep.saturating_add(1))
 }
 
 /// Locks what a panic cannot leave half changed.

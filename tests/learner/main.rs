@@ -205,6 +205,33 @@ fn each_epoch_covers_every_example_once_in_every_mode() {
     }
 }
 
+#[test]
+fn gradients_are_counted_over_all_epochs() {
+    for consistency in [
+        Consistency::Bsp,
+        Consistency::Asp,
+        Consistency::Ssp { bound: 1 },
+        Consistency::KofN { k: 2 },
+    ] {
+        let learner = learner(SgdConfig::new().init(), 100);
+        let loads = loader(0..50, 4, Some(3), &OnStep::nothing());
+        let strategy = ClusterStrategy::new(&learner, &loads, &device()).unwrap();
+        let strategy = strategy.workers(3).consistency(consistency);
+        let strategy = strategy.heed_signals(false);
+        let counts = strategy.counts();
+        let strategy = strategy.on(&Cluster::alone(Hosts::new()));
+        weights_of(&train(learner, loads, NUM_EPOCHS, Some(strategy)));
+        // The shares have 16, 17 and 17 examples, so their workers take 4, 5 and 5 steps in each epoch.
+        let num_steps = (NUM_EPOCHS * 14) as u64;
+        assert_eq!(counts.num_settled(), num_steps, "{consistency}");
+        match consistency {
+            // Some came too late for their round.
+            Consistency::KofN { .. } => assert!(counts.num_applied() <= num_steps),
+            _ => assert_eq!(counts.num_applied(), num_steps, "{consistency}"),
+        }
+    }
+}
+
 /// A constant rate that counts how often it is asked for.
 #[derive(Clone, Default)]
 struct Counting(Arc<AtomicUsize>);

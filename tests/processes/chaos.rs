@@ -8,7 +8,7 @@ fn words<'a>(arguments: &[&'a str], directory: &'a tempfile::TempDir) -> Vec<&'a
 }
 
 /// The line of the report for this kind of fault: planned, happened.
-fn happened<'a>(output: &'a str, kind: &str) -> [&'a str; 2] {
+pub(crate) fn happened<'a>(output: &'a str, kind: &str) -> [&'a str; 2] {
     let rest = output.lines().find_map(|line| line.strip_prefix(kind));
     let mut words = rest.unwrap_or_default().split_whitespace();
     [(); 2].map(|()| {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use crate::chaos::happened;
 use crate::results;
 use crate::run::{Run, SOON, example, signal};
 
@@ -137,51 +138,99 @@ fn a_worker_of_burns_learner_that_is_killed_changes_nothing() {
     assert_eq!(place.losses("three", 5), place.losses("one", 5));
 }
 
-/// The examples are shuffled anew for each epoch, and dropout draws random numbers for each step. Each process has one
-/// worker.
+/// S-13. The examples are shuffled anew for each epoch, and dropout draws random numbers for each step. Each process has
+/// one worker.
 #[test]
 fn a_training_of_burns_learner_whose_driver_is_killed_goes_on_with_the_same_weights() {
-    const NUM_EPOCHS: usize = 30;
-    let place = Place::new(42, 10);
-    for (processes, whole, killed) in [("1", "one", "one-killed"), ("3", "three", "three-killed")] {
-        let arguments = ["--epochs", "30", "--processes", processes];
-        let start = |name, more: &[&str]| {
-            place.start_with_dropout("0.5", name, &[&arguments, more].concat())
-        };
-        let (status, expected) = start(whole, &[]).finish();
-        assert!(status.success(), "{expected}");
-        assert!(results(&expected).len() == 1, "{expected}");
+    const NUM_EPOCHS: usize = 8;
+    let place = Place::new(24, 4);
+    let arguments = ["--epochs", "8", "--processes", "3"];
+    let start = |name, more: &[&str]| {
+        place.start_with_dropout("0.5", name, &[&arguments[..], more].concat())
+    };
+    let (status, expected) = start("whole", &[]).finish();
+    assert!(status.success(), "{expected}");
+    assert!(results(&expected).len() == 1, "{expected}");
 
-        let run = start(killed, &[]);
-        // The second epoch has been saved, and the third one perhaps.
-        wait_for(&place.run(killed).join("train/epoch-4"));
-        signal("KILL", run.driver.id());
-        let (status, output) = run.finish();
-        assert!(!status.success(), "{output}");
+    let mut run = start("killed", &[]);
+    // The second epoch has been saved, and the third one perhaps.
+    wait_for(&place.run("killed").join("train/epoch-4"));
+    run.driver.kill().unwrap();
+    let (status, output) = run.finish();
+    assert!(!status.success(), "{output}");
 
-        // Not by mistake into another run's directory.
-        let (status, output) = start(killed, &[]).finish();
-        assert_eq!(status.code(), Some(1), "{output}");
-        assert!(
-            output.contains("already has checkpoints, up to epoch"),
-            "{output}"
-        );
+    // Not by mistake into another run's directory.
+    let (status, output) = start("killed", &[]).finish();
+    assert_eq!(status.code(), Some(1), "{output}");
+    assert!(
+        output.contains("already has checkpoints, up to epoch"),
+        "{output}"
+    );
 
-        let (status, output) = start(killed, &["--resume"]).finish();
-        assert!(status.success(), "{output}");
-        let saved = output.lines().find_map(|line| {
-            let line = line.strip_prefix("Going on after epoch ")?;
-            line.strip_suffix('.')?.parse::<usize>().ok()
-        });
-        let saved = saved.unwrap_or_else(|| panic!("it began again: {output}"));
-        assert!((2..NUM_EPOCHS).contains(&saved), "{saved}: {output}");
-        assert_eq!(results(&output), results(&expected), "{output}");
-        let since = saved + 1..=NUM_EPOCHS;
-        assert_eq!(
-            place.losses_of(killed, since.clone()),
-            place.losses_of(whole, since),
-            "{processes}: {output}"
-        );
+    let (status, output) = start("killed", &["--resume"]).finish();
+    assert!(status.success(), "{output}");
+    let saved = output.lines().find_map(|line| {
+        let line = line.strip_prefix("Going on after epoch ")?;
+        line.strip_suffix('.')?.parse::<usize>().ok()
+    });
+    let saved = saved.unwrap_or_else(|| panic!("it began again: {output}"));
+    assert!((2..NUM_EPOCHS).contains(&saved), "{saved}: {output}");
+    assert_eq!(results(&output), results(&expected), "{output}");
+    let since = saved + 1..=NUM_EPOCHS;
+    assert_eq!(
+        place.losses_of("killed", since.clone()),
+        place.losses_of("whole", since),
+        "{output}"
+    );
+}
+
+/// Over many epochs. Their steps are counted on from one to the next.
+#[test]
+fn burns_learner_follows_a_plan() {
+    let place = Place::new(20, 4);
+    let plan = "kill worker 1 @ step 10; stop worker 0 for 200ms @ step 20; kill worker 2 @ step 30; drop 2%; dup 2%; \
+                delay 0..1ms; seed 1";
+    let arguments = ["--epochs", "20", "--processes", "3", "--chaos", plan];
+    let (status, output) = place
+        .start("run", &[&arguments[..], &["--chaos-control"]].concat())
+        .finish();
+    assert!(status.success(), "{output}");
+    // Shares of 6, 7 and 7 images, so in an epoch one worker takes 3 steps and the others 4.
+    for text in [
+        "gradients: 220 applied, lost: 0, doubled: 0",
+        "the weights have the bits of the run without faults",
+    ] {
+        assert!(output.contains(text), "{text}: {output}");
+    }
+    assert_eq!(happened(&output, "kill worker"), ["2", "2"], "{output}");
+    assert_eq!(happened(&output, "stop worker"), ["1", "1"], "{output}");
+    for kind in ["drop", "dup", "delay"] {
+        let [planned, num] = happened(&output, kind);
+        let num: u64 = num.parse().unwrap();
+        assert!(planned == "-" && num > 0, "{kind}: {output}");
+    }
+}
+
+#[test]
+fn a_plan_that_would_end_the_driver_of_burns_learner_is_refused() {
+    let place = Place::new(44, 10);
+    for (plan, says) in [
+        (
+            "kill worker 0 @ step 3",
+            "this worker is in the driver's process",
+        ),
+        (
+            "kill server 0 @ version 3",
+            "its only server is in the driver's process",
+        ),
+        ("damage checkpoint @ version 3", "no checksums"),
+        ("kill worker 3 @ step 3", "there is no worker 3"),
+    ] {
+        let arguments = ["--processes", "3", "--chaos", plan];
+        let (status, output) = place.start("run", &arguments).finish();
+        assert_eq!(status.code(), Some(1), "{plan}: {output}");
+        assert!(output.contains(says), "{plan}: {output}");
+        assert!(!output.contains("joined"), "{plan}: {output}");
     }
 }
 
