@@ -168,7 +168,7 @@ use ps_actors::cluster::{Cluster, Hosts};
 use ps_actors::server::{Consistency, Reduction, ServerConfig};
 use ps_actors::worker::DataWorker;
 use ps_model::burn::tensor::Device;
-use ps_model::{LocalModel, TiedField};
+use ps_model::{FlatView, LocalModel, ModelError, TiedField};
 
 use crate::agreement::Facts;
 use crate::source::{SetupError, WORKERS};
@@ -218,7 +218,9 @@ where
         device: &Device,
     ) -> Result<Self, SetupError> {
         let (device, model) = (device.clone().autodiff(), learner.model());
-        check_ties(LocalModel::new(model.clone(), &device)?.tied())?;
+        // Before a `LocalModel` is made, which says in the log that it trains such a parameter.
+        check_ties(FlatView::new(&model).map_err(ModelError::from)?.tied())?;
+        LocalModel::new(model.clone(), &device)?;
         let model_facts = Facts::default().model(&model, &device);
         let facts = model_facts.clone().state(
             "the number of training examples",
