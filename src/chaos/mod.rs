@@ -28,9 +28,11 @@
 //!   and the same command with `--resume` goes on. The directory notes which faults have happened, so they do not
 //!   happen again. It also notes when a fault ended the driver. The recovery of the driver lasts from then to the first
 //!   update after the restart. So it includes the time until somebody has started the driver again.
-//! - With burn's learner (`ps::learner`), a plan cannot end the driver, because burn saves only between epochs. The server and
-//!   a part of the workers are there. Steps and versions are counted since the process of the driver began to train, also
-//!   if it went on from a checkpoint.
+//! - Without such a directory, a worker that has moved into the driver is not killed as long as it is there. If it stays
+//!   until the end, the fault does not happen, and the exit code is 1.
+//! - With burn's learner (`ps::learner`), it is always so, because burn saves only between epochs. The server and a part of
+//!   the workers are in the driver. A plan that kills the server, or a worker that begins there, is refused. Steps and
+//!   versions are counted since the process of the driver began to train, also if it went on from a checkpoint.
 //! - Steps are counted at the first server: which worker's gradient of which step was in which update. So a step that
 //!   is lost or doubled is seen, even if a ledger is wrong.
 //!

@@ -70,7 +70,7 @@ impl ChaosArgs {
     }
 
     /// As [`begin`](Self::begin), for a training of burn's learner (`ps::learner`). Its server and a part of its workers
-    /// are in the driver's process. A plan that would kill this process is refused.
+    /// are in the driver's process. A plan that kills the server, or a worker that begins there, is refused.
     ///
     /// # Errors
     /// If the plan cannot be followed.
