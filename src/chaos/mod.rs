@@ -219,7 +219,7 @@ struct On {
 #[derive(Clone, Debug)]
 pub struct Done {
     /// How many gradients all workers together should have settled in the whole run. `None` if the run was
-    /// interrupted.
+    /// interrupted, or if it is not known. Then the run is not compared with one without faults.
     pub num_expected: Option<u64>,
     /// How many gradients were settled: applied, dropped as late, or refused.
     pub num_settled: u64,
@@ -343,7 +343,8 @@ impl Chaos {
     }
 
     /// Ends the run in the driver. Returns what the faults did to the run. If the user asks for it, this call also
-    /// makes a run without faults, and compares the two. Returns `None` without a plan.
+    /// makes a run without faults, and compares the two, but not if this run was interrupted. Returns `None` without a
+    /// plan.
     ///
     /// # Errors
     /// If the run without faults fails.
@@ -375,7 +376,8 @@ impl Chaos {
             report.num_doubled = Some(counts.num_doubled.max(too_many));
         }
         control::note(&report.work, &done.weights)?;
-        if on.setting.has_control {
+        // The whole run cannot be compared with a part of one. Who interrupts a run does not wait for another one.
+        if on.setting.has_control && done.num_expected.is_some() {
             let (work, bits) = control::run()?;
             report.control = Some(work);
             let is_same = bits == control::bits(&done.weights);
@@ -478,6 +480,8 @@ fn check_fault(fault: Fault, setting: &Setting) -> Result<(), ChaosError> {
 
 #[cfg(test)]
 mod tests {
+    use ps_actors::weights::Layout;
+
     use super::*;
 
     fn setting() -> Setting {
@@ -493,6 +497,37 @@ mod tests {
             resumes: false,
             has_control: false,
         }
+    }
+
+    #[test]
+    fn an_interrupted_run_is_not_compared_with_a_whole_one() {
+        let setting = Setting {
+            has_control: true,
+            ..setting()
+        };
+        let plan: Plan = "".parse().unwrap();
+        let chaos = Chaos {
+            on: Some(On {
+                ledger: Arc::new(Ledger::new(plan.clone(), None, false)),
+                plan,
+                setting,
+                started: Instant::now(),
+                monitor: None,
+                num_applied_before: 0,
+            }),
+        };
+        let done = Done {
+            num_expected: None,
+            num_settled: 0,
+            num_applied: 0,
+            num_applied_before: 0,
+            weights: Weights::initial(Layout::flat(1), vec![0.0]),
+            is_repeatable: true,
+        };
+        // It would be an error: this program does not know the flags of such a run.
+        let report = chaos.finish(&done).unwrap().expect("there is a plan");
+        assert!(report.control.is_none() && report.has_same_weights.is_none());
+        assert!(report.is_good());
     }
 
     fn refused(plan: &str, setting: &Setting) -> String {

@@ -18,7 +18,7 @@ pub struct ChaosArgs {
     /// for 3s @ step 90; kill server 1 @ version 100; drop 1%; dup 2%; delay 1..5ms; seed 7".
     #[arg(long, value_name = "PLAN")]
     pub chaos: Option<Plan>,
-    /// Also run the same command without faults, and compare.
+    /// Also run the same command without faults, and compare. Not if the run is interrupted.
     #[arg(long, requires = "chaos")]
     pub chaos_control: bool,
 }
