@@ -1,4 +1,5 @@
-//! What became of the gradients of a training in this process of its driver, for whoever compares it with what should have become of them.
+//! What became of the gradients of a training in this process of its driver, for whoever compares it with what should
+//! have become of them.
 
 use std::sync::{Arc, Mutex};
 
