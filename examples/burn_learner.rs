@@ -60,7 +60,8 @@ struct Args {
     /// The probability that dropout sets a number to zero.
     #[arg(long, default_value_t = 0.5)]
     dropout: f64,
-    /// Where burn writes checkpoints and metrics [default: a new directory in that for temporary files].
+    /// Where burn writes checkpoints and metrics [default: a new directory in that for temporary files;
+    /// nobody removes it].
     #[arg(long, value_name = "DIR")]
     artifact_dir: Option<PathBuf>,
     /// Go on from the newest usable checkpoint in the directory. If there is none yet, start from the

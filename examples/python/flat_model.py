@@ -162,6 +162,16 @@ def statistics_by_name(model):
     return found
 
 
+def place_under(places, theirs, place):
+    """Notes what has the servers' name `theirs`, with its path here first. One tensor in several places may be there
+    several times, if the order of its numbers is the same in each."""
+    full, *what = place
+    other, *others = places.setdefault(theirs, place)
+    if any(one is not two for one, two in zip(what, others)):
+        raise LayoutMismatch(f"`{full}` and `{other}` would both be the servers' `{theirs}`: say with `names` which of "
+                             "them it is, and give the other one another name")
+
+
 class FlatModel:
     """`names` renames: the servers' path of a parameter or statistic by its path here, where they differ. `frozen` are
     the paths here of parameters that the servers' model freezes too: their gradient is zero."""
@@ -174,9 +184,9 @@ class FlatModel:
         names, self.frozen = dict(names or {}), set(frozen)
         ours, statistics, placed = {}, {}, {}
         for theirs, full, parameter, is_transposed in parameters_by_name(model):
-            ours[names.pop(full, theirs)] = full, parameter, is_transposed
+            place_under(ours, names.pop(full, theirs), (full, parameter, is_transposed))
         for full, name, norm in statistics_by_name(model):
-            statistics[names.pop(full, full)] = full, name, norm
+            place_under(statistics, names.pop(full, full), (full, name, norm))
         if names:
             raise LayoutMismatch(f"`names` has {sorted(names)}, which the model does not have")
         end = 0

@@ -102,11 +102,15 @@ impl Executor {
         let is_last = matches!(fault, Fault::KillWorker { .. } | Fault::KillServer { .. });
         let is_granted = match &self.role {
             // The worker may get a place elsewhere.
-            Role::Driver { may_die: false, .. } if is_last => {
-                if is_first_try {
+            Role::Driver {
+                ledger,
+                may_die: false,
+            } if is_last => {
+                let has_happened = ledger.has_happened(index);
+                if is_first_try && !has_happened {
                     tracing::warn!(%fault, "must wait: it would end the driver, and there is no checkpoint");
                 }
-                None
+                has_happened.then_some(false)
             }
             Role::Driver { ledger, .. } => Some(ledger.claim(index, is_last, now)),
             Role::Node(link) => link.claim(index),
@@ -309,5 +313,35 @@ impl Link {
             }
             Err(_) => state.monitor = None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ps_actors::chaos::Plan;
+    use ps_actors::ids::{Clock, WorkerId};
+
+    use super::*;
+
+    /// As when a worker is killed on a node, and goes on in the driver.
+    #[test]
+    fn a_fault_that_would_end_the_driver_waits_until_it_has_happened_elsewhere() {
+        let plan: Plan = "kill worker 1 @ step 3".parse().unwrap();
+        let ledger = Arc::new(Ledger::new(plan.clone(), None, false));
+        let new = || {
+            let role = Role::Driver {
+                ledger: Arc::clone(&ledger),
+                may_die: false,
+            };
+            Executor::new(&plan.faults, 1, role)
+        };
+        let num_left_after_step = |executor: &Executor| {
+            let (worker, clock) = (WorkerId(1), Clock(4));
+            executor.reached(&Point::WorkerComputes { worker, clock });
+            executor.num_left.load(Relaxed)
+        };
+        assert_eq!(num_left_after_step(&new()), 1);
+        assert!(ledger.claim(0, false, Instant::now()));
+        assert_eq!(num_left_after_step(&new()), 0);
     }
 }

@@ -28,9 +28,11 @@
 //!   and the same command with `--resume` goes on. The directory notes which faults have happened, so they do not
 //!   happen again. It also notes when a fault ended the driver. The recovery of the driver lasts from then to the first
 //!   update after the restart. So it includes the time until somebody has started the driver again.
-//! - With burn's learner (`ps::learner`), a plan cannot end the driver, because burn saves only between epochs. The server and
-//!   a part of the workers are there. Steps and versions are counted since the process of the driver began to train, also
-//!   if it went on from a checkpoint.
+//! - Without such a directory, a worker that has moved into the driver is not killed as long as it is there. If it stays
+//!   until the end, the fault does not happen, and the exit code is 1.
+//! - With burn's learner (`ps::learner`), it is always so, because burn saves only between epochs. The server and a part of
+//!   the workers are in the driver. A plan that kills the server, or a worker that begins there, is refused. Steps and
+//!   versions are counted since the process of the driver began to train, also if it went on from a checkpoint.
 //! - Steps are counted at the first server: which worker's gradient of which step was in which update. So a step that
 //!   is lost or doubled is seen, even if a ledger is wrong.
 //!
@@ -217,7 +219,7 @@ struct On {
 #[derive(Clone, Debug)]
 pub struct Done {
     /// How many gradients all workers together should have settled in the whole run. `None` if the run was
-    /// interrupted.
+    /// interrupted, or if it is not known. Then the run is not compared with one without faults.
     pub num_expected: Option<u64>,
     /// How many gradients were settled: applied, dropped as late, or refused.
     pub num_settled: u64,
@@ -341,7 +343,8 @@ impl Chaos {
     }
 
     /// Ends the run in the driver. Returns what the faults did to the run. If the user asks for it, this call also
-    /// makes a run without faults, and compares the two. Returns `None` without a plan.
+    /// makes a run without faults, and compares the two, but not if this run was interrupted. Returns `None` without a
+    /// plan.
     ///
     /// # Errors
     /// If the run without faults fails.
@@ -373,7 +376,8 @@ impl Chaos {
             report.num_doubled = Some(counts.num_doubled.max(too_many));
         }
         control::note(&report.work, &done.weights)?;
-        if on.setting.has_control {
+        // The whole run cannot be compared with a part of one. Who interrupts a run does not wait for another one.
+        if on.setting.has_control && done.num_expected.is_some() {
             let (work, bits) = control::run()?;
             report.control = Some(work);
             let is_same = bits == control::bits(&done.weights);
@@ -476,6 +480,8 @@ fn check_fault(fault: Fault, setting: &Setting) -> Result<(), ChaosError> {
 
 #[cfg(test)]
 mod tests {
+    use ps_actors::weights::Layout;
+
     use super::*;
 
     fn setting() -> Setting {
@@ -491,6 +497,37 @@ mod tests {
             resumes: false,
             has_control: false,
         }
+    }
+
+    #[test]
+    fn an_interrupted_run_is_not_compared_with_a_whole_one() {
+        let setting = Setting {
+            has_control: true,
+            ..setting()
+        };
+        let plan: Plan = "".parse().unwrap();
+        let chaos = Chaos {
+            on: Some(On {
+                ledger: Arc::new(Ledger::new(plan.clone(), None, false)),
+                plan,
+                setting,
+                started: Instant::now(),
+                monitor: None,
+                num_applied_before: 0,
+            }),
+        };
+        let done = Done {
+            num_expected: None,
+            num_settled: 0,
+            num_applied: 0,
+            num_applied_before: 0,
+            weights: Weights::initial(Layout::flat(1), vec![0.0]),
+            is_repeatable: true,
+        };
+        // It would be an error: this program does not know the flags of such a run.
+        let report = chaos.finish(&done).unwrap().expect("there is a plan");
+        assert!(report.control.is_none() && report.has_same_weights.is_none());
+        assert!(report.is_good());
     }
 
     fn refused(plan: &str, setting: &Setting) -> String {

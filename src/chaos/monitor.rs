@@ -192,6 +192,11 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether the fault has happened before, in this process or in another one.
+    pub(super) fn has_happened(&self, fault: usize) -> bool {
+        self.lock().has_happened.get(fault) == Some(&true)
+    }
+
     /// Whether the fault is to happen now. It then counts as happened. It is written down first, if there is a
     /// directory, so that it does not happen again to a driver that goes on with this run.
     /// `ends_driver`: it ends this process.
@@ -271,7 +276,7 @@ impl Ledger {
         for (index, fault) in self.plan.faults.iter().enumerate() {
             if let Fault::DamageCheckpoint { version: from } = *fault
                 && version >= from
-                && !self.lock().has_happened[index]
+                && !self.has_happened(index)
                 && let Some(directory) = &self.directory
                 && damage_newest(directory).unwrap_or(false)
             {

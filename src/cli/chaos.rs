@@ -18,7 +18,7 @@ pub struct ChaosArgs {
     /// for 3s @ step 90; kill server 1 @ version 100; drop 1%; dup 2%; delay 1..5ms; seed 7".
     #[arg(long, value_name = "PLAN")]
     pub chaos: Option<Plan>,
-    /// Also run the same command without faults, and compare.
+    /// Also run the same command without faults, and compare. Not if the run is interrupted.
     #[arg(long, requires = "chaos")]
     pub chaos_control: bool,
 }
@@ -70,7 +70,7 @@ impl ChaosArgs {
     }
 
     /// As [`begin`](Self::begin), for a training of burn's learner (`ps::learner`). Its server and a part of its workers
-    /// are in the driver's process. A plan that would kill this process is refused.
+    /// are in the driver's process. A plan that kills the server, or a worker that begins there, is refused.
     ///
     /// # Errors
     /// If the plan cannot be followed.

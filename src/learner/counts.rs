@@ -1,4 +1,5 @@
-//! What became of the gradients of a training, for whoever compares it with what should have become of them.
+//! What became of the gradients of a training in this process of its driver, for whoever compares it with what should
+//! have become of them.
 
 use std::sync::{Arc, Mutex};
 
@@ -18,14 +19,14 @@ struct Counts {
 }
 
 impl GradientCounts {
-    /// Returns how many gradients of all workers were applied, in the epochs that are over.
+    /// Returns how many gradients of all workers were applied, in the epochs that this process has finished.
     #[must_use]
     pub fn num_applied(&self) -> u64 {
         lock(&self.0).num_applied
     }
 
-    /// Returns how many gradients of all workers were settled in the epochs that are over: applied, dropped as late, or
-    /// refused.
+    /// Returns how many gradients of all workers were settled, in the epochs that this process has finished: applied,
+    /// dropped as late, or refused.
     #[must_use]
     pub fn num_settled(&self) -> u64 {
         lock(&self.0).num_settled

@@ -1,5 +1,6 @@
 //! One epoch: a server and workers that take all steps of their shares. The server goes on from the state of the one
-//! before it. So steps and versions are counted since the training began, and no step has the number of an earlier one.
+//! before it. So steps and versions are counted since the process of the driver began to train, and no step of this
+//! process has the number of an earlier one.
 
 use std::pin::pin;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};

@@ -117,9 +117,10 @@
 //!   in this epoch some batches may be taken twice, and others not at all.
 //! - **A lost driver.** The training is lost up to the last of burn's checkpoints. [`SavedEpochs`] finds the last one that
 //!   is complete, and burn's `checkpoint(epoch)` goes on from there. In [`Consistency::Bsp`], the weights at the end
-//!   have the same bits as if nothing had happened. For this, learner and loader must be made in the same way again, with
-//!   the same number of workers, and nothing may depend on time: neither the order of the examples (several threads of a
-//!   loader) nor the random numbers of layers (several workers in one process).
+//!   have the same bits as if nothing had happened, under these conditions: learner and loader are made in the same way
+//!   again, with the same number of workers. Nothing depends on time: neither the order of the examples (several threads
+//!   of a loader) nor the random numbers of layers (several workers in one process). Nodes are started again, too, if the
+//!   loader has no threads of its own. And burn's early stopping is not used: what it remembers is not in a checkpoint.
 //!
 //! # What must be the same in all processes
 //!
@@ -168,7 +169,7 @@ use ps_actors::cluster::{Cluster, Hosts};
 use ps_actors::server::{Consistency, Reduction, ServerConfig};
 use ps_actors::worker::DataWorker;
 use ps_model::burn::tensor::Device;
-use ps_model::{LocalModel, TiedField};
+use ps_model::{FlatView, LocalModel, ModelError, TiedField};
 
 use crate::agreement::Facts;
 use crate::source::{SetupError, WORKERS};
@@ -218,7 +219,9 @@ where
         device: &Device,
     ) -> Result<Self, SetupError> {
         let (device, model) = (device.clone().autodiff(), learner.model());
-        check_ties(LocalModel::new(model.clone(), &device)?.tied())?;
+        // Before a `LocalModel` is made, which says in the log that it trains such a parameter.
+        check_ties(FlatView::new(&model).map_err(ModelError::from)?.tied())?;
+        LocalModel::new(model.clone(), &device)?;
         let model_facts = Facts::default().model(&model, &device);
         let facts = model_facts.clone().state(
             "the number of training examples",
@@ -291,14 +294,15 @@ where
         self
     }
 
-    /// Returns a handle that says what became of the gradients, also when burn has the strategy. In a node, it counts
-    /// nothing.
+    /// Returns a handle that says what became of the gradients, also when burn has the strategy. It counts those of the
+    /// epochs that this process of the driver has finished. In a node, it counts nothing.
     ///
     /// ```ignore
     /// let strategy = ClusterStrategy::new(&learner, &train, &device)?;
     /// let counts = strategy.counts();
     /// let result = training.with_training_strategy(strategy.on(&cluster)).launch(learner);
-    /// assert_eq!(counts.num_applied(), num_workers * num_epochs * steps_per_epoch);
+    /// let num_new_epochs = num_epochs - saved.newest().unwrap_or(0);
+    /// assert_eq!(counts.num_applied(), num_workers * num_new_epochs * steps_per_epoch);
     /// ```
     #[must_use]
     pub fn counts(&self) -> GradientCounts {

@@ -2,7 +2,8 @@
 //!
 //! burn saves an epoch as three files. A file has its name only when it is complete, so an epoch is complete when all
 //! three are there. burn's reader notices a file that was cut. It does not notice changed numbers, because the files
-//! have no checksums.
+//! have no checksums. Nor does it tell a file that was cut from one that the system did not read, for example because too
+//! many files are open. So only what is incomplete is removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -28,12 +29,18 @@ const PARTS: [&str; 3] = [MODEL, OPTIMIZER, SCHEDULER];
 /// The end of the name of a file that burn has not finished.
 const UNFINISHED: &str = ".tmp";
 
+/// Is put at the end of the name of a file that is not used. Neither burn nor [`parse`] knows such names.
+const UNUSABLE: &str = ".unusable";
+
 /// The checkpoints that burn's default checkpointers save in the directory of a training. As long as this value lives,
 /// no other process can open the same directory.
 ///
 /// Keep at least the newest two, as burn does by itself: burn may be killed while it saves one and removes another.
 ///
 /// ```ignore
+/// let Some(cluster) = args.cluster.launch(strategy.hosts(Hosts::new())) else {
+///     return Ok(ExitCode::SUCCESS);
+/// };
 /// let saved = SavedEpochs::open(&directory, &learner, args.resume)?;
 /// let training = SupervisedTraining::new(&directory, train, valid).with_default_checkpointers();
 /// let training = match saved.newest() {
@@ -55,10 +62,14 @@ impl SavedEpochs {
     /// exist. If the training is to `resume`, this call finds the newest epoch that it can go on from. If there is
     /// none yet, the training starts from the beginning.
     ///
+    /// Call it in the driver, after the launch of the cluster. The nodes run the same program: if they opened the
+    /// directory, too, then on one disk only the first process could.
+    ///
     /// An epoch is not used if one of its files is missing, cannot be read, or is of another model than the
-    /// learner's. The reason is logged, and the epoch before it is used. Then the files of the epochs that are not
-    /// used are removed. Otherwise the next checkpoint could consist of old and new files, if burn is killed while it
-    /// replaces them.
+    /// learner's. The reason is logged, and the epoch before it is used. Then the files of the epochs that are not used
+    /// get out of the way: those of an incomplete epoch are removed, and the others are renamed, such as `model-3.bpk` to
+    /// `model-3.bpk.unusable`. Otherwise the next checkpoint could consist of old and new files, if burn is killed
+    /// while it replaces them.
     ///
     /// # Errors
     /// If the directory cannot be used, or if another process uses it. If it has checkpoints, but the training is not
@@ -137,12 +148,21 @@ pub enum SavedEpochsError {
         #[source]
         source: io::Error,
     },
-    /// A file that is not used cannot be removed.
+    /// A file of an incomplete epoch cannot be removed.
     #[error("cannot remove {}", path.display())]
     Remove {
         /// The file that was to be removed.
         path: PathBuf,
         /// Why the operating system did not remove it.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that is not used cannot be renamed.
+    #[error("cannot rename {}", path.display())]
+    Rename {
+        /// The file that was to be renamed.
+        path: PathBuf,
+        /// Why the operating system did not rename it.
         #[source]
         source: io::Error,
     },
@@ -194,7 +214,14 @@ fn remove(path: PathBuf) -> Result<(), SavedEpochsError> {
     fs::remove_file(&path).map_err(|source| SavedEpochsError::Remove { path, source })
 }
 
-/// Returns the newest epoch that can be used, and removes the newer ones. `None` if nothing is saved.
+/// Keeps a file under a name that is not used.
+fn set_aside(path: PathBuf) -> Result<(), SavedEpochsError> {
+    let mut aside = path.clone().into_os_string();
+    aside.push(UNUSABLE);
+    fs::rename(&path, aside).map_err(|source| SavedEpochsError::Rename { path, source })
+}
+
+/// Returns the newest epoch that can be used, and removes or sets aside the newer ones. `None` if nothing is saved.
 fn newest_usable<M: LearnerModel>(
     path: &Path,
     epochs: &Epochs,
@@ -230,7 +257,11 @@ fn newest_usable<M: LearnerModel>(
         let reason = refusal.reason();
         tracing::warn!(epoch, %reason, "a checkpoint is not used");
         for part in parts {
-            remove(path.join(name_of(part, epoch)))?;
+            let file = path.join(name_of(part, epoch));
+            match refusal {
+                Refusal::Incomplete(_) => remove(file)?,
+                Refusal::Unusable(_) => set_aside(file)?,
+            }
         }
     }
     Ok(found)
@@ -267,10 +298,10 @@ fn check<M: LearnerModel>(
     let unusable = |part, what: &str, error: RecordError| {
         Refusal::Unusable(format!("{} {what}: {error}", file(part).display()))
     };
-    let damaged = |part| move |error| unusable(part, "is damaged", error);
-    OptimizerRecord::load(file(OPTIMIZER)).map_err(damaged(OPTIMIZER))?;
-    LrSchedulerRecord::load(file(SCHEDULER)).map_err(damaged(SCHEDULER))?;
-    let record = ModuleRecord::load(file(MODEL)).map_err(damaged(MODEL))?;
+    let unreadable = |part| move |error| unusable(part, "cannot be read", error);
+    OptimizerRecord::load(file(OPTIMIZER)).map_err(unreadable(OPTIMIZER))?;
+    LrSchedulerRecord::load(file(SCHEDULER)).map_err(unreadable(SCHEDULER))?;
+    let record = ModuleRecord::load(file(MODEL)).map_err(unreadable(MODEL))?;
     // The last of all: clones of a module share their running statistics, so this changes those of the learner.
     // burn will load the same ones.
     let loaded = learner.model().try_load_record(record);
@@ -292,6 +323,7 @@ mod tests {
             ("model-07.bpk", None),
             ("model-+7.bpk", None),
             ("model-7.bpk.41-0.tmp", None),
+            ("model-7.bpk.unusable", None),
             ("model-best.bpk", None),
             ("models-7.bpk", None),
             ("model-7.mpk", None),
@@ -302,6 +334,7 @@ mod tests {
         for (name, expected) in [
             ("model-7.bpk.41-0.tmp", true),
             ("model-7.bpk", false),
+            ("model-7.bpk.unusable", false),
             ("notes-7.bpk.41-0.tmp", false),
             ("model.tmp", false),
         ] {

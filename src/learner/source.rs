@@ -53,7 +53,8 @@ pub(super) struct EpochConfig {
     pub(super) num_workers: u32,
     /// The number of the epoch, from 0. A training that goes on from a checkpoint does not begin with 0.
     pub(super) epoch: u64,
-    /// The clock of the first step of the epoch. Clocks are counted since the training began.
+    /// The clock of the first step of the epoch. Clocks are counted since the process of the
+    /// driver began to train.
     pub(super) first_clock: Clock,
     /// How many batches are in one step.
     pub(super) num_accumulated: u32,

@@ -239,6 +239,22 @@ class Models(unittest.TestCase):
             self.assertEqual(self.numbers(flat.gradient(loss)), [number for row in expected for number in row])
             self.assertIs(model["head"].weight, model["table"].weight)
 
+    def test_two_that_would_have_one_name_are_refused(self):
+        one = layout(("table.weight", [2, 2]))
+        # The order of the numbers depends on the place.
+        self.refuses(LayoutMismatch, "`head.weight` and `table.weight` would both be the servers' `table.weight`",
+                     FlatModel, self.tied(), one, names={"head.weight": "table.weight"})
+        FlatModel(self.tied(), one, names={"head.weight": "table.weight", "table.weight": "other"})
+        two = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
+        shared = layout(("shared", [1, 1]))
+        both = {"a.weight": "shared", "b.weight": "shared"}
+        self.refuses(LayoutMismatch, "`b.weight` and `a.weight` would both be", FlatModel, two, shared, names=both)
+        two["b"].weight = two["a"].weight
+        FlatModel(two, shared, names=both)
+        norms = nn.ModuleDict({"a": nn.BatchNorm1d(1), "b": nn.BatchNorm1d(1)})
+        self.refuses(LayoutMismatch, "`b.running_var` and `a.running_var` would both be",
+                     FlatModel, norms, layout(), names={"b.running_var": "a.running_var"})
+
     def test_numbers_of_another_precision_are_refused(self):
         for model in (nn.Linear(1, 1).double(), nn.Linear(1, 1).bfloat16()):
             self.refuses(WrongDtype, "model.float()", FlatModel, model, layout(("weight", [1, 1]), ("bias", [1])))
