@@ -36,6 +36,9 @@ const LOOK_AT_SERVERS: Duration = Duration::from_secs(1);
 /// How long the end of a failed run waits for the last records.
 const LAST_RECORDS: Duration = Duration::from_secs(1);
 
+/// How long a run whose servers answer waits for what they tell of each gradient. A busy machine may take seconds.
+const FOLLOWING: Duration = Duration::from_secs(5);
+
 /// Fetches what the observers of a run do not learn from the driver. Does nothing if nobody observes.
 pub(crate) struct Collector {
     shared: Arc<Shared>,
@@ -226,33 +229,35 @@ impl Collector {
     }
 
     /// If somebody follows each gradient, says where the servers are, and lets them record their parts of gradients. Call it
-    /// before the workers begin. Waits up to 1 s.
+    /// before the workers begin. Waits up to 5 s.
     pub(crate) async fn follow_gradients(&self, servers: &ServerGroup) {
         if self.observers().follow_gradients() {
             let looking = look_at_servers_once(&self.shared, servers);
             let prepared = pin!(join(looking, self.shared.fetch_parts(servers)));
-            select(prepared, pin!(actix::clock::sleep(LAST_RECORDS))).await;
+            select(prepared, pin!(actix::clock::sleep(FOLLOWING))).await;
         }
     }
 
-    /// Asks the servers for their last parts of gradients, if somebody follows each gradient. Waits up to 1 s.
+    /// Asks the servers for their last parts of gradients, if somebody follows each gradient. Waits up to 5 s.
     pub(crate) async fn fetch_last_parts(&self, servers: &ServerGroup) {
         let fetched = pin!(self.shared.fetch_parts(servers));
-        select(fetched, pin!(actix::clock::sleep(LAST_RECORDS))).await;
+        select(fetched, pin!(actix::clock::sleep(FOLLOWING))).await;
     }
 
-    /// Asks all workers for their last records, after a failure. Waits up to 1 s.
-    pub(crate) async fn fetch_last(&self) {
+    /// Asks all workers for their last records, and the servers for their last parts as
+    /// [`fetch_last_parts`](Self::fetch_last_parts) does, after a failure. Waits up to 1 s for all of them.
+    pub(crate) async fn fetch_last(&self, servers: &ServerGroup) {
         let mut asked = Pending::new();
         self.shared.ask(&mut asked);
-        let answers = pin!(async {
+        let answers = async {
             while let Some((worker, answer)) = asked.next().await {
                 if let Ok(steps) = answer {
                     self.shared.take(worker, steps);
                 }
             }
-        });
-        select(answers, pin!(actix::clock::sleep(LAST_RECORDS))).await;
+        };
+        let fetched = pin!(join(answers, self.shared.fetch_parts(servers)));
+        select(fetched, pin!(actix::clock::sleep(LAST_RECORDS))).await;
     }
 }
 

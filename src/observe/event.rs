@@ -56,7 +56,8 @@ pub enum Event {
     ServersSeen(ServersSeen),
     /// Somebody changed the training while it ran; see [`Controls`](crate::controls::Controls).
     Controlled(Controlled),
-    /// The observer was too slow, and did not get some of the [steps](Self::Step).
+    /// The observer was too slow, and did not get some of the [steps](Self::Step), or of the events that follow each
+    /// gradient.
     EventsSkipped(EventsSkipped),
     /// The file of a run does not hold all steps, before this event and after it. Only this file
     /// has such an event; no observer gets one.
@@ -666,7 +667,8 @@ pub enum Change {
     },
 }
 
-/// The observer was too slow, and did not get some of the steps.
+/// The observer was too slow, and did not get some of the steps, or of the events that follow
+/// [each gradient](super::Observer::follows_gradients).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct EventsSkipped {
@@ -689,8 +691,9 @@ pub struct StepsThinned {
 }
 
 /// Another server than the first one has applied its part of a gradient. It comes after the [step](SettledStep) of the
-/// gradient, unless that is missed. As the times of a step, these are measured by the server's own clock, and placed in
-/// the run when they arrive: late by the way of the answer.
+/// gradient, unless that is missed or [skipped](EventsSkipped), or more than 16,384 parts wait for their steps. As the
+/// times of a step, these are measured by the server's own clock, and placed in the run when they arrive: late by the way
+/// of the answer.
 ///
 /// A server keeps the records of its latest 8,192 parts, and is asked four times per second. Parts of which the
 /// records are lost have no event.
@@ -713,7 +716,8 @@ pub struct PartApplied {
     pub version: Version,
     /// How long the server had the part before it began the update, in seconds. 0 if it does not know when the part came.
     pub held: f64,
-    /// How long the server took to make the update, in seconds.
+    /// How long the server took to make the update, in seconds. If several updates waited for the same part, this is the
+    /// time of all of them.
     pub took: f64,
 }
 

@@ -37,12 +37,13 @@
 //! - Of each worker, the steps come in the order of their clocks, and each settled step comes exactly once: as a
 //!   [`SettledStep`], or as one of [`StepsMissed`] if only the servers still know of it. Events of different workers and
 //!   kinds come in the order in which the driver learns of them, so their [times](Event::time) may go back
-//!   by up to a second. If the servers are lost, the steps since the last checkpoint come again, after
-//!   [`ServersRecovered`].
+//!   by up to a second. A [`PartApplied`] waits for its step, so its time may go back further if the worker is slow or
+//!   stopped. If the servers are lost, the steps since the last checkpoint come again, after [`ServersRecovered`].
 //! - [`RunStarted`] comes first, and [`RunEnded`] last, even if the training fails.
 //! - Each observer has a thread and a queue of its own. One that is slow delays neither the training nor other
-//!   observers. If its queue is full, it does not get some of the steps and gets [`EventsSkipped`]. At the end,
-//!   the training waits up to 10 s until the observers have handled all events and are dropped.
+//!   observers. If its queue is full, it does not get some of the steps, or of the events that follow each gradient, and
+//!   gets [`EventsSkipped`]. At the end, the training waits up to 10 s until the observers have handled all events and are
+//!   dropped.
 //! - An observer that panics gets no more events, which is logged. The training goes on.
 //!
 //! | file | what it holds |

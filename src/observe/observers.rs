@@ -70,7 +70,12 @@ impl Observers {
             let (queue, (ends, ended)) = (Arc::new(Queue::default()), sync_channel(0));
             let thread = std::thread::Builder::new().name("observer".to_owned());
             let its_queue = Arc::clone(&queue);
-            let follows_gradients = observer.follows_gradients();
+            let asked = catch_unwind(AssertUnwindSafe(|| observer.follows_gradients()));
+            let follows_gradients = asked.unwrap_or_else(|_| {
+                tracing::warn!("an observer panicked and gets no events; the training goes on");
+                queue.abandon();
+                false
+            });
             let started = thread.spawn(move || observe(observer, &its_queue, ends));
             match started {
                 Ok(_) => {
@@ -330,6 +335,26 @@ mod tests {
         observers.tell(end(&observers));
         observers.finish();
         assert_eq!(events.iter().count(), 101);
+    }
+
+    #[test]
+    fn an_observer_that_panics_before_the_first_event_gets_none() {
+        struct Panics;
+        impl Observer for Panics {
+            fn observe(&mut self, _: &Event) {
+                panic!("it gets no event");
+            }
+            fn follows_gradients(&self) -> bool {
+                panic!("on purpose")
+            }
+        }
+        let (sender, events) = mpsc::channel();
+        let goes_on = move |event: &Event| sender.send(event.clone()).unwrap();
+        let observers = Observers::start(vec![Box::new(Panics), Box::new(goes_on)]);
+        assert!(!observers.follow_gradients());
+        observers.tell(end(&observers));
+        observers.finish();
+        assert_eq!(events.iter().count(), 1);
     }
 
     #[test]

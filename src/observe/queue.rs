@@ -9,8 +9,9 @@ use super::event::{Event, EventsSkipped};
 pub(super) const MAX_WAITING: usize = 1 << 16;
 
 /// The events that wait for one observer. If it is so slow that [`MAX_WAITING`] events wait, further
-/// steps are skipped and counted. Other events are rare. They are skipped only if twice as many wait. The
-/// [end](Event::RunEnded) always fits, and nothing comes after it.
+/// steps are skipped and counted, and so are events that follow each gradient, and what is told again soon. Other events
+/// are rare. They are skipped only if twice as many wait. The [end](Event::RunEnded) always fits, and nothing comes after
+/// it.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     state: Mutex<State>,

@@ -29,10 +29,11 @@
 //!
 //! # Bounds
 //! Of each second, 100 steps have spans: the first ones of each worker, as many of one as of the other, and at least
-//! one. `training` says how many steps have none. A step of a driver's own loop has the parts `compute` and `servers`, which are
-//! the loop's [calls](crate::observe::LoopCall); one whose loop tells of no calls has no spans, because nobody knows when it
-//! began. Spans are sent when there are 500, or
-//! after a second. If the collector cannot be reached or refuses them, they are dropped, the log says so once, and it is tried again
+//! one. `training` says how many steps have none (`ps.steps_left_out`). It also says for
+//! how many events this observer was too slow (`ps.events_skipped`): steps, and what the servers and the loop told of their
+//! gradients. A step of a driver's own loop has the parts `compute` and `servers`, which are the loop's
+//! [calls](crate::observe::LoopCall); one whose loop tells of no calls has no spans, because nobody knows when it began.
+//! Spans are sent when there are 500, or after a second. If the collector cannot be reached or refuses them, they are dropped, the log says so once, and it is tried again
 //! every 10 s; the training goes on. TLS is not supported: run a collector on the same host.
 //!
 //! | file | what it holds |

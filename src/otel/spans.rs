@@ -43,11 +43,24 @@ pub(super) struct Spans {
     seconds: BTreeMap<WorkerId, (u64, u32)>,
     /// How many steps have no spans.
     num_steps_left_out: u64,
-    /// The spans of steps, and how many more spans of other servers they may have.
-    steps: Latest<GradientId, (u64, usize)>,
+    /// How many events did not come, because this observer was too slow.
+    num_events_skipped: u64,
+    /// The steps that have spans.
+    steps: Latest<GradientId, Followed>,
     /// Gradients that a driver's own loop has got, and its latest update.
     computed: Latest<GradientId, Computed>,
     update: Option<UpdateMade>,
+}
+
+/// A step, for the spans of its gradient's parts.
+#[derive(Clone, Copy, Debug)]
+struct Followed {
+    /// The span of the step.
+    id: u64,
+    /// When the gradient was sent. When it was asked for, if a driver's own loop did.
+    sent: f64,
+    /// How many more spans of other servers it may have.
+    num_left: usize,
 }
 
 impl Default for Spans {
@@ -63,6 +76,7 @@ impl Default for Spans {
             num_servers: 0,
             seconds: BTreeMap::new(),
             num_steps_left_out: 0,
+            num_events_skipped: 0,
             steps: Latest::new(MAX_GRADIENTS),
             computed: Latest::new(MAX_GRADIENTS),
             update: None,
@@ -123,8 +137,12 @@ impl Spans {
                 Vec::new()
             }
             Event::StepsMissed(missed) => self.leave_out(missed.num_steps),
-            // Nearly all of them are steps, or about their gradients.
-            Event::EventsSkipped(skipped) => self.leave_out(skipped.num_events),
+            // Steps, and what is about their gradients: nobody knows how many of each.
+            Event::EventsSkipped(skipped) => {
+                let num_all = self.num_events_skipped.saturating_add(skipped.num_events);
+                self.num_events_skipped = num_all;
+                Vec::new()
+            }
             Event::Evaluated(evaluated) => {
                 let mut attributes = vec![
                     whole("ps.version", evaluated.version.0),
@@ -153,6 +171,10 @@ impl Spans {
             | Event::ServersRecovered(_)
             | Event::CheckpointFailed(_)
             | Event::Controlled(_) => {
+                if let Event::ServersLost(_) = event {
+                    // Steps since the checkpoint come again.
+                    self.steps = Latest::new(MAX_GRADIENTS);
+                }
                 self.remember(event);
                 Vec::new()
             }
@@ -248,7 +270,7 @@ impl Spans {
             apply,
         } = times;
         let began = step.time - times.total();
-        let (id, whole_step) = self.whole_step(step, began);
+        let (id, whole_step) = self.whole_step(step, (began, began + data + compute));
         let mut spans = vec![whole_step];
         let mut from = began;
         for (name, seconds, attributes) in [
@@ -275,8 +297,8 @@ impl Spans {
         spans
     }
 
-    /// Makes the span of a step, of which others are parts.
-    fn whole_step(&mut self, step: &SettledStep, began: f64) -> (u64, Value) {
+    /// Makes the span of a step, of which others are parts. It says when the step began and its gradient was sent.
+    fn whole_step(&mut self, step: &SettledStep, (began, sent): (f64, f64)) -> (u64, Value) {
         let outcome = match step.outcome {
             StepOutcome::Applied => "applied",
             StepOutcome::Late => "late",
@@ -302,8 +324,12 @@ impl Spans {
             },
             None,
         );
-        let num_others = self.num_servers.saturating_sub(1);
-        self.steps.insert(step.gradient(), (id, num_others));
+        let followed = Followed {
+            id,
+            sent,
+            num_left: self.num_servers.saturating_sub(1),
+        };
+        self.steps.insert(step.gradient(), followed);
         (id, span)
     }
 
@@ -318,7 +344,8 @@ impl Spans {
         if !self.takes(step) {
             return self.leave_out(1);
         }
-        let (id, whole_step) = self.whole_step(step, computed.time - computed.seconds);
+        let began = computed.time - computed.seconds;
+        let (id, whole_step) = self.whole_step(step, (began, began));
         let mut spans = vec![whole_step];
         for (name, time, seconds) in [
             ("compute", computed.time, computed.seconds),
@@ -338,14 +365,18 @@ impl Spans {
     /// Another server has applied its part of a gradient.
     fn part(&mut self, part: &PartApplied) -> Vec<Value> {
         // Its step has no spans either, or has come too long ago. Or a server says the same again.
-        let Some((of, num_left @ 1..)) = self.steps.get(&part.gradient()).copied() else {
+        let known = self.steps.get(&part.gradient()).copied();
+        let Some(step) = known.filter(|step| step.num_left > 0) else {
             return Vec::new();
         };
-        self.steps.insert(part.gradient(), (of, num_left - 1));
+        let num_left = step.num_left - 1;
+        self.steps
+            .insert(part.gradient(), Followed { num_left, ..step });
         let seconds = part.held + part.took;
         let span = Part {
             name: "part",
-            from: part.time - seconds,
+            // It cannot have come before it was sent, as in `trace`.
+            from: (part.time - seconds).max(step.sent),
             seconds,
             attributes: vec![
                 whole("ps.server", part.server as u64),
@@ -354,7 +385,7 @@ impl Spans {
                 number("ps.apply_seconds", part.took),
             ],
         };
-        vec![self.span(span, Some((of, of))).1]
+        vec![self.span(span, Some((step.id, step.id))).1]
     }
 
     /// Keeps a fault or a change for the span of the training.
@@ -374,6 +405,7 @@ impl Spans {
     fn end(&mut self, ended: &RunEnded) -> Vec<Value> {
         let mut attributes = std::mem::take(&mut self.settings);
         attributes.push(whole("ps.steps_left_out", self.num_steps_left_out));
+        attributes.push(whole("ps.events_skipped", self.num_events_skipped));
         let part = Part {
             name: "training",
             from: 0.0,
@@ -417,6 +449,13 @@ mod tests {
             Settings::default(),
         ))));
         spans
+    }
+
+    /// A whole number among the attributes of a span.
+    fn attribute<'a>(span: &'a Value, key: &str) -> &'a Value {
+        let mut attributes = span["attributes"].as_array().unwrap().iter();
+        let found = attributes.find(|attribute| attribute["key"] == key);
+        &found.unwrap()["value"]["intValue"]
     }
 
     fn nanos(span: &Value, key: &str) -> u64 {
@@ -467,19 +506,23 @@ mod tests {
         let Event::Step(step) = testing::step(3, 7, 2.0) else {
             panic!("a step");
         };
-        let part = Event::PartApplied(PartApplied {
-            time: 1.99,
-            server: 1,
-            node: ps_actors::cluster::NodeId::DRIVER,
-            worker: step.worker,
-            incarnation: step.incarnation,
-            clock: step.clock,
-            version: step.version,
-            held: 0.02,
-            took: 0.01,
-        });
+        let applied_at = |time| {
+            Event::PartApplied(PartApplied {
+                time,
+                server: 1,
+                node: ps_actors::cluster::NodeId::DRIVER,
+                worker: step.worker,
+                incarnation: step.incarnation,
+                clock: step.clock,
+                version: step.version,
+                held: 0.02,
+                took: 0.01,
+            })
+        };
+        let part = applied_at(1.99);
         assert!(spans.of(&part).is_empty(), "its step is not known");
-        let root = spans.of(&Event::Step(step))[0].clone();
+        let told = Event::Step(step.clone());
+        let root = spans.of(&told)[0].clone();
         // There are two other servers. Whoever says more has made it up.
         let [one, _] = [spans.of(&part), spans.of(&part)].map(|mut of_one| of_one.remove(0));
         assert!(spans.of(&part).is_empty());
@@ -493,6 +536,22 @@ mod tests {
                 "{one}"
             );
         }
+        // A part that seems to have come before it was sent is moved. The step sent it at 1.92.
+        spans.of(&told);
+        let moved = spans.of(&applied_at(1.9)).remove(0);
+        for (key, millis) in [("startTimeUnixNano", 80), ("endTimeUnixNano", 50)] {
+            assert!(
+                nanos(&moved, key).abs_diff(end - millis * 1_000_000) <= 2,
+                "{moved}"
+            );
+        }
+        // After a recovery, its gradient would be another one.
+        let lost = crate::observe::ServersLost {
+            time: 3.0,
+            reason: "test".to_owned(),
+        };
+        spans.of(&Event::ServersLost(lost));
+        assert!(spans.of(&part).is_empty());
     }
 
     #[test]
@@ -577,8 +636,7 @@ mod tests {
         let error = Some("it failed".to_owned());
         let end = spans.of(&Event::RunEnded(Box::new(RunEnded::new(3.5, error))));
         let [end] = &end[..] else { panic!("{end:?}") };
-        let left_out = end["attributes"].as_array().unwrap().last().unwrap();
-        assert_eq!(left_out["value"]["intValue"], "800");
+        assert_eq!(attribute(end, "ps.steps_left_out"), "800");
         assert_eq!(end["events"].as_array().unwrap().len(), MAX_EVENTS);
         assert_eq!(end["events"][0]["name"], "worker_lost");
         assert_eq!(
@@ -634,8 +692,8 @@ mod tests {
             assert!(spans.of(&event).is_empty());
         }
         let end = spans.of(&Event::RunEnded(Box::new(RunEnded::new(2.0, None))));
-        let left_out = end[0]["attributes"].as_array().unwrap().last().unwrap();
-        assert_eq!(left_out["value"]["intValue"], "111");
+        assert_eq!(attribute(&end[0], "ps.steps_left_out"), "11");
+        assert_eq!(attribute(&end[0], "ps.events_skipped"), "100");
     }
 
     #[test]

@@ -36,7 +36,8 @@ const MAX_VERSIONS: usize = 1024;
 /// How many gradients are remembered, for their ways to the other servers.
 const MAX_GRADIENTS: usize = 1 << 14;
 
-/// How much of the file a step takes, beside a part of its gradient at another server.
+/// How much of the file a step takes. A part of its gradient at another server takes 1, and so do a step and a call of a
+/// driver's own loop.
 const STEP: u64 = 3;
 
 /// What is known of a training so far.
@@ -232,13 +233,21 @@ impl Entries {
         (pid, tid)
     }
 
-    /// Draws arrows from each of these points to the next one. They bind to the slices that are under way there.
+    /// Draws arrows from each of these points to the next one, until one would go back in time. They bind to the slices
+    /// that are under way there.
     fn arrows(
         &mut self,
         gradient: GradientId,
         points: &[((u64, u64), f64)],
         entries: &mut Vec<Value>,
     ) {
+        // The slice of an update is drawn once, for the first of its gradients. Others may seem to have come later.
+        let are_in_order = |pair: &&[((u64, u64), f64)]| pair[0].1 <= pair[1].1;
+        let num_arrows = points.windows(2).take_while(are_in_order).count();
+        if num_arrows == 0 {
+            return;
+        }
+        let points = &points[..=num_arrows];
         self.num_arrows += 1;
         let (id, name) = (format!("{:x}", self.num_arrows), name_of(gradient));
         for (index, &((pid, tid), time)) in points.iter().enumerate() {
@@ -356,7 +365,9 @@ impl Entries {
             self.draw_update((server, part.version), updates, updated, &mut entries);
             updated
         });
-        let (came, left) = self.when_free(parts, (began - part.held, made));
+        // Rounding must not put it before it was sent.
+        let came = (began - part.held).max(origin.sent);
+        let (came, left) = self.when_free(parts, (came, made));
         let about = json!({
             "version": part.version.0, "waited for the update": millis(part.held),
             "the update took": millis(part.took),
@@ -383,8 +394,10 @@ impl Entries {
 
     /// A driver's own loop has got a gradient.
     fn computed(&mut self, computed: &Computed) -> Vec<Value> {
-        let thread = self.worker_thread(computed.worker);
-        let (began, gradient) = (computed.time - computed.seconds, computed.gradient());
+        self.size += 1;
+        let (thread, gradient) = (self.worker_thread(computed.worker), computed.gradient());
+        let call = (computed.time - computed.seconds, computed.time);
+        let (began, taken) = self.when_free(thread, call);
         let origin = Origin {
             thread,
             sent: began,
@@ -392,17 +405,18 @@ impl Entries {
         self.origins.insert(gradient, origin);
         let about = json!({"computed on": computed.computed_on.0});
         let name = format!("compute {}", name_of(gradient));
-        vec![slice(&name, thread, began, computed.seconds, about)]
+        vec![slice(&name, thread, began, taken - began, about)]
     }
 
     /// A driver's own loop has got the weights of an update.
     fn update_of_loop(&mut self, made: &UpdateMade) -> Vec<Value> {
+        self.size += 1;
         let (thread, mut entries) = ((0, OF_LOOP), Vec::new());
         if !std::mem::replace(&mut self.has_loop, true) {
             let name = "updates of the loop".to_owned();
             entries.push(named("thread_name", thread, name));
         }
-        let call = (made.time - made.seconds, made.time);
+        let call = self.when_free(thread, (made.time - made.seconds, made.time));
         self.draw_update((0, made.version), thread, call, &mut entries);
         entries
     }
@@ -412,7 +426,7 @@ impl Entries {
         let Some(origin) = self.origins.get(&step.gradient()).copied() else {
             return Vec::new();
         };
-        self.size += STEP;
+        self.size += 1;
         let (pid, tid) = origin.thread;
         let mut entries = vec![json!({
             "ph": "i", "s": "t", "cat": "ps", "name": format!("step {}", step.clock.0),

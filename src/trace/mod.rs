@@ -4,8 +4,8 @@
 //! can be followed from its batch to the update at every server. A worker waits for the batch, computes, sends; the first server
 //! holds the push, and makes the update; the worker receives the next weights. Each other server has its part of the
 //! gradient from its arrival until it has made its part of the update. Each server is drawn in the process where it is. Arrows
-//! connect the worker with each server. They and the slices have the name of the gradient:
-//! `gradient WORKER.INCARNATION.CLOCK`.
+//! connect the worker with each server. They and the slices of the gradient at the servers have its name,
+//! `gradient WORKER.INCARNATION.CLOCK`. The numbers of the worker's step name it, too.
 //!
 //! ```
 //! use ps::prelude::*;
@@ -33,19 +33,23 @@
 //! The other servers measure by their own clocks, too: how long they have had a part when they begin the update, and how long
 //! that takes. No clock is compared with another one. The driver asks them four times per second, and places what they
 //! tell when the answer arrives. So their slices are as long as they were, but up to the time of an answer too late: on a busy
-//! machine, some milliseconds. A part that seems to come before its gradient was sent is drawn later, and a slice that
-//! seems to begin before the one before it has ended is drawn shorter; its numbers say how long it was.
+//! machine, some milliseconds. A part that seems to come before its gradient was sent is drawn later. A slice that seems
+//! to begin before the one before it has ended is drawn shorter; the numbers of the gradient's slice say how long it
+//! waited, and how long the update took. An update is drawn once, for the first of its gradients. If another one seems to
+//! have come after it, no arrow leads from that one to the update.
 //!
 //! A driver's own loop tells of its calls ([`LoopCall`](crate::observe::LoopCall);
 //! [`LastingWorker`](crate::prelude::LastingWorker) does it by itself). They are drawn from the question to the moment when the loop took
-//! the answer: the gradients of each worker, and the updates. What happens inside a call is not known. A loop that tells of
-//! no calls, and the workers of `http_server`, have no steps in the trace.
+//! the answer: the gradients of each worker, and the updates. If two of them overlap, the later one is
+//! drawn from the end of the earlier one. What happens inside a call is not known. A loop that tells of no calls, and the
+//! workers of `http_server`, have no steps in the trace.
 //!
 //! # Bounds
 //! The file is created when the training begins, and written as it goes on. If the process dies, what is there can be
 //! opened: the format needs no end. After [`MAX_STEPS`] steps the trace ends, which the log says. With several servers it
-//! ends earlier: a part at another server counts as a third of a step. If the file cannot be written, the log says so
-//! once, and the training goes on.
+//! ends earlier: a part at another server counts as a third of a step. A call or a step of a driver's own loop counts as
+//! much. After the end of the trace, the servers still keep records, and the driver still fetches them. If the file cannot
+//! be written, the log says so once, and the training goes on.
 //!
 //! | file | what it holds |
 //! |---|---|

@@ -379,8 +379,7 @@ where
         let runs = match outcome {
             Ok(runs) => runs,
             Err(error) => {
-                collector.fetch_last().await;
-                collector.fetch_last_parts(&servers).await;
+                collector.fetch_last(&servers).await;
                 // The other workers must not go on in the background, or wait for the one that failed.
                 workers.iter().for_each(Worker::kill);
                 // This must not wait for the servers. If some of them answer again, the error must stay what

@@ -42,9 +42,8 @@ impl Drawn {
     /// The names that processes or threads were given.
     fn names(&self, kind: &str) -> BTreeMap<Thread, &str> {
         let named = self.0.iter().filter(|entry| entry["name"] == kind);
-        let name = |entry: &'_ Value| thread(entry);
         named
-            .map(|entry| (name(entry), entry["args"]["name"].as_str().unwrap()))
+            .map(|entry| (thread(entry), entry["args"]["name"].as_str().unwrap()))
             .collect()
     }
 

@@ -31,7 +31,8 @@ pub struct AppliedPart {
     pub version: Version,
     /// How long the server had the part before it began the update. Zero if it does not know when the part came.
     pub held: Duration,
-    /// How long the server took to make the update.
+    /// How long the server took to make the update. If one part completes several updates that have waited for it, each
+    /// of them has the time of all.
     pub took: Duration,
     /// How long ago the update was made, when the records were sent. Clocks of machines need not agree.
     pub ago: Duration,
@@ -121,6 +122,8 @@ impl AppliedParts {
 pub(super) enum Given {
     /// The numbers of a gradient.
     Part(GradientId),
+    /// This gradient is not to be part of an update.
+    Dropped(GradientId),
     /// An update of these gradients. It may have to wait for some of them.
     Update(Version, Vec<GradientId>),
 }
@@ -133,7 +136,8 @@ impl Given {
                 let named = update.gradients.iter().map(|one| one.id);
                 Some(Self::Update(update.version, named.collect()))
             }
-            Decision::Save(_) | Decision::Discard(_) | Decision::Fence { .. } => None,
+            Decision::Discard(id) => Some(Self::Dropped(*id)),
+            Decision::Save(_) | Decision::Fence { .. } => None,
         }
     }
 }
@@ -179,6 +183,9 @@ impl PartRecorder {
         };
         match given {
             Given::Part(id) => recording.came(id, began),
+            Given::Dropped(id) => {
+                recording.came.remove(&id);
+            }
             Given::Update(version, ids) => recording.undone.push_back((version, ids)),
         }
         recording.made(began, version);
@@ -196,7 +203,8 @@ impl PartRecorder {
 
 impl Recording {
     fn came(&mut self, id: GradientId, at: Instant) {
-        // Those that were dropped never get an update. Forgetting all of them costs nothing but times of a few others.
+        // Those of a worker that was fenced never get an update, nor do those that came after they were dropped. Forgetting
+        // all of them costs nothing but times of a few others.
         if self.came.len() == MAX_PARTS {
             self.came.clear();
         }
@@ -313,6 +321,19 @@ mod tests {
     }
 
     #[test]
+    fn the_arrival_of_a_gradient_that_is_dropped_is_forgotten() {
+        let mut recorder = PartRecorder::default();
+        recorder.from(0);
+        give(&mut recorder, Given::Part(id(0)), 0);
+        give(&mut recorder, Given::Part(id(1)), 0);
+        let dropped = Given::by(&Decision::Discard(id(0)));
+        give(&mut recorder, dropped.unwrap(), 0);
+        let came = &recorder.recording.as_ref().unwrap().came;
+        assert_eq!(came.keys().collect::<Vec<_>>(), [&id(1)]);
+        assert_eq!(answer(&mut recorder, 0), (0, vec![]));
+    }
+
+    #[test]
     fn a_record_is_kept_until_it_has_arrived() {
         let mut recorder = PartRecorder::default();
         recorder.from(0);
@@ -336,7 +357,7 @@ mod tests {
         recorder.from(0);
         let num_parts = 2 * MAX_PARTS as u64 + 3;
         for clock in 0..num_parts {
-            // Every second one is dropped.
+            // Every second one gets no update.
             give(&mut recorder, Given::Part(id(u64::MAX - 2 * clock)), clock);
             give(
                 &mut recorder,
