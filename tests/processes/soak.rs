@@ -78,7 +78,8 @@ fn wait_for_round(run: &mut Run, round: u64) {
 
 fn check(plan: &str, more: &[&str], survivors: impl Fn(&mut Run) -> Vec<u32>) {
     let num_rounds = num_rounds();
-    let iterations = (WARM_UP + num_rounds + 100).to_string();
+    // The last ones are for what comes and goes.
+    let iterations = (WARM_UP + num_rounds + 600).to_string();
     let directory = tempfile::tempdir().unwrap();
     let dir = directory.path().to_str().unwrap();
     let arguments = [
@@ -112,6 +113,8 @@ fn check(plan: &str, more: &[&str], survivors: impl Fn(&mut Run) -> Vec<u32>) {
         if grown.is_empty() || Instant::now() > deadline {
             break;
         }
+        // If the run ends before it is good, this is all that shows.
+        println!("not yet: {grown:?}");
         run.wait_for(&["Iter ", "accuracy is"]);
     }
     for (&pid, before) in survivors.iter().zip(&before) {
