@@ -1,10 +1,12 @@
 //! What observing a training costs: gradients per second with everything on, against everything off. `ConvNet`, batch 128,
-//! two workers, `asp`, in one process. The runs come in turn, ten pairs, and every second pair begins with the other one.
+//! two workers, `asp`, in one process. The runs come in turn, off, on, and off again, ten times. A run that is on is compared
+//! with the mean of the two around it, so a machine that becomes slower or faster does not count. The two that are off show
+//! the noise.
 //! On: the progress bar, drawn to a terminal that nobody sees, the run directory, event files for TensorBoard, a trace, traces for
 //! OpenTelemetry, which a collector on this machine takes and forgets, metrics, which are fetched once per second, and the
-//! dashboard, whose stream of events is read all the time, as a browser with the page does. A third run of each pair is
-//! off as well: its ratio to the other shows the noise. The processor time per gradient is compared, too, because it
-//! varies less on a busy machine. It includes that of the threads that play the browser and the collector.
+//! dashboard, whose stream of events is read all the time, as a browser with the page does. The processor time per gradient
+//! is compared, too, because it varies less on a busy machine. It includes that of the threads that play the browser and the
+//! collector, and that of drawing the pictures after the training, which the speed does not.
 //!
 //! What is left of it with everything off cannot be switched off, so it has no other run beside it. It is that each step
 //! reads the clock, nowhere more often than [`NUM_READINGS`] times, and makes a record that nobody keeps. The time of
@@ -37,7 +39,7 @@ use ps::trace::Trace;
 
 use pairs::{processor_seconds, spread};
 
-const NUM_PAIRS: usize = 10;
+const NUM_ROUNDS: usize = 10;
 
 /// Of each worker.
 const NUM_STEPS: u64 = 3000;
@@ -55,20 +57,14 @@ fn main() -> Result<()> {
     let (mut speeds, mut noises) = (Vec::new(), Vec::new());
     let (mut costs, mut noises_of_costs) = (Vec::new(), Vec::new());
     let mut remains = Vec::new();
-    for pair in 0..NUM_PAIRS {
-        let on = || train(&mnist, Some(&directory.join(format!("pair-{pair}"))));
-        let (off, observed) = match pair % 2 {
-            0 => (train(&mnist, None)?, on()?),
-            _ => {
-                let observed = on()?;
-                (train(&mnist, None)?, observed)
-            }
-        };
+    for round in 0..NUM_ROUNDS {
+        let off = train(&mnist, None)?;
+        let on = train(&mnist, Some(&directory.join(format!("round-{round}"))))?;
         let again = train(&mnist, None)?;
-        println!("pair {pair}: off {off}, on {observed}, off again {again}");
-        speeds.push(observed.speed / off.speed);
+        println!("round {round}: off {off}, on {on}, off again {again}");
+        speeds.push(2.0 * on.speed / (off.speed + again.speed));
         noises.push(again.speed / off.speed);
-        costs.push(observed.cost / off.cost);
+        costs.push(2.0 * on.cost / (off.cost + again.cost));
         noises_of_costs.push(again.cost / off.cost);
         remains.push(100.0 * f64::from(NUM_READINGS) * reading_of_the_clock() / off.cost);
     }

@@ -161,7 +161,7 @@ impl Collector {
         });
         if !watched.is_current {
             let now = self.observers().seconds();
-            self.shared.miss(worker, watched, first, now);
+            self.observers().tell_all(miss(worker, watched, first, now));
             (watched.next, watched.is_current) = (first, true);
         }
         // If this message is lost, so is the one that starts the worker's run.
@@ -310,9 +310,9 @@ impl Shared {
 
     /// Tells the observers of the parts whose steps are known.
     fn tell_parts(&self, is_step_known: impl Fn(&PartApplied) -> bool) {
-        for part in self.lock_parts().take_ready(is_step_known) {
-            self.observers.tell(Event::PartApplied(part));
-        }
+        let parts = self.lock_parts().take_ready(is_step_known);
+        let events = parts.into_iter().map(Event::PartApplied);
+        self.observers.tell_all(events);
     }
 
     /// Whether the observers know of the step of this part, or will never know of it. What they knew before a recovery
@@ -345,47 +345,20 @@ impl Shared {
         let mut workers = self.lock();
         if let Some(watched) = workers.get_mut(&worker) {
             let now = self.observers.seconds();
-            for record in records {
-                self.take_one(worker, watched, &record, now);
-            }
+            let events = records.iter().flat_map(|record| {
+                let [missed, step] = take_one(worker, watched, record, now);
+                missed.into_iter().chain(step)
+            });
+            self.observers.tell_all(events);
         }
-    }
-
-    fn take_one(&self, worker: WorkerId, watched: &mut Watched, record: &StepRecord, now: f64) {
-        if record.clock < watched.next {
-            return;
-        }
-        // The answer took a while, so it may seem to be earlier than the step before.
-        let time = (now - record.ago.as_secs_f64())
-            .max(watched.latest)
-            .min(now);
-        self.miss(worker, watched, record.clock, time);
-        (watched.next, watched.latest) = (record.clock.next(), time);
-        self.observers
-            .tell(Event::Step(SettledStep::of(worker, record, time)));
     }
 
     fn miss_until(&self, worker: WorkerId, next: Clock) {
         let mut workers = self.lock();
         if let Some(watched) = workers.get_mut(&worker) {
             let now = self.observers.seconds();
-            self.miss(worker, watched, next, now);
+            self.observers.tell_all(miss(worker, watched, next, now));
         }
-    }
-
-    /// Says that the steps before `next` that the observers do not know are missed.
-    fn miss(&self, worker: WorkerId, watched: &mut Watched, next: Clock, time: f64) {
-        let num_steps = next.0.saturating_sub(watched.next.0);
-        if num_steps == 0 {
-            return;
-        }
-        self.observers.tell(Event::StepsMissed(StepsMissed {
-            time,
-            worker,
-            first: watched.next,
-            num_steps,
-        }));
-        watched.next = next;
     }
 
     /// Tells the observers which nodes came and which are gone.
@@ -412,6 +385,41 @@ impl Shared {
             }
         }
     }
+}
+
+/// Returns what there is to tell of a record: steps before it that are missed, and its step, unless the observers know it.
+fn take_one(
+    worker: WorkerId,
+    watched: &mut Watched,
+    record: &StepRecord,
+    now: f64,
+) -> [Option<Event>; 2] {
+    if record.clock < watched.next {
+        return [None, None];
+    }
+    // The answer took a while, so it may seem to be earlier than the step before.
+    let time = (now - record.ago.as_secs_f64())
+        .max(watched.latest)
+        .min(now);
+    let missed = miss(worker, watched, record.clock, time);
+    (watched.next, watched.latest) = (record.clock.next(), time);
+    let step = Event::Step(SettledStep::of(worker, record, time));
+    [missed, Some(step)]
+}
+
+/// Returns the event that the steps before `next` that the observers do not know are missed.
+fn miss(worker: WorkerId, watched: &mut Watched, next: Clock, time: f64) -> Option<Event> {
+    let num_steps = next.0.saturating_sub(watched.next.0);
+    if num_steps == 0 {
+        return None;
+    }
+    let first = std::mem::replace(&mut watched.next, next);
+    Some(Event::StepsMissed(StepsMissed {
+        time,
+        worker,
+        first,
+        num_steps,
+    }))
 }
 
 /// Asks the workers again and again.

@@ -127,12 +127,16 @@ impl Observers {
 
     /// Tells all observers of an event, or those that follow each gradient if it is about one. Never blocks.
     pub fn tell(&self, event: Event) {
-        if let Some(inner) = &self.inner {
-            let for_all = !event.is_about_each_gradient();
-            let event = Arc::new(event);
-            let queues = inner.queues.iter().zip(&inner.follow_gradients);
-            let told = queues.filter(|&(_, &follows)| for_all || follows);
-            told.for_each(|(queue, _)| queue.push(&event));
+        self.tell_all([event]);
+    }
+
+    /// Tells them of several events, as [`tell`](Self::tell) does.
+    pub(super) fn tell_all(&self, events: impl IntoIterator<Item = Event>) {
+        let Some(inner) = &self.inner else { return };
+        let events: Vec<Arc<Event>> = events.into_iter().map(Arc::new).collect();
+        for (queue, &follows) in inner.queues.iter().zip(&inner.follow_gradients) {
+            let is_for_it = |event: &&Arc<Event>| follows || !event.is_about_each_gradient();
+            queue.push(events.iter().filter(is_for_it));
         }
     }
 

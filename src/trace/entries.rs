@@ -4,10 +4,12 @@
 //! microseconds. Perfetto draws an arrow only if its id is a number or a hexadecimal text, and if its points come in the
 //! order of their times.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use ps_actors::cluster::NodeId;
 use ps_actors::ids::{GradientId, Version, WorkerId};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::observe::{
@@ -85,8 +87,76 @@ impl Default for Entries {
     }
 }
 
+/// An entry of the file. It has types, and is no tree of values: a step has ten entries, and trees of them would cost the
+/// training more than everything else that draws them.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Entry {
+    ph: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cat: Option<&'static str>,
+    name: Cow<'static, str>,
+    pid: u64,
+    tid: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ts: Option<f64>,
+    /// How long a slice is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dur: Option<f64>,
+    /// Where a moment is drawn: everywhere (`g`), or in its thread (`t`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    s: Option<&'static str>,
+    /// To what a point of an arrow binds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bp: Option<&'static str>,
+    /// Which arrow it is a point of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Args::is_nothing")]
+    args: Args,
+}
+
+/// What is said about an entry.
+#[derive(Debug, Default, Serialize)]
+#[serde(untagged)]
+enum Args {
+    #[default]
+    Nothing,
+    Name {
+        name: String,
+    },
+    Step {
+        gradient: String,
+        #[serde(rename = "computed on")]
+        computed_on: u64,
+        outcome: StepOutcome,
+        version: u64,
+        staleness: u64,
+        loss: String,
+        norm: String,
+        examples: u64,
+    },
+    Push {
+        #[serde(rename = "the update took")]
+        took: String,
+    },
+    Part {
+        version: u64,
+        #[serde(rename = "waited for the update")]
+        held: String,
+        #[serde(rename = "the update took")]
+        took: String,
+    },
+    Rare(Value),
+}
+
+impl Args {
+    fn is_nothing(&self) -> bool {
+        matches!(self, Self::Nothing)
+    }
+}
+
 /// Names the driver.
-pub(super) fn driver() -> Value {
+pub(super) fn driver() -> Entry {
     named("process_name", (0, MAIN), "driver".to_owned())
 }
 
@@ -99,27 +169,55 @@ fn thread(worker: WorkerId) -> u64 {
 }
 
 /// Something that took some time.
-fn slice(name: &str, (pid, tid): (u64, u64), from: f64, seconds: f64, args: Value) -> Value {
-    json!({
-        "ph": "X", "cat": "ps", "name": name, "pid": pid, "tid": tid,
-        "ts": micros(from), "dur": micros(seconds.max(0.0)), "args": args,
-    })
+fn slice(
+    name: impl Into<Cow<'static, str>>,
+    (pid, tid): (u64, u64),
+    from: f64,
+    seconds: f64,
+    args: Args,
+) -> Entry {
+    Entry {
+        ph: "X",
+        cat: Some("ps"),
+        name: name.into(),
+        pid,
+        tid,
+        ts: Some(micros(from)),
+        dur: Some(micros(seconds.max(0.0))),
+        args,
+        ..Entry::default()
+    }
 }
 
-/// Something that happened at a moment.
-fn instant(name: &str, time: f64, args: Value) -> Value {
-    json!({
-        "ph": "i", "s": "g", "cat": "ps", "name": name, "pid": 0, "tid": MAIN, "ts": micros(time), "args": args,
-    })
+/// Something that happened at a moment. It is drawn everywhere.
+fn instant(name: impl Into<Cow<'static, str>>, time: f64, args: Args) -> Entry {
+    Entry {
+        ph: "i",
+        cat: Some("ps"),
+        name: name.into(),
+        pid: 0,
+        tid: MAIN,
+        ts: Some(micros(time)),
+        s: Some("g"),
+        args,
+        ..Entry::default()
+    }
 }
 
-fn named(kind: &str, (pid, tid): (u64, u64), name: String) -> Value {
-    json!({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}})
+fn named(kind: &'static str, (pid, tid): (u64, u64), name: String) -> Entry {
+    Entry {
+        ph: "M",
+        name: kind.into(),
+        pid,
+        tid,
+        args: Args::Name { name },
+        ..Entry::default()
+    }
 }
 
 impl Entries {
     /// Returns the entries of an event.
-    pub(super) fn of(&mut self, event: &Event) -> Vec<Value> {
+    pub(super) fn of(&mut self, event: &Event) -> Vec<Entry> {
         match event {
             Event::RunStarted(started) => vec![
                 driver(),
@@ -131,7 +229,7 @@ impl Entries {
                 instant(
                     "the training begins",
                     started.time,
-                    json!({"settings": started.settings, "versions": started.versions}),
+                    Args::Rare(json!({"settings": started.settings, "versions": started.versions})),
                 ),
             ],
             Event::WorkerJoined(joined) => self.worker_at(joined.worker, joined.node),
@@ -142,16 +240,16 @@ impl Entries {
                 (0, MAIN),
                 evaluated.time,
                 evaluated.seconds,
-                json!({
+                Args::Rare(json!({
                     "version": evaluated.version.0, "loss": evaluated.loss, "accuracy": evaluated.accuracy,
-                }),
+                })),
             )],
             Event::CheckpointSaved(saved) => vec![slice(
                 "checkpoint",
                 (0, MAIN),
                 saved.time - saved.seconds,
                 saved.seconds,
-                json!({"version": saved.version.0, "path": saved.path}),
+                Args::Rare(json!({"version": saved.version.0, "path": saved.path})),
             )],
             Event::NodeJoined(joined) => vec![
                 named(
@@ -165,7 +263,7 @@ impl Entries {
                 instant(
                     "a node joins",
                     joined.time,
-                    json!({"node": joined.node.to_string()}),
+                    Args::Rare(json!({"node": joined.node.to_string()})),
                 ),
             ],
             Event::ServersSeen(seen) => {
@@ -177,7 +275,7 @@ impl Entries {
             Event::UpdateMade(made) => self.update_of_loop(made),
             // What comes too often.
             Event::Evaluating(_) => Vec::new(),
-            Event::RunEnded(ended) => vec![instant("the training ends", ended.time, Value::Null)],
+            Event::RunEnded(ended) => vec![instant("the training ends", ended.time, Args::Nothing)],
             // The rest are rare, and their fields say all.
             other => {
                 if let Event::ServersLost(_) = other {
@@ -187,12 +285,12 @@ impl Entries {
                 }
                 let args = serde_json::to_value(other).unwrap_or_default();
                 let name = args["event"].as_str().unwrap_or("event").replace('_', " ");
-                vec![instant(&name, other.time(), args)]
+                vec![instant(name, other.time(), Args::Rare(args))]
             }
         }
     }
 
-    fn worker_at(&mut self, worker: WorkerId, node: Option<NodeId>) -> Vec<Value> {
+    fn worker_at(&mut self, worker: WorkerId, node: Option<NodeId>) -> Vec<Entry> {
         // A worker that speaks HTTP has no process of ours, and its steps have no times.
         let Some(node) = node else {
             return Vec::new();
@@ -214,7 +312,7 @@ impl Entries {
         pid: u64,
         server: usize,
         worker: Option<WorkerId>,
-        entries: &mut Vec<Value>,
+        entries: &mut Vec<Entry>,
     ) -> (u64, u64) {
         let next = OF_SERVERS + self.threads.len() as u64;
         let tid = *self.threads.entry((pid, server, worker)).or_insert(next);
@@ -239,7 +337,7 @@ impl Entries {
         &mut self,
         gradient: GradientId,
         points: &[((u64, u64), f64)],
-        entries: &mut Vec<Value>,
+        entries: &mut Vec<Entry>,
     ) {
         // The slice of an update is drawn once, for the first of its gradients. Others may seem to have come later.
         let are_in_order = |pair: &&[((u64, u64), f64)]| pair[0].1 <= pair[1].1;
@@ -256,10 +354,17 @@ impl Entries {
                 index if index + 1 == points.len() => "f",
                 _ => "t",
             };
-            entries.push(json!({
-                "ph": phase, "bp": "e", "cat": "ps", "name": name, "id": id,
-                "pid": pid, "tid": tid, "ts": micros(time),
-            }));
+            entries.push(Entry {
+                ph: phase,
+                cat: Some("ps"),
+                name: name.clone().into(),
+                pid,
+                tid,
+                ts: Some(micros(time)),
+                bp: Some("e"),
+                id: Some(id.clone()),
+                ..Entry::default()
+            });
         }
     }
 
@@ -274,16 +379,16 @@ impl Entries {
         (server, version): (usize, Version),
         thread: (u64, u64),
         (from, to): (f64, f64),
-        entries: &mut Vec<Value>,
+        entries: &mut Vec<Entry>,
     ) {
         let updates = self.updates.entry(server);
         let updates = updates.or_insert_with(|| Latest::new(MAX_VERSIONS));
         updates.insert(version, (from, to));
         let name = format!("version {}", version.0);
-        entries.push(slice(&name, thread, from, to - from, Value::Null));
+        entries.push(slice(name, thread, from, to - from, Args::Nothing));
     }
 
-    fn step(&mut self, step: &SettledStep) -> Vec<Value> {
+    fn step(&mut self, step: &SettledStep) -> Vec<Entry> {
         let Some(times) = step.times else {
             return self.step_of_loop(step);
         };
@@ -306,23 +411,25 @@ impl Entries {
         let pushes = self.server_thread(server, 0, Some(step.worker), &mut entries);
         entries.extend([
             slice(
-                &format!("step {}", step.clock.0),
+                format!("step {}", step.clock.0),
                 worker,
                 began,
                 times.total(),
                 about(step),
             ),
-            slice("batch", worker, began, data, Value::Null),
-            slice("compute", worker, began + data, compute, Value::Null),
-            slice("send", worker, sent, way, Value::Null),
-            slice("the servers hold it", worker, arrived, held, Value::Null),
-            slice("receive", worker, answered, way, Value::Null),
+            slice("batch", worker, began, data, Args::Nothing),
+            slice("compute", worker, began + data, compute, Args::Nothing),
+            slice("send", worker, sent, way, Args::Nothing),
+            slice("the servers hold it", worker, arrived, held, Args::Nothing),
+            slice("receive", worker, answered, way, Args::Nothing),
             slice(
-                &name_of(step.gradient()),
+                name_of(step.gradient()),
                 pushes,
                 arrived,
                 held,
-                json!({"the update took": millis(apply)}),
+                Args::Push {
+                    took: millis(apply),
+                },
             ),
         ]);
         let origin = Origin {
@@ -344,7 +451,7 @@ impl Entries {
     }
 
     /// Another server has applied its part of a gradient.
-    fn part(&mut self, part: &PartApplied) -> Vec<Value> {
+    fn part(&mut self, part: &PartApplied) -> Vec<Entry> {
         let (pid, server) = (u64::from(part.node.rank), part.server);
         let mut entries = Vec::new();
         // Of a step that is missed, nobody knows where its gradient came from. And what a server says of gradients that
@@ -368,12 +475,13 @@ impl Entries {
         // Rounding must not put it before it was sent.
         let came = (began - part.held).max(origin.sent);
         let (came, left) = self.when_free(parts, (came, made));
-        let about = json!({
-            "version": part.version.0, "waited for the update": millis(part.held),
-            "the update took": millis(part.took),
-        });
+        let about = Args::Part {
+            version: part.version.0,
+            held: millis(part.held),
+            took: millis(part.took),
+        };
         let name = name_of(part.gradient());
-        entries.push(slice(&name, parts, came, left - came, about));
+        entries.push(slice(name, parts, came, left - came, about));
         let points = [
             (origin.thread, origin.sent),
             (parts, came),
@@ -393,7 +501,7 @@ impl Entries {
     }
 
     /// A driver's own loop has got a gradient.
-    fn computed(&mut self, computed: &Computed) -> Vec<Value> {
+    fn computed(&mut self, computed: &Computed) -> Vec<Entry> {
         self.size += 1;
         let (thread, gradient) = (self.worker_thread(computed.worker), computed.gradient());
         let call = (computed.time - computed.seconds, computed.time);
@@ -403,13 +511,13 @@ impl Entries {
             sent: began,
         };
         self.origins.insert(gradient, origin);
-        let about = json!({"computed on": computed.computed_on.0});
+        let about = Args::Rare(json!({"computed on": computed.computed_on.0}));
         let name = format!("compute {}", name_of(gradient));
-        vec![slice(&name, thread, began, taken - began, about)]
+        vec![slice(name, thread, began, taken - began, about)]
     }
 
     /// A driver's own loop has got the weights of an update.
-    fn update_of_loop(&mut self, made: &UpdateMade) -> Vec<Value> {
+    fn update_of_loop(&mut self, made: &UpdateMade) -> Vec<Entry> {
         self.size += 1;
         let (thread, mut entries) = ((0, OF_LOOP), Vec::new());
         if !std::mem::replace(&mut self.has_loop, true) {
@@ -422,16 +530,19 @@ impl Entries {
     }
 
     /// The calls of a driver's own loop that the step consists of have been drawn, if the loop has told of them.
-    fn step_of_loop(&mut self, step: &SettledStep) -> Vec<Value> {
+    fn step_of_loop(&mut self, step: &SettledStep) -> Vec<Entry> {
         let Some(origin) = self.origins.get(&step.gradient()).copied() else {
             return Vec::new();
         };
         self.size += 1;
         let (pid, tid) = origin.thread;
-        let mut entries = vec![json!({
-            "ph": "i", "s": "t", "cat": "ps", "name": format!("step {}", step.clock.0),
-            "pid": pid, "tid": tid, "ts": micros(step.time), "args": about(step),
-        })];
+        let name = format!("step {}", step.clock.0);
+        let mut entries = vec![Entry {
+            pid,
+            tid,
+            s: Some("t"),
+            ..instant(name, step.time, about(step))
+        }];
         if let Some((updated, _)) = self.update_of(0, step.version) {
             let points = [(origin.thread, origin.sent), ((0, OF_LOOP), updated)];
             self.arrows(step.gradient(), &points, &mut entries);
@@ -455,13 +566,19 @@ fn name_of(gradient: GradientId) -> String {
     format!("gradient {}.{}.{}", worker.0, incarnation.0, clock.0)
 }
 
-fn about(step: &SettledStep) -> Value {
-    json!({
-        "gradient": name_of(step.gradient()).trim_start_matches("gradient "),
-        "computed on": step.computed_on.0, "outcome": step.outcome, "version": step.version.0,
-        "staleness": step.staleness, "loss": step.loss.to_string(), "norm": step.norm.to_string(),
-        "examples": step.num_examples,
-    })
+fn about(step: &SettledStep) -> Args {
+    Args::Step {
+        gradient: name_of(step.gradient())
+            .trim_start_matches("gradient ")
+            .to_owned(),
+        computed_on: step.computed_on.0,
+        outcome: step.outcome,
+        version: step.version.0,
+        staleness: step.staleness,
+        loss: step.loss.to_string(),
+        norm: step.norm.to_string(),
+        examples: step.num_examples,
+    }
 }
 
 fn millis(seconds: f64) -> String {

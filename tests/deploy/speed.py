@@ -57,7 +57,8 @@ def engines(test, rounds, flags):
     """Gradients per second of a driver and four nodes, as the program itself counts them."""
     hosts = Hosts(test, 1, prefix="ps-speed")
     slurm = test_slurm.Cluster(test, hosts)
-    ray = test_ray.Cluster(test, [8], hosts=hosts, venv=VENV)
+    # With the priority that the others have; see deploy/ray/README.md.
+    ray = test_ray.Cluster(test, [8], hosts=hosts, venv=VENV, RAY_worker_niceness="0")
     program, flags = example("sharded_ps"), ["--num-workers=4", *flags]
     folder = hosts.directory / "job"
     folder.mkdir()

@@ -8,6 +8,12 @@ fn step(worker: u32, clock: u64, time: f64) -> SettledStep {
     }
 }
 
+/// The entries, as a reader of the file gets them.
+fn values(entries: Vec<Entry>) -> Vec<Value> {
+    let value = |entry| serde_json::to_value(entry).unwrap();
+    entries.into_iter().map(value).collect()
+}
+
 fn slices<'a>(entries: &'a [Value], name: &str) -> Vec<&'a Value> {
     let is_it = |entry: &&Value| entry["ph"] == "X" && entry["name"] == name;
     entries.iter().filter(is_it).collect()
@@ -28,12 +34,12 @@ fn a_gradient_is_followed_from_its_batch_to_the_update() {
             rank: worker + 1,
             incarnation: 1,
         };
-        all.extend(entries.worker_at(WorkerId(worker), Some(node)));
+        all.extend(values(entries.worker_at(WorkerId(worker), Some(node))));
     }
     for worker in 0..2 {
         let mut step = step(worker, 0, 10.0 + f64::from(worker));
         step.times = Some(StepTimes::new([1.0, 2.0, 0.5, 0.125, 0.125]));
-        all.extend(entries.step(&step));
+        all.extend(values(entries.step(&step)));
     }
     assert!(entries.are_as_many_as(2) && !entries.are_as_many_as(3));
     assert_eq!(slices(&all, "version 1").len(), 1);
@@ -93,7 +99,7 @@ fn the_first_server_is_in_the_process_that_has_it() {
     entries.worker_at(WorkerId(0), Some(node(1)));
     for (rank, clock) in [(1, 0), (2, 1)] {
         assert!(entries.of(&seen(rank)).is_empty());
-        let all = entries.step(&step(0, clock, 10.0));
+        let all = values(entries.step(&step(0, clock, 10.0)));
         let at = |name: &str| {
             let slice = slices(&all, name)[0];
             let number = |key: &str| slice[key].as_u64().unwrap();
@@ -115,7 +121,8 @@ fn the_first_server_is_in_the_process_that_has_it() {
 }
 
 fn drawn(entries: &mut Entries, events: &[Event]) -> Vec<Value> {
-    events.iter().flat_map(|event| entries.of(event)).collect()
+    let of_each = |event| values(entries.of(event));
+    events.iter().flat_map(of_each).collect()
 }
 
 /// Checks that the points of each arrow come in the order of their times, each in a slice of its thread, and that no
@@ -308,25 +315,25 @@ fn the_calls_of_a_drivers_own_loop_are_drawn() {
         step.times = None;
         // A loop that tells of no calls, as that of `http_server`.
         assert!(entries.step(&step).is_empty());
-        all.extend(entries.of(&Event::Computed(Computed {
+        all.extend(values(entries.of(&Event::Computed(Computed {
             time: 1.5,
             seconds: 0.5,
             worker: step.worker,
             incarnation: step.incarnation,
             clock: step.clock,
             computed_on: step.computed_on,
-        })));
+        }))));
     }
-    all.extend(entries.of(&Event::UpdateMade(UpdateMade {
+    all.extend(values(entries.of(&Event::UpdateMade(UpdateMade {
         time: 2.0,
         seconds: 0.25,
         version: Version(1),
         num_gradients: 2,
-    })));
+    }))));
     for worker in 0..2 {
         let mut step = step(worker, 0, 2.0);
         step.times = None;
-        all.extend(entries.step(&step));
+        all.extend(values(entries.step(&step)));
     }
     assert_eq!(entries.size, 5);
     let arrows = check(&all);
@@ -357,20 +364,20 @@ fn calls_of_a_loop_count_without_a_step_and_do_not_overlap() {
     for clock in 0..STEP {
         let of = step(0, clock, 2.0);
         let time = 1.0 + 0.25 * clock as f64;
-        all.extend(entries.of(&Event::Computed(Computed {
+        all.extend(values(entries.of(&Event::Computed(Computed {
             time,
             seconds: 1.0,
             worker: of.worker,
             incarnation: of.incarnation,
             clock: of.clock,
             computed_on: of.computed_on,
-        })));
-        all.extend(entries.of(&Event::UpdateMade(UpdateMade {
+        }))));
+        all.extend(values(entries.of(&Event::UpdateMade(UpdateMade {
             time,
             seconds: 1.0,
             version: of.version,
             num_gradients: 1,
-        })));
+        }))));
     }
     assert!(entries.are_as_many_as(2) && !entries.are_as_many_as(3));
     check(&all);
