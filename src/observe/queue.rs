@@ -65,7 +65,7 @@ impl Queue {
     }
 
     /// Adds events, and counts those that it must skip. Whoever waits is woken once for all of them: a thread that sleeps
-    /// after each of them takes the processor from the workers twice as often.
+    /// after each of them costs the training a context switch each time.
     pub(super) fn push<'a>(&self, events: impl IntoIterator<Item = &'a Arc<Event>>) {
         let mut state = self.lock();
         events.into_iter().for_each(|event| state.push(event));
@@ -173,7 +173,7 @@ mod tests {
         let its_queue = Arc::clone(&queue);
         let thread = std::thread::spawn(move || {
             while let Some(event) = its_queue.pop() {
-                sender.send(event.time()).unwrap();
+                sender.send(event.time()).expect("the test waits for it");
             }
         });
         // It waits already, or is on its way to.
@@ -185,7 +185,7 @@ mod tests {
             }
         }
         queue.close();
-        thread.join().unwrap();
+        thread.join().expect("it did not panic");
     }
 
     #[test]

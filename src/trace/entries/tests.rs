@@ -10,7 +10,7 @@ fn step(worker: u32, clock: u64, time: f64) -> SettledStep {
 
 /// The entries, as a reader of the file gets them.
 fn values(entries: Vec<Entry>) -> Vec<Value> {
-    let value = |entry| serde_json::to_value(entry).unwrap();
+    let value = |entry| serde_json::to_value(entry).expect("an entry is JSON");
     entries.into_iter().map(value).collect()
 }
 
