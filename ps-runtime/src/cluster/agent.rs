@@ -46,10 +46,12 @@ pub(crate) struct Join {
     pub(crate) facts: BTreeMap<String, String>,
 }
 
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Joined {
     pub(crate) node: NodeId,
     pub(crate) session: u64,
+    /// Where nodes on the driver's host reach the driver faster than at the address that they were given.
+    pub(crate) sockets: Vec<Address>,
     /// The driver's clock, in seconds since 1970.
     pub(crate) clock: f64,
 }

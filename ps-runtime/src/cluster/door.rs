@@ -104,12 +104,13 @@ impl Door {
                 tracing::warn!(%node, "a node is lost: its connection has ended, or nothing was heard of it for the lease");
             }
         });
-        let session = self.process.session();
-        let clock = way::now();
+        let mut sockets = self.members.addresses(NodeId::DRIVER).unwrap_or_default();
+        sockets.retain(|address| matches!(address, Address::Unix(_)));
         Ok(Joined {
             node,
-            session,
-            clock,
+            session: self.process.session(),
+            sockets,
+            clock: way::now(),
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -292,11 +292,15 @@ impl Node {
         ));
         let bound = Bound::bind(&self.config, SocketAddr::new(local, 0));
         let bound = bound.map_err(JoinError::Permanent)?;
-        let driver_addresses = vec![driver_address];
+        let driver_sockets = Arc::new(OnceLock::new());
+        let known_sockets = Arc::clone(&driver_sockets);
         let me = Arc::downgrade(&process);
         process.resolve_with(Box::new(move |node| {
             if node == NodeId::DRIVER {
-                return std::future::ready(Ok(driver_addresses.clone())).boxed();
+                // On another host the files of the sockets do not exist.
+                let mut addresses: Vec<Address> = known_sockets.get().cloned().unwrap_or_default();
+                addresses.push(driver_address.clone());
+                return std::future::ready(Ok(addresses)).boxed();
             }
             let Some(process) = me.upgrade() else {
                 return std::future::ready(Err(DialError::Ended("left".to_owned()))).boxed();
@@ -353,6 +357,7 @@ impl Node {
         let Joined {
             node,
             session,
+            sockets,
             clock,
         } = match joined {
             Ok(Ok(joined)) => joined,
@@ -369,6 +374,8 @@ impl Node {
             Err(error) => return Err(JoinError::Temporary(error.to_string())),
         };
         process.enter(node, session);
+        // This is the only place that sets it.
+        let _ = driver_sockets.set(sockets);
         let difference = way::clock_difference(asked, clock, way::now());
         if difference.abs() > way::CLOCK_TOLERANCE {
             let difference = format!("{difference:+.1} s");
@@ -377,7 +384,8 @@ impl Node {
                 "the driver's clock differs from this machine's: set the clocks by NTP"
             );
         }
-        // Connects again, now as this node: the first connection was made without a `NodeId`.
+        // Connects again, now as this node and over a Unix socket if it can: the first connection was made without a
+        // `NodeId`.
         drop(driver);
         let driver = agent_of::<DriverAgent>(&process, NodeId::DRIVER);
         let incarnations = NodeIncarnations::new(&process);

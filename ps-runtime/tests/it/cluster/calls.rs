@@ -8,9 +8,10 @@ use ps_runtime::codec::Bulk;
 use ps_runtime::net::memory::{Faults, MemoryNetwork, Outage};
 use ps_runtime::{ActorRef, CallError, Spawn};
 
+use super::incarnations::listen_in;
 use super::world::{
     Add, Ask, Counter, Echo, Fail, LOCAL, Myself, Never, SOON, Unlisted, World, config,
-    driver_address, transports,
+    driver_address, hosts, transports,
 };
 use crate::actor::probe::{Count, Gate, Log, Probe, act, wait_until_arrived};
 
@@ -99,6 +100,23 @@ fn references_travel_and_lead_straight_to_their_actor() {
         assert!(here.is_local());
         assert_eq!(ask(&first, &here, 3), 33);
         assert_eq!(here.ask(Add(0)).wait_timeout(SOON).unwrap(), 33);
+    }
+}
+
+/// R-19 needs it: memory can be lent over a Unix socket only.
+#[test]
+fn a_node_on_the_drivers_host_calls_the_drivers_actors_over_its_unix_socket() {
+    for (transport, is_by_tcp) in [(Transport::Tcp, true), (Transport::Sockets, false)] {
+        let world = World::new(config(transport), 0);
+        let (proxy, heads) = listen_in(world.driver());
+        let _node = Node::new(world.config.clone(), 1, 0, proxy, hosts()).serve();
+        world.cluster.wait_for_nodes(1, SOON).wait().unwrap();
+        let (here, there) = (on_node(&world, 0, 40), on_node(&world, 1, 0));
+        let asked = there.ask(Ask(here, Add(2))).wait_timeout(SOON).unwrap();
+        assert_eq!(asked.unwrap(), 42);
+        let heads = heads.lock().unwrap();
+        let is_of_node = |head: &String| head.contains("ps-node: 1.1");
+        assert_eq!(heads.iter().any(is_of_node), is_by_tcp, "{heads:#?}");
     }
 }
 

@@ -179,7 +179,7 @@ fn shut_down(config: fn(Transport) -> ClusterConfig, after: Duration, outage: Op
 }
 
 /// Passes connections on, and records the beginning of each.
-fn listen_in(driver: String) -> (String, Arc<Mutex<Vec<String>>>) {
+pub(super) fn listen_in(driver: String) -> (String, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let heads: Arc<Mutex<Vec<String>>> = Arc::default();
