@@ -21,9 +21,12 @@ use crate::parallel::norm_squared;
 /// this may get a buffer of up to four times this many numbers.
 const SMALL: usize = 4096;
 
-/// A buffer of at least this many numbers gets pages of its own. They have the size of two huge pages, so
-/// that they contain a whole one wherever the system puts them.
+/// A buffer of at least this many numbers gets pages of its own.
 const LARGE: usize = (4 << 20) / size_of::<f32>();
+
+/// Pages of this size are asked for, in bytes. Linux gives all of a buffer's memory such pages if it consists of whole
+/// ones.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// The system gives no memory for a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -154,6 +157,7 @@ impl Numbers {
     fn fresh(len: usize) -> Option<Self> {
         if len >= LARGE
             && let Some(num_bytes) = len.checked_mul(size_of::<f32>())
+            && let Some(num_bytes) = num_bytes.checked_next_multiple_of(HUGE_PAGE)
             && let Ok(pages) = MmapMut::map_anon(num_bytes)
         {
             // Systems without huge pages refuse this and use small pages.

@@ -91,7 +91,7 @@ impl Arrivals<'_> {
             while let Some(Arrival { mut frame, lent }) = waiting.recv().await {
                 if let Some(lent) = lent {
                     frame.admitted = self.admit(frame.kind, &lent.lengths).await;
-                    frame.bulk = self.take(frame.call, lent).await?;
+                    frame.bulk = self.take(&frame, lent).await?;
                 }
                 hand_on(frame)?;
                 num_waiting.fetch_sub(1, Ordering::Relaxed);
@@ -135,21 +135,24 @@ impl Arrivals<'_> {
     }
 
     /// Copies lent numbers, and tells their sender so.
-    async fn take(&self, call: u64, lent: Lent) -> Result<Vec<Buffer>, Ended> {
+    async fn take(&self, frame: &Frame, lent: Lent) -> Result<Vec<Buffer>, Ended> {
         let Some(memory) = &self.memory else {
             let why = "the peer lends memory that cannot be read";
             return Err(Ended::Peer(why.to_owned()));
         };
         let addresses = parse_addresses(&lent.addresses);
+        // Most large calls bring gradients, whose norms are checked. Most large replies bring weights.
+        let sums = matches!(frame.kind, Kind::Ask | Kind::Tell);
         let mut bulk = Filling::default();
         for (len, address) in lent.lengths.into_iter().zip(addresses) {
             let buffer = bulk.begin(self.buffers.try_take(len)?);
-            let norm_squared = memory.read(address, buffer).await?;
-            buffer.set_norm_squared(norm_squared);
+            if let Some(norm_squared) = memory.read(address, buffer, sums).await? {
+                buffer.set_norm_squared(norm_squared);
+            }
         }
         let bulk = bulk.done();
         // This fails if nothing more is to be written. The sender then notices the end of the connection.
-        let _ = self.outbox.send(OutFrame::signal(Kind::Taken, call));
+        let _ = self.outbox.send(OutFrame::signal(Kind::Taken, frame.call));
         Ok(bulk)
     }
 

@@ -70,37 +70,42 @@ impl PeerMemory {
         self.0.copy(address, &mut found).is_ok() && found == secret
     }
 
-    /// Copies the numbers that the peer lends at an address, and returns the sum of their squares, which
-    /// costs almost nothing while a part is in a core's cache. It fails if the peer has closed the connection.
+    /// Copies the numbers that the peer lends at an address. If `sums` is set, it returns the sum of their squares, which
+    /// costs little while a part is in a core's cache. It fails if the peer has closed the connection.
     ///
     /// From time to time it lets the other connections of its thread run.
-    pub(crate) async fn read(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
+    pub(crate) async fn read(
+        &self,
+        address: u64,
+        into: &mut [f32],
+        sums: bool,
+    ) -> io::Result<Option<f64>> {
         let mut from = address;
         let mut norm_squared = 0.0;
         for step in into.chunks_mut(STEP / size_of::<f32>()) {
-            norm_squared += self.copy(from, step)?;
+            norm_squared += self.copy(from, step, sums)?;
             from = from.saturating_add(size_of_val(step) as u64);
             tokio::task::yield_now().await;
         }
         // A sender reuses its memory only after it has closed the connection.
         match self.0.has_hung_up() {
-            false => Ok(norm_squared),
+            false => Ok(sums.then_some(norm_squared)),
             true => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 
-    fn copy(&self, address: u64, into: &mut [f32]) -> io::Result<f64> {
+    fn copy(&self, address: u64, into: &mut [f32], sums: bool) -> io::Result<f64> {
         let num_bytes = size_of_val(into);
         let parts = into.chunks_mut(PART_LEN);
-        let mut sums: Vec<io::Result<f64>> = parts.map(|_| Ok(0.0)).collect();
-        let parts = into.chunks_mut(PART_LEN).zip(&mut sums);
+        let mut of_parts: Vec<io::Result<f64>> = parts.map(|_| Ok(0.0)).collect();
+        let parts = into.chunks_mut(PART_LEN).zip(&mut of_parts);
         let parts = (0u64..).step_by(PART).zip(parts);
         for_each(num_bytes, parts, |(offset, (part, sum))| {
             let from = address.saturating_add(offset);
             let copied = self.0.copy(from, bytemuck::cast_slice_mut(part));
-            *sum = copied.map(|()| sum_of_squares(part));
+            *sum = copied.map(|()| if sums { sum_of_squares(part) } else { 0.0 });
         });
-        sums.into_iter().sum()
+        of_parts.into_iter().sum()
     }
 }
 
@@ -212,9 +217,15 @@ mod tests {
         let lent: Vec<f32> = (0..len).map(|i| (i % 251) as f32).collect();
         let mut got = vec![0.0; len];
         let place = address(bytemuck::cast_slice(&lent));
-        let sum = memory.read(place, &mut got).await.expect("it is lent");
-        assert_eq!(sum, norm_squared(&lent));
-        assert!(got == lent);
+        for sums in [true, false] {
+            got.fill(0.0);
+            let sum = memory
+                .read(place, &mut got, sums)
+                .await
+                .expect("it is lent");
+            assert_eq!(sum, sums.then(|| norm_squared(&lent)));
+            assert!(got == lent);
+        }
     }
 
     /// PS-6.
@@ -230,7 +241,7 @@ mod tests {
         assert!(!memory.shows(&header), "no memory there");
         for nowhere in [0, 8, u64::MAX - 3] {
             for len in [16, 4 << 20] {
-                let read = memory.read(nowhere, &mut vec![0.0; len]).await;
+                let read = memory.read(nowhere, &mut vec![0.0; len], true).await;
                 assert!(read.is_err(), "{nowhere}");
             }
         }
@@ -243,9 +254,9 @@ mod tests {
         let lent = [7.0; 100];
         let place = address(bytemuck::cast_slice(&lent));
         let mut got = [0.0; 100];
-        let taken = memory.read(place, &mut got).await;
+        let taken = memory.read(place, &mut got, false).await;
         taken.expect("nobody has hung up yet");
         drop(theirs);
-        assert!(memory.read(place, &mut got).await.is_err());
+        assert!(memory.read(place, &mut got, false).await.is_err());
     }
 }
