@@ -1,7 +1,7 @@
 //! burn's `Learner` over ps, in one process with one worker, beside burn's own strategy: the model of burn's guide, Adam,
-//! batches of 64. The runs come in turn, ten pairs, and every second pair begins with the other one. A third run of each
-//! pair is burn's own again: its ratio to the first shows the noise. The processor time is compared, too, because it varies
-//! less on a busy machine.
+//! batches of 64. The runs come in turn: burn's own, over ps, and burn's own again, 100 times. A run over ps is compared with
+//! the mean of the two around it, so a machine that becomes slower or faster does not count. The two of burn's own show the
+//! noise. Runs are short, because a machine changes less in a short time. The processor time is compared, too.
 //!
 //! `cargo bench -p ps-bench --features burn-train --bench learner`.
 
@@ -34,14 +34,12 @@ use ps::prelude::*;
 
 use pairs::{processor_seconds, spread};
 
-const NUM_PAIRS: usize = 10;
+const NUM_ROUNDS: usize = 100;
 
 const BATCH_SIZE: usize = 64;
 
-const NUM_EPOCHS: usize = 2;
-
-/// How many images an epoch has.
-const NUM_IMAGES: usize = 8_000;
+/// How many images a run trains on, once.
+const NUM_IMAGES: usize = 4_000;
 
 fn main() -> Result<()> {
     let mnist = Mnist::load(&MnistOptions::default())?;
@@ -52,20 +50,13 @@ fn main() -> Result<()> {
     train(&mnist.train, count, &device, true)?;
     let (mut speeds, mut noises) = (Vec::new(), Vec::new());
     let (mut costs, mut noises_of_costs) = (Vec::new(), Vec::new());
-    for pair in 0..NUM_PAIRS {
+    for round in 0..NUM_ROUNDS {
         let run = |over_ps| train(&mnist.train, count, &device, over_ps);
-        let (own, ours) = match pair % 2 {
-            0 => (run(false)?, run(true)?),
-            _ => {
-                let ours = run(true)?;
-                (run(false)?, ours)
-            }
-        };
-        let again = run(false)?;
-        println!("pair {pair}: burn {own}, ps {ours}, burn again {again}");
-        speeds.push(own.seconds / ours.seconds);
+        let (own, ours, again) = (run(false)?, run(true)?, run(false)?);
+        println!("round {round}: burn {own}, ps {ours}, burn again {again}");
+        speeds.push((own.seconds + again.seconds) / (2.0 * ours.seconds));
         noises.push(own.seconds / again.seconds);
-        costs.push(ours.cost / own.cost);
+        costs.push(2.0 * ours.cost / (own.cost + again.cost));
         noises_of_costs.push(again.cost / own.cost);
     }
     println!("speed, ps / burn: {}", spread(&mut speeds));
@@ -107,7 +98,7 @@ fn train(images: &ImageDataset, count: usize, device: &Device, over_ps: bool) ->
     let training = SupervisedTraining::new(directory.path(), train.clone(), valid)
         .metric_train_numeric(LossMetric::new())
         .with_application_logger(None)
-        .num_epochs(NUM_EPOCHS);
+        .num_epochs(1);
     let training = match over_ps {
         true => {
             let strategy = ClusterStrategy::new(&learner, &train, &device)?.heed_signals(false);
