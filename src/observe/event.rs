@@ -3,11 +3,8 @@
 use std::collections::BTreeMap;
 
 use ps_actors::cluster::NodeId;
-use ps_actors::ids::{Clock, GradientId, Incarnation, Version, WorkerId};
-use ps_actors::server::Outcome;
+use ps_actors::ids::{Clock, Version, WorkerId};
 use ps_actors::update_log::LogStatus;
-use ps_actors::weights::GradientUpdate;
-use ps_actors::worker::StepRecord;
 use serde::{Deserialize, Serialize};
 
 use super::number;
@@ -15,8 +12,10 @@ use super::summary::RunEnded;
 use crate::source::TestResult;
 
 mod following;
+mod settled;
 
 pub use following::{Computed, PartApplied, UpdateMade};
+pub use settled::{SettledStep, StepOutcome, StepTimes, StepsMissed, StepsThinned};
 
 /// Something that happened in a training. Every event has a [time](Self::time).
 ///
@@ -247,178 +246,6 @@ impl Versions {
             burn: Self::BURN.to_owned(),
         }
     }
-}
-
-/// A gradient of a worker was settled: applied, dropped as late, or refused.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct SettledStep {
-    /// When the worker got the answer, in seconds since the run started.
-    pub time: f64,
-    /// The worker that took the step.
-    pub worker: WorkerId,
-    /// The incarnation that the worker had when it took the step.
-    pub incarnation: Incarnation,
-    /// The clock of the step: 0 for the worker's first one.
-    pub clock: Clock,
-    /// The version of the weights that the gradient was computed on.
-    pub computed_on: Version,
-    /// What became of the gradient.
-    pub outcome: StepOutcome,
-    /// The version of the weights that the update made. If the gradient was not applied, the version at
-    /// that time.
-    pub version: Version,
-    /// How many updates there were between the two versions, without the gradient's own.
-    pub staleness: u64,
-    /// The mean loss of the batch.
-    #[serde(with = "number")]
-    pub loss: f32,
-    /// The Euclidean norm of the gradient.
-    #[serde(with = "number")]
-    pub norm: f64,
-    /// How many examples the batch had.
-    pub num_examples: u64,
-    /// How long the parts of the step took. `None` if the driver's own loop does not know it.
-    pub times: Option<StepTimes>,
-}
-
-impl SettledStep {
-    /// Returns the name of the gradient.
-    #[must_use]
-    pub fn gradient(&self) -> GradientId {
-        GradientId {
-            worker: self.worker,
-            incarnation: self.incarnation,
-            clock: self.clock,
-        }
-    }
-
-    /// Makes the event of a gradient that a driver's own loop has applied, in the update that made
-    /// `version`. `time` is in seconds since the run started.
-    #[must_use]
-    pub fn applied(time: f64, gradient: &GradientUpdate, version: Version) -> Self {
-        let made_from = version.0.saturating_sub(1);
-        Self {
-            time,
-            worker: gradient.id.worker,
-            incarnation: gradient.id.incarnation,
-            clock: gradient.id.clock,
-            computed_on: gradient.computed_on,
-            outcome: StepOutcome::Applied,
-            version,
-            staleness: made_from.saturating_sub(gradient.computed_on.0),
-            loss: gradient.loss,
-            norm: gradient.gradient.norm(),
-            num_examples: gradient.num_examples as u64,
-            times: None,
-        }
-    }
-
-    pub(crate) fn of(worker: WorkerId, record: &StepRecord, time: f64) -> Self {
-        let version = record.outcome.version();
-        let (outcome, staleness) = match record.outcome {
-            Outcome::Applied { staleness, .. } => (StepOutcome::Applied, staleness),
-            Outcome::DroppedLate { staleness, .. } => (StepOutcome::Late, staleness),
-            Outcome::RefusedNorm { .. } => (
-                StepOutcome::Refused,
-                version.0.saturating_sub(record.computed_on.0),
-            ),
-        };
-        Self {
-            time,
-            worker,
-            incarnation: record.incarnation,
-            clock: record.clock,
-            computed_on: record.computed_on,
-            outcome,
-            version,
-            staleness,
-            loss: record.loss,
-            norm: record.norm,
-            num_examples: record.num_examples,
-            times: Some(StepTimes {
-                data: record.data.as_secs_f64(),
-                compute: record.compute.as_secs_f64(),
-                wire: record.wire.as_secs_f64(),
-                waiting: record.waiting.as_secs_f64(),
-                apply: record.apply.as_secs_f64(),
-            }),
-        }
-    }
-}
-
-/// What became of a gradient.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StepOutcome {
-    /// It is part of an update of the weights.
-    Applied,
-    /// Its round had already closed, so it was dropped.
-    Late,
-    /// Its norm was NaN, infinite or too large. The weights did not change.
-    Refused,
-}
-
-/// How long the parts of a step took, in seconds. Their sum is the whole step.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct StepTimes {
-    /// Waiting for the batch.
-    pub data: f64,
-    /// Computing the gradient.
-    pub compute: f64,
-    /// Sending the gradient and receiving weights, including the queues in between.
-    pub wire: f64,
-    /// Waiting at the server: for the round to close, for slower workers, and for the update log.
-    pub waiting: f64,
-    /// Waiting for the update itself, as long as the first server took to make it. If another server takes
-    /// longer, the difference is part of `wire`. Zero if the gradient was not applied.
-    #[serde(default)]
-    pub apply: f64,
-}
-
-impl StepTimes {
-    /// The names of the [parts](Self::parts).
-    pub const NAMES: [&str; 5] = ["data", "compute", "wire", "waiting", "apply"];
-
-    /// Makes the times of a step of its [parts](Self::parts), in seconds.
-    #[must_use]
-    pub fn new([data, compute, wire, waiting, apply]: [f64; 5]) -> Self {
-        Self {
-            data,
-            compute,
-            wire,
-            waiting,
-            apply,
-        }
-    }
-
-    /// Returns the parts: data, compute, wire, waiting, apply.
-    #[must_use]
-    pub fn parts(&self) -> [f64; 5] {
-        [self.data, self.compute, self.wire, self.waiting, self.apply]
-    }
-
-    /// Returns how long the whole step took, in seconds.
-    #[must_use]
-    pub fn total(&self) -> f64 {
-        self.parts().iter().sum()
-    }
-}
-
-/// Steps of a worker were settled of which nothing else is known: the worker was lost before it could tell
-/// of them, or it took more steps between two looks than it keeps records of.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct StepsMissed {
-    /// Seconds since the run started.
-    pub time: f64,
-    /// The worker that took the steps.
-    pub worker: WorkerId,
-    /// The clock of the first of these steps. The others follow it.
-    pub first: Clock,
-    /// How many steps there are.
-    pub num_steps: u64,
 }
 
 /// Weights are being evaluated. It comes four times per second, and not at all if the evaluation is quick.
@@ -682,21 +509,11 @@ pub struct EventsSkipped {
     pub num_events: u64,
 }
 
-/// Not all steps are kept in the file of a run, because it has grown too large. No observer gets this event.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[non_exhaustive]
-pub struct StepsThinned {
-    /// Seconds since the run started.
-    pub time: f64,
-    /// The file keeps only the steps whose clock is a multiple of this number.
-    pub kept_every: u64,
-    /// How many events were left out until now by this process.
-    pub num_left_out: u64,
-}
-
 /// Events for the tests of several modules.
 #[cfg(test)]
 pub(crate) mod testing {
+    use ps_actors::ids::Incarnation;
+
     use super::*;
 
     pub(crate) fn step(worker: u32, clock: u64, time: f64) -> Event {
@@ -748,116 +565,4 @@ pub(crate) mod testing {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn step() -> SettledStep {
-        SettledStep {
-            time: 1.5,
-            worker: WorkerId(2),
-            incarnation: Incarnation(1),
-            clock: Clock(7),
-            computed_on: Version(10),
-            outcome: StepOutcome::Applied,
-            version: Version(13),
-            staleness: 2,
-            loss: 0.1,
-            norm: 3.25,
-            num_examples: 32,
-            times: Some(StepTimes::new([0.001, 0.25, 0.002, 0.125, 0.5])),
-        }
-    }
-
-    fn check(event: &Event) -> String {
-        let text = serde_json::to_string(event).unwrap();
-        assert!(!text.contains('\n'), "{text}");
-        let read: Event = serde_json::from_str(&text).unwrap();
-        // NaN is not equal to itself.
-        assert_eq!(format!("{read:?}"), format!("{event:?}"));
-        text
-    }
-
-    #[test]
-    fn an_event_is_one_line_of_json_and_comes_back() {
-        let text = check(&Event::Step(step()));
-        assert_eq!(
-            text,
-            r#"{"event":"step","time":1.5,"worker":2,"incarnation":1,"clock":7,"computed_on":10,"outcome":"applied","version":13,"staleness":2,"loss":0.1,"norm":3.25,"num_examples":32,"times":{"data":0.001,"compute":0.25,"wire":0.002,"waiting":0.125,"apply":0.5}}"#
-        );
-        check(&Event::RunStarted(Box::new(RunStarted {
-            time: 0.0,
-            unix_time: 1.7e9,
-            settings: Settings::default(),
-            versions: Versions::here(),
-            first_version: Version(0),
-        })));
-        check(&Event::WorkerMoved(WorkerMoved {
-            time: 2.0,
-            worker: WorkerId(0),
-            from: NodeId::DRIVER,
-            to: NodeId {
-                rank: 2,
-                incarnation: 3,
-            },
-        }));
-    }
-
-    #[test]
-    fn a_worker_of_an_earlier_version_joins_at_clock_0() {
-        let text = r#"{"event":"worker_joined","time":0.5,"worker":1,"node":null}"#;
-        let expected = Event::WorkerJoined(WorkerJoined {
-            time: 0.5,
-            worker: WorkerId(1),
-            node: None,
-            next_clock: Clock(0),
-        });
-        assert_eq!(serde_json::from_str::<Event>(text).unwrap(), expected);
-    }
-
-    #[test]
-    fn an_event_of_an_earlier_version_has_no_size_and_no_log() {
-        let read = |text| serde_json::from_str::<Event>(text).unwrap();
-        let saved = read(
-            r#"{"event":"checkpoint_saved","time":1.0,"version":3,"path":"one","seconds":0.5}"#,
-        );
-        assert!(matches!(saved, Event::CheckpointSaved(saved) if saved.bytes == 0));
-        let seen = read(
-            r#"{"event":"servers_seen","time":1.0,"learning_rate":0.1,"consistency":"bsp","num_pending":0,"awaited":[],"members":[],"servers":[]}"#,
-        );
-        assert!(matches!(&seen, Event::ServersSeen(seen) if seen.log.is_none()));
-        check(&seen);
-    }
-
-    #[test]
-    fn numbers_that_are_not_finite_come_back() {
-        for (loss, norm, expected) in [
-            (f32::NAN, f64::NAN, r#""loss":"NaN","norm":"NaN""#),
-            (
-                f32::INFINITY,
-                f64::NEG_INFINITY,
-                r#""loss":"Infinity","norm":"-Infinity""#,
-            ),
-            (2.0, 1e300, r#""loss":2.0,"norm":1e+300"#),
-        ] {
-            let text = check(&Event::Step(SettledStep {
-                loss,
-                norm,
-                times: None,
-                ..step()
-            }));
-            assert!(text.contains(expected), "{text}");
-        }
-        let bad = serde_json::from_str::<Event>(
-            r#"{"event":"evaluated","time":0,"seconds":1,"version":0,"loss":"low","accuracy":null,"is_final":true}"#,
-        );
-        let error = bad.unwrap_err().to_string();
-        assert!(error.contains("\"low\" is not a number"), "{error}");
-    }
-
-    #[test]
-    fn the_version_of_burn_is_that_of_the_lock_file() {
-        let lock = include_str!("../../Cargo.lock");
-        let entry = format!("name = \"burn\"\nversion = \"{}\"\n", Versions::here().burn);
-        assert!(lock.contains(&entry), "not in Cargo.lock: {entry}");
-    }
-}
+mod tests;
