@@ -203,11 +203,7 @@ impl Weights {
     /// If `range` is not within [`Weights::range`].
     #[must_use]
     pub fn read(&self, range: Range<usize>) -> Cow<'_, [f32]> {
-        let own = self.range();
-        assert!(
-            range.start >= own.start && range.end <= own.end && range.start <= range.end,
-            "weights {range:?} are not within {own:?}"
-        );
+        self.check(&range);
         let mut joined = Vec::new();
         for segment in &*self.segments {
             let from = range.start.max(segment.start);
@@ -224,6 +220,42 @@ impl Weights {
         Cow::Owned(joined)
     }
 
+    /// Returns the weights of `range` as memory that is shared with this snapshot and never changes, in the byte order of
+    /// this machine. The snapshot's memory lives as long as the result does. `None` if they are in more than one segment.
+    ///
+    /// ```
+    /// use ps_actors::weights::{Layout, Weights};
+    ///
+    /// let weights = Weights::initial(Layout::flat(3), vec![0.0, 1.0, 2.0]);
+    /// let shared = weights.share(1..3).expect("there is one segment");
+    /// drop(weights);
+    /// assert_eq!(shared[..4], 1.0_f32.to_ne_bytes());
+    /// ```
+    ///
+    /// # Panics
+    /// If `range` is not within [`Weights::range`].
+    #[must_use]
+    pub fn share(&self, range: Range<usize>) -> Option<bytes::Bytes> {
+        self.check(&range);
+        let holds = |segment: &&Segment| {
+            let own = segment.range();
+            own.start <= range.start && range.end <= own.end
+        };
+        let segment = self.segments.iter().find(holds)?;
+        Some(bytes::Bytes::from_owner(Part {
+            data: Arc::clone(&segment.data),
+            range: range.start - segment.start..range.end - segment.start,
+        }))
+    }
+
+    fn check(&self, range: &Range<usize>) {
+        let own = self.range();
+        assert!(
+            range.start >= own.start && range.end <= own.end && range.start <= range.end,
+            "weights {range:?} are not within {own:?}"
+        );
+    }
+
     /// Copies all numbers into one new vector.
     #[must_use]
     pub fn to_vec(&self) -> Vec<f32> {
@@ -231,6 +263,18 @@ impl Weights {
             .iter()
             .flat_map(|segment| segment.data.iter().copied())
             .collect()
+    }
+}
+
+/// Some numbers of a segment, as shared bytes.
+struct Part {
+    data: Arc<Buffer>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for Part {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.data[self.range.clone()])
     }
 }
 

@@ -194,14 +194,8 @@ pub(crate) static MNIST: Spec = Spec {
 
 /// 4,000 training and 1,000 test images of the real data; see `sample/README.md`.
 pub(crate) static MNIST_SAMPLE: Sample = Sample {
-    train: [
-        include_bytes!("../sample/train-images-idx3-ubyte.gz"),
-        include_bytes!("../sample/train-labels-idx1-ubyte.gz"),
-    ],
-    test: [
-        include_bytes!("../sample/t10k-images-idx3-ubyte.gz"),
-        include_bytes!("../sample/t10k-labels-idx1-ubyte.gz"),
-    ],
+    train: [ps_mnist_sample::TRAIN_IMAGES, ps_mnist_sample::TRAIN_LABELS],
+    test: [ps_mnist_sample::TEST_IMAGES, ps_mnist_sample::TEST_LABELS],
 };
 
 /// Checksums of the gzip files as published, from torchvision's prototype data sets

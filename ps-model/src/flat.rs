@@ -23,7 +23,7 @@ use std::ops::Range;
 use std::slice;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
-use burn::tensor::{DType, Gradients, Tensor, TensorData};
+use burn::tensor::{AllocationProperty, Bytes, DType, Gradients, Shape, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 
 use crate::survey;
@@ -101,6 +101,40 @@ pub enum FlatError {
     },
 }
 
+/// The numbers of a parameter or a buffer, in row-major order, for [`FlatView::write_weights`].
+#[derive(Debug)]
+pub struct Numbers(Bytes);
+
+impl Numbers {
+    /// Uses memory that others read, too, and that never changes: `f32` in the byte order of this machine. Before anything
+    /// is written to a tensor with this memory, burn copies it.
+    ///
+    /// ```
+    /// use ps_model::burn::module::Module;
+    /// use ps_model::burn::nn::{Linear, LinearConfig};
+    /// use ps_model::{FlatView, Numbers, default_device_name, select_device};
+    ///
+    /// let model: Linear = LinearConfig::new(1, 1).init(&select_device(default_device_name())?);
+    /// let view = FlatView::new(&model)?;
+    /// let weights: Vec<u8> = [0.5_f32, 2.0].iter().flat_map(|weight| weight.to_ne_bytes()).collect();
+    /// let shared = bytes::Bytes::from(weights);
+    /// let read = |range: std::ops::Range<usize>| Numbers::shared(shared.slice(4 * range.start..4 * range.end));
+    /// let model = view.write_weights(model, read)?;
+    /// assert_eq!(view.read_weights(&model), [0.5, 2.0]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn shared(bytes: bytes::Bytes) -> Self {
+        Self(Bytes::from_shared(bytes, AllocationProperty::Native))
+    }
+}
+
+impl From<Vec<f32>> for Numbers {
+    fn from(numbers: Vec<f32>) -> Self {
+        Self(Bytes::from_elems(numbers))
+    }
+}
+
 /// The places of the trainable parameters and the buffers of a module in their flat sequence.
 ///
 /// ```
@@ -111,7 +145,7 @@ pub enum FlatError {
 /// let view = FlatView::new(&model)?;
 /// assert_eq!(view.num_weights(), model.num_params());
 /// let weights = view.read_weights(&model);
-/// let model = view.write_weights(model, |range, out| out.extend_from_slice(&weights[range]))?;
+/// let model = view.write_weights(model, |range| weights[range].to_vec())?;
 /// assert_eq!(view.read_weights(&model), weights);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -256,21 +290,22 @@ impl FlatView {
 
     /// Replaces the weights of a module.
     ///
-    /// Calls `read` for each parameter in order. `read` appends the numbers of the range to the (empty)
-    /// vector. On the CPU this vector becomes the memory of the tensor, so the numbers are copied once. The
-    /// source may be in pieces, for example one per server. Ids, devices and gradient settings of the
-    /// parameters do not change, and nothing changes that is not in the view.
+    /// Calls `read` for each parameter in order. It returns the numbers of the range: in a vector, or as shared memory. On
+    /// the backend `flex`, this becomes the memory of the tensor, without a copy. The source may be in pieces, for example
+    /// one per server. Ids, devices and gradient settings of the parameters do not change, and nothing changes that is
+    /// not in the view.
     ///
     /// Clones of a burn module share its running statistics, so these change in the clones, too.
     ///
     /// # Errors
     ///
     /// If `read` gives another number of weights than the range has.
-    pub fn write_weights<M: Module>(
+    pub fn write_weights<M: Module, N: Into<Numbers>>(
         &self,
         module: M,
-        mut read: impl FnMut(Range<usize>, &mut Vec<f32>),
+        mut read: impl FnMut(Range<usize>) -> N,
     ) -> Result<M, FlatError> {
+        let mut read = |range| read(range).into();
         let mut mapper = WriteWeights {
             kinds: self.kinds.iter(),
             kind: Kind::Trainable,
@@ -286,13 +321,8 @@ impl FlatView {
         // Those are written in place, so all of them are read first.
         let mut buffers = Vec::with_capacity(self.num_weights() - self.num_trainable());
         for ParameterSpec { range, .. } in self.buffers() {
-            let mut values = Vec::with_capacity(range.len());
-            read(range.clone(), &mut values);
-            let (range, got) = (range.clone(), values.len());
-            if got != range.len() {
-                return Err(FlatError::WrongCount { range, got });
-            }
-            buffers.extend(values);
+            let values = data_of(range.clone(), [range.len()].into(), &mut read)?;
+            buffers.extend(values.iter::<f32>());
         }
         Ok(match self.has_buffers() {
             true => self.write_buffers(module, &buffers),
@@ -307,7 +337,7 @@ impl FlatView {
         module.map(&mut WriteWeights {
             kinds: self.kinds.iter(),
             kind: Kind::Buffer,
-            read: |range: Range<usize>, out: &mut Vec<f32>| out.extend_from_slice(&values[range]),
+            read: |range: Range<usize>| values[range].to_vec().into(),
             offset: 0,
             firsts: Firsts::default(),
             error: None,
@@ -459,7 +489,21 @@ struct WriteWeights<'a, F> {
     error: Option<FlatError>,
 }
 
-impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F> {
+/// Reads the numbers of a parameter.
+fn data_of(
+    range: Range<usize>,
+    shape: Shape,
+    read: impl FnOnce(Range<usize>) -> Numbers,
+) -> Result<TensorData, FlatError> {
+    let Numbers(bytes) = read(range.clone());
+    if bytes.len() != range.len() * size_of::<f32>() {
+        let got = bytes.len() / size_of::<f32>();
+        return Err(FlatError::WrongCount { range, got });
+    }
+    Ok(TensorData::from_bytes(bytes, shape, DType::F32))
+}
+
+impl<F: FnMut(Range<usize>) -> Numbers> ModuleMapper for WriteWeights<'_, F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         match next(&mut self.kinds) {
             _ if self.error.is_some() => return param,
@@ -472,17 +516,17 @@ impl<F: FnMut(Range<usize>, &mut Vec<f32>)> ModuleMapper for WriteWeights<'_, F>
         let (id, old, mapper) = param.consume();
         let shape = old.shape();
         let range = self.offset..self.offset + shape.num_elements();
-        let mut values = Vec::with_capacity(range.len());
-        (self.read)(range.clone(), &mut values);
-        if values.len() != range.len() {
-            let got = values.len();
-            self.error = Some(FlatError::WrongCount { range, got });
-            return Param::from_mapped_value(id, old, mapper);
-        }
         self.offset = range.end;
+        let data = match data_of(range, shape, &mut self.read) {
+            Ok(data) => data,
+            Err(error) => {
+                self.error = Some(error);
+                return Param::from_mapped_value(id, old, mapper);
+            }
+        };
         // `device()` carries autodiff and its settings along.
         let options = (&old.device(), old.dtype());
-        let new = Tensor::<D>::from_data(TensorData::new(values, shape), options);
+        let new = Tensor::<D>::from_data(data, options);
         let new = if old.is_require_grad() {
             new.require_grad()
         } else {

@@ -98,7 +98,7 @@ pub use convnet::ConvNet;
 pub use device::{
     DeviceError, compiled_devices, default_device_name, select_device, select_device_for,
 };
-pub use flat::{FlatError, FlatView, ParameterSpec, TiedField};
+pub use flat::{FlatError, FlatView, Numbers, ParameterSpec, TiedField};
 pub use local::{LocalModel, ModelError};
 pub use loss::{nll_loss, num_correct};
 pub use model::{Evaluation, Model};

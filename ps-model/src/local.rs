@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use burn::module::Module;
 use burn::tensor::{DType, Device};
 
-use crate::flat::{FlatError, FlatView, ParameterSpec, TiedField};
+use crate::flat::{FlatError, FlatView, Numbers, ParameterSpec, TiedField};
 use crate::model::{Evaluation, Model};
 use crate::step::{Step, StepSeed};
 use crate::{panic, rest, stream, survey};
@@ -231,20 +231,20 @@ impl<M: Module> LocalModel<M> {
                 got: weights.len(),
             });
         }
-        self.load_with(|range, out| out.extend_from_slice(&weights[range]))
+        self.load_with(|range| weights[range].to_vec())
     }
 
-    /// Replaces all weights. Calls `read` for the range of each parameter in order; it appends the numbers.
+    /// Replaces all weights. Calls `read` for the range of each parameter in order, which returns the numbers.
     ///
-    /// Use it for weights that come in pieces; see [`FlatView::write_weights`].
+    /// Use it for weights that come in pieces, or whose memory the model may share; see [`FlatView::write_weights`].
     ///
     /// # Errors
     ///
     /// If `read` gives a wrong number of weights or panics, or if the device fails. The weights then do not
     /// change.
-    pub fn load_with(
+    pub fn load_with<N: Into<Numbers>>(
         &mut self,
-        read: impl FnMut(Range<usize>, &mut Vec<f32>),
+        read: impl FnMut(Range<usize>) -> N,
     ) -> Result<(), ModelError> {
         // The clone shares the tensors; it keeps the old weights in case this fails.
         let (model, view) = (self.model.clone(), &self.view);

@@ -1,6 +1,7 @@
 //! S-20: the servers keep the running statistics of a model's layers, as the mean of those of its workers.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex, PoisonError};
 
@@ -147,7 +148,7 @@ fn with_burn_alone(batches: &[Rows], num_workers: usize) -> Vec<f32> {
             *weight -= RATE as f32 * slope;
         }
         statistics.copy_from_slice(means);
-        let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights[range]);
+        let read = |range: Range<usize>| weights[range].to_vec();
         model = view.write_weights(model, read).unwrap();
     }
     view.read_weights(&model)

@@ -97,11 +97,10 @@ fn weights_that_were_written_are_read_back_in_their_places() {
         // In two pieces, cut inside a parameter, as from two servers.
         let (first, second) = weights.split_at(1_000);
         let view = view(&model);
-        let written = view.write_weights(model, |range, out| {
-            out.extend_from_slice(&first[range.start.min(1_000)..range.end.min(1_000)]);
-            out.extend_from_slice(
-                &second[range.start.max(1_000) - 1_000..range.end.max(1_000) - 1_000],
-            );
+        let written = view.write_weights(model, |range| {
+            let first = &first[range.start.min(1_000)..range.end.min(1_000)];
+            let second = &second[range.start.max(1_000) - 1_000..range.end.max(1_000) - 1_000];
+            [first, second].concat()
         });
         let model = written.expect("the right number of weights");
         assert!(view.read_weights(&model) == weights, "{name}");
@@ -116,11 +115,12 @@ fn weights_that_were_written_are_read_back_in_their_places() {
 fn a_wrong_number_of_weights_is_refused() {
     let write = |extra: fn(&mut Vec<f32>)| {
         let model = ConvNet::init(0, &default_device());
-        view(&model).write_weights(model, |range, out| {
-            out.resize(range.len(), 1.0);
+        view(&model).write_weights(model, |range| {
+            let mut values = vec![1.0; range.len()];
             if range.start == 27 {
-                extra(out);
+                extra(&mut values);
             }
+            values
         })
     };
     write(|_| ()).expect("the right number");
@@ -151,7 +151,7 @@ fn a_linear_layer_in_column_layout_computes_the_same_after_a_round_trip() {
         let before = linear.forward(x.clone()).into_data();
         let weights = read_weights(&linear);
         let linear = view
-            .write_weights(linear, |range, out| out.extend_from_slice(&weights[range]))
+            .write_weights(linear, |range| weights[range].to_vec())
             .expect("the right number of weights");
         let after = linear.forward(x).into_data();
         after.assert_approx_eq::<f32>(&before, burn::tensor::Tolerance::absolute(1e-6));

@@ -127,13 +127,14 @@ fn a_wrong_number_of_weights_is_refused_and_the_old_ones_stay() {
             })
         );
     }
-    let short = model.load_with(|range, out| {
+    let short = model.load_with(|range| {
         // The first parameters are complete, a later one is not.
-        out.resize(if range.start < 30 { range.len() } else { 7 }, 0.0);
+        let len = if range.start < 30 { range.len() } else { 7 };
+        vec![0.0_f32; len]
     });
     let (range, got) = (30..1_950, 7);
     assert_eq!(short, Err(FlatError::WrongCount { range, got }.into()));
-    let panicking = model.load_with(|_, _| panic!("the server is gone"));
+    let panicking = model.load_with::<Vec<f32>>(|_| panic!("the server is gone"));
     assert_eq!(
         panicking,
         Err(ModelError::Panicked("the server is gone".into()))
