@@ -22,7 +22,6 @@ use ps_actors::worker::{DataWorker, RunReport};
 use ps_model::{FlatView, ModelError};
 use tokio::sync::oneshot;
 
-use super::check_ties;
 use super::rule::LearnerRule;
 use super::source::{EpochConfig, Input, LearnerSource, Output, Shared, lock};
 use crate::observe::{Collector, Observers};
@@ -98,8 +97,6 @@ where
         let model = lock(self.learner).model();
         let view = FlatView::new(&model).map_err(ModelError::from);
         let view = view.map_err(SetupError::from)?;
-        // A checkpoint that burn has loaded may have changed the ids of the parameters.
-        check_ties(view.tied())?;
         let rule = |_| -> Box<dyn ps_actors::rule::UpdateRule> {
             Box::new(LearnerRule::new(self.learner, view.clone()))
         };
@@ -155,7 +152,7 @@ where
         }
         // Clones of a burn module share their statistics, so this changes those of the learner's model. Its
         // parameters are the server's already.
-        let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights.read(range));
+        let read = |range| weights.read(range).into_owned();
         let written = view.write_weights(lock(self.learner).model(), read);
         written.map_err(|error| SetupError::from(ModelError::from(error)))?;
         Ok(())

@@ -142,8 +142,7 @@
 //!   type, as in burn, so small updates are rounded away. A [`Trainer`](crate::Trainer) has such weights (M-1).
 //! - A gradient with NaN or infinity is refused. If more than half of the gradients of an epoch are refused, or if the
 //!   weights are not finite at its end, the training ends with an error.
-//! - A model with one parameter in several fields (M-7) is refused, because burn's optimizers change only the first of
-//!   them.
+//! - A parameter in several fields stays one parameter (M-7). burn's optimizers change only the first of these fields.
 //! - In `Bsp`, running statistics are the mean of the workers', as with [`Trainer`](crate::Trainer) (S-20). Batches whose
 //!   gradients are accumulated change them one after the other.
 //! - A training that goes on from a checkpoint takes the examples of each epoch in the order in which an uninterrupted
@@ -168,8 +167,8 @@ use ps_actors::actor::Spawn;
 use ps_actors::cluster::{Cluster, Hosts};
 use ps_actors::server::{Consistency, Reduction, ServerConfig};
 use ps_actors::worker::DataWorker;
+use ps_model::LocalModel;
 use ps_model::burn::tensor::Device;
-use ps_model::{FlatView, LocalModel, ModelError, TiedField};
 
 use crate::agreement::Facts;
 use crate::source::{SetupError, WORKERS};
@@ -219,8 +218,6 @@ where
         device: &Device,
     ) -> Result<Self, SetupError> {
         let (device, model) = (device.clone().autodiff(), learner.model());
-        // Before a `LocalModel` is made, which says in the log that it trains such a parameter.
-        check_ties(FlatView::new(&model).map_err(ModelError::from)?.tied())?;
         LocalModel::new(model.clone(), &device)?;
         let model_facts = Facts::default().model(&model, &device);
         let facts = model_facts.clone().state(
@@ -362,14 +359,6 @@ where
             let source = LearnerSource::new(&shared, config)?;
             Ok(DataWorker::new(config.worker, source))
         })
-    }
-}
-
-/// burn's optimizers take the gradient of a parameter for the first field that holds it, and leave the others as they are.
-fn check_ties(tied: &[TiedField]) -> Result<(), SetupError> {
-    match tied.first().cloned() {
-        Some(TiedField { name, first }) => Err(SetupError::Tied { name, first }),
-        None => Ok(()),
     }
 }
 

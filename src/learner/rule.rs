@@ -6,11 +6,13 @@
 //! `TrainStep::optimize`. What the optimizer remembers is in the learner, where burn's checkpoints take it from.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use burn::train::{Learner, LearnerModel};
 use ps_actors::rule::UpdateRule;
 use ps_model::FlatView;
+use ps_model::burn::module::Module;
 
 use super::source::lock;
 
@@ -35,7 +37,15 @@ impl<M: LearnerModel> LearnerRule<M> {
         let gradients = self.view.gradients_by_parameter(&learner.model(), gradient);
         learner.lr_step();
         learner.optimizer_step(gradients);
-        self.view.read_weights(&learner.model())
+        let weights = self.view.read_weights(&learner.model());
+        if !self.view.tied().is_empty() {
+            // burn's optimizers have changed the first field of each parameter only (M-7).
+            let read = |range: Range<usize>| weights[range].to_vec();
+            let model = self.view.write_weights(learner.model(), read);
+            let model = model.expect("there is a number for each weight");
+            learner.load_model(model.into_record());
+        }
+        weights
     }
 }
 

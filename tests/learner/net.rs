@@ -1,6 +1,7 @@
 //! A small network as a user of burn's `Learner` writes it, and its data.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -78,6 +79,8 @@ pub(super) struct Net {
     first: Linear,
     norm: Option<BatchNorm>,
     second: Linear,
+    /// Whether the first layer's bias takes the place of the factors of `norm`.
+    uses_bias_twice: bool,
 }
 
 impl Net {
@@ -99,6 +102,21 @@ impl Net {
         net
     }
 
+    /// Computes the same as `tied`, in burn's own strategies too. The factors of its `norm` are not used.
+    pub(super) fn with_bias_used_twice(device: &Device) -> Self {
+        Self {
+            uses_bias_twice: true,
+            ..Self::normalized(device)
+        }
+    }
+
+    /// The numbers of the first layer's bias and of the factors of `norm`.
+    pub(super) fn bias_and_factors(&self) -> [Vec<f32>; 2] {
+        let bias = self.first.bias.as_ref().unwrap().val();
+        let factors = self.norm.as_ref().unwrap().gamma.val();
+        [bias, factors].map(|numbers| numbers.into_data().to_vec().unwrap())
+    }
+
     /// With a layer that is not trained. Its weights are multiplied by `factor`.
     pub(super) fn with_frozen_layer(factor: f32, device: &Device) -> Self {
         let mut net = Self::new(device);
@@ -113,11 +131,12 @@ impl Net {
             first: LinearConfig::new(3, 8).init(device),
             norm: None,
             second: LinearConfig::new(8, 1).init(device),
+            uses_bias_twice: false,
         };
         let view = FlatView::new(&net).unwrap();
         let weight = |at: usize| (at as f32 * 0.618_034).fract() - 0.5;
-        view.write_weights(net, |range, out| out.extend(range.map(weight)))
-            .unwrap()
+        let read = |range: Range<usize>| range.map(weight).collect::<Vec<f32>>();
+        view.write_weights(net, read).unwrap()
     }
 
     pub(super) fn weights(&self) -> Vec<f32> {
@@ -126,8 +145,13 @@ impl Net {
 
     fn output(&self, batch: Batch) -> RegressionOutput {
         let hidden = self.first.forward(batch.inputs);
-        let hidden = match &self.norm {
-            Some(norm) => norm.forward(hidden),
+        let hidden = match self.norm.clone() {
+            Some(mut norm) => {
+                if self.uses_bias_twice {
+                    norm.gamma = self.first.bias.clone().unwrap();
+                }
+                norm.forward(hidden)
+            }
             None => hidden,
         };
         let output = self.second.forward(tanh(hidden));
