@@ -63,6 +63,7 @@
 //! | `learner` (feature `burn-train`) | a training strategy for burn's own `Learner` |
 //! | [`export`] | files with a trained model for other programs |
 //! | [`data`] | data sets that can be cut into batches |
+//! | [`device`] | the device of this process |
 //! | [`agreement`] | checks that all processes of a training have the same model and data |
 //! | `chaos` (feature `cli`) | follows a plan of faults in a run of real processes |
 //! | `runs` (feature) | the directory of a run: events, report and pictures |
@@ -87,6 +88,7 @@ pub mod controls;
 #[cfg(feature = "dashboard")]
 pub mod dashboard;
 pub mod data;
+pub mod device;
 pub mod export;
 pub mod lasting;
 #[cfg(feature = "burn-train")]
@@ -150,11 +152,12 @@ pub mod prelude {
     pub use ps_data::{FashionMnist, Mnist, MnistOptions};
     pub use ps_model::{
         ConvNet, Evaluation, ImageBatch, Model, Net, Part, Step, compiled_devices,
-        default_device_name, nll_loss, select_device, select_device_for,
+        default_device_name, nll_loss, select_device_for,
     };
 
     pub use crate::agreement::{agree_on_data, agree_on_model};
     pub use crate::data::{Examples, WorkerBatches, batched, collated};
+    pub use crate::device::select_device;
     pub use crate::lasting::LastingWorker;
     pub use crate::learning_rate::BurnSchedule;
     pub use crate::report::Report;

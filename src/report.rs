@@ -12,7 +12,9 @@ use ps_actors::launch::{Signal, exit_code};
 use ps_actors::server::{Consistency, Histogram, Reduction};
 use ps_actors::weights::Weights;
 use ps_model::Evaluation;
+use serde::{Serialize, Serializer};
 
+use crate::observe::RunSummary;
 pub use crate::resume::Resumed;
 use crate::trainer::TrainError;
 
@@ -50,11 +52,11 @@ pub struct CurvePoint {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// To write a report to a file, make a [`RunSummary`](crate::observe::RunSummary) of it. It has everything but the
-/// weights and the losses of all batches, and implements serde's `Serialize`:
+/// It implements serde's `Serialize`, for formats that name their fields, such as JSON. What is written is what a
+/// [`RunSummary`] has, and the losses. A number that is not finite is `null` there. The weights
+/// are left out: [write](Weights::write_safetensors) them to a file of their own.
 ///
 /// ```
-/// use ps::observe::RunSummary;
 /// # use ps::prelude::*;
 /// # let device = select_device(default_device_name())?;
 /// # let report = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
@@ -62,8 +64,9 @@ pub struct CurvePoint {
 /// #     .iterations(2)
 /// #     .run()?;
 ///
-/// let json = serde_json::to_value(RunSummary::from(&report))?;
+/// let json = serde_json::to_value(&report)?;
 /// assert_eq!(json["num_updates"], 2);
+/// assert_eq!(json["losses"][0].as_array().map(Vec::len), Some(2));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -77,6 +80,8 @@ pub struct Report {
     /// The version whose evaluation ended the training before all steps were taken, if one did. See
     /// [`Trainer::stop_when`](crate::Trainer::stop_when).
     pub stopped_early: Option<Version>,
+    /// Whether [`Controls::end`](crate::controls::Controls::end) ended the training before all steps were taken.
+    pub ended_by_controls: bool,
     /// Where the training went on, if it went on from a checkpoint. The counts below are those of the whole
     /// training. Times, losses and evaluations are those since then.
     pub resumed: Option<Resumed>,
@@ -190,9 +195,10 @@ impl Report {
     #[must_use]
     pub fn done(&self, num_steps: u64) -> crate::chaos::Done {
         let num_expected = num_steps.saturating_mul(self.num_workers as u64);
+        let is_cut_short =
+            self.interrupted.is_some() || self.stopped_early.is_some() || self.ended_by_controls;
         crate::chaos::Done {
-            num_expected: (self.interrupted.is_none() && self.stopped_early.is_none())
-                .then_some(num_expected),
+            num_expected: (!is_cut_short).then_some(num_expected),
             num_settled: self.num_applied + self.num_dropped_late + self.num_refused,
             num_applied: self.num_applied,
             num_applied_before: self.num_applied_before,
@@ -208,9 +214,6 @@ impl Report {
 
     /// Returns how the result shows that the training has diverged, if it does.
     pub(crate) fn find_divergence(&self) -> Option<String> {
-        let losses = self.losses.iter();
-        // NaN may also mean that a loss was not reported.
-        let mut last = losses.filter_map(|losses| losses.last()).peekable();
         let loss = self
             .final_evaluation
             .map(|evaluation| evaluation.mean_loss());
@@ -218,11 +221,9 @@ impl Report {
             Some("the weights are not finite".to_owned())
         } else if let Some(loss) = loss.filter(|loss| !loss.is_finite()) {
             Some(format!("the loss on the test data is {loss}"))
-        } else if self.num_untold == 0
-            && last.peek().is_some()
-            && last.all(|loss| !loss.is_finite())
-        {
-            Some("the loss of every worker's last batch is not finite".to_owned())
+        } else if self.num_untold == 0 && end_without_number(&self.losses) {
+            // If losses are missing, NaN may mean that one was not reported.
+            Some("the losses of every worker's last batches are not finite".to_owned())
         } else if self.num_applied == 0 && self.num_refused > 0 {
             let num_refused = self.num_refused;
             Some(format!("all {num_refused} gradients were refused"))
@@ -249,6 +250,19 @@ impl Report {
     }
 }
 
+impl Serialize for Report {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Written<'a> {
+            #[serde(flatten)]
+            summary: RunSummary,
+            losses: &'a [Vec<f32>],
+        }
+        let (summary, losses) = (RunSummary::from(self), &self.losses[..]);
+        Written { summary, losses }.serialize(serializer)
+    }
+}
+
 /// A summary of a few lines.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -265,6 +279,9 @@ impl fmt::Display for Report {
                 "Stopped early after {} updates: the evaluation of {version} met the condition",
                 self.num_updates
             )?;
+        }
+        if self.ended_by_controls {
+            writeln!(f, "Ended as asked after {} updates", self.num_updates)?;
         }
         if let Some(resumed) = self.resumed {
             let version = resumed.version.0;
@@ -335,6 +352,34 @@ impl fmt::Display for Report {
     }
 }
 
+/// Whether the last three losses of every worker are not finite, or all of them if there are fewer. One batch without a
+/// usable loss, whose gradient was refused, is no divergence.
+fn end_without_number(losses: &[Vec<f32>]) -> bool {
+    let last = |losses: &Vec<f32>| losses[losses.len().saturating_sub(3)..].to_vec();
+    let last: Vec<f32> = losses.iter().flat_map(last).collect();
+    !last.is_empty() && last.iter().all(|loss| !loss.is_finite())
+}
+
 fn counted(number: usize, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_loss_that_is_not_finite_is_no_divergence() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        let ends = |losses: &[&[f32]]| {
+            let losses: Vec<_> = losses.iter().map(|losses| losses.to_vec()).collect();
+            end_without_number(&losses)
+        };
+        assert!(!ends(&[&[2.0, 1.0, nan]]));
+        assert!(!ends(&[&[2.0, nan, nan], &[]]));
+        assert!(!ends(&[&[2.0, nan, nan, nan], &[2.0, 1.0]]));
+        assert!(ends(&[&[2.0, nan, inf, nan], &[nan], &[]]));
+        // Nothing was computed.
+        assert!(!ends(&[&[], &[]]));
+    }
 }

@@ -14,11 +14,12 @@ use ps_actors::worker::{DataWorker, GradientSource, HostedSource, LocalGradient,
 use ps_data::{BatchError, Batches, Cursor, SamplerConfig, SamplerError};
 use ps_model::burn::module::Module;
 use ps_model::burn::tensor::{DType, Device};
-use ps_model::{Evaluation, LocalModel, Model, ModelError, ParameterSpec, StepSeed};
+use ps_model::{Evaluation, LocalModel, Model, ModelError, Numbers, ParameterSpec, StepSeed};
 use serde::{Deserialize, Serialize};
 
 use crate::agreement::Facts;
 use crate::data::{Examples, MicroBatch, WorkerBatches};
+use crate::trainer::Seat;
 
 /// How many examples an [`Evaluator`] evaluates at a time.
 const EVALUATION_BATCH: usize = 256;
@@ -37,18 +38,6 @@ pub enum SetupError {
     /// The model's parameters do not follow one another.
     #[error("the model has no usable layout")]
     Layout(#[from] LayoutError),
-    /// Two fields of the model hold one parameter, and burn's learner is to train it. burn's optimizers change the first
-    /// of them only.
-    #[error(
-        "`{name}` and `{first}` hold one parameter, and burn's optimizers would change `{first}` only: keep it in one \
-         field and use that twice, or train the model with `Trainer`"
-    )]
-    Tied {
-        /// The path of the field.
-        name: String,
-        /// The path of the first field with the parameter.
-        first: String,
-    },
     /// The data cannot be split into batches for this many workers.
     #[error("the training data cannot be split into batches for the workers")]
     Batches(#[from] SamplerError),
@@ -128,8 +117,12 @@ impl<M: Module> Loadable<M> {
         if expected != got {
             return Err(ModelError::WeightCount { expected, got });
         }
-        let read = |range, out: &mut Vec<f32>| out.extend_from_slice(&weights.read(range));
-        self.model.load_with(read)
+        // A snapshot never changes, so the model's tensors may use its memory.
+        self.model
+            .load_with(|range| match weights.share(range.clone()) {
+                Some(shared) => Numbers::shared(shared),
+                None => weights.read(range).into_owned().into(),
+            })
     }
 }
 
@@ -213,6 +206,8 @@ pub struct ModelSource<M: Model> {
     gradients: BufferPool,
     /// How long the latest batch was waited for.
     data_time: Duration,
+    /// The device, and whose it is.
+    seat: Seat,
 }
 
 impl<M: Model> ModelSource<M> {
@@ -257,6 +252,7 @@ impl<M: Model> ModelSource<M> {
             // more.
             gradients: BufferPool::new(if num_parts > 1 { 4 } else { 3 }),
             data_time: Duration::ZERO,
+            seat: Seat::on(device.clone()),
         })
     }
 
@@ -432,7 +428,7 @@ where
         hosts,
         facts.variant(WORKERS),
         model,
-        move |_| device.clone(),
+        move |_| Seat::on(device.clone()),
         data,
         1,
     )
@@ -468,12 +464,12 @@ where
 /// The name under which processes compare the variants of workers.
 pub(crate) const WORKERS: &str = "model and data";
 
-/// Hosts workers, without comparing anything with other processes. Each computes on `device_of` it.
+/// Hosts workers, without comparing anything with other processes. Each computes on the device of its seat.
 pub(crate) fn host_variant<M, E>(
     hosts: Hosts,
     variant: String,
     model: &M,
-    device_of: impl Fn(WorkerId) -> Device + Send + Sync + 'static,
+    seat_of: impl Fn(WorkerId) -> Seat + Send + Sync + 'static,
     data: &E,
     num_micro_batches: usize,
 ) -> Hosts
@@ -488,8 +484,9 @@ where
             Ok(originals) => originals.clone(),
             Err(poisoned) => poisoned.into_inner().clone(),
         };
-        let (device, parts) = (device_of(config.worker), num_micro_batches);
-        let source = ModelSource::in_micro_batches(&model, &device, &data, config, parts)?;
+        let (seat, parts) = (seat_of(config.worker), num_micro_batches);
+        let mut source = ModelSource::in_micro_batches(&model, &seat.device, &data, config, parts)?;
+        source.seat = seat;
         Ok(DataWorker::new(config.worker, source))
     })
 }
@@ -562,7 +559,8 @@ impl<M: Model> Evaluator<M> {
     /// # Errors
     /// If the weights are of another model, if the data set fails, or if the model panics.
     pub fn evaluate(&mut self, weights: &Weights) -> Result<Evaluation, ModelError> {
-        Ok(self.evaluate_in_steps(weights, |_, _| {})?.evaluation)
+        let result = self.evaluate_in_steps(weights, |_, _| true)?;
+        Ok(result.unwrap_or_default().evaluation)
     }
 
     /// From now on, each evaluation computes these metrics, too.
@@ -570,12 +568,13 @@ impl<M: Model> Evaluator<M> {
         self.metrics = metrics;
     }
 
-    /// As [`evaluate`](Self::evaluate). After each batch it says how many are done, and how many there are.
+    /// As [`evaluate`](Self::evaluate). After each batch it says how many are done, and how many there are. If
+    /// `goes_on` then returns `false`, there is no result.
     pub(crate) fn evaluate_in_steps(
         &mut self,
         weights: &Weights,
-        mut on_batch: impl FnMut(usize, usize),
-    ) -> Result<TestResult, ModelError> {
+        mut goes_on: impl FnMut(usize, usize) -> bool,
+    ) -> Result<Option<TestResult>, ModelError> {
         self.loadable.load(weights)?;
         self.seek_first()?;
         let num_batches = self.batches.batches_per_epoch() as usize;
@@ -588,14 +587,16 @@ impl<M: Model> Evaluator<M> {
                 let sum = result.metrics.entry(name.clone()).or_default();
                 *sum += value * evaluation.num_examples as f64;
             }
-            on_batch(num_done, num_batches);
+            if !goes_on(num_done, num_batches) {
+                return Ok(None);
+            }
         }
         let num_examples = result.evaluation.num_examples as f64;
         result
             .metrics
             .values_mut()
             .for_each(|sum| *sum /= num_examples);
-        Ok(result)
+        Ok(Some(result))
     }
 
     fn measure_batch(&self, batch: &M::Batch) -> Result<(Evaluation, Vec<f64>), ModelError> {

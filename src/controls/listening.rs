@@ -13,6 +13,7 @@ use super::inbox::{Inbox, Pause};
 use super::{Ask, Asked, Can, ControlError, Controls};
 use crate::observe::{Change, Controlled, Event, Observers};
 use crate::source::ModelSource;
+use crate::trainer::Ending;
 use crate::workers::Worker;
 
 /// What a training was asked to do. It lives as long as the training, also when servers are lost.
@@ -30,6 +31,8 @@ pub(crate) struct Running<'a, M: Model> {
     pub(crate) save_now: &'a SaveNow,
     /// Whether the training ends before all steps are taken: its workers finish their last step.
     pub(crate) is_ending: &'a dyn Fn() -> bool,
+    /// Ends it.
+    pub(crate) ending: &'a Ending,
     pub(crate) observers: &'a Observers,
 }
 
@@ -40,6 +43,7 @@ impl Listening {
             save_checkpoints: saves_checkpoints,
             change_consistency: true,
             remove_workers: true,
+            end: true,
         };
         Self {
             inbox: Inbox::open(controls, can),
@@ -110,6 +114,7 @@ impl Listening {
             workers,
             save_now,
             is_ending,
+            ending,
             observers,
         } = running;
         let change = match ask {
@@ -164,6 +169,10 @@ impl Listening {
                 self.removed.insert(worker);
                 found.remove();
                 Change::WorkerRemoved { worker }
+            }
+            Ask::End => {
+                ending.ask();
+                Change::EndAsked
             }
         };
         tracing::info!(?change, "as asked");
@@ -224,6 +233,7 @@ mod tests {
                 workers: &[],
                 save_now: &save_now,
                 is_ending: &is_ending,
+                ending: &Ending::default(),
                 observers: &observers,
             };
             let done = run(listening.carry_out(Ask::Pause(true), &running));

@@ -1,5 +1,5 @@
 //! Controls of a training while it runs: pause, resume, save a checkpoint, change the learning rate or the
-//! consistency mode, remove a worker.
+//! consistency mode, remove a worker, end the training.
 //!
 //! A program keeps a clone of its [`Controls`] and gives the other one to
 //! [`Trainer::controls`](crate::Trainer::controls), or lets a loop of its own [heed](LoopControls) them. The dashboard
@@ -42,8 +42,8 @@
 //! # What is promised
 //! - [`pause`](Controls::pause): when it is done, no update is made until [`resume`](Controls::resume). Workers finish
 //!   the gradient that they compute, and wait. A `Bsp` training has the same bits with and without pauses. A
-//!   signal or an evaluation that ends the training ends a pause first, so that workers can finish their step. A
-//!   training that ends refuses to be paused.
+//!   training that ends (by a signal, an evaluation, or [`end`](Controls::end)) ends a pause first, so that workers can
+//!   finish their step. It refuses to be paused.
 //! - [`set_learning_rate`](Controls::set_learning_rate) and [`set_consistency`](Controls::set_consistency) hold for
 //!   all servers from the same update on. The learning rate is part of each update, also in the update log and in
 //!   the schedule of a recorded training, so a recovery and a replay have the same bits.
@@ -52,9 +52,12 @@
 //! - All of it stays in force if the servers are lost and the training goes on from a checkpoint. A program that is
 //!   started again with `--resume` begins with its own settings, and with all workers.
 //! - A driver's own loop carries out what is asked when it comes to it. When it is paused, it starts no further
-//!   update. It refuses to remove a worker, and to change the mode: these are its own decisions. If workers push to the
-//!   servers [by themselves](LoopControls::servers_decide), the mode can be changed.
-//! - While the driver evaluates, what is asked waits for the end of the evaluation.
+//!   update. It refuses to remove a worker, to change the mode, and to end: these are its own decisions. If workers push to
+//!   the servers [by themselves](LoopControls::servers_decide), the mode can be changed.
+//! - [`end`](Controls::end): workers finish their current step, for at most 10 s. Then the training ends as if all steps
+//!   were taken: with a last checkpoint, an evaluation of the final weights, and a report.
+//! - An evaluation of a [`Trainer`](crate::Trainer) does not hold up what is asked. In a driver's own loop it waits until the
+//!   loop comes to it.
 //! - Observers learn of each change by an [`Event::Controlled`](crate::observe::Event::Controlled), also of the end
 //!   of a pause by a signal.
 //!
@@ -92,8 +95,6 @@ const MAX_WAITING: usize = 16;
 /// other controls:
 ///
 /// ```
-/// use std::sync::Arc;
-/// use std::sync::atomic::{AtomicBool, Ordering};
 /// use std::sync::mpsc;
 ///
 /// use ps::controls::Controls;
@@ -101,20 +102,14 @@ const MAX_WAITING: usize = 16;
 /// use ps::prelude::*;
 ///
 /// let device = select_device(default_device_name())?;
-/// let mnist = Mnist::bundled_sample();
 /// # let temporary = tempfile::tempdir()?;
 /// # let directory = temporary.path();
 /// let (sender, steps) = mpsc::channel();
-/// let is_done = Arc::new(AtomicBool::new(false));
-/// let must_stop = Arc::clone(&is_done);
 /// let controls = Controls::new();
-/// let trainer = Trainer::new(ConvNet::init(1, &device), mnist.train)
+/// let trainer = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
 ///     .device(&device)
-///     .test_data(mnist.test)
 ///     .workers(2)
 ///     .epochs(1_000_000)
-///     .evaluate_every(1)
-///     .stop_when(move |_| must_stop.load(Ordering::Relaxed))
 ///     .checkpoints(CheckpointConfig::new(directory))
 ///     .controls(&controls)
 ///     .observe(move |event: &Event| {
@@ -127,12 +122,12 @@ const MAX_WAITING: usize = 16;
 ///     let changed = controls.set_consistency(Consistency::Asp).wait();
 ///     let saved = controls.save_checkpoint().wait();
 ///     let removed = controls.remove_worker(WorkerId(1)).wait();
-///     is_done.store(true, Ordering::Relaxed);
-///     changed.and(saved).and(removed)
+///     controls.end().wait().and(changed).and(saved).and(removed)
 /// });
 /// let report = trainer.run()?;
 /// later.join().expect("no panic")?;
 /// assert_eq!(report.removed_workers, [WorkerId(1)]);
+/// assert!(report.ended_by_controls);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Clone, Default)]
@@ -158,6 +153,7 @@ struct Can {
     save_checkpoints: bool,
     change_consistency: bool,
     remove_workers: bool,
+    end: bool,
 }
 
 /// What can be asked.
@@ -168,6 +164,7 @@ enum Ask {
     LearningRate(f64),
     Consistency(Consistency),
     RemoveWorker(WorkerId),
+    End,
 }
 
 /// Something that was asked, and who wants to know.
@@ -188,8 +185,8 @@ pub enum ControlError {
     /// The training has ended, or its servers were lost before it was done.
     #[error("the training has ended, or its servers were lost before it was done")]
     Ended,
-    /// A signal or an evaluation has ended the training: its workers finish their last step.
-    #[error("the training is ending, because of a signal or an evaluation")]
+    /// A signal, an evaluation or [`Controls::end`] has ended the training: its workers finish their last step.
+    #[error("the training is ending already")]
     Ending,
     /// Too many calls wait.
     #[error("{MAX_WAITING} calls wait already; try again later")]
@@ -298,6 +295,12 @@ impl Controls {
         self.lock().can.remove_workers
     }
 
+    /// Whether the training can be [ended](Self::end). A driver's own loop decides that itself.
+    #[must_use]
+    pub fn can_end(&self) -> bool {
+        self.lock().can.end
+    }
+
     /// Pauses the training. When this is done, no update is made until [`resume`](Self::resume).
     ///
     /// # Errors
@@ -348,6 +351,18 @@ impl Controls {
     /// If no training runs, if there is no such worker, or if it is the last one.
     pub fn remove_worker(&self, worker: WorkerId) -> Control {
         self.ask(Ask::RemoveWorker(worker))
+    }
+
+    /// Ends the training in an orderly way: its workers finish their current step, for at most 10 s. The result is ready
+    /// when the training has accepted the request. Its [`Report`](crate::Report) then says that it was
+    /// [ended by controls](crate::Report::ended_by_controls). With it, an [observer](crate::Trainer::observe) can end a
+    /// training for any reason: because of the losses, the time, or the number of updates. For an example, see
+    /// [`Controls`].
+    ///
+    /// # Errors
+    /// If no training runs, or if it is a loop of a driver's own.
+    pub fn end(&self) -> Control {
+        self.ask(Ask::End)
     }
 
     fn ask(&self, ask: Ask) -> Control {

@@ -64,6 +64,7 @@ impl Controls {
             save_checkpoints: !checkpoints.is_off(),
             change_consistency: false,
             remove_workers: false,
+            end: false,
         };
         LoopControls {
             inbox: Inbox::open(self, can),
@@ -171,6 +172,7 @@ impl LoopControls {
             Ask::RemoveWorker(_) => {
                 return Err(ControlError::OwnLoop("which workers there are"));
             }
+            Ask::End => return Err(ControlError::OwnLoop("when it ends")),
         };
         tracing::info!(?change, "as asked");
         self.tell(change);

@@ -349,6 +349,10 @@ async fn carry_out(
                 format!("{worker} leaves after its step."),
             )
         }
+        Changing::End => (
+            controls.end(),
+            "The training ends after the current steps.".to_owned(),
+        ),
     };
     match tokio::time::timeout(CHANGE, asked).await {
         Ok(result) => result.map(|()| done).map_err(NotDone::from),

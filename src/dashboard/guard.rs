@@ -189,6 +189,7 @@ pub(super) enum Changing {
     LearningRate,
     Consistency,
     RemoveWorker,
+    End,
 }
 
 impl Route {
@@ -209,6 +210,7 @@ impl Route {
             "/api/learning-rate" => Self::Change(Changing::LearningRate),
             "/api/consistency" => Self::Change(Changing::Consistency),
             "/api/remove-worker" => Self::Change(Changing::RemoveWorker),
+            "/api/end" => Self::Change(Changing::End),
             _ => return refuse(StatusCode::NOT_FOUND, "there is nothing at this path"),
         };
         let is_allowed = match route {

@@ -27,7 +27,7 @@
 //! | `GET /api/state` | the state, as JSON |
 //! | `GET /api/events` | the state each time that there is a new one, as server-sent events. `Last-Event-ID` leaves out the points of curves that the client has |
 //! | `GET /metrics` | the metrics for Prometheus, if [`DashboardConfig::metrics`] has them |
-//! | `POST /api/pause`, `/api/resume`, `/api/checkpoint` | see [`Controls`]; the body is `{}` |
+//! | `POST /api/pause`, `/api/resume`, `/api/checkpoint`, `/api/end` | see [`Controls`]; the body is `{}` |
 //! | `POST /api/learning-rate` | the body is `{"learning_rate": 0.01}` |
 //! | `POST /api/consistency` | the body is `{"consistency": "ssp:3"}` |
 //! | `POST /api/remove-worker` | the body is `{"worker": 1}` |

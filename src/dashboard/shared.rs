@@ -75,6 +75,7 @@ impl Shared {
             saves_checkpoints: self.controls.saves_checkpoints(),
             changes_consistency: self.controls.changes_consistency(),
             removes_workers: self.controls.removes_workers(),
+            can_end: self.controls.can_end(),
         }
     }
 

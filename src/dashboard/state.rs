@@ -335,6 +335,7 @@ fn described(change: &Change) -> String {
         }
         Change::Consistency { consistency } => format!("the consistency mode is {consistency} now"),
         Change::WorkerRemoved { worker } => format!("{worker} was told to leave for good"),
+        Change::EndAsked => "the training was told to end".to_owned(),
     }
 }
 

@@ -25,6 +25,7 @@ pub(super) struct Control {
     pub(super) saves_checkpoints: bool,
     pub(super) changes_consistency: bool,
     pub(super) removes_workers: bool,
+    pub(super) can_end: bool,
 }
 
 #[derive(Serialize)]

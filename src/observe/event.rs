@@ -496,6 +496,8 @@ pub enum Change {
         /// The worker that leaves.
         worker: WorkerId,
     },
+    /// The training ends after the current steps of its workers.
+    EndAsked,
 }
 
 /// The observer was too slow, and did not get some of the steps, or of the events that follow

@@ -42,6 +42,9 @@ pub struct RunSummary {
     /// The version whose evaluation ended the training before all steps were taken, if one did.
     #[serde(default)]
     pub stopped_early: Option<Version>,
+    /// Whether [`Controls::end`](crate::controls::Controls::end) ended the training before all steps were taken.
+    #[serde(default)]
+    pub ended_by_controls: bool,
     /// The version from which the training went on, if it went on from a checkpoint.
     pub resumed_from: Option<Version>,
     /// The number of workers.
@@ -153,6 +156,7 @@ impl From<&Report> for RunSummary {
         Self {
             interrupted: report.interrupted.map(|signal| signal.to_string()),
             stopped_early: report.stopped_early,
+            ended_by_controls: report.ended_by_controls,
             resumed_from: report.resumed.map(|resumed| resumed.version),
             num_workers: report.num_workers,
             num_servers: report.num_servers,

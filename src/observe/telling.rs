@@ -22,7 +22,7 @@ impl Observers {
         evaluator: &mut Evaluator<M>,
         weights: &Weights,
     ) -> Result<f64, ModelError> {
-        let TestResult { evaluation, .. } = self.evaluate_all(evaluator, weights, false)?;
+        let evaluation = self.evaluate(evaluator, weights, false)?;
         Ok(evaluation.accuracy().map_or(f64::NAN, |part| 100.0 * part))
     }
 
@@ -37,16 +37,19 @@ impl Observers {
         weights: &Weights,
         is_final: bool,
     ) -> Result<Evaluation, ModelError> {
-        Ok(self.evaluate_all(evaluator, weights, is_final)?.evaluation)
+        let result = self.evaluate_while(evaluator, weights, is_final, || true)?;
+        Ok(result.unwrap_or_default().evaluation)
     }
 
-    /// As [`evaluate`](Self::evaluate). Also returns the metrics of the user's program.
-    pub(crate) fn evaluate_all<M: Model>(
+    /// As [`evaluate`](Self::evaluate). Also returns the metrics of the user's program. There is no result if
+    /// `is_wanted` returns `false` after a batch.
+    pub(crate) fn evaluate_while<M: Model>(
         &self,
         evaluator: &mut Evaluator<M>,
         weights: &Weights,
         is_final: bool,
-    ) -> Result<TestResult, ModelError> {
+        is_wanted: impl Fn() -> bool,
+    ) -> Result<Option<TestResult>, ModelError> {
         let (began, version) = (self.seconds(), weights.version());
         let mut told = Told(began);
         let result = evaluator.evaluate_in_steps(weights, |num_done, num_batches| {
@@ -62,8 +65,11 @@ impl Observers {
                     })
                 });
             }
+            is_wanted()
         })?;
-        self.tell_with(|now| Event::evaluated(began, now, version, &result, is_final));
+        if let Some(result) = &result {
+            self.tell_with(|now| Event::evaluated(began, now, version, result, is_final));
+        }
         Ok(result)
     }
 

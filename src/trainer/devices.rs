@@ -1,21 +1,45 @@
 //! Which of a process's devices each worker computes on.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ps_actors::ids::WorkerId;
-use ps_actors::launch::{self, env};
 use ps_model::burn::tensor::Device;
-use ps_model::{Model, default_device_name, select_device_for};
+use ps_model::{Model, default_device_name};
 
 use super::{TrainError, Trainer};
+use crate::device::select_device;
 
 /// The devices of this process, and the workers on them.
 #[derive(Clone)]
 pub(super) struct Devices {
     all: Arc<[Device]>,
-    /// The place in `all` of each worker that was made here. `None` if the places follow from the ranks.
-    chosen: Option<Arc<Mutex<HashMap<WorkerId, usize>>>>,
+    /// The seat of each worker that was made here. `None` if the places follow from the ranks.
+    chosen: Option<Arc<Mutex<HashMap<WorkerId, Taken>>>>,
+}
+
+/// A seat that a worker got, which is free again when the worker is gone.
+struct Taken {
+    /// The place of the device in [`Devices::all`].
+    place: usize,
+    by: Weak<()>,
+}
+
+/// A worker's device. It counts as used by the worker as long as this exists.
+#[derive(Clone)]
+pub(crate) struct Seat {
+    pub(crate) device: Device,
+    _taken: Option<Arc<()>>,
+}
+
+impl Seat {
+    /// A seat on the only device that there is.
+    pub(crate) fn on(device: Device) -> Self {
+        Self {
+            device,
+            _taken: None,
+        }
+    }
 }
 
 impl Devices {
@@ -28,7 +52,7 @@ impl Devices {
     }
 
     /// For a process that has some of the workers, and does not know beforehand which: each takes the device that has
-    /// the fewest, and keeps it when it is restarted.
+    /// the fewest, and keeps it when it is restarted, unless another one has fewer by then.
     fn by_load(all: Vec<Device>) -> Self {
         Self {
             all: all.into(),
@@ -50,30 +74,38 @@ impl Devices {
         names.join(", ")
     }
 
-    pub(super) fn of(&self, worker: WorkerId) -> Device {
-        self.all[self.place(worker)].clone()
+    pub(super) fn of(&self, worker: WorkerId) -> Seat {
+        let (place, taken) = self.take(worker);
+        Seat {
+            device: self.all[place].clone(),
+            _taken: taken,
+        }
     }
 
-    fn place(&self, worker: WorkerId) -> usize {
+    fn take(&self, worker: WorkerId) -> (usize, Option<Arc<()>>) {
         let Some(chosen) = &self.chosen else {
-            return worker.0 as usize % self.all.len();
+            return (worker.0 as usize % self.all.len(), None);
         };
         let mut chosen = chosen.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&place) = chosen.get(&worker) {
-            return place;
-        }
-        let num_workers_at =
-            |place: &usize| chosen.values().filter(|other| *other == place).count();
-        let place = (0..self.all.len()).min_by_key(num_workers_at);
+        // A worker that is made anew may take the place of its old self before that is gone.
+        let before = chosen.remove(&worker).map(|taken| taken.place);
+        chosen.retain(|_, taken| taken.by.strong_count() > 0);
+        let key = |place: &usize| {
+            let num_workers = chosen.values().filter(|other| other.place == *place);
+            (num_workers.count(), Some(*place) != before)
+        };
+        let place = (0..self.all.len()).min_by_key(key);
         let place = place.expect("there is at least one device");
-        chosen.insert(worker, place);
-        place
+        let taken = Arc::new(());
+        let by = Arc::downgrade(&taken);
+        chosen.insert(worker, Taken { place, by });
+        (place, Some(taken))
     }
 }
 
 impl<M: Model, E> Trainer<M, E> {
     /// Sets the device to compute on. The default is that of [`default_device_name`]. If that is a GPU, the processes
-    /// of a host take its GPUs in turn, as with [`select_device_for`].
+    /// of a host take its GPUs in turn, as with [`select_device`].
     #[must_use]
     pub fn device(self, device: &Device) -> Self {
         self.devices([device.clone()])
@@ -120,26 +152,14 @@ impl<M: Model, E> Trainer<M, E> {
         match &self.devices {
             Some(devices) if devices.is_empty() => Err(TrainError::NoDevice),
             Some(devices) => Ok(devices.clone()),
-            None => {
-                // Starting the processes reports variables that make no sense.
-                let local_rank = launch::local_rank(env::read).unwrap_or(0);
-                let device = select_device_for(default_device_name(), local_rank as usize)?;
-                Ok(vec![device])
-            }
+            None => Ok(vec![select_device(default_device_name())?]),
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use ps_model::select_device;
-
     use super::*;
-
-    fn places(devices: &Devices, workers: &[u32]) -> Vec<usize> {
-        let place = |&worker| devices.place(WorkerId(worker));
-        workers.iter().map(place).collect()
-    }
 
     fn three() -> Vec<Device> {
         vec![select_device(default_device_name()).unwrap(); 3]
@@ -148,17 +168,41 @@ mod tests {
     #[test]
     fn ranks_decide_where_all_workers_are() {
         let devices = Devices::by_rank(three());
-        assert_eq!(places(&devices, &[4, 0, 3, 1, 2, 4]), [1, 0, 0, 1, 2, 1]);
+        let place = |worker| devices.take(WorkerId(worker)).0;
+        assert_eq!([4, 0, 3, 1, 2, 4].map(place), [1, 0, 0, 1, 2, 1]);
     }
 
     #[test]
     fn a_node_fills_its_devices_evenly_and_a_restarted_worker_stays() {
         let devices = Devices::by_load(three());
-        // A node of two has every second rank.
-        assert_eq!(places(&devices, &[0, 6, 12, 18]), [0, 1, 2, 0]);
         // All copies share it, as one is made for each worker.
         let copy = devices.clone();
-        assert_eq!(places(&copy, &[6, 24, 0]), [1, 1, 0]);
-        assert_eq!(places(&devices, &[30, 36]), [2, 0]);
+        let take = |devices: &Devices, worker| devices.take(WorkerId(worker));
+        // A node of two has every second rank.
+        let mut seats = [0, 6, 12, 18].map(|worker| take(&devices, worker));
+        assert_eq!(seats.each_ref().map(|seat| seat.0), [0, 1, 2, 0]);
+        seats[1] = take(&copy, 6);
+        let more = [24, 30, 36].map(|worker| take(&devices, worker));
+        assert_eq!(more.each_ref().map(|seat| seat.0), [1, 2, 0]);
+        // A worker of device 0 is restarted, although that has one more than the others.
+        seats[0] = take(&copy, 0);
+        assert_eq!((seats[0].0, seats[1].0), (0, 1));
+    }
+
+    #[test]
+    fn workers_that_are_gone_leave_their_devices_free() {
+        let devices = Devices::by_load(three());
+        let take = |worker| devices.take(WorkerId(worker));
+        let [zero, one, two] = [0, 1, 2].map(take);
+        // Two of them go on at another node, and others come.
+        drop((one, two));
+        let [three, four, five] = [3, 4, 5].map(take);
+        assert_eq!([three.0, four.0, five.0], [1, 2, 0]);
+        // One of them comes back. Its old device has two workers now.
+        drop(zero);
+        let six = take(6);
+        assert_eq!(six.0, 0);
+        drop(four);
+        assert_eq!(take(0).0, 2);
     }
 }

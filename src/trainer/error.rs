@@ -157,6 +157,9 @@ pub enum TrainError {
     /// The weights could not be evaluated.
     #[error("the weights could not be evaluated")]
     Evaluate(#[from] ModelError),
+    /// The system gives no thread to evaluate on.
+    #[error("the system gives no thread to evaluate on: raise the limit on threads (ulimit -u)")]
+    Thread(#[source] std::io::Error),
     /// The operating system does not let this process receive signals.
     #[error(
         "could not prepare for signals that end the training; `heed_signals(false)` switches this off"

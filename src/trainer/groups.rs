@@ -31,7 +31,7 @@ pub(super) struct Group {
 
 #[derive(Clone)]
 enum Role {
-    Optimizer(MakeRule),
+    Optimizer { make: MakeRule, needs_whole: bool },
     Rate(f64),
 }
 
@@ -45,6 +45,17 @@ impl Group {
         model.visit(&mut members);
         let names = Arc::new(members.names);
         Self { names, role, what }
+    }
+
+    /// Whether its optimizer needs whole parameters.
+    fn needs_whole(&self) -> bool {
+        matches!(
+            self.role,
+            Role::Optimizer {
+                needs_whole: true,
+                ..
+            }
+        )
     }
 
     /// Describes the group, for people and for the other processes.
@@ -70,16 +81,8 @@ impl Group {
         let is_member = move |name: &str| names.contains(name);
         match &self.role {
             Role::Rate(factor) => Ok(rule.with_rate(is_member, *factor)),
-            Role::Optimizer(make) => Ok(rule.with_rule(is_member, checked(make, device)?)),
+            Role::Optimizer { make, .. } => Ok(rule.with_rule(is_member, checked(make, device)?)),
         }
-    }
-}
-
-/// Returns where weights may be cut if one more optimizer updates some of them.
-pub(super) fn cut_for<C: OptimizerConfig>(others: Cut) -> Cut {
-    match C::NEEDS_WHOLE_PARAMETERS {
-        true => Cut::BetweenParameters,
-        false => others,
     }
 }
 
@@ -155,8 +158,9 @@ where
         let what = format!("{config:?}");
         let make: MakeRule =
             Arc::new(move |device| Ok(Box::new(OptimizerRule::new(&config, device)?)));
-        let group = Group::of(&self.model, group, Role::Optimizer(make), what);
-        self.server.cut = cut_for::<C>(self.server.cut);
+        let needs_whole = C::NEEDS_WHOLE_PARAMETERS;
+        let role = Role::Optimizer { make, needs_whole };
+        let group = Group::of(&self.model, group, role, what);
         self.groups.push(group);
         self
     }
@@ -174,6 +178,14 @@ where
         self
     }
 
+    /// Returns where the weights may be cut to split them over servers.
+    pub(super) fn cut(&self) -> Cut {
+        match self.needs_whole || self.groups.iter().any(Group::needs_whole) {
+            true => Cut::BetweenParameters,
+            false => Cut::Anywhere,
+        }
+    }
+
     /// # Errors
     /// If a group has no trainable parameter, or a factor is no factor.
     pub(super) fn check_groups(&self, layout: &Layout) -> Result<(), TrainError> {
@@ -184,7 +196,7 @@ where
                 Role::Rate(factor) if !(factor.is_finite() && *factor >= 0.0) => {
                     return Err(TrainError::RateFactor(*factor));
                 }
-                Role::Rate(_) | Role::Optimizer(_) => {}
+                Role::Rate(_) | Role::Optimizer { .. } => {}
             }
             if !trainable.iter().any(|one| names.contains(&one.name)) {
                 let first = trainable.first().map_or("", |first| &first.name);
@@ -195,5 +207,33 @@ where
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, feature = "mnist"))]
+mod tests {
+    use ps_data::Mnist;
+    use ps_model::burn::optim::{LambConfig, SgdConfig};
+    use ps_model::{ConvNet, default_device_name, select_device};
+
+    use super::*;
+
+    #[test]
+    fn only_the_optimizers_that_are_used_decide_where_weights_are_cut() {
+        let device = select_device(default_device_name()).unwrap();
+        let data = Mnist::bundled_sample().train;
+        let new = || Trainer::new(ConvNet::init(1, &device), data.clone());
+        let biases = ParamGroup::from_predicate("bias");
+        assert_eq!(new().cut(), Cut::Anywhere);
+        let whole = new().optimizer(LambConfig::new());
+        assert_eq!(whole.cut(), Cut::BetweenParameters);
+        let replaced = new()
+            .optimizer(LambConfig::new())
+            .optimizer(SgdConfig::new());
+        assert_eq!(replaced.cut(), Cut::Anywhere);
+        let in_group = new()
+            .optimizer_for(&biases, LambConfig::new())
+            .optimizer(SgdConfig::new());
+        assert_eq!(in_group.cut(), Cut::BetweenParameters);
     }
 }

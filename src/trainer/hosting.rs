@@ -109,8 +109,8 @@ where
         );
         let variant = variants.workers.clone();
         let (parts, devices) = (self.num_micro_batches, devices.clone());
-        let device_of = move |worker| devices.of(worker);
-        host_variant(hosts, variant, &self.model, device_of, &self.train, parts)
+        let seat_of = move |worker| devices.of(worker);
+        host_variant(hosts, variant, &self.model, seat_of, &self.train, parts)
     }
 }
 

@@ -26,6 +26,7 @@ use crate::source::Metrics;
 
 mod devices;
 mod error;
+mod evaluations;
 mod groups;
 mod hosting;
 mod replay;
@@ -33,11 +34,13 @@ mod rules;
 mod run;
 mod stopping;
 
+pub(crate) use devices::Seat;
 pub use error::TrainError;
 pub use replay::{Replay, ReplayError};
 pub use stopping::EarlyStopping;
+pub(crate) use stopping::Ending;
 
-use groups::{Group, cut_for};
+use groups::Group;
 use stopping::StopWhen;
 
 type MakeRule = Arc<dyn Fn(&Device) -> Result<Box<dyn UpdateRule>, RuleError> + Send + Sync>;
@@ -112,6 +115,8 @@ pub struct Trainer<M: Model, E> {
     num_servers: usize,
     server: ServerConfig,
     make_rule: MakeRule,
+    /// Whether the optimizer needs whole parameters.
+    needs_whole: bool,
     /// Returns a text that describes the optimizer and its settings.
     describe_rule: Arc<dyn Fn() -> String + Send + Sync>,
     groups: Vec<Group>,
@@ -160,6 +165,7 @@ where
             num_servers: 1,
             server: ServerConfig::default(),
             make_rule: Arc::new(|_| Ok(Box::new(Sgd::new()))),
+            needs_whole: false,
             describe_rule: Arc::new(|| format!("{:?}", Sgd::new())),
             groups: Vec::new(),
             schedule: None,
@@ -329,7 +335,7 @@ where
     where
         C: OptimizerConfig + Debug + Send + Sync + 'static,
     {
-        self.server.cut = cut_for::<C>(self.server.cut);
+        self.needs_whole = C::NEEDS_WHOLE_PARAMETERS;
         let config = Arc::new(config);
         let described = Arc::clone(&config);
         self.make_rule =
@@ -348,6 +354,7 @@ where
     ) -> Self {
         let rule = Arc::new(rule);
         let described = Arc::clone(&rule);
+        self.needs_whole = false;
         self.make_rule = Arc::new(move |_| Ok(Box::new(rule())));
         self.describe_rule = Arc::new(move || format!("{:?}", described()));
         self
@@ -466,7 +473,7 @@ where
     }
 
     /// Ends the training when the loss on the test data has stopped falling. See
-    /// [`stop_when`](Self::stop_when).
+    /// [`stop_when`](Self::stop_when). A program that goes on from a checkpoint begins to count anew.
     ///
     /// ```
     /// use ps::prelude::*;

@@ -316,7 +316,7 @@ where
         let source = match sources.entry(id.worker) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(new) => {
-                let device = self.devices_here()?.of(id.worker);
+                let device = self.devices_here()?.of(id.worker).device;
                 let source = self.worker_source(rank, &device)?;
                 new.insert(source)
             }

@@ -20,8 +20,9 @@ use ps_model::Model;
 use ps_model::burn::tensor::Device;
 
 use super::devices::Devices;
+use super::evaluations::Evaluations;
 use super::hosting::Variants;
-use super::stopping::{Met, must_stop};
+use super::stopping::{Ending, must_stop, signalled};
 use super::{Length, TrainError, Trainer};
 use crate::agreement::Facts;
 use crate::controls::{Listening, Pause, Running, end_pause};
@@ -88,6 +89,7 @@ where
             false => None,
         };
         self.server.wait_for_workers = self.num_workers;
+        self.server.cut = self.cut();
         let devices = self.devices_here()?;
         let device = devices.first().clone();
         let mut evaluator = match &self.test {
@@ -140,10 +142,10 @@ where
             collector: Collector::new(observers),
             servers_lost: None,
             listening,
-            evaluator,
+            evaluations: evaluator.map(|evaluator| Evaluations::new(evaluator, observers)),
             checkpoints,
             num_steps,
-            met: Met::default(),
+            ending: Ending::default(),
             stop: stop.as_ref(),
             recoveries: Recoveries::default(),
             num_applied_before: None,
@@ -290,18 +292,19 @@ where
         from: Option<&Checkpoint>,
     ) -> Result<Report, TrainError> {
         let Run {
-            evaluator,
+            evaluations,
             checkpoints,
             num_steps,
             stop,
             recoveries,
             num_applied_before,
             collector,
-            met,
+            ending,
             listening,
             ..
         } = run;
-        let (num_steps, stop, collector, met) = (*num_steps, *stop, &*collector, &*met);
+        let (num_steps, stop, collector, ending) = (*num_steps, *stop, &*collector, &*ending);
+        let evaluations = evaluations.as_ref();
         let observers = collector.observers();
         let resumed = match from {
             Some(_) => {
@@ -320,10 +323,10 @@ where
         let pause = listening.pause();
         let is_ending = || {
             let is_interrupted = stop.is_some_and(|stop| stop.received().is_some());
-            is_interrupted || met.version().is_some()
+            is_interrupted || ending.is_set()
         };
         let outcome = {
-            let ends = (stop, met);
+            let ends = (stop, ending);
             let given_up = stop_workers(ends, &servers, &workers, &pause, observers).shared();
             let runs = workers.iter().map(|worker| {
                 let first_step = from.map_or(0, |from| from.next_clock(worker.id()).0);
@@ -331,16 +334,18 @@ where
             });
             let runs = pin!(try_join_all(runs));
             let every = self.evaluate_every;
-            let watch = pin!(async {
-                match evaluator.as_mut() {
-                    Some(evaluator) if every > 0 => {
+            let mut watch = pin!(async {
+                match evaluations {
+                    Some(evaluations) if every > 0 => {
                         let on_evaluation = |point: CurvePoint| {
                             (self.on_evaluation)(&point);
-                            met.look(&point, &mut self.stop_when);
+                            ending.look(&point, &mut self.stop_when);
                             curve.push(point);
                         };
-                        let at = (started, observers);
-                        watch(&servers, evaluator, every, at, on_evaluation).await
+                        let is_ending = || must_stop(stop, ending);
+                        let watch =
+                            evaluations.watch(&servers, every, started, is_ending, on_evaluation);
+                        watch.await
                     }
                     _ => std::future::pending().await,
                 }
@@ -352,6 +357,7 @@ where
                 workers: &workers,
                 save_now: &save_now,
                 is_ending: &is_ending,
+                ending,
                 observers,
             });
             let stopping = given_up.clone();
@@ -361,8 +367,12 @@ where
                 let (never, _, _, ()) = join4(saving, balance(&workers), obeying, stopping).await;
                 match never {}
             });
-            match select(runs, select(watch, beside)).await {
-                Either::Left((outcome, _)) => outcome,
+            match select(runs, select(watch.as_mut(), beside)).await {
+                Either::Left((Ok(runs), _)) => match evaluations {
+                    Some(evaluations) => evaluations.finish(watch).await.map(|()| runs),
+                    None => Ok(runs),
+                },
+                Either::Left((Err(error), _)) => Err(error),
                 Either::Right((Either::Left((error, _)) | Either::Right((error, _)), _)) => {
                     Err(error)
                 }
@@ -396,17 +406,20 @@ where
         // It has pulled the last weights, so all servers have made all updates.
         collector.fetch_last_parts(&servers).await;
         report.checkpoints = save_last(checkpoints, &servers, &report).await;
-        report.stopped_early = met.version().filter(|_| is_cut_short);
+        report.stopped_early = ending.met_at().filter(|_| is_cut_short);
+        report.ended_by_controls = ending.is_asked() && is_cut_short;
         report.interrupted = stop.and_then(StopSignal::received).filter(|_| is_cut_short);
-        if let Some(evaluator) = evaluator {
-            match observers.evaluate_all(evaluator, &report.weights, true) {
-                Ok(TestResult {
+        if let Some(evaluations) = evaluations {
+            let weights = report.weights.clone();
+            match evaluations.of_final(weights, signalled(stop)).await {
+                Ok(Some(TestResult {
                     evaluation,
                     metrics,
-                }) => {
+                })) => {
                     (report.final_evaluation, report.final_metrics) = (Some(evaluation), metrics);
                 }
-                Err(error) => return Err(report.incomplete(error.into())),
+                Ok(None) => {}
+                Err(error) => return Err(report.incomplete(error)),
             }
         }
         let failure = report
@@ -485,6 +498,7 @@ where
             reduction: status.reduction,
             interrupted: None,
             stopped_early: None,
+            ended_by_controls: false,
             resumed,
             checkpoints: None,
             num_recoveries,
@@ -516,10 +530,10 @@ where
 /// What stays when the servers of a training are lost.
 struct Run<'a, M: Model> {
     listening: Listening,
-    evaluator: Option<Evaluator<M>>,
+    evaluations: Option<Evaluations<M>>,
     checkpoints: Checkpoints,
     num_steps: u64,
-    met: Met,
+    ending: Ending,
     stop: Option<&'a StopSignal>,
     recoveries: Recoveries,
     collector: Collector,
@@ -630,54 +644,20 @@ async fn coordinator(servers: &ServerGroup) -> Result<CoordinatorStatus, GroupEr
     Ok(status.expect("the first server of a group coordinates"))
 }
 
-/// Stops the workers after a signal, or when an evaluation met a condition. Becomes ready when their time for
-/// the current step is over.
+/// Stops the workers when a signal or the program ends the training. Becomes ready when their time for the current step is
+/// over.
 async fn stop_workers<M: Model>(
-    (stop, met): (Option<&StopSignal>, &Met),
+    (stop, ending): (Option<&StopSignal>, &Ending),
     servers: &ServerGroup,
     workers: &[Worker<ModelSource<M>>],
     pause: &Pause,
     observers: &Observers,
 ) {
-    must_stop(stop, met).await;
+    must_stop(stop, ending).await;
     workers.iter().for_each(Worker::stop);
     // Their last step may wait for it.
     end_pause(pause, servers, observers).await;
     last_steps(servers, workers).await;
-}
-
-/// Evaluates the weights every so many updates, as long as it is polled. Returns only if an evaluation
-/// fails.
-async fn watch<M: Model>(
-    servers: &ServerGroup,
-    evaluator: &mut Evaluator<M>,
-    every: u64,
-    (started, observers): (Instant, &Observers),
-    mut on_evaluation: impl FnMut(CurvePoint),
-) -> TrainError {
-    let mut next = every;
-    loop {
-        let weights = match servers.pull(PullVersion::AtLeast(Version(next))).await {
-            Ok(weights) => weights,
-            Err(error) => return error.into(),
-        };
-        let (version, elapsed) = (weights.version(), started.elapsed());
-        match observers.evaluate_all(evaluator, &weights, false) {
-            Ok(TestResult {
-                evaluation,
-                metrics,
-            }) => {
-                on_evaluation(CurvePoint {
-                    version,
-                    elapsed,
-                    evaluation,
-                    metrics,
-                });
-            }
-            Err(error) => return error.into(),
-        }
-        next = (version.0 / every + 1) * every;
-    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! How a training ends before all its steps are taken: by a signal, or because its evaluations say so.
+//! How a training ends before all its steps are taken: by a signal, because its evaluations say so, or because somebody asks
+//! for it.
 
 use std::cell::Cell;
 use std::pin::pin;
@@ -6,7 +7,7 @@ use std::pin::pin;
 use futures_util::future::select;
 use ps_actors::ids::Version;
 use ps_actors::launch::StopSignal;
-use tokio::sync::Notify;
+use tokio::sync::watch;
 
 use crate::report::CurvePoint;
 
@@ -65,22 +66,40 @@ impl EarlyStopping {
 /// A condition that ends a training.
 pub(super) type StopWhen = Box<dyn FnMut(&CurvePoint) -> bool>;
 
-/// The version whose evaluation met a condition that ends the training. It is kept as long as the training
-/// runs, even when servers are lost.
+/// Whether the program has ended the training: by a condition that an evaluation met, or because it was asked to end. It is
+/// kept as long as the training runs, even when servers are lost.
 #[derive(Default)]
-pub(super) struct Met {
-    version: Cell<Option<Version>>,
-    is_set: Notify,
+pub(crate) struct Ending {
+    /// The version whose evaluation met a condition.
+    met_at: Cell<Option<Version>>,
+    is_asked: Cell<bool>,
+    is_set: watch::Sender<bool>,
 }
 
-impl Met {
-    pub(super) fn version(&self) -> Option<Version> {
-        self.version.get()
+impl Ending {
+    /// Returns the version whose evaluation met a condition.
+    pub(super) fn met_at(&self) -> Option<Version> {
+        self.met_at.get()
+    }
+
+    /// Whether somebody has asked for the end.
+    pub(super) fn is_asked(&self) -> bool {
+        self.is_asked.get()
+    }
+
+    pub(super) fn is_set(&self) -> bool {
+        *self.is_set.borrow()
+    }
+
+    /// Ends the training, because somebody asks for it.
+    pub(crate) fn ask(&self) {
+        self.is_asked.set(true);
+        self.is_set.send_replace(true);
     }
 
     /// Shows an evaluation to all conditions, until one is met.
     pub(super) fn look(&self, point: &CurvePoint, conditions: &mut [StopWhen]) {
-        if self.version.get().is_some() {
+        if self.met_at.get().is_some() {
             return;
         }
         // Each condition sees each evaluation.
@@ -88,25 +107,27 @@ impl Met {
         if met.fold(false, |any, is_met| any | is_met) {
             let version = point.version;
             tracing::info!(%version, "ending: the evaluation met the condition for it");
-            self.version.set(Some(version));
-            self.is_set.notify_one();
+            self.met_at.set(Some(version));
+            self.is_set.send_replace(true);
         }
     }
 
     async fn wait(&self) {
-        while self.version.get().is_none() {
-            self.is_set.notified().await;
-        }
+        let mut is_set = self.is_set.subscribe();
+        // The sender is here, so it cannot fail.
+        let _ = is_set.wait_for(|&is_set| is_set).await;
     }
 }
 
-/// Waits until a signal or a condition ends the training.
-pub(super) async fn must_stop(signal: Option<&StopSignal>, met: &Met) {
-    let signal = pin!(async {
-        match signal {
-            Some(signal) => _ = signal.wait().await,
-            None => std::future::pending().await,
-        }
-    });
-    select(signal, pin!(met.wait())).await;
+/// Waits until a signal or the program ends the training.
+pub(super) async fn must_stop(signal: Option<&StopSignal>, ending: &Ending) {
+    select(pin!(signalled(signal)), pin!(ending.wait())).await;
+}
+
+/// Waits until a signal ends the training.
+pub(super) async fn signalled(signal: Option<&StopSignal>) {
+    match signal {
+        Some(signal) => _ = signal.wait().await,
+        None => std::future::pending().await,
+    }
 }

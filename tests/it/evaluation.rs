@@ -1,7 +1,11 @@
 //! Evaluations, which make the batches of the test set one after the other.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ps::controls::Controls;
 
 use ps::model::LocalModel;
 use ps::model::burn;
@@ -208,4 +212,111 @@ fn a_metric_of_the_users_program_is_the_mean_of_all_examples() {
     let without = Trainer::new(model(), Numbers::new(64)).metric("mean", |_, _, _| 0.0);
     let error = without.device(&device()).run().unwrap_err().to_string();
     assert!(error.contains("set `test_data`"), "{error}");
+}
+
+/// Each evaluation but the first, which tries the data out, says that it begins, and waits until the gate is opened.
+struct Gate {
+    num_evaluations: AtomicUsize,
+    begun: Sender<()>,
+    /// Fails when it is opened.
+    opened: Mutex<Receiver<()>>,
+}
+
+/// One number per example, and a gate for evaluations.
+#[derive(Clone)]
+struct Gated(Arc<Gate>);
+
+struct GatedBatch {
+    numbers: Vec<f32>,
+    gate: Arc<Gate>,
+}
+
+impl Examples for Gated {
+    type Batch = GatedBatch;
+
+    fn num_examples(&self) -> usize {
+        4
+    }
+
+    fn batch(&self, indices: &[usize]) -> GatedBatch {
+        GatedBatch {
+            numbers: indices.iter().map(|&i| i as f32 / 4.0).collect(),
+            gate: Arc::clone(&self.0),
+        }
+    }
+}
+
+#[derive(Module, Debug)]
+struct OnGated {
+    inner: Perceptron,
+}
+
+impl Model for OnGated {
+    type Batch = GatedBatch;
+
+    fn loss(&self, x: &GatedBatch, step: &mut Step) -> Tensor<1> {
+        self.inner.error(&x.numbers, step.device())
+    }
+
+    fn num_examples(x: &GatedBatch) -> usize {
+        x.numbers.len()
+    }
+
+    fn evaluate(&self, x: &GatedBatch, device: &Device) -> Evaluation {
+        if x.gate.num_evaluations.fetch_add(1, Ordering::SeqCst) > 0 {
+            // The test may have failed.
+            let _ = x.gate.begun.send(());
+            let _ = x.gate.opened.lock().unwrap().recv();
+        }
+        let loss = self.inner.error(&x.numbers, device).into_scalar::<f32>();
+        Evaluation::from_mean_loss(loss, x.numbers.len())
+    }
+}
+
+/// A lost worker is replaced, a checkpoint is saved, and what is asked is done, however long an evaluation takes.
+#[test]
+fn an_evaluation_does_not_hold_up_what_else_the_driver_does() {
+    let patience = Duration::from_secs(60);
+    let (begun, evaluations) = channel();
+    let (opens, opened) = channel::<()>();
+    let gate = Arc::new(Gate {
+        num_evaluations: AtomicUsize::new(0),
+        begun,
+        opened: Mutex::new(opened),
+    });
+    let device = device();
+    let controls = Controls::new();
+    let its_controls = controls.clone();
+    let training = std::thread::spawn(move || {
+        let model = OnGated {
+            inner: Perceptron::init(&device),
+        };
+        Trainer::new(model, Gated(Arc::clone(&gate)))
+            .device(&device)
+            .test_data(Gated(gate))
+            .batch_size(4)
+            .epochs(1_000_000)
+            .evaluate_every(1)
+            .controls(&its_controls)
+            .run()
+    });
+    evaluations
+        .recv_timeout(patience)
+        .expect("an evaluation begins");
+
+    // It still lasts when this is done.
+    let (sender, done) = channel();
+    let its_controls = controls.clone();
+    std::thread::spawn(move || sender.send(its_controls.set_learning_rate(0.001).wait()));
+    let done = done.recv_timeout(patience);
+    done.expect("the driver listens")
+        .expect("it is a usable rate");
+
+    // The end of the training does not wait for its result.
+    controls.end().wait().unwrap();
+    drop(opens);
+    let report = training.join().unwrap().unwrap();
+    assert!(report.ended_by_controls);
+    assert_eq!(report.curve, []);
+    assert!(report.final_evaluation.is_some());
 }

@@ -22,6 +22,7 @@ mod otel;
 mod replay;
 mod schedules;
 mod served;
+mod snapshots;
 mod structure;
 mod tied;
 mod torch;

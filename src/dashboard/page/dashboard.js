@@ -272,9 +272,11 @@ function showControls() {
   $("checkpoint").title = control.saves_checkpoints ? "" : "This training has no directory for checkpoints.";
   for (const id of ["mode", "set-mode"]) $(id).disabled = !control.changes_consistency;
   for (const id of ["who", "remove"]) $(id).disabled = !control.removes_workers;
+  $("end").disabled = !control.can_end;
   const missing = [];
   if (!control.changes_consistency) missing.push("when gradients are applied, so the consistency mode cannot be changed here");
   if (!control.removes_workers) missing.push("which workers there are, so none can be removed here");
+  if (!control.can_end) missing.push("when it ends");
   const isMissing = control.is_running && missing.length > 0;
   $("control-missing").hidden = !isMissing;
   text("control-missing", isMissing ? `This program decides itself ${missing.join(", and ")}.` : "");
@@ -366,6 +368,17 @@ onClick("remove", async () => {
 });
 onClick("remove-no", () => { ask(null); $("remove").focus(); });
 $("who").addEventListener("change", () => ask(null));
+function askEnd(isAsked) {
+  $("end-no").hidden = !isAsked;
+  $("end").classList.toggle("sure", isAsked);
+  text("end", isAsked ? "Really end it?" : "End the training");
+}
+onClick("end", async () => {
+  if ($("end-no").hidden) return askEnd(true);
+  askEnd(false);
+  await change("end", {});
+});
+onClick("end-no", () => { askEnd(false); $("end").focus(); });
 $("who").addEventListener("keydown", (event) => { if (event.key === "Escape") ask(null); });
 
 // ---- The stream of events ----
