@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex};
 use burn::train::{Learner, LearnerModel};
 use ps_actors::rule::UpdateRule;
 use ps_model::FlatView;
-use ps_model::burn::module::Module;
 
 use super::source::lock;
 
