@@ -52,6 +52,7 @@ const EXAMPLES: &str = "Examples:
   sharded_ps --lr-schedule cosine --warmup 20 --clip-norm 1
   sharded_ps --run-dir runs/one   curves and events of the run
   sharded_ps --dashboard          a page that shows it: http://127.0.0.1:8265/
+  sharded_ps --processes 3 --consistency asp --overlap   for slow networks
   sharded_ps --consistency asp --record run.schedule
   sharded_ps --consistency asp --replay run.schedule   the same bits again";
 
@@ -65,6 +66,9 @@ struct ServerArgs {
     /// When gradients are applied: bsp, asp, ssp:BOUND or k-of-n:K.
     #[arg(long, default_value = "bsp")]
     consistency: Consistency,
+    /// In asp and ssp: let workers compute the next gradient while they push the one before.
+    #[arg(long)]
+    overlap: bool,
     /// How the gradients of one round become one: mean or sum.
     #[arg(long, default_value = "sum")]
     reduction: Reduction,
@@ -97,6 +101,7 @@ fn train<M: Model<Batch = ImageBatch>>(model: M, mnist: Mnist, args: &Args) -> R
         .servers(args.servers.num_servers)
         .servers_on_nodes(args.servers.servers_on_nodes)
         .consistency(args.servers.consistency)
+        .overlap(args.servers.overlap)
         .reduction(args.servers.reduction)
         .batch_size(args.train.batch_size)
         .iterations(args.train.iterations)

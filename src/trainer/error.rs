@@ -5,7 +5,7 @@ use ps_actors::checkpoint::CheckpointError;
 use ps_actors::cluster::{SpawnOnError, StartError};
 use ps_actors::group::GroupSpawnError;
 use ps_actors::ids::WorkerId;
-use ps_actors::server::{ConsistencyError, GroupError};
+use ps_actors::server::{Consistency, ConsistencyError, GroupError};
 use ps_actors::worker::WorkerError;
 use ps_model::{DeviceError, ModelError, RuleError};
 
@@ -57,6 +57,12 @@ pub enum TrainError {
     /// The consistency mode does not fit the number of workers.
     #[error(transparent)]
     Consistency(#[from] ConsistencyError),
+    /// In this mode, the next gradient needs the update of the one before.
+    #[error(
+        "in {0}, workers cannot compute while they push, because the next gradient needs the update of the one before: \
+         use asp or ssp:BOUND, or no `overlap`"
+    )]
+    Overlap(Consistency),
     /// The list of devices is empty.
     #[error("there is no device to train on: `devices` was given an empty list")]
     NoDevice,

@@ -1,11 +1,12 @@
-//! The evaluations of a run, each on a thread of its own. The driver goes on with everything else meanwhile: it replaces lost
+//! The evaluations of a run, on a thread of their own. The driver goes on with everything else meanwhile: it replaces lost
 //! workers, saves checkpoints, does what it is asked to do, and ends.
 
 use std::cell::Cell;
+use std::io;
 use std::panic::resume_unwind;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use futures_util::future::{Either, select};
@@ -25,25 +26,57 @@ use crate::source::{Evaluator, TestResult};
 /// last steps and to a checkpoint.
 const AFTER_SIGNAL: Duration = Duration::from_secs(10);
 
-/// What a run evaluates weights with.
-pub(super) struct Evaluations<M: Model> {
-    /// Locked while an evaluation runs.
-    evaluator: Arc<Mutex<Evaluator<M>>>,
-    observers: Observers,
+/// Weights to evaluate.
+struct Request {
+    weights: Weights,
+    is_final: bool,
+    /// Closed when nobody wants the result any more.
+    result: oneshot::Sender<Result<TestResult, ModelError>>,
+}
+
+/// The thread on which a run evaluates weights. It ends when this is dropped, after its current batch.
+pub(super) struct Evaluations {
+    requests: mpsc::Sender<Request>,
+    /// `None` after it has panicked.
+    thread: Cell<Option<JoinHandle<()>>>,
     /// Whether [`watch`](Self::watch) evaluates weights now.
     is_busy: watch::Sender<bool>,
     /// Whether it may begin no other evaluation.
     is_over: Cell<bool>,
 }
 
-impl<M: Model> Evaluations<M> {
-    pub(super) fn new(evaluator: Evaluator<M>, observers: &Observers) -> Self {
-        Self {
-            evaluator: Arc::new(Mutex::new(evaluator)),
-            observers: observers.clone(),
+impl Evaluations {
+    /// # Errors
+    /// If the system gives no thread.
+    pub(super) fn new<M: Model>(
+        mut evaluator: Evaluator<M>,
+        observers: &Observers,
+    ) -> io::Result<Self> {
+        let (requests, requested) = mpsc::channel::<Request>();
+        let observers = observers.clone();
+        let thread = thread::Builder::new().name("evaluations".to_owned());
+        let thread = thread.spawn(move || {
+            for request in requested {
+                let Request {
+                    weights,
+                    is_final,
+                    result: sender,
+                } = request;
+                let is_wanted = || !sender.is_closed();
+                let result =
+                    observers.evaluate_while(&mut evaluator, &weights, is_final, is_wanted);
+                if let Some(result) = result.transpose() {
+                    // Nobody may want it any more.
+                    let _ = sender.send(result);
+                }
+            }
+        })?;
+        Ok(Self {
+            requests,
+            thread: Cell::new(Some(thread)),
             is_busy: watch::Sender::new(false),
             is_over: Cell::new(false),
-        }
+        })
     }
 
     /// Evaluates the weights every so many updates, as long as it is polled, but not while the training is `ending`. Returns
@@ -130,24 +163,19 @@ impl<M: Model> Evaluations<M> {
 
     /// Evaluates weights. If it is dropped, the evaluation ends after its current batch.
     async fn evaluate(&self, weights: Weights, is_final: bool) -> Result<TestResult, TrainError> {
-        let (sender, result) = oneshot::channel::<Result<TestResult, ModelError>>();
-        let (evaluator, observers) = (Arc::clone(&self.evaluator), self.observers.clone());
-        let thread = thread::Builder::new().name("evaluation".to_owned());
-        let thread = thread.spawn(move || {
-            let mut evaluator = evaluator.lock().unwrap_or_else(PoisonError::into_inner);
-            let is_wanted = || !sender.is_closed();
-            let result = observers.evaluate_while(&mut evaluator, &weights, is_final, is_wanted);
-            if let Some(result) = result.transpose() {
-                // Nobody may want it any more.
-                let _ = sender.send(result);
-            }
-        });
-        let thread = thread.map_err(TrainError::Thread)?;
+        let (sender, result) = oneshot::channel();
+        let request = Request {
+            weights,
+            is_final,
+            result: sender,
+        };
+        // If it does not arrive, neither does a result.
+        let _ = self.requests.send(request);
         match result.await {
             Ok(result) => Ok(result?),
-            Err(_) => match thread.join() {
-                Ok(()) => unreachable!("its result is wanted"),
-                Err(panic) => resume_unwind(panic),
+            Err(_) => match self.thread.take().map(JoinHandle::join) {
+                Some(Err(panic)) => resume_unwind(panic),
+                _ => unreachable!("the thread ends only by a panic, which is passed on once"),
             },
         }
     }

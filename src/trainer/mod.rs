@@ -227,6 +227,31 @@ where
         self
     }
 
+    /// Lets each worker compute its next gradient while the one before is on its way to the servers, in
+    /// [`Consistency::Asp`] and [`Consistency::Ssp`] (S-24). A gradient is then computed on weights without the worker's
+    /// own last update. This pays on a network where the transfer takes a large part of a step. In other modes it
+    /// is an error of the run.
+    ///
+    /// ```
+    /// use ps::prelude::*;
+    ///
+    /// let device = select_device(default_device_name())?;
+    /// let report = Trainer::new(ConvNet::init(1, &device), Mnist::bundled_sample().train)
+    ///     .device(&device)
+    ///     .consistency(Consistency::Asp)
+    ///     .overlap(true)
+    ///     .iterations(10)
+    ///     .run()?;
+    /// // Its only worker is one update behind itself, but for its first two gradients.
+    /// assert_eq!((report.num_applied, report.staleness.mean()), (10, 0.8));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[must_use]
+    pub fn overlap(mut self, overlap: bool) -> Self {
+        self.server.overlap = overlap;
+        self
+    }
+
     /// Sets how the gradients of one update are combined. For an example, see [`Trainer`].
     #[must_use]
     pub fn reduction(mut self, reduction: Reduction) -> Self {
@@ -672,6 +697,9 @@ where
             return Err(TrainError::NoEvaluations);
         }
         self.server.consistency.check(self.num_workers)?;
+        if self.server.overlap && !self.server.consistency.may_overlap() {
+            return Err(TrainError::Overlap(self.server.consistency));
+        }
         self.server.check().map_err(GroupSpawnError::Config)?;
         self.make_schedule()?;
         Ok(())

@@ -137,12 +137,14 @@ where
         let here = self.host(Hosts::new(), &devices, &variants);
         let from = resumed.as_ref().map_or(Version(0), Checkpoint::version);
         let listening = Listening::begin(&self.controls, !checkpoints.is_off());
+        let evaluations = evaluator.map(|evaluator| Evaluations::new(evaluator, observers));
+        let evaluations = evaluations.transpose().map_err(TrainError::Thread)?;
         observers.run_started(self.settings(&initial, num_steps, &devices), from);
         let mut run = Run {
             collector: Collector::new(observers),
             servers_lost: None,
             listening,
-            evaluations: evaluator.map(|evaluator| Evaluations::new(evaluator, observers)),
+            evaluations,
             checkpoints,
             num_steps,
             ending: Ending::default(),
@@ -288,7 +290,7 @@ where
         &mut self,
         servers: ServerGroup,
         workers: Vec<Worker<ModelSource<M>>>,
-        run: &mut Run<'_, M>,
+        run: &mut Run<'_>,
         from: Option<&Checkpoint>,
     ) -> Result<Report, TrainError> {
         let Run {
@@ -528,9 +530,9 @@ where
 }
 
 /// What stays when the servers of a training are lost.
-struct Run<'a, M: Model> {
+struct Run<'a> {
     listening: Listening,
-    evaluations: Option<Evaluations<M>>,
+    evaluations: Option<Evaluations>,
     checkpoints: Checkpoints,
     num_steps: u64,
     ending: Ending,
@@ -555,7 +557,7 @@ fn may_recover(stop: Option<&StopSignal>, checkpoints: &Checkpoints, error: &Tra
     source.is_server_lost() && !checkpoints.is_off() && !is_interrupted
 }
 
-impl<M: Model> Run<'_, M> {
+impl Run<'_> {
     fn lost_servers(&mut self, error: &TrainError) {
         let observers = self.collector.observers();
         self.servers_lost = Some(observers.seconds());

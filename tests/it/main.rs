@@ -19,6 +19,7 @@ mod half;
 mod nodes;
 mod observe;
 mod otel;
+mod overlap;
 mod replay;
 mod schedules;
 mod served;

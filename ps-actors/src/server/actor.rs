@@ -77,6 +77,8 @@ pub(super) struct First {
     pub(super) secret: GroupSecret,
     pub(super) leases: Leases,
     pub(super) clipping: Clipping,
+    /// Whether workers overlap their pushes with their next gradients, where the mode allows it.
+    overlap: bool,
     /// Writes the schedule of the updates, if it is recorded.
     pub(super) schedule: Option<ScheduleWriter>,
     pub(super) update_log: Option<UpdateLog>,
@@ -127,6 +129,7 @@ impl ParameterServer {
             secret,
             leases: Leases::new(config.worker_lease),
             clipping: config.clipping,
+            overlap: config.overlap,
             schedule: None,
             update_log: None,
         };
@@ -345,6 +348,7 @@ impl ParameterServer {
             return;
         };
         let answer = answer.map_err(|refusal| first.leases.explain(refusal));
+        let may_overlap = first.overlap && first.coordinator.consistency().may_overlap();
         // A caller that has gone will ask again, and get the same answer.
         match self.waiting.remove(ticket) {
             Some(Caller::Worker(_, caller)) => _ = caller.send(answer),
@@ -360,6 +364,7 @@ impl ParameterServer {
                         weights: self.shard.weights().clone(),
                         held: since.elapsed(),
                         applied,
+                        may_overlap,
                     }
                 });
                 _ = caller.send(pushed);

@@ -62,6 +62,10 @@ pub struct ServerConfig {
     pub num_kept_versions: usize,
     /// Where a group may cut the weights to split them over its servers. Default: [`Cut::Anywhere`].
     pub cut: Cut,
+    /// Whether a worker computes its next gradient while its push is on its way, in [`Consistency::Asp`] and
+    /// [`Consistency::Ssp`] (S-24). The gradient is then computed on weights without the update of that push. This pays
+    /// where the transfer takes a large part of a step. Default: `false`. Other modes do not heed it.
+    pub overlap: bool,
 }
 
 impl Default for ServerConfig {
@@ -76,6 +80,7 @@ impl Default for ServerConfig {
             wait_for_workers: 0,
             num_kept_versions: 0,
             cut: Cut::default(),
+            overlap: false,
         }
     }
 }

@@ -59,6 +59,20 @@ impl Consistency {
         }
     }
 
+    /// Returns whether a worker may compute its next gradient while it pushes the one before; see
+    /// [`ServerConfig::overlap`](super::ServerConfig::overlap).
+    ///
+    /// ```
+    /// use ps_actors::server::Consistency;
+    ///
+    /// assert!(Consistency::Ssp { bound: 2 }.may_overlap());
+    /// assert!(!Consistency::Bsp.may_overlap());
+    /// ```
+    #[must_use]
+    pub fn may_overlap(self) -> bool {
+        matches!(self, Self::Asp | Self::Ssp { .. })
+    }
+
     /// Returns how many updates there are at most if each worker takes `num_steps` steps. A schedule of the learning
     /// rate that is this long does not end before the run.
     ///

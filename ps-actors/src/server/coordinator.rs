@@ -94,6 +94,10 @@ impl Coordinator {
         }
     }
 
+    pub(super) fn consistency(&self) -> Consistency {
+        self.consistency
+    }
+
     /// Goes on from the state of a checkpoint, without members. The settings stay those of this
     /// coordinator.
     #[must_use]

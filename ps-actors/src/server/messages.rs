@@ -322,6 +322,9 @@ pub struct Pushed {
     /// How long the server took to make the update that the gradient became part of. Other servers of the group
     /// make their parts of it at the same time or later. Zero if the gradient was not applied.
     pub applied: std::time::Duration,
+    /// Whether the worker may compute its next gradient while it pushes the one before; see
+    /// [`ServerConfig::overlap`](super::ServerConfig::overlap).
+    pub may_overlap: bool,
 }
 
 /// Changes the consistency mode from now on. Sent to the first server.
