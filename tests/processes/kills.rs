@@ -77,13 +77,16 @@ const EPOCHS: u64 = 3;
 #[test]
 fn no_step_is_lost_or_doubled_wherever_a_process_is_killed() {
     const MODES: [&str; 3] = ["bsp", "asp", "ssp:2"];
+    // Every second case (S-24).
+    const OVERLAPPING: [&str; 3] = ["bsp", "asp --overlap", "ssp:2 --overlap"];
     let is_whole = std::env::var_os("PS_KILL_MATRIX").is_some();
     for (index, case) in CASES.iter().enumerate() {
+        let all = if index % 2 == 0 { &MODES } else { &OVERLAPPING };
         // In `ssp`, each kind of death is enough.
         let modes = match is_whole {
-            true if index % 3 == 0 => &MODES[..],
-            true => &MODES[..2],
-            false => &MODES[index % MODES.len()..][..1],
+            true if index % 3 == 0 => &all[..],
+            true => &all[..2],
+            false => &all[index % all.len()..][..1],
         };
         for mode in modes {
             check(case, mode);
@@ -139,7 +142,8 @@ fn arguments(servers: Servers, mode: &str, directory: &Path) -> Vec<String> {
         ),
         OnNodesWithoutLog => (&["--num-servers", "3", "--servers-on-nodes"][..], &[][..]),
     };
-    let fixed = ["--processes", "3", "--consistency", mode];
+    let fixed = ["--processes", "3", "--consistency"].into_iter();
+    let fixed: Vec<_> = fixed.chain(mode.split(' ')).collect();
     let epochs = EPOCHS.to_string();
     let saving = ["--checkpoint-dir", directory.to_str().unwrap()];
     let every = ["--checkpoint-every", "25", "--epochs", &epochs];

@@ -40,6 +40,8 @@ struct Args {
     servers_on_nodes: bool,
     #[arg(long, default_value = "bsp")]
     consistency: Consistency,
+    #[arg(long)]
+    overlap: bool,
     #[arg(long, default_value_t = 3)]
     epochs: u64,
     /// With another one than plain SGD, the weights do not say how often each example was applied.
@@ -75,6 +77,7 @@ fn count(args: Args) -> Result<ExitCode> {
         .servers(args.num_servers)
         .servers_on_nodes(args.servers_on_nodes)
         .consistency(args.consistency)
+        .overlap(args.overlap)
         .reduction(Reduction::Sum)
         .learning_rate(1.0)
         .batch_size(BATCH_SIZE)
