@@ -99,6 +99,7 @@ fn a_loop_makes_no_update_while_it_is_paused_and_does_what_else_is_asked() {
     let controls = &running.controls;
     assert!(controls.is_running() && controls.saves_checkpoints());
     assert!(!controls.changes_consistency() && !controls.removes_workers());
+    assert!(!controls.can_end());
     controls.pause().wait().unwrap();
     assert!(controls.is_paused());
     let version = running.version();
@@ -113,6 +114,8 @@ fn a_loop_makes_no_update_while_it_is_paused_and_does_what_else_is_asked() {
     let refused = controls.remove_worker(WorkerId(0)).wait();
     let refused = refused.unwrap_err().to_string();
     assert!(refused.contains("which workers there are"), "{refused}");
+    let refused = controls.end().wait().unwrap_err().to_string();
+    assert!(refused.contains("when it ends"), "{refused}");
     let status = running.server.ask(GetStatus).wait().unwrap();
     assert_eq!((status.version, status.learning_rate), (version, 0.125));
     controls.resume().wait().unwrap();

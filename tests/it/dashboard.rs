@@ -493,6 +493,34 @@ fn a_worker_that_is_removed_leaves_and_the_others_go_on() {
     }
 }
 
+/// Also a training that is paused: its workers finish their step.
+#[test]
+fn a_training_that_is_told_to_end_finishes_its_steps() {
+    for mode in ["bsp", "asp"] {
+        let training = begin(Some(TOKEN), move |gate| {
+            trainer(1_000_000, gate).consistency(mode.parse().unwrap())
+        });
+        training.done("/api/pause", &json!({}));
+        training.done("/api/end", &json!({}));
+        let (report, events) = training.end();
+        assert!(report.ended_by_controls, "{mode}");
+        assert_eq!((report.interrupted, report.stopped_early), (None, None));
+        let steps: usize = report.losses.iter().map(Vec::len).sum();
+        assert_eq!(report.num_applied, steps as u64, "{mode}");
+        let text = report.to_string();
+        assert!(text.contains("Ended as asked after "), "{text}");
+        let changes: Vec<_> = events
+            .iter()
+            .filter_map(|event| match event {
+                Event::Controlled(controlled) => Some(&controlled.change),
+                _ => None,
+            })
+            .collect();
+        let expected = [Change::Paused, Change::EndAsked, Change::Resumed];
+        assert_eq!(changes, expected.each_ref(), "{mode}");
+    }
+}
+
 #[test]
 fn the_last_worker_cannot_be_removed() {
     let training = begin(Some(TOKEN), |gate| trainer(200, gate));

@@ -160,7 +160,7 @@ impl TaskScope {
     }
 
     /// Makes no more actors, and lets the actors that hand over finish their work. The others go on. The
-    /// future is ready when all have ended.
+    /// future is ready when all have ended, and their callers have read what they answered.
     ///
     /// The others are waited for because a launcher often asks all processes at once to end. The driver then
     /// still needs the servers, to save a checkpoint.
@@ -176,6 +176,7 @@ impl TaskScope {
             // An error means that the actor's mailbox is gone, and the actor with it.
             let _ = actor.ended.clone().wait_for(|ended| *ended).await;
         }
+        self.process.answers_are_read().await;
     }
 
     /// Ends all actors that were made for others, and those that are being made.

@@ -15,6 +15,7 @@ use std::time::Instant;
 use actix::Actor;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::Remote;
 use super::callee::{Callee, Exported, Keep};
@@ -146,6 +147,9 @@ pub(crate) struct Process {
     is_closed: AtomicBool,
     num_exported: AtomicU64,
     exports: Mutex<HashMap<u64, Export>>,
+    /// For each connection to an exported actor, whether that has ended.
+    connections: watch::Sender<HashMap<u64, watch::Receiver<bool>>>,
+    num_connected: AtomicU64,
     remotes: Mutex<HashMap<(NodeId, u64), Weak<RemoteActor>>>,
 }
 
@@ -181,6 +185,8 @@ impl Process {
             is_closed: AtomicBool::new(false),
             num_exported: AtomicU64::new(0),
             exports: Mutex::default(),
+            connections: watch::Sender::default(),
+            num_connected: AtomicU64::new(0),
             remotes: Mutex::default(),
         });
         #[cfg(test)]
@@ -316,12 +322,33 @@ impl Process {
         let mut exports = self.exports();
         let export = exports.get_mut(&number)?;
         export.num_connections += 1;
+        let connection = self.num_connected.fetch_add(1, Ordering::Relaxed);
         let hold = Hold {
             process: Arc::downgrade(self),
             number,
             born: export.born,
+            connection,
         };
-        Some((Arc::clone(&export.callee), hold))
+        let callee = Arc::clone(&export.callee);
+        drop(exports);
+        let ended = callee.ended();
+        self.connections
+            .send_modify(|all| _ = all.insert(connection, ended));
+        Some((callee, hold))
+    }
+
+    /// Waits until all that actors of this process have answered before they ended is with their callers. The
+    /// connection to an actor that has ended is closed when its caller has read everything.
+    pub(crate) async fn answers_are_read(&self) {
+        let mut connections = self.connections.subscribe();
+        let is_read = |all: &HashMap<_, watch::Receiver<bool>>| {
+            // An error means that the actor's mailbox is gone, and the actor with it.
+            let has_ended =
+                |ended: &watch::Receiver<bool>| *ended.borrow() || ended.has_changed().is_err();
+            !all.values().any(has_ended)
+        };
+        // The sender is here, so it cannot fail.
+        let _ = connections.wait_for(is_read).await;
     }
 
     /// Removes kept values that no process has taken for `KEPT_FOR`.
@@ -424,18 +451,24 @@ pub(crate) struct Hold {
     process: Weak<Process>,
     number: u64,
     born: u64,
+    connection: u64,
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        if let Some(process) = self.process.upgrade()
-            && let Some(export) = process.exports().get_mut(&self.number)
+        let Some(process) = self.process.upgrade() else {
+            return;
+        };
+        if let Some(export) = process.exports().get_mut(&self.number)
             // The actor may have been withdrawn and exported again.
             && export.born == self.born
         {
             export.num_connections -= 1;
             export.last_wanted = Instant::now();
         }
+        process
+            .connections
+            .send_modify(|all| _ = all.remove(&self.connection));
     }
 }
 
@@ -482,5 +515,32 @@ pub(crate) mod tests {
         assert_eq!(process.num_connections(number), Some(1));
         drop(now);
         assert_eq!(process.num_connections(number), Some(0));
+    }
+
+    /// what a node has answered arrives before the node closes its connections.
+    #[test]
+    fn an_actor_that_has_ended_is_waited_for_until_its_callers_have_read_everything() {
+        use crate::remote::kept::tests::store;
+        use futures_util::FutureExt;
+
+        let process = Process::new(NetConfig::default(), None, None, None);
+        process.enter(NodeId::DRIVER, 1);
+        let (ends, stays) = (store(), store());
+        let [connection, other] = [&ends, &stays].map(|actor| {
+            let number = process.export(actor).actor;
+            process.open(number).expect("it is exported").1
+        });
+        let is_read = || process.answers_are_read().now_or_never().is_some();
+        assert!(is_read(), "both may be called for a long time yet");
+        ends.stop();
+        crate::actor::run(ends.stopped());
+        assert!(!is_read());
+        // The export may be gone before its last connection.
+        process.withdraw_all();
+        assert!(!is_read());
+        drop(connection);
+        assert!(is_read());
+        drop(other);
+        drop(stays);
     }
 }

@@ -152,9 +152,8 @@ fn a_worker_goes_on_where_its_earlier_incarnation_was_stopped() {
     let scene = Scene::new(config(transport));
     scene.leave.send(()).unwrap();
     drop(scene.go);
-    let Ok(Ok(report)) = scene.run.wait_timeout(SOON) else {
-        panic!("the step under way is finished");
-    };
+    let run = scene.run.wait_timeout(SOON).expect("the worker is there");
+    let report = run.expect("the step under way is finished");
     assert_eq!(scene.node.wait().unwrap(), NodeExit::Left);
     let (gated, clocks, go) = Gated::new();
     drop(go);
