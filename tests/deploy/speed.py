@@ -1,19 +1,22 @@
-"""Measures what an engine costs: the speed of five processes, and the time to the first gradient on Ray.
+"""Measures what an engine costs: the speed of five processes, and the time to the first gradient on Ray. And what workers
+gain that compute while they push, on networks of several speeds.
 
     cargo build --release --workspace --example sharded_ps
     cargo build --release --workspace --features submit --example submit
     PS_PROFILE=release python3 tests/deploy/speed.py engines --rounds 7
     PS_PROFILE=release python3 tests/deploy/speed.py start --rounds 5
+    PS_PROFILE=release python3 tests/deploy/speed.py overlap --rounds 5
 
-Needs root and Slurm from Debian. It installs Ray and PyTorch into ~/.cache/ps/speed-venv: several gigabytes, once.
-Everything runs on one host, in a network namespace. All engines run the whole time, so each disturbs the others alike,
-and the runs take turns.
+Needs root. The first two need Slurm from Debian, and install Ray and PyTorch into ~/.cache/ps/speed-venv: several
+gigabytes, once. Everything runs on one host, in network namespaces. All engines run the whole time, so each disturbs the
+others alike, and the runs take turns.
 """
 
 import argparse
 import re
 import shutil
 import statistics
+import subprocess
 import time
 import unittest
 
@@ -141,19 +144,52 @@ def start(test, rounds):
     print_table("From the submission to the first applied gradient", times, "s", list(ways)[-1])
 
 
+def overlap(test, rounds):
+    """Gradients per second of a worker on another host than its server, whose network has a limited rate."""
+    hosts = Hosts(test, 2, prefix="ps-speed")
+    flags = ["--net", "--consistency=asp", "--num-workers=1", "--num-servers=1", "--learning-rate=0.01"]
+    program, flags = example("sharded_ps"), [*flags, "--batch-size=32", "--iterations=100"]
+    variables = environment(PS_TOKEN="token-of-the-measurement", **OWN_SOCKETS)
+
+    def rate_of(more):
+        place = ["--world-size=2", f"--master-addr={hosts.address(0)}"]
+        ranks = [[program, *flags, *more, *place, f"--rank={rank}"] for rank in range(2)]
+        driver, _node = [Process(test, hosts.command(n, rank), env=variables) for n, rank in enumerate(ranks)]
+        code, text = driver.wait(180)
+        assert code == 0, text
+        seconds = float(re.search(r"gradients in ([0-9.]+) s", text)[1])
+        return 100 / seconds
+
+    for megabits in [1000, 2500, 10000]:
+        for name in hosts.names:
+            limit = f"qdisc replace dev eth0 root tbf rate {megabits}mbit burst 256kb latency 100ms"
+            subprocess.run(["tc", "-n", name, *limit.split()], check=True)
+        rates = {"without": [], "with overlap": []}
+        for number in range(rounds):
+            names = list(rates)
+            for name in names[number % 2:] + names[:number % 2]:
+                rates[name].append(rate_of(["--overlap"] if name == "with overlap" else []))
+        print_table(f"Gradients of `Net` per second, {megabits} Mbit/s", rates, "/s", "without")
+        gains = [after / before for before, after in zip(rates["without"], rates["with overlap"])]
+        print(f"Gain of each round: {statistics.median(gains):.2f} ({min(gains):.2f}–{max(gains):.2f})", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["engines", "start"])
+    parser.add_argument("what", choices=["engines", "start", "overlap"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--flags", default="--iterations=5000", help="flags of sharded_ps, for `engines`")
     args = parser.parse_args()
-    install(VENV, *PACKAGES)
+    if args.what != "overlap":
+        install(VENV, *PACKAGES)
     test = Measurement()
     try:
         if args.what == "engines":
             engines(test, args.rounds, args.flags.split())
-        else:
+        elif args.what == "start":
             start(test, args.rounds)
+        else:
+            overlap(test, args.rounds)
     finally:
         test.doCleanups()
 

@@ -21,7 +21,7 @@ from hosts import Process, environment, eventually, example, free_port
 from readme import command, desk
 
 TOKEN = "correct-horse-battery-staple"
-CONTROLS = {"theme", "token", "pause", "checkpoint", "rate", "set-rate", "mode", "set-mode", "who", "remove"}
+CONTROLS = {"theme", "token", "pause", "checkpoint", "rate", "set-rate", "mode", "set-mode", "who", "remove", "end"}
 CHARTS = ["chart-loss", "chart-accuracy", "chart-rate", "chart-staleness"]
 
 
@@ -229,6 +229,25 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelector('#status').textContent === 'interrupted'")
         self.assertTrue(browser.run("return document.querySelector('#controls').disabled"))
 
+    def test_a_training_is_told_to_end(self):
+        browser = self.browser
+        process, url = self.start("--num-workers", "2")
+        browser.open(url)
+        self.is_live()
+        browser.type("#token", TOKEN)
+        browser.eventually("return !document.querySelector('#controls').disabled")
+        # It is asked again, and thinks better of it first.
+        self.click("#end")
+        self.assertIn("Really end it?", browser.text("#end"))
+        self.click("#end-no")
+        self.assertIn("End the training", browser.text("#end"))
+        self.click("#end")
+        self.click("#end")
+        browser.eventually("return document.querySelector('#status').textContent === 'ended'")
+        code, text = process.wait()
+        self.assertEqual(code, 0, text)
+        self.assertIn("Ended as asked after ", text)
+
     def test_a_page_of_another_site_changes_nothing(self):
         process, url = self.start("--num-workers", "2")
         attack = f"""<!doctype html><form id=f method=post action="{url}api/pause" target=t enctype="text/plain">
@@ -393,8 +412,8 @@ class Dashboard(unittest.TestCase):
         browser.type("#token", TOKEN)
         browser.eventually("return !document.querySelector('#controls').disabled")
         self.assertIn("decides itself when gradients are applied", browser.text("#control-missing"))
-        disabled = browser.run("return ['mode', 'set-mode', 'who', 'remove', 'pause', 'checkpoint', 'set-rate'].map((id) => document.getElementById(id).disabled)")
-        self.assertEqual(disabled, [True] * 4 + [False] * 3)
+        disabled = browser.run("return ['mode', 'set-mode', 'who', 'remove', 'end', 'pause', 'checkpoint', 'set-rate'].map((id) => document.getElementById(id).disabled)")
+        self.assertEqual(disabled, [True] * 5 + [False] * 3)
         eventually(lambda: self.version(url) > 10, "it trains")
         # It says how fast it is, and not how many weights it has.
         browser.eventually("return document.querySelector('#chart-rate .line, #chart-rate .dot')")
@@ -451,7 +470,7 @@ class Dashboard(unittest.TestCase):
         browser.eventually("return document.querySelector('#chart-accuracy .line, #chart-accuracy .dot') || document.querySelector('#n-accuracy').textContent !== '–'")
         browser.type("#token", TOKEN)
         browser.eventually("return !document.querySelector('#controls').disabled")
-        self.assertEqual(browser.text("#control-missing"), "This program decides itself which workers there are, so none can be removed here.")
+        self.assertEqual(browser.text("#control-missing"), "This program decides itself which workers there are, so none can be removed here, and when it ends.")
         self.assertTrue(browser.run("return document.getElementById('remove').disabled"))
         self.assertFalse(browser.run("return document.getElementById('set-mode').disabled"))
         browser.screenshot(self.pictures / "http.png", 1130)

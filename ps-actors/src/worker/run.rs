@@ -260,7 +260,8 @@ pub(super) async fn run<S: GradientSource>(
         let mut computed = None;
         if !is_over && !is_at_end {
             let started = Instant::now();
-            // `compute` drops the snapshot at its end, so that the server can then update in place.
+            // `compute` drops the snapshot at its end. If the source keeps it neither, the server can then update in
+            // place.
             let snapshot = match run.may_overlap {
                 true => weights.clone(),
                 false => weights.take(),
