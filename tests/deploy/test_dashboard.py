@@ -243,7 +243,7 @@ class Dashboard(unittest.TestCase):
         self.assertIn("End the training", browser.text("#end"))
         self.click("#end")
         self.click("#end")
-        browser.eventually("return document.querySelector('#status').textContent === 'ended'")
+        browser.eventually("return document.querySelector('#status').textContent === 'finished'")
         code, text = process.wait()
         self.assertEqual(code, 0, text)
         self.assertIn("Ended as asked after ", text)
